@@ -1,0 +1,3 @@
+//! The QuorumFS daemon.
+
+pub mod transport;

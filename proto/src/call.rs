@@ -1,0 +1,97 @@
+//! How a client speaks to the leader: the contents of the `Calls` stream's envelopes.
+
+use serde::{Deserialize, Serialize};
+
+use crate::command::Command;
+use crate::error::FsError;
+use crate::ids::{ChunkId, InodeNumber, RequestId, SessionId};
+use crate::outcome::Outcome;
+use crate::query::{Answer, Query};
+
+/// What a client asks. Mutations and queries are different things; only mutations carry a request id.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Call {
+    /// Changes metadata once, however often it is sent.
+    Mutate(Mutation),
+    /// Reads metadata, as new as the last acknowledged change (P5).
+    Query(Query),
+    /// Makes the session known. Sending it again does no harm.
+    OpenSession {
+        /// Drawn at random by the client.
+        session: SessionId,
+        /// For people: host, process, mount point.
+        description: String,
+    },
+    /// The session lives.
+    KeepAlive {
+        /// Which.
+        session: SessionId,
+    },
+    /// The session is over: what it held is released.
+    CloseSession {
+        /// Which.
+        session: SessionId,
+    },
+}
+
+/// A command with its identity.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mutation {
+    /// Names it once.
+    pub request: RequestId,
+    /// Chunks of this session with a smaller counter that no file names are dead.
+    pub chunk_low_water: u64,
+    /// What is to be done.
+    pub command: Command,
+}
+
+/// What a client is told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CallReply {
+    /// What a mutation did, or why it did nothing. Final: it is what every retry will hear.
+    Outcome(Result<Outcome, FsError>),
+    /// What a query found.
+    Answer(Result<Answer, FsError>),
+    /// The session is known and alive.
+    Session(SessionState),
+    /// Nothing was decided; the client tries again as the reason says.
+    Refused(Refusal),
+}
+
+/// What a client should know of its session.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionState {
+    /// Unlinked inodes that wait for this session to say that it does not have them open
+    /// ([`crate::command::Operation::ReleaseUnlinked`]). At most 1,000 at a time.
+    pub unlinked: Vec<InodeNumber>,
+}
+
+/// Why nothing was decided.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Refusal {
+    /// This node does not lead; ask there, or look for the leader.
+    NotLeader {
+        /// Its gRPC address, where it is known.
+        leader: Option<String>,
+    },
+    /// Nobody can decide now; try again a little later.
+    Unavailable {
+        /// In words, for `/status` and the log.
+        reason: String,
+    },
+    /// These chunks are not known to be on f + 1 voters: put them again, then send the same mutation again.
+    PutAgain {
+        /// Which.
+        chunks: Vec<ChunkId>,
+    },
+    /// The session is not known or has ended. What it had under way has an unknown outcome and must not be sent
+    /// again under another (EIO).
+    UnknownSession,
+    /// A later mutation of the lane was already decided; the sender has lost count.
+    StaleSequence,
+    /// The call could not be decoded or is out of bounds.
+    Invalid {
+        /// What is wrong with it.
+        reason: String,
+    },
+}

@@ -1,0 +1,130 @@
+//! The members of a cluster.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::wire;
+
+/// Who a node is to the consensus: its configured slot and the random number its data folder got when it was first
+/// made. A folder that lost its content gets a new one, so that it never votes for what it has forgotten.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct NodeId {
+    /// 1 to 255, unique in the cluster.
+    pub slot: u16,
+    /// Drawn at random when the data folder was made; never 0.
+    pub incarnation: u64,
+}
+
+impl fmt::Display for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{:016x}", self.slot, self.incarnation)
+    }
+}
+
+/// Names a cluster for ever: 16 bytes, derived from its first members.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ClusterId(pub [u8; 16]);
+
+impl ClusterId {
+    /// The id that `bytes` name, if there are 16 of them.
+    pub fn from_bytes(bytes: &[u8]) -> Option<ClusterId> {
+        bytes.try_into().ok().map(ClusterId)
+    }
+
+    /// The id written in hexadecimal by its `Display`.
+    pub fn from_hex(text: &str) -> Option<ClusterId> {
+        if text.len() != 32 || !text.is_ascii() {
+            return None;
+        }
+        let mut id = [0; 16];
+        for (at, byte) in id.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16).ok()?;
+        }
+        Some(ClusterId(id))
+    }
+}
+
+impl fmt::Display for ClusterId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for ClusterId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ClusterId({self})")
+    }
+}
+
+/// Where a node is reached.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Addresses {
+    /// `host:port` of its gRPC service.
+    pub grpc: String,
+    /// `host:port` of its HTTP service.
+    pub http: String,
+}
+
+/// A node: who it is and where.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// Who.
+    pub id: NodeId,
+    /// Where.
+    pub addresses: Addresses,
+}
+
+/// A wire message that is not a member.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not a member: {0}")]
+pub struct NotAMember(&'static str);
+
+impl TryFrom<wire::Member> for Member {
+    type Error = NotAMember;
+    fn try_from(member: wire::Member) -> Result<Member, NotAMember> {
+        let slot = u16::try_from(member.slot).map_err(|_| NotAMember("slot above 65535"))?;
+        if slot == 0 || member.incarnation == 0 {
+            return Err(NotAMember("slot and incarnation begin at 1"));
+        }
+        Ok(Member {
+            id: NodeId {
+                slot,
+                incarnation: member.incarnation,
+            },
+            addresses: Addresses {
+                grpc: member.grpc_address,
+                http: member.http_address,
+            },
+        })
+    }
+}
+
+impl From<Member> for wire::Member {
+    fn from(member: Member) -> wire::Member {
+        wire::Member {
+            slot: u32::from(member.id.slot),
+            incarnation: member.id.incarnation,
+            grpc_address: member.addresses.grpc,
+            http_address: member.addresses.http,
+        }
+    }
+}
+
+impl From<crate::ids::ChunkId> for wire::ChunkId {
+    fn from(id: crate::ids::ChunkId) -> wire::ChunkId {
+        wire::ChunkId {
+            session: id.session.0,
+            counter: id.counter,
+        }
+    }
+}
+
+impl From<wire::ChunkId> for crate::ids::ChunkId {
+    fn from(id: wire::ChunkId) -> crate::ids::ChunkId {
+        crate::ids::ChunkId {
+            session: crate::ids::SessionId(id.session),
+            counter: id.counter,
+        }
+    }
+}
