@@ -1,3 +1,49 @@
-//! The QuorumFS daemon.
+//! The QuorumFS daemon: a Raft member with a metadata database and a content store.
+//!
+//! # One write
+//!
+//! A program writes 3 MiB and closes the file.
+//!
+//! 1. The mount cuts the bytes into chunks and sends each in its `PutChunks` stream to the leader, where
+//!    [`api::fs`] decodes it and calls [`write::Writer::put_chunk`].
+//! 2. The leader appends it to its own store ([`content::ContentStore::put`]) and at the same time pushes it to every
+//!    other member ([`content::PeerChunks::push`], served by [`api::peer`] there). Each answers after a flush that
+//!    it shares with whatever else waited. When a majority has the chunk on disk, the mount is told (P2).
+//! 3. The mount sends one command that names the three chunks. [`write::Writer::mutate`] sees that each is known to be
+//!    on a quorum in this term, stamps the time, and proposes it: [`consensus::Consensus::propose`].
+//! 4. openraft appends it to the log ([`consensus`]'s WAL, many entries to one flush) here and on the followers. Once
+//!    a majority has flushed it, it is committed, whatever dies next (P1).
+//! 5. The apply thread decides it: [`metadata`]'s `apply` looks at the session's lane first (a retry hears the first
+//!    answer, P4), then changes inodes and extents in the overlay, all or nothing. The outcome, with the new
+//!    attributes of all it touched, travels back to the mount, and `close` returns.
+//! 6. Later, off every path: the overlay goes to redb in one durable transaction, the log behind it is purged, and
+//!    every node compares what it holds with what is named ([`healing`]).
+//!
+//! A few KiB ride inside the command instead (steps 1 and 2 fall away); each node moves them to its store when it
+//! applies it.
+//!
+//! # One read
+//!
+//! 1. `open` asks the leader for the file's attributes and extents: [`read::Reader::query`] makes sure that it still leads
+//!    and has applied what was acknowledged before ([`consensus::Consensus::barrier`]), then answers from one
+//!    consistent [`metadata::View`].
+//! 2. `read` asks any node for a range of a chunk: [`read::Reader::chunk`] reads whole blocks and checks their CRCs. A
+//!    node that lacks the chunk, or whose copy is bad, fetches it from another for the caller and heals itself (P3, P7).
+//!
+//! # Layers
+//!
+//! Modules import only downwards: [`server`], [`api`], [`write`], [`read`], [`healing`], [`cluster`], [`consensus`],
+//! [`metadata`] and [`content`] (which never know each other), [`transport`]; [`config`] is plain data for all.
+//! `write` and `read` use `healing` and `cluster` beside them: the read path asks recovery for what it found missing.
 
+pub mod api;
+pub mod cluster;
+pub mod config;
+pub mod consensus;
+pub mod content;
+pub mod healing;
+pub mod metadata;
+pub mod read;
+pub mod server;
 pub mod transport;
+pub mod write;

@@ -1,0 +1,6 @@
+//! The edges: each decodes, calls, encodes; nothing else.
+
+pub mod fs;
+pub mod peer;
+pub mod rest;
+pub mod status;

@@ -1,0 +1,90 @@
+//! What `/status` and `/recovery/status` tell: collected here, encoded by the edge.
+
+use serde_json::{Value, json};
+
+use crate::server::Node;
+
+/// Who this node is, what it believes, and whether writes can be acknowledged now, and if not, why not.
+pub fn status(node: &Node) -> Value {
+    let own = node.own();
+    let about_node = json!({
+        "slot": own.id.slot,
+        "incarnation": format!("{:016x}", own.id.incarnation),
+        "grpc_address": own.addresses.grpc,
+        "http_address": own.addresses.http,
+    });
+    let Some(parts) = node.parts() else {
+        return json!({
+            "cluster_id": node.membership().map(|known| known.cluster.to_string()),
+            "node": about_node,
+            "role": "starting",
+            "leader": null,
+            "writable": false,
+            "reason": node.not_ready(),
+        });
+    };
+    let consensus = parts.consensus.status();
+    let room = parts.space.own();
+    let recovery = parts.recovery.status();
+    let (content_flushes, content_puts) = parts.content.flush_counts();
+    let sessions = parts.metadata.view().and_then(|view| view.sessions());
+    let living = sessions.map(|all| all.iter().filter(|(_, record)| record.ended_at.is_none()).count()).ok();
+    let full = consensus.writable && !parts.space.quorum_has_room();
+    let reason = match &consensus.reason {
+        Some(reason) => Some(reason.clone()),
+        None if full => Some("fewer than a quorum of nodes have room on their disks".to_string()),
+        None => None,
+    };
+    let member = |member: &quorumfs_proto::Member| {
+        json!({
+            "slot": member.id.slot,
+            "incarnation": format!("{:016x}", member.id.incarnation),
+            "grpc_address": member.addresses.grpc,
+            "http_address": member.addresses.http,
+        })
+    };
+    json!({
+        "cluster_id": parts.cluster.to_string(),
+        "version": env!("CARGO_PKG_VERSION"),
+        "node": about_node,
+        "role": consensus.role,
+        "leader": parts.consensus.leader().as_ref().map(member),
+        "members": parts.consensus.members().iter().map(member).collect::<Vec<_>>(),
+        "writable": consensus.writable && !full,
+        "reason": reason,
+        "term": consensus.term,
+        "applied_index": consensus.applied_index,
+        "committed_index": consensus.committed_index,
+        "snapshot_index": consensus.snapshot_index,
+        "purged_index": consensus.purged_index,
+        "chunks": {
+            "held": recovery.held_chunks,
+            "bytes": recovery.held_bytes,
+            "missing": recovery.missing_chunks,
+            "named": recovery.named_chunks,
+        },
+        "wal": {
+            "bytes": consensus.wal_bytes,
+            "flushes": consensus.wal_flushes,
+            "entries_flushed": consensus.wal_entries_flushed,
+        },
+        "content": { "flushes": content_flushes, "puts": content_puts },
+        "space": {
+            "capacity_bytes": room.capacity_bytes,
+            "available_bytes": room.available_bytes,
+            "has_room": room.has_room,
+        },
+        "sessions": living,
+    })
+}
+
+/// How far the healing of content is; compares named with held first, so that the numbers are of now.
+pub fn recovery(node: &Node) -> Value {
+    let Some(parts) = node.parts() else {
+        return json!({ "running": false, "reason": node.not_ready() });
+    };
+    match parts.recovery.compare() {
+        Ok(_) => json!(parts.recovery.status()),
+        Err(fault) => json!({ "running": false, "reason": fault.to_string() }),
+    }
+}

@@ -1,0 +1,196 @@
+//! How a cluster is made, and how a node finds the one it belongs to.
+//!
+//! A node whose folder belongs to no cluster asks every configured member who it is, again and again:
+//!
+//! - All answer and all are empty: they make the cluster. Its id is a digest of all their ids, so each works it out
+//!   alone and all agree; the first members are the ones seen.
+//! - One answers that it belongs to a cluster that counts this very incarnation among its founders: this node was
+//!   there when it was made, and joins.
+//! - One answers that it belongs to a cluster that does not: this folder is empty while its cluster lives. The node
+//!   never votes with it (it may be a wiped disk that has forgotten its vote) and says so.
+//!
+//! Why two nodes that see different empty members cannot make two clusters that both work: a founder binds its folder
+//! to one cluster before it says so, and answers for no other from then on.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use quorumfs_proto::{ClusterId, Member, wire};
+use sha2::Digest as _;
+use tracing::{info, warn};
+
+use super::identity::{DataFolder, IdentityError, Membership};
+use crate::config::Config;
+use crate::transport::{Purpose, Transport};
+
+/// How often the members are asked.
+const ASK_INTERVAL_MS: u64 = 300;
+/// How long a member may take to answer.
+const ANSWER_TIMEOUT_MS: u64 = 1_000;
+
+/// What this node is waiting for, in words, for `/status`.
+pub type WaitReason = Arc<Mutex<Option<String>>>;
+
+/// Answers what cluster this node belongs to; asks the members until it is known. Durable when it returns.
+pub async fn find_membership(
+    config: &Config,
+    folder: &DataFolder,
+    own: &Member,
+    transport: &Transport,
+    waiting_for: &WaitReason,
+) -> Result<Membership, IdentityError> {
+    if let Some(membership) = folder.membership() {
+        return Ok(membership);
+    }
+    info!(members = ?config.members, "data folder is new; looking for the other members");
+    let mut told = String::new();
+    loop {
+        let answers = ask_all(config, own, transport).await;
+        match decide(&answers, own, config) {
+            Decision::Bind(membership) => {
+                folder.bind(membership.clone())?;
+                info!(cluster = %membership.cluster, "this node belongs to a cluster");
+                *waiting_for.lock() = None;
+                return Ok(membership);
+            }
+            Decision::Wait(reason) => {
+                if reason != told {
+                    warn!("not serving yet: {reason}");
+                    told.clone_from(&reason);
+                }
+                *waiting_for.lock() = Some(reason);
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(ASK_INTERVAL_MS)).await;
+    }
+}
+
+/// What a member said of itself.
+#[derive(Clone, Debug)]
+struct Answer {
+    node: Member,
+    cluster: Option<ClusterId>,
+    empty: bool,
+    founders: Vec<Member>,
+}
+
+async fn ask_all(config: &Config, own: &Member, transport: &Transport) -> Vec<Result<Answer, String>> {
+    let asked = config.members.iter().map(|address| async move {
+        if address == config.grpc() {
+            return Ok(Answer { node: own.clone(), cluster: None, empty: true, founders: Vec::new() });
+        }
+        let ask = async {
+            let mut peer = transport.peer_at(address, Purpose::Control).map_err(|e| e.to_string())?;
+            let request = wire::HelloRequest { from: Some(own.clone().into()), cluster_id: bytes::Bytes::new() };
+            let answer = peer.hello(request).await.map_err(|status| status.message().to_string())?.into_inner();
+            let node = answer.node.ok_or("answered without saying who it is")?;
+            Ok(Answer {
+                node: Member::try_from(node).map_err(|e| e.to_string())?,
+                cluster: ClusterId::from_bytes(&answer.cluster_id),
+                empty: answer.empty,
+                founders: answer.members.into_iter().filter_map(|m| Member::try_from(m).ok()).collect(),
+            })
+        };
+        tokio::time::timeout(Duration::from_millis(ANSWER_TIMEOUT_MS), ask)
+            .await
+            .unwrap_or_else(|_| Err("does not answer".to_string()))
+            .map_err(|reason| format!("{address}: {reason}"))
+    });
+    futures::future::join_all(asked).await
+}
+
+enum Decision {
+    Bind(Membership),
+    Wait(String),
+}
+
+fn decide(answers: &[Result<Answer, String>], own: &Member, config: &Config) -> Decision {
+    let heard: Vec<&Answer> = answers.iter().filter_map(|answer| answer.as_ref().ok()).collect();
+    for answer in &heard {
+        if let Some(cluster) = answer.cluster
+            && answer.founders.iter().any(|founder| founder.id == own.id)
+        {
+            return Decision::Bind(Membership { cluster, founders: answer.founders.clone() });
+        }
+    }
+    if let Some((cluster, answer)) = heard.iter().find_map(|answer| Some((answer.cluster?, answer))) {
+        return Decision::Wait(format!(
+            "this node's data folder is empty while its cluster {cluster} lives (node {} belongs to it); \
+             it does not vote with what it may have forgotten",
+            answer.node.addresses.grpc
+        ));
+    }
+    if let Some(silent) = answers.iter().find_map(|answer| answer.as_ref().err()) {
+        return Decision::Wait(format!("the cluster is made once all members answer; {silent}"));
+    }
+    for (at, answer) in heard.iter().enumerate() {
+        if usize::from(answer.node.id.slot) != at + 1 {
+            return Decision::Wait(format!(
+                "{} says it is slot {}, but is number {} in --members; give all nodes the same list",
+                config.members[at],
+                answer.node.id.slot,
+                at + 1
+            ));
+        }
+        if !answer.empty {
+            return Decision::Wait(format!("{} is not empty, though it belongs to no cluster", config.members[at]));
+        }
+    }
+    let founders: Vec<Member> = heard.iter().map(|answer| answer.node.clone()).collect();
+    let mut digest = sha2::Sha256::new();
+    for founder in &founders {
+        digest.update(founder.id.slot.to_be_bytes());
+        digest.update(founder.id.incarnation.to_be_bytes());
+    }
+    let mut cluster = [0; 16];
+    cluster.copy_from_slice(&digest.finalize()[..16]);
+    Decision::Bind(Membership { cluster: ClusterId(cluster), founders })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use quorumfs_proto::{Addresses, NodeId};
+
+    fn member(slot: u16, incarnation: u64) -> Member {
+        let addresses = Addresses { grpc: format!("127.0.0.1:{}", 3029 + slot), http: "127.0.0.1:1".into() };
+        Member { id: NodeId { slot, incarnation }, addresses }
+    }
+
+    fn empty(slot: u16) -> Result<Answer, String> {
+        Ok(Answer { node: member(slot, 10 + u64::from(slot)), cluster: None, empty: true, founders: vec![] })
+    }
+
+    fn config() -> Config {
+        use clap::Parser as _;
+        let members = "127.0.0.1:3030,127.0.0.1:3031,127.0.0.1:3032";
+        let args = ["n", "--slot", "1", "--members", members, "--http", "127.0.0.1:1", "--data", "/d"];
+        crate::config::Settings::try_parse_from(args).unwrap().resolve().unwrap()
+    }
+
+    #[test]
+    fn a_cluster_is_made_only_when_all_answer_and_all_are_empty() {
+        let own = member(1, 11);
+        let Decision::Bind(made) = decide(&[empty(1), empty(2), empty(3)], &own, &config()) else { panic!("waits") };
+        assert_eq!(made.founders.len(), 3);
+        // Every member works out the same cluster.
+        let Decision::Bind(same) = decide(&[empty(1), empty(2), empty(3)], &member(3, 13), &config()) else {
+            panic!("waits")
+        };
+        assert_eq!(made, same);
+        let silent = Err("127.0.0.1:3032: does not answer".to_string());
+        assert!(matches!(decide(&[empty(1), empty(2), silent], &own, &config()), Decision::Wait(r) if r.contains("3032")));
+        assert!(matches!(decide(&[empty(1), empty(3), empty(2)], &own, &config()), Decision::Wait(r) if r.contains("slot")));
+    }
+
+    #[test]
+    fn a_wiped_node_waits_and_a_founder_joins() {
+        let founders = vec![member(1, 11), member(2, 12), member(3, 13)];
+        let made = Ok(Answer { node: member(2, 12), cluster: Some(ClusterId([1; 16])), empty: false, founders });
+        let answers = [empty(1), made, empty(3)];
+        assert!(matches!(decide(&answers, &member(1, 11), &config()), Decision::Bind(_)));
+        let wiped = decide(&answers, &member(1, 99), &config());
+        assert!(matches!(wiped, Decision::Wait(reason) if reason.contains("does not vote")));
+    }
+}

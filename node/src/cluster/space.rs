@@ -1,0 +1,149 @@
+//! Who has room (design, Rule space): the leader answers ENOSPC before it proposes when fewer than f + 1 voters do.
+//!
+//! Each node looks at its own disk; a leader also asks the others. What was heard ages: a node that has not answered
+//! lately counts as having room, because it does not count towards a quorum of copies anyway.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use quorumfs_proto::{Member, NodeId, wire};
+use tracing::{info, warn};
+
+use crate::consensus::Consensus;
+use crate::content::ContentStore;
+use crate::transport::{Purpose, Transport};
+
+/// How often disks are looked at and peers are asked.
+const LOOK_INTERVAL_MS: u64 = 500;
+/// How long what a peer said counts.
+const ANSWER_AGE_MS_MAX: u64 = 5_000;
+/// A node whose disk has less than this left takes no new content or log entries, so that deletes still can.
+const RESERVE_BYTES: u64 = 24 << 20;
+/// Once full, a node has room again only above this: it does not flap.
+const RESUME_BYTES: u64 = 32 << 20;
+
+/// Room on one node's disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes of the filesystem of the data folder.
+    pub capacity_bytes: u64,
+    /// Bytes of it free.
+    pub available_bytes: u64,
+    /// Whether the node takes more.
+    pub has_room: bool,
+}
+
+/// What this node knows of everybody's room.
+pub struct SpaceMonitor {
+    consensus: Consensus,
+    content: Arc<ContentStore>,
+    transport: Arc<Transport>,
+    own: Mutex<Room>,
+    peers: Mutex<HashMap<NodeId, (Instant, Room)>>,
+}
+
+impl SpaceMonitor {
+    /// Looks once at the own disk.
+    pub fn new(consensus: Consensus, content: Arc<ContentStore>, transport: Arc<Transport>) -> Arc<SpaceMonitor> {
+        let own = Mutex::new(Room { capacity_bytes: 0, available_bytes: 0, has_room: true });
+        let monitor = SpaceMonitor { consensus, content, transport, own, peers: Mutex::new(HashMap::new()) };
+        monitor.look();
+        Arc::new(monitor)
+    }
+
+    /// Looks again and again, for ever.
+    pub async fn run(self: Arc<Self>) {
+        loop {
+            self.look();
+            if self.consensus.is_leader() {
+                self.ask_peers().await;
+            }
+            tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
+        }
+    }
+
+    /// Room on this node's disk.
+    pub fn own(&self) -> Room {
+        *self.own.lock()
+    }
+
+    /// This node's disk refused a write: it is full until a look says otherwise.
+    pub fn disk_refused(&self, node: NodeId) {
+        if node == self.consensus.id() {
+            self.own.lock().has_room = false;
+        } else if let Some((_, room)) = self.peers.lock().get_mut(&node) {
+            room.has_room = false;
+        }
+    }
+
+    /// Whether a quorum of every active configuration has room for more.
+    pub fn quorum_has_room(&self) -> bool {
+        let full = self.full_nodes();
+        self.consensus.voter_sets().iter().all(|voters| {
+            let with_room = voters.iter().filter(|voter| !full.contains(voter)).count();
+            with_room > voters.len() / 2
+        })
+    }
+
+    /// Bytes the cluster can hold, and those still free: each is what a quorum can take, as each chunk lies on all.
+    pub fn cluster_bytes(&self) -> (u64, u64) {
+        let own = self.own();
+        let mut rooms: Vec<Room> = self.peers.lock().values().map(|(_, room)| *room).collect();
+        rooms.push(own);
+        let capacity = rooms.iter().map(|room| room.capacity_bytes).min().unwrap_or(own.capacity_bytes);
+        let available = rooms.iter().map(|room| room.available_bytes).min().unwrap_or(own.available_bytes);
+        (capacity, available.saturating_sub(RESERVE_BYTES))
+    }
+
+    fn full_nodes(&self) -> BTreeSet<NodeId> {
+        let mut full = BTreeSet::new();
+        if !self.own.lock().has_room {
+            full.insert(self.consensus.id());
+        }
+        let fresh = Duration::from_millis(ANSWER_AGE_MS_MAX);
+        let peers = self.peers.lock();
+        full.extend(peers.iter().filter(|(_, (at, room))| at.elapsed() < fresh && !room.has_room).map(|(id, _)| *id));
+        full
+    }
+
+    fn look(&self) {
+        match self.content.space() {
+            Ok(space) => {
+                let mut own = self.own.lock();
+                let needed = if own.has_room { RESERVE_BYTES } else { RESUME_BYTES };
+                let has_room = space.available_bytes >= needed;
+                if own.has_room && !has_room {
+                    warn!(available_bytes = space.available_bytes, "the disk is full: only what frees space is taken");
+                } else if !own.has_room && has_room {
+                    info!(available_bytes = space.available_bytes, "the disk has room again");
+                }
+                *own = Room { capacity_bytes: space.capacity_bytes, available_bytes: space.available_bytes, has_room };
+            }
+            Err(error) => warn!(%error, "cannot tell how full the disk is"),
+        }
+    }
+
+    async fn ask_peers(&self) {
+        let own = self.consensus.id();
+        let others = self.consensus.members().into_iter().filter(|member| member.id != own);
+        let answers = futures::future::join_all(others.map(|member| self.ask(member))).await;
+        let mut peers = self.peers.lock();
+        peers.extend(answers.into_iter().flatten());
+        peers.retain(|_, (at, _)| at.elapsed() < Duration::from_millis(2 * ANSWER_AGE_MS_MAX));
+    }
+
+    async fn ask(&self, member: Member) -> Option<(NodeId, (Instant, Room))> {
+        let mut peer = self.transport.peer(&member.addresses, Purpose::Control).ok()?;
+        let ask = peer.node_status(wire::NodeStatusRequest {});
+        // A peer that is down is the health monitor's business, not worth a line here.
+        let status = tokio::time::timeout(Duration::from_millis(LOOK_INTERVAL_MS), ask).await.ok()?.ok()?.into_inner();
+        let room = Room {
+            capacity_bytes: status.capacity_bytes,
+            available_bytes: status.available_bytes,
+            has_room: status.has_room,
+        };
+        Some((member.id, (Instant::now(), room)))
+    }
+}

@@ -1,0 +1,114 @@
+//! THE read path: a barrier, then the metadata as it is; a chunk from here, or from a peer.
+//!
+//! 1. [`Reader::query`] makes sure that this node leads and has applied everything that was acknowledged before the
+//!    query came (ReadIndex, Raft dissertation section 6.4), then answers from one consistent view.
+//! 2. [`Reader::chunk`] reads a range of a chunk whose blocks are checked against their CRCs. A copy that fails its
+//!    check is never served: it is quarantined, another node's is served, and recovery makes a new one. A chunk
+//!    this node lacks it fetches for the caller; that is no error.
+
+use std::sync::Arc;
+
+use quorumfs_proto::query::Space;
+use quorumfs_proto::{Answer, CallReply, ChunkId, Query, Refusal};
+use tracing::{error, warn};
+
+use crate::cluster::space::SpaceMonitor;
+use crate::consensus::{BarrierError, Consensus};
+use crate::content::{ChunkRange, ContentError, ContentStore, PeerChunks};
+use crate::healing::recovery::Recovery;
+use crate::metadata::{MetadataStore, StorageFault};
+
+/// The path every read takes.
+pub struct Reader {
+    consensus: Consensus,
+    metadata: Arc<MetadataStore>,
+    content: Arc<ContentStore>,
+    peers: Arc<PeerChunks>,
+    recovery: Arc<Recovery>,
+    space: Arc<SpaceMonitor>,
+}
+
+impl Reader {
+    /// Joins the parts.
+    pub fn new(
+        consensus: Consensus,
+        metadata: Arc<MetadataStore>,
+        content: Arc<ContentStore>,
+        peers: Arc<PeerChunks>,
+        recovery: Arc<Recovery>,
+        space: Arc<SpaceMonitor>,
+    ) -> Arc<Reader> {
+        Arc::new(Reader { consensus, metadata, content, peers, recovery, space })
+    }
+
+    /// Answers a query with everything in it that was acknowledged before it came (P5).
+    pub async fn query(&self, query: &Query) -> CallReply {
+        if !self.consensus.is_leader() {
+            let leader = self.consensus.leader().map(|member| member.addresses.grpc);
+            return CallReply::Refused(Refusal::NotLeader { leader });
+        }
+        match self.consensus.barrier().await {
+            Ok(()) => {}
+            Err(BarrierError::NotLeader { leader }) => {
+                let leader = leader.map(|member| member.addresses.grpc);
+                return CallReply::Refused(Refusal::NotLeader { leader });
+            }
+            Err(error) => return CallReply::Refused(Refusal::Unavailable { reason: error.to_string() }),
+        }
+        match self.answer(query) {
+            Ok(answer) => CallReply::Answer(answer),
+            Err(fault) => {
+                error!(%fault, "metadata cannot be read");
+                CallReply::Refused(Refusal::Unavailable { reason: fault.to_string() })
+            }
+        }
+    }
+
+    fn answer(&self, query: &Query) -> Result<Result<Answer, quorumfs_proto::FsError>, StorageFault> {
+        let view = self.metadata.view()?;
+        if matches!(query, Query::Space) {
+            let (capacity_bytes, available_bytes) = self.space.cluster_bytes();
+            return Ok(Ok(Answer::Space(Space { capacity_bytes, available_bytes, inodes: view.inode_count()? })));
+        }
+        view.answer(query)
+    }
+
+    /// Reads a range of a chunk, widened to whole blocks; from a peer where this node cannot.
+    pub async fn chunk(&self, id: ChunkId, offset: u32, length: u32) -> Result<ChunkRange, ContentError> {
+        let content = self.content.clone();
+        // A page-cache miss waits for the disk: not on a runtime thread.
+        let own = tokio::task::spawn_blocking(move || content.read(id, offset, length))
+            .await
+            .unwrap_or_else(|panic| Err(ContentError::from(std::io::Error::other(panic))));
+        let reason = match own {
+            Ok(range) => return Ok(range),
+            Err(reason) => reason,
+        };
+        match &reason {
+            ContentError::NotFound => {}
+            ContentError::NoSpace | ContentError::Fatal { .. } => return Err(reason),
+            damaged => {
+                error!(chunk = %id, reason = %damaged, "a copy failed its check; it is quarantined and made anew");
+                self.content.quarantine(id);
+            }
+        }
+        let found = self.from_peers(id, offset, length).await;
+        match &found {
+            // Only a chunk that exists elsewhere is worth recovering; what nobody has may be dead since.
+            Some(_) => self.recovery.wanted(id),
+            None => warn!(chunk = %id, %reason, "a chunk was asked for that no reachable node holds"),
+        }
+        found.ok_or(reason)
+    }
+
+    async fn from_peers(&self, id: ChunkId, offset: u32, length: u32) -> Option<ChunkRange> {
+        let own = self.consensus.id();
+        for member in self.consensus.members().into_iter().filter(|member| member.id != own) {
+            match self.peers.fetch(&member, id, offset, length).await {
+                Ok(range) => return Some(range),
+                Err(error) => tracing::debug!(chunk = %id, node = member.id.slot, %error, "a peer could not serve a chunk"),
+            }
+        }
+        None
+    }
+}

@@ -1,0 +1,310 @@
+//! Builds the parts of a node, joins them, and serves given listeners until told to stop.
+//!
+//! The edges are up before the node knows its cluster: they answer `Hello`, `Discover` and `/status` from the first
+//! moment, and refuse the rest with the reason. Once the cluster is found, the disk's state is opened, the consensus
+//! begins, and [`Node::parts`] is there.
+
+use std::future::Future;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use quorumfs_client::{Client, ClientOptions};
+use quorumfs_proto::limits::MESSAGE_BYTES_MAX;
+use quorumfs_proto::wire::file_system_server::FileSystemServer;
+use quorumfs_proto::wire::peer_server::PeerServer;
+use quorumfs_proto::{Addresses, ClusterId, Member};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tracing::{error, info};
+
+use crate::api::fs::FileSystemService;
+use crate::api::peer::PeerService;
+use crate::api::rest::{self, RestState};
+use crate::api::status;
+use crate::cluster::bootstrap::{WaitReason, find_membership};
+use crate::cluster::identity::{DataFolder, Membership};
+use crate::cluster::sessions::SessionKeeper;
+use crate::cluster::space::SpaceMonitor;
+use crate::config::Config;
+use crate::consensus::{AppliedEffects, Consensus, ConsensusOptions};
+use crate::content::{ContentOptions, ContentStore, PeerChunks};
+use crate::healing::recovery::Recovery;
+use crate::healing::sweep::Sweeper;
+use crate::metadata::{MetadataOptions, MetadataStore};
+use crate::read::Reader;
+use crate::transport::{TlsFiles, Transport};
+use crate::write::Writer;
+
+/// Flow-control windows of the service: with the defaults, 1 MiB messages reach half the throughput (measured).
+const STREAM_WINDOW_BYTES: u32 = 8 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
+/// After a failed attempt to open the node's own session.
+const CLIENT_RETRY_INTERVAL_MS: u64 = 500;
+/// How long open requests may take to end after a shutdown was asked for.
+const DRAIN_TIMEOUT_MS: u64 = 2_000;
+
+/// A node as its edges see it.
+pub struct Node {
+    own: Member,
+    folder: DataFolder,
+    waiting_for: WaitReason,
+    parts: OnceLock<Parts>,
+}
+
+/// What a node is made of, once it knows its cluster.
+pub struct Parts {
+    /// The cluster's name.
+    pub cluster: ClusterId,
+    /// The replicated log.
+    pub consensus: Consensus,
+    /// The state the log builds.
+    pub metadata: Arc<MetadataStore>,
+    /// The bytes of files.
+    pub content: Arc<ContentStore>,
+    /// The write path.
+    pub writer: Arc<Writer>,
+    /// The read path.
+    pub reader: Arc<Reader>,
+    /// Fetches what is missing.
+    pub recovery: Arc<Recovery>,
+    /// Knows who has room.
+    pub space: Arc<SpaceMonitor>,
+    /// Knows which clients live.
+    pub sessions: Arc<SessionKeeper>,
+}
+
+impl Node {
+    /// Who this node is.
+    pub fn own(&self) -> &Member {
+        &self.own
+    }
+
+    /// The cluster this node's folder belongs to.
+    pub fn membership(&self) -> Option<Membership> {
+        self.folder.membership()
+    }
+
+    /// The parts, once the node knows its cluster and has opened its state.
+    pub fn parts(&self) -> Option<&Parts> {
+        self.parts.get()
+    }
+
+    /// Why there are no parts yet, in words.
+    pub fn not_ready(&self) -> String {
+        self.waiting_for.lock().clone().unwrap_or_else(|| "the node is starting".to_string())
+    }
+}
+
+/// Runs a node on these listeners until `shutdown` is done, or until it must stop because its disk failed.
+pub async fn serve(
+    config: Config,
+    grpc: TcpListener,
+    http: TcpListener,
+    shutdown: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
+    let folder = DataFolder::open(&config.data, config.slot)?;
+    let addresses = Addresses { grpc: config.grpc().to_string(), http: config.http.clone() };
+    let own = Member { id: folder.id(), addresses };
+    info!(slot = own.id.slot, incarnation = %own.id, data = %config.data.display(), "node starts");
+    let client_tls = config.tls.as_ref().map(TlsFiles::client_config).transpose().context("read TLS files")?;
+    let transport = Arc::new(Transport::new(client_tls.clone()));
+    let node = Arc::new(Node { own, folder, waiting_for: WaitReason::default(), parts: OnceLock::new() });
+
+    let (stop, stopped) = watch::channel(false);
+    let (client, client_handle) = watch::channel(None);
+    let grpc_server = tokio::spawn(serve_grpc(config.clone(), node.clone(), grpc, stopped.clone()));
+    let http_server = tokio::spawn(serve_http(config.clone(), node.clone(), http, client_handle, stopped));
+
+    tokio::pin!(shutdown);
+    let run = run_parts(&config, &node, &transport, client_tls, client);
+    let result = tokio::select! {
+        () = &mut shutdown => {
+            info!("stopping");
+            Ok(())
+        }
+        result = run => result,
+        result = grpc_server => Err(anyhow::anyhow!("the gRPC service ended: {result:?}")),
+        result = http_server => Err(anyhow::anyhow!("the HTTP service ended: {result:?}")),
+    };
+    let _ = stop.send(true);
+    if let Some(parts) = node.parts() {
+        let _ = tokio::time::timeout(Duration::from_millis(DRAIN_TIMEOUT_MS), parts.consensus.shutdown()).await;
+    }
+    result
+}
+
+/// Finds the cluster, opens the state, joins the parts; returns only when the node must stop.
+async fn run_parts(
+    config: &Config,
+    node: &Arc<Node>,
+    transport: &Arc<Transport>,
+    client_tls: Option<tonic::transport::ClientTlsConfig>,
+    client: watch::Sender<Option<Client>>,
+) -> anyhow::Result<()> {
+    let membership = find_membership(config, &node.folder, &node.own, transport, &node.waiting_for).await?;
+    transport.set_cluster(membership.cluster);
+
+    let data = config.data.clone();
+    let opened = tokio::task::spawn_blocking(move || {
+        let metadata = MetadataStore::open(&data.join("metadata.redb"), MetadataOptions::default())
+            .context("open metadata database")?;
+        let (content, report) =
+            ContentStore::open(&data.join("content"), ContentOptions::default()).context("open content store")?;
+        info!(?report, "content store opened");
+        anyhow::Ok((Arc::new(metadata), Arc::new(content)))
+    });
+    let (metadata, content) = opened.await.context("open the data folder")??;
+
+    let (effects, applied) = tokio::sync::mpsc::unbounded_channel();
+    let options = ConsensusOptions::new(node.own.id, membership.cluster, config.data.join("wal"));
+    let consensus = Consensus::start(options, metadata.clone(), content.clone(), transport.clone(), effects)
+        .await
+        .context("start consensus")?;
+    consensus.initialize(membership.founders.clone()).await.context("make the cluster")?;
+
+    let peers = Arc::new(PeerChunks::new(transport.clone()));
+    let space = SpaceMonitor::new(consensus.clone(), content.clone(), transport.clone());
+    let recovery = Recovery::new(consensus.clone(), metadata.clone(), content.clone(), peers.clone());
+    let sweeper = Sweeper::new(consensus.clone(), metadata.clone(), content.clone());
+    let sessions = SessionKeeper::new(consensus.clone(), metadata.clone());
+    let writer = Writer::new(consensus.clone(), content.clone(), peers.clone(), space.clone());
+    let reader = Reader::new(
+        consensus.clone(),
+        metadata.clone(),
+        content.clone(),
+        peers,
+        recovery.clone(),
+        space.clone(),
+    );
+    tokio::spawn(space.clone().run());
+    tokio::spawn(sessions.clone().run());
+    tokio::spawn(recovery.clone().run());
+    tokio::spawn(sweeper.clone().run());
+    tokio::spawn(hand_on_effects(applied, recovery.clone(), sweeper));
+    tokio::spawn(open_client(config.clone(), client_tls, client));
+
+    let (consensus_fault, content_fault) = (consensus.clone(), content.clone());
+    let parts = Parts {
+        cluster: membership.cluster,
+        consensus,
+        metadata,
+        content,
+        writer,
+        reader,
+        recovery,
+        space,
+        sessions,
+    };
+    // Set once: this function runs once for a node.
+    let _ = node.parts.set(parts);
+    info!("node takes part in its cluster");
+    // A failed flush is never retried: what the disk holds is not known any more (design, Rule flush).
+    let reason = tokio::select! {
+        reason = consensus_fault.fatal() => reason,
+        reason = content_fault.fatal() => reason,
+    };
+    anyhow::bail!("the node stops because its disk failed: {reason}")
+}
+
+/// What applies changed about content goes to who looks after it.
+async fn hand_on_effects(
+    mut applied: tokio::sync::mpsc::UnboundedReceiver<AppliedEffects>,
+    recovery: Arc<Recovery>,
+    sweeper: Arc<Sweeper>,
+) {
+    while let Some(effects) = applied.recv().await {
+        if !effects.named.is_empty() {
+            recovery.named(&effects.named);
+        }
+        if !effects.dead.is_empty() {
+            sweeper.dead(&effects.dead);
+        }
+    }
+}
+
+/// Opens the session through which REST reads and writes; tries until there is a leader.
+async fn open_client(
+    config: Config,
+    tls: Option<tonic::transport::ClientTlsConfig>,
+    client: watch::Sender<Option<Client>>,
+) {
+    let mut addresses = vec![config.grpc().to_string()];
+    addresses.extend(config.members.iter().filter(|member| *member != config.grpc()).cloned());
+    loop {
+        let options = ClientOptions {
+            addresses: addresses.clone(),
+            description: format!("REST of node {} at {}", config.slot, config.http),
+            call_timeout: Some(Duration::from_millis(config.request_timeout_ms)),
+            tls: tls.clone(),
+            ..ClientOptions::default()
+        };
+        match Client::connect(options).await {
+            Ok(connected) => {
+                client.send_replace(Some(connected));
+                return;
+            }
+            Err(error) => tracing::debug!(%error, "REST has no session yet"),
+        }
+        tokio::time::sleep(Duration::from_millis(CLIENT_RETRY_INTERVAL_MS)).await;
+    }
+}
+
+async fn serve_grpc(
+    config: Config,
+    node: Arc<Node>,
+    listener: TcpListener,
+    mut stopped: watch::Receiver<bool>,
+) -> anyhow::Result<()> {
+    let mut server = Server::builder()
+        .tcp_nodelay(true)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(256 << 10)
+        .http2_keepalive_interval(Some(Duration::from_secs(5)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)));
+    if let Some(files) = &config.tls {
+        let identity = Identity::from_pem(
+            std::fs::read(&files.certificate).context("read --tls-cert")?,
+            std::fs::read(&files.key).context("read --tls-key")?,
+        );
+        let authority = Certificate::from_pem(std::fs::read(&files.authority).context("read --tls-ca")?);
+        server = server.tls_config(ServerTlsConfig::new().identity(identity).client_ca_root(authority))?;
+    }
+    let filesystem = FileSystemServer::new(FileSystemService::new(node.clone()))
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let peer = PeerServer::new(PeerService::new(node))
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
+    let stop = async move {
+        let _ = stopped.wait_for(|stop| *stop).await;
+    };
+    server.add_service(filesystem).add_service(peer).serve_with_incoming_shutdown(incoming, stop).await?;
+    Ok(())
+}
+
+async fn serve_http(
+    config: Config,
+    node: Arc<Node>,
+    listener: TcpListener,
+    client: watch::Receiver<Option<Client>>,
+    mut stopped: watch::Receiver<bool>,
+) -> anyhow::Result<()> {
+    let (for_status, for_recovery) = (node.clone(), node);
+    let state = RestState {
+        client,
+        status: Arc::new(move || status::status(&for_status)),
+        recovery: Arc::new(move || status::recovery(&for_recovery)),
+        request_timeout: Duration::from_millis(config.request_timeout_ms),
+    };
+    let stop = async move {
+        let _ = stopped.wait_for(|stop| *stop).await;
+    };
+    if let Err(failed) = axum::serve(listener, rest::router(state)).with_graceful_shutdown(stop).await {
+        error!(%failed, "HTTP service failed");
+    }
+    Ok(())
+}

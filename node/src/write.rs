@@ -1,0 +1,334 @@
+//! THE write path: content to f + 1 voters, then the command to the log.
+//!
+//! 1. [`Writer::put_chunk`] stores a chunk here and, at the same time, pushes it to every member. It answers when a
+//!    majority of every active configuration has it on disk, and remembers who does.
+//! 2. [`Writer::mutate`] takes a command that names such chunks. It proposes it only if this node, in its present
+//!    term, knows a quorum of holders for each (P2); where it does not (it has just become leader), it asks the peers,
+//!    and what they do not vouch for the client puts again.
+//!
+//! Every verdict comes out of the log, ENOSPC too: a command that cannot be taken for want of room is proposed as its
+//! refusal, so that a retry of one that was taken hears what it did (P4).
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use parking_lot::Mutex;
+use quorumfs_proto::call::Mutation;
+use quorumfs_proto::{CallReply, ChunkBody, ChunkId, FsError, Member, NodeId, Refusal, SessionId, Timestamp};
+use tokio::sync::mpsc;
+use tracing::{debug, warn};
+
+use crate::cluster::space::SpaceMonitor;
+use crate::consensus::{Consensus, ProposeError};
+use crate::content::{ContentError, ContentStore, PeerChunks, PushError, StoredChunk};
+use crate::metadata::{CallResult, LogBody, LogCommand};
+
+/// How long a chunk may take to reach a quorum before the client is told to put it again.
+const QUORUM_TIMEOUT_MS: u64 = 10_000;
+/// How long a peer may take to say which chunks it holds.
+const HELD_TIMEOUT_MS: u64 = 1_000;
+/// Chunks whose holders are remembered between their put and their command; beyond it the oldest are forgotten and
+/// the peers are asked instead. 64 Ki chunks are 64 GiB under way.
+const HOLDERS_REMEMBERED_MAX: usize = 64 << 10;
+
+/// The path every change takes on the leader.
+pub struct Writer {
+    consensus: Consensus,
+    content: Arc<ContentStore>,
+    peers: Arc<PeerChunks>,
+    space: Arc<SpaceMonitor>,
+    holders: Mutex<Holders>,
+}
+
+/// Why a chunk is not on a quorum.
+#[derive(Debug, thiserror::Error)]
+pub enum PutError {
+    /// This node does not lead.
+    #[error("this node does not lead")]
+    NotLeader(Option<Member>),
+    /// Fewer than f + 1 voters have room.
+    #[error("no space left on a quorum of nodes")]
+    NoSpace,
+    /// It does not match its checksums.
+    #[error("the chunk does not match its checksums")]
+    Corrupt,
+    /// Too few voters stored it in time.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+impl Writer {
+    /// Joins the parts.
+    pub fn new(
+        consensus: Consensus,
+        content: Arc<ContentStore>,
+        peers: Arc<PeerChunks>,
+        space: Arc<SpaceMonitor>,
+    ) -> Arc<Writer> {
+        Arc::new(Writer { consensus, content, peers, space, holders: Mutex::new(Holders::default()) })
+    }
+
+    /// Stores a chunk; it is durable on f + 1 voters when this returns. The remaining copies go on being made.
+    pub async fn put_chunk(&self, chunk: StoredChunk) -> Result<(), PutError> {
+        if !self.consensus.is_leader() {
+            return Err(PutError::NotLeader(self.consensus.leader()));
+        }
+        if !self.space.quorum_has_room() {
+            return Err(PutError::NoSpace);
+        }
+        if !quorumfs_proto::chunk::blocks_match(&chunk.payload, &chunk.block_crcs) {
+            return Err(PutError::Corrupt);
+        }
+        let id = chunk.id;
+        let mut copies = self.make_copies(chunk);
+        let voter_sets = self.consensus.voter_sets();
+        let term = self.consensus.term();
+        let enough = async {
+            let mut holders = BTreeSet::new();
+            let mut refusals = Vec::new();
+            while let Some((node, result)) = copies.recv().await {
+                match result {
+                    Ok(()) => {
+                        holders.insert(node);
+                        if is_quorum(&holders, &voter_sets) {
+                            return Ok(holders);
+                        }
+                    }
+                    Err(refusal) => refusals.push((node, refusal)),
+                }
+            }
+            Err(self.judge(&refusals))
+        };
+        // The copies still being made when this returns go on without anyone waiting; recovery makes what fails.
+        let holders = tokio::time::timeout(Duration::from_millis(QUORUM_TIMEOUT_MS), enough)
+            .await
+            .unwrap_or_else(|_| Err(PutError::Unavailable(format!("no quorum stored it in {QUORUM_TIMEOUT_MS} ms"))))?;
+        self.holders.lock().remember(id, term, holders);
+        Ok(())
+    }
+
+    /// Carries out a mutation once, however often it arrives.
+    pub async fn mutate(&self, mutation: Mutation) -> CallReply {
+        let session = mutation.request.session;
+        if let Err(error) = mutation.command.validate(session) {
+            return CallReply::Refused(Refusal::Invalid { reason: format!("the command is out of bounds: {error}") });
+        }
+        let stored = stored_chunks(&mutation);
+        let (request, chunk_low_water) = (mutation.request, mutation.chunk_low_water);
+        let has_room = mutation.command.frees_space() || self.space.quorum_has_room();
+        let body = if has_room {
+            let unconfirmed = self.unconfirmed(&stored).await;
+            if !unconfirmed.is_empty() {
+                return CallReply::Refused(Refusal::PutAgain { chunks: unconfirmed });
+            }
+            LogBody::Call(mutation)
+        } else {
+            LogBody::Refuse { request, chunk_low_water, verdict: FsError::NoSpace }
+        };
+        let result = self.propose(body).await;
+        if matches!(result, CallReply::Outcome(_)) {
+            self.holders.lock().forget(&stored);
+        }
+        result
+    }
+
+    /// Makes a session known.
+    pub async fn open_session(&self, session: SessionId, description: String) -> CallReply {
+        self.propose(LogBody::OpenSession { session, description }).await
+    }
+
+    /// Ends a session.
+    pub async fn end_session(&self, session: SessionId) -> CallReply {
+        self.propose(LogBody::EndSession { session }).await
+    }
+
+    async fn propose(&self, body: LogBody) -> CallReply {
+        let stamp = Timestamp::from(SystemTime::now());
+        match self.consensus.propose(LogCommand { stamp, body }).await {
+            Ok(CallResult::Outcome(outcome)) => CallReply::Outcome(outcome),
+            Ok(CallResult::Done) => CallReply::Session(quorumfs_proto::call::SessionState::default()),
+            Ok(CallResult::UnknownSession) => CallReply::Refused(Refusal::UnknownSession),
+            Ok(CallResult::StaleSequence) => CallReply::Refused(Refusal::StaleSequence),
+            Err(ProposeError::NotLeader { leader }) => {
+                CallReply::Refused(Refusal::NotLeader { leader: leader.map(|member| member.addresses.grpc) })
+            }
+            Err(error) => CallReply::Refused(Refusal::Unavailable { reason: error.to_string() }),
+        }
+    }
+
+    /// Copies the chunk to this node and to all others at once; tells of each as it is done.
+    fn make_copies(&self, chunk: StoredChunk) -> mpsc::Receiver<(NodeId, Result<(), CopyError>)> {
+        let own = self.consensus.id();
+        let others: Vec<Member> = self.consensus.members().into_iter().filter(|member| member.id != own).collect();
+        // Room for every answer: no copy ever waits for who listens.
+        let (tell, copies) = mpsc::channel(others.len() + 1);
+        for member in others {
+            let (peers, chunk, tell) = (self.peers.clone(), chunk.clone(), tell.clone());
+            tokio::spawn(async move {
+                let result = peers.push(&member, &chunk).await.map_err(CopyError::Peer);
+                let _ = tell.send((member.id, result)).await;
+            });
+        }
+        let content = self.content.clone();
+        tokio::spawn(async move {
+            let result = content.put(chunk).await.map_err(CopyError::Own);
+            let _ = tell.send((own, result)).await;
+        });
+        copies
+    }
+
+    /// What the client is told when too few copies were made.
+    fn judge(&self, refusals: &[(NodeId, CopyError)]) -> PutError {
+        for (node, refusal) in refusals {
+            if refusal.is_full() {
+                self.space.disk_refused(*node);
+            }
+        }
+        if !self.space.quorum_has_room() {
+            return PutError::NoSpace;
+        }
+        let reasons: Vec<String> = refusals.iter().map(|(node, refusal)| format!("node {}: {refusal}", node.slot)).collect();
+        warn!(reasons = reasons.join("; "), "a chunk did not reach a quorum");
+        PutError::Unavailable(reasons.join("; "))
+    }
+
+    /// Which of these chunks are not known to be on a quorum; asks the peers about what this node does not know itself.
+    async fn unconfirmed(&self, stored: &[ChunkId]) -> Vec<ChunkId> {
+        let voter_sets = self.consensus.voter_sets();
+        let term = self.consensus.term();
+        let unknown = self.holders.lock().not_on_quorum(stored, term, &voter_sets);
+        if unknown.is_empty() {
+            return unknown;
+        }
+        debug!(chunks = unknown.len(), "asking the peers who holds chunks put in another term");
+        let own = self.consensus.id();
+        let mut holders: HashMap<ChunkId, BTreeSet<NodeId>> = HashMap::new();
+        for id in &unknown {
+            let here = self.content.holds(*id).then_some(own);
+            holders.insert(*id, here.into_iter().collect());
+        }
+        let others: Vec<Member> = self.consensus.members().into_iter().filter(|member| member.id != own).collect();
+        let asked = others.iter().map(|member| {
+            tokio::time::timeout(Duration::from_millis(HELD_TIMEOUT_MS), self.peers.held(member, &unknown))
+        });
+        for (member, answer) in others.iter().zip(futures::future::join_all(asked).await) {
+            let Ok(Ok(held)) = answer else { continue };
+            for (id, _) in unknown.iter().zip(held).filter(|(_, held)| *held) {
+                holders.entry(*id).or_default().insert(member.id);
+            }
+        }
+        let mut known = self.holders.lock();
+        for (id, nodes) in holders {
+            known.remember(id, term, nodes);
+        }
+        known.not_on_quorum(&unknown, term, &voter_sets)
+    }
+}
+
+/// Why one copy was not made.
+#[derive(Debug, thiserror::Error)]
+enum CopyError {
+    #[error("{0}")]
+    Own(ContentError),
+    #[error("{0}")]
+    Peer(PushError),
+}
+
+impl CopyError {
+    fn is_full(&self) -> bool {
+        matches!(self, CopyError::Own(ContentError::NoSpace) | CopyError::Peer(PushError::NoSpace))
+    }
+}
+
+/// Whether `holders` hold a majority of every active configuration.
+fn is_quorum(holders: &BTreeSet<NodeId>, voter_sets: &[BTreeSet<NodeId>]) -> bool {
+    voter_sets.iter().all(|voters| voters.intersection(holders).count() > voters.len() / 2)
+}
+
+fn stored_chunks(mutation: &Mutation) -> Vec<ChunkId> {
+    let stored = mutation.command.chunks.iter().filter(|chunk| matches!(chunk.body, ChunkBody::Stored));
+    stored.map(|chunk| chunk.id).collect()
+}
+
+/// Who holds which chunk, between the put and the command that names it. Counts only in the term it was learned in:
+/// a node that led, was deposed and leads again may have missed that a holder was replaced.
+#[derive(Default)]
+struct Holders {
+    by_chunk: HashMap<ChunkId, (u64, BTreeSet<NodeId>)>,
+    /// In the order they were remembered; may name chunks that were forgotten since.
+    order: VecDeque<ChunkId>,
+}
+
+impl Holders {
+    fn remember(&mut self, id: ChunkId, term: u64, nodes: BTreeSet<NodeId>) {
+        match self.by_chunk.get_mut(&id) {
+            Some((known_term, known)) if *known_term == term => known.extend(nodes),
+            Some(known) => *known = (term, nodes),
+            None => {
+                self.by_chunk.insert(id, (term, nodes));
+                self.order.push_back(id);
+            }
+        }
+        while self.order.len() > HOLDERS_REMEMBERED_MAX {
+            if let Some(oldest) = self.order.pop_front() {
+                self.by_chunk.remove(&oldest);
+            }
+        }
+    }
+
+    fn forget(&mut self, ids: &[ChunkId]) {
+        for id in ids {
+            self.by_chunk.remove(id);
+        }
+        // Mostly the oldest go first; what is forgotten in another order goes when it comes to the front.
+        while self.order.front().is_some_and(|oldest| !self.by_chunk.contains_key(oldest)) {
+            self.order.pop_front();
+        }
+    }
+
+    fn not_on_quorum(&self, ids: &[ChunkId], term: u64, voter_sets: &[BTreeSet<NodeId>]) -> Vec<ChunkId> {
+        let confirmed = |id: &ChunkId| {
+            self.by_chunk.get(id).is_some_and(|(known, nodes)| *known == term && is_quorum(nodes, voter_sets))
+        };
+        ids.iter().filter(|id| !confirmed(id)).copied().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(slot: u16) -> NodeId {
+        NodeId { slot, incarnation: u64::from(slot) }
+    }
+
+    fn nodes(slots: &[u16]) -> BTreeSet<NodeId> {
+        slots.iter().map(|slot| node(*slot)).collect()
+    }
+
+    #[test]
+    fn a_quorum_is_a_majority_of_every_active_configuration() {
+        let joint = [nodes(&[1, 2, 3]), nodes(&[3, 4, 5])];
+        assert!(is_quorum(&nodes(&[1, 2]), &joint[..1]));
+        assert!(!is_quorum(&nodes(&[1, 2]), &joint));
+        assert!(is_quorum(&nodes(&[1, 3, 4]), &joint));
+        let replaced = NodeId { slot: 2, incarnation: 99 };
+        assert!(!is_quorum(&[node(1), replaced].into(), &joint[..1]), "another incarnation is another node");
+    }
+
+    #[test]
+    fn what_was_learned_in_another_term_does_not_count() {
+        let id = |counter| ChunkId { session: SessionId(1), counter };
+        let voters = [nodes(&[1, 2, 3])];
+        let mut holders = Holders::default();
+        holders.remember(id(1), 7, nodes(&[1, 2]));
+        holders.remember(id(2), 7, nodes(&[1]));
+        assert_eq!(holders.not_on_quorum(&[id(1), id(2), id(3)], 7, &voters), [id(2), id(3)]);
+        assert_eq!(holders.not_on_quorum(&[id(1)], 8, &voters), [id(1)]);
+        holders.remember(id(2), 7, nodes(&[3]));
+        assert!(holders.not_on_quorum(&[id(2)], 7, &voters).is_empty());
+        holders.forget(&[id(1), id(2)]);
+        assert!(holders.by_chunk.is_empty() && holders.order.is_empty());
+    }
+}
