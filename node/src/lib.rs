@@ -1,3 +1,4 @@
 //! The QuorumFS daemon.
 
+pub mod api;
 pub mod transport;
