@@ -1,56 +1,37 @@
-//! Calls to the cluster on behalf of HTTP requests: bounded in time, safe to give up on.
+//! Calls to the cluster on behalf of HTTP requests: bounded in time.
 //!
-//! The client itself waits for as long as there is no leader (P6); an HTTP client wants to be told. Whoever gives up
-//! on a mutation does not cancel it: it may be in the log already, and its lane must be resolved. So a mutation runs in
-//! a task of its own to its end, with what it needs kept until then.
+//! The client itself waits for as long as there is no leader (P6); an HTTP client wants to be told. Whoever gives up on
+//! a mutation does not cancel it: it may be in the log already, and the client sees to it in the background.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use quorumfs_client::{Client, FreshChunk};
-use quorumfs_proto::limits::{DIRECTORY_ANSWER_BYTES_MAX, EXTENTS_ANSWER_MAX, LANES_MAX};
+use quorumfs_proto::limits::{DIRECTORY_ANSWER_BYTES_MAX, EXTENTS_ANSWER_MAX};
 use quorumfs_proto::query::{DirectoryEntry, EntryDetail};
 use quorumfs_proto::{Answer, Attributes, Command, FsError, InodeNumber, Name, Outcome, Piece, Query};
-use tokio::sync::Semaphore;
 
 use super::StatusSource;
 use super::error::{ApiError, CallError};
-
-/// Mutations under way at once, those given up on included: a session has no more lanes.
-pub(super) const MUTATIONS_MAX: usize = LANES_MAX as usize;
 
 /// The cluster, as one request sees it.
 #[derive(Clone)]
 pub(super) struct Calls {
     pub(super) client: Client,
-    pub(super) mutations: Arc<Semaphore>,
     pub(super) timeout: Duration,
     pub(super) status: StatusSource,
 }
 
 impl Calls {
-    /// Sends `command`; `stored` are the chunks it names that were put before. `kept` lives until the outcome is
-    /// known, even if nobody waits for it any more, and comes back with it.
-    pub(super) async fn mutate<Kept: Send + 'static>(
-        &self,
-        command: Command,
-        stored: Arc<Vec<FreshChunk>>,
-        kept: Kept,
-    ) -> Result<(Outcome, Kept), CallError> {
-        let call = async {
-            let permit = Arc::clone(&self.mutations).acquire_owned().await;
-            let client = self.client.clone();
-            let task = tokio::spawn(async move {
-                let outcome = client.mutate(command, &stored).await;
-                drop((permit, stored));
-                outcome.map(|outcome| (outcome, kept))
-            });
-            task.await.unwrap_or_else(|panic| {
-                tracing::error!(%panic, "mutation for an HTTP request");
-                Err(FsError::Io)
-            })
-        };
-        self.in_time(call).await
+    /// Sends `command`; `stored` are the chunks it names that were put before.
+    pub(super) async fn mutate(&self, command: Command, stored: &[FreshChunk]) -> Result<Outcome, CallError> {
+        match self.in_time(self.client.mutate(command, stored)).await {
+            // The session ended under way, so nobody can be asked any more.
+            Err(CallError::Verdict(FsError::Io)) => Err(CallError::Unavailable(
+                "this node's session with the cluster ended meanwhile; it is not known whether the change took effect"
+                    .to_string(),
+            )),
+            result => result,
+        }
     }
 
     /// Waits for `call` no longer than the request's time-out.

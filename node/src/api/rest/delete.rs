@@ -39,9 +39,9 @@ pub(super) async fn delete(
                 held: Held::Open,
             },
         };
-        let removed = calls.mutate(Command::single(operation), Arc::default(), ()).await;
+        let removed = calls.mutate(Command::single(operation), &[]).await;
         match verdict(removed)? {
-            Ok((outcome, ())) => {
+            Ok(outcome) => {
                 release_some(&service, &calls, &outcome).await;
                 return Ok(StatusCode::NO_CONTENT);
             }
@@ -74,7 +74,7 @@ async fn release_some(service: &Service, calls: &Calls, outcome: &Outcome) {
         return;
     }
     let command = Command::single(Operation::ReleaseUnlinked { inodes });
-    if let Err(error) = calls.mutate(command, Arc::default(), ()).await {
+    if let Err(error) = calls.mutate(command, &[]).await {
         tracing::debug!(?error, "releasing removed files; the keep-alive will");
     }
 }

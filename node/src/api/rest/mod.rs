@@ -73,7 +73,7 @@ use serde_json::{Value, json};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tower_http::catch_panic::CatchPanicLayer;
 
-use calls::{Calls, MUTATIONS_MAX};
+use calls::Calls;
 use error::ApiError;
 use idempotency::Idempotency;
 use open_inodes::{OpenInodes, RemovedInodes};
@@ -129,7 +129,6 @@ pub fn router(state: RestState) -> Router {
         removed: RemovedInodes::default(),
         registered: Mutex::new(None),
         answers: Arc::new(Idempotency::new()),
-        mutations: Arc::new(Semaphore::new(MUTATIONS_MAX)),
         uploads: Arc::new(Semaphore::new(UPLOADS_MAX)),
         upload_chunks: Arc::new(Semaphore::new(UPLOAD_CHUNKS_MAX)),
         downloads: Arc::new(Semaphore::new(DOWNLOADS_MAX)),
@@ -168,7 +167,6 @@ struct Service {
     /// The session whose keep-alive asks `open_inodes`.
     registered: Mutex<Option<SessionId>>,
     answers: Arc<Idempotency<Stored>>,
-    mutations: Arc<Semaphore>,
     uploads: Arc<Semaphore>,
     upload_chunks: Arc<Semaphore>,
     downloads: Arc<Semaphore>,
@@ -192,7 +190,6 @@ impl Service {
         self.answer_for_open_inodes(&client);
         Ok(Calls {
             client,
-            mutations: Arc::clone(&self.mutations),
             timeout: self.request_timeout,
             status: Arc::clone(&self.status),
         })

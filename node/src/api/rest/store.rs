@@ -119,10 +119,8 @@ impl Owner {
 struct Tail {
     chunk: Option<NewChunk>,
     piece: Option<Piece>,
-    /// The chunk itself, if it was put before: the client may have to put it again.
-    stored: Arc<Vec<FreshChunk>>,
-    /// The chunk itself, if it rides in the command: its id stays in use until the outcome is known.
-    inline: Option<Arc<FreshChunk>>,
+    /// The chunk itself: the client may have to put it again.
+    fresh: Vec<FreshChunk>,
 }
 
 /// What gets the name.
@@ -164,7 +162,7 @@ impl Upload {
         let inode = place.owner.makes(NewKind::File, place.mode);
         let create = Command::single(Operation::CreateUnlinked { inode });
         let opening = self.open_inodes.begin();
-        let (outcome, opening) = self.calls.mutate(create, Arc::default(), opening).await?;
+        let outcome = self.calls.mutate(create, &[]).await?;
         let held = Arc::new(opening.hold(entry(&outcome, 0)?));
 
         let result = self.fill_and_link(place, &held, first, &mut incoming).await;
@@ -267,22 +265,17 @@ impl Upload {
         }
         let fresh = fresh_chunk(&self.calls, payload.clone()).await?;
         let piece = Some(whole(&fresh, offset, payload));
-        if payload.len() <= INLINE_BYTES_MAX as usize {
-            return Ok(Tail {
-                chunk: Some(fresh.inline()),
-                piece,
-                stored: Arc::default(),
-                inline: Some(Arc::new(fresh)),
-            });
-        }
-        let permit = permit(&self.chunks).await?;
-        self.calls.in_time(self.calls.client.put_chunk(&fresh)).await?;
-        drop(permit);
+        let chunk = if payload.len() <= INLINE_BYTES_MAX as usize {
+            fresh.inline()
+        } else {
+            let _permit = permit(&self.chunks).await?;
+            self.calls.in_time(self.calls.client.put_chunk(&fresh)).await?;
+            fresh.stored()
+        };
         Ok(Tail {
-            chunk: Some(fresh.stored()),
+            chunk: Some(chunk),
             piece,
-            stored: Arc::new(vec![fresh]),
-            inline: None,
+            fresh: vec![fresh],
         })
     }
 
@@ -302,14 +295,8 @@ impl Upload {
                 continue;
             }
             let command = self.last_command(&place, &subject, &tail);
-            let held = match &subject {
-                Subject::New => None,
-                Subject::Filled(held) => Some(Arc::clone(held)),
-            };
-            let kept = (held, tail.inline.clone());
-            let stored = Arc::clone(&tail.stored);
-            match verdict(self.calls.mutate(command, stored, kept).await)? {
-                Ok((outcome, _)) => {
+            match verdict(self.calls.mutate(command, &tail.fresh).await)? {
+                Ok(outcome) => {
                     let inode = match &subject {
                         Subject::New => entry(&outcome, 0)?,
                         Subject::Filled(held) => held.inode(),
@@ -347,7 +334,7 @@ impl Upload {
             operations,
         };
         // Whatever got in the way, the next look at the path says it better.
-        let result = self.calls.mutate(command, Arc::default(), ()).await;
+        let result = self.calls.mutate(command, &[]).await;
         verdict(result)?.map(|_| ()).or_else(|refused| match refused {
             FsError::NotFound | FsError::Exists | FsError::NotDirectory => Ok(()),
             other => Err(other.into()),
@@ -396,7 +383,7 @@ impl Upload {
     async fn release(&self, held: Arc<HeldInode>) {
         let inodes = vec![held.inode()];
         let command = Command::single(Operation::ReleaseUnlinked { inodes });
-        if let Err(error) = self.calls.mutate(command, Arc::default(), held).await {
+        if let Err(error) = self.calls.mutate(command, &[]).await {
             tracing::debug!(
                 ?error,
                 "releasing the inode of a failed upload; the keep-alive will"
@@ -414,8 +401,7 @@ async fn write_chunk(
     _permit: OwnedSemaphorePermit,
 ) -> Result<(), ApiError> {
     for _ in 0..PUT_ATTEMPTS_MAX {
-        let fresh = fresh_chunk(&calls, payload.clone()).await?;
-        calls.in_time(calls.client.put_chunk(&fresh)).await?;
+        let fresh = put(&calls, &payload).await?;
         let command = Command {
             chunks: vec![fresh.stored()],
             operations: vec![write(
@@ -423,14 +409,26 @@ async fn write_chunk(
                 whole(&fresh, offset, &payload),
             )],
         };
-        let written = calls
-            .mutate(command, Arc::new(vec![fresh]), Arc::clone(&held))
-            .await;
+        let written = calls.mutate(command, &[fresh]).await;
         match verdict(written)? {
             Ok(_) => return Ok(()),
             Err(FsError::ChunkDead) => {}
             // The inode has no name: that it is not there means that the session lapsed.
             Err(FsError::NotFound) => return Err(FsError::Stale.into()),
+            Err(other) => return Err(other.into()),
+        }
+    }
+    Err(FsError::ChunkDead.into())
+}
+
+/// Makes `payload` a chunk that f + 1 voters hold.
+async fn put(calls: &Calls, payload: &Bytes) -> Result<FreshChunk, ApiError> {
+    for _ in 0..PUT_ATTEMPTS_MAX {
+        let fresh = fresh_chunk(calls, payload.clone()).await?;
+        match verdict(calls.in_time(calls.client.put_chunk(&fresh)).await)? {
+            Ok(()) => return Ok(fresh),
+            // The session was replaced by a new one in between.
+            Err(FsError::ChunkDead) => {}
             Err(other) => return Err(other.into()),
         }
     }

@@ -297,3 +297,240 @@ impl Level {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+    use quorumfs_proto::{Name, Timestamp};
+
+    use super::*;
+
+    /// Directories by number, entries by name; answers a few entries at a time in an order that is not theirs.
+    #[derive(Default)]
+    struct Tree(BTreeMap<InodeNumber, BTreeMap<Vec<u8>, (InodeNumber, FileKind)>>);
+
+    impl Tree {
+        fn of(paths: &BTreeSet<Vec<u8>>) -> Tree {
+            let mut tree = Tree::default();
+            tree.0.insert(InodeNumber::ROOT, BTreeMap::new());
+            let mut next = 1;
+            for path in paths {
+                let mut at = InodeNumber::ROOT;
+                let names: Vec<&[u8]> = path.split(|&byte| byte == b'/').collect();
+                for (depth, name) in names.iter().enumerate() {
+                    let kind = if depth + 1 == names.len() {
+                        FileKind::File
+                    } else {
+                        FileKind::Directory
+                    };
+                    let known = tree.0[&at].get(*name).copied();
+                    let (inode, kind) = known.unwrap_or_else(|| {
+                        next += 1;
+                        (InodeNumber(next), kind)
+                    });
+                    let entries = tree.0.get_mut(&at).unwrap();
+                    entries.insert(name.to_vec(), (inode, kind));
+                    if kind == FileKind::Directory {
+                        tree.0.entry(inode).or_default();
+                    } else {
+                        break;
+                    }
+                    at = inode;
+                }
+            }
+            tree
+        }
+
+        /// What a walk should find, by brute force.
+        fn all(&self, directory: InodeNumber, path: &[u8], depth: Depth, into: &mut BTreeSet<Vec<u8>>) {
+            for (name, (inode, kind)) in &self.0[&directory] {
+                let path = [path, name].concat();
+                into.insert(path.clone());
+                if *kind == FileKind::Directory && depth == Depth::Tree {
+                    self.all(*inode, &[&path[..], b"/"].concat(), depth, into);
+                }
+            }
+        }
+    }
+
+    impl Directories for Tree {
+        async fn page(
+            &self,
+            directory: InodeNumber,
+            after: u64,
+        ) -> Result<Option<(Vec<DirectoryEntry>, bool)>, ApiError> {
+            let Some(entries) = self.0.get(&directory) else {
+                return Ok(None);
+            };
+            let cookie = |inode: InodeNumber| 3 + inode.0.wrapping_mul(7919) % 1_000_003;
+            let mut answer: Vec<DirectoryEntry> = entries
+                .iter()
+                .filter(|(_, (inode, _))| cookie(*inode) > after)
+                .map(|(name, (inode, kind))| DirectoryEntry {
+                    name: Name::new(name.clone()).unwrap(),
+                    inode: *inode,
+                    kind: *kind,
+                    cookie: cookie(*inode),
+                    attributes: Some(attributes(*inode, *kind)),
+                })
+                .collect();
+            answer.sort_by_key(|entry| entry.cookie);
+            let end = answer.len() <= 1000;
+            answer.truncate(1000);
+            Ok(Some((answer, end)))
+        }
+    }
+
+    fn attributes(inode: InodeNumber, kind: FileKind) -> Attributes {
+        let time = Timestamp::default();
+        Attributes {
+            inode,
+            kind,
+            mode: 0o644,
+            uid: 0,
+            gid: 0,
+            links: 1,
+            size: 0,
+            allocated_bytes: 0,
+            rdev: 0,
+            atime: time,
+            mtime: time,
+            ctime: time,
+            birth_time: time,
+            content_version: 1,
+            xattr_count: 0,
+            has_capability: false,
+            parent: InodeNumber::ROOT,
+        }
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
+    /// All that pages of `limit` entries list together.
+    async fn paged(tree: &Tree, partial: &[u8], depth: Depth, limit: usize, pause: bool) -> Vec<Vec<u8>> {
+        let mut listed: Vec<Vec<u8>> = Vec::new();
+        let mut after = Vec::new();
+        for _page in 0..10_000 {
+            let deadline = if pause { Instant::now() } else { soon() };
+            let root = (InodeNumber::ROOT, Vec::new());
+            let mut walk = Walk::new(tree, root, partial.to_vec(), after.clone(), depth, deadline);
+            for _ in 0..limit {
+                match walk.next().await.unwrap() {
+                    Step::Entry(found) => {
+                        after = found.path.clone();
+                        listed.push(found.path);
+                    }
+                    Step::Paused { at } => {
+                        assert!(at > after, "a pause that makes no progress never ends");
+                        after = at;
+                        break;
+                    }
+                    Step::End => return listed,
+                }
+            }
+        }
+        panic!("the walk does not end");
+    }
+
+    fn run<T>(future: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        runtime.unwrap().block_on(future)
+    }
+
+    fn tree_paths() -> impl Strategy<Value = BTreeSet<Vec<u8>>> {
+        // Bytes on both sides of '/', so that the order of siblings and of subtrees differ.
+        let name = prop::collection::vec(prop::sample::select(vec![b'-', b'.', b'0', b'a', 0xff]), 1..4)
+            .prop_filter("a name", |name| Name::new(name.clone()).is_ok());
+        let path = prop::collection::vec(name, 1..4).prop_map(|names| names.join(&b'/'));
+        prop::collection::btree_set(path, 0..40)
+    }
+
+    proptest! {
+        #[test]
+        fn pages_of_any_size_list_everything_once_in_order(
+            paths in tree_paths(),
+            limit in 1usize..8,
+            pause in any::<bool>(),
+            tree_wide in any::<bool>(),
+        ) {
+            let tree = Tree::of(&paths);
+            let depth = if tree_wide { Depth::Tree } else { Depth::Level };
+            let mut expected = BTreeSet::new();
+            tree.all(InodeNumber::ROOT, b"", depth, &mut expected);
+            let listed = run(paged(&tree, b"", depth, limit, pause));
+            prop_assert_eq!(listed, expected.into_iter().collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn a_walk_begins_after_any_path(paths in tree_paths(), after in tree_paths(), slash in any::<bool>()) {
+            let tree = Tree::of(&paths);
+            let mut expected = BTreeSet::new();
+            tree.all(InodeNumber::ROOT, b"", Depth::Tree, &mut expected);
+            for mut after in after {
+                if slash {
+                    after.push(b'/');
+                }
+                let root = (InodeNumber::ROOT, Vec::new());
+                let mut walk = Walk::new(&tree, root, Vec::new(), after.clone(), Depth::Tree, soon());
+                let mut listed = Vec::new();
+                while let Step::Entry(found) = run(walk.next()).unwrap() {
+                    listed.push(found.path);
+                }
+                let expected: Vec<_> = expected.iter().filter(|path| **path > after).cloned().collect();
+                prop_assert_eq!(listed, expected);
+            }
+        }
+
+        #[test]
+        fn a_partial_name_narrows_only_the_first_level(paths in tree_paths(), limit in 1usize..5) {
+            let tree = Tree::of(&paths);
+            let mut expected = BTreeSet::new();
+            tree.all(InodeNumber::ROOT, b"", Depth::Tree, &mut expected);
+            expected.retain(|path| path.starts_with(b"a"));
+            let listed = run(paged(&tree, b"a", Depth::Tree, limit, false));
+            prop_assert_eq!(listed, expected.into_iter().collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_directory_larger_than_what_is_kept_is_listed_whole() {
+        let count = 2 * LEVEL_ITEMS_MAX + 17;
+        let paths: BTreeSet<Vec<u8>> = (0..count).map(|n| format!("d/{n:06}").into_bytes()).collect();
+        let tree = Tree::of(&paths);
+        let listed = run(paged(&tree, b"d", Depth::Tree, 10_000, false));
+        let expected: Vec<Vec<u8>> = std::iter::once(b"d".to_vec()).chain(paths).collect();
+        assert!(listed == expected, "{} of {}", listed.len(), expected.len());
+    }
+
+    #[test]
+    fn outer_levels_are_forgotten_and_read_again() {
+        // Five levels, each with more siblings behind the way down than are kept of all together.
+        let mut paths = BTreeSet::new();
+        let mut prefix = Vec::new();
+        for _ in 0..6 {
+            for n in 0..LEVEL_ITEMS_MAX {
+                paths.insert([&prefix[..], format!("f{n:05}").as_bytes()].concat());
+            }
+            prefix.extend_from_slice(b"a/");
+        }
+        let tree = Tree::of(&paths);
+        run(async {
+            let root = (InodeNumber::ROOT, Vec::new());
+            let mut walk = Walk::new(&tree, root, Vec::new(), Vec::new(), Depth::Tree, soon());
+            let mut files = Vec::new();
+            while let Step::Entry(found) = walk.next().await.unwrap() {
+                let held: usize = walk.levels.iter().map(|level| level.pending.len()).sum();
+                assert!(held <= ITEMS_MAX, "{held} entries held");
+                if found.attributes.kind == FileKind::File {
+                    files.push(found.path);
+                }
+            }
+            assert!(files.iter().eq(&paths), "{} of {}", files.len(), paths.len());
+        });
+    }
+}
