@@ -1,0 +1,80 @@
+//! `DELETE /upload/{path}`: removes a file, a link or an empty directory.
+
+use std::sync::Arc;
+
+use axum::extract::{Request, State};
+use axum::http::StatusCode;
+use quorumfs_proto::command::{Held, Operation, Target};
+use quorumfs_proto::{Command, FileKind, FsError, InodeNumber, OperationResult, Outcome};
+
+use super::Service;
+use super::calls::{Calls, verdict};
+use super::error::ApiError;
+use super::path::{FilePath, encode_path};
+use super::places::{self, shown};
+use super::upload::refuse_if_match;
+
+/// How often the path is looked at again because what lies there changed its kind meanwhile.
+const ATTEMPTS_MAX: usize = 8;
+
+pub(super) async fn delete(
+    State(service): State<Arc<Service>>,
+    request: Request,
+) -> Result<StatusCode, ApiError> {
+    let path = FilePath::from_url(super::path_of(request.uri()))?;
+    refuse_if_match(request.headers())?;
+    drop(request);
+    let calls = service.calls().await?;
+    let (parents, name) = path.split();
+    for _ in 0..ATTEMPTS_MAX {
+        let found = places::find(&calls, &path).await?;
+        let parent = Target::Inode(calls.resolve(parents).await?.inode);
+        let name = name.clone();
+        let operation = match found.kind {
+            FileKind::Directory => Operation::RemoveDirectory { parent, name },
+            // A download here may have it open. "Open" is always safe to say: when nobody has, the table says so next.
+            _ => Operation::Unlink {
+                parent,
+                name,
+                held: Held::Open,
+            },
+        };
+        let removed = calls.mutate(Command::single(operation), &[]).await;
+        match verdict(removed)? {
+            Ok(outcome) => {
+                release_some(&service, &calls, &outcome).await;
+                return Ok(StatusCode::NO_CONTENT);
+            }
+            Err(FsError::NotEmpty) => return Err(not_empty(&path)),
+            Err(FsError::NotFound | FsError::IsDirectory | FsError::NotDirectory | FsError::Stale) => {}
+            Err(other) => return Err(other.into()),
+        }
+    }
+    Err(ApiError::unavailable(
+        "the path changed each time it was looked at",
+    ))
+}
+
+fn not_empty(path: &FilePath) -> ApiError {
+    let prefix = encode_path(&path.to_bytes());
+    let message = format!("the directory '{}' is not empty", shown(path.names()));
+    ApiError::conflict("directory_not_empty", message).hint(format!(
+        "an empty directory can be deleted; GET /files?prefix={prefix}/&kind=all lists what is in it"
+    ))
+}
+
+/// Lets go of removed files without waiting for the keep-alive, many with one command: it takes 1,000 every five
+/// seconds, and a client may delete faster.
+async fn release_some(service: &Service, calls: &Calls, outcome: &Outcome) {
+    let Some(OperationResult::Removed { inode, last: true }) = outcome.results.first() else {
+        return;
+    };
+    let inodes: Vec<InodeNumber> = service.open_inodes.releasable_now(service.removed.add(*inode));
+    if inodes.is_empty() {
+        return;
+    }
+    let command = Command::single(Operation::ReleaseUnlinked { inodes });
+    if let Err(error) = calls.mutate(command, &[]).await {
+        tracing::debug!(?error, "releasing removed files; the keep-alive will");
+    }
+}

@@ -1,0 +1,158 @@
+//! What a request is told when it fails: a status and a JSON body `{code, message, hint}`.
+//!
+//! `code` is for programs and never changes its meaning; `message` says what is wrong with this request; `hint` says
+//! what to do about it, where there is something (else it is null).
+
+use axum::Json;
+use axum::http::header::{HeaderName, HeaderValue, RETRY_AFTER};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use quorumfs_proto::FsError;
+
+/// After how long a client that was told 503 should try again: an election and its calls are over by then.
+const RETRY_AFTER_S: u64 = 2;
+
+/// Why a request failed.
+#[derive(Debug)]
+pub(super) struct ApiError {
+    pub(super) status: StatusCode,
+    pub(super) code: &'static str,
+    message: String,
+    hint: Option<String>,
+    headers: HeaderMap,
+}
+
+impl ApiError {
+    pub(super) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> ApiError {
+        ApiError {
+            status,
+            code,
+            message: message.into(),
+            hint: None,
+            headers: HeaderMap::new(),
+        }
+    }
+
+    pub(super) fn hint(mut self, hint: impl Into<String>) -> ApiError {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    pub(super) fn header(mut self, name: HeaderName, value: HeaderValue) -> ApiError {
+        self.headers.insert(name, value);
+        self
+    }
+
+    /// 503: nobody can decide now, and why.
+    pub(super) fn unavailable(reason: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", reason)
+            .hint("try again; GET /status of this node tells whether it can write, and if not why")
+            .header(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S))
+    }
+
+    pub(super) fn bad_request(code: &'static str, message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::BAD_REQUEST, code, message)
+    }
+
+    pub(super) fn conflict(code: &'static str, message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::CONFLICT, code, message)
+    }
+
+    /// 500: this program's own fault.
+    pub(super) fn internal(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
+            .hint("this is a fault of the node; its log says more")
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        if self.status == StatusCode::INTERNAL_SERVER_ERROR {
+            tracing::error!(code = self.code, message = %self.message, "HTTP request failed");
+        }
+        let body = serde_json::json!({ "code": self.code, "message": self.message, "hint": self.hint });
+        let mut response = (self.status, Json(body)).into_response();
+        response.headers_mut().extend(self.headers);
+        response
+    }
+}
+
+/// How a call to the cluster ended without a result.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum CallError {
+    /// The cluster decided: no.
+    Verdict(FsError),
+    /// Nobody decided in time; why.
+    Unavailable(String),
+}
+
+impl From<CallError> for ApiError {
+    fn from(error: CallError) -> ApiError {
+        match error {
+            CallError::Verdict(verdict) => verdict.into(),
+            CallError::Unavailable(reason) => ApiError::unavailable(reason),
+        }
+    }
+}
+
+impl From<FsError> for ApiError {
+    fn from(error: FsError) -> ApiError {
+        let (status, code) = match error {
+            FsError::NotFound => (StatusCode::NOT_FOUND, "not_found"),
+            FsError::Exists => (StatusCode::CONFLICT, "exists"),
+            FsError::NotDirectory => (StatusCode::CONFLICT, "not_a_directory"),
+            FsError::IsDirectory => (StatusCode::CONFLICT, "is_a_directory"),
+            FsError::NotEmpty => (StatusCode::CONFLICT, "directory_not_empty"),
+            FsError::TooManyLinks => (StatusCode::CONFLICT, "too_many_links"),
+            FsError::InvalidArgument | FsError::Range => (StatusCode::BAD_REQUEST, "invalid_argument"),
+            FsError::NameTooLong => (StatusCode::BAD_REQUEST, "name_too_long"),
+            FsError::NotPermitted | FsError::AccessDenied => (StatusCode::FORBIDDEN, "not_permitted"),
+            FsError::ReadOnly => (StatusCode::FORBIDDEN, "read_only"),
+            FsError::FileTooLarge | FsError::TooBig => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),
+            FsError::NoSpace => {
+                return ApiError::new(StatusCode::INSUFFICIENT_STORAGE, "no_space", error.to_string())
+                    .hint("delete files or give the nodes more disk; deleting works on a full cluster");
+            }
+            FsError::NotSupported => (StatusCode::NOT_IMPLEMENTED, "not_supported"),
+            FsError::TimedOut => return ApiError::unavailable(error.to_string()),
+            // The inode or chunk is gone although this node wanted it kept: its session lapsed, or the file changed
+            // more often than we were willing to look.
+            FsError::Stale | FsError::ChunkDead => {
+                return ApiError::unavailable("what the request was about was changed or removed meanwhile");
+            }
+            FsError::NoAttribute | FsError::Io => (StatusCode::INTERNAL_SERVER_ERROR, "io_error"),
+        };
+        ApiError::new(status, code, error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_failure_is_json_with_its_headers() {
+        let response = ApiError::unavailable("no leader since 12 s").into_response();
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(response.headers()[RETRY_AFTER], "2");
+        let body = axum::body::to_bytes(response.into_body(), 1 << 16).await.unwrap();
+        let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(body["code"], "unavailable");
+        assert_eq!(body["message"], "no leader since 12 s");
+        assert!(body["hint"].as_str().unwrap().contains("/status"));
+    }
+
+    #[test]
+    fn verdicts_have_fitting_statuses() {
+        for (verdict, status) in [
+            (FsError::NotFound, 404),
+            (FsError::NotEmpty, 409),
+            (FsError::NameTooLong, 400),
+            (FsError::NoSpace, 507),
+            (FsError::TimedOut, 503),
+            (FsError::FileTooLarge, 413),
+        ] {
+            assert_eq!(ApiError::from(verdict).status.as_u16(), status, "{verdict:?}");
+        }
+    }
+}

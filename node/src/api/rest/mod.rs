@@ -1,0 +1,257 @@
+//! The REST interface: files over HTTP, on every node.
+//!
+//! Every operation goes through [`quorumfs_client::Client`], as a mount's does: it finds the leader, tries again, takes
+//! effect once. So any node takes any request, and what REST writes is in the mounts, and the other way round. This
+//! module knows HTTP and paths; it knows nothing of consensus, tables, segments or peers.
+//!
+//! | request | does |
+//! |---|---|
+//! | `POST`, `PUT /upload/{path}` | stores the body as the file: 201 |
+//! | `GET`, `HEAD /download/{path}`, `/upload/{path}` | the file: 200, a part of it: 206, nothing new: 304 |
+//! | `DELETE /upload/{path}` | removes a file, a link, an empty directory: 204 |
+//! | `GET /files` | lists files: 200 and a JSON array |
+//! | `GET /status` | what the node says of itself: 200 and a JSON object, with a quorum or without |
+//!
+//! What users can rely on:
+//!
+//! - **Paths** are the bytes between the slashes, percent-decoded, taken as they are: an empty component, `.`, `..`, NUL,
+//!   an encoded slash, a name over 255 bytes, a path over 4,096 bytes are 400.
+//! - **An upload** appears at once and whole, or not at all. It replaces a file (its readers keep the old one) and keeps
+//!   the replaced file's owner and permissions, without set-id bits; a new file is 0644 and belongs to whom the directory
+//!   belongs to. Missing directories are made (0755). A directory, a link or a device at the path is 409, as is
+//!   anything but a directory on the way. `If-None-Match: *` stores only where nothing is (412). `Idempotency-Key` (per
+//!   node, in memory) answers a repeated upload as the first. After a 503 the outcome may be unknown; to repeat an
+//!   upload is always safe.
+//! - **A download** is one version of the file, the one of its `ETag`; if the file is written in place so that this
+//!   version cannot be finished, the connection breaks off: never a mix. One range or suffix range per request.
+//! - **Symbolic links** are listed and deleted, but not followed: where one points depends on where a tree is mounted.
+//!   On the way or at the end of a path one is 409 with its target.
+//! - **Deleting** a directory that is not empty is 409; there is no recursive delete.
+//! - **`GET /files`**: `prefix` (any beginning of a path), `limit` (1,000; at most 10,000), `after`, `recursive` (true),
+//!   `kind` (of a tree `file,symlink`; of a level `all`). Sorted by the bytes of the paths. There is a next page if, and
+//!   only if, there is a `Link: …; rel="next"` header (`X-Next-After` has its cursor). A page can be shorter than the limit when the
+//!   walk took as long as a request may. Paths that are not UTF-8 have a `path_encoded` too.
+//! - **Failures** are JSON `{code, message, hint}`. When no quorum answers within the time-out it is 503 with the reason
+//!   and `Retry-After`.
+//! - **Bounds**: an upload holds at most 8 MiB, a download 9 MiB, all uploads together 112 MiB, all downloads 128 MiB. Requests
+//!   above the number that this allows wait for their turn, at most as long as the time-out (503).
+
+mod calls;
+mod conditional;
+mod content;
+mod delete;
+mod download;
+mod error;
+mod idempotency;
+mod incoming;
+mod list;
+mod open_inodes;
+mod path;
+mod places;
+mod range;
+mod store;
+mod times;
+mod upload;
+mod walk;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::{Method, StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use parking_lot::Mutex;
+use quorumfs_client::Client;
+use quorumfs_proto::SessionId;
+use serde_json::{Value, json};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tower_http::catch_panic::CatchPanicLayer;
+
+use calls::Calls;
+use error::ApiError;
+use idempotency::Idempotency;
+use open_inodes::{OpenInodes, RemovedInodes};
+use store::Stored;
+
+/// How long a request waits for a quorum, unless told otherwise.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Uploads under way at once; each holds a chunk that fills.
+const UPLOADS_MAX: usize = 64;
+/// Chunks on their way to the cluster, of all uploads: 48 MiB.
+const UPLOAD_CHUNKS_MAX: usize = 48;
+/// Downloads under way at once; each holds a chunk that is sent.
+const DOWNLOADS_MAX: usize = 64;
+/// Chunks fetched ahead, of all downloads: 64 MiB.
+const READ_AHEAD_CHUNKS_MAX: usize = 64;
+/// Listings under way at once; each holds up to 20 MiB of entries and its page.
+const LISTS_MAX: usize = 4;
+
+/// What the node says of itself.
+pub type StatusSource = Arc<dyn Fn() -> Value + Send + Sync>;
+
+/// The node's own client of the cluster, which it has only when the cluster is there.
+#[derive(Clone)]
+pub enum ClientHandle {
+    /// Not yet.
+    Connecting {
+        /// Why not, in words.
+        reason: String,
+    },
+    /// Here it is.
+    Ready(Client),
+}
+
+/// What the REST interface is built on.
+#[derive(Clone)]
+pub struct RestState {
+    /// The node's own client of the cluster.
+    pub client: watch::Receiver<ClientHandle>,
+    /// For `GET /status`: a JSON object. Its `reason` is also what a 503 says.
+    pub status: StatusSource,
+    /// How long a request waits for a quorum ([`REQUEST_TIMEOUT`]).
+    pub request_timeout: Duration,
+}
+
+/// The routes of the REST interface.
+pub fn router(state: RestState) -> Router {
+    let service = Arc::new(Service {
+        client: state.client,
+        status: state.status,
+        request_timeout: state.request_timeout,
+        open_inodes: Arc::default(),
+        removed: RemovedInodes::default(),
+        registered: Mutex::new(None),
+        answers: Arc::new(Idempotency::new()),
+        uploads: Arc::new(Semaphore::new(UPLOADS_MAX)),
+        upload_chunks: Arc::new(Semaphore::new(UPLOAD_CHUNKS_MAX)),
+        downloads: Arc::new(Semaphore::new(DOWNLOADS_MAX)),
+        read_ahead: Arc::new(Semaphore::new(READ_AHEAD_CHUNKS_MAX)),
+        lists: Arc::new(Semaphore::new(LISTS_MAX)),
+    });
+    // `get` answers HEAD too. The bare forms are there to say what is missing rather than 404.
+    let file = get(download::download)
+        .post(upload::upload)
+        .put(upload::upload)
+        .delete(delete::delete);
+    let read_only = get(download::download);
+    Router::new()
+        .route("/upload", file.clone())
+        .route("/upload/", file.clone())
+        .route("/upload/{*path}", file)
+        .route("/download", read_only.clone())
+        .route("/download/", read_only.clone())
+        .route("/download/{*path}", read_only)
+        .route("/files", get(list::list))
+        .route("/status", get(status))
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(DefaultBodyLimit::disable())
+        .layer(CatchPanicLayer::custom(panicked))
+        .with_state(service)
+}
+
+/// What all requests share.
+struct Service {
+    client: watch::Receiver<ClientHandle>,
+    status: StatusSource,
+    request_timeout: Duration,
+    open_inodes: Arc<OpenInodes>,
+    removed: RemovedInodes,
+    /// The session whose keep-alive asks `open_inodes`.
+    registered: Mutex<Option<SessionId>>,
+    answers: Arc<Idempotency<Stored>>,
+    uploads: Arc<Semaphore>,
+    upload_chunks: Arc<Semaphore>,
+    downloads: Arc<Semaphore>,
+    read_ahead: Arc<Semaphore>,
+    lists: Arc<Semaphore>,
+}
+
+impl Service {
+    /// The cluster; 503 where there is no client of it in time.
+    async fn calls(&self) -> Result<Calls, ApiError> {
+        let mut client = self.client.clone();
+        let ready = client.wait_for(|handle| matches!(handle, ClientHandle::Ready(_)));
+        let handle = match tokio::time::timeout(self.request_timeout, ready).await {
+            Ok(Ok(handle)) => handle.clone(),
+            Ok(Err(_)) | Err(_) => self.client.borrow().clone(),
+        };
+        let client = match handle {
+            ClientHandle::Ready(client) => client,
+            ClientHandle::Connecting { reason } => return Err(ApiError::unavailable(reason)),
+        };
+        self.answer_for_open_inodes(&client);
+        Ok(Calls {
+            client,
+            timeout: self.request_timeout,
+            status: Arc::clone(&self.status),
+        })
+    }
+
+    /// Makes the client's keep-alive ask which inodes are open here. Before the first request none is.
+    fn answer_for_open_inodes(&self, client: &Client) {
+        let session = Some(client.session());
+        let mut registered = self.registered.lock();
+        if *registered != session {
+            let open_inodes = Arc::clone(&self.open_inodes);
+            client.set_unlinked_handler(move |unlinked| open_inodes.releasable(unlinked));
+            *registered = session;
+        }
+    }
+
+    /// Waits for a turn.
+    async fn slot(&self, of: &Arc<Semaphore>, what: &str) -> Result<OwnedSemaphorePermit, ApiError> {
+        let turn = Arc::clone(of).acquire_owned();
+        match tokio::time::timeout(self.request_timeout, turn).await {
+            Ok(Ok(permit)) => Ok(permit),
+            _ => Err(ApiError::unavailable(format!(
+                "this node has as many {what} under way as it may"
+            ))),
+        }
+    }
+}
+
+/// The path after the first segment of a request's URL, percent-encoded as it came.
+fn path_of(uri: &Uri) -> &str {
+    let path = uri.path().strip_prefix('/').unwrap_or(uri.path());
+    path.split_once('/').map_or("", |(_, path)| path)
+}
+
+async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
+    let mut status = (service.status)();
+    if let ClientHandle::Connecting { reason } = &*service.client.borrow() {
+        // No REST request can be served, whatever the rest of the node thinks of itself.
+        status["client"] = json!({ "connected": false, "reason": reason });
+    } else {
+        status["client"] = json!({ "connected": true });
+    }
+    Json(status)
+}
+
+async fn not_found(uri: Uri) -> ApiError {
+    let message = format!("there is nothing at {}", uri.path());
+    ApiError::new(StatusCode::NOT_FOUND, "no_such_endpoint", message)
+        .hint("/upload/PATH, /download/PATH, /files, /status")
+}
+
+async fn method_not_allowed(method: Method, request: Request) -> ApiError {
+    let message = format!("{} does not take {method}", request.uri().path());
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
+        .hint("the Allow header lists what it takes")
+}
+
+fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
+    let text = panic
+        .downcast_ref::<String>()
+        .cloned()
+        .or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string))
+        .unwrap_or_default();
+    ApiError::internal(format!("a request panicked: {text}")).into_response()
+}
