@@ -1,3 +1,4 @@
 //! The QuorumFS daemon.
 
+pub mod content;
 pub mod transport;
