@@ -79,18 +79,22 @@ impl Reader {
         // A page-cache miss waits for the disk: not on a runtime thread.
         let own = tokio::task::spawn_blocking(move || content.read(id, offset, length))
             .await
-            .unwrap_or_else(|panic| Err(ContentError::from(std::io::Error::other(panic))));
+            .unwrap_or_else(|failed| Err(task_failed(failed)));
         let reason = match own {
             Ok(range) => return Ok(range),
             Err(reason) => reason,
         };
         match &reason {
-            ContentError::NotFound => {}
-            ContentError::NoSpace | ContentError::Fatal { .. } => return Err(reason),
-            damaged => {
-                error!(chunk = %id, reason = %damaged, "a copy failed its check; it is quarantined and made anew");
-                self.content.quarantine(id);
+            ContentError::NotFound { .. } => {}
+            ContentError::Corrupt { .. } | ContentError::Io { .. } => {
+                error!(chunk = %id, %reason, "a copy failed its check; it is quarantined and made anew");
+                let content = self.content.clone();
+                let quarantined = tokio::task::spawn_blocking(move || content.quarantine(id)).await;
+                if let Err(error) = quarantined.unwrap_or_else(|failed| Err(task_failed(failed))) {
+                    warn!(chunk = %id, %error, "a bad copy could not be quarantined");
+                }
             }
+            _ => return Err(reason),
         }
         let found = self.from_peers(id, offset, length).await;
         match &found {
@@ -111,4 +115,9 @@ impl Reader {
         }
         None
     }
+}
+
+/// A task of the runtime that panicked or was cancelled, as a failed read.
+pub fn task_failed(failed: tokio::task::JoinError) -> ContentError {
+    ContentError::Io { action: "finish a task on", path: "content".into(), source: std::io::Error::other(failed) }
 }

@@ -21,7 +21,7 @@ use tracing::{error, info};
 
 use crate::api::fs::FileSystemService;
 use crate::api::peer::PeerService;
-use crate::api::rest::{self, RestState};
+use crate::api::rest::{self, ClientHandle, RestState};
 use crate::api::status;
 use crate::cluster::bootstrap::{WaitReason, find_membership};
 use crate::cluster::identity::{DataFolder, Membership};
@@ -113,7 +113,7 @@ pub async fn serve(
     let node = Arc::new(Node { own, folder, waiting_for: WaitReason::default(), parts: OnceLock::new() });
 
     let (stop, stopped) = watch::channel(false);
-    let (client, client_handle) = watch::channel(None);
+    let (client, client_handle) = watch::channel(ClientHandle::Connecting { reason: "the node is starting".to_string() });
     let grpc_server = tokio::spawn(serve_grpc(config.clone(), node.clone(), grpc, stopped.clone()));
     let http_server = tokio::spawn(serve_http(config.clone(), node.clone(), http, client_handle, stopped));
 
@@ -141,7 +141,7 @@ async fn run_parts(
     node: &Arc<Node>,
     transport: &Arc<Transport>,
     client_tls: Option<tonic::transport::ClientTlsConfig>,
-    client: watch::Sender<Option<Client>>,
+    client: watch::Sender<ClientHandle>,
 ) -> anyhow::Result<()> {
     let membership = find_membership(config, &node.folder, &node.own, transport, &node.waiting_for).await?;
     transport.set_cluster(membership.cluster);
@@ -228,7 +228,7 @@ async fn hand_on_effects(
 async fn open_client(
     config: Config,
     tls: Option<tonic::transport::ClientTlsConfig>,
-    client: watch::Sender<Option<Client>>,
+    client: watch::Sender<ClientHandle>,
 ) {
     let mut addresses = vec![config.grpc().to_string()];
     addresses.extend(config.members.iter().filter(|member| *member != config.grpc()).cloned());
@@ -242,10 +242,12 @@ async fn open_client(
         };
         match Client::connect(options).await {
             Ok(connected) => {
-                client.send_replace(Some(connected));
+                client.send_replace(ClientHandle::Ready(connected));
                 return;
             }
-            Err(error) => tracing::debug!(%error, "REST has no session yet"),
+            Err(error) => {
+                client.send_replace(ClientHandle::Connecting { reason: error.to_string() });
+            }
         }
         tokio::time::sleep(Duration::from_millis(CLIENT_RETRY_INTERVAL_MS)).await;
     }
@@ -290,7 +292,7 @@ async fn serve_http(
     config: Config,
     node: Arc<Node>,
     listener: TcpListener,
-    client: watch::Receiver<Option<Client>>,
+    client: watch::Receiver<ClientHandle>,
     mut stopped: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
     let (for_status, for_recovery) = (node.clone(), node);

@@ -244,7 +244,7 @@ pub fn encode_range(call_id: u64, range: Result<ChunkRange, ContentError>) -> wi
         },
         Err(error) => {
             let status = match &error {
-                ContentError::NotFound => wire::ChunkStatus::NotFound,
+                ContentError::NotFound { .. } => wire::ChunkStatus::NotFound,
                 ContentError::Corrupt { .. } => wire::ChunkStatus::Corrupt,
                 _ => wire::ChunkStatus::Unavailable,
             };
@@ -253,6 +253,7 @@ pub fn encode_range(call_id: u64, range: Result<ChunkRange, ContentError>) -> wi
     }
 }
 
-fn chunk_refused(call_id: u64, status: wire::ChunkStatus, detail: &str) -> wire::GetChunkResponse {
+/// Why there is no range of a chunk, as it travels.
+pub fn chunk_refused(call_id: u64, status: wire::ChunkStatus, detail: &str) -> wire::GetChunkResponse {
     wire::GetChunkResponse { call_id, status: status.into(), detail: detail.to_string(), ..Default::default() }
 }

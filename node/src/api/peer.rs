@@ -8,8 +8,9 @@ use quorumfs_proto::wire::peer_server::Peer;
 use quorumfs_proto::{ChunkId, wire};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::fs::{AnswerStream, answer_stream, decode_chunk, encode_range};
+use super::fs::{AnswerStream, answer_stream, chunk_refused, decode_chunk, encode_range};
 use crate::content::ContentError;
+use crate::read::task_failed;
 use crate::server::{Node, Parts};
 use crate::transport::CLUSTER_KEY;
 
@@ -130,11 +131,11 @@ impl Peer for PeerService {
             let content = content.clone();
             async move {
                 let Some(id) = request.chunk.map(ChunkId::from) else {
-                    return encode_range(request.call_id, Err(ContentError::NotFound));
+                    return chunk_refused(request.call_id, wire::ChunkStatus::Invalid, "no chunk is named");
                 };
                 let (offset, length) = (request.offset, request.length);
                 let range = tokio::task::spawn_blocking(move || content.read(id, offset, length)).await;
-                let range = range.unwrap_or_else(|panic| Err(ContentError::from(std::io::Error::other(panic))));
+                let range = range.unwrap_or_else(|failed| Err(task_failed(failed)));
                 encode_range(request.call_id, range)
             }
         };

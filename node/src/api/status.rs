@@ -26,7 +26,7 @@ pub fn status(node: &Node) -> Value {
     let consensus = parts.consensus.status();
     let room = parts.space.own();
     let recovery = parts.recovery.status();
-    let (content_flushes, content_puts) = parts.content.flush_counts();
+    let content = parts.content.flush_counts();
     let sessions = parts.metadata.view().and_then(|view| view.sessions());
     let living = sessions.map(|all| all.iter().filter(|(_, record)| record.ended_at.is_none()).count()).ok();
     let full = consensus.writable && !parts.space.quorum_has_room();
@@ -68,7 +68,7 @@ pub fn status(node: &Node) -> Value {
             "flushes": consensus.wal_flushes,
             "entries_flushed": consensus.wal_entries_flushed,
         },
-        "content": { "flushes": content_flushes, "puts": content_puts },
+        "content": { "flushes": content.flushes, "puts": content.puts },
         "space": {
             "capacity_bytes": room.capacity_bytes,
             "available_bytes": room.available_bytes,

@@ -10,6 +10,7 @@
 //! | `GET`, `HEAD /download/{path}`, `/upload/{path}` | the file: 200, a part of it: 206, nothing new: 304 |
 //! | `DELETE /upload/{path}` | removes a file, a link, an empty directory: 204 |
 //! | `GET /files` | lists files: 200 and a JSON array |
+//! | `GET /recovery/status` | how much content this node lacks, counted now: 200 and a JSON object |
 //! | `GET /status` | what the node says of itself: 200 and a JSON object, with a quorum or without |
 //!
 //! What users can rely on:
@@ -115,6 +116,8 @@ pub struct RestState {
     pub client: watch::Receiver<ClientHandle>,
     /// For `GET /status`: a JSON object. Its `reason` is also what a 503 says.
     pub status: StatusSource,
+    /// For `GET /recovery/status`: a JSON object. It may read the disk: it is called where blocking is allowed.
+    pub recovery: StatusSource,
     /// How long a request waits for a quorum ([`REQUEST_TIMEOUT`]).
     pub request_timeout: Duration,
 }
@@ -124,6 +127,7 @@ pub fn router(state: RestState) -> Router {
     let service = Arc::new(Service {
         client: state.client,
         status: state.status,
+        recovery: state.recovery,
         request_timeout: state.request_timeout,
         open_inodes: Arc::default(),
         removed: RemovedInodes::default(),
@@ -150,6 +154,7 @@ pub fn router(state: RestState) -> Router {
         .route("/download/{*path}", read_only)
         .route("/files", get(list::list))
         .route("/status", get(status))
+        .route("/recovery/status", get(recovery_status))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::disable())
@@ -161,6 +166,7 @@ pub fn router(state: RestState) -> Router {
 struct Service {
     client: watch::Receiver<ClientHandle>,
     status: StatusSource,
+    recovery: StatusSource,
     request_timeout: Duration,
     open_inodes: Arc<OpenInodes>,
     removed: RemovedInodes,
@@ -233,6 +239,12 @@ async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
         status["client"] = json!({ "connected": true });
     }
     Json(status)
+}
+
+async fn recovery_status(State(service): State<Arc<Service>>) -> Result<Json<Value>, ApiError> {
+    let recovery = Arc::clone(&service.recovery);
+    let counted = tokio::task::spawn_blocking(move || recovery()).await;
+    counted.map(Json).map_err(|failed| ApiError::unavailable(failed.to_string()))
 }
 
 async fn not_found(uri: Uri) -> ApiError {
