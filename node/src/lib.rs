@@ -1,3 +1,4 @@
 //! The QuorumFS daemon.
 
+pub mod metadata;
 pub mod transport;
