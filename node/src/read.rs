@@ -16,7 +16,7 @@ use crate::cluster::space::SpaceMonitor;
 use crate::consensus::{BarrierError, Consensus};
 use crate::content::{ChunkRange, ContentError, ContentStore, PeerChunks};
 use crate::healing::recovery::Recovery;
-use crate::metadata::{MetadataStore, StorageFault};
+use crate::metadata::{Failure, MetadataStore, StorageFault};
 
 /// The path every read takes.
 pub struct Reader {
@@ -68,9 +68,9 @@ impl Reader {
         let view = self.metadata.view()?;
         if matches!(query, Query::Space) {
             let (capacity_bytes, available_bytes) = self.space.cluster_bytes();
-            return Ok(Ok(Answer::Space(Space { capacity_bytes, available_bytes, inodes: view.inode_count()? })));
+            return Ok(Ok(Answer::Space(Space { capacity_bytes, available_bytes, inodes: view.inode_count() })));
         }
-        view.answer(query)
+        Failure::split(view.answer(query))
     }
 
     /// Reads a range of a chunk, widened to whole blocks; from a peer where this node cannot.

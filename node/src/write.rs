@@ -26,8 +26,6 @@ use crate::metadata::{CallResult, LogBody, LogCommand};
 
 /// How long a chunk may take to reach a quorum before the client is told to put it again.
 const QUORUM_TIMEOUT_MS: u64 = 10_000;
-/// How long a peer may take to say which chunks it holds.
-const HELD_TIMEOUT_MS: u64 = 1_000;
 /// Chunks whose holders are remembered between their put and their command; beyond it the oldest are forgotten and
 /// the peers are asked instead. 64 Ki chunks are 64 GiB under way.
 const HOLDERS_REMEMBERED_MAX: usize = 64 << 10;
@@ -50,9 +48,6 @@ pub enum PutError {
     /// Fewer than f + 1 voters have room.
     #[error("no space left on a quorum of nodes")]
     NoSpace,
-    /// It does not match its checksums.
-    #[error("the chunk does not match its checksums")]
-    Corrupt,
     /// Too few voters stored it in time.
     #[error("{0}")]
     Unavailable(String),
@@ -69,16 +64,13 @@ impl Writer {
         Arc::new(Writer { consensus, content, peers, space, holders: Mutex::new(Holders::default()) })
     }
 
-    /// Stores a chunk; it is durable on f + 1 voters when this returns. The remaining copies go on being made.
+    /// Stores a chunk whose blocks match their checksums; it is durable on f + 1 voters when this returns. The remaining copies go on being made.
     pub async fn put_chunk(&self, chunk: StoredChunk) -> Result<(), PutError> {
         if !self.consensus.is_leader() {
             return Err(PutError::NotLeader(self.consensus.leader()));
         }
         if !self.space.quorum_has_room() {
             return Err(PutError::NoSpace);
-        }
-        if !quorumfs_proto::chunk::blocks_match(&chunk.payload, &chunk.block_crcs) {
-            return Err(PutError::Corrupt);
         }
         let id = chunk.id;
         let mut copies = self.make_copies(chunk);
@@ -115,7 +107,6 @@ impl Writer {
             return CallReply::Refused(Refusal::Invalid { reason: format!("the command is out of bounds: {error}") });
         }
         let stored = stored_chunks(&mutation);
-        let (request, chunk_low_water) = (mutation.request, mutation.chunk_low_water);
         let has_room = mutation.command.frees_space() || self.space.quorum_has_room();
         let body = if has_room {
             let unconfirmed = self.unconfirmed(&stored).await;
@@ -124,7 +115,7 @@ impl Writer {
             }
             LogBody::Call(mutation)
         } else {
-            LogBody::Refuse { request, chunk_low_water, verdict: FsError::NoSpace }
+            LogBody::Refuse { request: mutation.request, verdict: FsError::NoSpace }
         };
         let result = self.propose(body).await;
         if matches!(result, CallReply::Outcome(_)) {
@@ -209,11 +200,9 @@ impl Writer {
             holders.insert(*id, here.into_iter().collect());
         }
         let others: Vec<Member> = self.consensus.members().into_iter().filter(|member| member.id != own).collect();
-        let asked = others.iter().map(|member| {
-            tokio::time::timeout(Duration::from_millis(HELD_TIMEOUT_MS), self.peers.held(member, &unknown))
-        });
+        let asked = others.iter().map(|member| self.peers.held(member, &unknown));
         for (member, answer) in others.iter().zip(futures::future::join_all(asked).await) {
-            let Ok(Ok(held)) = answer else { continue };
+            let Ok(held) = answer else { continue };
             for (id, _) in unknown.iter().zip(held).filter(|(_, held)| *held) {
                 holders.entry(*id).or_default().insert(member.id);
             }
@@ -237,7 +226,7 @@ enum CopyError {
 
 impl CopyError {
     fn is_full(&self) -> bool {
-        matches!(self, CopyError::Own(ContentError::NoSpace) | CopyError::Peer(PushError::NoSpace))
+        matches!(self, CopyError::Own(ContentError::NoSpace) | CopyError::Peer(PushError::NoSpace { .. }))
     }
 }
 

@@ -11,13 +11,14 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
 use quorumfs_proto::call::SessionState;
 use quorumfs_proto::wire::file_system_server::FileSystem;
-use quorumfs_proto::{Call, CallReply, ChunkId, Refusal, Sha256, codec, limits, wire};
+use quorumfs_proto::{Call, CallReply, Refusal, SessionId, codec, wire};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, error};
 
-use crate::content::{ChunkRange, ContentError, StoredChunk};
+use crate::content::wire::{get_response, range_asked, stored_chunk};
+use crate::metadata::Failure;
 use crate::server::{Node, Parts};
 use crate::write::PutError;
 
@@ -118,14 +119,14 @@ impl FileSystem for FileSystemService {
         let answer = move |request: wire::GetChunkRequest| {
             let node = node.clone();
             async move {
+                let call_id = request.call_id;
                 let Some(parts) = node.parts() else {
-                    return chunk_refused(request.call_id, wire::ChunkStatus::Unavailable, &node.not_ready());
+                    return chunk_refused(call_id, wire::ChunkStatus::Unavailable, node.not_ready());
                 };
-                let Some(id) = request.chunk.map(ChunkId::from) else {
-                    return chunk_refused(request.call_id, wire::ChunkStatus::Invalid, "no chunk is named");
-                };
-                let range = parts.reader.chunk(id, request.offset, request.length).await;
-                encode_range(request.call_id, range)
+                match range_asked(&request) {
+                    Ok((id, offset, length)) => get_response(call_id, parts.reader.chunk(id, offset, length).await),
+                    Err(malformed) => chunk_refused(call_id, malformed.status(), malformed.to_string()),
+                }
             }
         };
         Ok(Response::new(answer_stream(request.into_inner(), CHUNKS_PER_STREAM_MAX, answer)))
@@ -169,14 +170,8 @@ async fn carry_out(node: &Node, call: Call) -> CallReply {
     }
 }
 
-fn keep_alive(parts: &Parts, session: quorumfs_proto::SessionId) -> CallReply {
-    let state = parts.metadata.view().and_then(|view| match view.session(session)? {
-        Some(record) if record.ended_at.is_none() => {
-            Ok(Some(SessionState { unlinked: view.unlinked_waiting_for(session, UNLINKED_ASKED_MAX)? }))
-        }
-        _ => Ok(None),
-    });
-    match state {
+fn keep_alive(parts: &Parts, session: SessionId) -> CallReply {
+    match session_state(parts, session) {
         Ok(Some(state)) => {
             parts.sessions.heard_of(session);
             CallReply::Session(state)
@@ -187,6 +182,17 @@ fn keep_alive(parts: &Parts, session: quorumfs_proto::SessionId) -> CallReply {
             CallReply::Refused(Refusal::Unavailable { reason: fault.to_string() })
         }
     }
+}
+
+/// What a living session should know; `None`: it is not known, or has ended.
+fn session_state(parts: &Parts, session: SessionId) -> Result<Option<SessionState>, Failure> {
+    let view = parts.metadata.view()?;
+    Ok(match view.session(session)? {
+        Some(record) if record.ended.is_none() => {
+            Some(SessionState { unlinked: view.unlinked_waiting_for(session, UNLINKED_ASKED_MAX)? })
+        }
+        _ => None,
+    })
 }
 
 async fn put_chunk(node: &Node, request: wire::PutChunkRequest) -> wire::PutChunkResponse {
@@ -200,9 +206,9 @@ async fn put_chunk(node: &Node, request: wire::PutChunkRequest) -> wire::PutChun
     let Some(parts) = node.parts() else {
         return answer(wire::ChunkStatus::Unavailable, node.not_ready(), String::new());
     };
-    let chunk = match decode_chunk(request) {
+    let chunk = match stored_chunk(request) {
         Ok(chunk) => chunk,
-        Err(reason) => return answer(wire::ChunkStatus::Invalid, reason.to_string(), String::new()),
+        Err(malformed) => return answer(malformed.status(), malformed.to_string(), String::new()),
     };
     match parts.writer.put_chunk(chunk).await {
         Ok(()) => answer(wire::ChunkStatus::Ok, String::new(), String::new()),
@@ -210,50 +216,12 @@ async fn put_chunk(node: &Node, request: wire::PutChunkRequest) -> wire::PutChun
             let leader = leader.map(|member| member.addresses.grpc).unwrap_or_default();
             answer(wire::ChunkStatus::NotLeader, String::new(), leader)
         }
-        Err(error) => {
-            let status = match &error {
-                PutError::NoSpace => wire::ChunkStatus::NoSpace,
-                PutError::Corrupt => wire::ChunkStatus::Corrupt,
-                PutError::NotLeader(_) | PutError::Unavailable(_) => wire::ChunkStatus::Unavailable,
-            };
-            answer(status, error.to_string(), String::new())
-        }
-    }
-}
-
-/// A chunk as it arrived, within bounds; its checksums are checked by who stores it.
-pub fn decode_chunk(request: wire::PutChunkRequest) -> Result<StoredChunk, &'static str> {
-    let id = request.chunk.map(ChunkId::from).ok_or("no chunk is named")?;
-    let sha256 = Sha256(request.sha256.as_ref().try_into().map_err(|_| "the SHA-256 is not 32 bytes long")?);
-    if request.payload.is_empty() || request.payload.len() > limits::CHUNK_BYTES_MAX as usize {
-        return Err("a chunk is 1 byte to 1 MiB long");
-    }
-    Ok(StoredChunk { id, sha256, payload: request.payload, block_crcs: request.block_crcs })
-}
-
-/// A range of a chunk, or why there is none, as it travels.
-pub fn encode_range(call_id: u64, range: Result<ChunkRange, ContentError>) -> wire::GetChunkResponse {
-    match range {
-        Ok(range) => wire::GetChunkResponse {
-            call_id,
-            status: wire::ChunkStatus::Ok.into(),
-            detail: String::new(),
-            offset: range.offset,
-            payload: range.payload,
-            block_crcs: range.block_crcs,
-        },
-        Err(error) => {
-            let status = match &error {
-                ContentError::NotFound { .. } => wire::ChunkStatus::NotFound,
-                ContentError::Corrupt { .. } => wire::ChunkStatus::Corrupt,
-                _ => wire::ChunkStatus::Unavailable,
-            };
-            chunk_refused(call_id, status, &error.to_string())
-        }
+        Err(PutError::NoSpace) => answer(wire::ChunkStatus::NoSpace, PutError::NoSpace.to_string(), String::new()),
+        Err(PutError::Unavailable(reason)) => answer(wire::ChunkStatus::Unavailable, reason, String::new()),
     }
 }
 
 /// Why there is no range of a chunk, as it travels.
-pub fn chunk_refused(call_id: u64, status: wire::ChunkStatus, detail: &str) -> wire::GetChunkResponse {
-    wire::GetChunkResponse { call_id, status: status.into(), detail: detail.to_string(), ..Default::default() }
+pub fn chunk_refused(call_id: u64, status: wire::ChunkStatus, detail: String) -> wire::GetChunkResponse {
+    wire::GetChunkResponse { call_id, status: status.into(), detail, ..Default::default() }
 }

@@ -8,8 +8,8 @@ use quorumfs_proto::wire::peer_server::Peer;
 use quorumfs_proto::{ChunkId, wire};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::fs::{AnswerStream, answer_stream, chunk_refused, decode_chunk, encode_range};
-use crate::content::ContentError;
+use super::fs::{AnswerStream, answer_stream, chunk_refused};
+use crate::content::wire::{get_response, put_response, range_asked, stored_chunk};
 use crate::read::task_failed;
 use crate::server::{Node, Parts};
 use crate::transport::CLUSTER_KEY;
@@ -105,18 +105,15 @@ impl Peer for PeerService {
             let content = content.clone();
             async move {
                 let call_id = request.call_id;
-                let (status, detail) = match decode_chunk(request) {
-                    Err(reason) => (wire::ChunkStatus::Invalid, reason.to_string()),
-                    Ok(chunk) if !quorumfs_proto::chunk::blocks_match(&chunk.payload, &chunk.block_crcs) => {
-                        (wire::ChunkStatus::Corrupt, "the chunk does not match its checksums".to_string())
-                    }
-                    Ok(chunk) => match content.put(chunk).await {
-                        Ok(()) => (wire::ChunkStatus::Ok, String::new()),
-                        Err(ContentError::NoSpace) => (wire::ChunkStatus::NoSpace, "the disk is full".to_string()),
-                        Err(error) => (wire::ChunkStatus::Unavailable, error.to_string()),
+                match stored_chunk(request) {
+                    Ok(chunk) => put_response(call_id, &content.put(chunk).await),
+                    Err(malformed) => wire::PutChunkResponse {
+                        call_id,
+                        status: malformed.status().into(),
+                        detail: malformed.to_string(),
+                        leader: String::new(),
                     },
-                };
-                wire::PutChunkResponse { call_id, status: status.into(), detail, leader: String::new() }
+                }
             }
         };
         Ok(Response::new(answer_stream(request.into_inner(), CHUNKS_PER_STREAM_MAX, answer)))
@@ -130,13 +127,13 @@ impl Peer for PeerService {
         let answer = move |request: wire::GetChunkRequest| {
             let content = content.clone();
             async move {
-                let Some(id) = request.chunk.map(ChunkId::from) else {
-                    return chunk_refused(request.call_id, wire::ChunkStatus::Invalid, "no chunk is named");
+                let call_id = request.call_id;
+                let (id, offset, length) = match range_asked(&request) {
+                    Ok(asked) => asked,
+                    Err(malformed) => return chunk_refused(call_id, malformed.status(), malformed.to_string()),
                 };
-                let (offset, length) = (request.offset, request.length);
                 let range = tokio::task::spawn_blocking(move || content.read(id, offset, length)).await;
-                let range = range.unwrap_or_else(|failed| Err(task_failed(failed)));
-                encode_range(request.call_id, range)
+                get_response(call_id, range.unwrap_or_else(|failed| Err(task_failed(failed))))
             }
         };
         Ok(Response::new(answer_stream(request.into_inner(), CHUNKS_PER_STREAM_MAX, answer)))

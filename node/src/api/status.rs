@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::server::Node;
+use crate::metadata::Failure;
+use crate::server::{Node, Parts};
 
 /// Who this node is, what it believes, and whether writes can be acknowledged now, and if not, why not.
 pub fn status(node: &Node) -> Value {
@@ -27,8 +28,7 @@ pub fn status(node: &Node) -> Value {
     let room = parts.space.own();
     let recovery = parts.recovery.status();
     let content = parts.content.flush_counts();
-    let sessions = parts.metadata.view().and_then(|view| view.sessions());
-    let living = sessions.map(|all| all.iter().filter(|(_, record)| record.ended_at.is_none()).count()).ok();
+    let living = living_sessions(parts).ok();
     let full = consensus.writable && !parts.space.quorum_has_room();
     let reason = match &consensus.reason {
         Some(reason) => Some(reason.clone()),
@@ -76,6 +76,11 @@ pub fn status(node: &Node) -> Value {
         },
         "sessions": living,
     })
+}
+
+fn living_sessions(parts: &Parts) -> Result<usize, Failure> {
+    let sessions = parts.metadata.view()?.sessions()?;
+    Ok(sessions.iter().filter(|(_, record)| record.ended.is_none()).count())
 }
 
 /// How far the healing of content is; compares named with held first, so that the numbers are of now.

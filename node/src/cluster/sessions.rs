@@ -13,7 +13,7 @@ use quorumfs_proto::{SessionId, Timestamp};
 use tracing::{info, warn};
 
 use crate::consensus::Consensus;
-use crate::metadata::{LogBody, LogCommand, MetadataStore, StorageFault};
+use crate::metadata::{Failure, LogBody, LogCommand, MetadataStore};
 
 /// How often the leader looks.
 const LOOK_INTERVAL_MS: u64 = 500;
@@ -68,12 +68,12 @@ impl SessionKeeper {
         }
     }
 
-    async fn end_silent_sessions(&self, leading_since: Instant) -> Result<(), StorageFault> {
+    async fn end_silent_sessions(&self, leading_since: Instant) -> Result<(), Failure> {
         let sessions = self.metadata.view()?.sessions()?;
         let now = Timestamp::from(SystemTime::now());
         let timeout = Duration::from_millis(SESSION_TIMEOUT_MS);
         for (session, record) in sessions {
-            if let Some(ended) = record.ended_at {
+            if let Some(ended) = record.ended {
                 if now.seconds - ended.seconds > RESULTS_KEPT_S {
                     self.propose(LogBody::ForgetSession { session }).await;
                 }
@@ -89,7 +89,7 @@ impl SessionKeeper {
         Ok(())
     }
 
-    async fn reclaim(&self) -> Result<(), StorageFault> {
+    async fn reclaim(&self) -> Result<(), Failure> {
         use futures::StreamExt as _;
         let inodes = self.metadata.view()?.reclaimable(RECLAIM_INODES_MAX)?;
         let commands = inodes.into_iter().map(|inode| {

@@ -16,7 +16,7 @@ use tracing::{info, warn};
 
 use crate::consensus::Consensus;
 use crate::content::{ContentError, ContentStore, PeerChunks};
-use crate::metadata::{MetadataStore, StorageFault};
+use crate::metadata::{ChunkRecord, Failure, MetadataStore};
 
 /// A chunk named by an apply is mostly on its way from the leader; it is fetched only if it has not come by then.
 const ARRIVAL_GRACE_MS: u64 = 1_500;
@@ -137,7 +137,7 @@ impl Recovery {
 
     /// Compares everything named with everything held, now, and asks for what is missing. Answers the numbers of
     /// chunks named and missing. Blocking; reads the whole `chunks` table in pages.
-    pub fn compare(&self) -> Result<(u64, u64), StorageFault> {
+    pub fn compare(&self) -> Result<(u64, u64), Failure> {
         let view = self.metadata.view()?;
         let (mut named, mut missing, mut bytes) = (0, 0, 0);
         let mut after = None;
@@ -223,7 +223,7 @@ impl Recovery {
             self.no_longer_missing();
             return false;
         }
-        let record = match self.metadata.view().and_then(|view| view.chunk(id)) {
+        let record = match self.record(id) {
             Ok(Some(record)) => record,
             // Dead since.
             Ok(None) => return false,
@@ -235,7 +235,7 @@ impl Recovery {
         let own = self.consensus.id();
         let mut reasons = Vec::new();
         for member in self.consensus.members().into_iter().filter(|member| member.id != own) {
-            match self.peers.fetch_whole(&member, id, record.sha256, record.length).await {
+            match self.peers.fetch_whole(&member, id, record.length, record.sha256).await {
                 Ok(chunk) => match self.content.put(chunk).await {
                     Ok(()) => {
                         self.fetched_chunks.fetch_add(1, Ordering::Relaxed);
@@ -253,6 +253,10 @@ impl Recovery {
         }
         tracing::debug!(chunk = %id, reasons = reasons.join("; "), "no node could give a missing chunk");
         true
+    }
+
+    fn record(&self, id: ChunkId) -> Result<Option<ChunkRecord>, Failure> {
+        self.metadata.view()?.chunk(id)
     }
 
     fn no_longer_missing(&self) {

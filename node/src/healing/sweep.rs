@@ -14,7 +14,7 @@ use tracing::{debug, info, warn};
 
 use crate::consensus::Consensus;
 use crate::content::ContentStore;
-use crate::metadata::{MetadataStore, StorageFault, View};
+use crate::metadata::{Failure, MetadataStore, View};
 
 /// How long dead chunks are gathered, so that they are punched together.
 const GATHER_MS: u64 = 1_000;
@@ -106,12 +106,12 @@ impl Sweeper {
     }
 }
 
-fn is_dead(view: &View, id: ChunkId) -> Result<bool, StorageFault> {
+fn is_dead(view: &View, id: ChunkId) -> Result<bool, Failure> {
     if view.chunk(id)?.is_some() {
         return Ok(false);
     }
     Ok(match view.session(id.session)? {
-        Some(session) => session.ended_at.is_some() || id.counter < session.chunk_low_water,
+        Some(session) => session.ended.is_some() || id.counter < session.chunk_low_water,
         None => true,
     })
 }

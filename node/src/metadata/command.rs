@@ -7,7 +7,7 @@ use std::fmt;
 
 use bytes::Bytes;
 use quorumfs_proto::call::Mutation;
-use quorumfs_proto::{ChunkId, FsError, InodeNumber, Outcome, SessionId, Sha256, Timestamp};
+use quorumfs_proto::{ChunkId, FsError, InodeNumber, Outcome, RequestId, SessionId, Sha256, Timestamp};
 use serde::{Deserialize, Serialize};
 
 /// One entry of the log.
@@ -50,6 +50,14 @@ pub enum LogBody {
         inode: InodeNumber,
         /// Most extents (and extended attributes) that this step looks at.
         extents_max: u32,
+    },
+    /// A client's mutation that the leader could not take, for want of room: decided as this verdict, unless its lane
+    /// has decided it before. So that a retry of one that was taken hears what it did, never the refusal (P4).
+    Refuse {
+        /// The mutation's.
+        request: RequestId,
+        /// What its client is told.
+        verdict: FsError,
     },
 }
 
@@ -107,8 +115,7 @@ pub struct Applied {
 impl fmt::Display for LogCommand {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.body {
-            LogBody::Call(mutation) => {
-                let request = &mutation.request;
+            LogBody::Call(Mutation { request, .. }) | LogBody::Refuse { request, .. } => {
                 write!(f, "call {}/{}/{}", request.session, request.lane.0, request.sequence)
             }
             LogBody::OpenSession { session, .. } => write!(f, "open session {session}"),

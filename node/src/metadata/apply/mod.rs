@@ -14,9 +14,8 @@ mod transaction;
 
 use std::sync::Arc;
 
-use quorumfs_proto::call::Mutation;
 use quorumfs_proto::limits::LANES_MAX;
-use quorumfs_proto::{FsError, Timestamp, codec};
+use quorumfs_proto::{FsError, Outcome, RequestId, Timestamp, codec};
 
 use super::command::{Applied, CallResult, Effects, LogBody, LogCommand};
 use super::fault::{Failure, StorageFault};
@@ -128,7 +127,24 @@ impl<'store> Batch<'store> {
         let now = entry.stamp.max(self.writer.summary.last_stamp.plus_nanoseconds(1));
         self.writer.summary.last_stamp = now;
         match &entry.body {
-            LogBody::Call(mutation) => self.decide(index, now, mutation),
+            LogBody::Call(mutation) => self.decide(&mutation.request, |writer, low_water| {
+                let mark = writer.mark();
+                let run = Transaction::run(writer, index, now, mutation, low_water);
+                let decided = match Failure::split(run)? {
+                    Ok((outcome, effects)) => (Ok(outcome), effects),
+                    Err(verdict) => {
+                        writer.roll_back(mark);
+                        (Err(verdict), Effects::default())
+                    }
+                };
+                if mutation.chunk_low_water > low_water {
+                    writer.raise_low_water(mutation.request.session, mutation.chunk_low_water)?;
+                }
+                Ok(decided)
+            }),
+            LogBody::Refuse { request, verdict } => {
+                self.decide(request, |_, _| Ok((Err(*verdict), Effects::default())))
+            }
             LogBody::OpenSession { session, description } => {
                 self.writer.open_session(now, *session, description).map(without_effects)
             }
@@ -155,9 +171,13 @@ impl<'store> Batch<'store> {
         self.store.publish(self.writer, self.freezes_at_begin);
     }
 
-    /// A mutation, once: its lane tells whether it was decided before.
-    fn decide(&mut self, index: u64, now: Timestamp, mutation: &Mutation) -> Result<Applied, StorageFault> {
-        let request = &mutation.request;
+    /// A mutation, once: its lane tells whether it was decided before; if not, `run` decides it. `run` is told the
+    /// session's low-water mark.
+    fn decide(
+        &mut self,
+        request: &RequestId,
+        run: impl FnOnce(&mut Writer, u64) -> Result<(Result<Outcome, FsError>, Effects), StorageFault>,
+    ) -> Result<Applied, StorageFault> {
         let Some(&low_water) = self.writer.summary.living.get(&request.session) else {
             return Ok(without_effects(CallResult::UnknownSession));
         };
@@ -174,18 +194,7 @@ impl<'store> Batch<'store> {
             return Ok(without_effects(CallResult::StaleSequence));
         }
 
-        let mark = self.writer.mark();
-        let run = Transaction::run(&mut self.writer, index, now, mutation, low_water);
-        let (outcome, effects) = match Failure::split(run)? {
-            Ok((outcome, effects)) => (Ok(outcome), effects),
-            Err(verdict) => {
-                self.writer.roll_back(mark);
-                (Err(verdict), Effects::default())
-            }
-        };
-        if mutation.chunk_low_water > low_water {
-            self.writer.raise_low_water(request.session, mutation.chunk_low_water)?;
-        }
+        let (outcome, effects) = run(&mut self.writer, low_water)?;
         let result = CallResult::Outcome(outcome);
         let record = LaneRecord {
             sequence: request.sequence,
