@@ -28,7 +28,7 @@ use crate::cluster::identity::{DataFolder, Membership};
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::config::Config;
-use crate::consensus::{AppliedEffects, Consensus, ConsensusOptions};
+use crate::consensus::{AppliedEffects, Consensus, ConsensusError, ConsensusOptions};
 use crate::content::{ContentOptions, ContentStore, PeerChunks};
 use crate::healing::recovery::Recovery;
 use crate::healing::sweep::Sweeper;
@@ -42,6 +42,8 @@ const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 /// After a failed attempt to open the node's own session.
 const CLIENT_RETRY_INTERVAL_MS: u64 = 500;
+/// Batches of applied entries that wait for recovery and sweeper; what does not fit they find in their passes.
+const EFFECTS_QUEUED_MAX: usize = 4096;
 /// How long open requests may take to end after a shutdown was asked for.
 const DRAIN_TIMEOUT_MS: u64 = 2_000;
 
@@ -157,12 +159,12 @@ async fn run_parts(
     });
     let (metadata, content) = opened.await.context("open the data folder")??;
 
-    let (effects, applied) = tokio::sync::mpsc::unbounded_channel();
+    let (effects, applied) = tokio::sync::mpsc::channel(EFFECTS_QUEUED_MAX);
     let options = ConsensusOptions::new(node.own.id, membership.cluster, config.data.join("wal"));
     let consensus = Consensus::start(options, metadata.clone(), content.clone(), transport.clone(), effects)
         .await
         .context("start consensus")?;
-    consensus.initialize(membership.founders.clone()).await.context("make the cluster")?;
+    found(&consensus, membership.founders.clone()).await?;
 
     let peers = Arc::new(PeerChunks::new(transport.clone()));
     let space = SpaceMonitor::new(consensus.clone(), content.clone(), transport.clone());
@@ -202,24 +204,37 @@ async fn run_parts(
     info!("node takes part in its cluster");
     // A failed flush is never retried: what the disk holds is not known any more (design, Rule flush).
     let reason = tokio::select! {
-        reason = consensus_fault.fatal() => reason,
-        reason = content_fault.fatal() => reason,
+        reason = consensus_fault.fatal() => reason.to_string(),
+        reason = content_fault.fatal() => reason.to_string(),
     };
     anyhow::bail!("the node stops because its disk failed: {reason}")
 }
 
+/// Founds the cluster, if this node's log is empty still. Every founder does: with the same members it is the same act.
+async fn found(consensus: &Consensus, founders: Vec<Member>) -> anyhow::Result<()> {
+    if !consensus.is_empty() {
+        return Ok(());
+    }
+    match consensus.initialize(founders).await {
+        // Another founder was quicker, and its first entries are here.
+        Ok(()) | Err(ConsensusError::Initialize(_)) => Ok(()),
+        Err(error) => Err(error).context("make the cluster"),
+    }
+}
+
 /// What applies changed about content goes to who looks after it.
 async fn hand_on_effects(
-    mut applied: tokio::sync::mpsc::UnboundedReceiver<AppliedEffects>,
+    mut applied: tokio::sync::mpsc::Receiver<AppliedEffects>,
     recovery: Arc<Recovery>,
     sweeper: Arc<Sweeper>,
 ) {
     while let Some(effects) = applied.recv().await {
-        if !effects.named.is_empty() {
-            recovery.named(&effects.named);
-        }
-        if !effects.dead.is_empty() {
-            sweeper.dead(&effects.dead);
+        match effects {
+            AppliedEffects::Entries { named, dead, .. } => {
+                recovery.named(&named);
+                sweeper.dead(&dead);
+            }
+            AppliedEffects::Installed { .. } => recovery.compare_soon(),
         }
     }
 }

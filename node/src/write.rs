@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
-use quorumfs_proto::call::Mutation;
+use quorumfs_proto::call::{Mutation, SessionState};
 use quorumfs_proto::{CallReply, ChunkBody, ChunkId, FsError, Member, NodeId, Refusal, SessionId, Timestamp};
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
@@ -107,17 +107,19 @@ impl Writer {
             return CallReply::Refused(Refusal::Invalid { reason: format!("the command is out of bounds: {error}") });
         }
         let stored = stored_chunks(&mutation);
-        let has_room = mutation.command.frees_space() || self.space.quorum_has_room();
-        let body = if has_room {
+        let refusal = LogBody::Refuse { request: mutation.request, verdict: FsError::NoSpace };
+        let result = if mutation.command.frees_space() || self.space.quorum_has_room() {
             let unconfirmed = self.unconfirmed(&stored).await;
             if !unconfirmed.is_empty() {
                 return CallReply::Refused(Refusal::PutAgain { chunks: unconfirmed });
             }
-            LogBody::Call(mutation)
+            match self.decide(LogBody::Call(mutation)).await {
+                Err(ProposeError::NoSpace) => self.propose(refusal).await,
+                decided => reply_to(decided),
+            }
         } else {
-            LogBody::Refuse { request: mutation.request, verdict: FsError::NoSpace }
+            self.propose(refusal).await
         };
-        let result = self.propose(body).await;
         if matches!(result, CallReply::Outcome(_)) {
             self.holders.lock().forget(&stored);
         }
@@ -135,17 +137,12 @@ impl Writer {
     }
 
     async fn propose(&self, body: LogBody) -> CallReply {
+        reply_to(self.decide(body).await)
+    }
+
+    async fn decide(&self, body: LogBody) -> Result<CallResult, ProposeError> {
         let stamp = Timestamp::from(SystemTime::now());
-        match self.consensus.propose(LogCommand { stamp, body }).await {
-            Ok(CallResult::Outcome(outcome)) => CallReply::Outcome(outcome),
-            Ok(CallResult::Done) => CallReply::Session(quorumfs_proto::call::SessionState::default()),
-            Ok(CallResult::UnknownSession) => CallReply::Refused(Refusal::UnknownSession),
-            Ok(CallResult::StaleSequence) => CallReply::Refused(Refusal::StaleSequence),
-            Err(ProposeError::NotLeader { leader }) => {
-                CallReply::Refused(Refusal::NotLeader { leader: leader.map(|member| member.addresses.grpc) })
-            }
-            Err(error) => CallReply::Refused(Refusal::Unavailable { reason: error.to_string() }),
-        }
+        self.consensus.propose(LogCommand { stamp, body }).await
     }
 
     /// Copies the chunk to this node and to all others at once; tells of each as it is done.
@@ -212,6 +209,20 @@ impl Writer {
             known.remember(id, term, nodes);
         }
         known.not_on_quorum(&unknown, term, &voter_sets)
+    }
+}
+
+/// What a client is told of a decision, or of why there is none.
+fn reply_to(decided: Result<CallResult, ProposeError>) -> CallReply {
+    match decided {
+        Ok(CallResult::Outcome(outcome)) => CallReply::Outcome(outcome),
+        Ok(CallResult::Done) => CallReply::Session(SessionState::default()),
+        Ok(CallResult::UnknownSession) => CallReply::Refused(Refusal::UnknownSession),
+        Ok(CallResult::StaleSequence) => CallReply::Refused(Refusal::StaleSequence),
+        Err(ProposeError::NotLeader { leader }) => {
+            CallReply::Refused(Refusal::NotLeader { leader: leader.map(|member| member.addresses.grpc) })
+        }
+        Err(error) => CallReply::Refused(Refusal::Unavailable { reason: error.to_string() }),
     }
 }
 

@@ -53,10 +53,10 @@ pub fn status(node: &Node) -> Value {
         "writable": consensus.writable && !full,
         "reason": reason,
         "term": consensus.term,
-        "applied_index": consensus.applied_index,
-        "committed_index": consensus.committed_index,
-        "snapshot_index": consensus.snapshot_index,
-        "purged_index": consensus.purged_index,
+        "applied_index": consensus.applied,
+        "committed_index": consensus.committed,
+        "snapshot_index": consensus.snapshot,
+        "purged_index": consensus.purged,
         "chunks": {
             "held": recovery.held_chunks,
             "bytes": recovery.held_bytes,
@@ -64,9 +64,9 @@ pub fn status(node: &Node) -> Value {
             "named": recovery.named_chunks,
         },
         "wal": {
-            "bytes": consensus.wal_bytes,
-            "flushes": consensus.wal_flushes,
-            "entries_flushed": consensus.wal_entries_flushed,
+            "bytes": consensus.log.bytes,
+            "flushes": consensus.log.flushes,
+            "entries_flushed": consensus.log.entries_flushed,
         },
         "content": { "flushes": content.flushes, "puts": content.puts },
         "space": {

@@ -39,6 +39,7 @@ pub struct Recovery {
     peers: Arc<PeerChunks>,
     queue: Mutex<Queue>,
     added: Notify,
+    pass_wanted: Notify,
     running: AtomicBool,
     named_chunks: AtomicU64,
     missing_chunks: AtomicU64,
@@ -87,6 +88,7 @@ impl Recovery {
             peers,
             queue: Mutex::default(),
             added: Notify::new(),
+            pass_wanted: Notify::new(),
             running: AtomicBool::new(false),
             named_chunks: AtomicU64::new(0),
             missing_chunks: AtomicU64::new(0),
@@ -106,6 +108,11 @@ impl Recovery {
         for id in ids.iter().filter(|id| !self.content.holds(**id)) {
             self.enqueue(*id, due);
         }
+    }
+
+    /// The metadata was replaced as a whole: make a full pass now.
+    pub fn compare_soon(&self) {
+        self.pass_wanted.notify_one();
     }
 
     fn enqueue(&self, id: ChunkId, due: Instant) {
@@ -196,7 +203,10 @@ impl Recovery {
                 Ok(Err(fault)) => warn!(%fault, "content could not be compared with metadata"),
                 Err(panic) => warn!(%panic, "content could not be compared with metadata"),
             }
-            tokio::time::sleep(Duration::from_millis(FULL_PASS_INTERVAL_MS)).await;
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_millis(FULL_PASS_INTERVAL_MS)) => {}
+                () = self.pass_wanted.notified() => {}
+            }
         }
     }
 
