@@ -1,3 +1,6 @@
 //! The QuorumFS daemon.
 
+pub mod consensus;
+pub mod content;
+pub mod metadata;
 pub mod transport;
