@@ -66,11 +66,12 @@ impl FatalSignal {
     /// Waits until there is one.
     pub async fn wait(&self) -> FatalError {
         let mut receiver = self.0.subscribe();
-        let reason = receiver.wait_for(Option::is_some).await;
-        match reason.as_deref() {
-            Ok(Some(error)) => error.clone(),
+        loop {
+            if let Some(error) = self.raised() {
+                return error;
+            }
             // The sender lives in `self`, so the channel cannot close while we wait.
-            _ => std::future::pending().await,
+            let _ = receiver.changed().await;
         }
     }
 }

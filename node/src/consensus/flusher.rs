@@ -236,7 +236,9 @@ impl Flusher {
             }
             let overlay_bytes = self.metadata.overlay_bytes();
             let mut work = self.work.lock();
-            if (overlay_bytes < self.overlay_bytes_max && work.unstored_bytes < UNSTORED_BYTES_MAX) || work.stop {
+            if (overlay_bytes < self.overlay_bytes_max && work.unstored_bytes < UNSTORED_BYTES_MAX)
+                || work.stop
+            {
                 if overlay_bytes >= self.overlay_bytes_max / 2 && !work.wanted {
                     work.wanted = true;
                     self.wake.notify_all();

@@ -130,11 +130,6 @@ impl LogStore {
         memory.vote.is_none() && memory.last_log_id().is_none()
     }
 
-    /// The last entry.
-    pub fn last_log_id(&self) -> Option<LogId> {
-        self.0.shared.memory.lock().last_log_id()
-    }
-
     /// Numbers.
     pub fn status(&self) -> LogStatus {
         let counters = &self.0.shared.counters;
@@ -172,9 +167,7 @@ impl LogStore {
                 return Err(fatal.into());
             }
             // The time-out only bounds how late a fatal error raised elsewhere is seen.
-            shared
-                .flushed
-                .wait_for(&mut memory, Duration::from_millis(100));
+            shared.flushed.wait_for(&mut memory, Duration::from_millis(100));
         }
         Ok(())
     }
@@ -197,8 +190,7 @@ impl LogStore {
         self.healthy()?;
         let mut memory = self.0.shared.memory.lock();
         let ticket = memory.ticket_last + 1;
-        change(&mut memory, ticket)
-            .map_err(|reason| io::Error::new(io::ErrorKind::InvalidInput, reason))?;
+        change(&mut memory, ticket).map_err(|reason| io::Error::new(io::ErrorKind::InvalidInput, reason))?;
         memory.ticket_last = ticket;
         memory.unflushed_bytes += bytes;
         let queued = Queued {
@@ -239,7 +231,14 @@ impl LogStore {
 }
 
 fn read_held(held: &Held) -> io::Result<Entry> {
-    let (file, Place { file: sequence, at, bytes }) = match held {
+    let (
+        file,
+        Place {
+            file: sequence,
+            at,
+            bytes,
+        },
+    ) = match held {
         Held::InMemory(entry) => return Ok(Entry::clone(entry)),
         Held::OnDisk { file, place } => (file, *place),
     };
@@ -284,10 +283,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
         self.read(start..end, REPLICATION_BYTES_MAX).await
     }
 
-    async fn entries_stream<RB>(
-        &mut self,
-        range: RB,
-    ) -> impl Stream<Item = io::Result<Entry>> + OptionalSend
+    async fn entries_stream<RB>(&mut self, range: RB) -> impl Stream<Item = io::Result<Entry>> + OptionalSend
     where
         RB: RangeBounds<u64> + Clone + Debug + OptionalSend,
     {

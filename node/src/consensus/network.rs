@@ -88,7 +88,12 @@ pub struct NetworkFactory {
 
 impl NetworkFactory {
     /// For the node `id`.
-    pub fn new(id: VoterId, transport: Arc<Transport>, traffic: SnapshotTraffic, fatal: FatalSignal) -> NetworkFactory {
+    pub fn new(
+        id: VoterId,
+        transport: Arc<Transport>,
+        traffic: SnapshotTraffic,
+        fatal: FatalSignal,
+    ) -> NetworkFactory {
         NetworkFactory {
             id,
             transport,
@@ -155,9 +160,7 @@ impl PeerNetwork {
         match tokio::time::timeout(option.soft_ttl(), call(peer)).await {
             Err(_) => Err(self.timeout(action, option.soft_ttl()).into()),
             Ok(Err(status)) => Err(rpc_error(&status)),
-            Ok(Ok(answer)) => {
-                from_wire(answer.get_ref()).map_err(|error| NetworkError::new(&error).into())
-            }
+            Ok(Ok(answer)) => from_wire(answer.get_ref()).map_err(|error| NetworkError::new(&error).into()),
         }
     }
 }
@@ -232,8 +235,10 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
         option: RPCOption,
     ) -> RpcResult<VoteResponse<TypeConfig>> {
         let message = to_wire(&self.address(rpc));
-        self.ask(RPCTypes::Vote, option, |mut peer| async move { peer.vote(message).await })
-            .await
+        self.ask(RPCTypes::Vote, option, |mut peer| async move {
+            peer.vote(message).await
+        })
+        .await
     }
 
     async fn pre_vote(

@@ -266,7 +266,6 @@ where
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -187,9 +187,7 @@ fn copy_of(
 }
 
 /// What the consensus layer wrote into a position.
-pub fn decode_position(
-    position: &Position,
-) -> Result<(Option<LogId>, StoredMembership), codec::DecodeError> {
+pub fn decode_position(position: &Position) -> Result<(Option<LogId>, StoredMembership), codec::DecodeError> {
     let log_id = position.log_id.as_deref().map(codec::decode).transpose()?;
     let membership = position.membership.as_deref().map(codec::decode).transpose()?;
     Ok((log_id, membership.unwrap_or_default()))
@@ -263,7 +261,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     async fn get_current_snapshot(
         &mut self,
     ) -> io::Result<Option<openraft::alias::SnapshotOf<TypeConfig, SnapshotData>>> {
-        let snapshot = held_snapshot(&self.metadata).map_err(|error| self.fatal.raise("open a snapshot", error))?;
+        let snapshot =
+            held_snapshot(&self.metadata).map_err(|error| self.fatal.raise("open a snapshot", error))?;
         Ok(Some(snapshot).filter(|snapshot| snapshot.meta.last_log_id.is_some()))
     }
 }

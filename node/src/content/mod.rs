@@ -18,7 +18,12 @@ pub struct StoredChunk {
 impl StoredChunk {
     pub fn computed(id: ChunkId, sha256: Sha256, payload: Bytes) -> StoredChunk {
         let block_crcs = block_crcs(&payload);
-        StoredChunk { id, sha256, payload, block_crcs }
+        StoredChunk {
+            id,
+            sha256,
+            payload,
+            block_crcs,
+        }
     }
 }
 #[derive(Debug, thiserror::Error)]
@@ -29,7 +34,10 @@ pub enum ContentError {
     Fatal,
 }
 #[derive(Clone, Debug, Default)]
-pub struct ContentOptions {}
+pub struct ContentOptions {
+    pub segment_bytes: u64,
+    pub reserve_bytes: u64,
+}
 #[derive(Debug, Default)]
 pub struct OpenReport {}
 #[derive(Default)]
@@ -37,7 +45,10 @@ pub struct ContentStore {
     held: Mutex<HashMap<ChunkId, StoredChunk>>,
 }
 impl ContentStore {
-    pub fn open(_folder: &Path, _options: ContentOptions) -> Result<(ContentStore, OpenReport), ContentError> {
+    pub fn open(
+        _folder: &Path,
+        _options: ContentOptions,
+    ) -> Result<(ContentStore, OpenReport), ContentError> {
         Ok(Default::default())
     }
     pub fn append(&self, chunk: &StoredChunk) -> Result<(), ContentError> {

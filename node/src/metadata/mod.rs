@@ -58,7 +58,10 @@ pub struct Applied {
 #[derive(Debug, thiserror::Error)]
 pub enum StorageFault {
     #[error("{doing}: {source}")]
-    Io { doing: &'static str, source: std::io::Error },
+    Io {
+        doing: &'static str,
+        source: std::io::Error,
+    },
     #[error("the snapshot is not usable: {reason}")]
     BadSnapshot { reason: String },
     #[error("no space: {needed_bytes} {available_bytes}")]
@@ -71,7 +74,10 @@ pub struct MetadataOptions {
 }
 impl Default for MetadataOptions {
     fn default() -> MetadataOptions {
-        MetadataOptions { overlay_bytes_max: 64 << 20, cache_bytes: 128 << 20 }
+        MetadataOptions {
+            overlay_bytes_max: 64 << 20,
+            cache_bytes: 128 << 20,
+        }
     }
 }
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,7 +120,11 @@ impl Snapshot {
         &self.0.position
     }
     pub fn rows(&self) -> impl Iterator<Item = Result<Row, StorageFault>> + Send + '_ {
-        let position = Row { table: 0, key: Bytes::new(), value: codec::encode(&self.0.position) };
+        let position = Row {
+            table: 0,
+            key: Bytes::new(),
+            value: codec::encode(&self.0.position),
+        };
         std::iter::once(position)
             .chain(self.0.rows.iter().map(|(key, value)| Row {
                 table: 1,
@@ -133,7 +143,9 @@ impl Installation {
                 self.0.position = codec::decode(&row.value).unwrap();
             } else {
                 let key = u64::from_be_bytes(row.key[..].try_into().unwrap());
-                self.0.rows.insert(key, String::from_utf8(row.value.to_vec()).unwrap());
+                self.0
+                    .rows
+                    .insert(key, String::from_utf8(row.value.to_vec()).unwrap());
             }
         }
         Ok(())
@@ -156,13 +168,20 @@ impl Batch<'_> {
             LogBody::Call(m) => {
                 for c in &m.command.chunks {
                     if let quorumfs_proto::ChunkBody::Inline(p) = &c.body {
-                        effects.inline.push(InlineChunk { id: c.id, sha256: c.sha256, payload: p.clone() });
+                        effects.inline.push(InlineChunk {
+                            id: c.id,
+                            sha256: c.sha256,
+                            payload: p.clone(),
+                        });
                     }
                 }
             }
             _ => {}
         }
-        Ok(Applied { result: CallResult::Done, effects })
+        Ok(Applied {
+            result: CallResult::Done,
+            effects,
+        })
     }
     pub fn publish(mut self, position: Position) {
         self.all.position = position;
@@ -177,8 +196,17 @@ impl MetadataStore {
             Ok(bytes) => codec::decode(&bytes).unwrap(),
             Err(_) => All::default(),
         };
-        let state = State { now: all.clone(), frozen: None, durable: all, bytes: 0 };
-        Ok(MetadataStore { path: path.into(), options, state: Mutex::new(state) })
+        let state = State {
+            now: all.clone(),
+            frozen: None,
+            durable: all,
+            bytes: 0,
+        };
+        Ok(MetadataStore {
+            path: path.into(),
+            options,
+            state: Mutex::new(state),
+        })
     }
     pub fn options(&self) -> MetadataOptions {
         self.options
@@ -193,7 +221,12 @@ impl MetadataStore {
         self.state.lock().durable.position.clone()
     }
     pub fn begin(&self) -> Batch<'_> {
-        Batch { store: self, all: self.state.lock().now.clone(), bytes: 0, marker: PhantomData }
+        Batch {
+            store: self,
+            all: self.state.lock().now.clone(),
+            bytes: 0,
+            marker: PhantomData,
+        }
     }
     pub fn overlay_bytes(&self) -> u64 {
         self.state.lock().bytes
@@ -229,7 +262,12 @@ impl MetadataStore {
     pub fn install(&self, installation: Installation) -> Result<Position, StorageFault> {
         std::fs::write(&self.path, codec::encode(&installation.0)).unwrap();
         let mut state = self.state.lock();
-        *state = State { now: installation.0.clone(), frozen: None, durable: installation.0, bytes: 0 };
+        *state = State {
+            now: installation.0.clone(),
+            frozen: None,
+            durable: installation.0,
+            bytes: 0,
+        };
         Ok(state.now.position.clone())
     }
 }

@@ -98,11 +98,6 @@ impl BatchWriter {
         at..self.offset + self.bytes.len() as u64
     }
 
-    /// Bytes so far, header included.
-    pub fn len(&self) -> usize {
-        self.bytes.len()
-    }
-
     /// The whole batch.
     pub fn finish(mut self) -> Vec<u8> {
         let body = (self.bytes.len() - BATCH_HEADER_BYTES) as u32;
@@ -287,7 +282,11 @@ mod tests {
             damaged[at] ^= 0x40;
             let found = scan(&damaged, 7);
             let batch = ends.iter().position(|end| at < *end).unwrap();
-            assert_eq!(found.end, if batch == 0 { 0 } else { ends[batch - 1] }, "byte {at}");
+            assert_eq!(
+                found.end,
+                if batch == 0 { 0 } else { ends[batch - 1] },
+                "byte {at}"
+            );
             assert_eq!(found.damaged_below_watermark.is_some(), batch < 2, "byte {at}");
         }
     }

@@ -160,7 +160,8 @@ impl LogMemory {
     }
 
     fn slot(&self, index: u64) -> Option<&Slot> {
-        self.slots.get(usize::try_from(index.checked_sub(self.first)?).ok()?)
+        self.slots
+            .get(usize::try_from(index.checked_sub(self.first)?).ok()?)
     }
 
     /// The index of an entry that ought to be held but is not: log and purge mark do not meet.

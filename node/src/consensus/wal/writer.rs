@@ -255,7 +255,10 @@ impl Writer {
         let mut batch = BatchWriter::new(self.open.sequence, self.open.offset, buffer);
         let mut places = Places::new();
         let plain = |encoded: bytes::Bytes| move |out: &mut Vec<u8>| out.extend_from_slice(&encoded);
-        for Queued { ticket, operation, .. } in operations {
+        for Queued {
+            ticket, operation, ..
+        } in operations
+        {
             match operation {
                 Operation::Append { entries, .. } => {
                     for entry in entries {
