@@ -1,0 +1,162 @@
+//! The thread that writes and flushes for those who wait: one flush serves all puts that came while the last one ran.
+//!
+//! Puts are admitted by bytes ([`PUT_QUEUE_BYTES_MAX`]) before they enter the queue, so it is bounded.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+use super::chunk::StoredChunk;
+use super::error::ContentError;
+use super::writer::Writer;
+
+/// Most bytes of chunks that wait to be written: a second's work of a slow disk, and more than one flush can use.
+const PUT_QUEUE_BYTES_MAX: usize = 64 << 20;
+/// What is written at most before it is flushed, so that the first of many puts does not wait for all of them.
+const FLUSH_BYTES_MAX: usize = 16 << 20;
+/// Semaphores count permits in 32 bits and less; admission counts in these.
+const PERMIT_BYTES: usize = 1 << 10;
+
+enum Job {
+    Put {
+        chunk: StoredChunk,
+        // Given back when the put is answered.
+        admission: OwnedSemaphorePermit,
+        done: oneshot::Sender<Result<(), ContentError>>,
+    },
+    Flush {
+        done: Option<oneshot::Sender<Result<(), ContentError>>>,
+    },
+}
+
+/// The thread and its queue.
+#[derive(Debug)]
+pub struct IoThread {
+    // `None` only while it is being dropped.
+    queue: Option<mpsc::Sender<Job>>,
+    admission: Arc<Semaphore>,
+    thread: Option<JoinHandle<()>>,
+    puts: Arc<AtomicU64>,
+}
+
+impl IoThread {
+    /// Starts it.
+    pub fn start(writer: Arc<Writer>) -> std::io::Result<IoThread> {
+        let (queue, jobs) = mpsc::channel();
+        let puts = Arc::new(AtomicU64::new(0));
+        let counter = Arc::clone(&puts);
+        let thread = std::thread::Builder::new()
+            .name("content-io".to_string())
+            .spawn(move || run(&writer, &jobs, &counter))?;
+        Ok(IoThread {
+            queue: Some(queue),
+            admission: Arc::new(Semaphore::new(PUT_QUEUE_BYTES_MAX / PERMIT_BYTES)),
+            thread: Some(thread),
+            puts,
+        })
+    }
+
+    /// Writes `chunk`; durable when it returns.
+    pub async fn put(&self, chunk: StoredChunk) -> Result<(), ContentError> {
+        chunk.check_shape()?;
+        let permits = u32::try_from(chunk.payload.len().div_ceil(PERMIT_BYTES)).unwrap_or(u32::MAX);
+        let admission = Arc::clone(&self.admission)
+            .acquire_many_owned(permits)
+            .await
+            .map_err(|_| stopped())?;
+        let (done, answer) = oneshot::channel();
+        self.send(Job::Put {
+            chunk,
+            admission,
+            done,
+        })?;
+        answer.await.map_err(|_| stopped())?
+    }
+
+    /// Flushes; blocks until it is done.
+    pub fn flush(&self) -> Result<(), ContentError> {
+        let (done, answer) = oneshot::channel();
+        self.send(Job::Flush { done: Some(done) })?;
+        futures::executor::block_on(answer).map_err(|_| stopped())?
+    }
+
+    /// Lets it flush soon; nobody waits.
+    pub fn flush_soon(&self) -> Result<(), ContentError> {
+        self.send(Job::Flush { done: None })
+    }
+
+    /// How many puts it has acknowledged.
+    pub fn puts(&self) -> u64 {
+        self.puts.load(Ordering::Relaxed)
+    }
+
+    fn send(&self, job: Job) -> Result<(), ContentError> {
+        self.queue
+            .as_ref()
+            .and_then(|queue| queue.send(job).ok())
+            .ok_or_else(stopped)
+    }
+}
+
+impl Drop for IoThread {
+    fn drop(&mut self) {
+        self.queue = None;
+        if let Some(thread) = self.thread.take() {
+            // It ends with the queue; a panic in it has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn stopped() -> ContentError {
+    ContentError::Fatal {
+        reason: "its I/O thread has ended".into(),
+    }
+}
+
+fn run(writer: &Writer, jobs: &mpsc::Receiver<Job>, puts: &AtomicU64) {
+    while let Ok(first) = jobs.recv() {
+        let mut put_waiters = Vec::new();
+        let mut flush_waiters = Vec::new();
+        let mut written_bytes = 0;
+        let mut next = Some(first);
+        while let Some(job) = next.take() {
+            match job {
+                Job::Put {
+                    chunk,
+                    admission,
+                    done,
+                } => {
+                    written_bytes += chunk.payload.len();
+                    match writer.append(&chunk) {
+                        Ok(_) => put_waiters.push((done, admission)),
+                        // Who no longer waits does not mind, here and below.
+                        Err(error) => drop(done.send(Err(error))),
+                    }
+                }
+                Job::Flush { done } => flush_waiters.extend(done),
+            }
+            if written_bytes < FLUSH_BYTES_MAX {
+                next = jobs.try_recv().ok();
+            }
+        }
+        let flushed = if writer.is_flushed(writer.changes()) {
+            writer.fault.check()
+        } else {
+            writer.flush()
+        };
+        if flushed.is_ok() {
+            puts.fetch_add(put_waiters.len() as u64, Ordering::Relaxed);
+        }
+        let waiters = put_waiters
+            .into_iter()
+            .map(|(done, _admission)| done)
+            .chain(flush_waiters);
+        for done in waiters {
+            let _ = done.send(flushed.clone().map_err(ContentError::from));
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! Content: immutable chunks in append-only segments on this node's disk, and their transfer between nodes.
+//!
+//! A put goes [`ContentStore::put`] → the I/O thread's queue → `Writer::append` (one `pwritev` into the active
+//! segment, the index is told) → `Writer::flush` (one `fdatasync` for all who wait) → answered. A read goes
+//! [`ContentStore::read`] → index → header and block CRCs → blocks, both verified. A discard
+//! ([`ContentStore::discard`]) takes chunks out of the index, marks their records dead in place, flushes the marks,
+//! and only then punches the holes.
+//!
+//! From the bottom: `record` (bytes) · `segment` (one file) · `scan` (opening one) · `index` (chunk → place) ·
+//! `fault` (failed flushes) · `writer` (append, flush) · `io_thread` (who waits) · [`store`] (the whole) · `reclaim`
+//! (its discarding half) · [`peers`] (other nodes' stores).
+//!
+//! Knows nothing of metadata: which chunks are needed, and whether one is dead, is for others to say.
+
+mod chunk;
+mod error;
+mod fault;
+mod index;
+mod io_thread;
+pub mod peers;
+mod reclaim;
+mod record;
+mod scan;
+mod segment;
+pub mod store;
+mod stream;
+#[cfg(test)]
+mod tests;
+pub mod wire;
+mod writer;
+
+pub use chunk::{ChunkRange, Space, StoredChunk};
+pub use error::{ContentError, Stopped};
+pub use peers::{FetchError, HeldError, PeerChunks, PushError};
+pub use reclaim::Rewritten;
+pub use store::{ContentOptions, ContentStore, FlushCounts, OpenReport};

@@ -1,0 +1,358 @@
+//! Other nodes' content: pushing chunks to them, fetching from them, asking what they hold.
+//!
+//! Many calls travel at once over one long stream for each peer and direction; what is in flight is bounded in bytes
+//! for each peer. A push that finds no room is refused at once ([`PushError::QueueFull`]): a peer that does not keep
+//! up gets the chunk by recovery, and does not hold up the others. A fetch waits for room: somebody wants the bytes.
+//!
+//! Invariant: what a fetch returns was verified against its CRCs, and a whole chunk against its SHA-256.
+//!
+//! Knows nothing of who should hold what.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use quorumfs_proto::wire::{
+    ChunkStatus, GetChunkRequest, GetChunkResponse, HeldChunksRequest, PutChunkRequest, PutChunkResponse,
+};
+use quorumfs_proto::{ChunkId, Member, NodeId, Sha256};
+use tokio::sync::Semaphore;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::{Response, Status, Streaming};
+
+use super::chunk::{ChunkRange, StoredChunk};
+use super::stream::{Line, Lost, Protocol};
+use super::wire::{MalformedChunk, chunk_range, put_request};
+use crate::transport::{Peer, Purpose, Transport};
+
+/// Most bytes of chunks under way to one peer: at 100 MB/s more than half a second's worth; a peer that is further
+/// behind is left to recovery.
+const PUSH_BYTES_MAX: usize = 64 << 20;
+/// Most bytes asked of one peer at once: fills the connection's window.
+const FETCH_BYTES_MAX: usize = 32 << 20;
+/// Semaphores count permits in 32 bits and less; admission counts in these.
+const PERMIT_BYTES: usize = 1 << 10;
+/// A peer that answers nothing for so long while calls wait is taken to be lost. Far above a slow disk's flush.
+const PROGRESS_TIMEOUT: Duration = Duration::from_secs(10);
+/// Most ids in one question: well below the largest message.
+const HELD_IDS_MAX: usize = 1 << 16;
+/// How long one such question may take: the answer comes from memory.
+const HELD_TIMEOUT_MS: u64 = 5_000;
+
+/// Why a chunk did not get to a peer's disk, as far as is known.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PushError {
+    /// Too many bytes are under way to this peer.
+    #[error("the queue to {peer} is full")]
+    QueueFull {
+        /// The peer.
+        peer: NodeId,
+    },
+    /// Its disk is full.
+    #[error("{peer} has no space")]
+    NoSpace {
+        /// The peer.
+        peer: NodeId,
+    },
+    /// It says no, and why.
+    #[error("{peer} did not store it: {status:?} {detail}")]
+    Refused {
+        /// The peer.
+        peer: NodeId,
+        /// What it answered.
+        status: ChunkStatus,
+        /// In words.
+        detail: String,
+    },
+    /// No answer: it may have the chunk or not.
+    #[error("{peer} cannot be reached: {reason}")]
+    Unreachable {
+        /// The peer.
+        peer: NodeId,
+        /// Why not.
+        reason: String,
+    },
+}
+
+/// Why a chunk could not be had from a peer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FetchError {
+    /// It does not hold the chunk.
+    #[error("{peer} does not hold it")]
+    NotFound {
+        /// The peer.
+        peer: NodeId,
+    },
+    /// Its copy is damaged, or was on its way, or is not what the metadata names.
+    #[error("damaged at or from {peer}: {what}")]
+    Corrupt {
+        /// The peer.
+        peer: NodeId,
+        /// What does not match.
+        what: String,
+    },
+    /// It says no, and why.
+    #[error("{peer} did not send it: {status:?} {detail}")]
+    Refused {
+        /// The peer.
+        peer: NodeId,
+        /// What it answered.
+        status: ChunkStatus,
+        /// In words.
+        detail: String,
+    },
+    /// No answer.
+    #[error("{peer} cannot be reached: {reason}")]
+    Unreachable {
+        /// The peer.
+        peer: NodeId,
+        /// Why not.
+        reason: String,
+    },
+}
+
+/// Why it is not known what a peer holds.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("cannot ask {peer} what it holds: {reason}")]
+pub struct HeldError {
+    /// The peer.
+    pub peer: NodeId,
+    /// Why not.
+    pub reason: String,
+}
+
+struct PushProtocol(Peer);
+
+impl Protocol for PushProtocol {
+    type Request = PutChunkRequest;
+    type Answer = PutChunkResponse;
+    fn set_call_id(request: &mut PutChunkRequest, call_id: u64) {
+        request.call_id = call_id;
+    }
+    fn call_id(answer: &PutChunkResponse) -> u64 {
+        answer.call_id
+    }
+    fn open(
+        &self,
+        requests: UnboundedReceiverStream<PutChunkRequest>,
+    ) -> impl Future<Output = Result<Response<Streaming<PutChunkResponse>>, Status>> + Send + 'static {
+        let mut peer = self.0.clone();
+        async move { peer.push_chunks(requests).await }
+    }
+}
+
+struct FetchProtocol(Peer);
+
+impl Protocol for FetchProtocol {
+    type Request = GetChunkRequest;
+    type Answer = GetChunkResponse;
+    fn set_call_id(request: &mut GetChunkRequest, call_id: u64) {
+        request.call_id = call_id;
+    }
+    fn call_id(answer: &GetChunkResponse) -> u64 {
+        answer.call_id
+    }
+    fn open(
+        &self,
+        requests: UnboundedReceiverStream<GetChunkRequest>,
+    ) -> impl Future<Output = Result<Response<Streaming<GetChunkResponse>>, Status>> + Send + 'static {
+        let mut peer = self.0.clone();
+        async move { peer.fetch_chunks(requests).await }
+    }
+}
+
+/// The lines to one peer.
+struct Lines {
+    address: String,
+    push: Line<PushProtocol>,
+    push_admission: Arc<Semaphore>,
+    fetch: Line<FetchProtocol>,
+    fetch_admission: Arc<Semaphore>,
+}
+
+/// The content stores of the other nodes.
+pub struct PeerChunks {
+    transport: Arc<Transport>,
+    progress_timeout: Duration,
+    // One entry for each node that was ever talked to and not forgotten; locked for a lookup.
+    lines: Mutex<HashMap<NodeId, Arc<Lines>>>,
+}
+
+impl PeerChunks {
+    /// No connection is made yet.
+    pub fn new(transport: Arc<Transport>) -> PeerChunks {
+        PeerChunks::with_progress_timeout(transport, PROGRESS_TIMEOUT)
+    }
+
+    /// As [`PeerChunks::new`]; a peer that answers nothing for `progress_timeout` while calls wait is taken to be lost.
+    pub fn with_progress_timeout(transport: Arc<Transport>, progress_timeout: Duration) -> PeerChunks {
+        PeerChunks {
+            transport,
+            progress_timeout,
+            lines: Mutex::new(HashMap::new()),
+        }
+    }
+
+    /// Sends `chunk` to `to`; on that node's disk when it returns.
+    pub async fn push(&self, to: &Member, chunk: &StoredChunk) -> Result<(), PushError> {
+        let peer = to.id;
+        let unreachable = |reason: String| PushError::Unreachable { peer, reason };
+        let lines = self.lines(to).map_err(|error| unreachable(error.to_string()))?;
+        let admission = Arc::clone(&lines.push_admission)
+            .try_acquire_many_owned(permits(chunk.payload.len()))
+            .map_err(|_| PushError::QueueFull { peer })?;
+        // The line gives the call its number.
+        let answer = lines
+            .push
+            .call(put_request(0, chunk), admission)
+            .await
+            .map_err(|lost: Lost| unreachable(lost.to_string()))?;
+        match answer.status() {
+            ChunkStatus::Ok => Ok(()),
+            ChunkStatus::NoSpace => Err(PushError::NoSpace { peer }),
+            status => Err(PushError::Refused {
+                peer,
+                status,
+                detail: answer.detail,
+            }),
+        }
+    }
+
+    /// The blocks of `id` that hold `offset..offset + length`, from `from`; verified.
+    pub async fn fetch(
+        &self,
+        from: &Member,
+        id: ChunkId,
+        offset: u32,
+        length: u32,
+    ) -> Result<ChunkRange, FetchError> {
+        let peer = from.id;
+        let unreachable = |reason: String| FetchError::Unreachable { peer, reason };
+        let corrupt = |what: &str| FetchError::Corrupt {
+            peer,
+            what: what.to_string(),
+        };
+        let lines = self.lines(from).map_err(|error| unreachable(error.to_string()))?;
+        let admission = Arc::clone(&lines.fetch_admission)
+            .acquire_many_owned(permits(length as usize))
+            .await
+            .map_err(|error| unreachable(error.to_string()))?;
+        let request = GetChunkRequest {
+            // The line gives the call its number.
+            call_id: 0,
+            chunk: Some(id.into()),
+            offset,
+            length,
+        };
+        let answer = lines
+            .fetch
+            .call(request, admission)
+            .await
+            .map_err(|lost: Lost| unreachable(lost.to_string()))?;
+        match answer.status() {
+            ChunkStatus::Ok => {
+                let range = chunk_range(answer).map_err(|error| match error {
+                    MalformedChunk::Invalid(what) | MalformedChunk::Corrupt(what) => corrupt(what),
+                })?;
+                match range.exactly(offset, length) {
+                    Some(_) => Ok(range),
+                    None => Err(corrupt("it is not all of what was asked for")),
+                }
+            }
+            ChunkStatus::NotFound => Err(FetchError::NotFound { peer }),
+            ChunkStatus::Corrupt => Err(corrupt(&answer.detail)),
+            status => Err(FetchError::Refused {
+                peer,
+                status,
+                detail: answer.detail,
+            }),
+        }
+    }
+
+    /// All of `id` from `from`: `length` bytes with this SHA-256, as the metadata names them.
+    pub async fn fetch_whole(
+        &self,
+        from: &Member,
+        id: ChunkId,
+        length: u32,
+        sha256: Sha256,
+    ) -> Result<StoredChunk, FetchError> {
+        let range = self.fetch(from, id, 0, length).await?;
+        let peer = from.id;
+        let corrupt = |what: &str| FetchError::Corrupt {
+            peer,
+            what: what.to_string(),
+        };
+        if range.offset != 0 || range.payload.len() != length as usize {
+            return Err(corrupt("its length is not what the metadata names"));
+        }
+        let chunk = StoredChunk {
+            id,
+            sha256,
+            payload: range.payload,
+            block_crcs: range.block_crcs,
+        };
+        // A millisecond of hashing does not belong between other calls' polls.
+        tokio::task::spawn_blocking(move || (Sha256::of(&chunk.payload) == chunk.sha256).then_some(chunk))
+            .await
+            .ok()
+            .flatten()
+            .ok_or_else(|| corrupt("its SHA-256 is not what the metadata names"))
+    }
+
+    /// For each of `ids` whether `at` has it on disk.
+    pub async fn held(&self, at: &Member, ids: &[ChunkId]) -> Result<Vec<bool>, HeldError> {
+        let failed = |reason: String| HeldError { peer: at.id, reason };
+        let mut peer = self
+            .transport
+            .peer(&at.addresses, Purpose::Control)
+            .map_err(|error| failed(error.to_string()))?;
+        let mut held = Vec::with_capacity(ids.len());
+        for page in ids.chunks(HELD_IDS_MAX) {
+            let mut request = tonic::Request::new(HeldChunksRequest {
+                chunks: page.iter().map(|id| (*id).into()).collect(),
+            });
+            request.set_timeout(Duration::from_millis(HELD_TIMEOUT_MS));
+            let answer =
+                tokio::time::timeout(Duration::from_millis(HELD_TIMEOUT_MS), peer.held_chunks(request))
+                    .await
+                    .map_err(|_| failed(format!("no answer for {HELD_TIMEOUT_MS} ms")))?
+                    .map_err(|status| failed(format!("{}: {}", status.code(), status.message())))?
+                    .into_inner();
+            if answer.held.len() != page.len() {
+                return Err(failed("it answered about other chunks".to_string()));
+            }
+            held.extend(answer.held);
+        }
+        Ok(held)
+    }
+
+    /// Ends the streams to a node that is no member any more.
+    pub fn forget(&self, node: NodeId) {
+        self.lines.lock().remove(&node);
+    }
+
+    fn lines(&self, member: &Member) -> Result<Arc<Lines>, tonic::transport::Error> {
+        let mut lines = self.lines.lock();
+        if let Some(known) = lines.get(&member.id)
+            && known.address == member.addresses.grpc
+        {
+            return Ok(Arc::clone(known));
+        }
+        let peer = self.transport.peer(&member.addresses, Purpose::Bulk)?;
+        let made = Arc::new(Lines {
+            address: member.addresses.grpc.clone(),
+            push: Line::new(PushProtocol(peer.clone()), self.progress_timeout),
+            push_admission: Arc::new(Semaphore::new(PUSH_BYTES_MAX / PERMIT_BYTES)),
+            fetch: Line::new(FetchProtocol(peer), self.progress_timeout),
+            fetch_admission: Arc::new(Semaphore::new(FETCH_BYTES_MAX / PERMIT_BYTES)),
+        });
+        lines.insert(member.id, Arc::clone(&made));
+        Ok(made)
+    }
+}
+
+fn permits(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(PERMIT_BYTES).max(1)).unwrap_or(u32::MAX)
+}

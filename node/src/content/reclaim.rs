@@ -1,0 +1,235 @@
+//! Discarding: chunks leave the index, their records are marked dead in place, the marks are flushed, and only then
+//! holes are punched; a segment without a live record is unlinked, a sparse one is rewritten.
+//!
+//! Nothing here needs room on the disk but rewriting, which makes more than it takes: a full disk can be emptied.
+//!
+//! After a crash a discarded chunk may be back if its mark had not been flushed, never without its bytes; who decides
+//! what is dead finds it again. A chunk whose mark was flushed and whose hole was not yet punched stays gone, and its
+//! room comes back when the store is opened, or with its segment.
+//!
+//! Invariants: no hole is punched under a record whose mark is not on disk. One discard, quarantine or rewriting at a
+//! time.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use quorumfs_proto::ChunkId;
+
+use super::error::ContentError;
+use super::index::{Place, Removed};
+use super::record::{Entry, Table};
+use super::segment::{Sealing, Segment, holes, punch};
+use super::store::ContentStore;
+
+/// A segment is rewritten when at most this part of what it takes on disk is live.
+const SPARSE_PART: u64 = 2;
+/// Below this it is not worth the writing; the disk's own granularity alone may waste as much.
+const SPARSE_BYTES_MIN: u64 = 64 << 10;
+
+/// What rewriting sparse segments did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rewritten {
+    /// Segments rewritten and unlinked.
+    pub segments: u64,
+    /// Bytes of records written anew.
+    pub moved_bytes: u64,
+    /// Bytes of disk that the old segments took.
+    pub freed_bytes: u64,
+    /// Chunks whose copy here turned out to be damaged; no longer held.
+    pub damaged_chunks: u64,
+}
+
+/// Marked records whose room can be given back once the marks are on disk.
+struct Marked {
+    segment: Arc<Segment>,
+    file: Arc<File>,
+    table: Table,
+    positions: Vec<u32>,
+}
+
+impl ContentStore {
+    /// Drops chunks and gives their room back; ids that are not held are passed over. Blocks. Returns how many bytes
+    /// of disk were freed. Even where it fails the chunks are no longer served by this process.
+    pub fn discard(&self, ids: &[ChunkId]) -> Result<u64, ContentError> {
+        self.writer.fault.check()?;
+        let _one_at_a_time = self.reclaim.lock();
+        let removed = self.index.remove(ids);
+        self.release(removed)
+    }
+
+    /// Drops a copy that failed its check, so that it is fetched anew. Blocks.
+    pub fn quarantine(&self, id: ChunkId) -> Result<(), ContentError> {
+        self.discard(&[id]).map(drop)
+    }
+
+    /// Rewrites segments of which little is live, the sparsest first, until about `budget_bytes` of records have
+    /// moved. Blocks for as long as that takes.
+    pub fn rewrite_sparse(&self, budget_bytes: u64) -> Result<Rewritten, ContentError> {
+        self.writer.fault.check()?;
+        let _one_at_a_time = self.reclaim.lock();
+        let mut sparse = Vec::new();
+        for segment in self.index.segments() {
+            if !segment.is_sealed() {
+                continue;
+            }
+            let taken = allocated_bytes(&segment)?;
+            let live = segment.live_bytes();
+            if live <= taken / SPARSE_PART && taken - live >= SPARSE_BYTES_MIN {
+                sparse.push((live, segment));
+            }
+        }
+        sparse.sort_by_key(|(live, segment)| (*live, segment.sequence));
+        let mut done = Rewritten::default();
+        for (live, segment) in sparse {
+            if done.moved_bytes + live > budget_bytes {
+                break;
+            }
+            done.damaged_chunks += self.rewrite(&segment)?;
+            done.moved_bytes += live;
+            done.segments += 1;
+            done.freed_bytes += self.remove_empty_segments()?.freed_bytes;
+        }
+        Ok(done)
+    }
+
+    /// Moves the live records of `segment`; returns how many turned out to be damaged.
+    fn rewrite(&self, segment: &Arc<Segment>) -> Result<u64, ContentError> {
+        let table = segment.table(&*self.file(segment)?)?;
+        let mut damaged = Vec::new();
+        let mut copies: Vec<(Entry, Arc<Segment>, Entry)> = Vec::new();
+        let copied = table.live().try_for_each(|entry| {
+            let place = Place::new(segment.sequence, entry);
+            if self.index.get(entry.id).is_none_or(|(now, _)| now != place) {
+                return Ok(());
+            }
+            match self.read_whole(entry.id) {
+                Ok(chunk) => {
+                    let (to, copy) = self.writer.append_copy(&chunk)?;
+                    copies.push((*entry, to, copy));
+                    Ok(())
+                }
+                Err(error @ ContentError::Corrupt { .. }) => {
+                    tracing::warn!(%error, "dropping a damaged chunk");
+                    damaged.push(entry.id);
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            }
+        });
+        if let Err(error) = copied.and_then(|()| self.sync()) {
+            // The copies are of no use: the originals stay what counts.
+            let useless = copies.into_iter().map(|(_, to, copy)| Removed {
+                segment: to,
+                positions: vec![copy.position_units],
+            });
+            self.release(useless.collect())?;
+            return Err(error);
+        }
+        for (entry, to, copy) in &copies {
+            self.index.relocate(segment, entry, to, copy);
+        }
+        // Their marks go with the segment.
+        self.index.remove(&damaged);
+        Ok(damaged.len() as u64)
+    }
+
+    /// What is left to do when the index has been rebuilt: records that a later one supersedes, segments that are
+    /// empty. Returns how many segments went.
+    pub(super) fn tidy_after_open(&self, superseded: Vec<Removed>) -> Result<u64, ContentError> {
+        self.release(superseded)?;
+        Ok(self.remove_empty_segments()?.segments)
+    }
+
+    /// Marks records that the index no longer names, and gives their room back.
+    fn release(&self, removed: Vec<Removed>) -> Result<u64, ContentError> {
+        let mut failure = None;
+        let mut marked = Vec::new();
+        for Removed { segment, positions } in removed {
+            // It is unlinked below.
+            if segment.live_records() == 0 && segment.is_sealed() {
+                continue;
+            }
+            match self.mark(&segment, &positions) {
+                Ok((file, table)) => marked.push(Marked {
+                    segment,
+                    file,
+                    table,
+                    positions,
+                }),
+                Err(error @ ContentError::Fatal { .. }) => return Err(error),
+                Err(error) => failure = Some(error),
+            }
+        }
+        self.sync()?;
+        let mut freed_bytes = 0;
+        for Marked {
+            segment,
+            file,
+            table,
+            positions,
+        } in marked
+        {
+            for (from, to) in holes(&table, &positions) {
+                match punch(&file, from, to) {
+                    Ok(bytes) => freed_bytes += bytes,
+                    Err(source) => {
+                        failure = Some(ContentError::io("punch a hole into", &segment.path, source))
+                    }
+                }
+            }
+        }
+        freed_bytes += self.remove_empty_segments()?.freed_bytes;
+        failure.map_or(Ok(freed_bytes), Err)
+    }
+
+    /// Marks records dead. On disk when it returns, if the segment is sealed; else with the next group flush.
+    fn mark(&self, segment: &Segment, positions: &[u32]) -> Result<(Arc<File>, Table), ContentError> {
+        let file = self.file(segment)?;
+        let (table, sealing) = segment.mark_dead(&file, positions)?;
+        match sealing {
+            Sealing::Sealed => self.writer.fault.flush(&file, &segment.path)?,
+            Sealing::Open => self.writer.count_change(),
+        }
+        Ok((file, table))
+    }
+
+    /// Unlinks the sealed segments without a live record.
+    fn remove_empty_segments(&self) -> Result<Removal, ContentError> {
+        let mut removal = Removal::default();
+        for segment in self.index.segments() {
+            if segment.live_records() > 0
+                || !segment.is_sealed()
+                || !self.index.remove_segment_if_empty(&segment)
+            {
+                continue;
+            }
+            let bytes = allocated_bytes(&segment)?;
+            std::fs::remove_file(&segment.path)
+                .map_err(|source| ContentError::io("remove", &segment.path, source))?;
+            self.forget_file(&segment);
+            removal.segments += 1;
+            removal.freed_bytes += bytes;
+        }
+        if removal.segments > 0 {
+            self.writer
+                .fault
+                .flush_folder(&self.writer.folder, &self.writer.directory)?;
+        }
+        Ok(removal)
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Removal {
+    segments: u64,
+    freed_bytes: u64,
+}
+
+/// What a segment takes on disk.
+fn allocated_bytes(segment: &Segment) -> Result<u64, ContentError> {
+    // st_blocks counts 512 bytes, whatever the filesystem's block is.
+    std::fs::metadata(&segment.path)
+        .map(|metadata| metadata.blocks() * 512)
+        .map_err(|source| ContentError::io("inspect", &segment.path, source))
+}
