@@ -3,6 +3,7 @@
 //! A round asks a quorum whether this node still leads, then waits until what was committed when it began has been applied.
 //! Who comes during a round waits for the next: what was acknowledged before they came may be newer than the round.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use openraft::ReadPolicy;
@@ -22,6 +23,7 @@ type Waiter = oneshot::Sender<Result<(), BarrierError>>;
 pub struct Barrier {
     waiting: Mutex<Vec<Waiter>>,
     wake: Notify,
+    rounds: AtomicU64,
 }
 
 impl Barrier {
@@ -35,6 +37,11 @@ impl Barrier {
                 reason: "the node is shutting down".to_string(),
             })
         })
+    }
+
+    /// Rounds since the start.
+    pub fn rounds(&self) -> u64 {
+        self.rounds.load(Ordering::Relaxed)
     }
 
     /// Nobody waits any more.
@@ -52,6 +59,7 @@ impl Consensus {
             if waiting.is_empty() {
                 continue;
             }
+            barrier.rounds.fetch_add(1, Ordering::Relaxed);
             let result = self.barrier_round().await;
             for waiter in waiting {
                 // Who has gone does not want to know.

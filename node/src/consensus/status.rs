@@ -53,6 +53,8 @@ pub struct ConsensusStatus {
     pub overlay_bytes: u64,
     /// Messages to the content store that were passed over because it was slow.
     pub effects_dropped: u64,
+    /// Rounds of the read barrier since the start; many readers share one.
+    pub barrier_rounds: u64,
     /// Whether commands can be decided, as far as this node can tell.
     pub writable: bool,
     /// Why not.
@@ -84,6 +86,7 @@ impl Consensus {
             log: self.0.log.status(),
             overlay_bytes: self.0.metadata.overlay_bytes(),
             effects_dropped: self.0.effects_dropped.load(super::Ordering::Relaxed),
+            barrier_rounds: self.0.barrier.rounds(),
             writable: reason.is_none(),
             reason,
         }
