@@ -33,6 +33,8 @@ const PUSH_BYTES_MAX: usize = 64 << 20;
 const FETCH_BYTES_MAX: usize = 32 << 20;
 /// Semaphores count permits in 32 bits and less; admission counts in these.
 const PERMIT_BYTES: usize = 1 << 10;
+/// A peer that answers nothing for so long while calls wait is taken to be lost. Far above a slow disk's flush.
+const PROGRESS_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most ids in one question: well below the largest message.
 const HELD_IDS_MAX: usize = 1 << 16;
 /// How long one such question may take: the answer comes from memory.
@@ -172,6 +174,7 @@ struct Lines {
 /// The content stores of the other nodes.
 pub struct PeerChunks {
     transport: Arc<Transport>,
+    progress_timeout: Duration,
     // One entry for each node that was ever talked to and not forgotten; locked for a lookup.
     lines: Mutex<HashMap<NodeId, Arc<Lines>>>,
 }
@@ -179,8 +182,14 @@ pub struct PeerChunks {
 impl PeerChunks {
     /// No connection is made yet.
     pub fn new(transport: Arc<Transport>) -> PeerChunks {
+        PeerChunks::with_progress_timeout(transport, PROGRESS_TIMEOUT)
+    }
+
+    /// As [`PeerChunks::new`]; a peer that answers nothing for `progress_timeout` while calls wait is taken to be lost.
+    pub fn with_progress_timeout(transport: Arc<Transport>, progress_timeout: Duration) -> PeerChunks {
         PeerChunks {
             transport,
+            progress_timeout,
             lines: Mutex::new(HashMap::new()),
         }
     }
@@ -294,10 +303,7 @@ impl PeerChunks {
 
     /// For each of `ids` whether `at` has it on disk.
     pub async fn held(&self, at: &Member, ids: &[ChunkId]) -> Result<Vec<bool>, HeldError> {
-        let failed = |reason: String| HeldError {
-            peer: at.id,
-            reason,
-        };
+        let failed = |reason: String| HeldError { peer: at.id, reason };
         let mut peer = self
             .transport
             .peer(&at.addresses, Purpose::Control)
@@ -308,11 +314,12 @@ impl PeerChunks {
                 chunks: page.iter().map(|id| (*id).into()).collect(),
             });
             request.set_timeout(Duration::from_millis(HELD_TIMEOUT_MS));
-            let answer = tokio::time::timeout(Duration::from_millis(HELD_TIMEOUT_MS), peer.held_chunks(request))
-                .await
-                .map_err(|_| failed(format!("no answer for {HELD_TIMEOUT_MS} ms")))?
-                .map_err(|status| failed(format!("{}: {}", status.code(), status.message())))?
-                .into_inner();
+            let answer =
+                tokio::time::timeout(Duration::from_millis(HELD_TIMEOUT_MS), peer.held_chunks(request))
+                    .await
+                    .map_err(|_| failed(format!("no answer for {HELD_TIMEOUT_MS} ms")))?
+                    .map_err(|status| failed(format!("{}: {}", status.code(), status.message())))?
+                    .into_inner();
             if answer.held.len() != page.len() {
                 return Err(failed("it answered about other chunks".to_string()));
             }
@@ -336,9 +343,9 @@ impl PeerChunks {
         let peer = self.transport.peer(&member.addresses, Purpose::Bulk)?;
         let made = Arc::new(Lines {
             address: member.addresses.grpc.clone(),
-            push: Line::new(PushProtocol(peer.clone())),
+            push: Line::new(PushProtocol(peer.clone()), self.progress_timeout),
             push_admission: Arc::new(Semaphore::new(PUSH_BYTES_MAX / PERMIT_BYTES)),
-            fetch: Line::new(FetchProtocol(peer)),
+            fetch: Line::new(FetchProtocol(peer), self.progress_timeout),
             fetch_admission: Arc::new(Semaphore::new(FETCH_BYTES_MAX / PERMIT_BYTES)),
         });
         lines.insert(member.id, Arc::clone(&made));

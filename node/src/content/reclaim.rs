@@ -173,7 +173,9 @@ impl ContentStore {
             for (from, to) in holes(&table, &positions) {
                 match punch(&file, from, to) {
                     Ok(bytes) => freed_bytes += bytes,
-                    Err(source) => failure = Some(ContentError::io("punch a hole into", &segment.path, source)),
+                    Err(source) => {
+                        failure = Some(ContentError::io("punch a hole into", &segment.path, source))
+                    }
                 }
             }
         }
@@ -196,7 +198,9 @@ impl ContentStore {
     fn remove_empty_segments(&self) -> Result<Removal, ContentError> {
         let mut removal = Removal::default();
         for segment in self.index.segments() {
-            if segment.live_records() > 0 || !segment.is_sealed() || !self.index.remove_segment_if_empty(&segment)
+            if segment.live_records() > 0
+                || !segment.is_sealed()
+                || !self.index.remove_segment_if_empty(&segment)
             {
                 continue;
             }

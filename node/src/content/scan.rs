@@ -24,7 +24,7 @@ use super::record::{
     Entry, FORMAT_VERSION, Footer, Layout, Mark, PAGE_BYTES, RECORD_HEADER_BYTES, RecordHeader,
     SEGMENT_HEADER_BYTES, TRAILER_BYTES, Table, UNIT_BYTES, segment_version,
 };
-use super::segment::{Segment, SegmentState, read_table, write_record};
+use super::segment::{Segment, SegmentState, punch_leftovers, read_table, write_record};
 
 /// A segment as it was found.
 pub struct Found {
@@ -77,6 +77,10 @@ pub fn open_segment(path: PathBuf, sequence: u32, salt: u64) -> Result<Option<Fo
     }
 
     if let Some((footer, table)) = read_footer(&file, salt, file_bytes).map_err(failed("read"))? {
+        // Room that is not given back now is given back with the segment.
+        if let Err(error) = punch_leftovers(&file, &table) {
+            tracing::warn!(%error, path = %path.display(), "cannot punch holes for discarded chunks");
+        }
         let segment = Segment::new(path, sequence, salt, SegmentState::Sealed(footer), 0);
         return Ok(Some(Found {
             segment,
@@ -233,7 +237,11 @@ impl<'file> Window<'file> {
         let end = (at + length).min(self.file_bytes);
         if at < self.position || end > held_end {
             let close = at >= self.position && at <= held_end && !self.bytes.is_empty();
-            let wanted = if close { Self::MOST_BYTES } else { Self::LEAST_BYTES };
+            let wanted = if close {
+                Self::MOST_BYTES
+            } else {
+                Self::LEAST_BYTES
+            };
             let take = wanted.max(length).min(self.file_bytes.saturating_sub(at));
             self.bytes.resize(take as usize, 0);
             self.position = at;

@@ -11,7 +11,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -230,9 +230,8 @@ impl Segment {
     pub fn table(&self, file: &File) -> Result<Table, ContentError> {
         match &*self.state.lock() {
             SegmentState::Open(table) => Ok(table.clone()),
-            SegmentState::Sealed(footer) => {
-                read_table(file, footer).map_err(|source| ContentError::io("read the footer of", &self.path, source))
-            }
+            SegmentState::Sealed(footer) => read_table(file, footer)
+                .map_err(|source| ContentError::io("read the footer of", &self.path, source)),
         }
     }
 }
@@ -325,6 +324,32 @@ pub fn punch(file: &File, from: u64, to: u64) -> io::Result<u64> {
             Err(errno) => return Err(errno.into()),
         }
     }
+}
+
+/// Punches what dead records of a sealed segment still take, if it is more than the disk's own granularity explains:
+/// a process ended between marking and punching. Their marks are flushed first.
+pub fn punch_leftovers(file: &File, table: &Table) -> io::Result<()> {
+    const SLACK_BYTES: u64 = 256 << 10;
+    let dead: Vec<u32> = table
+        .entries
+        .iter()
+        .zip(&table.dead)
+        .filter_map(|(entry, dead)| dead.then_some(entry.position_units))
+        .collect();
+    if dead.is_empty() {
+        return Ok(());
+    }
+    let metadata = file.metadata()?;
+    let holes = holes(table, &dead);
+    let hole_bytes: u64 = holes.iter().map(|(from, to)| to - from).sum();
+    if metadata.blocks() * 512 + hole_bytes <= metadata.len() + SLACK_BYTES {
+        return Ok(());
+    }
+    file.sync_data()?;
+    for (from, to) in holes {
+        punch(file, from, to)?;
+    }
+    Ok(())
 }
 
 /// The ranges that discarding the records at `newly_dead` (ascending positions, in units) sets free, whole pages

@@ -313,9 +313,7 @@ impl ContentStore {
         let mut head = vec![0; layout.head_bytes()];
         read(&mut head, layout.position)?;
         let (header, mut block_crcs) = RecordHeader::decode(&head, segment.salt, layout.position)
-            .filter(|(header, _)| {
-                header.id == id && header.layout == layout && header.mark == Mark::Live
-            })
+            .filter(|(header, _)| header.id == id && header.layout == layout && header.mark == Mark::Live)
             .ok_or_else(|| corrupt("its header"))?;
         let first_block = offset / BLOCK_BYTES;
         let end = offset.saturating_add(length).min(place.length);

@@ -2,7 +2,7 @@
 //!
 //! Invariants:
 //! - A call is answered once: by the peer, or, when the stream ends, by the reason why. None waits for ever: a stream
-//!   on which calls wait and no answer comes for [`PROGRESS_TIMEOUT_MS`] is given up.
+//!   on which calls wait and no answer comes for the line's progress time-out is given up.
 //! - What a call was admitted for (its bytes) is given back when it is answered, not when its caller stops waiting:
 //!   until then the bytes are in a queue.
 //! - At most one stream of a line is alive, and a new one is not tried within [`RECONNECT_PAUSE_MS`] of the last
@@ -21,8 +21,6 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Response, Status, Streaming};
 
-/// A peer that answers nothing for so long while calls wait is taken to be lost. Far above a slow disk's flush.
-pub const PROGRESS_TIMEOUT_MS: u64 = 10_000;
 /// Between a stream's end and the next attempt: a peer that is down is not asked in a tight loop.
 pub const RECONNECT_PAUSE_MS: u64 = 100;
 /// A call whose stream ended is sent once more over a new one: the peer may just have restarted.
@@ -37,9 +35,9 @@ pub enum Lost {
     /// The peer ended the stream.
     #[error("the peer closed the stream")]
     Closed,
-    /// No answer for [`PROGRESS_TIMEOUT_MS`].
-    #[error("no answer for {PROGRESS_TIMEOUT_MS} ms")]
-    Stalled,
+    /// No answer for as long as calls may wait.
+    #[error("no answer for {0:?}")]
+    Stalled(Duration),
 }
 
 struct Waiter<R> {
@@ -96,6 +94,8 @@ pub trait Protocol: Send + Sync + 'static {
 /// The calls of one protocol to one peer, over one stream after another.
 pub struct Line<P: Protocol> {
     protocol: P,
+    /// A peer that answers nothing for so long while calls wait is taken to be lost.
+    progress_timeout: Duration,
     next_call: AtomicU64,
     // Locked to look at or replace the stream; never across an await.
     stream: Mutex<Option<Arc<CallStream<P::Request, P::Answer>>>>,
@@ -103,16 +103,21 @@ pub struct Line<P: Protocol> {
 
 impl<P: Protocol> Line<P> {
     /// No stream is opened yet.
-    pub fn new(protocol: P) -> Line<P> {
+    pub fn new(protocol: P, progress_timeout: Duration) -> Line<P> {
         Line {
             protocol,
+            progress_timeout,
             next_call: AtomicU64::new(1),
             stream: Mutex::new(None),
         }
     }
 
     /// Sends `request` and waits for its answer; `admission` is what it holds of a bound until it is answered.
-    pub async fn call(&self, request: P::Request, admission: OwnedSemaphorePermit) -> Result<P::Answer, Lost> {
+    pub async fn call(
+        &self,
+        request: P::Request,
+        admission: OwnedSemaphorePermit,
+    ) -> Result<P::Answer, Lost> {
         let admission = Arc::new(admission);
         let mut attempt = 1;
         loop {
@@ -125,7 +130,9 @@ impl<P: Protocol> Line<P> {
             };
             match answer {
                 Ok(answer) => return Ok(answer),
-                Err(lost) if attempt == CALL_ATTEMPTS_MAX || lost == Lost::Stalled => return Err(lost),
+                Err(lost) if attempt == CALL_ATTEMPTS_MAX || matches!(lost, Lost::Stalled(_)) => {
+                    return Err(lost);
+                }
                 Err(_) => {}
             }
             attempt += 1;
@@ -181,10 +188,11 @@ impl<P: Protocol> Line<P> {
         }));
         let opening = self.protocol.open(UnboundedReceiverStream::new(queue));
         let driven = Arc::clone(&calls);
+        let timeout = self.progress_timeout;
         tokio::spawn(async move {
             let reason = tokio::select! {
                 reason = receive::<P>(opening, &driven) => reason,
-                () = stalled(&driven) => Lost::Stalled,
+                () = stalled(&driven, timeout) => Lost::Stalled(timeout),
             };
             tracing::debug!(%reason, "a stream of chunks to a peer ended");
             driven.lock().end(&reason);
@@ -215,8 +223,7 @@ async fn receive<P: Protocol>(
 }
 
 /// Returns when calls have waited too long without any being answered.
-async fn stalled<R>(calls: &Mutex<Calls<R>>) {
-    let timeout = Duration::from_millis(PROGRESS_TIMEOUT_MS);
+async fn stalled<R>(calls: &Mutex<Calls<R>>, timeout: Duration) {
     loop {
         let deadline = {
             let calls = calls.lock();

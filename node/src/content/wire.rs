@@ -3,7 +3,9 @@
 use bytes::Bytes;
 use quorumfs_proto::chunk::blocks_match;
 use quorumfs_proto::limits::{BLOCK_BYTES, CHUNK_BYTES_MAX};
-use quorumfs_proto::wire::{ChunkStatus, GetChunkRequest, GetChunkResponse, PutChunkRequest, PutChunkResponse};
+use quorumfs_proto::wire::{
+    ChunkStatus, GetChunkRequest, GetChunkResponse, PutChunkRequest, PutChunkResponse,
+};
 use quorumfs_proto::{ChunkId, Sha256};
 
 use super::chunk::{ChunkRange, StoredChunk};
@@ -43,21 +45,29 @@ pub fn put_request(call_id: u64, chunk: &StoredChunk) -> PutChunkRequest {
 
 /// The chunk that `request` carries, verified block by block.
 pub fn stored_chunk(request: PutChunkRequest) -> Result<StoredChunk, MalformedChunk> {
-    let id = request.chunk.ok_or(MalformedChunk::Invalid("no chunk id"))?.into();
+    let id = request
+        .chunk
+        .ok_or(MalformedChunk::Invalid("no chunk id"))?
+        .into();
     let sha256: [u8; 32] = request
         .sha256
         .as_ref()
         .try_into()
         .map_err(|_| MalformedChunk::Invalid("a SHA-256 has 32 bytes"))?;
-    StoredChunk::received(id, Sha256(sha256), request.payload, request.block_crcs).map_err(|error| match error {
-        ContentError::Malformed { what, .. } => MalformedChunk::Invalid(what),
-        _ => MalformedChunk::Corrupt("a block does not match its CRC"),
-    })
+    StoredChunk::received(id, Sha256(sha256), request.payload, request.block_crcs).map_err(
+        |error| match error {
+            ContentError::Malformed { what, .. } => MalformedChunk::Invalid(what),
+            _ => MalformedChunk::Corrupt("a block does not match its CRC"),
+        },
+    )
 }
 
 /// What `request` asks for: chunk, offset, length.
 pub fn range_asked(request: &GetChunkRequest) -> Result<(ChunkId, u32, u32), MalformedChunk> {
-    let id = request.chunk.ok_or(MalformedChunk::Invalid("no chunk id"))?.into();
+    let id = request
+        .chunk
+        .ok_or(MalformedChunk::Invalid("no chunk id"))?
+        .into();
     let end = request.offset.checked_add(request.length);
     if request.length == 0 || end.is_none_or(|end| end > CHUNK_BYTES_MAX) {
         return Err(MalformedChunk::Invalid("its range is out of bounds"));

@@ -1,0 +1,83 @@
+//! The one way in which this layer says that the node must stop.
+//!
+//! A flush that failed is never tried again (the kernel may have dropped the pages and will call the next one a
+//! success), and a state machine that could not apply has no next state: whoever runs the node waits for
+//! [`FatalSignal::wait`] and exits with what it says.
+
+use std::error::Error;
+use std::fmt;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+/// Why the node must stop.
+#[derive(Clone, Debug)]
+pub struct FatalError {
+    /// What was being done.
+    pub doing: &'static str,
+    /// What came of it.
+    pub source: Arc<dyn Error + Send + Sync>,
+}
+
+impl fmt::Display for FatalError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.doing, self.source)
+    }
+}
+
+impl Error for FatalError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(self.source.as_ref())
+    }
+}
+
+/// Raised at most once; the first reason stands.
+#[derive(Clone, Debug)]
+pub struct FatalSignal(Arc<watch::Sender<Option<FatalError>>>);
+
+impl Default for FatalSignal {
+    fn default() -> FatalSignal {
+        FatalSignal(Arc::new(watch::Sender::new(None)))
+    }
+}
+
+impl FatalSignal {
+    /// The node must stop, for this reason.
+    pub fn raise(&self, doing: &'static str, source: impl Into<Box<dyn Error + Send + Sync>>) -> FatalError {
+        let error = FatalError {
+            doing,
+            source: Arc::from(source.into()),
+        };
+        self.0.send_if_modified(|current| {
+            let first = current.is_none();
+            if first {
+                *current = Some(error.clone());
+            }
+            first
+        });
+        error
+    }
+
+    /// The reason, if there is one already.
+    pub fn raised(&self) -> Option<FatalError> {
+        self.0.borrow().clone()
+    }
+
+    /// Waits until there is one.
+    pub async fn wait(&self) -> FatalError {
+        let mut receiver = self.0.subscribe();
+        loop {
+            if let Some(error) = self.raised() {
+                return error;
+            }
+            // The sender lives in `self`, so the channel cannot close while we wait.
+            let _ = receiver.changed().await;
+        }
+    }
+}
+
+impl From<FatalError> for std::io::Error {
+    fn from(error: FatalError) -> std::io::Error {
+        std::io::Error::other(error)
+    }
+}

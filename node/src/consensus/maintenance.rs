@@ -1,0 +1,119 @@
+//! What is looked after all the time: the log's length, the room on its disk, and a leader's own slowness.
+
+use std::time::{Duration, Instant};
+
+use openraft::async_runtime::WatchReceiver;
+
+use super::types::VoterId;
+use super::{Consensus, Ordering};
+
+/// How often all is looked at. Also how late a hanging flush is noticed.
+const TICK: Duration = Duration::from_millis(200);
+/// A snapshot or a purge that was asked for is not asked for again before this has passed.
+const REQUEST_INTERVAL: Duration = Duration::from_secs(5);
+/// Leadership is not handed on more often than this: where all disks are slow it would go in circles.
+const HAND_ON_INTERVAL: Duration = Duration::from_secs(30);
+/// Below so many log files' worth of free space commands that take space are refused.
+const ROOM_FILES_MIN: u64 = 2;
+
+/// When something was last done.
+#[derive(Default)]
+struct Last(Option<Instant>);
+
+impl Last {
+    /// Whether it may be done again; if so, now is when it was done.
+    fn due(&mut self, interval: Duration) -> bool {
+        let due = self.0.is_none_or(|last| last.elapsed() >= interval);
+        if due {
+            self.0 = Some(Instant::now());
+        }
+        due
+    }
+}
+
+impl Consensus {
+    pub(super) async fn run_maintenance(self) {
+        let (mut snapshot, mut hand_on) = (Last::default(), Last::default());
+        let mut purged = 0;
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            self.look_for_room().await;
+            self.bound_log(&mut snapshot, &mut purged).await;
+            self.hand_on_if_slow(&mut hand_on).await;
+        }
+    }
+
+    async fn look_for_room(&self) {
+        let status = self.0.log.status();
+        let directory = self.0.options.directory.clone();
+        let needed_bytes = ROOM_FILES_MIN * self.0.options.wal.file_bytes;
+        let free = tokio::task::spawn_blocking(move || {
+            nix::sys::statvfs::statvfs(&directory).map(|v| v.blocks_available() * v.fragment_size())
+        });
+        // A disk that cannot be asked will say no by itself; the reserve stands for that.
+        let free_bytes = match free.await {
+            Ok(Ok(free_bytes)) => free_bytes,
+            _ => u64::MAX,
+        };
+        let room = status.reserve_held && !status.disk_full && free_bytes >= needed_bytes;
+        if self.0.has_room.swap(room, Ordering::Relaxed) && !room {
+            tracing::warn!(
+                free_bytes,
+                "the log's disk is nearly full: only what frees space is admitted"
+            );
+        }
+    }
+
+    /// Asks for a snapshot when the log has grown by many bytes since the last, and purges behind it, whole files, by bytes.
+    async fn bound_log(&self, snapshot: &mut Last, purged: &mut u64) {
+        let (taken, raft) = {
+            let raft = &self.0.raft;
+            let metrics = raft.metrics();
+            let taken = metrics.borrow_watched().snapshot;
+            (taken, raft)
+        };
+        let grown = self.0.log.bytes_after(taken.map(|id| id.index));
+        if grown > self.0.options.snapshot_log_bytes + self.0.options.wal.file_bytes
+            && snapshot.due(REQUEST_INTERVAL)
+        {
+            // Errors here mean that openraft has stopped, which is said elsewhere.
+            let _ = raft.trigger().snapshot().await;
+        }
+        let Some(taken) = taken else { return };
+        if let Some(upto) = self.0.log.purgeable(taken.index, self.0.options.keep_log_bytes)
+            && upto > *purged
+        {
+            *purged = upto;
+            let _ = raft.trigger().purge_log(upto).await;
+        }
+    }
+
+    /// A leader whose disk is slow makes everyone wait; another voter that has all entries takes over.
+    async fn hand_on_if_slow(&self, hand_on: &mut Last) {
+        let slowest_ms = self.0.log.take_slowest_flush_ms();
+        if slowest_ms < self.0.options.slow_flush_ms || !self.is_leader() {
+            return;
+        }
+        let Some(to) = self.most_up_to_date_voter() else {
+            return;
+        };
+        if hand_on.due(HAND_ON_INTERVAL) {
+            tracing::warn!(slowest_ms, %to, "flushing the log is slow: handing leadership on");
+            let _ = self.0.raft.trigger().transfer_leader(to).await;
+        }
+    }
+
+    /// A voter other than this node that has flushed everything committed.
+    fn most_up_to_date_voter(&self) -> Option<VoterId> {
+        let metrics = self.metrics();
+        let voters: Vec<VoterId> = metrics.membership_config.voter_ids().collect();
+        let (to, matched) = metrics
+            .replication?
+            .into_iter()
+            .filter(|(id, _)| voters.contains(id) && *id != self.0.id)
+            .max_by_key(|(_, matched)| *matched)?;
+        (matched >= metrics.cluster_committed).then_some(to)
+    }
+}

@@ -1,0 +1,486 @@
+//! Consensus: one log that all nodes agree on, kept durable, applied to the metadata in the same order everywhere.
+//!
+//! How a command goes: [`Consensus::propose`] admits it by its bytes → openraft → [`log::LogStore`] (memory at once, the
+//! [`wal`] thread's next flush) and, at the same time, [`network::PeerNetwork`] to the followers → a quorum has flushed it →
+//! [`state_machine::StateMachine`] applies it with others as one batch and publishes them → the proposer is answered.
+//! The [`flusher`] moves what was applied to disk behind that; [`snapshot`] and purge keep the log short.
+//!
+//! How a read stays linearizable: [`Consensus::barrier`], then a view of the metadata. One round of ReadIndex serves all who came before it
+//! began.
+//!
+//! It owes: nothing acknowledged is lost (see [`wal`]); a node that cannot keep that promise stops
+//! ([`Consensus::fatal`]) or does not start ([`ConsensusError`]). Every queue is bounded in bytes: admission here, the
+//! log's unflushed bytes, the overlay.
+//!
+//! It does not know files, names or chunks, nor who proposes what and why.
+
+mod barrier;
+mod fatal;
+mod flusher;
+mod log;
+mod maintenance;
+mod network;
+mod options;
+mod service;
+mod snapshot;
+mod state_machine;
+mod status;
+#[cfg(test)]
+mod tests;
+mod types;
+mod wal;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use openraft::async_runtime::WatchReceiver;
+use openraft::errors::{ClientWriteError, Fatal, ForwardToLeader, InitializeError, RaftError};
+use openraft::{Raft, RaftMetrics};
+use parking_lot::Mutex;
+use quorumfs_proto::{ClusterId, Member, NodeId, codec};
+use serde::Serialize;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinHandle;
+
+use self::barrier::Barrier;
+use self::fatal::FatalSignal;
+use self::flusher::Flusher;
+use self::log::LogStore;
+use self::network::NetworkFactory;
+use self::snapshot::SnapshotTraffic;
+use self::state_machine::StateMachine;
+use self::types::{TypeConfig, VoterId, member};
+use crate::content::ContentStore;
+use crate::metadata::{CallResult, LogBody, LogCommand, MetadataStore};
+use crate::transport::Transport;
+
+pub use self::fatal::FatalError;
+pub use self::log::LogStatus;
+pub use self::options::{ConsensusOptions, Timings};
+pub use self::state_machine::AppliedEffects;
+pub use self::status::{ConsensusStatus, Role};
+pub use self::wal::{WalError, WalOptions};
+
+/// How long a command waits to be admitted before its sender is told to come back.
+const ADMISSION_TIMEOUT: Duration = Duration::from_secs(2);
+/// What admission counts in; the smallest command takes one.
+const ADMISSION_UNIT_BYTES: usize = 1 << 10;
+
+/// Why consensus cannot start on this node.
+#[derive(Debug, thiserror::Error)]
+pub enum ConsensusError {
+    /// The log cannot be opened. [`WalError::DamagedBelowWatermark`] costs the node its incarnation.
+    #[error(transparent)]
+    Log(#[from] WalError),
+    /// The metadata says that entries were applied, but the log has forgotten everything: so has its vote been. The node must
+    /// take part under a new incarnation.
+    #[error("the log is empty although the metadata goes up to entry {index}")]
+    LogLost {
+        /// The last applied entry.
+        index: u64,
+    },
+    /// The metadata's note of its position cannot be read.
+    #[error("position of the metadata: {0}")]
+    Position(#[from] codec::DecodeError),
+    /// The timings contradict each other.
+    #[error("consensus timings: {0}")]
+    Timings(#[from] openraft::ConfigError),
+    /// A thread could not be started.
+    #[error("start a thread: {0}")]
+    Thread(#[from] std::io::Error),
+    /// openraft does not start, or has stopped.
+    #[error("consensus: {0}")]
+    Raft(Box<Fatal<TypeConfig>>),
+    /// Not allowed now.
+    #[error("initialize: {0}")]
+    Initialize(Box<InitializeError<TypeConfig>>),
+}
+
+/// Why a command was not decided, as far as this node knows.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProposeError {
+    /// Another leads.
+    #[error("this node does not lead")]
+    NotLeader {
+        /// Who does, if known.
+        leader: Option<Member>,
+    },
+    /// Nobody can decide now, or this node cannot tell: the command may still take effect.
+    #[error("{reason}")]
+    Unavailable {
+        /// In words.
+        reason: String,
+    },
+    /// Too much is under way. Nothing was proposed.
+    #[error("too much is under way")]
+    Busy,
+    /// The log's disk is nearly full and the command does not free anything. Nothing was proposed.
+    #[error("no space left for the log")]
+    NoSpace,
+}
+
+/// Why this node cannot say that it has seen everything acknowledged so far.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BarrierError {
+    /// Another leads.
+    #[error("this node does not lead")]
+    NotLeader {
+        /// Who does, if known.
+        leader: Option<Member>,
+    },
+    /// No quorum answers, or the state is not recovered yet.
+    #[error("{reason}")]
+    Unavailable {
+        /// In words.
+        reason: String,
+    },
+}
+
+/// Why the members were not changed.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum MembershipError {
+    /// Another leads.
+    #[error("this node does not lead")]
+    NotLeader {
+        /// Who does, if known.
+        leader: Option<Member>,
+    },
+    /// Refused, or it is not known what came of it.
+    #[error("{reason}")]
+    Refused {
+        /// In words.
+        reason: String,
+    },
+}
+
+/// This node's part in the consensus. Clones share it.
+#[derive(Clone)]
+pub struct Consensus(Arc<Inner>);
+
+struct Inner {
+    id: VoterId,
+    cluster: ClusterId,
+    raft: Raft<TypeConfig, StateMachine>,
+    log: LogStore,
+    metadata: Arc<MetadataStore>,
+    flusher: Arc<Flusher>,
+    fatal: FatalSignal,
+    admission: Arc<Semaphore>,
+    admission_units: u32,
+    barrier: Barrier,
+    /// Whether the state is at least as new as when the node was stopped.
+    recovered: AtomicBool,
+    /// Whether commands that take space are admitted.
+    has_room: AtomicBool,
+    effects_dropped: Arc<AtomicU64>,
+    /// One snapshot is received at a time.
+    receiving: tokio::sync::Mutex<()>,
+    options: ConsensusOptions,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Consensus {
+    /// Opens the log, brings the state up to what it holds for certain, and takes part.
+    ///
+    /// `effects` is told what the content store should do; when it is full it is passed over (see [`AppliedEffects`]).
+    pub async fn start(
+        options: ConsensusOptions,
+        metadata: Arc<MetadataStore>,
+        content: Arc<ContentStore>,
+        transport: Arc<Transport>,
+        effects: mpsc::Sender<AppliedEffects>,
+    ) -> Result<Consensus, ConsensusError> {
+        let config = Arc::new(options.raft_config().validate()?);
+        let fatal = FatalSignal::default();
+        let log = {
+            let (directory, wal, fatal) = (options.directory.clone(), options.wal.clone(), fatal.clone());
+            let open = tokio::task::spawn_blocking(move || LogStore::open(&directory, &wal, fatal));
+            open.await.map_err(std::io::Error::other)??
+        };
+        let durable = metadata.durable_position();
+        if durable.log_id.is_some() && log.is_empty() {
+            return Err(ConsensusError::LogLost { index: durable.index });
+        }
+        let age_max = Duration::from_millis(options.flush_age_ms);
+        let flusher = Flusher::start(metadata.clone(), content, log.clone(), fatal.clone(), age_max)?;
+        let traffic = SnapshotTraffic::new(options.hold_log_bytes_max);
+        let effects_dropped = Arc::new(AtomicU64::new(0));
+        let machine = StateMachine::new(
+            metadata.clone(),
+            flusher.clone(),
+            log.clone(),
+            traffic.clone(),
+            effects,
+            effects_dropped.clone(),
+            fatal.clone(),
+        )?;
+        let id = VoterId(options.id);
+        let network = NetworkFactory::new(id, transport, traffic, fatal.clone());
+        let raft = Raft::new(id, config, network, log.clone(), machine)
+            .await
+            .map_err(|error| ConsensusError::Raft(Box::new(error)))?;
+        let admission_units = u32::try_from(options.admission_bytes_max / ADMISSION_UNIT_BYTES)
+            .unwrap_or(u32::MAX)
+            .clamp(1, Semaphore::MAX_PERMITS as u32);
+        let consensus = Consensus(Arc::new(Inner {
+            id,
+            cluster: options.cluster,
+            raft,
+            log,
+            metadata,
+            flusher,
+            fatal,
+            admission: Arc::new(Semaphore::new(admission_units as usize)),
+            admission_units,
+            barrier: Barrier::default(),
+            recovered: AtomicBool::new(false),
+            has_room: AtomicBool::new(true),
+            effects_dropped,
+            receiving: tokio::sync::Mutex::new(()),
+            options,
+            tasks: Mutex::new(Vec::new()),
+        }));
+        consensus.spawn_tasks();
+        Ok(consensus)
+    }
+
+    fn spawn_tasks(&self) {
+        let tasks = [
+            tokio::spawn(self.clone().note_recovery()),
+            tokio::spawn(self.clone().note_stop()),
+            tokio::spawn(self.clone().run_barrier()),
+            tokio::spawn(self.clone().run_maintenance()),
+        ];
+        self.0.tasks.lock().extend(tasks);
+    }
+
+    async fn note_recovery(self) {
+        if self.0.raft.wait_for_recovery(None).await.is_ok() {
+            self.0.recovered.store(true, Ordering::Release);
+        }
+    }
+
+    /// openraft stops by itself when storage fails; that must not go unnoticed.
+    async fn note_stop(self) {
+        let mut metrics = self.0.raft.metrics();
+        loop {
+            let state = metrics.borrow_watched().running_state.clone();
+            match state {
+                Err(Fatal::Stopped) => return,
+                Err(fatal) => {
+                    self.0.fatal.raise("run the consensus", fatal);
+                    return;
+                }
+                Ok(()) => {}
+            }
+            if metrics.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Founds the cluster: for all `members` empty, and once.
+    pub async fn initialize(&self, members: Vec<Member>) -> Result<(), ConsensusError> {
+        let nodes: BTreeMap<VoterId, _> = members
+            .into_iter()
+            .map(|member| (VoterId(member.id), member.addresses))
+            .collect();
+        self.0.raft.initialize(nodes).await.map_err(|error| match error {
+            RaftError::APIError(refused) => ConsensusError::Initialize(Box::new(refused)),
+            RaftError::Fatal(fatal) => ConsensusError::Raft(Box::new(fatal)),
+        })
+    }
+
+    /// Whether this node has never held an entry or a vote.
+    pub fn is_empty(&self) -> bool {
+        self.0.log.is_empty()
+    }
+
+    /// Has `command` decided and applied; answers what applying it answered.
+    ///
+    /// Dropping the future does not take the command back.
+    pub async fn propose(&self, command: LogCommand) -> Result<CallResult, ProposeError> {
+        if !self.is_leader() {
+            return Err(ProposeError::NotLeader {
+                leader: self.leader(),
+            });
+        }
+        self.recovered()
+            .map_err(|reason| ProposeError::Unavailable { reason })?;
+        if !self.has_room() && takes_space(&command) {
+            return Err(ProposeError::NoSpace);
+        }
+        let units = (encoded_bytes(&command) / ADMISSION_UNIT_BYTES + 1).min(self.0.admission_units as usize);
+        let admitted = self.0.admission.clone().acquire_many_owned(units as u32);
+        let Ok(Ok(admitted)) = tokio::time::timeout(ADMISSION_TIMEOUT, admitted).await else {
+            return Err(ProposeError::Busy);
+        };
+        let raft = self.0.raft.clone();
+        // A task of its own, so that what is admitted counts until it is decided, whatever becomes of the caller.
+        let decided = tokio::spawn(async move {
+            let written = raft.client_write(command).await;
+            drop(admitted);
+            written
+        });
+        match decided.await {
+            Ok(Ok(response)) => Ok(response.data),
+            Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward)))) => {
+                Err(ProposeError::NotLeader {
+                    leader: named_leader(&forward),
+                })
+            }
+            Ok(Err(error)) => Err(ProposeError::Unavailable {
+                reason: error.to_string(),
+            }),
+            Err(panicked) => Err(ProposeError::Unavailable {
+                reason: panicked.to_string(),
+            }),
+        }
+    }
+
+    /// Returns when this node has applied everything that had been acknowledged by anyone before the call. Only the leader can.
+    pub async fn barrier(&self) -> Result<(), BarrierError> {
+        if !self.is_leader() {
+            return Err(BarrierError::NotLeader {
+                leader: self.leader(),
+            });
+        }
+        self.0.barrier.wait().await
+    }
+
+    /// Adds a node that gets the log but does not vote; returns when it is known, not when it has caught up.
+    pub async fn add_learner(&self, member: Member) -> Result<(), MembershipError> {
+        let added = self
+            .0
+            .raft
+            .add_learner(VoterId(member.id), member.addresses, false);
+        added.await.map(|_| ()).map_err(membership_error)
+    }
+
+    /// Makes exactly these the voters, by a joint change; each must be known as a learner or voter. Who was a voter and
+    /// is not named leaves the cluster.
+    pub async fn change_voters(&self, voters: BTreeSet<NodeId>) -> Result<(), MembershipError> {
+        let voters: BTreeSet<VoterId> = voters.into_iter().map(VoterId).collect();
+        let changed = self.0.raft.change_membership(voters, false);
+        changed.await.map(|_| ()).map_err(membership_error)
+    }
+
+    /// Asks `to`, a voter, to take over; it does if its log is as long.
+    pub async fn transfer_leadership(&self, to: NodeId) -> Result<(), ConsensusError> {
+        let transferred = self.0.raft.trigger().transfer_leader(VoterId(to)).await;
+        transferred.map_err(|error| ConsensusError::Raft(Box::new(error)))
+    }
+
+    /// This node.
+    pub fn id(&self) -> NodeId {
+        self.0.id.0
+    }
+
+    /// The cluster it belongs to.
+    pub fn cluster(&self) -> ClusterId {
+        self.0.cluster
+    }
+
+    /// Who leads, as far as this node knows.
+    pub fn leader(&self) -> Option<Member> {
+        let metrics = self.metrics();
+        let id = metrics.current_leader?;
+        Some(member(id, metrics.membership_config.get_node(&id)?))
+    }
+
+    /// Whether this node believes to lead. Another may already have been elected; only what a quorum confirms is sure.
+    pub fn is_leader(&self) -> bool {
+        self.0.raft.metrics().borrow_watched().current_leader == Some(self.0.id)
+    }
+
+    /// The term this node is in; in each there is at most one leader.
+    pub fn term(&self) -> u64 {
+        self.0.raft.metrics().borrow_watched().current_term
+    }
+
+    /// The voters: one set, or two while they change. What must be on a quorum must be on one of each.
+    pub fn voter_sets(&self) -> Vec<BTreeSet<NodeId>> {
+        let membership = self.metrics().membership_config;
+        let sets = membership.get_joint_config().iter();
+        sets.map(|set| set.iter().map(|id| id.0).collect()).collect()
+    }
+
+    /// All members, voters and learners.
+    pub fn members(&self) -> Vec<Member> {
+        let membership = self.metrics().membership_config;
+        membership.nodes().map(|(id, node)| member(*id, node)).collect()
+    }
+
+    /// Whether the log has room for commands that take space.
+    pub fn has_room(&self) -> bool {
+        self.0.has_room.load(Ordering::Relaxed)
+    }
+
+    /// Ends when this node must stop, with the reason.
+    pub fn fatal(&self) -> impl Future<Output = FatalError> + Send + 'static {
+        let fatal = self.0.fatal.clone();
+        async move { fatal.wait().await }
+    }
+
+    /// Takes no part any more; what is queued for the log is written first.
+    pub async fn shutdown(&self) {
+        if let Err(error) = self.0.raft.shutdown().await {
+            tracing::warn!(%error, "consensus did not stop in order");
+        }
+        for task in self.0.tasks.lock().drain(..) {
+            task.abort();
+        }
+        self.0.barrier.close();
+        let (flusher, log) = (self.0.flusher.clone(), self.0.log.clone());
+        let stopped = tokio::task::spawn_blocking(move || {
+            flusher.stop();
+            log.close();
+        });
+        if let Err(error) = stopped.await {
+            tracing::warn!(%error, "the log did not stop in order");
+        }
+    }
+
+    /// A copy: a borrow that is held stops openraft.
+    fn metrics(&self) -> RaftMetrics<TypeConfig> {
+        self.0.raft.metrics().borrow_watched().clone()
+    }
+
+    fn recovered(&self) -> Result<(), String> {
+        match self.0.recovered.load(Ordering::Acquire) {
+            true => Ok(()),
+            false => Err("the state is being recovered from the log".to_string()),
+        }
+    }
+}
+
+/// Whether `command` can make more be used than before.
+fn takes_space(command: &LogCommand) -> bool {
+    match &command.body {
+        LogBody::Call(mutation) => !mutation.command.frees_space(),
+        LogBody::OpenSession { .. } => true,
+        LogBody::EndSession { .. } | LogBody::ForgetSession { .. } | LogBody::ReclaimUnlinked { .. } => false,
+    }
+}
+
+fn encoded_bytes<T: Serialize>(value: &T) -> usize {
+    let size = postcard::ser_flavors::Size::default();
+    postcard::serialize_with_flavor(value, size).expect("counting bytes cannot fail")
+}
+
+fn named_leader(forward: &ForwardToLeader<TypeConfig>) -> Option<Member> {
+    Some(member(forward.leader_id?, forward.leader_node.as_ref()?))
+}
+
+fn membership_error(error: RaftError<TypeConfig, ClientWriteError<TypeConfig>>) -> MembershipError {
+    match error {
+        RaftError::APIError(ClientWriteError::ForwardToLeader(forward)) => MembershipError::NotLeader {
+            leader: named_leader(&forward),
+        },
+        error => MembershipError::Refused {
+            reason: error.to_string(),
+        },
+    }
+}

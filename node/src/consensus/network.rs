@@ -1,0 +1,364 @@
+//! openraft's messages between nodes.
+//!
+//! Each message is addressed: it names the node it is for, slot and incarnation. A node that was wiped has a new
+//! incarnation at the old address and refuses what was meant for the old one; else it would vote and acknowledge for
+//! what it has forgotten.
+//!
+//! Appends go over one long bidirectional stream with many requests in flight; snapshots over the bulk connection.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::{Stream, StreamExt};
+use openraft::alias::SnapshotOf;
+use openraft::base::{BoxFuture, BoxStream};
+use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Timeout, Unreachable};
+use openraft::network::{RPCOption, RPCTypes, RaftNetworkFactory, RaftNetworkV2};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult, TransferLeaderRequest,
+    TransferLeaderResponse, VoteRequest, VoteResponse,
+};
+use openraft::{OptionalSend, RaftTypeConfig};
+use quorumfs_proto::{Addresses, codec, wire};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::fatal::FatalSignal;
+use super::snapshot::{INSTALL_TIMEOUT, PROGRESS_TIMEOUT, SnapshotData, SnapshotTraffic, pieces};
+use super::types::{SnapshotMeta, TypeConfig, Vote, VoterId};
+use crate::transport::{Peer, Purpose, Transport};
+
+/// How long the first answer to a stream may take: a connection and a round trip.
+const SETUP_TIMEOUT: Duration = Duration::from_millis(1_500);
+/// How long an append may go unanswered: the follower flushes before it answers, and a slow disk is no reason to send all
+/// again.
+const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
+
+type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
+
+/// A message and whom it is for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Addressed<T> {
+    /// Who sends it.
+    pub from: VoterId,
+    /// Whom it is for.
+    pub to: VoterId,
+    /// What it says.
+    pub body: T,
+}
+
+/// First piece of a snapshot.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SnapshotHeader {
+    /// The sender's.
+    pub vote: Vote,
+    /// What it covers.
+    pub meta: SnapshotMeta,
+}
+
+/// Puts `value` into an envelope.
+pub fn to_wire<T: Serialize>(value: &T) -> wire::RaftMessage {
+    wire::RaftMessage {
+        version: u32::from(codec::VERSION),
+        payload: codec::encode(value),
+    }
+}
+
+/// Takes it out.
+pub fn from_wire<T: DeserializeOwned>(message: &wire::RaftMessage) -> Result<T, codec::DecodeError> {
+    match u8::try_from(message.version) {
+        Ok(codec::VERSION) => codec::decode(&message.payload),
+        found => Err(codec::DecodeError::UnknownVersion {
+            found: found.unwrap_or(u8::MAX),
+        }),
+    }
+}
+
+/// Makes a [`PeerNetwork`] for each peer.
+#[derive(Clone)]
+pub struct NetworkFactory {
+    id: VoterId,
+    transport: Arc<Transport>,
+    traffic: SnapshotTraffic,
+    fatal: FatalSignal,
+}
+
+impl NetworkFactory {
+    /// For the node `id`.
+    pub fn new(
+        id: VoterId,
+        transport: Arc<Transport>,
+        traffic: SnapshotTraffic,
+        fatal: FatalSignal,
+    ) -> NetworkFactory {
+        NetworkFactory {
+            id,
+            transport,
+            traffic,
+            fatal,
+        }
+    }
+}
+
+impl RaftNetworkFactory<TypeConfig> for NetworkFactory {
+    type Network = PeerNetwork;
+
+    async fn new_client(&mut self, target: VoterId, node: &Addresses) -> PeerNetwork {
+        PeerNetwork {
+            shared: self.clone(),
+            target,
+            addresses: node.clone(),
+        }
+    }
+}
+
+/// The way to one peer. Connections are the transport's.
+pub struct PeerNetwork {
+    shared: NetworkFactory,
+    target: VoterId,
+    addresses: Addresses,
+}
+
+impl PeerNetwork {
+    fn peer(&self, purpose: Purpose) -> Result<Peer, Unreachable<TypeConfig>> {
+        let peer = self.shared.transport.peer(&self.addresses, purpose);
+        peer.map_err(|error| Unreachable::new(&error))
+    }
+
+    fn address<T>(&self, body: T) -> Addressed<T> {
+        Addressed {
+            from: self.shared.id,
+            to: self.target,
+            body,
+        }
+    }
+
+    fn timeout(&self, action: RPCTypes, timeout: Duration) -> Timeout<TypeConfig> {
+        Timeout {
+            action,
+            id: self.shared.id,
+            target: self.target,
+            timeout,
+        }
+    }
+
+    /// One question, one answer, within the time openraft gives it.
+    async fn ask<Answer, Call>(
+        &self,
+        action: RPCTypes,
+        option: RPCOption,
+        call: impl FnOnce(Peer) -> Call,
+    ) -> RpcResult<Answer>
+    where
+        Answer: DeserializeOwned,
+        Call: Future<Output = Result<tonic::Response<wire::RaftMessage>, tonic::Status>>,
+    {
+        let peer = self.peer(Purpose::Raft)?;
+        match tokio::time::timeout(option.soft_ttl(), call(peer)).await {
+            Err(_) => Err(self.timeout(action, option.soft_ttl()).into()),
+            Ok(Err(status)) => Err(rpc_error(&status)),
+            Ok(Ok(answer)) => from_wire(answer.get_ref()).map_err(|error| NetworkError::new(&error).into()),
+        }
+    }
+}
+
+/// Who is not there is left alone for a while; everything else is tried again.
+fn rpc_error(status: &tonic::Status) -> RPCError<TypeConfig> {
+    match status.code() {
+        tonic::Code::Unavailable | tonic::Code::Unimplemented | tonic::Code::FailedPrecondition => {
+            Unreachable::new(status).into()
+        }
+        _ => NetworkError::new(status).into(),
+    }
+}
+
+impl RaftNetworkV2<TypeConfig> for PeerNetwork {
+    type SnapshotData = SnapshotData;
+
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> RpcResult<AppendEntriesResponse<TypeConfig>> {
+        let mut answers = self
+            .stream_append(Box::pin(futures::stream::iter([rpc])), option)
+            .await?;
+        match answers.next().await {
+            Some(answer) => answer.map(AppendEntriesResponse::from),
+            None => Err(NetworkError::from_string("the stream ended without an answer").into()),
+        }
+    }
+
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        _option: RPCOption,
+    ) -> BoxFuture<'s, RpcResult<BoxStream<'s, RpcResult<StreamAppendResult<TypeConfig>>>>>
+    where
+        S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
+    {
+        Box::pin(async move {
+            let mut peer = self.peer(Purpose::Raft)?;
+            let in_flight = Arc::new(AtomicU64::new(0));
+            let (from, to, sent) = (self.shared.id, self.target, in_flight.clone());
+            let outgoing = input.map(move |body| {
+                sent.fetch_add(1, Ordering::Relaxed);
+                to_wire(&Addressed { from, to, body })
+            });
+            let opened = tokio::time::timeout(SETUP_TIMEOUT, peer.append_entries(outgoing)).await;
+            let incoming = match opened {
+                Err(_) => return Err(self.timeout(RPCTypes::AppendEntries, SETUP_TIMEOUT).into()),
+                Ok(Err(status)) => return Err(rpc_error(&status)),
+                Ok(Ok(response)) => response.into_inner(),
+            };
+            let timeout = self.timeout(RPCTypes::AppendEntries, APPEND_TIMEOUT);
+            let answers = futures::stream::unfold(Some(incoming), move |incoming| {
+                let (in_flight, timeout) = (in_flight.clone(), timeout.clone());
+                async move {
+                    let mut incoming = incoming?;
+                    let answer = next_answer(&mut incoming, &in_flight, timeout).await?;
+                    let go_on = matches!(answer, Ok(Ok(_)));
+                    Some((answer, go_on.then_some(incoming)))
+                }
+            });
+            let answers: BoxStream<'s, _> = Box::pin(answers);
+            Ok(answers)
+        })
+    }
+
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> RpcResult<VoteResponse<TypeConfig>> {
+        let message = to_wire(&self.address(rpc));
+        self.ask(RPCTypes::Vote, option, |mut peer| async move {
+            peer.vote(message).await
+        })
+        .await
+    }
+
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> RpcResult<VoteResponse<TypeConfig>> {
+        let message = to_wire(&self.address(rpc));
+        self.ask(RPCTypes::Vote, option, |mut peer| async move {
+            peer.pre_vote(message).await
+        })
+        .await
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        rpc: TransferLeaderRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> RpcResult<TransferLeaderResponse<TypeConfig>> {
+        let message = to_wire(&self.address(rpc));
+        self.ask(RPCTypes::TransferLeader, option, |mut peer| async move {
+            peer.transfer_leader(message).await
+        })
+        .await
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: <TypeConfig as RaftTypeConfig>::Vote,
+        snapshot: SnapshotOf<TypeConfig, SnapshotData>,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        _option: RPCOption,
+    ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        let mut cancel = pin!(cancel);
+        let _turn = tokio::select! {
+            turn = self.shared.traffic.turn() => turn,
+            closed = &mut cancel => return Err(closed.into()),
+        };
+        let SnapshotData::Held(held) = snapshot.snapshot else {
+            return Err(NetworkError::from_string("only a snapshot of this node's own can be sent").into());
+        };
+        let meta = snapshot.meta;
+        let header = to_wire(&self.address(SnapshotHeader { vote, meta }));
+        let (mut sending, stream) = pieces(header, held);
+        let mut peer = self.peer(Purpose::Bulk)?;
+        let answer = pin!(peer.install_snapshot(stream));
+        let stalled = stalled(sending.sent.clone(), &mut sending.reading, &self.shared.fatal);
+        let outcome = tokio::select! {
+            answer = answer => answer,
+            closed = &mut cancel => return Err(closed.into()),
+            waited = stalled => {
+                return Err(self.timeout(RPCTypes::InstallSnapshot, waited).into());
+            }
+        };
+        match outcome {
+            Ok(answer) => from_wire(answer.get_ref()).map_err(|error| NetworkError::new(&error).into()),
+            Err(status) => Err(rpc_error(&status).into()),
+        }
+    }
+}
+
+/// The next answer of an append stream; `None` at its end. While requests wait for an answer, one must come in time.
+async fn next_answer(
+    incoming: &mut tonic::Streaming<wire::RaftMessage>,
+    in_flight: &AtomicU64,
+    timeout: Timeout<TypeConfig>,
+) -> Option<RpcResult<StreamAppendResult<TypeConfig>>> {
+    let mut waiting_before = false;
+    let message = loop {
+        match tokio::time::timeout(timeout.timeout, incoming.message()).await {
+            Ok(message) => break message,
+            // What is in flight may have been sent just now: only if it was so a whole time-out ago it is late.
+            Err(_) if in_flight.load(Ordering::Relaxed) > 0 => {
+                if waiting_before {
+                    return Some(Err(timeout.into()));
+                }
+                waiting_before = true;
+            }
+            Err(_) => waiting_before = false,
+        }
+    };
+    match message {
+        Ok(None) => None,
+        Err(status) => Some(Err(rpc_error(&status))),
+        Ok(Some(message)) => {
+            in_flight.fetch_sub(1, Ordering::Relaxed);
+            Some(from_wire(&message).map_err(|error| NetworkError::new(&error).into()))
+        }
+    }
+}
+
+/// Ends when a snapshot makes no progress any more; says for how long.
+async fn stalled(
+    sent: Arc<AtomicU64>,
+    reading: &mut tokio::task::JoinHandle<Result<(), crate::metadata::StorageFault>>,
+    fatal: &FatalSignal,
+) -> Duration {
+    let mut before = 0;
+    loop {
+        match tokio::time::timeout(PROGRESS_TIMEOUT, &mut *reading).await {
+            Err(_) => {
+                let now = sent.load(Ordering::Relaxed);
+                if now == before {
+                    return PROGRESS_TIMEOUT;
+                }
+                before = now;
+            }
+            Ok(read) => {
+                match read {
+                    Ok(Ok(())) => {}
+                    Ok(Err(fault)) => {
+                        fatal.raise("read a snapshot to send it", fault);
+                    }
+                    Err(panicked) => {
+                        fatal.raise("read a snapshot to send it", panicked);
+                    }
+                }
+                tokio::time::sleep(INSTALL_TIMEOUT).await;
+                return INSTALL_TIMEOUT;
+            }
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! How consensus is set up on a node, with the reason for each default.
+
+use std::path::PathBuf;
+
+use openraft::{Config, SnapshotPolicy};
+use quorumfs_proto::{ClusterId, NodeId};
+
+use super::wal::WalOptions;
+
+/// Entries in one message to a follower; its bytes are bounded by the log reader.
+const REPLICATION_ENTRIES_MAX: u64 = 1024;
+
+/// How fast the absence of a leader is noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timings {
+    /// How often a leader says that it lives.
+    pub heartbeat_ms: u64,
+    /// A follower that hears nothing stands for election after a random time from here …
+    pub election_ms_min: u64,
+    /// … to here.
+    pub election_ms_max: u64,
+}
+
+impl Default for Timings {
+    fn default() -> Timings {
+        Timings {
+            heartbeat_ms: 100,
+            election_ms_min: 500,
+            election_ms_max: 1_000,
+        }
+    }
+}
+
+/// See the fields.
+#[derive(Clone, Debug)]
+pub struct ConsensusOptions {
+    /// This node.
+    pub id: NodeId,
+    /// Its cluster.
+    pub cluster: ClusterId,
+    /// Where the log lies.
+    pub directory: PathBuf,
+    /// How the log is kept.
+    pub wal: WalOptions,
+    /// Elections.
+    pub timings: Timings,
+    /// Most bytes of commands under way at once.
+    pub admission_bytes_max: usize,
+    /// What has been applied is on disk after so long at the latest, which bounds what a restart replays.
+    pub flush_age_ms: u64,
+    /// A snapshot is built after so many entries …
+    pub snapshot_entries: u64,
+    /// … or after so many bytes of log.
+    pub snapshot_log_bytes: u64,
+    /// So much log is kept behind a snapshot, so that a follower that was away for a moment needs no snapshot.
+    pub keep_log_bytes: u64,
+    /// While a snapshot is being sent no new one is built, and so nothing is purged, until the log has grown to this.
+    pub hold_log_bytes_max: u64,
+    /// A leader whose log flush takes longer hands leadership on.
+    pub slow_flush_ms: u64,
+}
+
+impl ConsensusOptions {
+    /// The defaults, for a log in `directory`.
+    pub fn new(id: NodeId, cluster: ClusterId, directory: PathBuf) -> ConsensusOptions {
+        ConsensusOptions {
+            id,
+            cluster,
+            directory,
+            wal: WalOptions::default(),
+            timings: Timings::default(),
+            admission_bytes_max: 64 << 20,
+            flush_age_ms: 2_000,
+            snapshot_entries: 50_000,
+            snapshot_log_bytes: 256 << 20,
+            keep_log_bytes: 64 << 20,
+            hold_log_bytes_max: 1 << 30,
+            slow_flush_ms: 1_000,
+        }
+    }
+
+    pub(super) fn raft_config(&self) -> Config {
+        Config {
+            cluster_name: self.cluster.to_string(),
+            heartbeat_interval: self.timings.heartbeat_ms,
+            election_timeout_min: self.timings.election_ms_min,
+            election_timeout_max: self.timings.election_ms_max,
+            enable_pre_vote: Some(true),
+            // A restarted leader has not committed what it has in its log; it stands for election as everyone.
+            enable_leader_restore: Some(false),
+            // A leader that reaches no quorum stops its heartbeats for so long that those who hear it can elect another.
+            quorum_loss_probe_interval: Some(2 * self.timings.election_ms_max),
+            snapshot_policy: SnapshotPolicy::LogsSinceLast(self.snapshot_entries),
+            // Purging goes by bytes and whole files: see `maintenance`.
+            max_in_snapshot_log_to_keep: u64::MAX,
+            max_payload_entries: REPLICATION_ENTRIES_MAX,
+            replication_lag_threshold: 4 * self.snapshot_entries,
+            ..Config::default()
+        }
+    }
+}

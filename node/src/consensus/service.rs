@@ -1,0 +1,110 @@
+//! The receiving side of [`network`](super::network): what the peer service hands over as it came, and gets back to send.
+
+use std::sync::Arc;
+
+use futures::stream::BoxStream;
+use futures::{Stream, StreamExt};
+use openraft::alias::SnapshotOf;
+use openraft::raft::{AppendEntriesRequest, TransferLeaderRequest, VoteRequest};
+use parking_lot::Mutex;
+use quorumfs_proto::wire;
+use serde::de::DeserializeOwned;
+use tonic::Status;
+
+use super::Consensus;
+use super::network::{Addressed, SnapshotHeader, from_wire, to_wire};
+use super::snapshot::{ReceiveError, SnapshotData, receive_header, receive_rows};
+use super::types::TypeConfig;
+use super::types::VoterId;
+
+/// The body of a message, if it is for `this` node: not for one that was here before.
+fn body<T: DeserializeOwned>(this: VoterId, message: &wire::RaftMessage) -> Result<T, Status> {
+    let addressed: Addressed<T> =
+        from_wire(message).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    if addressed.to != this {
+        return Err(Status::failed_precondition(format!(
+            "this is node {this}, not {}",
+            addressed.to
+        )));
+    }
+    Ok(addressed.body)
+}
+
+fn stopped(error: impl ToString) -> Status {
+    Status::unavailable(error.to_string())
+}
+
+impl Consensus {
+    /// `AppendEntries`: requests in, answers out in the same order. Ends after the first that was refused.
+    pub fn append_stream<S>(&self, incoming: S) -> BoxStream<'static, Result<wire::RaftMessage, Status>>
+    where
+        S: Stream<Item = Result<wire::RaftMessage, Status>> + Send + 'static,
+    {
+        let this = self.0.id;
+        let refused: Arc<Mutex<Option<Status>>> = Arc::default();
+        let refusal = refused.clone();
+        let requests = incoming
+            .map(move |message| body::<AppendEntriesRequest<TypeConfig>>(this, &message?))
+            .scan(refused, |refused, request| {
+                let request = request.map_err(|status| *refused.lock() = Some(status)).ok();
+                futures::future::ready(request)
+            });
+        let answers = self.0.raft.stream_append(requests).map(|answer| match answer {
+            Ok(answer) => Ok(to_wire(&answer)),
+            Err(fatal) => Err(stopped(fatal)),
+        });
+        // The refusal is looked at when the answers before it have gone out.
+        let refusal = futures::stream::once(async move { refusal.lock().take() });
+        Box::pin(answers.chain(refusal.filter_map(|status| futures::future::ready(status.map(Err)))))
+    }
+
+    /// `Vote`.
+    pub async fn vote(&self, message: wire::RaftMessage) -> Result<wire::RaftMessage, Status> {
+        let request: VoteRequest<TypeConfig> = body(self.0.id, &message)?;
+        let answer = self.0.raft.vote(request).await.map_err(stopped)?;
+        Ok(to_wire(&answer))
+    }
+
+    /// `PreVote`.
+    pub async fn pre_vote(&self, message: wire::RaftMessage) -> Result<wire::RaftMessage, Status> {
+        let request: VoteRequest<TypeConfig> = body(self.0.id, &message)?;
+        let answer = self.0.raft.pre_vote(request).await.map_err(stopped)?;
+        Ok(to_wire(&answer))
+    }
+
+    /// `TransferLeader`.
+    pub async fn transfer_leader(&self, message: wire::RaftMessage) -> Result<wire::RaftMessage, Status> {
+        let request: TransferLeaderRequest<TypeConfig> = body(self.0.id, &message)?;
+        let answer = self.0.raft.handle_transfer_leader(request).await;
+        Ok(to_wire(&answer.map_err(stopped)?))
+    }
+
+    /// `InstallSnapshot`: received into a file beside the metadata, installed when it is whole.
+    pub async fn install_snapshot<S>(&self, incoming: S) -> Result<wire::RaftMessage, Status>
+    where
+        S: Stream<Item = Result<wire::SnapshotPiece, Status>> + Send + Unpin,
+    {
+        let mut incoming = incoming;
+        let Ok(_alone) = self.0.receiving.try_lock() else {
+            return Err(Status::aborted("another snapshot is being received"));
+        };
+        let header = receive_header(&mut incoming).await.map_err(not_received)?;
+        let SnapshotHeader { vote, meta } = body(self.0.id, &header)?;
+        let received = receive_rows(&mut incoming, self.0.metadata.clone());
+        let installation = received.await.map_err(not_received)?;
+        let snapshot = SnapshotOf::<TypeConfig, SnapshotData> {
+            meta,
+            snapshot: SnapshotData::Received(Box::new(installation)),
+        };
+        let answer = self.0.raft.install_full_snapshot(vote, snapshot).await;
+        Ok(to_wire(&answer.map_err(stopped)?))
+    }
+}
+
+fn not_received(error: ReceiveError) -> Status {
+    match error {
+        ReceiveError::CutShort(_) => Status::aborted(error.to_string()),
+        ReceiveError::Malformed(_) => Status::data_loss(error.to_string()),
+        ReceiveError::Storage(_) | ReceiveError::Panicked(_) => Status::internal(error.to_string()),
+    }
+}

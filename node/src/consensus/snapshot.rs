@@ -1,0 +1,293 @@
+//! Snapshots: the metadata of a durable moment, built while applies go on, sent in pieces of rows, received into a file of its
+//! own.
+//!
+//! A snapshot holds metadata, not content; recovery fetches content. One is sent at a time, since each reads the
+//! whole database; the time-out is by progress, since a large one takes as long as it takes.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use futures::{Stream, StreamExt};
+use openraft::alias::SnapshotOf;
+use openraft::storage::RaftSnapshotBuilder;
+use quorumfs_proto::wire;
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::flusher::Flusher;
+use super::state_machine::decode_position;
+use super::types::{SnapshotMeta, TypeConfig};
+use crate::metadata::{Installation, MetadataStore, Row, Snapshot, StorageFault};
+
+/// Bytes of rows in one piece: large enough that a message's cost is nothing, small enough to be a unit of progress.
+const PIECE_BYTES: usize = 1 << 20;
+/// Pieces read ahead of the network.
+const PIECES_AHEAD: usize = 4;
+/// Bytes before each row's key: table, length of key, length of value.
+const ROW_HEADER_BYTES: usize = 9;
+/// Who sends a snapshot and has said nothing for so long has gone.
+pub const PROGRESS_TIMEOUT: Duration = Duration::from_secs(30);
+/// After the last piece the receiver flushes its new file, which may be large.
+pub const INSTALL_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// What openraft hands from where a snapshot comes from to where it goes.
+pub enum SnapshotData {
+    /// This node's own, to be sent.
+    Held(Arc<Snapshot>),
+    /// Another's, whole, to be installed.
+    Received(Box<Installation>),
+}
+
+/// The snapshot that this node could send now.
+pub fn held_snapshot(
+    metadata: &MetadataStore,
+) -> Result<SnapshotOf<TypeConfig, SnapshotData>, Box<dyn std::error::Error + Send + Sync>> {
+    let snapshot = metadata.snapshot()?;
+    let (last_log_id, last_membership) = decode_position(snapshot.position())?;
+    Ok(SnapshotOf::<TypeConfig, SnapshotData> {
+        meta: SnapshotMeta {
+            last_log_id,
+            last_membership,
+        },
+        snapshot: SnapshotData::Held(Arc::new(snapshot)),
+    })
+}
+
+/// Builds a snapshot: flushes, and takes what is durable then.
+pub struct Builder {
+    metadata: Arc<MetadataStore>,
+    flusher: Arc<Flusher>,
+}
+
+impl Builder {
+    /// Of `metadata`.
+    pub fn new(metadata: Arc<MetadataStore>, flusher: Arc<Flusher>) -> Builder {
+        Builder { metadata, flusher }
+    }
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for Builder {
+    type SnapshotData = SnapshotData;
+
+    async fn build_snapshot(&mut self) -> io::Result<SnapshotOf<TypeConfig, SnapshotData>> {
+        let (metadata, flusher) = (self.metadata.clone(), self.flusher.clone());
+        let built = tokio::task::spawn_blocking(move || {
+            match flusher.flush() {
+                // A full disk is no fault: the snapshot is as old as what is durable.
+                Ok(_) | Err(super::flusher::FlushError::NoSpace(_)) => {}
+                Err(fatal) => return Err(fatal.into()),
+            }
+            held_snapshot(&metadata).map_err(io::Error::other)
+        });
+        built.await.map_err(io::Error::other)?
+    }
+}
+
+/// Sees to it that one snapshot is sent at a time, and that the log stays while one is.
+#[derive(Clone)]
+pub struct SnapshotTraffic {
+    gate: Arc<Semaphore>,
+    hold_log_bytes_max: u64,
+}
+
+impl SnapshotTraffic {
+    /// While a snapshot is sent the log may grow to `hold_log_bytes_max`.
+    pub fn new(hold_log_bytes_max: u64) -> SnapshotTraffic {
+        SnapshotTraffic {
+            gate: Arc::new(Semaphore::new(1)),
+            hold_log_bytes_max,
+        }
+    }
+
+    /// Waits for its turn to send.
+    pub async fn turn(&self) -> SemaphorePermit<'_> {
+        self.gate.acquire().await.expect("the gate is never closed")
+    }
+
+    /// Whether a new snapshot, behind which the log could be purged, has to wait.
+    pub fn must_wait(&self, log_bytes: u64) -> bool {
+        self.gate.available_permits() == 0 && log_bytes < self.hold_log_bytes_max
+    }
+}
+
+fn put_row(out: &mut BytesMut, row: &Row) {
+    out.reserve(ROW_HEADER_BYTES + row.key.len() + row.value.len());
+    out.put_u8(row.table);
+    out.put_u32_le(row.key.len() as u32);
+    out.put_u32_le(row.value.len() as u32);
+    out.put_slice(&row.key);
+    out.put_slice(&row.value);
+}
+
+/// The rows of a piece; `None` if it is not one.
+fn take_rows(mut piece: Bytes) -> Option<Vec<Row>> {
+    let mut rows = Vec::new();
+    while !piece.is_empty() {
+        if piece.len() < ROW_HEADER_BYTES {
+            return None;
+        }
+        let table = piece.get_u8();
+        let key_bytes = piece.get_u32_le() as usize;
+        let value_bytes = piece.get_u32_le() as usize;
+        if piece.len() < key_bytes.checked_add(value_bytes)? {
+            return None;
+        }
+        let key = piece.split_to(key_bytes);
+        let value = piece.split_to(value_bytes);
+        rows.push(Row { table, key, value });
+    }
+    Some(rows)
+}
+
+fn piece(piece: wire::snapshot_piece::Piece) -> wire::SnapshotPiece {
+    wire::SnapshotPiece { piece: Some(piece) }
+}
+
+/// A snapshot being sent.
+pub struct Sending {
+    /// How many pieces the network has taken.
+    pub sent: Arc<AtomicU64>,
+    /// Ends when all has been read; says whether reading went well.
+    pub reading: tokio::task::JoinHandle<Result<(), StorageFault>>,
+}
+
+/// The pieces of `snapshot`, after `header`.
+pub fn pieces(
+    header: wire::RaftMessage,
+    snapshot: Arc<Snapshot>,
+) -> (Sending, impl Stream<Item = wire::SnapshotPiece> + Send + 'static) {
+    use wire::snapshot_piece::Piece;
+    let (sender, receiver) = mpsc::channel(PIECES_AHEAD);
+    let reading = tokio::task::spawn_blocking(move || {
+        let mut rows = 0;
+        let mut crc = 0;
+        let mut buffer = BytesMut::with_capacity(PIECE_BYTES);
+        // A send fails when the stream is gone: then nobody wants the rest.
+        if sender.blocking_send(piece(Piece::Header(header))).is_err() {
+            return Ok(());
+        }
+        for row in snapshot.rows() {
+            put_row(&mut buffer, &row?);
+            rows += 1;
+            if buffer.len() >= PIECE_BYTES {
+                crc = crc32c::crc32c_append(crc, &buffer);
+                let full = std::mem::replace(&mut buffer, BytesMut::with_capacity(PIECE_BYTES));
+                if sender.blocking_send(piece(Piece::Rows(full.freeze()))).is_err() {
+                    return Ok(());
+                }
+            }
+        }
+        crc = crc32c::crc32c_append(crc, &buffer);
+        if sender.blocking_send(piece(Piece::Rows(buffer.freeze()))).is_ok() {
+            let _ = sender.blocking_send(piece(Piece::End(wire::SnapshotEnd { rows, crc })));
+        }
+        Ok(())
+    });
+    let sent = Arc::new(AtomicU64::new(0));
+    let counter = sent.clone();
+    let stream = ReceiverStream::new(receiver).inspect(move |_| {
+        counter.fetch_add(1, Ordering::Relaxed);
+    });
+    (Sending { sent, reading }, stream)
+}
+
+/// Why what came is not a snapshot that can be installed.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    /// The sender ended it, or fell silent.
+    #[error("the snapshot was cut short: {0}")]
+    CutShort(String),
+    /// It is not as it was sent.
+    #[error("the snapshot is malformed: {0}")]
+    Malformed(&'static str),
+    /// It could not be kept.
+    #[error("cannot keep the snapshot: {0}")]
+    Storage(#[from] StorageFault),
+    /// Keeping it panicked.
+    #[error("keeping the snapshot failed: {0}")]
+    Panicked(#[from] tokio::task::JoinError),
+}
+
+async fn next_piece<S>(incoming: &mut S) -> Result<wire::snapshot_piece::Piece, ReceiveError>
+where
+    S: Stream<Item = Result<wire::SnapshotPiece, tonic::Status>> + Unpin,
+{
+    let cut = |reason: &str| ReceiveError::CutShort(reason.to_string());
+    match tokio::time::timeout(PROGRESS_TIMEOUT, incoming.next()).await {
+        Err(_) => Err(cut("the sender fell silent")),
+        Ok(None) => Err(cut("the sender stopped before the end")),
+        Ok(Some(Err(status))) => Err(cut(status.message())),
+        Ok(Some(Ok(message))) => message.piece.ok_or(ReceiveError::Malformed("an empty piece")),
+    }
+}
+
+/// The header of a snapshot that comes in.
+pub async fn receive_header<S>(incoming: &mut S) -> Result<wire::RaftMessage, ReceiveError>
+where
+    S: Stream<Item = Result<wire::SnapshotPiece, tonic::Status>> + Unpin,
+{
+    match next_piece(incoming).await? {
+        wire::snapshot_piece::Piece::Header(header) => Ok(header),
+        _ => Err(ReceiveError::Malformed("no header")),
+    }
+}
+
+/// Receives what follows the header.
+pub async fn receive_rows<S>(
+    incoming: &mut S,
+    metadata: Arc<MetadataStore>,
+) -> Result<Installation, ReceiveError>
+where
+    S: Stream<Item = Result<wire::SnapshotPiece, tonic::Status>> + Unpin,
+{
+    use wire::snapshot_piece::Piece;
+    let mut installation = tokio::task::spawn_blocking(move || metadata.begin_install()).await??;
+    let mut row_count = 0;
+    let mut crc = 0;
+    loop {
+        match next_piece(incoming).await? {
+            Piece::Header(_) => return Err(ReceiveError::Malformed("a second header")),
+            Piece::Rows(bytes) => {
+                crc = crc32c::crc32c_append(crc, &bytes);
+                let rows = take_rows(bytes).ok_or(ReceiveError::Malformed("a broken row"))?;
+                row_count += rows.len() as u64;
+                let added = tokio::task::spawn_blocking(move || {
+                    installation.add(&rows)?;
+                    Ok::<Installation, StorageFault>(installation)
+                });
+                installation = added.await??;
+            }
+            Piece::End(end) if end.rows == row_count && end.crc == crc => return Ok(installation),
+            Piece::End(_) => return Err(ReceiveError::Malformed("it is not what was sent")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_survive_a_piece_and_a_cut_piece_is_seen() {
+        let row = |table, key: &'static [u8], value: &'static [u8]| Row {
+            table,
+            key: Bytes::from_static(key),
+            value: Bytes::from_static(value),
+        };
+        let rows = vec![row(1, b"key", b"value"), row(2, b"", b""), row(255, b"k", b"")];
+        let mut piece = BytesMut::new();
+        for row in &rows {
+            put_row(&mut piece, row);
+        }
+        let piece = piece.freeze();
+        assert_eq!(take_rows(piece.clone()).as_ref(), Some(&rows));
+        let whole_rows = [0, 17, 26, piece.len()];
+        for end in 0..piece.len() {
+            let cut = take_rows(piece.slice(..end));
+            assert_eq!(cut.is_some(), whole_rows.contains(&end), "cut at {end}");
+        }
+    }
+}

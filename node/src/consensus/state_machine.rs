@@ -1,0 +1,268 @@
+//! openraft's state machine: the metadata, and the content that commands bring.
+//!
+//! Entries are applied in batches: one [`Batch`](crate::metadata::Batch), published at once, and only then are those
+//! told who proposed them. Content that rode inside goes to the content store before its entry can be seen.
+//!
+//! Applying is synchronous and may wait for the disk (the overlay is full): it runs where it does not hold the runtime
+//! up.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use futures::{Stream, StreamExt};
+use openraft::storage::{ApplyResponder, EntryResponder, RaftStateMachine};
+use openraft::{EntryPayload, OptionalSend};
+use quorumfs_proto::{ChunkId, codec};
+use tokio::sync::mpsc;
+
+use super::fatal::{FatalError, FatalSignal};
+use super::flusher::Flusher;
+use super::log::LogStore;
+use super::snapshot::{Builder, SnapshotData, SnapshotTraffic, held_snapshot};
+use super::types::{Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
+use crate::content::StoredChunk;
+use crate::metadata::{CallResult, LogCommand, MetadataStore, Position, Snapshot};
+
+/// Most entries published at once: the first of them waits for the last.
+const BATCH_ENTRIES_MAX: usize = 1024;
+/// Most bytes of content in the entries published at once.
+const BATCH_CONTENT_BYTES_MAX: usize = 8 << 20;
+
+/// What the content store should hear of. Told after it can be seen in the metadata; may be lost when the node stops or
+/// the receiver is slow: who repairs content looks through all of it from time to time anyway.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AppliedEffects {
+    /// Of entries up to `index`.
+    Entries {
+        /// The last of them.
+        index: u64,
+        /// Chunks that should be held.
+        named: Vec<ChunkId>,
+        /// Chunks that nobody names any more.
+        dead: Vec<ChunkId>,
+    },
+    /// The whole state was replaced by a snapshot.
+    Installed {
+        /// Up to which entry it goes.
+        index: u64,
+    },
+}
+
+/// See the module.
+pub struct StateMachine {
+    metadata: Arc<MetadataStore>,
+    flusher: Arc<Flusher>,
+    log: LogStore,
+    traffic: SnapshotTraffic,
+    effects: mpsc::Sender<AppliedEffects>,
+    effects_dropped: Arc<AtomicU64>,
+    fatal: FatalSignal,
+    membership: StoredMembership,
+}
+
+/// What an applied batch leaves to be done.
+#[derive(Default)]
+struct Consequences {
+    named: Vec<ChunkId>,
+    dead: Vec<ChunkId>,
+    answers: Vec<(ApplyResponder<TypeConfig>, CallResult)>,
+}
+
+impl StateMachine {
+    /// Over `metadata` as it was left.
+    pub fn new(
+        metadata: Arc<MetadataStore>,
+        flusher: Arc<Flusher>,
+        log: LogStore,
+        traffic: SnapshotTraffic,
+        effects: mpsc::Sender<AppliedEffects>,
+        effects_dropped: Arc<AtomicU64>,
+        fatal: FatalSignal,
+    ) -> Result<StateMachine, codec::DecodeError> {
+        let (_, membership) = decode_position(&metadata.position())?;
+        Ok(StateMachine {
+            metadata,
+            flusher,
+            log,
+            traffic,
+            effects,
+            effects_dropped,
+            fatal,
+            membership,
+        })
+    }
+
+    fn apply_batch(&mut self, entries: Vec<EntryResponder<TypeConfig>>) -> Result<(), FatalError> {
+        self.flusher.wait_for_room()?;
+        let mut consequences = Consequences::default();
+        let mut batch = self.metadata.begin();
+        let mut last = None;
+        for (entry, responder) in entries {
+            let log_id = entry.log_id;
+            last = Some(log_id);
+            let result = match &entry.payload {
+                EntryPayload::Blank => CallResult::Done,
+                EntryPayload::Membership(membership) => {
+                    self.membership = StoredMembership::new(Some(log_id), membership.clone());
+                    CallResult::Done
+                }
+                EntryPayload::Normal(command) => {
+                    let applied = batch
+                        .apply(log_id.index, command)
+                        .map_err(|fault| self.fatal.raise("apply a command", fault))?;
+                    for chunk in applied.effects.inline {
+                        let chunk = StoredChunk::computed(chunk.id, chunk.sha256, chunk.payload);
+                        self.flusher.store(chunk)?;
+                    }
+                    consequences.named.extend(applied.effects.named);
+                    consequences.dead.extend(applied.effects.dead);
+                    applied.result
+                }
+            };
+            if let Some(responder) = responder {
+                consequences.answers.push((responder, result));
+            }
+        }
+        if let Some(last) = last {
+            batch.publish(Position {
+                index: last.index,
+                log_id: Some(codec::encode(&last)),
+                membership: Some(codec::encode(&self.membership)),
+            });
+            self.follow_up(last.index, consequences);
+        }
+        Ok(())
+    }
+
+    fn follow_up(&self, index: u64, consequences: Consequences) {
+        let Consequences { named, dead, answers } = consequences;
+        for (responder, result) in answers {
+            responder.send(result);
+        }
+        if !(named.is_empty() && dead.is_empty()) {
+            self.tell(AppliedEffects::Entries { index, named, dead });
+        }
+    }
+
+    fn tell(&self, effects: AppliedEffects) {
+        if self.effects.try_send(effects).is_err() {
+            self.effects_dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn install(&mut self, meta: &SnapshotMeta, data: SnapshotData) -> Result<(), FatalError> {
+        let installed = self.flusher.instead_of_flushing(|| {
+            let installation = match data {
+                SnapshotData::Received(installation) => *installation,
+                SnapshotData::Held(snapshot) => copy_of(&self.metadata, &snapshot)?,
+            };
+            self.metadata.install(installation)
+        });
+        let position = installed.map_err(|fault| self.fatal.raise("install a snapshot", fault))?;
+        let (log_id, membership) =
+            decode_position(&position).map_err(|error| self.fatal.raise("install a snapshot", error))?;
+        if log_id != meta.last_log_id {
+            let found = format!("it was announced as {:?} and is {log_id:?}", meta.last_log_id);
+            return Err(self.fatal.raise("install a snapshot", found));
+        }
+        self.membership = membership;
+        self.tell(AppliedEffects::Installed {
+            index: position.index,
+        });
+        Ok(())
+    }
+}
+
+/// A snapshot of this node's own as if it had been received.
+fn copy_of(
+    metadata: &MetadataStore,
+    snapshot: &Snapshot,
+) -> Result<crate::metadata::Installation, crate::metadata::StorageFault> {
+    let mut installation = metadata.begin_install()?;
+    for row in snapshot.rows() {
+        installation.add(&[row?])?;
+    }
+    Ok(installation)
+}
+
+/// What the consensus layer wrote into a position.
+pub fn decode_position(position: &Position) -> Result<(Option<LogId>, StoredMembership), codec::DecodeError> {
+    let log_id = position.log_id.as_deref().map(codec::decode).transpose()?;
+    let membership = position.membership.as_deref().map(codec::decode).transpose()?;
+    Ok((log_id, membership.unwrap_or_default()))
+}
+
+/// Does `work`, which may wait for a disk, without holding up other tasks.
+fn blocking<T>(work: impl FnOnce() -> T) -> T {
+    use tokio::runtime::{Handle, RuntimeFlavor};
+    match Handle::try_current().map(|handle| handle.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
+        _ => work(),
+    }
+}
+
+fn content_bytes(entry: &Entry) -> usize {
+    use crate::metadata::LogBody;
+    match &entry.payload {
+        EntryPayload::Normal(LogCommand {
+            body: LogBody::Call(mutation),
+            ..
+        }) => mutation.command.inline_bytes(),
+        _ => 0,
+    }
+}
+
+impl RaftStateMachine<TypeConfig> for StateMachine {
+    type SnapshotData = SnapshotData;
+    type SnapshotBuilder = Builder;
+
+    async fn applied_state(&mut self) -> io::Result<(Option<LogId>, StoredMembership)> {
+        decode_position(&self.metadata.position()).map_err(io::Error::other)
+    }
+
+    async fn apply<Strm>(&mut self, mut entries: Strm) -> io::Result<()>
+    where
+        Strm: Stream<Item = io::Result<EntryResponder<TypeConfig>>> + Unpin + OptionalSend,
+    {
+        loop {
+            let mut batch = Vec::new();
+            let mut bytes = 0;
+            while batch.len() < BATCH_ENTRIES_MAX && bytes < BATCH_CONTENT_BYTES_MAX {
+                let Some(entry) = entries.next().await else { break };
+                let entry = entry.map_err(|error| self.fatal.raise("read the log to apply it", error))?;
+                bytes += content_bytes(&entry.0);
+                batch.push(entry);
+            }
+            if batch.is_empty() {
+                return Ok(());
+            }
+            blocking(|| self.apply_batch(batch))?;
+        }
+    }
+
+    async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<Builder> {
+        // Behind a new snapshot the log is purged, and a follower that is being sent the old one would need another:
+        // so not now, unless the log has grown too long for that.
+        if !force && self.traffic.must_wait(self.log.status().bytes) {
+            return None;
+        }
+        Some(self.get_snapshot_builder().await)
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Builder {
+        Builder::new(self.metadata.clone(), self.flusher.clone())
+    }
+
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotData) -> io::Result<()> {
+        blocking(|| self.install(meta, snapshot)).map_err(io::Error::from)
+    }
+
+    async fn get_current_snapshot(
+        &mut self,
+    ) -> io::Result<Option<openraft::alias::SnapshotOf<TypeConfig, SnapshotData>>> {
+        let snapshot =
+            held_snapshot(&self.metadata).map_err(|error| self.fatal.raise("open a snapshot", error))?;
+        Ok(Some(snapshot).filter(|snapshot| snapshot.meta.last_log_id.is_some()))
+    }
+}

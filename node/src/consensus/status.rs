@@ -1,0 +1,121 @@
+//! What a node says about its part in the consensus.
+
+use openraft::ServerState;
+use openraft::async_runtime::Instant as _;
+use quorumfs_proto::{Member, NodeId};
+use serde::Serialize;
+
+use super::Consensus;
+use super::log::LogStatus;
+
+/// What a node is in the consensus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Gets the log, does not vote.
+    Learner,
+    /// Votes and follows.
+    Follower,
+    /// Stands for election.
+    Candidate,
+    /// Leads.
+    Leader,
+    /// Has stopped.
+    Stopped,
+}
+
+/// For `/status`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ConsensusStatus {
+    /// This node.
+    pub id: NodeId,
+    /// What it is.
+    pub role: Role,
+    /// Its term.
+    pub term: u64,
+    /// Who leads.
+    pub leader: Option<Member>,
+    /// Index of the last entry in its log.
+    pub last_log: Option<u64>,
+    /// Index up to which it knows entries to be committed.
+    pub committed: Option<u64>,
+    /// Index up to which it has applied them.
+    pub applied: Option<u64>,
+    /// Index up to which they are on disk in the metadata.
+    pub durable: u64,
+    /// Index that the last snapshot goes up to.
+    pub snapshot: Option<u64>,
+    /// Index up to which the log was purged.
+    pub purged: Option<u64>,
+    /// The log.
+    pub log: LogStatus,
+    /// Bytes applied and not yet on disk.
+    pub overlay_bytes: u64,
+    /// Messages to the content store that were passed over because it was slow.
+    pub effects_dropped: u64,
+    /// Rounds of the read barrier since the start; many readers share one.
+    pub barrier_rounds: u64,
+    /// Whether commands can be decided, as far as this node can tell.
+    pub writable: bool,
+    /// Why not.
+    pub reason: Option<String>,
+}
+
+impl Consensus {
+    /// Where this node stands.
+    pub fn status(&self) -> ConsensusStatus {
+        let metrics = self.metrics();
+        let reason = self.unwritable_reason();
+        ConsensusStatus {
+            id: self.id(),
+            role: match metrics.state {
+                ServerState::Learner => Role::Learner,
+                ServerState::Follower => Role::Follower,
+                ServerState::Candidate => Role::Candidate,
+                ServerState::Leader => Role::Leader,
+                ServerState::Shutdown => Role::Stopped,
+            },
+            term: metrics.current_term,
+            leader: self.leader(),
+            last_log: metrics.last_log_index,
+            committed: metrics.cluster_committed.map(|id| id.index),
+            applied: metrics.last_applied.map(|id| id.index),
+            durable: self.0.metadata.durable_position().index,
+            snapshot: metrics.snapshot.map(|id| id.index),
+            purged: metrics.purged.map(|id| id.index),
+            log: self.0.log.status(),
+            overlay_bytes: self.0.metadata.overlay_bytes(),
+            effects_dropped: self.0.effects_dropped.load(super::Ordering::Relaxed),
+            barrier_rounds: self.0.barrier.rounds(),
+            writable: reason.is_none(),
+            reason,
+        }
+    }
+
+    fn unwritable_reason(&self) -> Option<String> {
+        if let Some(fatal) = self.0.fatal.raised() {
+            return Some(format!("this node must stop: {fatal}"));
+        }
+        let metrics = self.metrics();
+        if metrics.membership_config.voter_ids().next().is_none() {
+            return Some("this node belongs to no cluster yet".to_string());
+        }
+        if let Err(reason) = self.recovered() {
+            return Some(reason);
+        }
+        if metrics.current_leader.is_none() {
+            return Some("no leader is known".to_string());
+        }
+        let quorum_ms_max = u128::from(2 * self.0.options.timings.election_ms_max);
+        if self.is_leader()
+            && let Some(acknowledged) = &metrics.last_quorum_acked
+            && acknowledged.elapsed().as_millis() > quorum_ms_max
+        {
+            return Some("no quorum answers".to_string());
+        }
+        if self.0.log.status().disk_full || self.0.flusher.disk_full() {
+            return Some("the disk is full".to_string());
+        }
+        (!self.has_room()).then(|| "the disk is nearly full: only what frees space is taken".to_string())
+    }
+}

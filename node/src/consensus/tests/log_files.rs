@@ -1,0 +1,319 @@
+//! The log's files when the world is unkind to them: torn, damaged, missing, full.
+
+use std::path::{Path, PathBuf};
+
+use openraft::storage::{RaftLogReader, RaftLogStorage};
+use openraft::type_config::TypeConfigExt;
+
+use super::{append, entry, log_id, vote};
+use crate::consensus::fatal::FatalSignal;
+use crate::consensus::log::LogStore;
+use crate::consensus::types::{Entry, TypeConfig};
+use crate::consensus::wal::{WalError, WalOptions};
+
+fn small() -> WalOptions {
+    WalOptions {
+        file_bytes: 4 << 10,
+        ..WalOptions::default()
+    }
+}
+
+fn open(folder: &Path, options: &WalOptions) -> Result<LogStore, WalError> {
+    LogStore::open(folder, options, FatalSignal::default())
+}
+
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|item| item.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "wal"))
+        .collect();
+    files.sort();
+    files
+}
+
+fn copy(from: &Path) -> tempfile::TempDir {
+    let to = tempfile::tempdir().unwrap();
+    for item in std::fs::read_dir(from).unwrap() {
+        let path = item.unwrap().path();
+        std::fs::copy(&path, to.path().join(path.file_name().unwrap())).unwrap();
+    }
+    to
+}
+
+async fn entries(log: &LogStore) -> Vec<Entry> {
+    log.clone().try_get_log_entries(..).await.unwrap()
+}
+
+fn indexes(entries: &[Entry]) -> Vec<u64> {
+    entries.iter().map(|entry| entry.log_id.index).collect()
+}
+
+/// A log of one file with three batches, as a crash leaves it: not sealed. Also where in the file each batch ends.
+async fn three_batches(folder: &Path) -> (PathBuf, Vec<u64>) {
+    let log = open(
+        folder,
+        &WalOptions {
+            file_bytes: 64 << 10,
+            ..small()
+        },
+    )
+    .unwrap();
+    let path = files(folder).pop().unwrap();
+    let mut ends = Vec::new();
+    for index in 0..3 {
+        append(&log, vec![entry(1, index, format!("entry {index}"))]).await;
+        ends.push(log.status().bytes);
+    }
+    let crashed = std::fs::read(&path).unwrap();
+    drop(log);
+    std::fs::write(&path, crashed).unwrap();
+    (path, ends)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_flushed_is_found_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut log = open(folder.path(), &small()).unwrap();
+    assert!(log.is_empty());
+    log.save_vote(&vote(3, 2)).await.unwrap();
+    for index in 0..100 {
+        append(&log, vec![entry(3, index, "x".repeat(100))]).await;
+    }
+    assert!(
+        files(folder.path()).len() > 3,
+        "the files are small enough to be several"
+    );
+    log.truncate_after(Some(log_id(3, 89))).await.unwrap();
+    append(&log, vec![entry(4, 90, "another")]).await;
+    log.save_committed(Some(log_id(3, 80))).await.unwrap();
+    log.purge(log_id(3, 40)).await.unwrap();
+    append(&log, vec![entry(4, 91, "the last")]).await;
+    let before = entries(&log).await;
+    assert_eq!(indexes(&before), (41..92).collect::<Vec<_>>());
+    drop(log);
+    for _ in 0..3 {
+        let mut log = open(folder.path(), &small()).unwrap();
+        assert!(!log.is_empty());
+        assert_eq!(entries(&log).await, before);
+        assert_eq!(log.read_vote().await.unwrap(), Some(vote(3, 2)));
+        assert_eq!(log.read_committed().await.unwrap(), Some(log_id(3, 80)));
+        let state = log.get_log_state().await.unwrap();
+        assert_eq!(
+            (state.last_purged_log_id, state.last_log_id),
+            (Some(log_id(3, 40)), Some(log_id(4, 91)))
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn purging_removes_whole_files_and_reading_goes_to_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = WalOptions {
+        cache_bytes_max: 500,
+        ..small()
+    };
+    let mut log = open(folder.path(), &options).unwrap();
+    for index in 0..200 {
+        append(&log, vec![entry(1, index, "y".repeat(100))]).await;
+    }
+    let all = files(folder.path()).len();
+    assert_eq!(indexes(&entries(&log).await), (0..200).collect::<Vec<_>>());
+    let upto = log.purgeable(150, 8 << 10).unwrap();
+    assert!(
+        (50..150).contains(&upto),
+        "some are kept before 150, some go: {upto}"
+    );
+    assert_eq!(log.purgeable(150, u64::MAX), None);
+    log.purge(log_id(1, upto)).await.unwrap();
+    append(&log, vec![entry(1, 200, "")]).await;
+    log.close();
+    assert!(files(folder.path()).len() < all);
+    assert_eq!(indexes(&entries(&log).await), (upto + 1..201).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_torn_tail_is_cut_wherever_it_was_torn() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, ends) = three_batches(folder.path()).await;
+    let whole = std::fs::read(&path).unwrap();
+    for cut in ends[1]..=ends[2] {
+        let mut torn = whole.clone();
+        torn[cut as usize..].fill(0);
+        std::fs::write(&path, &torn).unwrap();
+        let copy = copy(folder.path());
+        let log = open(copy.path(), &small()).unwrap();
+        let expected: &[u64] = if cut == ends[2] { &[0, 1, 2] } else { &[0, 1] };
+        assert_eq!(indexes(&entries(&log).await), expected, "cut at {cut}");
+        // It goes on from there, and what was torn does not come back.
+        let next = expected.len() as u64;
+        append(&log, vec![entry(2, next, "again")]).await;
+        drop(log);
+        let log = open(copy.path(), &small()).unwrap();
+        assert_eq!(entries(&log).await.last(), Some(&entry(2, next, "again")));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_below_the_watermark_is_never_cut() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, ends) = three_batches(folder.path()).await;
+    let whole = std::fs::read(&path).unwrap();
+    for at in 0..ends[2] {
+        let mut damaged = whole.clone();
+        damaged[at as usize] ^= 0x10;
+        std::fs::write(&path, &damaged).unwrap();
+        let copy = copy(folder.path());
+        match open(copy.path(), &small()) {
+            Err(WalError::DamagedBelowWatermark { file, offset }) => {
+                assert!(at < ends[1], "byte {at} is in the last batch");
+                assert_eq!(file.file_name(), path.file_name());
+                assert!(offset <= at, "byte {at} is reported at {offset}");
+            }
+            Err(other) => panic!("byte {at}: {other}"),
+            Ok(log) => {
+                assert!(at >= ends[1], "byte {at} had been flushed");
+                assert_eq!(indexes(&entries(&log).await), [0, 1]);
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_was_closed_has_no_byte_that_may_be_cut() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = open(folder.path(), &small()).unwrap();
+    append(&log, vec![entry(1, 0, "only")]).await;
+    let used = log.status().bytes as usize;
+    drop(log);
+    let path = files(folder.path()).pop().unwrap();
+    let whole = std::fs::read(&path).unwrap();
+    for at in 0..used {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 1;
+        std::fs::write(&path, &damaged).unwrap();
+        let copy = copy(folder.path());
+        let opened = open(copy.path(), &small());
+        assert!(
+            matches!(opened, Err(WalError::DamagedBelowWatermark { .. })),
+            "byte {at}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_missing_or_too_short_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = open(folder.path(), &small()).unwrap();
+    for index in 0..100 {
+        append(&log, vec![entry(1, index, "z".repeat(100))]).await;
+    }
+    drop(log);
+    let names = files(folder.path());
+    assert!(names.len() >= 4);
+
+    let without = copy(folder.path());
+    std::fs::remove_file(without.path().join(names[1].file_name().unwrap())).unwrap();
+    assert!(matches!(
+        open(without.path(), &small()),
+        Err(WalError::Missing { .. })
+    ));
+
+    let without = copy(folder.path());
+    std::fs::remove_file(without.path().join(names[0].file_name().unwrap())).unwrap();
+    assert!(matches!(
+        open(without.path(), &small()),
+        Err(WalError::Inconsistent { .. })
+    ));
+
+    let short = copy(folder.path());
+    let path = short.path().join(names[1].file_name().unwrap());
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+    assert!(matches!(
+        open(short.path(), &small()),
+        Err(WalError::DamagedBelowWatermark { .. })
+    ));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_whose_making_was_cut_short_is_made_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = open(folder.path(), &small()).unwrap();
+    append(&log, vec![entry(1, 0, "kept")]).await;
+    drop(log);
+    let last = files(folder.path()).pop().unwrap();
+    let next = last.with_file_name(format!("{:016x}.wal", 2));
+    for bytes in [vec![], vec![0; 4096], b"QFSWALB".to_vec()] {
+        let copy = copy(folder.path());
+        std::fs::write(copy.path().join(next.file_name().unwrap()), &bytes).unwrap();
+        let log = open(copy.path(), &small()).unwrap();
+        assert_eq!(indexes(&entries(&log).await), [0]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn appends_that_wait_together_share_a_flush() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = open(folder.path(), &WalOptions::default()).unwrap();
+    let before = log.status();
+    let mut waiting = Vec::new();
+    for index in 0..1000 {
+        let (sender, flushed) = TypeConfig::oneshot();
+        let callback = openraft::storage::IOFlushed::signal(sender);
+        log.clone()
+            .append([entry(1, index, "grouped")], callback)
+            .await
+            .unwrap();
+        waiting.push(flushed);
+    }
+    for flushed in waiting {
+        flushed.await.unwrap().unwrap();
+    }
+    let after = log.status();
+    assert_eq!(after.entries_flushed - before.entries_flushed, 1000);
+    let flushes = after.flushes - before.flushes;
+    assert!(flushes <= 200, "{flushes} flushes for 1000 entries");
+    println!("1000 appends took {flushes} flushes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_entry_is_readable_before_it_is_flushed_and_only_the_next_is_taken() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut log = open(folder.path(), &small()).unwrap();
+    let noop = openraft::storage::IOFlushed::noop;
+    log.append([entry(1, 0, "a"), entry(1, 1, "b")], noop())
+        .await
+        .unwrap();
+    assert_eq!(indexes(&entries(&log).await), [0, 1]);
+    assert!(log.append([entry(1, 3, "hole")], noop()).await.is_err());
+    let one = log.limited_get_log_entries(0, 2).await.unwrap();
+    assert_eq!(one.len(), 2);
+    let large: Vec<Entry> = (2..5).map(|index| entry(1, index, "l".repeat(1 << 20))).collect();
+    append(&log, large).await;
+    let bounded = log.limited_get_log_entries(2, 5).await.unwrap();
+    assert_eq!(
+        indexes(&bounded),
+        [2],
+        "two megabytes at most, one entry at least"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_write_is_fatal_and_nothing_is_acknowledged_after_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let fatal = FatalSignal::default();
+    let mut log = LogStore::open(folder.path(), &small(), fatal.clone()).unwrap();
+    append(&log, vec![entry(1, 0, "a")]).await;
+    // The next file cannot be made where its name is taken.
+    std::fs::create_dir(folder.path().join(format!("{:016x}.wal", 2))).unwrap();
+    let (sender, flushed) = TypeConfig::oneshot();
+    let large = entry(1, 1, "m".repeat(8 << 10));
+    let callback = openraft::storage::IOFlushed::signal(sender);
+    log.append([large], callback).await.unwrap();
+    assert!(flushed.await.unwrap().is_err());
+    let reason = fatal.wait().await;
+    assert_eq!(reason.doing, "write the log");
+    assert!(log.save_vote(&vote(9, 1)).await.is_err());
+    assert!(log.wait_flushed().is_err());
+}

@@ -1,0 +1,353 @@
+//! The files of the log: `<sequence>.wal` in one directory, without gaps, and a `reserve`.
+//!
+//! Invariants:
+//! - Only the file with the highest sequence is written to; what the others hold was flushed, to the last byte. How long
+//!   a file was when it was left stands in the [`Start`] record of the next.
+//! - A file is used only when its `Start` and its name are on stable storage.
+//! - Opening always begins a new file, after the tail of the last has been written again and flushed: what a crashed
+//!   process left in the page cache is not known to be on the disk, and an fsync that follows a failed one proves nothing.
+//! - The reserve is a preallocated file of the same size. When the disk is full it becomes the next log file, so that what
+//!   frees space can still be agreed on.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use quorumfs_proto::codec;
+use serde::{Deserialize, Serialize};
+
+use super::WalError;
+use super::frame::{self, BatchWriter, Kind, Scan};
+use super::memory::{Cached, FileInfo, LogMemory, Place};
+use crate::consensus::types::{Entry, LogId, Vote};
+
+/// First record of each file: what the files before it leave, since they may be gone.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Start {
+    /// Where the file before this one ended.
+    pub previous_bytes: u64,
+    /// The vote.
+    pub vote: Option<Vote>,
+    /// Entries up to this one are gone.
+    pub purged: Option<LogId>,
+    /// Entries up to this one are committed.
+    pub committed: Option<LogId>,
+}
+
+/// The `Start` record is within the first bytes of a file; so many are read to see it.
+const START_BYTES_MAX: u64 = 4096;
+
+/// The directory of the log.
+#[derive(Clone, Debug)]
+pub struct WalDirectory {
+    path: PathBuf,
+    file_bytes: u64,
+}
+
+/// A file that is being written.
+#[derive(Debug)]
+pub struct OpenFile {
+    /// Its number.
+    pub sequence: u64,
+    /// Open for reading and writing.
+    pub file: Arc<File>,
+    /// Where the next batch goes.
+    pub offset: u64,
+    /// How many bytes are allocated.
+    pub capacity_bytes: u64,
+}
+
+impl WalDirectory {
+    /// Makes the directory if it is not there.
+    pub fn new(path: &Path, file_bytes: u64) -> Result<WalDirectory, WalError> {
+        std::fs::create_dir_all(path).map_err(io_error("create directory", path))?;
+        Ok(WalDirectory {
+            path: path.to_path_buf(),
+            file_bytes,
+        })
+    }
+
+    /// Where file `sequence` lies.
+    pub fn file_path(&self, sequence: u64) -> PathBuf {
+        self.path.join(format!("{sequence:016x}.wal"))
+    }
+
+    fn reserve_path(&self) -> PathBuf {
+        self.path.join("reserve")
+    }
+
+    /// Makes names durable.
+    pub fn sync(&self) -> Result<(), WalError> {
+        File::open(&self.path)
+            .and_then(|directory| directory.sync_all())
+            .map_err(io_error("flush directory", &self.path))
+    }
+
+    /// Begins file `sequence` with room for at least `bytes_min` after its start. `ErrorKind::StorageFull` if the disk is
+    /// full and the reserve is used up.
+    pub fn create(&self, sequence: u64, start: &Start, bytes_min: u64) -> Result<OpenFile, WalError> {
+        let path = self.file_path(sequence);
+        let mut batch = BatchWriter::new(sequence, 0, Vec::new());
+        batch.record(Kind::Start, |out| out.extend_from_slice(&codec::encode(start)));
+        let batch = batch.finish();
+        let capacity_bytes = self.file_bytes.max(batch.len() as u64 + bytes_min);
+        let file = match allocate(&path, capacity_bytes) {
+            Err(error) if error.kind() == ErrorKind::StorageFull && capacity_bytes == self.file_bytes => {
+                match std::fs::rename(self.reserve_path(), &path) {
+                    Ok(()) => OpenOptions::new().read(true).write(true).open(&path),
+                    Err(_) => Err(error),
+                }
+            }
+            result => result,
+        };
+        let file = file.map_err(io_error("create log file", &path))?;
+        file.write_all_at(&batch, 0)
+            .map_err(io_error("write log file", &path))?;
+        file.sync_all().map_err(io_error("flush log file", &path))?;
+        self.sync()?;
+        Ok(OpenFile {
+            sequence,
+            file: Arc::new(file),
+            offset: batch.len() as u64,
+            capacity_bytes,
+        })
+    }
+
+    /// Removes file `sequence`, durably: were a later one gone and an earlier one not, opening would miss it.
+    pub fn remove(&self, sequence: u64) -> Result<(), WalError> {
+        let path = self.file_path(sequence);
+        std::fs::remove_file(&path).map_err(io_error("remove log file", &path))?;
+        self.sync()
+    }
+
+    /// Whether the reserve is there; makes it if there is room.
+    pub fn ensure_reserve(&self) -> bool {
+        let path = self.reserve_path();
+        if std::fs::metadata(&path).is_ok_and(|found| found.len() == self.file_bytes) {
+            return true;
+        }
+        let unfinished = self.path.join("reserve.new");
+        let made = match std::fs::remove_file(&unfinished) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+            _ => allocate(&unfinished, self.file_bytes),
+        };
+        let made = made
+            .and_then(|file| file.sync_all())
+            .and_then(|()| std::fs::rename(&unfinished, &path));
+        made.is_ok() && self.sync().is_ok()
+    }
+
+    fn sequences(&self) -> Result<Vec<u64>, WalError> {
+        let listing = || -> io::Result<Vec<u64>> {
+            let mut found = Vec::new();
+            for item in std::fs::read_dir(&self.path)? {
+                let name = item?.file_name();
+                let Some(digits) = name.to_str().and_then(|name| name.strip_suffix(".wal")) else {
+                    continue;
+                };
+                if digits.len() == 16
+                    && let Ok(sequence) = u64::from_str_radix(digits, 16)
+                {
+                    found.push(sequence);
+                }
+            }
+            found.sort_unstable();
+            Ok(found)
+        };
+        listing().map_err(io_error("list directory", &self.path))
+    }
+
+    /// The `Start` of file `sequence`, if it has a whole one.
+    fn start_of(&self, sequence: u64) -> Result<Option<Start>, WalError> {
+        let path = self.file_path(sequence);
+        let bytes = read_front(&path, START_BYTES_MAX)?;
+        let found = frame::scan(&bytes, sequence);
+        match found.records.first() {
+            Some(record) if record.kind == Kind::Start => codec::decode(record.payload(&bytes))
+                .map(Some)
+                .map_err(|error| inconsistent(&path, error)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Reads all files into `memory` and begins a new one.
+    pub fn recover(&self, memory: &mut LogMemory) -> Result<OpenFile, WalError> {
+        let mut sequences = self.sequences()?;
+        if let Some(&last) = sequences.last()
+            && self.start_of(last)?.is_none()
+        {
+            // Its making was cut short, unless it holds more than its start.
+            let path = self.file_path(last);
+            let bytes = std::fs::read(&path).map_err(io_error("read log file", &path))?;
+            if let Some(offset) = frame::scan(&bytes, last).damaged_below_watermark {
+                return Err(damaged(&path, offset));
+            }
+            tracing::warn!(file = %path.display(), "log file was not finished when the node stopped: removed");
+            self.remove(last)?;
+            sequences.pop();
+        }
+        for pair in sequences.windows(2) {
+            if pair[1] != pair[0] + 1 {
+                return Err(WalError::Missing {
+                    file: self.file_path(pair[0] + 1),
+                });
+            }
+        }
+        let mut previous_bytes = 0;
+        for (at, &sequence) in sequences.iter().enumerate() {
+            let sealed_bytes = match sequences.get(at + 1) {
+                None => None,
+                Some(&next) => match self.start_of(next)? {
+                    Some(start) => Some(start.previous_bytes),
+                    None => return Err(damaged(&self.file_path(next), 0)),
+                },
+            };
+            previous_bytes = self.recover_file(sequence, sealed_bytes, memory)?;
+        }
+        if let Some(hole) = memory.missing_entry() {
+            return Err(WalError::Inconsistent {
+                file: self.file_path(sequences.first().copied().unwrap_or(1)),
+                reason: format!("entry {hole} is neither held nor purged"),
+            });
+        }
+        let start = Start {
+            previous_bytes,
+            vote: memory.vote,
+            purged: memory.purged,
+            committed: memory.committed,
+        };
+        let sequence = sequences.last().map_or(1, |last| last + 1);
+        let open = self.create(sequence, &start, 0)?;
+        memory.files.insert(sequence, FileInfo::new(&open));
+        Ok(open)
+    }
+
+    /// Replays file `sequence`, which ends at `sealed_bytes` if it is not the last; answers where it ends.
+    fn recover_file(
+        &self,
+        sequence: u64,
+        sealed_bytes: Option<u64>,
+        memory: &mut LogMemory,
+    ) -> Result<u64, WalError> {
+        let path = self.file_path(sequence);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(io_error("open log file", &path))?;
+        let bytes = read_front(&path, sealed_bytes.unwrap_or(u64::MAX))?;
+        let found = frame::scan(&bytes, sequence);
+        if let Some(offset) = found.damaged_below_watermark {
+            return Err(damaged(&path, offset));
+        }
+        match sealed_bytes {
+            Some(sealed) if found.end as u64 != sealed => return Err(damaged(&path, found.end)),
+            Some(_) => {}
+            None => rewrite_tail(&path, &file, &bytes, &found)?,
+        }
+        memory.files.insert(
+            sequence,
+            FileInfo {
+                file: Arc::new(file),
+                bytes: found.end as u64,
+                last_index: None,
+            },
+        );
+        for record in &found.records {
+            let place = Place {
+                file: sequence,
+                at: record.place.start as u64,
+                bytes: record.place.len() as u32,
+            };
+            replay(record.kind, record.payload(&bytes), place, memory)
+                .map_err(|reason| inconsistent(&path, reason))?;
+        }
+        Ok(found.end as u64)
+    }
+}
+
+fn replay(kind: Kind, payload: &[u8], place: Place, memory: &mut LogMemory) -> Result<(), String> {
+    let text = |error: codec::DecodeError| error.to_string();
+    match kind {
+        Kind::Start => {
+            let start: Start = codec::decode(payload).map_err(text)?;
+            memory.vote = start.vote;
+            memory.committed = start.committed;
+            if let Some(purged) = start.purged {
+                memory.purge(purged);
+            }
+        }
+        Kind::Entry => {
+            let entry: Entry = codec::decode(payload).map_err(text)?;
+            memory.append(Arc::new(entry), Cached::WrittenAt(place))?;
+        }
+        Kind::Vote => memory.vote = Some(codec::decode(payload).map_err(text)?),
+        Kind::Truncate => memory.truncate_after(codec::decode(payload).map_err(text)?),
+        Kind::Purge => memory.purge(codec::decode(payload).map_err(text)?),
+        Kind::Committed => memory.committed = Some(codec::decode(payload).map_err(text)?),
+    }
+    Ok(())
+}
+
+/// What was read of the last file may never have reached the disk: the last batch is written again (those before it were
+/// flushed before it was begun), what is torn is cut off, and all is flushed.
+fn rewrite_tail(path: &Path, file: &File, bytes: &[u8], found: &Scan) -> Result<(), WalError> {
+    let torn = bytes[found.end..].iter().any(|byte| *byte != 0);
+    if torn {
+        tracing::warn!(file = %path.display(), offset = found.end, "log ended in a torn write: cut");
+    }
+    file.write_all_at(&bytes[found.last_batch..found.end], found.last_batch as u64)
+        .map_err(io_error("rewrite log file", path))?;
+    file.set_len(found.end as u64)
+        .map_err(io_error("cut log file", path))?;
+    file.sync_all().map_err(io_error("flush log file", path))
+}
+
+fn read_front(path: &Path, bytes_max: u64) -> Result<Vec<u8>, WalError> {
+    let read = || -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        io::Read::read_to_end(&mut io::Read::take(File::open(path)?, bytes_max), &mut bytes)?;
+        Ok(bytes)
+    };
+    read().map_err(io_error("read log file", path))
+}
+
+/// A new file with `bytes` allocated; nothing is left of it if there is no room.
+fn allocate(path: &Path, bytes: u64) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path)?;
+    let length = i64::try_from(bytes).map_err(|_| io::Error::from(ErrorKind::FileTooLarge))?;
+    match nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, length) {
+        Ok(()) => Ok(file),
+        // A filesystem that cannot preallocate grows the file instead; slower, no less right.
+        Err(nix::errno::Errno::EOPNOTSUPP) => file.set_len(bytes).map(|()| file),
+        Err(error) => {
+            let _ = std::fs::remove_file(path);
+            Err(io::Error::from(error))
+        }
+    }
+}
+
+fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> WalError {
+    let path = path.to_path_buf();
+    move |source| WalError::Io { doing, path, source }
+}
+
+fn damaged(file: &Path, offset: usize) -> WalError {
+    WalError::DamagedBelowWatermark {
+        file: file.to_path_buf(),
+        offset: offset as u64,
+    }
+}
+
+fn inconsistent(file: &Path, reason: impl ToString) -> WalError {
+    WalError::Inconsistent {
+        file: file.to_path_buf(),
+        reason: reason.to_string(),
+    }
+}

@@ -1,0 +1,330 @@
+//! What the log holds, as far as memory knows: the vote, the marks, for each entry its id and where it lies, and the
+//! newest entries themselves. Pure: no files are read or written here.
+//!
+//! Invariants:
+//! - `slots` are consecutive: slot `i` is entry `first + i`.
+//! - An entry that has no place on disk yet is in memory; only placed entries are let go, oldest first.
+//! - The cache holds at most `cache_bytes_max` bytes of placed entries (and whatever is not placed, which the writer's bound limits).
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::files::OpenFile;
+use crate::consensus::types::{Entry, LogId, Vote};
+
+/// Where a record lies on disk, header included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The file's sequence number.
+    pub file: u64,
+    /// Its first byte.
+    pub at: u64,
+    /// Its length.
+    pub bytes: u32,
+}
+
+/// A file that holds entries.
+#[derive(Clone, Debug)]
+pub struct FileInfo {
+    /// Open for reading.
+    pub file: Arc<File>,
+    /// How much of it is used.
+    pub bytes: u64,
+    /// The highest index it has ever held, truncated or not.
+    pub last_index: Option<u64>,
+}
+
+impl FileInfo {
+    /// Of a file just begun.
+    pub fn new(open: &OpenFile) -> FileInfo {
+        FileInfo {
+            file: open.file.clone(),
+            bytes: open.offset,
+            last_index: None,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Slot {
+    log_id: LogId,
+    /// The operation that brought it.
+    ticket: u64,
+    bytes: u32,
+    body: Body,
+}
+
+#[derive(Debug)]
+enum Body {
+    Unwritten(Arc<Entry>),
+    Written(Arc<Entry>, Place),
+    LetGo(Place),
+}
+
+impl Slot {
+    fn bytes_in_memory(&self) -> u64 {
+        match self.body {
+            Body::Unwritten(_) | Body::Written(..) => u64::from(self.bytes),
+            Body::LetGo(_) => 0,
+        }
+    }
+}
+
+/// How an entry comes into memory.
+#[derive(Clone, Copy, Debug)]
+pub enum Cached {
+    /// New: operation `ticket` will write so many bytes.
+    Unwritten {
+        /// The operation.
+        ticket: u64,
+        /// Encoded size.
+        bytes: u32,
+    },
+    /// Found on disk.
+    WrittenAt(Place),
+}
+
+/// An entry as a reader gets it.
+#[derive(Clone, Debug)]
+pub enum Held {
+    /// From memory.
+    InMemory(Arc<Entry>),
+    /// To be read.
+    OnDisk {
+        /// From this file.
+        file: Arc<File>,
+        /// From here.
+        place: Place,
+    },
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct LogMemory {
+    /// The vote.
+    pub vote: Option<Vote>,
+    /// Entries up to this one are committed, as far as was noted.
+    pub committed: Option<LogId>,
+    /// Entries up to this one are gone.
+    pub purged: Option<LogId>,
+    /// The last operation queued.
+    pub ticket_last: u64,
+    /// The last operation flushed.
+    pub ticket_flushed: u64,
+    /// Bytes queued and not flushed.
+    pub unflushed_bytes: u64,
+    /// All files, by sequence number.
+    pub files: BTreeMap<u64, FileInfo>,
+    first: u64,
+    slots: VecDeque<Slot>,
+    /// No entry below this index is in memory.
+    cached_from: u64,
+    cached_bytes: u64,
+    cache_bytes_max: u64,
+}
+
+impl LogMemory {
+    /// An empty log.
+    pub fn new(cache_bytes_max: u64) -> LogMemory {
+        LogMemory {
+            vote: None,
+            committed: None,
+            purged: None,
+            ticket_last: 0,
+            ticket_flushed: 0,
+            unflushed_bytes: 0,
+            files: BTreeMap::new(),
+            first: 0,
+            slots: VecDeque::new(),
+            cached_from: 0,
+            cached_bytes: 0,
+            cache_bytes_max,
+        }
+    }
+
+    /// The last entry, or the purge mark if there is none.
+    pub fn last_log_id(&self) -> Option<LogId> {
+        self.slots.back().map(|slot| slot.log_id).or(self.purged)
+    }
+
+    /// The indices held.
+    pub fn range(&self) -> Range<u64> {
+        self.first..self.first + self.slots.len() as u64
+    }
+
+    /// The id of entry `index`, if it is held.
+    pub fn log_id(&self, index: u64) -> Option<LogId> {
+        self.slot(index).map(|slot| slot.log_id)
+    }
+
+    fn slot(&self, index: u64) -> Option<&Slot> {
+        self.slots
+            .get(usize::try_from(index.checked_sub(self.first)?).ok()?)
+    }
+
+    /// The index of an entry that ought to be held but is not: log and purge mark do not meet.
+    pub fn missing_entry(&self) -> Option<u64> {
+        let expected = self.purged.map_or(0, |purged| purged.index + 1);
+        (!self.slots.is_empty() && self.first > expected).then_some(expected)
+    }
+
+    /// Adds the next entry. Refused if it is not the next.
+    pub fn append(&mut self, entry: Arc<Entry>, cached: Cached) -> Result<(), String> {
+        let index = entry.log_id.index;
+        let next = self.range().end;
+        if self.slots.is_empty() {
+            self.first = index;
+            self.cached_from = index;
+        } else if index != next {
+            return Err(format!("entry {index} follows entry {}", next - 1));
+        }
+        let log_id = entry.log_id;
+        let (ticket, bytes, body) = match cached {
+            Cached::Unwritten { ticket, bytes } => (ticket, bytes, Body::Unwritten(entry)),
+            Cached::WrittenAt(place) => {
+                self.note_in_file(place.file, index);
+                (0, place.bytes, Body::Written(entry, place))
+            }
+        };
+        self.cached_bytes += u64::from(bytes);
+        self.slots.push_back(Slot {
+            log_id,
+            ticket,
+            bytes,
+            body,
+        });
+        self.evict();
+        Ok(())
+    }
+
+    fn note_in_file(&mut self, file: u64, index: u64) {
+        if let Some(info) = self.files.get_mut(&file) {
+            info.last_index = info.last_index.max(Some(index));
+        }
+    }
+
+    /// Operation `ticket` has written entry `index` to `place`.
+    pub fn placed(&mut self, index: u64, ticket: u64, place: Place) {
+        self.note_in_file(place.file, index);
+        let at = index.checked_sub(self.first).map(|at| at as usize);
+        if let Some(slot) = at.and_then(|at| self.slots.get_mut(at))
+            && slot.ticket == ticket
+            && let Body::Unwritten(entry) = &slot.body
+        {
+            slot.body = Body::Written(entry.clone(), place);
+        }
+    }
+
+    /// Lets entries go that are on disk, oldest first, down to the bound.
+    pub fn evict(&mut self) {
+        while self.cached_bytes > self.cache_bytes_max && self.cached_from < self.range().end {
+            let slot = &mut self.slots[(self.cached_from - self.first) as usize];
+            match slot.body {
+                Body::Unwritten(_) => return,
+                Body::Written(_, place) => {
+                    self.cached_bytes -= u64::from(slot.bytes);
+                    slot.body = Body::LetGo(place);
+                }
+                Body::LetGo(_) => {}
+            }
+            self.cached_from += 1;
+        }
+    }
+
+    /// Entries after `last` are gone.
+    pub fn truncate_after(&mut self, last: Option<LogId>) {
+        let keep_end = last.map_or(0, |last| last.index + 1);
+        while self.range().end > keep_end.max(self.first) {
+            if let Some(slot) = self.slots.pop_back() {
+                self.cached_bytes -= slot.bytes_in_memory();
+            }
+        }
+        self.cached_from = self.cached_from.min(self.range().end);
+    }
+
+    /// Entries up to `upto` are gone.
+    pub fn purge(&mut self, upto: LogId) {
+        while self.first <= upto.index
+            && let Some(slot) = self.slots.pop_front()
+        {
+            self.first += 1;
+            self.cached_bytes -= slot.bytes_in_memory();
+        }
+        if self.slots.is_empty() {
+            self.first = upto.index + 1;
+        }
+        self.cached_from = self.cached_from.max(self.first);
+        self.purged = self.purged.max(Some(upto));
+    }
+
+    /// The entries of `range` that are held, the first of them, and of those that follow as many as `bytes_max` admits.
+    pub fn read(&self, range: Range<u64>, bytes_max: u64) -> Vec<Held> {
+        let held = self.range();
+        let mut found = Vec::new();
+        let mut bytes = 0;
+        for index in range.start.max(held.start)..range.end.min(held.end) {
+            let slot = &self.slots[(index - self.first) as usize];
+            bytes += u64::from(slot.bytes);
+            if bytes > bytes_max && !found.is_empty() {
+                break;
+            }
+            found.push(match &slot.body {
+                Body::Unwritten(entry) | Body::Written(entry, _) => Held::InMemory(entry.clone()),
+                Body::LetGo(place) => Held::OnDisk {
+                    file: self.files[&place.file].file.clone(),
+                    place: *place,
+                },
+            });
+        }
+        found
+    }
+
+    /// Bytes of all files.
+    pub fn wal_bytes(&self) -> u64 {
+        self.files.values().map(|file| file.bytes).sum()
+    }
+
+    /// Bytes written since entry `index`: those of the files that hold anything beyond it.
+    pub fn bytes_after(&self, index: Option<u64>) -> u64 {
+        let beyond = |file: &&FileInfo| file.last_index > index;
+        self.files.values().filter(beyond).map(|file| file.bytes).sum()
+    }
+
+    /// The highest index, at most `snapshot`, up to which whole files can go while those that stay keep `keep_bytes` of entries up to
+    /// `snapshot`.
+    pub fn purgeable(&self, snapshot: u64, keep_bytes: u64) -> Option<u64> {
+        let mut covered: Vec<(u64, u64)> = Vec::new();
+        for file in self.files.values() {
+            match file.last_index {
+                Some(last) if last <= snapshot => covered.push((last, file.bytes)),
+                Some(_) => break,
+                None => {}
+            }
+        }
+        let mut kept = 0;
+        while let Some((last, bytes)) = covered.pop() {
+            if kept >= keep_bytes {
+                return (last >= self.first).then_some(last);
+            }
+            kept += bytes;
+        }
+        None
+    }
+
+    /// Files that hold nothing beyond the purge mark `purged`, which has been flushed; oldest first, never the newest.
+    pub fn purged_files(&self, purged: Option<LogId>) -> Vec<u64> {
+        let Some(purged) = purged else {
+            return Vec::new();
+        };
+        let newest = self.files.keys().next_back().copied();
+        self.files
+            .iter()
+            .take_while(|(sequence, file)| {
+                Some(**sequence) != newest && file.last_index.is_none_or(|last| last <= purged.index)
+            })
+            .map(|(sequence, _)| *sequence)
+            .collect()
+    }
+}

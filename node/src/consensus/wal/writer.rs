@@ -1,0 +1,443 @@
+//! The one thread that writes the log.
+//!
+//! It takes all that is queued (up to a bound), makes one batch of it, writes it with one write, flushes it with one
+//! fdatasync, and then tells everyone who waits: so that a thousand appends that wait together share a flush.
+//!
+//! A write or flush that fails is not tried again: every waiter hears of it, and [`FatalSignal`] is raised. A full disk is
+//! no failure: the thread waits for room, and so do those who append.
+
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use openraft::storage::IOFlushed;
+use parking_lot::{Condvar, Mutex};
+use quorumfs_proto::codec;
+use tokio::sync::{Notify, oneshot};
+
+use super::WalError;
+use super::files::{OpenFile, Start, WalDirectory};
+use super::frame::{BatchWriter, Kind};
+use super::memory::{FileInfo, LogMemory, Place};
+use crate::consensus::fatal::{FatalError, FatalSignal};
+use crate::consensus::types::{Entry, LogId, TypeConfig, Vote};
+
+/// Most bytes gathered into one batch: a flush of more takes long enough that waiting for it costs more than the next
+/// flush.
+const BATCH_BYTES_MAX: u64 = 4 << 20;
+/// After so long without work the end of the log is sealed (see [`Writer::seal`]) and the reserve looked after.
+const IDLE_MS: u64 = 1_000;
+/// How long the thread waits before it asks again whether a full disk has room.
+const FULL_RETRY_MS: u64 = 200;
+
+/// What is to be written.
+pub enum Operation {
+    /// Entries, in order.
+    Append {
+        /// Which.
+        entries: Vec<Arc<Entry>>,
+        /// Told when they are on stable storage.
+        flushed: IOFlushed<TypeConfig>,
+    },
+    /// The vote.
+    Vote {
+        /// Whom.
+        vote: Vote,
+        /// Told when it is on stable storage.
+        flushed: oneshot::Sender<io::Result<()>>,
+    },
+    /// Entries after this one are gone.
+    Truncate(Option<LogId>),
+    /// Entries up to this one are gone.
+    Purge(LogId),
+    /// Nothing more comes.
+    Stop,
+}
+
+/// An operation in the queue.
+pub struct Queued {
+    /// Counts up by one.
+    pub ticket: u64,
+    /// Encoded size, for the bounds.
+    pub bytes: u64,
+    /// What.
+    pub operation: Operation,
+}
+
+/// What the thread and those who append share.
+#[derive(Debug)]
+pub struct Shared {
+    /// The log as readers see it. Locked for short sections only, never across a write or an await.
+    pub memory: Mutex<LogMemory>,
+    /// Told after each flush, with `memory`.
+    pub flushed: Condvar,
+    /// Told when there is room for more to be queued.
+    pub room: Notify,
+    /// Raised when the log can no longer be trusted.
+    pub fatal: FatalSignal,
+    /// How much was flushed, how often, how fast.
+    pub counters: Counters,
+}
+
+/// For `/status` and for the decision to hand leadership on.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Flushes.
+    pub flushes: AtomicU64,
+    /// Entries in them.
+    pub entries_flushed: AtomicU64,
+    /// Milliseconds since `epoch` at which the flush under way began, plus one; 0 if there is none.
+    flush_began: AtomicU64,
+    /// The longest flush that ended since it was last asked for.
+    slowest_ms: AtomicU64,
+    /// Whether the reserve for a full disk is there.
+    pub reserve_held: AtomicBool,
+    /// Whether the thread waits for room on the disk.
+    pub disk_full: AtomicBool,
+    epoch: std::sync::OnceLock<Instant>,
+}
+
+impl Counters {
+    fn now_ms(&self) -> u64 {
+        self.epoch.get_or_init(Instant::now).elapsed().as_millis() as u64
+    }
+
+    fn flush_begins(&self) {
+        self.flush_began.store(self.now_ms() + 1, Ordering::Relaxed);
+    }
+
+    fn flush_ends(&self) {
+        let began = self.flush_began.swap(0, Ordering::Relaxed);
+        self.slowest_ms
+            .fetch_max((self.now_ms() + 1).saturating_sub(began), Ordering::Relaxed);
+    }
+
+    /// The longest flush since the last call, the one under way included.
+    pub fn take_slowest_flush_ms(&self) -> u64 {
+        let began = self.flush_began.load(Ordering::Relaxed);
+        let under_way = if began == 0 {
+            0
+        } else {
+            (self.now_ms() + 1).saturating_sub(began)
+        };
+        self.slowest_ms.swap(0, Ordering::Relaxed).max(under_way)
+    }
+}
+
+/// The thread's own state.
+pub struct Writer {
+    shared: Arc<Shared>,
+    directory: WalDirectory,
+    open: OpenFile,
+    queue: Receiver<Queued>,
+    buffer: Vec<u8>,
+    /// What the written records amount to. The shared memory is ahead of it by what is queued.
+    written: Start,
+    sealed: bool,
+}
+
+/// Where each entry of a batch lies: index, ticket, place.
+type Places = Vec<(u64, u64, Place)>;
+
+impl Writer {
+    /// `open` is the file to go on with.
+    pub fn new(
+        shared: Arc<Shared>,
+        directory: WalDirectory,
+        open: OpenFile,
+        queue: Receiver<Queued>,
+    ) -> Writer {
+        let written = {
+            let memory = shared.memory.lock();
+            Start {
+                previous_bytes: 0,
+                vote: memory.vote,
+                purged: memory.purged,
+                committed: memory.committed,
+            }
+        };
+        Writer {
+            shared,
+            directory,
+            open,
+            queue,
+            buffer: Vec::new(),
+            written,
+            sealed: true,
+        }
+    }
+
+    /// Runs until [`Operation::Stop`], or until a write or flush fails.
+    pub fn run(mut self) {
+        self.look_after_reserve();
+        loop {
+            let first = match self.queue.recv_timeout(Duration::from_millis(IDLE_MS)) {
+                Ok(first) => first,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.seal();
+                    self.look_after_reserve();
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => return self.seal(),
+            };
+            let (operations, stop) = self.gather(first);
+            if !operations.is_empty() {
+                match self.write(&operations) {
+                    Ok(places) => self.complete(operations, places),
+                    Err(error) => return self.fail(operations, error),
+                }
+            }
+            if stop {
+                return self.seal();
+            }
+        }
+    }
+
+    fn gather(&self, first: Queued) -> (Vec<Queued>, bool) {
+        let mut operations = Vec::new();
+        let mut bytes = 0;
+        let mut next = Some(first);
+        while let Some(queued) = next {
+            if matches!(queued.operation, Operation::Stop) {
+                return (operations, true);
+            }
+            bytes += queued.bytes;
+            operations.push(queued);
+            if bytes >= BATCH_BYTES_MAX {
+                break;
+            }
+            next = self.queue.try_recv().ok();
+        }
+        (operations, false)
+    }
+
+    /// Makes `operations` durable.
+    fn write(&mut self, operations: &[Queued]) -> Result<Places, WalError> {
+        let committed = self.shared.memory.lock().committed;
+        let (mut batch, mut places) = self.encode(operations, committed);
+        let room = self.open.capacity_bytes.saturating_sub(self.open.offset);
+        if batch.len() as u64 > room {
+            self.next_file(batch.len() as u64)?;
+            // The checksums cover the place, and the place is another now.
+            self.buffer = batch;
+            (batch, places) = self.encode(operations, committed);
+        }
+        let path = self.directory.file_path(self.open.sequence);
+        let io_error = |doing: &'static str| {
+            let path = path.clone();
+            move |source| WalError::Io { doing, path, source }
+        };
+        self.when_room(|| self.open.file.write_all_at(&batch, self.open.offset))
+            .map_err(io_error("write log file"))?;
+        self.shared.counters.flush_begins();
+        let flushed = self.open.file.sync_data();
+        self.shared.counters.flush_ends();
+        flushed.map_err(io_error("flush log file"))?;
+        self.open.offset += batch.len() as u64;
+        self.buffer = batch;
+        self.written.committed = committed;
+        for queued in operations {
+            match &queued.operation {
+                Operation::Vote { vote, .. } => self.written.vote = Some(*vote),
+                Operation::Purge(upto) => self.written.purged = self.written.purged.max(Some(*upto)),
+                Operation::Append { .. } | Operation::Truncate(_) | Operation::Stop => {}
+            }
+        }
+        self.sealed = false;
+        Ok(places)
+    }
+
+    fn encode(&mut self, operations: &[Queued], committed: Option<LogId>) -> (Vec<u8>, Places) {
+        let buffer = std::mem::take(&mut self.buffer);
+        let mut batch = BatchWriter::new(self.open.sequence, self.open.offset, buffer);
+        let mut places = Places::new();
+        let plain = |encoded: bytes::Bytes| move |out: &mut Vec<u8>| out.extend_from_slice(&encoded);
+        for Queued {
+            ticket, operation, ..
+        } in operations
+        {
+            match operation {
+                Operation::Append { entries, .. } => {
+                    for entry in entries {
+                        let at = batch.record(Kind::Entry, |out| encode_entry(entry, out));
+                        let place = Place {
+                            file: self.open.sequence,
+                            at: at.start,
+                            bytes: (at.end - at.start) as u32,
+                        };
+                        places.push((entry.log_id.index, *ticket, place));
+                    }
+                }
+                Operation::Vote { vote, .. } => {
+                    batch.record(Kind::Vote, plain(codec::encode(vote)));
+                }
+                Operation::Truncate(last) => {
+                    batch.record(Kind::Truncate, plain(codec::encode(last)));
+                }
+                Operation::Purge(upto) => {
+                    batch.record(Kind::Purge, plain(codec::encode(upto)));
+                }
+                Operation::Stop => {}
+            }
+        }
+        if let Some(committed) = committed
+            && Some(committed) != self.written.committed
+        {
+            batch.record(Kind::Committed, plain(codec::encode(&committed)));
+        }
+        (batch.finish(), places)
+    }
+
+    /// Leaves the file and begins the next.
+    fn next_file(&mut self, bytes_min: u64) -> Result<(), WalError> {
+        let sequence = self.open.sequence + 1;
+        let start = Start {
+            previous_bytes: self.open.offset,
+            ..self.written.clone()
+        };
+        let next = self.when_room(|| {
+            self.directory
+                .create(sequence, &start, bytes_min)
+                .map_err(|error| match error {
+                    WalError::Io { source, .. } => source,
+                    other => io::Error::other(other),
+                })
+        });
+        let next = next.map_err(|source| WalError::Io {
+            doing: "create log file",
+            path: self.directory.file_path(sequence),
+            source,
+        })?;
+        // Best effort: gives back what the old file was allocated and did not use.
+        let _ = self.open.file.set_len(self.open.offset);
+        let mut memory = self.shared.memory.lock();
+        if let Some(left) = memory.files.get_mut(&self.open.sequence) {
+            left.bytes = self.open.offset;
+        }
+        memory.files.insert(sequence, FileInfo::new(&next));
+        drop(memory);
+        self.open = next;
+        self.look_after_reserve();
+        Ok(())
+    }
+
+    /// Does `act`, again and again while the disk is full.
+    fn when_room<T>(&self, act: impl Fn() -> io::Result<T>) -> io::Result<T> {
+        loop {
+            match act() {
+                Err(error) if error.kind() == ErrorKind::StorageFull => {
+                    if !self.shared.counters.disk_full.swap(true, Ordering::Relaxed) {
+                        tracing::warn!("the disk is full and the log's reserve is used up: waiting for room");
+                    }
+                    std::thread::sleep(Duration::from_millis(FULL_RETRY_MS));
+                }
+                result => {
+                    self.shared.counters.disk_full.store(false, Ordering::Relaxed);
+                    return result;
+                }
+            }
+        }
+    }
+
+    fn look_after_reserve(&self) {
+        let held = self.directory.ensure_reserve();
+        self.shared.counters.reserve_held.store(held, Ordering::Relaxed);
+    }
+
+    /// `operations` are on stable storage: says so.
+    fn complete(&mut self, operations: Vec<Queued>, places: Places) {
+        let purged_files = {
+            let mut memory = self.shared.memory.lock();
+            for (index, ticket, place) in &places {
+                memory.placed(*index, *ticket, *place);
+            }
+            if let Some(file) = memory.files.get_mut(&self.open.sequence) {
+                file.bytes = self.open.offset;
+            }
+            for queued in &operations {
+                memory.ticket_flushed = queued.ticket;
+                memory.unflushed_bytes -= queued.bytes;
+            }
+            memory.evict();
+            memory.purged_files(self.written.purged)
+        };
+        self.shared.flushed.notify_all();
+        self.shared.room.notify_waiters();
+        let counters = &self.shared.counters;
+        counters.flushes.fetch_add(1, Ordering::Relaxed);
+        counters
+            .entries_flushed
+            .fetch_add(places.len() as u64, Ordering::Relaxed);
+        for queued in operations {
+            match queued.operation {
+                Operation::Append { flushed, .. } => flushed.io_completed(Ok(())),
+                Operation::Vote { flushed, .. } => {
+                    // Who asked may have gone; the vote stands all the same.
+                    let _ = flushed.send(Ok(()));
+                }
+                Operation::Truncate(_) | Operation::Purge(_) | Operation::Stop => {}
+            }
+        }
+        self.remove(purged_files);
+    }
+
+    fn remove(&mut self, files: Vec<u64>) {
+        for sequence in files {
+            match self.directory.remove(sequence) {
+                Ok(()) => {
+                    self.shared.memory.lock().files.remove(&sequence);
+                }
+                Err(error) => {
+                    // It is in nobody's way: the next purge tries again.
+                    tracing::warn!(%error, "cannot remove a purged log file");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// The log cannot be trusted any more: everyone who waits or will wait is told.
+    fn fail(self, operations: Vec<Queued>, error: WalError) {
+        let fatal = self.shared.fatal.raise("write the log", error);
+        self.shared.flushed.notify_all();
+        self.shared.room.notify_waiters();
+        let refuse = |operation: Operation, fatal: FatalError| match operation {
+            Operation::Append { flushed, .. } => flushed.io_completed(Err(fatal.into())),
+            Operation::Vote { flushed, .. } => {
+                let _ = flushed.send(Err(fatal.into()));
+            }
+            Operation::Truncate(_) | Operation::Purge(_) | Operation::Stop => {}
+        };
+        for queued in operations {
+            refuse(queued.operation, fatal.clone());
+        }
+        while let Ok(queued) = self.queue.recv() {
+            if matches!(queued.operation, Operation::Stop) {
+                return;
+            }
+            refuse(queued.operation, fatal.clone());
+        }
+    }
+
+    /// Writes an empty batch at the end, which the next one overwrites: its header proves that what lies before it was flushed,
+    /// so that later damage to it is not taken for a torn write. Not flushed itself; nothing rests on it.
+    fn seal(&mut self) {
+        if self.sealed {
+            return;
+        }
+        let seal = BatchWriter::new(self.open.sequence, self.open.offset, Vec::new()).finish();
+        if self.open.offset + seal.len() as u64 <= self.open.capacity_bytes {
+            self.sealed = self.open.file.write_all_at(&seal, self.open.offset).is_ok();
+        }
+    }
+}
+
+/// The encoding of [`codec::encode`], straight into the batch.
+fn encode_entry(entry: &Entry, out: &mut Vec<u8>) {
+    out.push(codec::VERSION);
+    let whole = postcard::to_extend(entry, std::mem::take(out)).expect("encoding to memory");
+    *out = whole;
+}

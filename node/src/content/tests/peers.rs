@@ -1,0 +1,420 @@
+//! Pushing, fetching and asking, against a peer in this process.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::{Stream, StreamExt};
+use parking_lot::Mutex;
+use quorumfs_proto::wire::peer_server::{Peer, PeerServer};
+use quorumfs_proto::wire::*;
+use quorumfs_proto::{Addresses, ChunkId, Member, NodeId};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::super::wire::{get_response, put_response, range_asked, stored_chunk};
+use super::super::{FetchError, PeerChunks, PushError};
+use super::*;
+use crate::transport::Transport;
+
+/// What the peer does wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Manner {
+    Honest,
+    /// Takes calls and never answers.
+    Silent,
+    /// Has no space.
+    Full,
+    /// Changes a byte of what it sends.
+    Damaging,
+    /// Sends bytes and CRCs that match each other and are of another chunk.
+    Lying,
+}
+
+struct TestPeer {
+    store: Arc<ContentStore>,
+    manner: Arc<Mutex<Manner>>,
+}
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+fn elsewhere<T>() -> Result<Response<T>, Status> {
+    Err(Status::unimplemented("not part of this test"))
+}
+
+#[tonic::async_trait]
+impl Peer for TestPeer {
+    type PushChunksStream = Answers<PutChunkResponse>;
+    type FetchChunksStream = Answers<GetChunkResponse>;
+    type AppendEntriesStream = Answers<RaftMessage>;
+
+    async fn push_chunks(
+        &self,
+        request: Request<Streaming<PutChunkRequest>>,
+    ) -> Result<Response<Self::PushChunksStream>, Status> {
+        let store = Arc::clone(&self.store);
+        let manner = Arc::clone(&self.manner);
+        let answers = request.into_inner().map(move |request| {
+            let store = Arc::clone(&store);
+            let manner = *manner.lock();
+            async move {
+                let request = request?;
+                let call_id = request.call_id;
+                match manner {
+                    Manner::Silent => std::future::pending().await,
+                    Manner::Full => Ok(put_response(call_id, &Err(super::super::ContentError::NoSpace))),
+                    _ => match stored_chunk(request) {
+                        Ok(chunk) => Ok(put_response(call_id, &store.put(chunk).await)),
+                        Err(error) => Ok(PutChunkResponse {
+                            call_id,
+                            status: error.status().into(),
+                            detail: error.to_string(),
+                            leader: String::new(),
+                        }),
+                    },
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(answers.buffer_unordered(64))))
+    }
+
+    async fn fetch_chunks(
+        &self,
+        request: Request<Streaming<GetChunkRequest>>,
+    ) -> Result<Response<Self::FetchChunksStream>, Status> {
+        let store = Arc::clone(&self.store);
+        let manner = Arc::clone(&self.manner);
+        let answers = request.into_inner().map(move |request| {
+            let request = request?;
+            let (id, offset, length) =
+                range_asked(&request).map_err(|error| Status::internal(error.to_string()))?;
+            let mut answer = get_response(request.call_id, store.read(id, offset, length));
+            match *manner.lock() {
+                Manner::Damaging => {
+                    let mut bytes = answer.payload.to_vec();
+                    bytes[9] ^= 1;
+                    answer.payload = bytes.into();
+                }
+                Manner::Lying => {
+                    let other = chunk(12_345, answer.payload.len());
+                    answer.payload = other.payload;
+                    answer.block_crcs = other.block_crcs;
+                }
+                _ => {}
+            }
+            Ok(answer)
+        });
+        Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn held_chunks(
+        &self,
+        request: Request<HeldChunksRequest>,
+    ) -> Result<Response<HeldChunksResponse>, Status> {
+        let chunks = request.into_inner().chunks;
+        let held = chunks.into_iter().map(|id| self.store.holds(id.into())).collect();
+        Ok(Response::new(HeldChunksResponse { held }))
+    }
+
+    async fn hello(&self, _: Request<HelloRequest>) -> Result<Response<HelloResponse>, Status> {
+        elsewhere()
+    }
+    async fn append_entries(
+        &self,
+        _: Request<Streaming<RaftMessage>>,
+    ) -> Result<Response<Self::AppendEntriesStream>, Status> {
+        elsewhere()
+    }
+    async fn vote(&self, _: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
+        elsewhere()
+    }
+    async fn pre_vote(&self, _: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
+        elsewhere()
+    }
+    async fn transfer_leader(&self, _: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
+        elsewhere()
+    }
+    async fn install_snapshot(
+        &self,
+        _: Request<Streaming<SnapshotPiece>>,
+    ) -> Result<Response<RaftMessage>, Status> {
+        elsewhere()
+    }
+    async fn node_status(
+        &self,
+        _: Request<NodeStatusRequest>,
+    ) -> Result<Response<NodeStatusResponse>, Status> {
+        elsewhere()
+    }
+    async fn forward(&self, _: Request<CallRequest>) -> Result<Response<CallResponse>, Status> {
+        elsewhere()
+    }
+}
+
+/// A peer and a way to it.
+struct Pair {
+    chunks: Arc<PeerChunks>,
+    member: quorumfs_proto::Member,
+    store: Arc<ContentStore>,
+    manner: Arc<Mutex<Manner>>,
+    server: Option<Serving>,
+    _folder: tempfile::TempDir,
+}
+
+/// A server with its own runtime: when that ends, its connections do.
+struct Serving {
+    runtime: tokio::runtime::Runtime,
+    _stop: oneshot::Sender<()>,
+}
+
+impl Pair {
+    async fn new(manner: Manner) -> Pair {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Arc::new(open(folder.path()).0);
+        let manner = Arc::new(Mutex::new(manner));
+        let (serving, address) = serve(&store, &manner, "127.0.0.1:0");
+        let transport = Arc::new(Transport::new(None));
+        Pair {
+            chunks: Arc::new(PeerChunks::with_progress_timeout(
+                transport,
+                Duration::from_millis(500),
+            )),
+            member: Member {
+                id: NodeId {
+                    slot: 2,
+                    incarnation: 22,
+                },
+                addresses: Addresses {
+                    grpc: address,
+                    http: String::new(),
+                },
+            },
+            store,
+            manner,
+            server: Some(serving),
+            _folder: folder,
+        }
+    }
+
+    fn stop(&mut self) {
+        self.server.take().unwrap().runtime.shutdown_background();
+    }
+
+    fn start(&mut self) {
+        self.server = Some(serve(&self.store, &self.manner, &self.member.addresses.grpc).0);
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        if let Some(server) = self.server.take() {
+            server.runtime.shutdown_background();
+        }
+    }
+}
+
+fn serve(store: &Arc<ContentStore>, manner: &Arc<Mutex<Manner>>, at: &str) -> (Serving, String) {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let listener = {
+        let began = Instant::now();
+        loop {
+            match std::net::TcpListener::bind(at) {
+                Ok(listener) => break listener,
+                Err(error) if began.elapsed() > Duration::from_secs(5) => panic!("{at}: {error}"),
+                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+            }
+        }
+    };
+    listener.set_nonblocking(true).unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let service = PeerServer::new(TestPeer {
+        store: Arc::clone(store),
+        manner: Arc::clone(manner),
+    })
+    .max_decoding_message_size(4 << 20)
+    .max_encoding_message_size(4 << 20);
+    let (stop, stopped) = oneshot::channel::<()>();
+    runtime.spawn(async move {
+        let listener = TcpListener::from_std(listener).unwrap();
+        let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+        tonic::transport::Server::builder()
+            .add_service(service)
+            .serve_with_incoming_shutdown(incoming, async {
+                let _ = stopped.await;
+            })
+            .await
+            .unwrap();
+    });
+    let serving = Serving { runtime, _stop: stop };
+    (serving, address)
+}
+
+#[tokio::test]
+async fn chunks_are_pushed_held_and_fetched() {
+    let pair = Pair::new(Manner::Honest).await;
+    let chunks: Vec<StoredChunk> = (0..60)
+        .map(|counter| chunk(counter, if counter % 2 == 0 { 1 << 20 } else { 5000 }))
+        .collect();
+    let pushes = chunks.iter().map(|chunk| pair.chunks.push(&pair.member, chunk));
+    for result in futures::future::join_all(pushes).await {
+        result.unwrap();
+    }
+    chunks.iter().for_each(|chunk| {
+        assert!(pair.store.holds(chunk.id));
+        assert_served(&pair.store, chunk);
+    });
+    let ids: Vec<ChunkId> = (50..70).map(id).collect();
+    let held = pair.chunks.held(&pair.member, &ids).await.unwrap();
+    assert_eq!(held, (50..70).map(|counter| counter < 60).collect::<Vec<_>>());
+
+    let fetches = chunks.iter().map(|chunk| {
+        let length = chunk.payload.len() as u32;
+        pair.chunks
+            .fetch_whole(&pair.member, chunk.id, length, chunk.sha256)
+    });
+    for (fetched, chunk) in futures::future::join_all(fetches).await.into_iter().zip(&chunks) {
+        assert_eq!(&fetched.unwrap(), chunk);
+    }
+    let range = pair.chunks.fetch(&pair.member, id(0), 5000, 9000).await.unwrap();
+    assert_eq!(
+        range.exactly(5000, 9000).unwrap(),
+        chunks[0].payload.slice(5000..14_000)
+    );
+    assert_eq!(
+        pair.chunks.fetch(&pair.member, id(99), 0, 1).await,
+        Err(FetchError::NotFound { peer: pair.member.id })
+    );
+}
+
+#[tokio::test]
+async fn what_does_not_match_is_not_returned() {
+    let pair = Pair::new(Manner::Damaging).await;
+    let chunk = chunk(1, 30_000);
+    pair.store.put(chunk.clone()).await.unwrap();
+    let fetched = pair.chunks.fetch(&pair.member, chunk.id, 0, 100).await;
+    assert!(matches!(fetched, Err(FetchError::Corrupt { .. })), "{fetched:?}");
+    *pair.manner.lock() = Manner::Lying;
+    let fetched = pair
+        .chunks
+        .fetch_whole(&pair.member, chunk.id, 30_000, chunk.sha256)
+        .await;
+    assert!(matches!(fetched, Err(FetchError::Corrupt { .. })), "{fetched:?}");
+    *pair.manner.lock() = Manner::Honest;
+    for wrong in [29_999, 30_001] {
+        let fetched = pair
+            .chunks
+            .fetch_whole(&pair.member, chunk.id, wrong, chunk.sha256)
+            .await;
+        assert!(matches!(fetched, Err(FetchError::Corrupt { .. })), "{fetched:?}");
+    }
+    let mut damaged = chunk.clone();
+    damaged.block_crcs[0] ^= 1;
+    let pushed = pair.chunks.push(&pair.member, &damaged).await;
+    assert!(
+        matches!(
+            pushed,
+            Err(PushError::Refused {
+                status: ChunkStatus::Corrupt,
+                ..
+            })
+        ),
+        "{pushed:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_full_peer_says_so() {
+    let pair = Pair::new(Manner::Full).await;
+    assert_eq!(
+        pair.chunks.push(&pair.member, &chunk(1, 100)).await,
+        Err(PushError::NoSpace { peer: pair.member.id })
+    );
+}
+
+#[tokio::test]
+async fn a_peer_that_does_not_answer_fills_its_queue_and_is_given_up() {
+    let pair = Pair::new(Manner::Silent).await;
+    let began = Instant::now();
+    let model = chunk(1, 1 << 20);
+    let pushes = (0..80).map(|counter| {
+        let chunk = StoredChunk {
+            id: id(counter),
+            ..model.clone()
+        };
+        let pair = &pair;
+        async move { pair.chunks.push(&pair.member, &chunk).await }
+    });
+    let results = futures::future::join_all(pushes).await;
+    let full = PushError::QueueFull { peer: pair.member.id };
+    assert_eq!(
+        results
+            .iter()
+            .filter(|result| **result == Err(full.clone()))
+            .count(),
+        16
+    );
+    let unreachable = results
+        .iter()
+        .filter(|result| matches!(result, Err(PushError::Unreachable { .. })))
+        .count();
+    assert_eq!(unreachable, 64, "{:?}", results[0]);
+    assert!(began.elapsed() < Duration::from_secs(5));
+    // The queue is free again, and the peer is asked again.
+    *pair.manner.lock() = Manner::Honest;
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    pair.chunks.push(&pair.member, &chunk(200, 1000)).await.unwrap();
+}
+
+#[tokio::test]
+async fn who_stops_waiting_does_not_free_the_queue_before_its_bytes_have_left_it() {
+    let pair = Pair::new(Manner::Silent).await;
+    let model = chunk(1, 1 << 20);
+    for counter in 0..64 {
+        let chunk = StoredChunk {
+            id: id(counter),
+            ..model.clone()
+        };
+        let push = pair.chunks.push(&pair.member, &chunk);
+        assert!(
+            tokio::time::timeout(Duration::from_millis(1), push)
+                .await
+                .is_err()
+        );
+    }
+    assert_eq!(
+        pair.chunks.push(&pair.member, &model).await,
+        Err(PushError::QueueFull { peer: pair.member.id })
+    );
+}
+
+#[tokio::test]
+async fn a_peer_that_comes_back_is_found_again() {
+    let mut pair = Pair::new(Manner::Honest).await;
+    pair.chunks.push(&pair.member, &chunk(1, 1000)).await.unwrap();
+    for turn in 0..3 {
+        pair.stop();
+        let push = pair.chunks.push(&pair.member, &chunk(100 + turn, 1000)).await;
+        assert!(matches!(push, Err(PushError::Unreachable { .. })), "{push:?}");
+        let fetch = pair.chunks.fetch(&pair.member, id(1), 0, 10).await;
+        assert!(matches!(fetch, Err(FetchError::Unreachable { .. })), "{fetch:?}");
+        pair.start();
+        tokio::time::sleep(Duration::from_millis(150)).await;
+        pair.chunks
+            .push(&pair.member, &chunk(200 + turn, 1000))
+            .await
+            .unwrap();
+        pair.chunks.fetch(&pair.member, id(1), 0, 10).await.unwrap();
+    }
+    // It restarts between two calls: nobody notices.
+    pair.stop();
+    pair.start();
+    pair.chunks.push(&pair.member, &chunk(300, 1000)).await.unwrap();
+    assert!(pair.store.holds(id(300)));
+    pair.chunks.forget(pair.member.id);
+    pair.chunks.push(&pair.member, &chunk(301, 1000)).await.unwrap();
+}
