@@ -1,4 +1,5 @@
 //! The QuorumFS daemon.
 
 pub mod api;
+pub mod metadata;
 pub mod transport;

@@ -1,0 +1,159 @@
+//! setattr in all its forms, and extended attributes.
+
+use bytes::Bytes;
+use quorumfs_proto::command::{AttributeChanges, Privileges, SetTime, Target, XattrMode};
+use quorumfs_proto::limits::{XATTR_LIST_BYTES_MAX, XATTR_NAME_BYTES_MAX};
+use quorumfs_proto::{FileKind, FsError, InodeNumber, OperationResult, Timestamp, XattrName};
+
+use super::super::fault::{Failure, StorageFault};
+use super::super::overlay::{Direction, KeyRange};
+use super::super::tables::Xattrs;
+use super::transaction::Transaction;
+
+const SET_USER_ID: u16 = 0o4000;
+const SET_GROUP_ID: u16 = 0o2000;
+const GROUP_EXECUTE: u16 = 0o0010;
+const MODE_BITS: u16 = 0o7777;
+/// File capabilities (capabilities(7)); the kernel asks for them before it executes a file.
+const CAPABILITY: &[u8] = b"security.capability";
+
+impl Transaction<'_> {
+    /// In this order: truncation, owner (which drops privileges), then the mode and times as they are given.
+    pub(super) fn set_attributes(
+        &mut self,
+        target: Target,
+        changes: &AttributeChanges,
+    ) -> Result<OperationResult, Failure> {
+        let inode = self.resolve(target)?;
+        let now = self.now;
+        let kind = self.inode(inode)?.attributes.kind;
+        if let Some(size) = changes.size {
+            self.truncate(inode, size)?;
+            self.change(inode)?.mtime = now;
+        }
+        let chown = changes.uid.is_some() || changes.gid.is_some();
+        if chown {
+            let attributes = self.change(inode)?;
+            attributes.uid = changes.uid.unwrap_or(attributes.uid);
+            attributes.gid = changes.gid.unwrap_or(attributes.gid);
+        }
+        if (chown && kind != FileKind::Directory) || changes.privileges == Some(Privileges::Drop) {
+            self.drop_privileges(inode)?;
+        }
+        if let Some(mode) = changes.mode {
+            if mode & !MODE_BITS != 0 {
+                return Err(FsError::InvalidArgument.into());
+            }
+            self.change(inode)?.mode = mode;
+        }
+        let time = |set: SetTime| match set {
+            SetTime::Now => now,
+            SetTime::At(time) => time,
+        };
+        if let Some(atime) = changes.atime {
+            self.change(inode)?.atime = valid_time(time(atime))?;
+        }
+        if let Some(mtime) = changes.mtime {
+            self.change(inode)?.mtime = valid_time(time(mtime))?;
+        }
+        Ok(OperationResult::Entry { inode, created: false })
+    }
+
+    /// What a write, a truncation or a chown by a program takes away: set-user-id, set-group-id where the group may
+    /// execute (without, the bit once meant mandatory locking and stays, as Linux has it), file capabilities.
+    pub(super) fn drop_privileges(&mut self, inode: InodeNumber) -> Result<(), Failure> {
+        let attributes = &self.inode(inode)?.attributes;
+        if attributes.kind == FileKind::Directory {
+            return Ok(());
+        }
+        let mut mode = attributes.mode & !SET_USER_ID;
+        if mode & GROUP_EXECUTE != 0 {
+            mode &= !SET_GROUP_ID;
+        }
+        if attributes.has_capability {
+            let name = capability_name()?;
+            self.writer.remove::<Xattrs>(&(inode, name));
+            let attributes = self.change(inode)?;
+            attributes.has_capability = false;
+            attributes.xattr_count -= 1;
+        }
+        if mode != self.inode(inode)?.attributes.mode {
+            self.change(inode)?.mode = mode;
+        }
+        Ok(())
+    }
+
+    pub(super) fn set_xattr(
+        &mut self,
+        target: Target,
+        name: &XattrName,
+        value: &Bytes,
+        mode: XattrMode,
+    ) -> Result<OperationResult, Failure> {
+        let inode = self.resolve(target)?;
+        let count = self.inode(inode)?.attributes.xattr_count;
+        let key = (inode, name.clone());
+        let exists = self.writer.layers.contains::<Xattrs>(&key)?;
+        match (mode, exists) {
+            (XattrMode::Create, true) => return Err(FsError::Exists.into()),
+            (XattrMode::Replace, false) => return Err(FsError::NoAttribute.into()),
+            _ => {}
+        }
+        if !exists {
+            self.require_room_for(inode, count, name)?;
+        }
+        self.writer.put::<Xattrs>(&key, value);
+        let attributes = self.change(inode)?;
+        attributes.xattr_count += u32::from(!exists);
+        attributes.has_capability |= name.as_bytes() == CAPABILITY;
+        Ok(OperationResult::Entry { inode, created: false })
+    }
+
+    pub(super) fn remove_xattr(
+        &mut self,
+        target: Target,
+        name: &XattrName,
+    ) -> Result<OperationResult, Failure> {
+        let inode = self.resolve(target)?;
+        self.inode(inode)?;
+        let key = (inode, name.clone());
+        if !self.writer.layers.contains::<Xattrs>(&key)? {
+            return Err(FsError::NoAttribute.into());
+        }
+        self.writer.remove::<Xattrs>(&key);
+        let attributes = self.change(inode)?;
+        attributes.xattr_count -= 1;
+        attributes.has_capability &= name.as_bytes() != CAPABILITY;
+        Ok(OperationResult::Entry { inode, created: false })
+    }
+
+    /// [`FsError::NoSpace`] where listxattr(2) could not tell all names any more.
+    fn require_room_for(&self, inode: InodeNumber, count: u32, name: &XattrName) -> Result<(), Failure> {
+        // So few cannot be too many, whatever their names.
+        if (count as usize + 1) * (XATTR_NAME_BYTES_MAX + 1) <= XATTR_LIST_BYTES_MAX {
+            return Ok(());
+        }
+        let mut list_bytes = name.as_bytes().len() + 1;
+        let range = KeyRange::prefix(&inode.0.to_be_bytes());
+        for row in self.writer.layers.scan::<Xattrs>(range, Direction::Up)? {
+            let ((_, name), _) = row?;
+            list_bytes += name.as_bytes().len() + 1;
+        }
+        match list_bytes <= XATTR_LIST_BYTES_MAX {
+            true => Ok(()),
+            false => Err(FsError::NoSpace.into()),
+        }
+    }
+}
+
+fn capability_name() -> Result<XattrName, StorageFault> {
+    XattrName::new(CAPABILITY).map_err(|error| StorageFault::inconsistent(format!("capability: {error}")))
+}
+
+/// A time that a client gives must be one.
+pub(super) fn valid_time(time: Timestamp) -> Result<Timestamp, FsError> {
+    match time.nanoseconds < 1_000_000_000 {
+        true => Ok(time),
+        false => Err(FsError::InvalidArgument),
+    }
+}

@@ -1,0 +1,226 @@
+//! The content of files: write, append, truncate.
+//!
+//! What must hold: the extents of an inode never overlap; those that no cut hides lie below its size; its
+//! `allocated_bytes` is the sum of all of them, and each counts once in its chunk's references.
+
+use quorumfs_proto::chunk::Piece;
+use quorumfs_proto::command::{Privileges, Target};
+use quorumfs_proto::limits::FILE_BYTES_MAX;
+use quorumfs_proto::{FileKind, FsError, InodeNumber, OperationResult, Timestamp};
+
+use super::super::fault::Failure;
+use super::super::overlay::{Direction, KeyRange};
+use super::super::tables::{Cut, ExtentRecord, Extents, Reclaimable, Rows as _};
+use super::attributes::valid_time;
+use super::transaction::Transaction;
+
+impl Transaction<'_> {
+    pub(super) fn write(
+        &mut self,
+        target: Target,
+        pieces: &[Piece],
+        mtime: Option<Timestamp>,
+        privileges: Privileges,
+    ) -> Result<OperationResult, Failure> {
+        let inode = self.resolve(target)?;
+        self.require_file(inode)?;
+        self.put_pieces(inode, pieces, 0)?;
+        if let Some(mtime) = mtime {
+            self.change(inode)?.mtime = valid_time(mtime)?;
+        }
+        if privileges == Privileges::Drop {
+            self.drop_privileges(inode)?;
+        }
+        Ok(OperationResult::Entry { inode, created: false })
+    }
+
+    pub(super) fn append(
+        &mut self,
+        target: Target,
+        pieces: &[Piece],
+        privileges: Privileges,
+    ) -> Result<OperationResult, Failure> {
+        let inode = self.resolve(target)?;
+        self.require_file(inode)?;
+        let offset = self.inode(inode)?.attributes.size;
+        self.put_pieces(inode, pieces, offset)?;
+        let now = self.now;
+        self.change(inode)?.mtime = now;
+        if privileges == Privileges::Drop {
+            self.drop_privileges(inode)?;
+        }
+        Ok(OperationResult::Appended { offset })
+    }
+
+    /// truncate(2): what lies beyond `size` is cut, what is new is a hole. Bounded whatever the file holds.
+    pub(super) fn truncate(&mut self, inode: InodeNumber, size: u64) -> Result<(), Failure> {
+        self.require_file(inode)?;
+        let attributes = &mut self.inode_mut(inode)?.attributes;
+        let old_size = std::mem::replace(&mut attributes.size, size);
+        if size == old_size {
+            return Ok(());
+        }
+        attributes.content_version += 1;
+        let version = attributes.content_version;
+        if size > old_size {
+            return Ok(());
+        }
+        if attributes.allocated_bytes > 0 {
+            self.cut_extent_across(inode, size, u64::MAX)?;
+        }
+        let all_freed = self.free_extents(inode, size)?;
+        let record = self.inode_mut(inode)?;
+        // Older cuts that only hid what this one hides too.
+        record.cuts.retain(|cut| cut.from < size);
+        if !all_freed {
+            record.trim_cursor = match record.cuts.is_empty() {
+                true => size,
+                false => record.trim_cursor.min(size),
+            };
+            record.cuts.push(Cut { from: size, version });
+            self.writer.put::<Reclaimable>(&inode, &());
+        }
+        Ok(())
+    }
+
+    /// Removes the extents that begin at or above `from`, as many as this command may; says whether that was all.
+    pub(super) fn free_extents(&mut self, inode: InodeNumber, from: u64) -> Result<bool, Failure> {
+        let record = self.inode(inode)?;
+        // The common case of a small or empty file needs no scan.
+        if record.attributes.allocated_bytes == 0 {
+            return Ok(true);
+        }
+        let beyond = KeyRange::prefix(&inode.0.to_be_bytes()).starting_at(&Extents::key(&(inode, from)));
+        let max = self.extents_left as usize;
+        let mut rows = self.writer.collect::<Extents>(beyond, max + 1)?;
+        let all = rows.len() <= max;
+        rows.truncate(max);
+        self.extents_left -= rows.len() as u32;
+        for ((inode, offset), extent) in rows {
+            self.remove_extent(inode, offset, &extent)?;
+        }
+        Ok(all)
+    }
+
+    fn require_file(&mut self, inode: InodeNumber) -> Result<(), Failure> {
+        match self.inode(inode)?.attributes.kind {
+            FileKind::File => Ok(()),
+            FileKind::Directory => Err(FsError::IsDirectory.into()),
+            _ => Err(FsError::InvalidArgument.into()),
+        }
+    }
+
+    /// Lays the pieces over what is there, their offsets counted from `base`; the file grows where they reach beyond it.
+    fn put_pieces(&mut self, inode: InodeNumber, pieces: &[Piece], base: u64) -> Result<(), Failure> {
+        if pieces.is_empty() {
+            return Ok(());
+        }
+        let attributes = self.change(inode)?;
+        attributes.content_version += 1;
+        let version = attributes.content_version;
+        for piece in pieces {
+            let from = base.checked_add(piece.file_offset).ok_or(FsError::FileTooLarge)?;
+            let to = from
+                .checked_add(u64::from(piece.length))
+                .filter(|end| *end <= FILE_BYTES_MAX)
+                .ok_or(FsError::FileTooLarge)?;
+            self.clear_range(inode, from, to)?;
+            let extent = ExtentRecord {
+                length: piece.length,
+                chunk: piece.chunk,
+                chunk_offset: piece.chunk_offset,
+                version,
+            };
+            self.add_extent(inode, from, &extent)?;
+            let attributes = &mut self.inode_mut(inode)?.attributes;
+            attributes.size = attributes.size.max(to);
+        }
+        Ok(())
+    }
+
+    /// No extent covers any of `from..to` afterwards.
+    fn clear_range(&mut self, inode: InodeNumber, from: u64, to: u64) -> Result<(), Failure> {
+        let record = self.inode(inode)?;
+        // Nothing lies beyond the size but what cuts hide: most writes only add.
+        if record.attributes.allocated_bytes == 0
+            || (from >= record.attributes.size && record.cuts.is_empty())
+        {
+            return Ok(());
+        }
+        self.cut_extent_across(inode, from, to)?;
+        let within = KeyRange::prefix(&inode.0.to_be_bytes())
+            .starting_at(&Extents::key(&(inode, from)))
+            .before(&Extents::key(&(inode, to)));
+        for ((inode, offset), extent) in self.writer.collect::<Extents>(within, usize::MAX)? {
+            self.remove_extent(inode, offset, &extent)?;
+            self.add_remainder(inode, offset, &extent, to)?;
+        }
+        Ok(())
+    }
+
+    /// The extent that begins below `from` and reaches beyond it, if there is one, keeps what lies below `from` and
+    /// what lies above `to`.
+    fn cut_extent_across(&mut self, inode: InodeNumber, from: u64, to: u64) -> Result<(), Failure> {
+        let below = KeyRange::prefix(&inode.0.to_be_bytes()).before(&Extents::key(&(inode, from)));
+        let nearest = self
+            .writer
+            .layers
+            .scan::<Extents>(below, Direction::Down)?
+            .next()
+            .transpose()?;
+        let Some(((_, offset), extent)) = nearest else {
+            return Ok(());
+        };
+        if offset + u64::from(extent.length) <= from {
+            return Ok(());
+        }
+        self.remove_extent(inode, offset, &extent)?;
+        let kept = ExtentRecord {
+            length: (from - offset) as u32,
+            ..extent.clone()
+        };
+        self.add_extent(inode, offset, &kept)?;
+        self.add_remainder(inode, offset, &extent, to)
+    }
+
+    /// Adds what an extent at `offset`, just removed, has beyond `to`.
+    fn add_remainder(
+        &mut self,
+        inode: InodeNumber,
+        offset: u64,
+        extent: &ExtentRecord,
+        to: u64,
+    ) -> Result<(), Failure> {
+        let end = offset + u64::from(extent.length);
+        if end <= to {
+            return Ok(());
+        }
+        // `offset < to < end`, so the difference is below the extent's length.
+        let skipped = (to - offset) as u32;
+        let remainder = ExtentRecord {
+            length: extent.length - skipped,
+            chunk_offset: extent.chunk_offset + skipped,
+            ..extent.clone()
+        };
+        self.add_extent(inode, to, &remainder)
+    }
+
+    fn add_extent(&mut self, inode: InodeNumber, offset: u64, extent: &ExtentRecord) -> Result<(), Failure> {
+        self.writer.put::<Extents>(&(inode, offset), extent);
+        self.refer(extent.chunk);
+        self.inode_mut(inode)?.attributes.allocated_bytes += u64::from(extent.length);
+        Ok(())
+    }
+
+    fn remove_extent(
+        &mut self,
+        inode: InodeNumber,
+        offset: u64,
+        extent: &ExtentRecord,
+    ) -> Result<(), Failure> {
+        self.writer.remove::<Extents>(&(inode, offset));
+        self.unrefer(extent.chunk);
+        self.inode_mut(inode)?.attributes.allocated_bytes -= u64::from(extent.length);
+        Ok(())
+    }
+}

@@ -1,0 +1,219 @@
+//! Inodes without a name, and the freeing of what nobody can reach.
+//!
+//! An unlinked inode stays as long as a session may have it open: every session that lives when the last name goes is
+//! asked, and each says [`quorumfs_proto::Operation::ReleaseUnlinked`] or ends. Then its content is freed, at once
+//! where that is little work, else in steps that the leader proposes.
+//!
+//! `orphans` and `pins` are one relation, kept both ways. `reclaimable` has all orphans that nobody holds and all
+//! files with cuts (and at times one that no longer is either, until the next step looks at it).
+
+use quorumfs_proto::command::{Held, NewInode, NewKind};
+use quorumfs_proto::{FsError, InodeNumber, OperationResult, SessionId, Timestamp};
+
+use super::super::command::Effects;
+use super::super::fault::{Failure, StorageFault};
+use super::super::overlay::KeyRange;
+use super::super::tables::{
+    Extents, InodeRecord, OrphanRecord, Orphans, Pins, Reclaimable, Rows as _, Symlinks, Xattrs,
+};
+use super::Writer;
+use super::transaction::Transaction;
+
+impl Transaction<'_> {
+    /// The whole of [`super::LogBody::ReclaimUnlinked`].
+    pub(super) fn reclaim_step(
+        writer: &mut Writer,
+        index: u64,
+        now: Timestamp,
+        inode: InodeNumber,
+        extents_max: u32,
+    ) -> Result<Effects, StorageFault> {
+        let mut step = Transaction::of_the_cluster(writer, now, extents_max.max(1));
+        let done = step.reclaim(inode).and_then(|()| step.finish(index));
+        match Failure::split(done)? {
+            Ok((_, effects)) => Ok(effects),
+            Err(verdict) => Err(StorageFault::inconsistent(format!("reclaiming {inode}: {verdict}"))),
+        }
+    }
+
+    pub(super) fn create_unlinked(&mut self, new: &NewInode) -> Result<OperationResult, Failure> {
+        if new.kind != NewKind::File {
+            return Err(FsError::InvalidArgument.into());
+        }
+        let maker = self.session()?;
+        let inode = self.make_inode(new, None)?;
+        self.inode_mut(inode)?.attributes.links = 0;
+        self.put_orphan(
+            inode,
+            &OrphanRecord {
+                waiting_for: vec![maker],
+                maker: Some(maker),
+            },
+        );
+        Ok(OperationResult::Entry { inode, created: true })
+    }
+
+    /// The inode has lost its last name.
+    pub(super) fn make_orphan(&mut self, inode: InodeNumber, held: Held) -> Result<(), Failure> {
+        let sender = self.session()?;
+        let may_hold = |session: &SessionId| held == Held::Open || *session != sender;
+        let waiting_for = self
+            .writer
+            .summary
+            .living
+            .keys()
+            .copied()
+            .filter(may_hold)
+            .collect();
+        self.put_orphan(
+            inode,
+            &OrphanRecord {
+                waiting_for,
+                maker: None,
+            },
+        );
+        Ok(())
+    }
+
+    /// An inode that never had a name gets one. [`FsError::NotFound`] where its last name was taken away, or another
+    /// session made it: to link(2) such an inode does not exist.
+    pub(super) fn end_orphanhood(&mut self, inode: InodeNumber) -> Result<(), Failure> {
+        let orphan = self
+            .writer
+            .get::<Orphans>(&inode)?
+            .ok_or_else(|| StorageFault::inconsistent(format!("inode {inode} has no name and is no orphan")))?;
+        if orphan.maker != Some(self.session()?) {
+            return Err(FsError::NotFound.into());
+        }
+        for session in orphan.waiting_for {
+            self.writer.remove::<Pins>(&(session, inode));
+        }
+        self.writer.remove::<Orphans>(&inode);
+        if self.inode(inode)?.cuts.is_empty() {
+            self.writer.remove::<Reclaimable>(&inode);
+        }
+        Ok(())
+    }
+
+    pub(super) fn release_unlinked(&mut self, inodes: &[InodeNumber]) -> Result<OperationResult, Failure> {
+        let session = self.session()?;
+        for &inode in inodes {
+            let Some(mut orphan) = self.writer.get::<Orphans>(&inode)? else {
+                continue;
+            };
+            if !orphan.waiting_for.contains(&session) {
+                continue;
+            }
+            orphan.waiting_for.retain(|waiting| *waiting != session);
+            self.writer.remove::<Pins>(&(session, inode));
+            self.writer.put::<Orphans>(&inode, &orphan);
+            if orphan.waiting_for.is_empty() {
+                self.writer.put::<Reclaimable>(&inode, &());
+                self.reclaim(inode)?;
+            }
+        }
+        Ok(OperationResult::Done)
+    }
+
+    /// Frees what can be freed of the inode, as far as `extents_left` goes.
+    pub(super) fn reclaim(&mut self, inode: InodeNumber) -> Result<(), Failure> {
+        if self.peek(inode)?.is_none() {
+            self.writer.remove::<Reclaimable>(&inode);
+            return Ok(());
+        }
+        let held = match self.writer.get::<Orphans>(&inode)? {
+            Some(orphan) => self.still_held(inode, orphan)?,
+            None => true,
+        };
+        match held {
+            true => self.trim(inode),
+            false => self.dissolve(inode),
+        }
+    }
+
+    /// Forgets sessions that have ended, and says whether any other may hold the orphan.
+    fn still_held(&mut self, inode: InodeNumber, mut orphan: OrphanRecord) -> Result<bool, StorageFault> {
+        let living = self.writer.summary.living.clone();
+        let (held_by, ended): (Vec<SessionId>, Vec<SessionId>) = orphan
+            .waiting_for
+            .iter()
+            .partition(|session| living.contains_key(*session));
+        if !ended.is_empty() {
+            for session in ended {
+                self.writer.remove::<Pins>(&(session, inode));
+            }
+            orphan.waiting_for = held_by;
+            self.put_orphan(inode, &orphan);
+        }
+        Ok(!orphan.waiting_for.is_empty())
+    }
+
+    /// Frees all that belongs to an orphan, and the inode last.
+    fn dissolve(&mut self, inode: InodeNumber) -> Result<(), Failure> {
+        if !self.free_extents(inode, 0)? {
+            return Ok(());
+        }
+        let range = KeyRange::prefix(&inode.0.to_be_bytes());
+        let xattrs = self.writer.collect::<Xattrs>(range, self.extents_left as usize)?;
+        let freed = xattrs.len() as u32;
+        for (key, _) in xattrs {
+            self.writer.remove::<Xattrs>(&key);
+        }
+        self.extents_left -= freed;
+        let attributes = &mut self.inode_mut(inode)?.attributes;
+        // Unlinked inodes are answered until the end, so the count stays true in between.
+        attributes.xattr_count -= freed.min(attributes.xattr_count);
+        if attributes.xattr_count > 0 || self.extents_left == 0 {
+            return Ok(());
+        }
+        self.writer.remove::<Symlinks>(&inode);
+        self.writer.remove::<Orphans>(&inode);
+        self.writer.remove::<Reclaimable>(&inode);
+        self.drop_inode(inode)
+    }
+
+    /// Looks for cut-off extents from where the last step ended. When it has seen all, there are no cuts any more.
+    fn trim(&mut self, inode: InodeNumber) -> Result<(), Failure> {
+        let record = self.inode(inode)?.clone();
+        if record.cuts.is_empty() {
+            self.writer.remove::<Reclaimable>(&inode);
+            return Ok(());
+        }
+        let max = self.extents_left as usize;
+        let from = Extents::key(&(inode, record.trim_cursor));
+        let rest = KeyRange::prefix(&inode.0.to_be_bytes()).starting_at(&from);
+        let rows = self.writer.collect::<Extents>(rest, max)?;
+        self.extents_left -= rows.len() as u32;
+        let seen_all = rows.len() < max;
+        let mut freed_bytes = 0;
+        let mut cursor = record.trim_cursor;
+        for ((inode, offset), extent) in rows {
+            cursor = offset + 1;
+            if record.is_cut_off(offset, &extent) {
+                self.writer.remove::<Extents>(&(inode, offset));
+                self.unrefer(extent.chunk);
+                freed_bytes += u64::from(extent.length);
+            }
+        }
+        let record: &mut InodeRecord = self.inode_mut(inode)?;
+        record.attributes.allocated_bytes -= freed_bytes;
+        record.trim_cursor = cursor;
+        if seen_all {
+            record.cuts.clear();
+            record.trim_cursor = 0;
+            self.writer.remove::<Reclaimable>(&inode);
+        }
+        Ok(())
+    }
+
+    /// Writes the relation both ways.
+    fn put_orphan(&mut self, inode: InodeNumber, orphan: &OrphanRecord) {
+        for session in &orphan.waiting_for {
+            self.writer.put::<Pins>(&(*session, inode), &());
+        }
+        if orphan.waiting_for.is_empty() {
+            self.writer.put::<Reclaimable>(&inode, &());
+        }
+        self.writer.put::<Orphans>(&inode, orphan);
+    }
+}

@@ -1,0 +1,112 @@
+//! renameat2(2).
+
+use quorumfs_proto::command::{Held, RenameMode, Target};
+use quorumfs_proto::{FileKind, FsError, InodeNumber, Name, OperationResult};
+
+use super::super::fault::{Failure, StorageFault};
+use super::super::tables::DirentRecord;
+use super::transaction::Transaction;
+
+impl Transaction<'_> {
+    pub(super) fn rename(
+        &mut self,
+        (from_parent, from_name): (Target, &Name),
+        (to_parent, to_name): (Target, &Name),
+        mode: RenameMode,
+        held: Held,
+    ) -> Result<OperationResult, Failure> {
+        let from_parent = self.directory(from_parent)?;
+        let to_parent = self.directory(to_parent)?;
+        let moved = self.entry(from_parent, from_name)?.ok_or(FsError::NotFound)?;
+        let other = self.entry(to_parent, to_name)?;
+        match (mode, &other) {
+            (RenameMode::NoReplace, Some(_)) => return Err(FsError::Exists.into()),
+            (RenameMode::Exchange, None) => return Err(FsError::NotFound.into()),
+            _ => {}
+        }
+        self.require_no_cycle(&moved, to_parent)?;
+        let result = OperationResult::Renamed {
+            inode: moved.inode,
+            other: other.as_ref().map(|other| other.inode),
+        };
+        if other.as_ref().is_some_and(|other| other.inode == moved.inode) {
+            // Two names of one file: POSIX has both stay.
+            self.inode(moved.inode)?;
+            return Ok(result);
+        }
+        match (mode, other) {
+            (RenameMode::Exchange, Some(other)) => {
+                self.require_no_cycle(&other, from_parent)?;
+                self.remove_entry(to_parent, to_name, &other)?;
+                self.move_entry((from_parent, from_name), (to_parent, to_name), moved)?;
+                self.add_entry(from_parent, from_name, other.clone())?;
+                self.settle(&other, from_parent)?;
+            }
+            (_, Some(other)) => {
+                self.require_replaceable(&moved, &other)?;
+                self.remove_entry(to_parent, to_name, &other)?;
+                self.move_entry((from_parent, from_name), (to_parent, to_name), moved)?;
+                let held = match other.kind {
+                    FileKind::Directory => Held::Open,
+                    _ => held,
+                };
+                self.drop_link(&other, held)?;
+            }
+            (_, None) => self.move_entry((from_parent, from_name), (to_parent, to_name), moved)?,
+        }
+        Ok(result)
+    }
+
+    /// Moves an entry to where there is none.
+    fn move_entry(
+        &mut self,
+        (from_parent, from_name): (InodeNumber, &Name),
+        (to_parent, to_name): (InodeNumber, &Name),
+        moved: DirentRecord,
+    ) -> Result<(), Failure> {
+        self.remove_entry(from_parent, from_name, &moved)?;
+        self.settle(&moved, to_parent)?;
+        self.add_entry(to_parent, to_name, moved)
+    }
+
+    /// What the entry names lies in another directory now.
+    fn settle(&mut self, entry: &DirentRecord, parent: InodeNumber) -> Result<(), Failure> {
+        let attributes = self.change(entry.inode)?;
+        if entry.kind == FileKind::Directory {
+            attributes.parent = parent;
+        }
+        Ok(())
+    }
+
+    fn require_replaceable(&mut self, moved: &DirentRecord, other: &DirentRecord) -> Result<(), Failure> {
+        match (moved.kind, other.kind) {
+            (FileKind::Directory, FileKind::Directory) => self.require_empty(other.inode),
+            (FileKind::Directory, _) => Err(FsError::NotDirectory.into()),
+            (_, FileKind::Directory) => Err(FsError::IsDirectory.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// [`FsError::InvalidArgument`] where a directory would come to lie in itself or below.
+    fn require_no_cycle(&self, moved: &DirentRecord, into: InodeNumber) -> Result<(), Failure> {
+        if moved.kind != FileKind::Directory {
+            return Ok(());
+        }
+        let mut ancestor = into;
+        // No path can be longer than there are inodes.
+        for _ in 0..=self.writer.summary.inode_count {
+            if ancestor == moved.inode {
+                return Err(FsError::InvalidArgument.into());
+            }
+            if ancestor == InodeNumber::ROOT {
+                return Ok(());
+            }
+            ancestor = self
+                .peek(ancestor)?
+                .ok_or_else(|| StorageFault::inconsistent(format!("directory {ancestor} is missing")))?
+                .attributes
+                .parent;
+        }
+        Err(StorageFault::inconsistent(format!("directory {into} does not lead to the root")).into())
+    }
+}

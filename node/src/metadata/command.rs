@@ -1,0 +1,132 @@
+//! What the log carries for the metadata, and what applying it answers.
+//!
+//! A [`LogCommand`] holds everything that `apply` may depend on besides the state itself: the leader's stamp is in it,
+//! so no node looks at a clock.
+
+use std::fmt;
+
+use bytes::Bytes;
+use quorumfs_proto::call::Mutation;
+use quorumfs_proto::{ChunkId, FsError, InodeNumber, Outcome, SessionId, Sha256, Timestamp};
+use serde::{Deserialize, Serialize};
+
+/// One entry of the log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogCommand {
+    /// The leader's clock when it proposed the entry.
+    pub stamp: Timestamp,
+    /// What is to be done.
+    pub body: LogBody,
+}
+
+/// What an entry does. The order of the variants is part of the encoding: append, never reorder.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LogBody {
+    /// A client's mutation.
+    Call(Mutation),
+    /// Makes a session known. Of a session that is known already it changes nothing; of one that has ended neither,
+    /// and answers [`CallResult::UnknownSession`].
+    OpenSession {
+        /// Drawn at random by the client.
+        session: SessionId,
+        /// For people.
+        description: String,
+    },
+    /// The session's pins lapse; what its calls answered stays known until [`LogBody::ForgetSession`].
+    EndSession {
+        /// Which.
+        session: SessionId,
+    },
+    /// Drops what is left of an ended session (a day later). A session that is alive is left alone. Where more pins
+    /// are left than one step drops, the session stays known and the leader proposes this again.
+    ForgetSession {
+        /// Which.
+        session: SessionId,
+    },
+    /// One step of freeing what nobody can reach any more: the content of an unlinked inode that nobody holds, or what
+    /// a truncation cut off. The leader repeats it while [`super::View::reclaimable`] names the inode.
+    ReclaimUnlinked {
+        /// Which.
+        inode: InodeNumber,
+        /// Most extents (and extended attributes) that this step looks at.
+        extents_max: u32,
+    },
+}
+
+/// What applying an entry answers; equal on every node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CallResult {
+    /// Of a mutation, now or when it was first applied.
+    Outcome(Result<Outcome, FsError>),
+    /// The session is not known or has ended: nothing was done.
+    UnknownSession,
+    /// The lane has decided a later mutation, or not yet the one before: nothing was done.
+    StaleSequence,
+    /// Of everything that is not a mutation, and of entries that carry no command.
+    Done,
+}
+
+/// What an applied entry asks of the content store. Empty for a mutation that was applied before.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Effects {
+    /// Content that rode inside the entry and is now named by a file: this node stores it.
+    pub inline: Vec<InlineChunk>,
+    /// Chunks that are named for the first time and should be in the content store already.
+    pub named: Vec<ChunkId>,
+    /// Chunks that no file names any more, for ever.
+    pub dead: Vec<ChunkId>,
+}
+
+impl Effects {
+    /// Whether nothing is asked.
+    pub fn is_empty(&self) -> bool {
+        self.inline.is_empty() && self.named.is_empty() && self.dead.is_empty()
+    }
+}
+
+/// A chunk that rode inside an entry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InlineChunk {
+    /// Its identity.
+    pub id: ChunkId,
+    /// The digest of its bytes, as its writer computed it.
+    pub sha256: Sha256,
+    /// Its bytes.
+    pub payload: Bytes,
+}
+
+/// An applied entry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// What its proposer is told.
+    pub result: CallResult,
+    /// What the content store has to do.
+    pub effects: Effects,
+}
+
+impl fmt::Display for LogCommand {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.body {
+            LogBody::Call(mutation) => {
+                let request = &mutation.request;
+                write!(f, "call {}/{}/{}", request.session, request.lane.0, request.sequence)
+            }
+            LogBody::OpenSession { session, .. } => write!(f, "open session {session}"),
+            LogBody::EndSession { session } => write!(f, "end session {session}"),
+            LogBody::ForgetSession { session } => write!(f, "forget session {session}"),
+            LogBody::ReclaimUnlinked { inode, .. } => write!(f, "reclaim inode {inode}"),
+        }
+    }
+}
+
+impl fmt::Display for CallResult {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            CallResult::Outcome(Ok(_)) => write!(f, "done as asked"),
+            CallResult::Outcome(Err(error)) => write!(f, "{error}"),
+            CallResult::UnknownSession => write!(f, "unknown session"),
+            CallResult::StaleSequence => write!(f, "stale sequence"),
+            CallResult::Done => write!(f, "done"),
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! The whole state as a sequence of rows: read from a durable moment of the database, and loaded into a new one.
+//!
+//! A snapshot holds every table, sorted by table and key, `meta` with its position among them; what it is at the
+//! sender it is at the receiver, row for row.
+
+use std::ops::Bound;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::fault::StorageFault;
+use super::overlay::Base;
+use super::store::{MetadataOptions, Position, begin_durable, database_builder, remove_leftover, sync_file};
+use super::tables::Table;
+
+/// A row of any table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// The table's number.
+    pub table: u8,
+    /// The key as it lies in the table.
+    pub key: Bytes,
+    /// The value with its checksum.
+    pub value: Bytes,
+}
+
+/// One durable moment of the database, stable as long as this lives.
+pub struct Snapshot {
+    base: Arc<Base>,
+    position: Position,
+}
+
+impl Snapshot {
+    pub(super) fn new(base: Arc<Base>, position: Position) -> Snapshot {
+        Snapshot { base, position }
+    }
+
+    /// Up to where in the log it goes.
+    pub fn position(&self) -> &Position {
+        &self.position
+    }
+
+    /// All rows, sorted by table and key.
+    pub fn rows(&self) -> impl Iterator<Item = Result<Row, StorageFault>> + Send + '_ {
+        Table::ALL.into_iter().flat_map(|table| {
+            let (rows, failed) = match self.base.table(table).range::<&[u8]>(..) {
+                Ok(rows) => (Some(rows), None),
+                Err(error) => (None, Some(Err(error.into()))),
+            };
+            let rows = rows.into_iter().flatten().map(move |row| {
+                let (key, value) = row?;
+                Ok(Row {
+                    table: table.number(),
+                    key: Bytes::copy_from_slice(key.value()),
+                    value: Bytes::copy_from_slice(value.value()),
+                })
+            });
+            rows.chain(failed)
+        })
+    }
+}
+
+/// A snapshot that is being received into a file of its own, which goes with it unless it is installed.
+pub struct Installation {
+    /// Before the database: an open transaction must not outlive it.
+    transaction: redb::WriteTransaction,
+    database: redb::Database,
+    file: TemporaryFile,
+}
+
+/// A file that is removed when this is dropped, if it still has its name by then.
+pub(super) struct TemporaryFile(PathBuf);
+
+impl TemporaryFile {
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for TemporaryFile {
+    fn drop(&mut self) {
+        // What cannot be removed now is removed when the store is opened next.
+        let _ = remove_leftover(&self.0);
+    }
+}
+
+impl Installation {
+    pub(super) fn begin(path: PathBuf, options: MetadataOptions) -> Result<Installation, StorageFault> {
+        let database = database_builder(options).create(&path)?;
+        let transaction = begin_durable(&database)?;
+        for table in Table::ALL {
+            transaction.open_table(table.definition())?;
+        }
+        Ok(Installation {
+            transaction,
+            database,
+            file: TemporaryFile(path),
+        })
+    }
+
+    /// Adds rows that follow those added before. Refuses what is damaged, out of order or of an unknown table.
+    pub fn add(&mut self, rows: &[Row]) -> Result<(), StorageFault> {
+        for of_one_table in rows.chunk_by(|one, next| one.table == next.table) {
+            let number = of_one_table[0].table;
+            let table = Table::from_number(number).ok_or_else(|| StorageFault::BadSnapshot {
+                reason: format!("table {number} is not known; use a newer program"),
+            })?;
+            let mut into = self.transaction.open_table(table.definition())?;
+            let mut end = into.upper_bound_mut(Bound::<&[u8]>::Unbounded)?;
+            for row in of_one_table {
+                if !ends_in_its_checksum(&row.value) {
+                    return Err(StorageFault::BadSnapshot {
+                        reason: format!("a row of {table:?} is damaged"),
+                    });
+                }
+                end.insert_before(&row.key[..], &row.value[..])
+                    .map_err(|error| match error {
+                        redb::CursorError::UnorderedKey => StorageFault::BadSnapshot {
+                            reason: format!("rows of {table:?} are out of order"),
+                        },
+                        other => other.into(),
+                    })?;
+            }
+            end.close()?;
+        }
+        Ok(())
+    }
+
+    /// Makes the file durable, where it is.
+    pub(super) fn finish(self) -> Result<(redb::Database, TemporaryFile), StorageFault> {
+        self.transaction.commit()?;
+        sync_file(self.file.path())?;
+        Ok((self.database, self.file))
+    }
+}
+
+fn ends_in_its_checksum(value: &[u8]) -> bool {
+    value
+        .split_last_chunk::<4>()
+        .is_some_and(|(body, crc)| crc32c::crc32c(body) == u32::from_le_bytes(*crc))
+}

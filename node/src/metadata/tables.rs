@@ -1,0 +1,468 @@
+//! The tables: their numbers, keys and records.
+//!
+//! Keys are big-endian so that they sort as their parts do and a scan is what the caller wants. Every value is a
+//! record in the checked encoding of [`quorumfs_proto::codec`]: it ends in a checksum that is verified when it is
+//! decoded. Table numbers and record layouts are part of the disk and snapshot format ([`FORMAT`]).
+
+use std::hash::Hasher as _;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use quorumfs_proto::limits::NAME_BYTES_MAX;
+use quorumfs_proto::{
+    Attributes, ChunkId, FileKind, InodeNumber, Lane, Name, SessionId, Sha256, SymlinkTarget, Timestamp,
+    XattrName,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::command::CallResult;
+
+/// The version of the tables as a whole; kept in the first row of `meta`.
+pub(super) const FORMAT: u32 = 1;
+
+/// The smallest cookie of an entry: 0 begins a listing, 1 and 2 are `.` and `..`.
+const COOKIE_MIN: u64 = 3;
+/// The fixed key of the names' hash ("QuorumFS dirents"). Every node must place a name alike, so it cannot be random.
+const COOKIE_KEY: [u8; 16] = *b"QuorumFS dirents";
+
+/// A key as it lies in a table.
+pub(super) type RowKey = Arc<[u8]>;
+
+/// The tables, in the order in which a snapshot has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub(super) enum Table {
+    Meta = 0,
+    Inodes = 1,
+    Dirents = 2,
+    Extents = 3,
+    Xattrs = 4,
+    Symlinks = 5,
+    Sessions = 6,
+    Lanes = 7,
+    Orphans = 8,
+    Pins = 9,
+    Reclaimable = 10,
+    Chunks = 11,
+}
+
+impl Table {
+    pub(super) const COUNT: usize = 12;
+    pub(super) const ALL: [Table; Table::COUNT] = [
+        Table::Meta,
+        Table::Inodes,
+        Table::Dirents,
+        Table::Extents,
+        Table::Xattrs,
+        Table::Symlinks,
+        Table::Sessions,
+        Table::Lanes,
+        Table::Orphans,
+        Table::Pins,
+        Table::Reclaimable,
+        Table::Chunks,
+    ];
+
+    pub(super) fn number(self) -> u8 {
+        self as u8
+    }
+
+    pub(super) fn from_number(number: u8) -> Option<Table> {
+        Table::ALL.get(usize::from(number)).copied()
+    }
+
+    pub(super) fn definition(self) -> redb::TableDefinition<'static, &'static [u8], &'static [u8]> {
+        redb::TableDefinition::new(match self {
+            Table::Meta => "meta",
+            Table::Inodes => "inodes",
+            Table::Dirents => "dirents",
+            Table::Extents => "extents",
+            Table::Xattrs => "xattrs",
+            Table::Symlinks => "symlinks",
+            Table::Sessions => "sessions",
+            Table::Lanes => "lanes",
+            Table::Orphans => "orphans",
+            Table::Pins => "pins",
+            Table::Reclaimable => "reclaimable",
+            Table::Chunks => "chunks",
+        })
+    }
+}
+
+/// The types of a table's rows.
+pub(super) trait Rows {
+    const TABLE: Table;
+    type Key;
+    type Value: Serialize + DeserializeOwned;
+    fn key(key: &Self::Key) -> RowKey;
+    /// `None` where the bytes are not a key of this table.
+    fn parse(key: &[u8]) -> Option<Self::Key>;
+}
+
+/// Implements [`Rows`] for a table whose key is one number.
+macro_rules! rows_by_inode {
+    ($(#[$doc:meta])* $rows:ident, $value:ty) => {
+        $(#[$doc])*
+        pub(super) struct $rows;
+        impl Rows for $rows {
+            const TABLE: Table = Table::$rows;
+            type Key = InodeNumber;
+            type Value = $value;
+            fn key(key: &InodeNumber) -> RowKey {
+                Arc::new(key.0.to_be_bytes())
+            }
+            fn parse(key: &[u8]) -> Option<InodeNumber> {
+                Some(InodeNumber(u64::from_be_bytes(key.try_into().ok()?)))
+            }
+        }
+    };
+}
+
+rows_by_inode!(
+    /// What is known of each inode, with or without a name.
+    Inodes,
+    InodeRecord
+);
+rows_by_inode!(
+    /// Where each symbolic link points.
+    Symlinks,
+    SymlinkTarget
+);
+rows_by_inode!(
+    /// Inodes without a name.
+    Orphans,
+    OrphanRecord
+);
+rows_by_inode!(
+    /// Inodes of which something can be freed: orphans that nobody holds, and files with cut-off extents.
+    Reclaimable,
+    ()
+);
+
+/// One row of `meta`: named records of different types.
+pub(super) struct Format;
+/// The other row of `meta`.
+pub(super) struct Meta;
+
+impl Rows for Format {
+    const TABLE: Table = Table::Meta;
+    type Key = ();
+    type Value = u32;
+    fn key(_: &()) -> RowKey {
+        Arc::from(&b"format"[..])
+    }
+    fn parse(key: &[u8]) -> Option<()> {
+        (key == b"format").then_some(())
+    }
+}
+
+impl Rows for Meta {
+    const TABLE: Table = Table::Meta;
+    type Key = ();
+    type Value = MetaRecord;
+    fn key(_: &()) -> RowKey {
+        Arc::from(&b"state"[..])
+    }
+    fn parse(key: &[u8]) -> Option<()> {
+        (key == b"state").then_some(())
+    }
+}
+
+/// The entries of directories: (directory, cookie, name).
+pub(super) struct Dirents;
+
+impl Rows for Dirents {
+    const TABLE: Table = Table::Dirents;
+    type Key = DirentKey;
+    type Value = DirentRecord;
+    fn key(key: &DirentKey) -> RowKey {
+        let mut bytes = [0; 16 + NAME_BYTES_MAX];
+        let name = key.name.as_bytes();
+        bytes[..8].copy_from_slice(&key.directory.0.to_be_bytes());
+        bytes[8..16].copy_from_slice(&key.cookie.to_be_bytes());
+        bytes[16..16 + name.len()].copy_from_slice(name);
+        Arc::from(&bytes[..16 + name.len()])
+    }
+    fn parse(key: &[u8]) -> Option<DirentKey> {
+        let (directory, rest) = key.split_first_chunk::<8>()?;
+        let (cookie, name) = rest.split_first_chunk::<8>()?;
+        Some(DirentKey {
+            directory: InodeNumber(u64::from_be_bytes(*directory)),
+            cookie: u64::from_be_bytes(*cookie),
+            name: Name::new(Bytes::copy_from_slice(name)).ok()?,
+        })
+    }
+}
+
+/// Where an entry lies.
+pub(super) struct DirentKey {
+    pub(super) directory: InodeNumber,
+    pub(super) cookie: u64,
+    pub(super) name: Name,
+}
+
+impl DirentKey {
+    pub(super) fn new(directory: InodeNumber, name: &Name) -> DirentKey {
+        DirentKey {
+            directory,
+            cookie: name_cookie(name),
+            name: name.clone(),
+        }
+    }
+}
+
+/// The place of a name in its directory's listing, 3 to i64::MAX.
+fn name_cookie(name: &Name) -> u64 {
+    let mut hasher = siphasher::sip::SipHasher24::new_with_key(&COOKIE_KEY);
+    hasher.write(name.as_bytes());
+    (hasher.finish() >> 1).max(COOKIE_MIN)
+}
+
+/// The content of files: (inode, offset). Rows of one inode never overlap.
+pub(super) struct Extents;
+
+impl Rows for Extents {
+    const TABLE: Table = Table::Extents;
+    type Key = (InodeNumber, u64);
+    type Value = ExtentRecord;
+    fn key((inode, offset): &(InodeNumber, u64)) -> RowKey {
+        Arc::new(pair(inode.0, *offset))
+    }
+    fn parse(key: &[u8]) -> Option<(InodeNumber, u64)> {
+        let (inode, offset) = unpair(key)?;
+        Some((InodeNumber(inode), offset))
+    }
+}
+
+/// Extended attributes: (inode, name).
+pub(super) struct Xattrs;
+
+impl Rows for Xattrs {
+    const TABLE: Table = Table::Xattrs;
+    type Key = (InodeNumber, XattrName);
+    type Value = Bytes;
+    fn key((inode, name): &(InodeNumber, XattrName)) -> RowKey {
+        Arc::from([&inode.0.to_be_bytes()[..], name.as_bytes()].concat())
+    }
+    fn parse(key: &[u8]) -> Option<(InodeNumber, XattrName)> {
+        let (inode, name) = key.split_first_chunk::<8>()?;
+        let name = XattrName::new(Bytes::copy_from_slice(name)).ok()?;
+        Some((InodeNumber(u64::from_be_bytes(*inode)), name))
+    }
+}
+
+/// Sessions, living and ended.
+pub(super) struct Sessions;
+
+impl Rows for Sessions {
+    const TABLE: Table = Table::Sessions;
+    type Key = SessionId;
+    type Value = SessionRecord;
+    fn key(key: &SessionId) -> RowKey {
+        Arc::new(key.0.to_be_bytes())
+    }
+    fn parse(key: &[u8]) -> Option<SessionId> {
+        Some(SessionId(u64::from_be_bytes(key.try_into().ok()?)))
+    }
+}
+
+/// The last mutation of each lane: (session, lane).
+pub(super) struct Lanes;
+
+impl Rows for Lanes {
+    const TABLE: Table = Table::Lanes;
+    type Key = (SessionId, Lane);
+    type Value = LaneRecord;
+    fn key((session, lane): &(SessionId, Lane)) -> RowKey {
+        let mut bytes = [0; 10];
+        bytes[..8].copy_from_slice(&session.0.to_be_bytes());
+        bytes[8..].copy_from_slice(&lane.0.to_be_bytes());
+        Arc::new(bytes)
+    }
+    fn parse(key: &[u8]) -> Option<(SessionId, Lane)> {
+        let (session, lane) = key.split_first_chunk::<8>()?;
+        Some((
+            SessionId(u64::from_be_bytes(*session)),
+            Lane(u16::from_be_bytes(lane.try_into().ok()?)),
+        ))
+    }
+}
+
+/// Who may hold which orphan open: (session, inode). The same as the orphans' `waiting_for`, the other way round.
+pub(super) struct Pins;
+
+impl Rows for Pins {
+    const TABLE: Table = Table::Pins;
+    type Key = (SessionId, InodeNumber);
+    type Value = ();
+    fn key((session, inode): &(SessionId, InodeNumber)) -> RowKey {
+        Arc::new(pair(session.0, inode.0))
+    }
+    fn parse(key: &[u8]) -> Option<(SessionId, InodeNumber)> {
+        let (session, inode) = unpair(key)?;
+        Some((SessionId(session), InodeNumber(inode)))
+    }
+}
+
+/// The chunks that extents name.
+pub(super) struct Chunks;
+
+impl Rows for Chunks {
+    const TABLE: Table = Table::Chunks;
+    type Key = ChunkId;
+    type Value = ChunkRecord;
+    fn key(key: &ChunkId) -> RowKey {
+        Arc::new(pair(key.session.0, key.counter))
+    }
+    fn parse(key: &[u8]) -> Option<ChunkId> {
+        let (session, counter) = unpair(key)?;
+        Some(ChunkId {
+            session: SessionId(session),
+            counter,
+        })
+    }
+}
+
+fn pair(first: u64, second: u64) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&first.to_be_bytes());
+    bytes[8..].copy_from_slice(&second.to_be_bytes());
+    bytes
+}
+
+fn unpair(key: &[u8]) -> Option<(u64, u64)> {
+    let (first, second) = key.split_first_chunk::<8>()?;
+    Some((u64::from_be_bytes(*first), u64::from_be_bytes(second.try_into().ok()?)))
+}
+
+/// The state as a whole, at one log index.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct MetaRecord {
+    pub(super) index: u64,
+    pub(super) log_id: Option<Bytes>,
+    pub(super) membership: Option<Bytes>,
+    /// The effective time of the last command.
+    pub(super) last_stamp: Timestamp,
+    pub(super) feature_level: u32,
+    /// The number of the next inode that is made.
+    pub(super) next_inode: u64,
+    /// Rows of `inodes`.
+    pub(super) inode_count: u64,
+}
+
+/// An inode.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct InodeRecord {
+    pub(super) attributes: Attributes,
+    /// Truncations that left more extents behind than one step frees. Rises in both fields; mostly empty. Each stands
+    /// for thousands of extents that were written since the one before, so there are few.
+    pub(super) cuts: Vec<Cut>,
+    /// While there are cuts: extents below this offset have been looked at.
+    pub(super) trim_cursor: u64,
+}
+
+/// A truncation whose extents are still there: those at or above `from` that are older than `version` are dead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Cut {
+    pub(super) from: u64,
+    pub(super) version: u64,
+}
+
+impl InodeRecord {
+    /// Whether a truncation has cut off the extent at `offset`.
+    pub(super) fn is_cut_off(&self, offset: u64, extent: &ExtentRecord) -> bool {
+        self.cuts
+            .iter()
+            .any(|cut| offset >= cut.from && extent.version < cut.version)
+    }
+}
+
+/// An entry of a directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct DirentRecord {
+    pub(super) inode: InodeNumber,
+    pub(super) kind: FileKind,
+}
+
+/// A piece of a file's content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct ExtentRecord {
+    pub(super) length: u32,
+    pub(super) chunk: ChunkId,
+    pub(super) chunk_offset: u32,
+    /// The file's content version that wrote it.
+    pub(super) version: u64,
+}
+
+/// A chunk that extents name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChunkRecord {
+    /// How many extents name it; never 0.
+    pub references: u32,
+    /// Its bytes.
+    pub length: u32,
+    /// Their digest.
+    pub sha256: Sha256,
+}
+
+/// A session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionRecord {
+    /// For people: host, process, mount point.
+    pub description: String,
+    /// When it was opened.
+    pub opened: Timestamp,
+    /// When it ended, if it has.
+    pub ended: Option<Timestamp>,
+    /// Its chunks of smaller counters are dead unless a file names them.
+    pub chunk_low_water: u64,
+}
+
+/// The last mutation that a lane decided.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct LaneRecord {
+    pub(super) sequence: u64,
+    pub(super) result: CallResult,
+}
+
+/// An inode without a name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct OrphanRecord {
+    /// Sessions that may have it open.
+    pub(super) waiting_for: Vec<SessionId>,
+    /// Of an inode that never had a name, who made it and may give it one.
+    pub(super) maker: Option<SessionId>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cookies_stay_where_listings_expect_them_and_never_change() {
+        let name = |text: &'static str| Name::new(text.as_bytes()).unwrap();
+        for text in ["a", "b", "some longer name", "\u{1}"] {
+            let cookie = name_cookie(&name(text));
+            assert!((COOKIE_MIN..=i64::MAX as u64).contains(&cookie));
+        }
+        // Part of the disk format: a change would lose every entry.
+        assert_eq!(name_cookie(&name("file")), 4_077_937_286_083_803_420);
+    }
+
+    #[test]
+    fn keys_sort_as_their_parts_and_parse_back() {
+        let low = Extents::key(&(InodeNumber(1), u64::MAX));
+        let high = Extents::key(&(InodeNumber(2), 0));
+        assert!(low < high);
+        assert_eq!(Extents::parse(&low), Some((InodeNumber(1), u64::MAX)));
+        let name = Name::new(vec![b'x'; 255]).unwrap();
+        let key = DirentKey::new(InodeNumber(7), &name);
+        let parsed = Dirents::parse(&Dirents::key(&key)).unwrap();
+        assert_eq!((parsed.directory, parsed.cookie, parsed.name), (key.directory, key.cookie, name));
+        for table in Table::ALL {
+            assert_eq!(Table::from_number(table.number()), Some(table));
+        }
+        assert_eq!(Table::from_number(Table::COUNT as u8), None);
+    }
+}

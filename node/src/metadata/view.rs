@@ -1,0 +1,363 @@
+//! Reading: one moment of the state, and the answers it gives.
+//!
+//! A view never changes and never waits. It answers verdicts ([`Failure::Verdict`]) as every node would at this
+//! index, and tells its own faults apart from them.
+
+use bytes::Bytes;
+use quorumfs_proto::chunk::Piece;
+use quorumfs_proto::limits::{DIRECTORY_ANSWER_BYTES_MAX, EXTENTS_ANSWER_MAX};
+use quorumfs_proto::query::{DirectoryEntry, EntryDetail};
+use quorumfs_proto::{
+    Answer, Attributes, ChunkId, FileKind, FsError, InodeNumber, Name, Query, SessionId, SymlinkTarget,
+    Timestamp, XattrName,
+};
+
+use super::fault::Failure;
+use super::overlay::{Direction, KeyRange, Layers};
+use super::store::{Position, Summary};
+use super::tables::{
+    ChunkRecord, Chunks, DirentKey, Dirents, Extents, InodeRecord, Inodes, Pins, Reclaimable, Rows as _,
+    SessionRecord, Sessions, Symlinks, Xattrs,
+};
+
+/// How many cut-off extents one answer passes over before it says up to where it got.
+const CUT_OFF_EXTENTS_PASSED_MAX: usize = 100_000;
+/// What an entry takes of an answer's bytes beside its name.
+const ENTRY_BYTES: usize = 24;
+/// What its attributes take.
+const ENTRY_ATTRIBUTES_BYTES: usize = 104;
+
+/// The pieces of a file between two offsets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExtentsPage {
+    /// At the same moment.
+    pub attributes: Attributes,
+    /// By offset, not overlapping.
+    pub pieces: Vec<Piece>,
+    /// Up to where in the file `pieces` tell everything.
+    pub known_to: u64,
+}
+
+/// Entries of a directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirectoryPage {
+    /// In the order of their cookies.
+    pub entries: Vec<DirectoryEntry>,
+    /// Whether there are no more.
+    pub end: bool,
+}
+
+/// The state at one moment. Cheap to make and to clone.
+#[derive(Clone)]
+pub struct View {
+    pub(super) layers: Layers,
+    summary: Summary,
+}
+
+impl View {
+    pub(super) fn new(layers: Layers, summary: Summary) -> View {
+        View { layers, summary }
+    }
+
+    /// Answers any query but [`Query::Space`], which needs to know the disks: of it, only
+    /// [`View::inode_count`] is here, and the answer is [`FsError::NotSupported`].
+    pub fn answer(&self, query: &Query) -> Result<Answer, Failure> {
+        match query {
+            Query::Lookup { parent, name } => self.lookup(*parent, name).map(Answer::Attributes),
+            Query::Attributes { inode } => self.attributes(*inode).map(Answer::Attributes),
+            Query::Resolve { from, path } => self.resolve(*from, path).map(Answer::Attributes),
+            Query::ReadDirectory {
+                inode,
+                after,
+                bytes_max,
+                detail,
+            } => {
+                let page = self.read_directory(*inode, *after, *bytes_max, *detail)?;
+                Ok(Answer::Entries {
+                    entries: page.entries,
+                    end: page.end,
+                })
+            }
+            Query::ReadLink { inode } => self.read_link(*inode).map(Answer::Target),
+            Query::GetXattr { inode, name } => self.xattr(*inode, name).map(Answer::XattrValue),
+            Query::ListXattrs { inode } => self.xattr_names(*inode).map(Answer::XattrNames),
+            Query::Extents {
+                inode,
+                from,
+                to,
+                pieces_max,
+            } => {
+                let page = self.extents(*inode, *from, *to, *pieces_max)?;
+                Ok(Answer::Extents {
+                    attributes: page.attributes,
+                    pieces: page.pieces,
+                    known_to: page.known_to,
+                })
+            }
+            Query::Space => Err(FsError::NotSupported.into()),
+        }
+    }
+
+    /// What is known of an inode, with or without a name. [`FsError::Stale`] if it is gone.
+    pub fn attributes(&self, inode: InodeNumber) -> Result<Attributes, Failure> {
+        Ok(self.inode(inode)?.attributes)
+    }
+
+    /// What has this name in the directory.
+    pub fn lookup(&self, parent: InodeNumber, name: &Name) -> Result<Attributes, Failure> {
+        self.directory(parent)?;
+        let entry = self
+            .layers
+            .get::<Dirents>(&DirentKey::new(parent, name))?
+            .ok_or(FsError::NotFound)?;
+        self.attributes(entry.inode)
+    }
+
+    /// What lies at this path, from `from`; symbolic links are not followed.
+    pub fn resolve(&self, from: InodeNumber, path: &[Name]) -> Result<Attributes, Failure> {
+        let mut found = self.attributes(from)?;
+        for name in path {
+            found = self.lookup(found.inode, name)?;
+        }
+        Ok(found)
+    }
+
+    /// Entries after a cookie, about `bytes_max` bytes of them and at least one. Entries of equal cookie come together.
+    pub fn read_directory(
+        &self,
+        directory: InodeNumber,
+        after: u64,
+        bytes_max: u32,
+        detail: EntryDetail,
+    ) -> Result<DirectoryPage, Failure> {
+        self.directory(directory)?;
+        let bytes_max = bytes_max.min(DIRECTORY_ANSWER_BYTES_MAX) as usize;
+        let mut page = DirectoryPage {
+            entries: Vec::new(),
+            end: true,
+        };
+        let mut range = KeyRange::prefix(&directory.0.to_be_bytes());
+        if after > 0 {
+            let Some(next) = after.checked_add(1) else {
+                return Ok(page);
+            };
+            let first = [directory.0.to_be_bytes(), next.to_be_bytes()].concat();
+            range = range.starting_at(&first);
+        }
+        let mut bytes = 0;
+        for row in self.layers.scan::<Dirents>(range, Direction::Up)? {
+            let (key, record) = row?;
+            let same_as_last = page.entries.last().is_some_and(|last| last.cookie == key.cookie);
+            if bytes >= bytes_max && !page.entries.is_empty() && !same_as_last {
+                page.end = false;
+                break;
+            }
+            let attributes = match detail {
+                EntryDetail::Name => None,
+                EntryDetail::Attributes => Some(self.named(record.inode)?),
+            };
+            bytes += ENTRY_BYTES + key.name.as_bytes().len();
+            bytes += attributes.as_ref().map_or(0, |_| ENTRY_ATTRIBUTES_BYTES);
+            page.entries.push(DirectoryEntry {
+                name: key.name,
+                inode: record.inode,
+                kind: record.kind,
+                cookie: key.cookie,
+                attributes,
+            });
+        }
+        Ok(page)
+    }
+
+    /// Where a symbolic link points. [`FsError::InvalidArgument`] if it is none.
+    pub fn read_link(&self, inode: InodeNumber) -> Result<SymlinkTarget, Failure> {
+        if self.attributes(inode)?.kind != FileKind::Symlink {
+            return Err(FsError::InvalidArgument.into());
+        }
+        let target = self.layers.get::<Symlinks>(&inode)?;
+        Ok(target.ok_or_else(|| inconsistent(format!("symbolic link {inode} has no target")))?)
+    }
+
+    /// The value of an extended attribute.
+    pub fn xattr(&self, inode: InodeNumber, name: &XattrName) -> Result<Bytes, Failure> {
+        self.inode(inode)?;
+        let value = self.layers.get::<Xattrs>(&(inode, name.clone()))?;
+        Ok(value.ok_or(FsError::NoAttribute)?)
+    }
+
+    /// The names of all extended attributes, sorted.
+    pub fn xattr_names(&self, inode: InodeNumber) -> Result<Vec<XattrName>, Failure> {
+        if self.attributes(inode)?.xattr_count == 0 {
+            return Ok(Vec::new());
+        }
+        let range = KeyRange::prefix(&inode.0.to_be_bytes());
+        let rows = self.layers.scan::<Xattrs>(range, Direction::Up)?;
+        Ok(rows
+            .map(|row| row.map(|((_, name), _)| name))
+            .collect::<Result<Vec<_>, _>>()?)
+    }
+
+    /// The pieces of a file that lie in or reach into `from..to`, whole, and its attributes.
+    pub fn extents(
+        &self,
+        inode: InodeNumber,
+        from: u64,
+        to: u64,
+        pieces_max: u32,
+    ) -> Result<ExtentsPage, Failure> {
+        let record = self.inode(inode)?;
+        match record.attributes.kind {
+            FileKind::File => {}
+            FileKind::Directory => return Err(FsError::IsDirectory.into()),
+            _ => return Err(FsError::InvalidArgument.into()),
+        }
+        let pieces_max = pieces_max.clamp(1, EXTENTS_ANSWER_MAX) as usize;
+        let mut page = ExtentsPage {
+            attributes: record.attributes.clone(),
+            pieces: Vec::new(),
+            known_to: to,
+        };
+        if from >= to || record.attributes.allocated_bytes == 0 {
+            return Ok(page);
+        }
+        let of_inode = || KeyRange::prefix(&inode.0.to_be_bytes());
+        let below = of_inode().before(&Extents::key(&(inode, from)));
+        let before = self.layers.scan::<Extents>(below, Direction::Down)?.next();
+        let within = of_inode()
+            .starting_at(&Extents::key(&(inode, from)))
+            .before(&Extents::key(&(inode, to)));
+        let mut passed_over = 0;
+        for row in before.into_iter().chain(self.layers.scan::<Extents>(within, Direction::Up)?) {
+            let ((_, offset), extent) = row?;
+            let piece = Piece {
+                file_offset: offset,
+                length: extent.length,
+                chunk: extent.chunk,
+                chunk_offset: extent.chunk_offset,
+            };
+            if piece.file_end() <= from {
+                continue;
+            }
+            if page.pieces.len() == pieces_max || passed_over == CUT_OFF_EXTENTS_PASSED_MAX {
+                page.known_to = offset;
+                break;
+            }
+            match record.is_cut_off(offset, &extent) {
+                true => passed_over += 1,
+                false => page.pieces.push(piece),
+            }
+        }
+        Ok(page)
+    }
+
+    /// The record of a chunk that files name.
+    pub fn chunk(&self, id: ChunkId) -> Result<Option<ChunkRecord>, Failure> {
+        Ok(self.layers.get::<Chunks>(&id)?)
+    }
+
+    /// The chunks that files name, in order, after a given one.
+    pub fn chunks_after(
+        &self,
+        after: Option<ChunkId>,
+        max: usize,
+    ) -> Result<Vec<(ChunkId, ChunkRecord)>, Failure> {
+        let range = match after {
+            Some(chunk) => KeyRange::prefix(&[]).after(&Chunks::key(&chunk)),
+            None => KeyRange::prefix(&[]),
+        };
+        let rows = self.layers.scan::<Chunks>(range, Direction::Up)?;
+        Ok(rows.take(max).collect::<Result<Vec<_>, _>>()?)
+    }
+
+    /// A session that is known, alive or ended.
+    pub fn session(&self, session: SessionId) -> Result<Option<SessionRecord>, Failure> {
+        Ok(self.layers.get::<Sessions>(&session)?)
+    }
+
+    /// All sessions that are known.
+    pub fn sessions(&self) -> Result<Vec<(SessionId, SessionRecord)>, Failure> {
+        let rows = self
+            .layers
+            .scan::<Sessions>(KeyRange::prefix(&[]), Direction::Up)?;
+        Ok(rows.collect::<Result<Vec<_>, _>>()?)
+    }
+
+    /// Unlinked inodes that wait for the session to say that it does not have them open.
+    pub fn unlinked_waiting_for(&self, session: SessionId, max: usize) -> Result<Vec<InodeNumber>, Failure> {
+        let range = KeyRange::prefix(&session.0.to_be_bytes());
+        let rows = self.layers.scan::<Pins>(range, Direction::Up)?;
+        let inodes = rows.take(max).map(|row| row.map(|((_, inode), ())| inode));
+        Ok(inodes.collect::<Result<Vec<_>, _>>()?)
+    }
+
+    /// Inodes for which a [`super::LogBody::ReclaimUnlinked`] has something to do.
+    pub fn reclaimable(&self, max: usize) -> Result<Vec<InodeNumber>, Failure> {
+        let rows = self
+            .layers
+            .scan::<Reclaimable>(KeyRange::prefix(&[]), Direction::Up)?;
+        let mut inodes = rows
+            .take(max)
+            .map(|row| row.map(|(inode, ())| inode))
+            .collect::<Result<Vec<_>, _>>()?;
+        // Pins that were too many to drop when their session ended.
+        for (session, record) in self.sessions()? {
+            if inodes.len() >= max {
+                break;
+            }
+            if record.ended.is_some() {
+                inodes.extend(self.unlinked_waiting_for(session, max - inodes.len())?);
+            }
+        }
+        inodes.sort_unstable();
+        inodes.dedup();
+        Ok(inodes)
+    }
+
+    /// Up to where in the log this view sees.
+    pub fn position(&self) -> &Position {
+        &self.summary.position
+    }
+
+    /// The log index up to which this view sees.
+    pub fn index(&self) -> u64 {
+        self.summary.position.index
+    }
+
+    /// The effective time of the last command.
+    pub fn last_stamp(&self) -> Timestamp {
+        self.summary.last_stamp
+    }
+
+    /// What `apply` may do: raised once all members know it.
+    pub fn feature_level(&self) -> u32 {
+        self.summary.feature_level
+    }
+
+    /// Inodes in use, those without a name too.
+    pub fn inode_count(&self) -> u64 {
+        self.summary.inode_count
+    }
+
+    pub(super) fn directory(&self, inode: InodeNumber) -> Result<(), Failure> {
+        match self.attributes(inode)?.kind {
+            FileKind::Directory => Ok(()),
+            _ => Err(FsError::NotDirectory.into()),
+        }
+    }
+
+    /// The attributes of an inode that an entry names, which therefore exists.
+    pub(super) fn named(&self, inode: InodeNumber) -> Result<Attributes, Failure> {
+        match self.layers.get::<Inodes>(&inode)? {
+            Some(record) => Ok(record.attributes),
+            None => Err(inconsistent(format!("an entry names inode {inode}, which is missing")).into()),
+        }
+    }
+
+    fn inode(&self, inode: InodeNumber) -> Result<InodeRecord, Failure> {
+        Ok(self.layers.get::<Inodes>(&inode)?.ok_or(FsError::Stale)?)
+    }
+}
+
+fn inconsistent(what: String) -> super::fault::StorageFault {
+    super::fault::StorageFault::inconsistent(what)
+}
