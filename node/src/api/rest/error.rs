@@ -4,8 +4,8 @@
 //! what to do about it, where there is something (else it is null).
 
 use axum::Json;
-use axum::http::header::{HeaderName, HeaderValue, RETRY_AFTER};
 use axum::http::StatusCode;
+use axum::http::header::{HeaderName, HeaderValue, RETRY_AFTER};
 use axum::response::{IntoResponse, Response};
 use quorumfs_proto::FsError;
 

@@ -111,13 +111,14 @@ async fn what_is_not_a_file_says_so() {
     );
 }
 
-/// Begins a download of a file of 20 MB and lets only its first chunks be fetched.
+/// Begins a download of a file of 20 MB and lets only the chunks be fetched that are fetched ahead at once: they ask in
+/// any order.
 async fn begun(rest: &Rest) -> (Body, Vec<u8>) {
     let content = bytes(20_000_000);
     rest.put("big", content.clone()).await;
     let gets = &rest.state().gets;
     gets.forget_permits(gets.available_permits());
-    gets.add_permits(3);
+    gets.add_permits(8);
     let request = Request::get("/download/big").body(Body::empty()).unwrap();
     let mut body = rest.send(request).await.into_body();
     let first = body.frame().await.unwrap().unwrap().into_data().unwrap();
