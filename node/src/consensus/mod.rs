@@ -461,7 +461,10 @@ fn takes_space(command: &LogCommand) -> bool {
     match &command.body {
         LogBody::Call(mutation) => !mutation.command.frees_space(),
         LogBody::OpenSession { .. } => true,
-        LogBody::EndSession { .. } | LogBody::ForgetSession { .. } | LogBody::ReclaimUnlinked { .. } => false,
+        LogBody::EndSession { .. }
+        | LogBody::ForgetSession { .. }
+        | LogBody::ReclaimUnlinked { .. }
+        | LogBody::Refuse { .. } => false,
     }
 }
 

@@ -4,8 +4,8 @@
 //! what to do about it, where there is something (else it is null).
 
 use axum::Json;
+use axum::http::StatusCode;
 use axum::http::header::{HeaderName, HeaderValue, RETRY_AFTER};
-use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use quorumfs_proto::FsError;
 
@@ -19,7 +19,7 @@ pub(super) struct ApiError {
     pub(super) code: &'static str,
     message: String,
     hint: Option<String>,
-    headers: HeaderMap,
+    headers: Vec<(HeaderName, HeaderValue)>,
 }
 
 impl ApiError {
@@ -29,7 +29,7 @@ impl ApiError {
             code,
             message: message.into(),
             hint: None,
-            headers: HeaderMap::new(),
+            headers: Vec::new(),
         }
     }
 
@@ -39,7 +39,7 @@ impl ApiError {
     }
 
     pub(super) fn header(mut self, name: HeaderName, value: HeaderValue) -> ApiError {
-        self.headers.insert(name, value);
+        self.headers.push((name, value));
         self
     }
 
