@@ -1,1 +1,7 @@
-//! The daemon.
+//! The mount.
+
+pub mod daemon;
+pub mod errno;
+pub mod inode_map;
+pub mod mountpoint;
+pub mod options;

@@ -1,2 +1,2 @@
-//! The daemon.
+//! The mount.
 fn main() {}
