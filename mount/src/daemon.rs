@@ -1,8 +1,9 @@
 //! Going into the background, and telling the waiting parent how it went.
 //!
-//! [`into_background`] forks before any thread exists. The parent keeps the terminal and waits for one report through a
-//! pipe: ready, or the exit code and the words to fail with; so `mount` returns when the directory can be used, and never
-//! says success too early. Until it has reported, the child dies with its parent (a `^C` takes both); afterwards nothing ties them.
+//! [`into_background`] forks before any thread exists. The parent keeps the terminal and waits for one report
+//! through a pipe: ready, or the exit code and the words to fail with; so `mount` returns when the directory
+//! can be used, and never says success too early. Until it has reported, the child dies with its parent (a
+//! `^C` takes both); afterwards nothing ties them.
 //!
 //! Knows nothing of mounts.
 
@@ -56,8 +57,8 @@ const REPORT_FD: RawFd = 3;
 /// The exit code of a mount that failed, as mount(8) has it.
 const EXIT_MOUNT_FAILED: u8 = 32;
 
-/// Forks. The child leaves the terminal and its folder and closes every descriptor it inherited; its standard streams go to
-/// `/dev/null`, standard error to `log`, if there is one.
+/// Forks. The child leaves the terminal and its folder and closes every descriptor it inherited; its standard
+/// streams go to `/dev/null`, standard error to `log`, if there is one.
 ///
 /// # Errors
 /// When the kernel has no process to spare.
@@ -112,10 +113,11 @@ fn leave_everything(parent: Pid, pipe: OwnedFd, log: Option<File>) -> io::Result
             return Err(io::Error::last_os_error());
         }
     }
-    // What the shell left open (locks, pipes that somebody reads to their end) must not live as long as the mount.
+    // What the shell left open (locks, pipes that somebody reads to their end) must not live as long as the
+    // mount.
     let old = pipe.into_raw_fd();
-    // SAFETY: nothing in this process owns a descriptor above the standard streams any more: `null`, `log` and `pipe`
-    // were given up by `into_raw_fd`, and a program that has just started has opened no others.
+    // SAFETY: nothing in this process owns a descriptor above the standard streams any more: `null`, `log`
+    // and `pipe` were given up by `into_raw_fd`, and a program that has just started has opened no others.
     unsafe {
         if old != REPORT_FD && libc::dup2(old, REPORT_FD) < 0 {
             return Err(io::Error::last_os_error());

@@ -1,15 +1,17 @@
-//! The edge towards the kernel: each request is decoded, given to [`Filesystem`], and its answer encoded. Nothing else.
+//! The edge towards the kernel: each request is decoded, given to [`Filesystem`], and its answer encoded.
+//! Nothing else.
 //!
-//! - Decoding is cheap and happens on fuser's threads. The work is a future that is polled once right there, since what the caches
-//!   know is ready at once and a change of threads would cost more than the work; what has to wait goes on on tokio. So a
-//!   fuser thread never waits for the cluster, and a thousand requests may wait together; the kernel bounds how many.
-//! - Every request is answered exactly once. A panic in a handler answers EIO (fuser's replies do so when they are dropped) and takes
-//!   no thread with it.
-//! - The kernel keeps names and attributes for as long as the mount option says (by default it asks each time), and a file's pages only
-//!   if [`Filesystem`] says at open that they are still right.
+//! - Decoding is cheap and happens on fuser's threads. The work is a future that is polled once right there,
+//!   since what the caches know is ready at once and a change of threads would cost more than the work; what
+//!   has to wait goes on on tokio. So a fuser thread never waits for the cluster, and a thousand requests may
+//!   wait together; the kernel bounds how many.
+//! - Every request is answered exactly once. A panic in a handler answers EIO (fuser's replies do so when
+//!   they are dropped) and takes no thread with it.
+//! - The kernel keeps names and attributes for as long as the mount option says (by default it asks each
+//!   time), and a file's pages only if [`Filesystem`] says at open that they are still right.
 //!
-//! Lookups are not counted: inode numbers are never used twice and [`Filesystem`] keeps nothing per inode that is not bounded otherwise,
-//! so FORGET has nothing to do, also not for what READDIRPLUS looked up.
+//! Lookups are not counted: inode numbers are never used twice and [`Filesystem`] keeps nothing per inode
+//! that is not bounded otherwise, so FORGET has nothing to do, also not for what READDIRPLUS looked up.
 
 mod convert;
 mod dispatch;
@@ -38,22 +40,25 @@ use crate::fs::{Filesystem, Opened};
 use crate::inode_map::InodeMap;
 use convert::{SetAttrFields, XattrFit};
 
-/// Requests that the kernel sends without a program waiting for each (read-ahead, write-back, release): two for each MiB of
-/// a long read-ahead of several files at once. fuser's default, 16, keeps a single reader's pipeline half empty.
+/// Requests that the kernel sends without a program waiting for each (read-ahead, write-back, release): two
+/// for each MiB of a long read-ahead of several files at once. fuser's default, 16, keeps a single reader's
+/// pipeline half empty.
 const BACKGROUND_REQUESTS_MAX: u16 = 128;
 
-/// How much of a listing is asked for at once. The kernel offers a buffer of 4 to 128 KiB, which fuser does not tell.
+/// How much of a listing is asked for at once. The kernel offers a buffer of 4 to 128 KiB, which fuser does
+/// not tell.
 const LISTING_BYTES: u32 = 32 << 10;
 
 /// The block size of statfs(2), in which it counts.
 const STATFS_BLOCK_BYTES: u32 = 4096;
 
-/// How statfs(2) tells of free inodes, of which there is no fixed number: as many as there is room for, with so many bytes to each.
+/// How statfs(2) tells of free inodes, of which there is no fixed number: as many as there is room for, with
+/// so many bytes to each.
 const BYTES_PER_INODE: u64 = 1024;
 
 /// One mount's edge.
-pub struct FuseEdge {
-    filesystem: Arc<Filesystem>,
+pub struct FuseEdge<C: Cluster> {
+    filesystem: Arc<Filesystem<C>>,
     view: View,
     runtime: tokio::runtime::Handle,
 }
@@ -75,14 +80,15 @@ impl View {
 /// Inode numbers are never used twice, so none has a second generation.
 const GENERATION: Generation = Generation(0);
 
-impl FuseEdge {
-    /// The edge of `filesystem`, whose root is the cluster's directory `root`. The kernel may keep names and attributes for `cache`.
+impl<C: Cluster> FuseEdge<C> {
+    /// The edge of `filesystem`, whose root is the cluster's directory `root`. The kernel may keep names and
+    /// attributes for `cache`.
     pub fn new(
-        filesystem: Arc<Filesystem>,
+        filesystem: Arc<Filesystem<C>>,
         root: InodeNumber,
         cache: Duration,
         runtime: tokio::runtime::Handle,
-    ) -> FuseEdge {
+    ) -> FuseEdge<C> {
         FuseEdge {
             filesystem,
             view: View {
@@ -145,7 +151,7 @@ fn answer_space(reply: ReplyStatfs, space: Space) {
     );
 }
 
-impl fuser::Filesystem for FuseEdge {
+impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let wanted = InitFlags::FUSE_ATOMIC_O_TRUNC
             | InitFlags::FUSE_PARALLEL_DIROPS
@@ -654,7 +660,7 @@ impl fuser::Filesystem for FuseEdge {
     }
 }
 
-impl FuseEdge {
+impl<C: Cluster> FuseEdge<C> {
     fn make(
         &self,
         request: &Request,

@@ -1,12 +1,12 @@
 //! How the kernel's inode numbers and the cluster's relate.
 //!
-//! To the kernel the root of a mount is always 1. When a sub-directory is mounted its number in the cluster is another
-//! one, so the two change places; all other numbers are the same on both sides. That map is total and its own inverse, but
-//! the kernel is never told the changed number of the cluster's root, which lies outside of such a mount: a number made
-//! up in a file handle must not lead there.
+//! To the kernel the root of a mount is always 1. When a sub-directory is mounted its number in the cluster
+//! is another one, so the two change places; all other numbers are the same on both sides. That map is total
+//! and its own inverse, but the kernel is never told the changed number of the cluster's root, which lies
+//! outside of such a mount: a number made up in a file handle must not lead there.
 //!
-//! Knows nothing of how many lookups the kernel holds: cluster numbers are never used twice, so forgetting one early is
-//! harmless.
+//! Knows nothing of how many lookups the kernel holds: cluster numbers are never used twice, so forgetting
+//! one early is harmless.
 
 use fuser::INodeNo;
 use quorumfs_proto::{FsError, InodeNumber};

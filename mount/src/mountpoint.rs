@@ -1,7 +1,8 @@
 //! The directory that is mounted on: what lies there, mounting, unmounting.
 //!
-//! fuser's own mounting is not used: its test for "still mounted" is inverted, and its unmount fails when the mount is busy.
-//! What is mounted where is read from `/proc/self/mountinfo`, which never touches a mount and so never hangs on one.
+//! fuser's own mounting is not used: its test for "still mounted" is inverted, and its unmount fails when the
+//! mount is busy. What is mounted where is read from `/proc/self/mountinfo`, which never touches a mount and
+//! so never hangs on one.
 //!
 //! Knows nothing of FUSE requests, clusters or threads that serve.
 
@@ -23,11 +24,12 @@ use crate::options::{Access, Stacking};
 /// The type that the kernel and `findmnt` show.
 const FILESYSTEM_TYPE: &str = "fuse.quorumfs";
 
-/// How long a mount may take to say whether it lives. A dead one answers at once; one that waits for its cluster lives.
+/// How long a mount may take to say whether it lives. A dead one answers at once; one that waits for its
+/// cluster lives.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What the kernel reads ahead of a sequential reader. Its default, 128 KiB, is a fraction of a chunk; the mount itself reads
-/// ahead further and from several nodes.
+/// What the kernel reads ahead of a sequential reader. Its default, 128 KiB, is a fraction of a chunk; the
+/// mount itself reads ahead further and from several nodes.
 const READ_AHEAD_KIB: u32 = 1024;
 
 /// Why a directory cannot be mounted on, or not be unmounted.
@@ -112,10 +114,15 @@ impl MountPoint {
         };
         let mounts = mounts()?;
         let mut dead = 0;
+        let mut covers = false;
         // The topmost first: what is beneath a living one does not matter.
         for mount in mounts.iter().rev().filter(|mount| mount.path == path) {
-            // What is going to be covered need not be asked.
-            if mount.kind != FILESYSTEM_TYPE || stacking == Stacking::Cover {
+            if mount.kind != FILESYSTEM_TYPE {
+                break;
+            }
+            // What is going to be covered need not be asked, and might not answer.
+            if stacking == Stacking::Cover {
+                covers = true;
                 break;
             }
             // Only the topmost can be asked; those beneath a dead one are looked at again in `clear`.
@@ -128,7 +135,8 @@ impl MountPoint {
                 source_name: mount.source.clone(),
             });
         }
-        if dead == 0 {
+        // The root of one of ours is a directory.
+        if dead == 0 && !covers {
             let metadata = path
                 .metadata()
                 .map_err(|error| MountPointError::kernel("look at", &path, error))?;
@@ -254,9 +262,9 @@ impl Mounted {
         std::fs::write(file, READ_AHEAD_KIB.to_string())
     }
 
-    /// Unmounts this mount, and no other one that may lie on the same directory. Blocks while the kernel writes back what it holds, so
-    /// requests must be served meanwhile; should nobody serve them any more, this process can end all the same (see
-    /// [`unmount_apart`]).
+    /// Unmounts this mount, and no other one that may lie on the same directory. Blocks while the kernel
+    /// writes back what it holds, so requests must be served meanwhile; should nobody serve them any more,
+    /// this process can end all the same (see [`unmount_apart`]).
     ///
     /// # Errors
     /// When the kernel refuses for another reason than that it is busy.
@@ -286,12 +294,13 @@ impl Mounted {
     }
 }
 
-/// umount2(2) in a process of its own. A thread that waits for an answer of its own process cannot be killed while the process
-/// holds `/dev/fuse` open, and it would hold it open by being there: the process could never end.
+/// umount2(2) in a process of its own. A thread that waits for an answer of its own process cannot be killed
+/// while the process holds `/dev/fuse` open, and it would hold it open by being there: the process could
+/// never end.
 fn unmount_apart(path: &Path, flags: MntFlags) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    // SAFETY: other threads run, so the child may only make calls that are safe in a signal handler: close_range,
-    // umount2 and _exit are plain system calls, and it touches no memory but `path`.
+    // SAFETY: other threads run, so the child may only make calls that are safe in a signal handler:
+    // close_range, umount2 and _exit are plain system calls, and it touches no memory but `path`.
     match unsafe { nix::unistd::fork() }? {
         nix::unistd::ForkResult::Child => unsafe {
             libc::close_range(0, u32::MAX, 0);
@@ -318,8 +327,8 @@ enum Life {
     Dead,
 }
 
-/// Asks the mount on `path` a question that no cache answers. One that does not reply in time is alive: its process waits for
-/// a cluster, or was stopped. Leaves no thread behind but in that case.
+/// Asks the mount on `path` a question that no cache answers. One that does not reply in time is alive: its
+/// process waits for a cluster, or was stopped. Leaves no thread behind but in that case.
 fn probe(path: &Path) -> Life {
     let (sender, receiver) = mpsc::channel();
     let path = path.to_owned();
@@ -363,7 +372,8 @@ fn topmost<'a>(mounts: &'a [Mount], path: &Path) -> Option<&'a Mount> {
     mounts.iter().rev().find(|mount| mount.path == path)
 }
 
-/// Reads mountinfo (proc_pid_mountinfo(5)): `id parent major:minor root path options tags… - type source super`.
+/// Reads mountinfo (proc_pid_mountinfo(5)): `id parent major:minor root path options tags… - type source
+/// super`.
 fn parse_mounts(text: &[u8]) -> Vec<Mount> {
     let parse = |line: &[u8]| {
         let mut fields = line.split(|&byte| byte == b' ');
@@ -462,5 +472,66 @@ mod tests {
         ));
         let found = find(directory.path()).unwrap();
         assert_eq!(found.path(), directory.path().canonicalize().unwrap());
+    }
+    /// Mounting needs root and the kernel's FUSE, which not every machine that builds this has.
+    fn can_mount() -> bool {
+        let can = nix::unistd::geteuid().is_root() && Path::new("/dev/fuse").exists();
+        if !can {
+            eprintln!("skipped: needs root and /dev/fuse");
+        }
+        can
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_found_dead_and_cleared() {
+        if !can_mount() {
+            return;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let free = MountPoint::find(directory.path(), Stacking::Refuse).unwrap();
+        // A process that dies closes its descriptors; the mount stays.
+        for _ in 0..2 {
+            let (_, device) = free.mount("test", MsFlags::empty(), Access::Everyone).unwrap();
+            drop(device);
+        }
+        assert!(directory.path().metadata().is_err_and(|error| is_dead(&error)));
+        let dead = MountPoint::find(directory.path(), Stacking::Refuse).unwrap();
+        let (found, cleared) = dead.clear(Stacking::Refuse).unwrap();
+        assert_eq!(cleared, 2);
+        assert_eq!(found, free);
+        assert!(directory.path().metadata().unwrap().is_dir());
+    }
+
+    #[test]
+    fn a_living_mount_is_busy_even_if_it_does_not_answer() {
+        if !can_mount() {
+            return;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let free = MountPoint::find(directory.path(), Stacking::Refuse).unwrap();
+        let (mounted, device) = free.mount("h:1", MsFlags::MS_RDONLY, Access::Everyone).unwrap();
+        let refused = MountPoint::find(directory.path(), Stacking::Refuse).unwrap_err();
+        assert!(refused.to_string().contains("h:1 is mounted on it"), "{refused}");
+        assert!(MountPoint::find(directory.path(), Stacking::Cover).is_ok());
+        assert!(mounted.raise_read_ahead().is_ok());
+
+        let (above, other) = free.mount("h:2", MsFlags::empty(), Access::Everyone).unwrap();
+        assert!(matches!(
+            mounted.unmount(Urgency::Polite),
+            Err(MountPointError::Covered(_))
+        ));
+        assert_eq!(above.unmount(Urgency::Polite).unwrap(), Unmounting::Done);
+        assert_eq!(
+            above.unmount(Urgency::Polite).unwrap(),
+            Unmounting::Done,
+            "already"
+        );
+        drop(other);
+        assert_eq!(mounted.unmount(Urgency::Detach).unwrap(), Unmounting::Done);
+        drop(device);
+        assert_eq!(
+            MountPoint::find(directory.path(), Stacking::Refuse).unwrap(),
+            free
+        );
     }
 }

@@ -1,8 +1,8 @@
 //! What the command line asks for.
 //!
-//! Two forms, one result: `quorumfs-mount [OPTIONS] SPEC DIR` for people, and `mount.quorumfs SPEC DIR [-sfnv] [-o …]`, as
-//! mount(8) calls its helpers (so that `mount -t quorumfs` and fstab work). Pure: reads no file, asks no kernel; what it
-//! accepts is consistent in itself.
+//! Two forms, one result: `quorumfs-mount [OPTIONS] SPEC DIR` for people, and `mount.quorumfs SPEC DIR
+//! [-sfnv] [-o …]`, as mount(8) calls its helpers (so that `mount -t quorumfs` and fstab work). Pure: reads
+//! no file, asks no kernel; what it accepts is consistent in itself.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -16,10 +16,6 @@ mod spec;
 
 pub use mount_options::{Access, DurabilityOption, MountWords, OptionError, Stacking, Unknown};
 pub use spec::{Spec, SpecError};
-
-/// How long a mount command waits for a cluster when no `timeout=` says otherwise: an election, or a cluster that is just
-/// being started, takes less.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// All that a mount needs to know.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,8 +34,6 @@ pub struct MountRequest {
     pub durability: DurabilityOption,
     /// How long a call may wait for a quorum; `None`: for ever.
     pub call_timeout: Option<Duration>,
-    /// How long to wait for the cluster before the mount fails.
-    pub connect_timeout: Duration,
     /// Files for TLS, if it is to be used.
     pub tls: Option<TlsFiles>,
     /// How long the kernel may keep names and attributes unasked.
@@ -122,7 +116,8 @@ struct PlainArguments {
     spec: String,
     /// The directory to mount it on
     directory: PathBuf,
-    /// Mount options, comma-separated: ro, nodev, nosuid, noexec, noatime, timeout=SECONDS, durability=close|fsync, …
+    /// Mount options, comma-separated: ro, nodev, nosuid, noexec, noatime, timeout=SECONDS,
+    /// durability=close|fsync, …
     #[arg(short = 'o', value_name = "OPTIONS", action = ArgAction::Append)]
     options: Vec<String>,
     /// Stay in the foreground and log to standard error
@@ -137,7 +132,8 @@ struct PlainArguments {
     /// Fail calls with EIO when no quorum answers for so long (default: wait)
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<String>,
-    /// What close(2) and mkdir(2) promise: `close`, that it is on disk on a quorum; `fsync`, that it will be within a second
+    /// What close(2) and mkdir(2) promise: `close`, that it is on disk on a quorum; `fsync`, that it will be
+    /// within a second
     #[arg(long, value_name = "close|fsync")]
     durability: Option<String>,
     /// Certificate authority that signed the nodes' certificates (PEM); turns TLS on
@@ -267,7 +263,6 @@ fn request_of(spec: &str, directory: PathBuf, words: MountWords) -> Result<Mount
         access: words.access,
         durability: words.durability,
         call_timeout: words.call_timeout,
-        connect_timeout: words.call_timeout.unwrap_or(CONNECT_TIMEOUT),
         tls,
         kernel_cache: words.kernel_cache,
         stacking: words.stacking,
@@ -349,7 +344,6 @@ mod tests {
         assert_eq!(request.source, "a:1,b:2:/x");
         assert_eq!(request.flags, MsFlags::MS_RDONLY | MsFlags::MS_NODEV);
         assert_eq!(request.call_timeout, Some(Duration::from_secs(5)));
-        assert_eq!(request.connect_timeout, Duration::from_secs(5));
         assert_eq!(request.place, Place::Foreground);
         assert_eq!(request.log_file.as_deref(), Some(Path::new("/var/log/q")));
         assert_eq!(request.verbosity, Verbosity::Verbose);
@@ -361,7 +355,6 @@ mod tests {
         let request = parse("quorumfs-mount a:1 /mnt").unwrap();
         assert_eq!(request.place, Place::Background);
         assert_eq!(request.call_timeout, None, "calls wait (P6)");
-        assert_eq!(request.connect_timeout, Duration::from_secs(30));
         assert_eq!(request.durability, DurabilityOption::Close);
         assert_eq!(request.kernel_cache, Duration::ZERO);
         assert_eq!(request.flags, MsFlags::empty());

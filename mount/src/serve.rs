@@ -1,9 +1,11 @@
 //! One mount from connecting to unmounting.
 //!
-//! 1. Connect to the cluster and find the directory that becomes the root; nothing is mounted before both are there.
+//! 1. Connect to the cluster and find the directory that becomes the root; nothing is mounted before both are
+//!    there.
 //! 2. Mount, let fuser's threads serve, report that the mount is ready.
-//! 3. Until somebody unmounts it, or a signal (SIGTERM, SIGINT, SIGHUP) asks for it: flush everything, unmount; when it is busy,
-//!    detach it and go on serving those who still use it, for [`STOP_TIMEOUT`] at most or until a second signal.
+//! 3. Until somebody unmounts it, or a signal (SIGTERM, SIGINT, SIGHUP) asks for it: flush everything,
+//!    unmount; when it is busy, detach it and go on serving those who still use it, for [`STOP_TIMEOUT`] at
+//!    most or until a second signal.
 //!
 //! Invariant: no thread of this process ever waits for its own mount.
 
@@ -13,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fuser::{Config, Session, SessionACL};
-use quorumfs_client::{Client, ClientOptions};
+use quorumfs_client::{Client, ClientOptions, ConnectError};
 use quorumfs_proto::{Answer, FileKind, FsError, InodeNumber, Name, Query};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
@@ -26,7 +28,8 @@ use crate::fuse::FuseEdge;
 use crate::mountpoint::{MountPoint, MountPointError, Mounted, Unmounting, Urgency};
 use crate::options::{Access, DurabilityOption, MountRequest};
 
-/// How long a stopping mount goes on for those who still use it: service managers kill after 90 s, and what was flushed is safe.
+/// How long a stopping mount goes on for those who still use it: service managers kill after 90 s, and what
+/// was flushed is safe.
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long to wait for the session to be closed at the cluster. If that fails it lapses by itself.
@@ -47,16 +50,9 @@ pub enum ServeError {
         #[source]
         error: io::Error,
     },
-    /// No cluster was found.
-    #[error("no quorum of {addresses} within {waited_s} s: {reason}")]
-    Connect {
-        /// Whom we asked.
-        addresses: String,
-        /// For how long.
-        waited_s: u64,
-        /// What each said.
-        reason: String,
-    },
+    /// No cluster was found, or it refuses us.
+    #[error("cannot mount: {0}")]
+    Connect(#[from] ConnectError),
     /// A signal came before the mount was ready.
     #[error("interrupted before the mount was ready")]
     Interrupted,
@@ -83,7 +79,8 @@ impl ServeError {
     }
 }
 
-/// Makes the mount that `request` asks for on `mount_point`, reports through `readiness`, and returns when it is unmounted.
+/// Makes the mount that `request` asks for on `mount_point`, reports through `readiness`, and returns when it
+/// is unmounted.
 ///
 /// # Errors
 /// See [`ServeError`]; those that come after the mount was ready are told by nobody else.
@@ -94,7 +91,8 @@ pub fn serve(
     readiness: &mut Readiness,
 ) -> Result<(), ServeError> {
     // SAFETY: prctl with these arguments touches no memory.
-    // The kernel must not wait for this mount when it needs memory for a thread of this process. Threads inherit it.
+    // The kernel must not wait for this mount when it needs memory for a thread of this process. Threads
+    // inherit it.
     if unsafe { libc::prctl(libc::PR_SET_IO_FLUSHER, 1, 0, 0, 0) } != 0 {
         tracing::debug!(error = %io::Error::last_os_error(), "cannot become an I/O flusher");
     }
@@ -144,7 +142,7 @@ impl StopSignals {
 /// A mount that is being served.
 struct Service {
     client: Client,
-    filesystem: Arc<Filesystem>,
+    filesystem: Arc<Filesystem<Client>>,
     mounted: Mounted,
     /// Resolves when the kernel has let go of the mount.
     ended: oneshot::Receiver<io::Result<()>>,
@@ -156,7 +154,14 @@ impl Service {
         mount_point: &MountPoint,
         tls: Option<ClientTlsConfig>,
     ) -> Result<Service, ServeError> {
-        let client = connect(request, tls).await?;
+        let client = Client::connect(ClientOptions {
+            addresses: request.spec.addresses.clone(),
+            description: description(mount_point),
+            call_timeout: request.call_timeout,
+            tls,
+            ..ClientOptions::default()
+        })
+        .await?;
         let root = resolve_root(&client, &request.spec.subdirectory).await?;
         let filesystem = Filesystem::new(client.clone(), filesystem_options(request, root));
         let edge = FuseEdge::new(
@@ -223,7 +228,8 @@ impl Service {
             }
             let unmounting = match unmount(&self.mounted, Urgency::Polite).await {
                 Ok(Unmounting::Busy) => {
-                    tracing::info!(wait_s = STOP_TIMEOUT.as_secs(), "busy: detached, and served until it is let go");
+                    let wait_s = STOP_TIMEOUT.as_secs();
+                    tracing::info!(wait_s, "busy: detached, and served until it is let go");
                     unmount(&self.mounted, Urgency::Detach).await
                 }
                 other => other,
@@ -245,8 +251,12 @@ impl Service {
     }
 }
 
-async fn connect(request: &MountRequest, tls: Option<ClientTlsConfig>) -> Result<Client, ServeError> {
-    todo!()
+/// For people who look at the cluster: where this mount is.
+fn description(mount_point: &MountPoint) -> String {
+    let host = nix::sys::utsname::uname().map(|names| names.nodename().to_string_lossy().into_owned());
+    let host = host.unwrap_or_else(|_| "unknown host".to_owned());
+    let process = std::process::id();
+    format!("mount on {host}:{} (process {process})", mount_point.path().display())
 }
 
 /// The inode of the sub-directory that is mounted.

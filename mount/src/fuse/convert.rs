@@ -7,8 +7,8 @@ use fuser::{FileAttr, FileType, INodeNo, RenameFlags, TimeOrNow};
 use quorumfs_proto::command::{AttributeChanges, NewKind, Privileges, RenameMode, SetTime, XattrMode};
 use quorumfs_proto::{Attributes, FileKind, FsError, Timestamp, XattrName};
 
-/// What programs are told to read and write at a time. The C library sizes its buffers by it, and each of its writes is a request of
-/// its own, so larger is faster; it costs every open stream that much memory.
+/// What programs are told to read and write at a time. The C library sizes its buffers by it, and each of its
+/// writes is a request of its own, so larger is faster; it costs every open stream that much memory.
 const PREFERRED_IO_BYTES: u32 = 128 << 10;
 
 /// The unit of `st_blocks`, whatever the block size.
@@ -51,7 +51,8 @@ pub fn file_type(kind: FileKind) -> FileType {
 /// What mknod(2) makes.
 ///
 /// # Errors
-/// [`FsError::InvalidArgument`] for what mknod does not make, [`FsError::NotPermitted`] for a directory, as POSIX has it.
+/// [`FsError::InvalidArgument`] for what mknod does not make, [`FsError::NotPermitted`] for a directory, as
+/// POSIX has it.
 pub fn node_kind(mode: u32, rdev: u32) -> Result<NewKind, FsError> {
     match mode & libc::S_IFMT {
         0 | libc::S_IFREG => Ok(NewKind::File),
@@ -69,8 +70,8 @@ pub fn permissions(mode: u32) -> u16 {
     (mode & 0o7777) as u16
 }
 
-/// The way back of what fuser makes of a moment before 1970: the kernel sends whole seconds rounded down and nanoseconds that count up from
-/// there, fuser takes both away from the epoch.
+/// The way back of what fuser makes of a moment before 1970: the kernel sends whole seconds rounded down and
+/// nanoseconds that count up from there, fuser takes both away from the epoch.
 pub fn timestamp_from_fuser(time: SystemTime) -> Timestamp {
     match time.duration_since(UNIX_EPOCH) {
         Ok(after) => Timestamp {
@@ -113,8 +114,9 @@ pub struct SetAttrFields {
 
 /// What a SETATTR of `caller_uid` changes.
 ///
-/// With FUSE_HANDLE_KILLPRIV_V2 it is ours to drop privileges: a request without any field asks for just that, chown does always,
-/// truncation does unless root truncates (fuser hides the kernel's own word for the last).
+/// With FUSE_HANDLE_KILLPRIV_V2 it is ours to drop privileges: a request without any field asks for just
+/// that, chown does always, truncation does unless root truncates (fuser hides the kernel's own word for the
+/// last).
 pub fn attribute_changes(fields: SetAttrFields, caller_uid: u32) -> AttributeChanges {
     let chown = fields.uid.is_some() || fields.gid.is_some();
     let truncate = fields.size.is_some();
@@ -172,8 +174,8 @@ pub fn xattr_mode(flags: i32) -> Result<XattrMode, FsError> {
 /// An extended attribute's name that a program may use.
 ///
 /// # Errors
-/// [`FsError::NotSupported`] for the `system` namespace: what lies there (ACLs) would mean something to the kernel, and nobody would
-/// enforce it.
+/// [`FsError::NotSupported`] for the `system` namespace: what lies there (ACLs) would mean something to the
+/// kernel, and nobody would enforce it.
 pub fn xattr_name(name: &[u8]) -> Result<XattrName, FsError> {
     if name.starts_with(b"system.") {
         return Err(FsError::NotSupported);

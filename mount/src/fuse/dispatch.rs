@@ -41,7 +41,7 @@ refuse!(
     ReplyXattr
 );
 
-impl FuseEdge {
+impl<C: Cluster> FuseEdge<C> {
     /// Runs `work` and gives its result to `answer`, its error to the kernel.
     pub(super) fn serve<Reply, Work, Running, Value>(
         &self,
@@ -50,7 +50,7 @@ impl FuseEdge {
         answer: impl FnOnce(Reply, Value) + Send + 'static,
     ) where
         Reply: Refuse,
-        Work: FnOnce(Arc<Filesystem>) -> Running,
+        Work: FnOnce(Arc<Filesystem<C>>) -> Running,
         Running: Future<Output = Result<Value, FsError>> + Send + 'static,
         Value: Send,
     {
@@ -68,7 +68,8 @@ impl FuseEdge {
 fn run(runtime: &tokio::runtime::Handle, work: impl Future<Output = ()> + Send + 'static) {
     let mut work = Box::pin(work);
     let _inside = runtime.enter();
-    // Nobody is woken through this context: `spawn` polls once more, and whatever became ready in between is seen then.
+    // Nobody is woken through this context: `spawn` polls once more, and whatever became ready in between is
+    // seen then.
     let mut context = Context::from_waker(Waker::noop());
     // After a panic the future is dropped unpolled, so nothing broken is looked at.
     match std::panic::catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(&mut context))) {

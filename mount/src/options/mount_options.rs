@@ -1,6 +1,7 @@
 //! The words of `-o`: comma-separated, later ones win, unknown ones are refused by name.
 //!
-//! Three kinds: what mount(2) takes as a flag, what is for mount(8) or the init system and means nothing here, and our own.
+//! Three kinds: what mount(2) takes as a flag, what is for mount(8) or the init system and means nothing
+//! here, and our own.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -64,7 +65,8 @@ pub struct MountWords {
     pub tls_key: Option<PathBuf>,
     /// `log-file=FILE`
     pub log_file: Option<PathBuf>,
-    /// `cache_ms=N`: how long the kernel may keep names and attributes unasked. Other mounts' changes are seen that much later.
+    /// `cache_ms=N`: how long the kernel may keep names and attributes unasked. Other mounts' changes are
+    /// seen that much later.
     pub kernel_cache: Duration,
     /// `stack`
     pub stacking: Stacking,

@@ -1,7 +1,7 @@
 //! What is mounted: `HOST:PORT[,HOST:PORT…][:/subdir]`.
 //!
-//! The form of fstab's first field for network filesystems; `quorumfs://HOST:PORT[,…][/subdir]` means the same. Knows
-//! nothing of name resolution: a host that does not exist is found out when connecting.
+//! The form of fstab's first field for network filesystems; `quorumfs://HOST:PORT[,…][/subdir]` means the
+//! same. Knows nothing of name resolution: a host that does not exist is found out when connecting.
 
 use quorumfs_proto::Name;
 
@@ -10,7 +10,8 @@ use quorumfs_proto::Name;
 pub struct Spec {
     /// `HOST:PORT` of nodes, at least one.
     pub addresses: Vec<String>,
-    /// The directory within the filesystem that becomes the root of the mount, outermost name first; empty for all.
+    /// The directory within the filesystem that becomes the root of the mount, outermost name first; empty
+    /// for all.
     pub subdirectory: Vec<Name>,
 }
 
