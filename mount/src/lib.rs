@@ -1,1 +1,5 @@
 //! The daemon.
+
+pub mod caches;
+pub mod readahead;
+pub mod write_buffer;
