@@ -133,6 +133,11 @@ impl WriteBuffer {
         self.active_bytes + self.active.len() as u64 * RANGE_OVERHEAD_BYTES + self.sealed_footprint_bytes
     }
 
+    /// Dirty bytes; what was written over while on its way counts twice.
+    pub fn bytes(&self) -> u64 {
+        self.active_bytes + self.sealed.iter().map(|pack| pack.payload.len() as u64).sum::<u64>()
+    }
+
     /// The end of the last dirty byte; 0 when clean.
     pub fn end(&self) -> u64 {
         let active = self.active.last_key_value().map(|(offset, bytes)| offset + bytes.len() as u64);
