@@ -25,10 +25,10 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use fuser::{
-    BsdFileFlags, Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig,
-    LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags,
+    KernelConfig, LockOwner, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
+    ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use quorumfs_proto::command::{NewInode, NewKind, Privileges};
 use quorumfs_proto::limits::{CHUNK_BYTES_MAX, NAME_BYTES_MAX};
@@ -36,7 +36,7 @@ use quorumfs_proto::query::{EntryDetail, Space};
 use quorumfs_proto::{Attributes, FsError, InodeNumber, SymlinkTarget};
 
 use crate::errno::errno;
-use crate::fs::{Filesystem, Opened};
+use crate::fs::{Cluster, DirectoryItem, Filesystem, OpenFlags, Opened};
 use crate::inode_map::InodeMap;
 use convert::{SetAttrFields, XattrFit};
 
@@ -45,9 +45,9 @@ use convert::{SetAttrFields, XattrFit};
 /// pipeline half empty.
 const BACKGROUND_REQUESTS_MAX: u16 = 128;
 
-/// How much of a listing is asked for at once. The kernel offers a buffer of 4 to 128 KiB, which fuser does
-/// not tell.
-const LISTING_BYTES: u32 = 32 << 10;
+/// How much of a listing is asked for at once. fuser does not tell how much room the kernel offers: as much
+/// as the C library, 32 KiB, or, by an older kernel, a page.
+const LISTING_BYTES: usize = 32 << 10;
 
 /// The block size of statfs(2), in which it counts.
 const STATFS_BLOCK_BYTES: u32 = 4096;
@@ -233,7 +233,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         self.serve(
             reply,
             move |fs| async move { fs.read_link(inode?).await },
-            |reply, target: Bytes| reply.data(&target),
+            |reply, target: SymlinkTarget| reply.data(target.as_bytes()),
         );
     }
 
@@ -301,7 +301,8 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
             reply,
             move |fs| async move {
                 let mode = convert::rename_mode(flags)?;
-                fs.rename(from_parent?, &from_name, to_parent?, &to_name, mode).await
+                fs.rename(from_parent?, &from_name, to_parent?, &to_name, mode)
+                    .await
             },
             answer_ok,
         );
@@ -320,12 +321,12 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         );
     }
 
-    fn open(&self, request: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, request: &Request, inode: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
         let inode = self.cluster_inode(inode);
-        let privileges = convert::privileges_of(request.uid());
+        let flags = OpenFlags::from(flags.0);
         self.serve(
             reply,
-            move |fs| async move { fs.open(inode?, flags.0, privileges).await },
+            move |fs| async move { fs.open(inode?, flags).await },
             |reply, opened: Opened| reply.opened(FileHandle(opened.handle), open_flags(&opened)),
         );
     }
@@ -342,7 +343,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     ) {
         let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
         let (uid, gid, mode) = (request.uid(), request.gid(), convert::permissions(mode));
-        let view = self.view;
+        let (view, flags) = (self.view, OpenFlags::from(flags));
         self.serve(
             reply,
             move |fs| async move { fs.create(parent?, &name, mode, uid, gid, flags).await },
@@ -366,7 +367,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         handle: FileHandle,
         offset: u64,
         size: u32,
-        _flags: OpenFlags,
+        _flags: fuser::OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
@@ -385,7 +386,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         offset: u64,
         data: &[u8],
         write_flags: WriteFlags,
-        _flags: OpenFlags,
+        _flags: fuser::OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
@@ -417,10 +418,17 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         );
     }
 
-    fn fsync(&self, _request: &Request, _inode: INodeNo, handle: FileHandle, datasync: bool, reply: ReplyEmpty) {
+    fn fsync(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
         self.serve(
             reply,
-            move |fs| async move { fs.fsync(handle.0, datasync).await },
+            move |fs| async move { fs.fsync(handle.0).await },
             answer_ok,
         );
     }
@@ -430,7 +438,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         _request: &Request,
         _inode: INodeNo,
         handle: FileHandle,
-        _flags: OpenFlags,
+        _flags: fuser::OpenFlags,
         _lock_owner: Option<LockOwner>,
         _flush: bool,
         reply: ReplyEmpty,
@@ -442,7 +450,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         );
     }
 
-    fn opendir(&self, _request: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn opendir(&self, _request: &Request, inode: INodeNo, _flags: fuser::OpenFlags, reply: ReplyOpen) {
         let inode = self.cluster_inode(inode);
         self.serve(
             reply,
@@ -463,13 +471,14 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         self.serve(
             reply,
             move |fs| async move {
-                fs.read_directory(handle.0, offset, EntryDetail::Name, LISTING_BYTES).await
+                fs.read_directory(handle.0, offset, EntryDetail::Name, LISTING_BYTES)
+                    .await
             },
-            move |mut reply, entries| {
-                for entry in entries {
-                    let inode = view.inodes.to_kernel(entry.inode);
-                    let kind = convert::file_type(entry.kind);
-                    if reply.add(inode, entry.cookie, kind, OsStr::from_bytes(&entry.name)) {
+            move |mut reply, items: Vec<DirectoryItem>| {
+                for (item, offset) in items.iter().zip(convert::resume_offsets(offset, &items)) {
+                    let inode = view.inodes.to_kernel(item.inode);
+                    let kind = convert::file_type(item.kind);
+                    if reply.add(inode, offset, kind, OsStr::from_bytes(&item.name)) {
                         break;
                     }
                 }
@@ -493,14 +502,15 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
                 fs.read_directory(handle.0, offset, EntryDetail::Attributes, LISTING_BYTES)
                     .await
             },
-            move |mut reply, entries| {
-                for entry in entries {
-                    let name = OsStr::from_bytes(&entry.name);
-                    let Some(attributes) = &entry.attributes else {
-                        continue;
+            move |mut reply, items: Vec<DirectoryItem>| {
+                for (item, offset) in items.iter().zip(convert::resume_offsets(offset, &items)) {
+                    let name = OsStr::from_bytes(&item.name);
+                    let attr = match &item.attributes {
+                        Some(attributes) => view.attr(attributes),
+                        // "." and "..": of these the kernel takes nothing but number and kind.
+                        None => convert::bare_attr(view.inodes.to_kernel(item.inode), item.kind),
                     };
-                    let attr = view.attr(attributes);
-                    if reply.add(attr.ino, entry.cookie, name, &view.cache, &attr, GENERATION) {
+                    if reply.add(attr.ino, offset, name, &view.cache, &attr, GENERATION) {
                         break;
                     }
                 }
@@ -514,17 +524,24 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         _request: &Request,
         _inode: INodeNo,
         handle: FileHandle,
-        _flags: OpenFlags,
+        _flags: fuser::OpenFlags,
         reply: ReplyEmpty,
     ) {
         self.serve(
             reply,
-            move |fs| async move { fs.release_directory(handle.0).await },
+            move |fs| async move { fs.release_directory(handle.0) },
             answer_ok,
         );
     }
 
-    fn fsyncdir(&self, _request: &Request, inode: INodeNo, _handle: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+    fn fsyncdir(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        _handle: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
         let inode = self.cluster_inode(inode);
         self.serve(
             reply,
@@ -553,7 +570,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
             reply,
             move |fs| async move {
                 let mode = convert::xattr_mode(flags)?;
-                fs.set_xattr(inode?, name?, value, mode).await
+                fs.set_xattr(inode?, name?.as_bytes(), value, mode).await
             },
             answer_ok,
         );
@@ -563,7 +580,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         let (inode, name) = (self.cluster_inode(inode), convert::xattr_name(name.as_bytes()));
         self.serve(
             reply,
-            move |fs| async move { fs.get_xattr(inode?, name?).await },
+            move |fs| async move { fs.get_xattr(inode?, name?.as_bytes()).await },
             answer_xattr(size),
         );
     }
@@ -584,7 +601,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         let (inode, name) = (self.cluster_inode(inode), convert::xattr_name(name.as_bytes()));
         self.serve(
             reply,
-            move |fs| async move { fs.remove_xattr(inode?, name?).await },
+            move |fs| async move { fs.remove_xattr(inode?, name?.as_bytes()).await },
             answer_ok,
         );
     }

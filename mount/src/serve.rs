@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fuser::{Config, Session, SessionACL};
+use nix::mount::MsFlags;
 use quorumfs_client::{Client, ClientOptions, ConnectError};
 use quorumfs_proto::{Answer, FileKind, FsError, InodeNumber, Name, Query};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -34,6 +35,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long to wait for the session to be closed at the cluster. If that fails it lapses by itself.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// prctl(2)'s word for a process that serves a filesystem; the libc crate does not know it.
+const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
 /// fuser's threads only decode and copy, so a few saturate any kernel.
 const FUSE_THREADS_MAX: usize = 8;
@@ -93,7 +97,7 @@ pub fn serve(
     // SAFETY: prctl with these arguments touches no memory.
     // The kernel must not wait for this mount when it needs memory for a thread of this process. Threads
     // inherit it.
-    if unsafe { libc::prctl(libc::PR_SET_IO_FLUSHER, 1, 0, 0, 0) } != 0 {
+    if unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) } != 0 {
         tracing::debug!(error = %io::Error::last_os_error(), "cannot become an I/O flusher");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -212,7 +216,10 @@ impl Service {
             }
         };
         let flushed = until(deadline, self.filesystem.flush_all()).await;
-        if tokio::time::timeout(CLOSE_TIMEOUT, self.client.close()).await.is_err() {
+        if tokio::time::timeout(CLOSE_TIMEOUT, self.client.close())
+            .await
+            .is_err()
+        {
             tracing::info!("the session was not closed in time; it lapses by itself");
         }
         tracing::info!(directory = %self.mounted.path().display(), "unmounted");
@@ -256,7 +263,10 @@ fn description(mount_point: &MountPoint) -> String {
     let host = nix::sys::utsname::uname().map(|names| names.nodename().to_string_lossy().into_owned());
     let host = host.unwrap_or_else(|_| "unknown host".to_owned());
     let process = std::process::id();
-    format!("mount on {host}:{} (process {process})", mount_point.path().display())
+    format!(
+        "mount on {host}:{} (process {process})",
+        mount_point.path().display()
+    )
 }
 
 /// The inode of the sub-directory that is mounted.
@@ -280,9 +290,21 @@ async fn resolve_root(client: &Client, path: &[Name]) -> Result<InodeNumber, Ser
     })
 }
 
+fn filesystem_options(request: &MountRequest, root: InodeNumber) -> FsOptions {
+    FsOptions {
+        durability: match request.durability {
+            DurabilityOption::Close => Durability::Close,
+            DurabilityOption::Fsync => Durability::Fsync,
+        },
+        read_only: request.flags.contains(MsFlags::MS_RDONLY),
+        root,
+        ..FsOptions::default()
+    }
+}
+
 /// Answers INIT and starts fuser's threads.
 fn spawn_session(
-    edge: FuseEdge,
+    edge: FuseEdge<Client>,
     device: std::os::fd::OwnedFd,
     access: Access,
 ) -> io::Result<oneshot::Receiver<io::Result<()>>> {
@@ -324,5 +346,7 @@ async fn unmount(mounted: &Mounted, urgency: Urgency) -> Result<Unmounting, Moun
 
 /// What `work` says, or [`FsError::TimedOut`] at `deadline`.
 async fn until<T>(deadline: Instant, work: impl Future<Output = Result<T, FsError>>) -> Result<T, FsError> {
-    tokio::time::timeout_at(deadline, work).await.unwrap_or(Err(FsError::TimedOut))
+    tokio::time::timeout_at(deadline, work)
+        .await
+        .unwrap_or(Err(FsError::TimedOut))
 }

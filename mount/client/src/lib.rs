@@ -1,1 +1,46 @@
-//! A client of a QuorumFS cluster.
+//! A client of a QuorumFS cluster: a session, exactly-once calls, chunk transfer. The mount and the nodes' REST
+//! interface are its users.
+//!
+//! One write through it:
+//!
+//! 1. [`Client::new_chunk`] gives bytes an identity of this session and checksums; from then on the low-water mark of
+//!    its mutations stays below it.
+//! 2. [`Client::put_chunk`] sends it over the stream of chunks to the leader, and waits until f + 1 voters hold it (P2).
+//! 3. [`Client::mutate`] takes a lane, names the command by (session, lane, sequence) and sends it over the stream of
+//!    calls, again and again with the same name, wherever the leader is, until there is a verdict (P4, P6). A new
+//!    leader that is not sure of the chunks asks for them again first. A caller that gives up waiting leaves the rest to
+//!    the background.
+//!
+//! One read: [`Client::query`] asks the leader for extents; [`Client::get_chunk`] asks the node that answers best,
+//! then the next, for the bytes, and verifies them (P3).
+//!
+//! Behind it, imports pointing only down this list:
+//!
+//! - `client`: what users see; time-outs.
+//! - `keeper`: keep-alives, a new session for a lost one, release of unlinked inodes.
+//! - `mutation`: one mutation from its lane to its verdict.
+//! - `session`, `lanes`, `chunk`: what belongs to one session.
+//! - `calls`, `put`, `get`: the three streams; `sources` judges whom to read from.
+//! - `leader_link`: a stream that follows the leader and sends again what is not answered.
+//! - `cluster`: who leads and where everybody is; `discovery` judges what the nodes say.
+//! - `connector`: connections and pauses.
+//!
+//! It knows nothing of FUSE, of files' buffers and caches, or of how a node works.
+
+mod calls;
+mod chunk;
+mod client;
+mod cluster;
+mod connector;
+mod discovery;
+mod get;
+mod keeper;
+mod lanes;
+mod leader_link;
+mod mutation;
+mod put;
+mod session;
+mod sources;
+
+pub use chunk::FreshChunk;
+pub use client::{Client, ClientOptions, ConnectError};

@@ -7,6 +7,8 @@ use fuser::{FileAttr, FileType, INodeNo, RenameFlags, TimeOrNow};
 use quorumfs_proto::command::{AttributeChanges, NewKind, Privileges, RenameMode, SetTime, XattrMode};
 use quorumfs_proto::{Attributes, FileKind, FsError, Timestamp, XattrName};
 
+use crate::fs::DirectoryItem;
+
 /// What programs are told to read and write at a time. The C library sizes its buffers by it, and each of its
 /// writes is a request of its own, so larger is faster; it costs every open stream that much memory.
 const PREFERRED_IO_BYTES: u32 = 128 << 10;
@@ -33,6 +35,42 @@ pub fn file_attr(attributes: &Attributes, inode: INodeNo) -> FileAttr {
         blksize: PREFERRED_IO_BYTES,
         flags: 0,
     }
+}
+
+/// What little there is to tell of an inode of which nothing is known but its kind.
+pub fn bare_attr(inode: INodeNo, kind: FileKind) -> FileAttr {
+    FileAttr {
+        ino: inode,
+        size: 0,
+        blocks: 0,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: file_type(kind),
+        perm: 0,
+        nlink: 1,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: PREFERRED_IO_BYTES,
+        flags: 0,
+    }
+}
+
+/// Where a listing that was asked for from `start` goes on after each of its items.
+///
+/// That is the item's cookie; but of items that share one, only after the last: should the kernel's buffer
+/// end between them, they are told once more rather than never.
+pub fn resume_offsets(start: u64, items: &[DirectoryItem]) -> impl Iterator<Item = u64> {
+    let mut before = start;
+    (0..items.len()).map(move |at| {
+        let cookie = items[at].cookie;
+        if items.get(at + 1).is_none_or(|next| next.cookie != cookie) {
+            before = cookie;
+        }
+        before
+    })
 }
 
 /// The kernel's word for `kind`.
@@ -242,10 +280,7 @@ mod tests {
             (-2, 500_000_000),
             (-1_000_000_000, 123),
         ] {
-            let sent = Timestamp {
-                seconds,
-                nanoseconds,
-            };
+            let sent = Timestamp { seconds, nanoseconds };
             assert_eq!(timestamp_from_fuser(as_fuser_decodes(seconds, nanoseconds)), sent);
         }
     }
@@ -305,10 +340,7 @@ mod tests {
     fn nodes_are_told_apart_by_the_type_bits() {
         assert_eq!(node_kind(libc::S_IFREG | 0o644, 0), Ok(NewKind::File));
         assert_eq!(node_kind(0o644, 0), Ok(NewKind::File));
-        assert_eq!(
-            node_kind(libc::S_IFBLK, 0x801),
-            Ok(NewKind::BlockDevice(0x801))
-        );
+        assert_eq!(node_kind(libc::S_IFBLK, 0x801), Ok(NewKind::BlockDevice(0x801)));
         assert_eq!(node_kind(libc::S_IFDIR, 0), Err(FsError::NotPermitted));
         assert_eq!(node_kind(libc::S_IFLNK, 0), Err(FsError::InvalidArgument));
     }
@@ -326,12 +358,28 @@ mod tests {
 
     #[test]
     fn acls_are_not_there_yet() {
-        assert_eq!(
-            xattr_name(b"system.posix_acl_access"),
-            Err(FsError::NotSupported)
-        );
+        assert_eq!(xattr_name(b"system.posix_acl_access"), Err(FsError::NotSupported));
         assert!(xattr_name(b"user.system.x").is_ok());
         assert_eq!(xattr_mode(0), Ok(XattrMode::Set));
         assert_eq!(xattr_mode(3), Err(FsError::InvalidArgument));
+    }
+
+    #[test]
+    fn a_listing_goes_on_behind_all_items_of_a_cookie() {
+        let item = |cookie| DirectoryItem {
+            name: Bytes::new(),
+            inode: quorumfs_proto::InodeNumber(9),
+            kind: FileKind::File,
+            cookie,
+            attributes: None,
+        };
+        let items = [3, 5, 5, 5, 8].map(item);
+        assert_eq!(
+            resume_offsets(2, &items).collect::<Vec<_>>(),
+            [3, 3, 3, 5, 8],
+            "after the first 5 comes the first 5 again"
+        );
+        assert_eq!(resume_offsets(4, &items[1..4]).collect::<Vec<_>>(), [4, 4, 5]);
+        assert_eq!(resume_offsets(0, &[]).count(), 0);
     }
 }

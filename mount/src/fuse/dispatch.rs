@@ -9,7 +9,7 @@ use quorumfs_proto::FsError;
 
 use super::FuseEdge;
 use crate::errno::errno;
-use crate::fs::Filesystem;
+use crate::fs::{Cluster, Filesystem};
 
 /// A reply that can be an error. Dropped without an answer it says EIO.
 pub trait Refuse: Send + 'static {
@@ -139,7 +139,10 @@ mod tests {
         });
         let start = std::time::Instant::now();
         while dropped.load(Ordering::SeqCst) < 2 {
-            assert!(start.elapsed() < Duration::from_secs(10), "the reply was never dropped");
+            assert!(
+                start.elapsed() < Duration::from_secs(10),
+                "the reply was never dropped"
+            );
             std::thread::yield_now();
         }
     }

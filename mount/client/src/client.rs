@@ -1,0 +1,313 @@
+//! The client as its users see it.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use quorumfs_proto::{
+    Answer, Call, CallReply, ChunkId, ClusterId, Command, FsError, InodeNumber, Outcome, Query, Refusal,
+    SessionId,
+};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tonic::transport::ClientTlsConfig;
+
+use crate::calls::QUERIES_MAX;
+use crate::chunk::FreshChunk;
+use crate::cluster::Cluster;
+use crate::connector::{Connector, Purpose};
+use crate::get::Getter;
+use crate::keeper::Keeper;
+use crate::leader_link::{LeaderLink, Protocol};
+use crate::mutation::Mutator;
+use crate::put::Putter;
+use crate::session::Sessions;
+
+/// How long [`Client::connect`] looks for a leader where no `call_timeout` says otherwise: a mistyped address must
+/// come to light, and a cluster that is just starting must be waited for.
+const CONNECT_TIMEOUT_MS: u64 = 30_000;
+/// How long [`Client::close`] waits for the cluster to hear of it; if it does not, the session lapses.
+const CLOSE_TIMEOUT_MS: u64 = 3_000;
+/// The default budget of bytes under way, each for puts and for gets: fills a fast connection, and is what a client
+/// may cost in memory.
+const BYTES_IN_FLIGHT_MAX: usize = 32 << 20;
+
+/// How a client finds and uses its cluster.
+#[derive(Clone, Debug)]
+pub struct ClientOptions {
+    /// `host:port` of some nodes, nearest first; the others are learned from them.
+    pub addresses: Vec<String>,
+    /// For people who look at the cluster: host, process, mount point.
+    pub description: String,
+    /// How long a call may take before it ends as [`FsError::TimedOut`]; `None`: as long as it must (P6).
+    pub call_timeout: Option<Duration>,
+    /// Mutual TLS; `None`: plain text.
+    pub tls: Option<ClientTlsConfig>,
+    /// Most bytes of chunks under way in either direction; at least one chunk's worth helps.
+    pub bytes_in_flight_max: usize,
+}
+
+impl Default for ClientOptions {
+    fn default() -> ClientOptions {
+        ClientOptions {
+            addresses: Vec::new(),
+            description: String::new(),
+            call_timeout: None,
+            tls: None,
+            bytes_in_flight_max: BYTES_IN_FLIGHT_MAX,
+        }
+    }
+}
+
+/// Why there is no client.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConnectError {
+    /// The list is empty.
+    #[error("no address of a node is given")]
+    NoAddress,
+    /// An address cannot be one.
+    #[error("{address:?} is not the host:port of a node: {reason}")]
+    BadAddress {
+        /// What was given.
+        address: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// No node led in time.
+    #[error("found no leader within {} s ({problems})", .waited.as_secs())]
+    NoLeader {
+        /// How long it was looked for.
+        waited: Duration,
+        /// What the nodes said, or why they said nothing.
+        problems: String,
+    },
+    /// The leader does not open a session.
+    #[error("the cluster refuses a session: {reason}")]
+    Refused {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A client of a cluster: one session, its calls and its chunks. Cloning shares it; it ends with
+/// [`Client::close`], or, unannounced, when the last clone is dropped.
+#[derive(Clone)]
+pub struct Client {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    cluster_id: ClusterId,
+    cluster: Arc<Cluster>,
+    mutator: Arc<Mutator>,
+    getter: Getter,
+    keeper: Arc<Keeper>,
+    queries: Semaphore,
+    call_timeout: Option<Duration>,
+    closing: CancellationToken,
+    /// Ends the background tasks with the last clone.
+    _guard: DropGuard,
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client")
+            .field("cluster", &self.inner.cluster_id)
+            .field("session", &self.session())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Client {
+    /// Finds the leader and opens a session. Needs a tokio runtime, which then carries the client's tasks.
+    pub async fn connect(options: ClientOptions) -> Result<Client, ConnectError> {
+        if options.addresses.is_empty() {
+            return Err(ConnectError::NoAddress);
+        }
+        let connector = Connector::new(options.tls);
+        for address in &options.addresses {
+            if let Err(error) = connector.client(address, Purpose::Calls) {
+                return Err(ConnectError::BadAddress {
+                    address: address.clone(),
+                    reason: error.to_string(),
+                });
+            }
+        }
+        let closing = CancellationToken::new();
+        let guard = closing.clone().drop_guard();
+        let cluster = Cluster::new(options.addresses, connector);
+        let calls = LeaderLink::new(cluster.clone());
+        let putter = Putter::new(cluster.clone(), options.bytes_in_flight_max);
+        tokio::spawn({
+            let (closing, cluster) = (closing.clone(), cluster.clone());
+            async move { closing.run_until_cancelled(cluster.follow_leader()).await }
+        });
+        run_link(&calls, &closing);
+        run_link(putter.link(), &closing);
+
+        let limit = options
+            .call_timeout
+            .unwrap_or(Duration::from_millis(CONNECT_TIMEOUT_MS));
+        let no_leader = || ConnectError::NoLeader {
+            waited: limit,
+            problems: cluster.problems(),
+        };
+        let sessions = timeout(limit, Sessions::open(&calls, options.description))
+            .await
+            .map_err(|_| no_leader())?
+            .map_err(|reason| ConnectError::Refused {
+                reason: reason.unwrap_or_else(|| String::from("the client was closed")),
+            })?;
+        let cluster_id = cluster.id().ok_or_else(no_leader)?;
+        let mutator = Arc::new(Mutator {
+            calls,
+            putter,
+            sessions,
+            runtime: tokio::runtime::Handle::current(),
+        });
+        let keeper = Arc::new(Keeper::new(mutator.clone()));
+        tokio::spawn({
+            let (closing, keeper) = (closing.clone(), keeper.clone());
+            async move { closing.run_until_cancelled(keeper.run()).await }
+        });
+        Ok(Client {
+            inner: Arc::new(Inner {
+                cluster_id,
+                getter: Getter::new(cluster.clone(), options.bytes_in_flight_max, closing.clone()),
+                cluster,
+                mutator,
+                keeper,
+                queries: Semaphore::new(QUERIES_MAX),
+                call_timeout: options.call_timeout,
+                closing,
+                _guard: guard,
+            }),
+        })
+    }
+
+    /// The current session.
+    pub fn session(&self) -> SessionId {
+        self.inner.mutator.sessions.current().session
+    }
+
+    /// Counts the sessions of this client, from 1. When it has changed, what was opened, locked or written and not
+    /// flushed before is lost.
+    pub fn generation(&self) -> u64 {
+        self.inner.mutator.sessions.current().generation
+    }
+
+    /// Whether the session is known to be lost and the next one is not open yet.
+    pub fn session_lost(&self) -> bool {
+        self.inner.mutator.sessions.current().is_lost()
+    }
+
+    /// Which cluster this is a client of.
+    pub fn cluster(&self) -> ClusterId {
+        self.inner.cluster_id
+    }
+
+    /// `host:port` of the leader as last found; `None` while there is none.
+    pub fn leader(&self) -> Option<String> {
+        let finding = self.inner.cluster.findings().borrow().clone();
+        finding.address.map(|address| address.to_string())
+    }
+
+    /// Changes metadata, once, however often it must be sent. `stored` are the chunks it names as stored; they are put
+    /// again if a new leader asks for that.
+    ///
+    /// Waits for a lane and while there is no leader. [`FsError::TimedOut`]: the change may still take effect, and is
+    /// seen to in the background. [`FsError::Io`]: the session was lost under way, or the client is closed, and
+    /// nobody knows. [`FsError::ChunkDead`]: make the chunks anew. Dropping the future is like a time-out.
+    pub async fn mutate(&self, command: Command, stored: &[FreshChunk]) -> Result<Outcome, FsError> {
+        self.bounded(self.inner.mutator.mutate(command, stored)).await
+    }
+
+    /// Reads metadata.
+    pub async fn query(&self, query: Query) -> Result<Answer, FsError> {
+        self.bounded(async {
+            let permit = self.inner.queries.acquire().await;
+            let _permit = permit.expect("never closed");
+            match self.inner.mutator.calls.ask(&Call::Query(query)).await {
+                Some(CallReply::Answer(answer)) => answer,
+                Some(CallReply::Refused(Refusal::Invalid { reason })) => {
+                    tracing::error!(reason, "the cluster refuses a query");
+                    Err(FsError::InvalidArgument)
+                }
+                Some(reply) => {
+                    tracing::error!(?reply, "not an answer to a query");
+                    Err(FsError::Io)
+                }
+                None => Err(FsError::Io),
+            }
+        })
+        .await
+    }
+
+    /// Gives `payload` an identity and checksums. Takes about a millisecond for 1 MiB.
+    ///
+    /// # Panics
+    /// If `payload` is empty or longer than [`quorumfs_proto::limits::CHUNK_BYTES_MAX`].
+    pub fn new_chunk(&self, payload: Bytes) -> FreshChunk {
+        FreshChunk::new(&self.inner.mutator.sessions.current().chunks, payload)
+    }
+
+    /// Brings `chunk` to the cluster; returns when f + 1 voters have it on disk. [`FsError::NoSpace`] at once when
+    /// they have no room, [`FsError::ChunkDead`] when the session it was made in is over.
+    pub async fn put_chunk(&self, chunk: &FreshChunk) -> Result<(), FsError> {
+        if chunk.id().session != self.session() {
+            return Err(FsError::ChunkDead);
+        }
+        self.bounded(self.inner.mutator.putter.put(chunk)).await
+    }
+
+    /// `length` bytes of a chunk from `offset` on, verified. [`FsError::Stale`]: the nodes do not have it (any more);
+    /// look the extents up again. [`FsError::Io`]: every copy is damaged.
+    pub async fn get_chunk(&self, id: ChunkId, offset: u32, length: u32) -> Result<Bytes, FsError> {
+        self.bounded(self.inner.getter.get(id, offset, length)).await
+    }
+
+    /// `handler` tells which of the unlinked inodes it is given are not open here, and from then on refuses cached
+    /// opens of them. Without one, none is released before the session ends. It must not block.
+    pub fn set_unlinked_handler(
+        &self,
+        handler: impl Fn(&[InodeNumber]) -> Vec<InodeNumber> + Send + Sync + 'static,
+    ) {
+        self.inner.keeper.set_unlinked_handler(Arc::new(handler));
+    }
+
+    /// Ends the session, so that what it held is free at once. Calls under way and later ones end as
+    /// [`FsError::Io`].
+    pub async fn close(&self) {
+        let session = self.session();
+        let call = Call::CloseSession { session };
+        let ask = self.inner.mutator.calls.ask(&call);
+        match timeout(Duration::from_millis(CLOSE_TIMEOUT_MS), ask).await {
+            Ok(_) => tracing::info!(%session, "closed the session"),
+            Err(_) => tracing::warn!(%session, "no leader heard that the session is over; it will lapse"),
+        }
+        self.inner.closing.cancel();
+    }
+
+    async fn bounded<T>(&self, work: impl Future<Output = Result<T, FsError>>) -> Result<T, FsError> {
+        let open = self.inner.closing.run_until_cancelled(work);
+        let done = match self.inner.call_timeout {
+            None => open.await,
+            Some(limit) => match timeout(limit, open).await {
+                Ok(done) => done,
+                Err(_) => return Err(FsError::TimedOut),
+            },
+        };
+        done.unwrap_or(Err(FsError::Io))
+    }
+}
+
+/// Keeps a link alive until the client is closed, and then lets nobody wait for it.
+fn run_link<P: Protocol>(link: &LeaderLink<P>, closing: &CancellationToken) {
+    let (link, closing) = (link.clone(), closing.clone());
+    tokio::spawn(async move {
+        closing.run_until_cancelled(link.clone().run()).await;
+        link.close();
+    });
+}

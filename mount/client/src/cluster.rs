@@ -1,0 +1,482 @@
+//! Which node leads, kept up to date by the complaints of those who use it.
+//!
+//! Owes: the address of the leader to whoever waits for it, soon after there is one; the addresses of all nodes;
+//! one line in the log for each change, with the length of the pause.
+//!
+//! Invariants: every finding has a number; a complaint names the number it is about, and one about an older finding
+//! is passed over, so that many users of one broken leader start one search. A search never ends but with a
+//! finding (P6), and pauses between rounds as [`Backoff`] says. The address book holds what the user gave and what
+//! the nodes told last, at most [`ADDRESSES_MAX`].
+//!
+//! Knows nothing of calls, sessions or chunks.
+
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
+use parking_lot::Mutex;
+use quorumfs_proto::wire::file_system_client::FileSystemClient;
+use quorumfs_proto::wire::{DiscoverRequest, DiscoverResponse};
+use quorumfs_proto::{ClusterId, Member, NodeId};
+use tokio::sync::{Notify, watch};
+use tonic::transport::Channel;
+
+use crate::connector::{Backoff, Connector, Purpose};
+use crate::discovery::{Search, Suspect, Tally};
+
+/// A node that does not say in this time who leads is passed over in this round.
+const DISCOVER_TIMEOUT_MS: u64 = 1_000;
+/// A cluster has at most seven voters and few learners; more addresses than this are not asked.
+const ADDRESSES_MAX: usize = 64;
+/// Once a majority has answered, how much longer the others may take: a stopped node must not slow down every round.
+const ROUND_GRACE_MS: u64 = 150;
+/// How long a search goes on before the log says so, and then says so again.
+const SEARCH_NOTICE_MS: u64 = 5_000;
+
+/// The leader as last found.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Finding {
+    /// Counts up with every finding and every loss.
+    pub(crate) number: u64,
+    /// `host:port`; `None` while it is looked for.
+    pub(crate) address: Option<Arc<str>>,
+}
+
+/// Nodes and their leader.
+pub(crate) struct Cluster {
+    connector: Connector,
+    state: Mutex<State>,
+    /// Something to do for [`Cluster::follow_leader`].
+    wanted: Notify,
+    finding: watch::Sender<Finding>,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// Nobody complains.
+    Settled,
+    /// The leader is silent; others are asked about it while calls still wait for it.
+    Doubted,
+    /// No leader, or one of which users know that it is none.
+    Searching { hint: Option<String> },
+}
+
+struct State {
+    book: Book,
+    phase: Phase,
+    suspect: Suspect,
+    /// Complaints since a leader last answered a call.
+    complaints: u32,
+    /// Since when calls wait.
+    pause_began: Option<Instant>,
+    /// A change of leader that the log has not heard of, for nobody knows yet how long the pause is.
+    unannounced: bool,
+    /// Why nodes are of no use, as of the last round.
+    problems: BTreeMap<String, String>,
+}
+
+/// Where nodes are reached.
+struct Book {
+    configured: Vec<String>,
+    cluster: Option<ClusterId>,
+    members: Vec<Member>,
+    /// An address at which a node has answered; it may differ from the one it is known by within the cluster.
+    reached: HashMap<NodeId, String>,
+}
+
+impl Book {
+    /// Every address worth asking, each once, the user's first.
+    fn addresses(&self) -> Vec<String> {
+        let mut addresses = self.configured.clone();
+        for member in &self.members {
+            let address = self.address_of(member);
+            if !address.is_empty() && !addresses.contains(&address) {
+                addresses.push(address);
+            }
+        }
+        addresses.truncate(ADDRESSES_MAX);
+        addresses
+    }
+
+    /// Where `member` is reached: where it was, or else where the cluster says.
+    fn address_of(&self, member: &Member) -> String {
+        let known = self.reached.get(&member.id);
+        known.unwrap_or(&member.addresses.grpc).clone()
+    }
+
+    fn member_at(&self, address: &str) -> Option<&Member> {
+        let named = self
+            .members
+            .iter()
+            .find(|member| member.addresses.grpc == address);
+        named.or_else(|| {
+            let mut reached = self.members.iter();
+            reached.find(|member| self.reached.get(&member.id).is_some_and(|at| at == address))
+        })
+    }
+
+    fn nodes(&self) -> usize {
+        match self.members.len() {
+            0 => self.configured.len(),
+            known => known,
+        }
+    }
+}
+
+impl Cluster {
+    /// Nothing is asked yet; `addresses` must not be empty.
+    pub(crate) fn new(addresses: Vec<String>, connector: Connector) -> Arc<Cluster> {
+        let mut configured: Vec<String> = Vec::with_capacity(addresses.len());
+        for address in addresses {
+            if !configured.contains(&address) {
+                configured.push(address);
+            }
+        }
+        let state = State {
+            book: Book {
+                configured,
+                cluster: None,
+                members: Vec::new(),
+                reached: HashMap::new(),
+            },
+            phase: Phase::Searching { hint: None },
+            suspect: Suspect::default(),
+            complaints: 0,
+            pause_began: None,
+            unannounced: false,
+            problems: BTreeMap::new(),
+        };
+        Arc::new(Cluster {
+            connector,
+            state: Mutex::new(state),
+            wanted: Notify::new(),
+            finding: watch::Sender::new(Finding::default()),
+        })
+    }
+
+    pub(crate) fn connector(&self) -> &Connector {
+        &self.connector
+    }
+
+    /// Which cluster answers; `None` before any of its nodes has.
+    pub(crate) fn id(&self) -> Option<ClusterId> {
+        self.state.lock().book.cluster
+    }
+
+    /// The addresses of all nodes, the user's first.
+    pub(crate) fn addresses(&self) -> Vec<String> {
+        self.state.lock().book.addresses()
+    }
+
+    /// Why no leader is found, for people: one clause for each address.
+    pub(crate) fn problems(&self) -> String {
+        let state = self.state.lock();
+        let clauses: Vec<String> = state
+            .problems
+            .iter()
+            .map(|(address, problem)| format!("{address}: {problem}"))
+            .collect();
+        match clauses.is_empty() {
+            true => String::from("no node has answered yet"),
+            false => clauses.join("; "),
+        }
+    }
+
+    /// The leader as last found, and every later finding.
+    pub(crate) fn findings(&self) -> watch::Receiver<Finding> {
+        self.finding.subscribe()
+    }
+
+    /// The number of the current finding.
+    pub(crate) fn number(&self) -> u64 {
+        self.finding.borrow().number
+    }
+
+    /// The leader of `finding` is none (any more), or its connection broke: calls have waited since `since`.
+    /// `hint` is the address of the leader as another node believes.
+    pub(crate) fn complain(&self, number: u64, hint: Option<String>, since: Instant) {
+        let mut state = self.state.lock();
+        if number != self.number() || matches!(state.phase, Phase::Searching { .. }) {
+            return;
+        }
+        state.begin_pause(since);
+        state.complaints = state.complaints.saturating_add(1);
+        state.phase = Phase::Searching { hint };
+        self.finding.send_modify(|finding| {
+            finding.number += 1;
+            finding.address = None;
+        });
+        drop(state);
+        self.wanted.notify_one();
+    }
+
+    /// The leader of `finding` has been silent since `since`: is there another?
+    pub(crate) fn doubt(&self, number: u64, since: Instant) {
+        let mut state = self.state.lock();
+        if number == self.number() && matches!(state.phase, Phase::Settled) {
+            state.begin_pause(since);
+            state.phase = Phase::Doubted;
+            drop(state);
+            self.wanted.notify_one();
+        }
+    }
+
+    /// The leader of `finding` has answered a call.
+    pub(crate) fn confirm(&self, number: u64) {
+        let mut state = self.state.lock();
+        if number != self.number() || matches!(state.phase, Phase::Searching { .. }) {
+            return;
+        }
+        state.phase = Phase::Settled;
+        state.complaints = 0;
+        let pause = state.pause_began.take();
+        if std::mem::take(&mut state.unannounced) {
+            let leader = state.suspect.address.clone().unwrap_or_default();
+            match pause {
+                Some(began) => tracing::info!(
+                    leader,
+                    pause_ms = began.elapsed().as_millis() as u64,
+                    "calls are answered again"
+                ),
+                None => tracing::info!(leader, "found the leader"),
+            }
+        }
+    }
+
+    /// Looks for the leader whenever there is none or it is in doubt; never returns.
+    pub(crate) async fn follow_leader(&self) {
+        let mut clients = HashMap::new();
+        let mut backoff = Backoff::new();
+        let mut search_began = Instant::now();
+        let mut notice_due = search_began + Duration::from_millis(SEARCH_NOTICE_MS);
+        loop {
+            let (search, complaints, hint) = {
+                let mut state = self.state.lock();
+                let complaints = state.complaints;
+                match &mut state.phase {
+                    Phase::Settled => (None, complaints, None),
+                    Phase::Doubted => (Some(Search::Another), complaints, None),
+                    Phase::Searching { hint } => (Some(Search::Anyone), complaints, hint.take()),
+                }
+            };
+            let Some(search) = search else {
+                if complaints == 0 {
+                    backoff = Backoff::new();
+                }
+                self.wanted.notified().await;
+                search_began = Instant::now();
+                notice_due = search_began + Duration::from_millis(SEARCH_NOTICE_MS);
+                continue;
+            };
+            // One hint is followed; after that, two nodes that name each other must not send us to and fro.
+            if let Some(address) = hint.filter(|_| complaints <= 1)
+                && self.adopt_hint(&address)
+            {
+                continue;
+            }
+            let found = self.ask_all(search, &mut clients).await;
+            if let Some((member, address)) = found {
+                self.adopt(search, Some(member.id), address);
+                continue;
+            }
+            if search == Search::Anyone && Instant::now() >= notice_due {
+                notice_due = Instant::now() + Duration::from_millis(6 * SEARCH_NOTICE_MS);
+                tracing::warn!(
+                    waited_ms = search_began.elapsed().as_millis() as u64,
+                    nodes = self.problems(),
+                    "no leader is known; calls wait"
+                );
+            }
+            backoff.pause().await;
+        }
+    }
+
+    /// Takes a node's word for who leads, unless it names the one in question.
+    fn adopt_hint(&self, address: &str) -> bool {
+        let (id, address) = {
+            let state = self.state.lock();
+            let member = state.book.member_at(address);
+            let reached = member.map_or_else(|| address.to_string(), |m| state.book.address_of(m));
+            if state.suspect.address.as_deref() == Some(reached.as_str()) {
+                return false;
+            }
+            (member.map(|m| m.id), reached)
+        };
+        self.adopt(Search::Anyone, id, address);
+        true
+    }
+
+    fn adopt(&self, search: Search, id: Option<NodeId>, address: String) {
+        let mut state = self.state.lock();
+        let still_wanted = match state.phase {
+            Phase::Settled => false,
+            Phase::Doubted => search == Search::Another,
+            Phase::Searching { .. } => search == Search::Anyone,
+        };
+        if !still_wanted {
+            return;
+        }
+        state.phase = Phase::Settled;
+        state.unannounced = true;
+        state.suspect = Suspect {
+            id,
+            address: Some(address.clone()),
+        };
+        self.finding.send_modify(|finding| {
+            finding.number += 1;
+            finding.address = Some(Arc::from(address.as_str()));
+        });
+    }
+
+    /// One round: asks every node who leads, and judges as the answers come.
+    async fn ask_all(
+        &self,
+        search: Search,
+        clients: &mut HashMap<String, FileSystemClient<Channel>>,
+    ) -> Option<(Member, String)> {
+        let (addresses, mut tally) = {
+            let mut state = self.state.lock();
+            state.problems.clear();
+            let tally = Tally::new(search, state.suspect.clone(), state.book.nodes());
+            (state.book.addresses(), tally)
+        };
+        clients.retain(|address, _| addresses.contains(address));
+        let mut answers: FuturesUnordered<_> = addresses
+            .into_iter()
+            .filter_map(|address| {
+                if !clients.contains_key(&address) {
+                    match self.connector.client(&address, Purpose::Calls) {
+                        Ok(client) => {
+                            clients.insert(address.clone(), client);
+                        }
+                        Err(error) => self.note_problem(&address, error.to_string()),
+                    }
+                }
+                let client = clients.get(&address)?.clone();
+                Some(ask(client, address))
+            })
+            .collect();
+        let mut grace = Duration::from_millis(DISCOVER_TIMEOUT_MS);
+        while let Ok(Some((address, answer))) = tokio::time::timeout(grace, answers.next()).await {
+            match answer {
+                Err(problem) => {
+                    // A connection that hangs must not be asked again.
+                    clients.remove(&address);
+                    self.state.lock().book.reached.retain(|_, at| *at != address);
+                    self.note_problem(&address, problem);
+                }
+                Ok(answer) => match self.learn(&address, answer) {
+                    Err(problem) => self.note_problem(&address, problem),
+                    Ok((node, leader)) => {
+                        if leader.is_none() {
+                            self.note_problem(&address, String::from("answers, but knows no leader"));
+                        }
+                        tally.add(node, leader);
+                        if let Some(leader) = tally.early() {
+                            return Some(self.with_address(leader));
+                        }
+                        if tally.has_majority() {
+                            grace = Duration::from_millis(ROUND_GRACE_MS);
+                        }
+                    }
+                },
+            }
+        }
+        tally.last().map(|leader| self.with_address(leader))
+    }
+
+    fn with_address(&self, leader: Member) -> (Member, String) {
+        let address = self.state.lock().book.address_of(&leader);
+        (leader, address)
+    }
+
+    fn note_problem(&self, address: &str, problem: String) {
+        self.state.lock().problems.insert(address.to_string(), problem);
+    }
+
+    /// Takes note of what a node said; who it is and whom it follows.
+    fn learn(&self, address: &str, answer: DiscoverResponse) -> Result<(NodeId, Option<Member>), String> {
+        if answer.cluster_id.is_empty() {
+            return Err(String::from("answers, but its cluster has not been made yet"));
+        }
+        let cluster = ClusterId::from_bytes(&answer.cluster_id)
+            .ok_or_else(|| String::from("answers with a malformed cluster id"))?;
+        let node = answer
+            .node
+            .ok_or_else(|| String::from("does not say who it is"))?;
+        let node = Member::try_from(node).map_err(|error| error.to_string())?;
+        let leader = answer
+            .leader
+            .map(Member::try_from)
+            .transpose()
+            .map_err(|error| error.to_string())?;
+        let members: Vec<Member> = answer
+            .members
+            .into_iter()
+            .filter_map(|member| Member::try_from(member).ok())
+            .take(ADDRESSES_MAX)
+            .collect();
+
+        let mut state = self.state.lock();
+        let book = &mut state.book;
+        match book.cluster {
+            None => book.cluster = Some(cluster),
+            Some(ours) if ours != cluster => {
+                return Err(format!("belongs to another cluster ({cluster}, not {ours})"));
+            }
+            Some(_) => {}
+        }
+        // An old address may by now belong to another node.
+        book.reached.retain(|id, at| at != address || *id == node.id);
+        // One address for each node, the user's before others, so that nobody moves between two names of one node.
+        let better = book.configured.iter().any(|configured| configured == address);
+        match book.reached.entry(node.id) {
+            Entry::Occupied(mut known) if better => drop(known.insert(address.to_string())),
+            Entry::Occupied(_) => {}
+            Entry::Vacant(unknown) => drop(unknown.insert(address.to_string())),
+        }
+        if !members.is_empty() {
+            book.reached
+                .retain(|id, _| *id == node.id || members.iter().any(|member| member.id == *id));
+            book.members = members;
+        }
+        Ok((node.id, leader))
+    }
+}
+
+impl State {
+    fn begin_pause(&mut self, since: Instant) {
+        let began = self.pause_began.get_or_insert(since);
+        *began = since.min(*began);
+    }
+}
+
+async fn ask(
+    mut client: FileSystemClient<Channel>,
+    address: String,
+) -> (String, Result<DiscoverResponse, String>) {
+    let limit = Duration::from_millis(DISCOVER_TIMEOUT_MS);
+    let answer = match tokio::time::timeout(limit, client.discover(DiscoverRequest {})).await {
+        Ok(Ok(answer)) => Ok(answer.into_inner()),
+        Ok(Err(status)) => Err(describe(&status)),
+        Err(_) => Err(format!("no answer within {DISCOVER_TIMEOUT_MS} ms")),
+    };
+    (address, answer)
+}
+
+/// What a status says, with the reason beneath it: "transport error" alone helps nobody.
+pub(crate) fn describe(status: &tonic::Status) -> String {
+    let mut text = status.message().to_string();
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        let reason = error.to_string();
+        if !text.contains(&reason) {
+            text = format!("{text}: {reason}");
+        }
+        source = error.source();
+    }
+    text
+}

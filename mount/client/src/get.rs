@@ -1,0 +1,435 @@
+//! Reads ranges of chunks from whichever node gives them best.
+//!
+//! Owes: exactly the bytes asked for, each verified against its block's CRC-32C (P3). A node that fails, is silent,
+//! lacks the chunk or holds a damaged copy is passed over; every copy of a chunk is equally right.
+//!
+//! Invariants: one stream for each node, made when first used; bytes under way are bounded by a budget. An attempt
+//! ends when its stream breaks, or when nothing at all has come from the node for [`ATTEMPT_SILENCE_MS_MAX`].
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use quorumfs_proto::chunk::blocks_match;
+use quorumfs_proto::limits::{BLOCK_BYTES, CHUNK_BYTES_MAX};
+use quorumfs_proto::wire::{ChunkStatus, DiscoverRequest, GetChunkRequest, GetChunkResponse};
+use quorumfs_proto::{ChunkId, FsError};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+
+use crate::cluster::{Cluster, describe};
+use crate::connector::{Backoff, Connector, Purpose};
+use crate::put::{BYTES_IN_FLIGHT_MAX, Budget, TRANSFER_COST_BYTES_MIN};
+use crate::sources::{self, Health};
+
+/// A node that sends nothing for so long is passed over; with one of three nodes stopped, a read pauses so long once.
+const ATTEMPT_SILENCE_MS_MAX: u64 = 2_000;
+/// A single answer that takes longer than this while others come is lost.
+const ATTEMPT_MS_MAX: u64 = 10_000;
+/// A stream that is not accepted in this time is given up.
+const OPEN_TIMEOUT_MS: u64 = 1_500;
+/// A node that does not say that it is back in this time is not.
+const PROBE_TIMEOUT_MS: u64 = 1_000;
+/// How long nodes may say "not here" or "damaged" while others cannot be asked, before the caller hears of it:
+/// enough for a restart, and for a repair from another copy.
+const PATIENCE_MS: u64 = 5_000;
+/// Most requests in the queue to one node's stream.
+const REQUESTS_MAX: usize = BYTES_IN_FLIGHT_MAX / TRANSFER_COST_BYTES_MIN;
+
+/// The way chunks come from the nodes.
+pub(crate) struct Getter {
+    cluster: Arc<Cluster>,
+    closing: CancellationToken,
+    budget: Budget,
+    readers: Mutex<HashMap<String, Arc<NodeReader>>>,
+}
+
+/// Why an attempt brought no bytes.
+#[derive(Debug)]
+enum Missed {
+    /// The node holds no such chunk, nor could it fetch it.
+    NotFound,
+    /// What it holds, or what arrived, is damaged.
+    Damaged(String),
+    /// No sense in asking another.
+    Invalid(String),
+    /// It did not answer, or could not.
+    Failed(String),
+}
+
+/// What one round through all nodes brought.
+#[derive(Debug, Default)]
+struct Round {
+    nodes: usize,
+    not_found: usize,
+    damaged: usize,
+}
+
+impl Round {
+    /// Whether to tell the caller after so long, rather than to go round again.
+    fn verdict(&self, elapsed: Duration) -> Option<FsError> {
+        let impatient = elapsed >= Duration::from_millis(PATIENCE_MS);
+        // What f + 1 nodes hold cannot be missing on a majority.
+        if self.not_found > self.nodes / 2 || (impatient && self.not_found > 0 && self.damaged == 0) {
+            Some(FsError::Stale)
+        } else if impatient && self.damaged > 0 {
+            Some(FsError::Io)
+        } else {
+            None
+        }
+    }
+}
+
+impl Getter {
+    pub(crate) fn new(
+        cluster: Arc<Cluster>,
+        bytes_in_flight_max: usize,
+        closing: CancellationToken,
+    ) -> Getter {
+        Getter {
+            cluster,
+            closing,
+            budget: Budget::new(bytes_in_flight_max),
+            readers: Mutex::new(HashMap::new()),
+        }
+    }
+
+    /// `length` bytes of chunk `id` from `offset` on, however long it takes to find a node that has them.
+    pub(crate) async fn get(&self, id: ChunkId, offset: u32, length: u32) -> Result<Bytes, FsError> {
+        if offset.checked_add(length).is_none_or(|end| end > CHUNK_BYTES_MAX) {
+            return Err(FsError::InvalidArgument);
+        }
+        if length == 0 {
+            return Ok(Bytes::new());
+        }
+        let _share = self.budget.share(length as usize).await;
+        let began = Instant::now();
+        let mut backoff = Backoff::new();
+        loop {
+            let mut round = Round::default();
+            for reader in self.readers_in_order() {
+                round.nodes += 1;
+                match reader.fetch(id, offset, length).await {
+                    Ok(bytes) => return Ok(bytes),
+                    Err(Missed::NotFound) => round.not_found += 1,
+                    Err(Missed::Damaged(reason)) => {
+                        round.damaged += 1;
+                        tracing::warn!(chunk = %id, node = reader.address, reason, "a damaged copy is passed over");
+                    }
+                    Err(Missed::Invalid(reason)) => {
+                        tracing::error!(chunk = %id, offset, length, reason, "a node refuses a read");
+                        return Err(FsError::InvalidArgument);
+                    }
+                    Err(Missed::Failed(reason)) => {
+                        tracing::debug!(chunk = %id, node = reader.address, reason, "asking the next node");
+                    }
+                }
+            }
+            if let Some(error) = round.verdict(began.elapsed()) {
+                return Err(error);
+            }
+            backoff.pause().await;
+        }
+    }
+
+    fn readers_in_order(&self) -> Vec<Arc<NodeReader>> {
+        let addresses = self.cluster.addresses();
+        let now = Instant::now();
+        let mut known = self.readers.lock();
+        known.retain(|address, _| addresses.contains(address));
+        let readers: Vec<Arc<NodeReader>> = addresses
+            .into_iter()
+            .map(|address| {
+                let make = || NodeReader::new(&address, self.cluster.connector(), &self.closing);
+                known.entry(address.clone()).or_insert_with(make).clone()
+            })
+            .collect();
+        drop(known);
+        for reader in &readers {
+            reader.probe_if_due(now);
+        }
+        let healths: Vec<Health> = readers.iter().map(|reader| reader.health()).collect();
+        let order = sources::order(&healths, now);
+        order.into_iter().map(|index| readers[index].clone()).collect()
+    }
+}
+
+/// One node's stream and what waits for it.
+struct NodeReader {
+    address: String,
+    connector: Connector,
+    closing: CancellationToken,
+    state: Mutex<ReaderState>,
+}
+
+struct ReaderState {
+    health: Health,
+    /// Which connection `outbound` and `waiting` belong to.
+    connection: u64,
+    outbound: Option<mpsc::Sender<GetChunkRequest>>,
+    waiting: HashMap<u64, oneshot::Sender<GetChunkResponse>>,
+    next_call_id: u64,
+    last_answer: Instant,
+}
+
+/// A request under way; dropping it withdraws it.
+struct UnderWay<'a> {
+    reader: &'a NodeReader,
+    call_id: u64,
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        let mut state = self.reader.state.lock();
+        state.waiting.remove(&self.call_id);
+        state.health.under_way = state.health.under_way.saturating_sub(1);
+    }
+}
+
+impl NodeReader {
+    fn new(address: &str, connector: &Connector, closing: &CancellationToken) -> Arc<NodeReader> {
+        Arc::new(NodeReader {
+            address: address.to_string(),
+            connector: connector.clone(),
+            closing: closing.clone(),
+            state: Mutex::new(ReaderState {
+                health: Health::default(),
+                connection: 0,
+                outbound: None,
+                waiting: HashMap::new(),
+                next_call_id: 1,
+                last_answer: Instant::now(),
+            }),
+        })
+    }
+
+    fn health(&self) -> Health {
+        self.state.lock().health.clone()
+    }
+
+    /// One attempt, verified.
+    async fn fetch(self: &Arc<Self>, id: ChunkId, offset: u32, length: u32) -> Result<Bytes, Missed> {
+        let sent_at = Instant::now();
+        let result = match self.exchange(id, offset, length, sent_at).await {
+            Ok(answer) => open_answer(answer, offset, length),
+            Err(reason) => Err(Missed::Failed(reason)),
+        };
+        let now = Instant::now();
+        let mut state = self.state.lock();
+        match &result {
+            Ok(_) => state.health.answered(now.duration_since(sent_at), now),
+            Err(Missed::Failed(_)) => state.health.failed(now),
+            Err(Missed::NotFound | Missed::Damaged(_) | Missed::Invalid(_)) => {}
+        }
+        result
+    }
+
+    async fn exchange(
+        self: &Arc<Self>,
+        id: ChunkId,
+        offset: u32,
+        length: u32,
+        sent_at: Instant,
+    ) -> Result<GetChunkResponse, String> {
+        let (sender, mut answer) = oneshot::channel();
+        let under_way = {
+            let mut state = self.state.lock();
+            let outbound = match &state.outbound {
+                Some(outbound) => outbound.clone(),
+                None => self.connect(&mut state),
+            };
+            let call_id = state.next_call_id;
+            state.next_call_id += 1;
+            let request = GetChunkRequest {
+                call_id,
+                chunk: Some(id.into()),
+                offset,
+                length,
+            };
+            outbound
+                .try_send(request)
+                .map_err(|_| String::from("its stream is full or gone"))?;
+            state.waiting.insert(call_id, sender);
+            state.health.under_way += 1;
+            UnderWay {
+                reader: self,
+                call_id,
+            }
+        };
+        let silence_max = Duration::from_millis(ATTEMPT_SILENCE_MS_MAX);
+        let mut patience = silence_max;
+        let outcome = loop {
+            match timeout(patience, &mut answer).await {
+                Ok(Ok(answer)) => break Ok(answer),
+                Ok(Err(_)) => break Err(String::from("the stream broke")),
+                Err(_) => {
+                    let silent_since = sent_at.max(self.state.lock().last_answer);
+                    let silence = silent_since.elapsed();
+                    if silence >= silence_max || sent_at.elapsed() >= Duration::from_millis(ATTEMPT_MS_MAX) {
+                        break Err(format!("no answer in {} ms", sent_at.elapsed().as_millis()));
+                    }
+                    patience = silence_max - silence;
+                }
+            }
+        };
+        drop(under_way);
+        outcome
+    }
+
+    /// Begins a new connection; requests may be sent into it at once.
+    fn connect(self: &Arc<Self>, state: &mut ReaderState) -> mpsc::Sender<GetChunkRequest> {
+        let (outbound, requests) = mpsc::channel(REQUESTS_MAX);
+        state.connection += 1;
+        state.outbound = Some(outbound.clone());
+        let reader = self.clone();
+        let connection = state.connection;
+        tokio::spawn(async move {
+            let served = reader.closing.run_until_cancelled(reader.serve(requests)).await;
+            if let Some(Err(reason)) = served {
+                tracing::debug!(node = reader.address, reason, "lost a connection for chunks");
+            }
+            let mut state = reader.state.lock();
+            if state.connection == connection {
+                state.outbound = None;
+                state.waiting.clear();
+            }
+        });
+        outbound
+    }
+
+    async fn serve(&self, requests: mpsc::Receiver<GetChunkRequest>) -> Result<(), String> {
+        let mut client = self
+            .connector
+            .client(&self.address, Purpose::Bulk)
+            .map_err(|error| error.to_string())?;
+        let open = client.get_chunks(ReceiverStream::new(requests));
+        let mut answers = timeout(Duration::from_millis(OPEN_TIMEOUT_MS), open)
+            .await
+            .map_err(|_| format!("no stream within {OPEN_TIMEOUT_MS} ms"))?
+            .map_err(|status| describe(&status))?
+            .into_inner();
+        while let Some(answer) = answers.message().await.map_err(|status| describe(&status))? {
+            let waiting = {
+                let mut state = self.state.lock();
+                state.last_answer = Instant::now();
+                state.waiting.remove(&answer.call_id)
+            };
+            if let Some(waiting) = waiting {
+                // Whoever does not wait any more does not want to know.
+                let _ = waiting.send(answer);
+            }
+        }
+        Err(String::from("the node ended the stream"))
+    }
+
+    /// Asks a node that failed whether it is back, so that no read has to try.
+    fn probe_if_due(self: &Arc<Self>, now: Instant) {
+        if !self.state.lock().health.wants_probe(now) {
+            return;
+        }
+        let reader = self.clone();
+        tokio::spawn(async move {
+            let back = match reader.connector.client(&reader.address, Purpose::Calls) {
+                Ok(mut client) => {
+                    let limit = Duration::from_millis(PROBE_TIMEOUT_MS);
+                    let answer = timeout(limit, client.discover(DiscoverRequest {})).await;
+                    matches!(answer, Ok(Ok(_)))
+                }
+                Err(_) => false,
+            };
+            reader.state.lock().health.probed(back, Instant::now());
+        });
+    }
+}
+
+/// The bytes asked for out of an answer that is widened to whole blocks.
+fn open_answer(answer: GetChunkResponse, offset: u32, length: u32) -> Result<Bytes, Missed> {
+    match answer.status() {
+        ChunkStatus::Ok => {}
+        ChunkStatus::NotFound => return Err(Missed::NotFound),
+        ChunkStatus::Corrupt => return Err(Missed::Damaged(answer.detail)),
+        ChunkStatus::Invalid => return Err(Missed::Invalid(answer.detail)),
+        status => return Err(Missed::Failed(format!("{status:?}: {}", answer.detail))),
+    }
+    if !answer.offset.is_multiple_of(BLOCK_BYTES) || !blocks_match(&answer.payload, &answer.block_crcs) {
+        return Err(Missed::Damaged(String::from("the checksums do not match")));
+    }
+    let begin = offset.checked_sub(answer.offset).map(|begin| begin as usize);
+    let range = begin.map(|begin| begin..begin + length as usize);
+    match range {
+        Some(range) if range.end <= answer.payload.len() => Ok(answer.payload.slice(range)),
+        _ => Err(Missed::Damaged(format!(
+            "{} bytes from {} are not {length} from {offset}",
+            answer.payload.len(),
+            answer.offset
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use quorumfs_proto::chunk::block_crcs;
+
+    fn answer(offset: u32, payload: Vec<u8>) -> GetChunkResponse {
+        GetChunkResponse {
+            call_id: 1,
+            status: ChunkStatus::Ok.into(),
+            detail: String::new(),
+            offset,
+            block_crcs: block_crcs(&payload),
+            payload: payload.into(),
+        }
+    }
+
+    #[test]
+    fn exactly_the_range_comes_out_of_whole_blocks() {
+        let payload: Vec<u8> = (0..10_000u32).map(|i| i as u8).collect();
+        let bytes = open_answer(answer(4096, payload.clone()), 5000, 3000).unwrap();
+        assert_eq!(bytes, payload[904..3904]);
+        let all = open_answer(answer(0, payload.clone()), 0, 10_000).unwrap();
+        assert_eq!(all, payload);
+    }
+
+    #[test]
+    fn a_damaged_or_short_answer_is_no_answer() {
+        let damaged = |mut answer: GetChunkResponse, change: fn(&mut GetChunkResponse)| {
+            change(&mut answer);
+            matches!(open_answer(answer, 4096, 100), Err(Missed::Damaged(_)))
+        };
+        let good = answer(4096, vec![1; 4096]);
+        assert!(open_answer(good.clone(), 4096, 100).is_ok());
+        assert!(damaged(good.clone(), |a| a.block_crcs[0] ^= 1));
+        assert!(damaged(good.clone(), |a| a.block_crcs.clear()));
+        assert!(damaged(good.clone(), |a| a.payload = Bytes::from(vec![2; 4096])));
+        assert!(damaged(good.clone(), |a| a.offset = 8192));
+        assert!(damaged(good, |a| a.offset = 4095));
+        assert!(damaged(answer(4096, vec![1; 99]), |_| {}));
+    }
+
+    #[test]
+    fn a_round_is_judged_by_what_a_quorum_can_know() {
+        let round = |nodes, not_found, damaged| Round {
+            nodes,
+            not_found,
+            damaged,
+        };
+        let (soon, late) = (Duration::ZERO, Duration::from_millis(PATIENCE_MS));
+        assert_eq!(round(3, 3, 0).verdict(soon), Some(FsError::Stale));
+        assert_eq!(round(3, 2, 0).verdict(soon), Some(FsError::Stale));
+        assert_eq!(round(3, 1, 0).verdict(soon), None);
+        assert_eq!(round(3, 1, 0).verdict(late), Some(FsError::Stale));
+        assert_eq!(round(3, 1, 1).verdict(late), Some(FsError::Io));
+        assert_eq!(round(3, 0, 3).verdict(soon), None);
+        assert_eq!(round(3, 0, 3).verdict(late), Some(FsError::Io));
+        assert_eq!(
+            round(3, 0, 0).verdict(late),
+            None,
+            "nobody can be asked: it waits (P6)"
+        );
+    }
+}

@@ -1,0 +1,136 @@
+//! Brings chunks to the leader, which answers when f + 1 voters have them on disk (P2).
+//!
+//! Invariant: the bytes that are under way are bounded by a budget; a put waits for its share before it is sent.
+//! Putting a chunk again does no harm: its identity names it.
+
+use std::sync::Arc;
+
+use quorumfs_proto::FsError;
+use quorumfs_proto::wire::file_system_client::FileSystemClient;
+use quorumfs_proto::wire::{ChunkStatus, PutChunkRequest, PutChunkResponse};
+use tokio::sync::Semaphore;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+use tonic::{Response, Status, Streaming};
+
+use crate::chunk::FreshChunk;
+use crate::cluster::Cluster;
+use crate::connector::Purpose;
+use crate::leader_link::{Delivery, LeaderLink, Protocol, Reading};
+
+/// What even a tiny chunk costs of a budget of bytes, so that a budget bounds their number too.
+pub(crate) const TRANSFER_COST_BYTES_MIN: usize = 32 << 10;
+/// Budgets above this help nobody: it is many times what a connection takes in a second.
+pub(crate) const BYTES_IN_FLIGHT_MAX: usize = 256 << 20;
+/// A chunk that arrives damaged so often in a row is damaged here.
+const DAMAGED_MAX: u32 = 4;
+
+/// Chunk puts.
+pub(crate) struct Puts;
+
+impl Protocol for Puts {
+    const NAME: &'static str = "put";
+    const PURPOSE: Purpose = Purpose::Bulk;
+    const OUTSTANDING_MAX: usize = BYTES_IN_FLIGHT_MAX / TRANSFER_COST_BYTES_MIN;
+    const RESEND_AFTER_MS: u64 = 5_000;
+    type Request = PutChunkRequest;
+    type Response = PutChunkResponse;
+    type Reply = PutChunkResponse;
+
+    async fn open(
+        client: &mut FileSystemClient<Channel>,
+        requests: ReceiverStream<PutChunkRequest>,
+    ) -> Result<Response<Streaming<PutChunkResponse>>, Status> {
+        client.put_chunks(requests).await
+    }
+
+    fn number(request: &mut PutChunkRequest, call_id: u64) {
+        request.call_id = call_id;
+    }
+
+    fn read(response: PutChunkResponse) -> (u64, Reading<PutChunkResponse>) {
+        let call_id = response.call_id;
+        let reading = match response.status() {
+            ChunkStatus::NotLeader => Reading::NotLeader {
+                hint: Some(response.leader).filter(|leader| !leader.is_empty()),
+            },
+            ChunkStatus::Unavailable => Reading::Unavailable {
+                reason: response.detail,
+            },
+            _ => Reading::Reply(response),
+        };
+        (call_id, reading)
+    }
+}
+
+/// A budget of bytes for transfers under way.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    permits: Semaphore,
+    bytes_max: usize,
+}
+
+impl Budget {
+    pub(crate) fn new(bytes_max: usize) -> Budget {
+        let bytes_max = bytes_max.clamp(TRANSFER_COST_BYTES_MIN, BYTES_IN_FLIGHT_MAX);
+        Budget {
+            permits: Semaphore::new(bytes_max),
+            bytes_max,
+        }
+    }
+
+    /// Waits for a share of the budget; what is larger than all of it waits until it is alone.
+    pub(crate) async fn share(&self, bytes: usize) -> tokio::sync::SemaphorePermit<'_> {
+        let cost = bytes.max(TRANSFER_COST_BYTES_MIN).min(self.bytes_max) as u32;
+        let permit = self.permits.acquire_many(cost).await;
+        permit.expect("the budget is never closed")
+    }
+}
+
+/// The way chunks go to the leader.
+pub(crate) struct Putter {
+    link: LeaderLink<Puts>,
+    budget: Budget,
+}
+
+impl Putter {
+    pub(crate) fn new(cluster: Arc<Cluster>, bytes_in_flight_max: usize) -> Putter {
+        Putter {
+            link: LeaderLink::new(cluster),
+            budget: Budget::new(bytes_in_flight_max),
+        }
+    }
+
+    pub(crate) fn link(&self) -> &LeaderLink<Puts> {
+        &self.link
+    }
+
+    /// Returns when f + 1 voters hold `chunk`, however long that takes; or why they never will.
+    pub(crate) async fn put(&self, chunk: &FreshChunk) -> Result<(), FsError> {
+        let _share = self.budget.share(chunk.payload().len()).await;
+        let mut damaged = 0;
+        loop {
+            let response = match self.link.call(chunk.request()).await {
+                Delivery::Reply(response, _) => response,
+                Delivery::Unavailable(..) | Delivery::Closed => return Err(FsError::Io),
+            };
+            match response.status() {
+                ChunkStatus::Ok => return Ok(()),
+                ChunkStatus::NoSpace => return Err(FsError::NoSpace),
+                ChunkStatus::Corrupt if damaged < DAMAGED_MAX => damaged += 1,
+                status => {
+                    tracing::warn!(
+                        chunk = %chunk.id(),
+                        ?status,
+                        detail = response.detail,
+                        "the leader does not take the chunk"
+                    );
+                    return Err(match status {
+                        ChunkStatus::Invalid => FsError::InvalidArgument,
+                        _ => FsError::Io,
+                    });
+                }
+            }
+        }
+    }
+}
