@@ -22,7 +22,7 @@ use crate::write_buffer::WriteBuffer;
 pub type Handle = u64;
 
 /// How a file is opened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpenFlags {
     /// For reading.
     pub read: bool,
@@ -32,12 +32,14 @@ pub struct OpenFlags {
     pub append: bool,
     /// O_TRUNC.
     pub truncate: bool,
+    /// Whether that drops privileges: it does unless the caller is privileged.
+    pub privileges: Privileges,
     /// O_EXCL, of a create.
     pub exclusive: bool,
 }
 
 impl From<i32> for OpenFlags {
-    /// The flags of open(2).
+    /// The flags of open(2), of an unprivileged caller.
     fn from(flags: i32) -> OpenFlags {
         let access = flags & libc::O_ACCMODE;
         OpenFlags {
@@ -45,6 +47,7 @@ impl From<i32> for OpenFlags {
             write: access != libc::O_RDONLY,
             append: flags & libc::O_APPEND != 0,
             truncate: flags & libc::O_TRUNC != 0,
+            privileges: Privileges::Drop,
             exclusive: flags & libc::O_EXCL != 0,
         }
     }
@@ -100,9 +103,8 @@ pub struct InodeState<Put> {
 impl<Put> InodeState<Put> {
     /// Takes what the cluster told, unless it is older than what is known. (Each change moves ctime forward.)
     pub fn learn(&mut self, told: &Attributes) {
-        let is_older = |view: &Attributes| {
-            told.ctime < view.ctime || told.content_version < view.content_version
-        };
+        let is_older =
+            |view: &Attributes| told.ctime < view.ctime || told.content_version < view.content_version;
         if !self.view.as_ref().is_some_and(is_older) {
             self.view = Some(told.clone());
         }
@@ -206,7 +208,11 @@ impl<Put> OpenFiles<Put> {
 
     /// How many handles and opens under way `inode` has.
     pub fn holds(&self, inode: InodeNumber) -> u32 {
-        self.tables.lock().inodes.get(&inode).map_or(0, |entry| entry.holds)
+        self.tables
+            .lock()
+            .inodes
+            .get(&inode)
+            .map_or(0, |entry| entry.holds)
     }
 
     /// Takes a hold back.
@@ -241,7 +247,12 @@ impl<Put> OpenFiles<Put> {
 
     /// The file of a handle. [`FsError::Stale`] where there is none.
     pub fn get(&self, handle: Handle) -> Result<Arc<OpenFile<Put>>, FsError> {
-        self.tables.lock().files.get(&handle).cloned().ok_or(FsError::Stale)
+        self.tables
+            .lock()
+            .files
+            .get(&handle)
+            .cloned()
+            .ok_or(FsError::Stale)
     }
 
     /// Ends a handle; its hold stays until [`OpenFiles::let_go`].
@@ -251,7 +262,11 @@ impl<Put> OpenFiles<Put> {
 
     /// The open (or dirty) file of this number.
     pub fn find(&self, inode: InodeNumber) -> Option<Arc<OpenInode<Put>>> {
-        self.tables.lock().inodes.get(&inode).map(|entry| Arc::clone(&entry.node))
+        self.tables
+            .lock()
+            .inodes
+            .get(&inode)
+            .map(|entry| Arc::clone(&entry.node))
     }
 
     /// Whether nothing is open.
@@ -262,7 +277,11 @@ impl<Put> OpenFiles<Put> {
     /// Those of `inodes` that are not open here.
     pub fn not_open(&self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
         let tables = self.tables.lock();
-        inodes.iter().filter(|inode| !tables.inodes.contains_key(inode)).copied().collect()
+        inodes
+            .iter()
+            .filter(|inode| !tables.inodes.contains_key(inode))
+            .copied()
+            .collect()
     }
 }
 

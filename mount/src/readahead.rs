@@ -97,7 +97,10 @@ mod tests {
             let end = (at + 1) * read;
             if !seen.ahead.is_empty() {
                 assert!(seen.ahead.start >= fetched_to, "nothing twice");
-                assert!(seen.ahead.start == fetched_to || fetched_to <= end, "no gap ahead of the reader");
+                assert!(
+                    seen.ahead.start == fetched_to || fetched_to <= end,
+                    "no gap ahead of the reader"
+                );
                 fetched_to = seen.ahead.end;
             }
             assert!(fetched_to > end, "the reader never catches up");
@@ -110,7 +113,11 @@ mod tests {
         let mut readahead = Readahead::default();
         let read = 128 << 10;
         for at in [0u64, 2, 1, 4, 3, 6, 7, 5, 9, 8] {
-            assert_eq!(readahead.observe(at * read, read).pattern, Pattern::Sequential, "{at}");
+            assert_eq!(
+                readahead.observe(at * read, read).pattern,
+                Pattern::Sequential,
+                "{at}"
+            );
         }
     }
 

@@ -135,12 +135,20 @@ impl WriteBuffer {
 
     /// Dirty bytes; what was written over while on its way counts twice.
     pub fn bytes(&self) -> u64 {
-        self.active_bytes + self.sealed.iter().map(|pack| pack.payload.len() as u64).sum::<u64>()
+        self.active_bytes
+            + self
+                .sealed
+                .iter()
+                .map(|pack| pack.payload.len() as u64)
+                .sum::<u64>()
     }
 
     /// The end of the last dirty byte; 0 when clean.
     pub fn end(&self) -> u64 {
-        let active = self.active.last_key_value().map(|(offset, bytes)| offset + bytes.len() as u64);
+        let active = self
+            .active
+            .last_key_value()
+            .map(|(offset, bytes)| offset + bytes.len() as u64);
         let sealed = self.sealed.iter().filter_map(|pack| pack.ranges.last());
         sealed.map(PackRange::file_end).chain(active).max().unwrap_or(0)
     }
@@ -191,7 +199,11 @@ impl WriteBuffer {
         let mut gaps = Vec::new();
         let mut at = offset;
         // A segment of the same cell that begins before `offset` may reach into the range.
-        let first = self.active.range(cell..=offset).next_back().map_or(offset, |(start, _)| *start);
+        let first = self
+            .active
+            .range(cell..=offset)
+            .next_back()
+            .map_or(offset, |(start, _)| *start);
         for (start, bytes) in self.active.range_mut(first..end) {
             let segment_end = start + bytes.len() as u64;
             if segment_end <= at {
@@ -237,7 +249,11 @@ impl WriteBuffer {
             return Bytes::new();
         };
         self.active_bytes -= bytes;
-        let starts: Vec<u64> = self.active.range(cell..cell + CELL_BYTES).map(|(start, _)| *start).collect();
+        let starts: Vec<u64> = self
+            .active
+            .range(cell..cell + CELL_BYTES)
+            .map(|(start, _)| *start)
+            .collect();
         let mut segments = starts.iter().filter_map(|start| self.active.remove(start));
         let mut joined = segments.next().unwrap_or_default();
         for segment in segments {
@@ -314,7 +330,12 @@ impl WriteBuffer {
                 && pieces <= COMMAND_PIECES_MAX
                 && inline_bytes <= INLINE_BYTES_MAX as usize
         };
-        self.sealed.iter().take(COMMAND_CHUNKS_MAX).take_while(fits).cloned().collect()
+        self.sealed
+            .iter()
+            .take(COMMAND_CHUNKS_MAX)
+            .take_while(fits)
+            .cloned()
+            .collect()
     }
 
     /// Forgets the packs up to `last_sequence`: the cluster knows them, or they are lost and reported.
@@ -329,7 +350,10 @@ impl WriteBuffer {
         let mut parts = Vec::new();
         for pack in &self.sealed {
             let first = pack.ranges.partition_point(|r| r.file_end() <= range.start);
-            for part in pack.ranges[first..].iter().take_while(|r| r.file_offset < range.end) {
+            for part in pack.ranges[first..]
+                .iter()
+                .take_while(|r| r.file_offset < range.end)
+            {
                 let from = part.file_offset.max(range.start);
                 let to = part.file_end().min(range.end);
                 let in_pack = |at: u64| (at - part.file_offset) as usize + part.pack_offset as usize;
@@ -339,7 +363,11 @@ impl WriteBuffer {
                 });
             }
         }
-        let first = self.active.range(..=range.start).next_back().map_or(range.start, |(start, _)| *start);
+        let first = self
+            .active
+            .range(..=range.start)
+            .next_back()
+            .map_or(range.start, |(start, _)| *start);
         for (start, bytes) in self.active.range(first..range.end) {
             let from = (*start).max(range.start);
             let to = (start + bytes.len() as u64).min(range.end);
@@ -364,8 +392,10 @@ fn whole_range(file_offset: u64, length: u64) -> PackRange {
 
 /// Whether `parts` leave no byte of `range` uncovered.
 pub fn covers(parts: &[DirtyPart], range: Range<u64>) -> bool {
-    let mut spans: Vec<(u64, u64)> =
-        parts.iter().map(|part| (part.offset, part.offset + part.bytes.len() as u64)).collect();
+    let mut spans: Vec<(u64, u64)> = parts
+        .iter()
+        .map(|part| (part.offset, part.offset + part.bytes.len() as u64))
+        .collect();
     spans.sort_unstable();
     let mut covered_to = range.start;
     for (from, to) in spans {
@@ -420,7 +450,11 @@ mod tests {
     fn step() -> impl Strategy<Value = Step> {
         let offset = (0u64..3, 0u64..4000, prop::bool::ANY).prop_map(|(cell, by, before)| {
             let border = cell * CELL_BYTES;
-            if before { border.saturating_sub(by) } else { border + by }
+            if before {
+                border.saturating_sub(by)
+            } else {
+                border + by
+            }
         });
         let length = prop_oneof![4 => 1usize..3000, 1 => Just(CELL_BYTES as usize), 1 => 1usize..2_500_000];
         prop_oneof![
@@ -506,7 +540,11 @@ mod tests {
     fn small_sequential_writes_become_one_range_and_a_full_cell_is_cut() {
         let mut buffer = WriteBuffer::default();
         for at in 0..255u64 {
-            assert!(buffer.write(at * 4096, Bytes::from(vec![at as u8; 4096])).is_empty());
+            assert!(
+                buffer
+                    .write(at * 4096, Bytes::from(vec![at as u8; 4096]))
+                    .is_empty()
+            );
             assert_eq!(buffer.active.len(), 1);
         }
         let full = buffer.write(255 * 4096, Bytes::from(vec![255u8; 8192]));
@@ -537,7 +575,11 @@ mod tests {
             buffer.seal_all();
         }
         let mut batches = 0;
-        while let Some(last) = buffer.front(buffer.last_sequence()).last().map(|pack| pack.sequence) {
+        while let Some(last) = buffer
+            .front(buffer.last_sequence())
+            .last()
+            .map(|pack| pack.sequence)
+        {
             let batch = buffer.front(buffer.last_sequence());
             assert!(batch.iter().map(|pack| pack.ranges.len()).sum::<usize>() <= COMMAND_PIECES_MAX);
             buffer.settle(last);

@@ -132,7 +132,10 @@ impl ChunkCache {
             Span::Block(number) => number * BLOCK_FETCH_BYTES,
         };
         let in_entry = (range.start - start) as usize..(range.end - start) as usize;
-        let mut bytes = self.entries.get_or_insert_async(&key, async { fetch(start, end - start).await }).await?;
+        let mut bytes = self
+            .entries
+            .get_or_insert_async(&key, async { fetch(start, end - start).await })
+            .await?;
         if bytes.len() < in_entry.end {
             // It was fetched for a piece that ends earlier in the same chunk.
             bytes = fetch(start, end - start).await?;
@@ -165,7 +168,10 @@ mod tests {
     }
 
     fn content(offset: u32, length: u32) -> Bytes {
-        (offset..offset + length).map(|at| (at / 7) as u8).collect::<Vec<u8>>().into()
+        (offset..offset + length)
+            .map(|at| (at / 7) as u8)
+            .collect::<Vec<u8>>()
+            .into()
     }
 
     #[tokio::test]
@@ -187,7 +193,13 @@ mod tests {
             let expected = match pattern {
                 Pattern::Sequential => vec![(0, 300_001)],
                 Pattern::Random => {
-                    vec![(0, 65_536), (65_536, 65_536), (131_072, 65_536), (196_608, 65_536), (262_144, 37_857)]
+                    vec![
+                        (0, 65_536),
+                        (65_536, 65_536),
+                        (131_072, 65_536),
+                        (196_608, 65_536),
+                        (262_144, 37_857),
+                    ]
                 }
             };
             assert_eq!(*fetches.lock(), expected);
@@ -198,7 +210,10 @@ mod tests {
     async fn an_entry_that_ends_too_early_is_fetched_again() {
         let cache = ChunkCache::new(64 << 20);
         let fetch = |offset, length| async move { Ok(content(offset, length)) };
-        cache.read(chunk(1), 0..10, 10, Pattern::Sequential, fetch).await.unwrap();
+        cache
+            .read(chunk(1), 0..10, 10, Pattern::Sequential, fetch)
+            .await
+            .unwrap();
         let later = cache.read(chunk(1), 5..50, 60, Pattern::Sequential, fetch).await;
         assert_eq!(later, Ok(content(5, 45)));
     }
@@ -207,9 +222,15 @@ mod tests {
     async fn a_failed_fetch_is_not_remembered() {
         let cache = ChunkCache::new(64 << 20);
         let fails = |_, _| async { Err(FsError::Stale) };
-        assert_eq!(cache.read(chunk(1), 0..10, 10, Pattern::Random, fails).await, Err(FsError::Stale));
+        assert_eq!(
+            cache.read(chunk(1), 0..10, 10, Pattern::Random, fails).await,
+            Err(FsError::Stale)
+        );
         let fetch = |offset, length| async move { Ok(content(offset, length)) };
-        assert_eq!(cache.read(chunk(1), 0..10, 10, Pattern::Random, fetch).await, Ok(content(0, 10)));
+        assert_eq!(
+            cache.read(chunk(1), 0..10, 10, Pattern::Random, fetch).await,
+            Ok(content(0, 10))
+        );
     }
 
     #[tokio::test]
@@ -217,7 +238,10 @@ mod tests {
         let cache = ChunkCache::new(16 << 20);
         for counter in 0..100 {
             let fetch = |_, length: u32| async move { Ok(Bytes::from(vec![0; length as usize])) };
-            cache.read(chunk(counter), 0..1, 1 << 20, Pattern::Sequential, fetch).await.unwrap();
+            cache
+                .read(chunk(counter), 0..1, 1 << 20, Pattern::Sequential, fetch)
+                .await
+                .unwrap();
             assert!(cache.bytes() <= 16 << 20);
         }
         assert!(cache.bytes() >= 8 << 20, "and uses them");

@@ -1,15 +1,20 @@
 //! Where the bytes of one file are, as of one version of its content.
 //!
 //! Invariants: pieces are disjoint; all are of the same version; what is not known is never taken for a hole.
-//! Bounded by [`PIECES_MAX`]: above it the cache begins anew. Pure.
+//! Bounded by [`PIECES_MAX`]: above it only what lies around the newest answer stays. Pure.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 use quorumfs_proto::Piece;
 
-/// Most pieces remembered of one file: a 16 GiB file of whole chunks, about 1 MiB of memory.
+/// Most pieces remembered of one file: a 16 GiB file of whole chunks, about 1 MiB of memory. (More only where a single
+/// read needs more.)
 pub const PIECES_MAX: usize = 16_384;
+
+/// What stays before the newest answer when there are too many pieces: the largest read, so that a read that needs
+/// several answers gets them together.
+const KEPT_BEFORE_BYTES: u64 = 1 << 20;
 
 /// The known extents of a file.
 #[derive(Debug, Default)]
@@ -32,26 +37,38 @@ impl ExtentCache {
         if range.is_empty() {
             return Ok(Vec::new());
         }
-        let known_to = self.known.range(..=range.start).next_back().map_or(0, |(_, end)| *end);
+        let known_to = self
+            .known
+            .range(..=range.start)
+            .next_back()
+            .map_or(0, |(_, end)| *end);
         if version != self.version || known_to <= range.start {
             return Err(range.start);
         }
         if known_to < range.end {
             return Err(known_to);
         }
-        let first = self.pieces.range(..=range.start).next_back().map_or(range.start, |(offset, _)| *offset);
+        let first = self
+            .pieces
+            .range(..=range.start)
+            .next_back()
+            .map_or(range.start, |(offset, _)| *offset);
         let pieces = self.pieces.range(first..range.end).map(|(_, piece)| *piece);
         Ok(pieces.filter(|piece| piece.file_end() > range.start).collect())
     }
 
     /// Takes what the cluster told of `range` at `version`; pieces may reach out of the range.
     pub fn store(&mut self, version: u64, range: Range<u64>, pieces: Vec<Piece>) {
-        if version != self.version || self.pieces.len() + pieces.len() > PIECES_MAX {
+        if version != self.version {
             self.clear();
             self.version = version;
         }
         if range.is_empty() {
             return;
+        }
+        if self.pieces.len() + pieces.len() > PIECES_MAX {
+            self.forget(0..range.start.saturating_sub(KEPT_BEFORE_BYTES));
+            self.forget(range.end..u64::MAX);
         }
         self.cut(range.clone());
         for piece in pieces {
@@ -82,10 +99,42 @@ impl ExtentCache {
         }
     }
 
+    /// Knows nothing of `range` any more.
+    fn forget(&mut self, range: Range<u64>) {
+        self.cut(range.clone());
+        let first = self
+            .known
+            .range(..range.start)
+            .next_back()
+            .map_or(range.start, |(start, _)| *start);
+        let touched: Vec<(u64, u64)> = self
+            .known
+            .range(first..range.end)
+            .map(|(s, e)| (*s, *e))
+            .collect();
+        for (start, end) in touched {
+            self.known.remove(&start);
+            if start < range.start {
+                self.known.insert(start, end.min(range.start));
+            }
+            if end > range.end {
+                self.known.insert(range.end, end);
+            }
+        }
+    }
+
     /// Removes what lies in `range`, splitting pieces that reach out of it.
     fn cut(&mut self, range: Range<u64>) {
-        let first = self.pieces.range(..range.start).next_back().map_or(range.start, |(offset, _)| *offset);
-        let touched: Vec<Piece> = self.pieces.range(first..range.end).map(|(_, piece)| *piece).collect();
+        let first = self
+            .pieces
+            .range(..range.start)
+            .next_back()
+            .map_or(range.start, |(offset, _)| *offset);
+        let touched: Vec<Piece> = self
+            .pieces
+            .range(first..range.end)
+            .map(|(_, piece)| *piece)
+            .collect();
         for piece in touched.into_iter().filter(|piece| piece.file_end() > range.start) {
             self.pieces.remove(&piece.file_offset);
             for rest in [0..range.start, range.end..u64::MAX] {
@@ -97,8 +146,16 @@ impl ExtentCache {
     }
 
     fn mark_known(&mut self, range: Range<u64>) {
-        let first = self.known.range(..range.start).next_back().map_or(range.start, |(start, _)| *start);
-        let touching: Vec<(u64, u64)> = self.known.range(first..=range.end).map(|(s, e)| (*s, *e)).collect();
+        let first = self
+            .known
+            .range(..range.start)
+            .next_back()
+            .map_or(range.start, |(start, _)| *start);
+        let touching: Vec<(u64, u64)> = self
+            .known
+            .range(first..=range.end)
+            .map(|(s, e)| (*s, *e))
+            .collect();
         let (mut from, mut to) = (range.start, range.end);
         for (start, end) in touching.into_iter().filter(|(_, end)| *end >= range.start) {
             self.known.remove(&start);
@@ -147,7 +204,11 @@ mod tests {
         assert_eq!(cache.lookup(3, 5..15), Err(5));
         assert_eq!(cache.lookup(4, 10..20), Err(10));
         cache.store(3, 20..30, Vec::new());
-        assert_eq!(cache.lookup(3, 15..25), Ok(Vec::new()), "two answers side by side");
+        assert_eq!(
+            cache.lookup(3, 15..25),
+            Ok(Vec::new()),
+            "two answers side by side"
+        );
     }
 
     #[test]
@@ -158,6 +219,27 @@ mod tests {
         assert_eq!(cache.lookup(4, 0..20), Ok(vec![piece(0, 5, 1)]));
         cache.patch(6, &[piece(5, 5, 2)]);
         assert_eq!(cache.lookup(6, 0..20), Err(0));
+    }
+
+    #[test]
+    fn a_read_of_very_many_pieces_gets_all_of_its_answers_together() {
+        let mut cache = ExtentCache::default();
+        for at in 0..5 * PIECES_MAX as u64 {
+            cache.store(1, 8 * at..8 * (at + 1), vec![piece(8 * at, 8, at)]);
+        }
+        let end = 40 * PIECES_MAX as u64;
+        let kept = KEPT_BEFORE_BYTES.min(end) - 8;
+        assert_eq!(
+            cache.lookup(1, end - kept..end).map(|pieces| pieces.len() as u64),
+            Ok(kept / 8)
+        );
+        let mut far = ExtentCache::default();
+        for at in 0..2 * PIECES_MAX as u64 {
+            let offset = at * (KEPT_BEFORE_BYTES / 4);
+            far.store(1, offset..offset + 8, vec![piece(offset, 8, at)]);
+        }
+        assert!(far.pieces.len() <= PIECES_MAX && far.known.len() <= PIECES_MAX);
+        assert!(far.lookup(1, 0..8).is_err());
     }
 
     proptest! {

@@ -10,7 +10,11 @@ use super::{Cluster, Filesystem, Handle, unexpected};
 
 impl<C: Cluster> Filesystem<C> {
     /// What stat(2) tells; of a file that programs of this mount wrote to, with what they wrote.
-    pub async fn attributes(&self, inode: InodeNumber, _handle: Option<Handle>) -> Result<Attributes, FsError> {
+    pub async fn attributes(
+        &self,
+        inode: InodeNumber,
+        _handle: Option<Handle>,
+    ) -> Result<Attributes, FsError> {
         let told = self.told_attributes(Query::Attributes { inode }).await?;
         Ok(self.present(told))
     }
@@ -34,10 +38,13 @@ impl<C: Cluster> Filesystem<C> {
         if changes == AttributeChanges::default() {
             return self.attributes(inode, None).await;
         }
-        self.change(inode, Operation::SetAttributes {
-            inode: Target::Inode(inode),
-            changes,
-        })
+        self.change(
+            inode,
+            Operation::SetAttributes {
+                inode: Target::Inode(inode),
+                changes,
+            },
+        )
         .await
     }
 
@@ -95,6 +102,8 @@ impl<C: Cluster> Filesystem<C> {
         self.writable()?;
         let name = XattrName::new(name.to_vec())?;
         let inode = Target::Inode(inode);
-        self.mutate(Operation::RemoveXattr { inode, name }).await.map(|_| ())
+        self.mutate(Operation::RemoveXattr { inode, name })
+            .await
+            .map(|_| ())
     }
 }

@@ -86,7 +86,11 @@ impl<C: Cluster> Filesystem<C> {
         }
         let directory = OpenDirectory {
             inode,
-            parent: if inode == self.options.root { inode } else { told.parent },
+            parent: if inode == self.options.root {
+                inode
+            } else {
+                told.parent
+            },
             page: tokio::sync::Mutex::new(None),
         };
         let mut table = self.directories.table.lock();
@@ -105,7 +109,14 @@ impl<C: Cluster> Filesystem<C> {
         detail: EntryDetail,
         bytes_max: usize,
     ) -> Result<Vec<DirectoryItem>, FsError> {
-        let directory = self.directories.table.lock().1.get(&handle).cloned().ok_or(FsError::Stale)?;
+        let directory = self
+            .directories
+            .table
+            .lock()
+            .1
+            .get(&handle)
+            .cloned()
+            .ok_or(FsError::Stale)?;
         let mut listing = Listing::new(bytes_max, detail);
         let dots = [
             (&b"."[..], directory.inode, DOT_COOKIE),
@@ -183,7 +194,10 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     fn item(&self, entry: &DirectoryEntry, detail: EntryDetail) -> DirectoryItem {
-        let attributes = entry.attributes.as_ref().filter(|_| detail == EntryDetail::Attributes);
+        let attributes = entry
+            .attributes
+            .as_ref()
+            .filter(|_| detail == EntryDetail::Attributes);
         DirectoryItem {
             name: Bytes::from(entry.name.clone()),
             inode: entry.inode,
@@ -195,7 +209,13 @@ impl<C: Cluster> Filesystem<C> {
 
     /// The last descriptor of a directory handle is gone.
     pub fn release_directory(&self, handle: Handle) -> Result<(), FsError> {
-        self.directories.table.lock().1.remove(&handle).map(|_| ()).ok_or(FsError::Stale)
+        self.directories
+            .table
+            .lock()
+            .1
+            .remove(&handle)
+            .map(|_| ())
+            .ok_or(FsError::Stale)
     }
 }
 
@@ -222,9 +242,8 @@ impl Listing {
 
     /// Adds all of `group`, or says that they do not fit.
     fn add(&mut self, group: Vec<DirectoryItem>) -> bool {
-        let of = |item: &DirectoryItem| {
-            self.overhead_bytes + item.name.len().next_multiple_of(NAME_PADDING_BYTES)
-        };
+        let of =
+            |item: &DirectoryItem| self.overhead_bytes + item.name.len().next_multiple_of(NAME_PADDING_BYTES);
         let bytes: usize = group.iter().map(of).sum();
         if bytes > self.bytes_left {
             self.is_full = true;

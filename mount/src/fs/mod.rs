@@ -112,7 +112,7 @@ type Put<C> = Shared<BoxFuture<'static, Result<<C as Cluster>::Chunk, FsError>>>
 type Node<C> = Arc<OpenInode<Put<C>>>;
 
 /// A mounted filesystem.
-pub struct Filesystem<C: Cluster> {
+pub struct Filesystem<C: Cluster = quorumfs_client::Client> {
     cluster: Arc<C>,
     options: FsOptions,
     open: OpenFiles<Put<C>>,
@@ -141,11 +141,16 @@ impl<C: Cluster> Filesystem<C> {
             options,
         });
         let weak = Arc::downgrade(&filesystem);
-        filesystem.cluster.set_unlinked_handler(Box::new(move |inodes| match weak.upgrade() {
-            Some(filesystem) => filesystem.open.not_open(inodes),
-            None => inodes.to_vec(),
-        }));
-        tokio::spawn(grow_old(Arc::downgrade(&filesystem), filesystem.options.dirty_age_ms));
+        filesystem
+            .cluster
+            .set_unlinked_handler(Box::new(move |inodes| match weak.upgrade() {
+                Some(filesystem) => filesystem.open.not_open(inodes),
+                None => inodes.to_vec(),
+            }));
+        tokio::spawn(grow_old(
+            Arc::downgrade(&filesystem),
+            filesystem.options.dirty_age_ms,
+        ));
         filesystem
     }
 
@@ -180,7 +185,11 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     fn writable(&self) -> Result<(), FsError> {
-        if self.options.read_only { Err(FsError::ReadOnly) } else { Ok(()) }
+        if self.options.read_only {
+            Err(FsError::ReadOnly)
+        } else {
+            Ok(())
+        }
     }
 
     /// Sends a command that brings no content and takes note of what it touched.
@@ -249,7 +258,11 @@ async fn grow_old<C: Cluster>(filesystem: Weak<Filesystem<C>>, dirty_age_ms: u64
             return;
         };
         for node in filesystem.dirty.nodes() {
-            let is_old = node.state.lock().dirty_since.is_some_and(|since| since.elapsed() >= dirty_age);
+            let is_old = node
+                .state
+                .lock()
+                .dirty_since
+                .is_some_and(|since| since.elapsed() >= dirty_age);
             if is_old {
                 filesystem.commit_in_background(&node, Scope::Everything);
             }

@@ -113,7 +113,9 @@ impl<C: Cluster> Filesystem<C> {
         let name = Name::new(name.to_vec())?;
         self.settle_handed_over().await;
         let parent = Target::Inode(parent);
-        self.mutate(Operation::RemoveDirectory { parent, name }).await.map(|_| ())
+        self.mutate(Operation::RemoveDirectory { parent, name })
+            .await
+            .map(|_| ())
     }
 
     /// renameat2(2). What was written to the files that move is committed first: a replaced name never leads to a file
@@ -145,9 +147,13 @@ impl<C: Cluster> Filesystem<C> {
                 held,
             })
             .await?;
-        if let Some(OperationResult::Renamed { other: Some(other), .. }) = outcome.results.first()
+        if let Some(OperationResult::Renamed {
+            other: Some(other), ..
+        }) = outcome.results.first()
             && mode == RenameMode::Replace
-            && outcome.attributes_of(*other).is_none_or(|attributes| attributes.links == 0)
+            && outcome
+                .attributes_of(*other)
+                .is_none_or(|attributes| attributes.links == 0)
         {
             self.lost_its_name(*other, held);
         }
@@ -169,7 +175,11 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     fn held(&self) -> Held {
-        if self.open.is_empty() { Held::NotOpen } else { Held::Open }
+        if self.open.is_empty() {
+            Held::NotOpen
+        } else {
+            Held::Open
+        }
     }
 
     /// `inode` has no name any more; the cluster keeps it for this mount if `held` said so.

@@ -32,7 +32,10 @@ impl<C: Cluster> Filesystem<C> {
             return Err(FsError::NotPermitted);
         }
         let length = u32::try_from(data.len()).map_err(|_| FsError::InvalidArgument)?;
-        if offset.checked_add(u64::from(length)).is_none_or(|end| end > FILE_BYTES_MAX) {
+        if offset
+            .checked_add(u64::from(length))
+            .is_none_or(|end| end > FILE_BYTES_MAX)
+        {
             return Err(FsError::FileTooLarge);
         }
         if length == 0 {
@@ -89,7 +92,10 @@ impl<C: Cluster> Filesystem<C> {
             let (named, stored) = if length <= INLINE_BYTES_MAX {
                 (chunk.inline(), Vec::new())
             } else {
-                self.cluster.put_chunk(&chunk).await?;
+                match self.cluster.put_chunk(&chunk).await {
+                    Err(FsError::ChunkDead) => continue,
+                    put => put?,
+                }
                 (chunk.stored(), vec![chunk.clone()])
             };
             let piece = Piece {
@@ -107,7 +113,7 @@ impl<C: Cluster> Filesystem<C> {
                 }],
             };
             let outcome = match self.cluster.mutate(command, &stored).await {
-                Err(error) if self.chunks_are_dead(std::slice::from_ref(&chunk), error) => continue,
+                Err(FsError::ChunkDead) => continue,
                 other => other?,
             };
             if let Some(OperationResult::Appended { offset }) = outcome.results.first()
@@ -117,7 +123,10 @@ impl<C: Cluster> Filesystem<C> {
                     file_offset: *offset,
                     ..piece
                 };
-                node.state.lock().extents.patch(attributes.content_version, &[piece]);
+                node.state
+                    .lock()
+                    .extents
+                    .patch(attributes.content_version, &[piece]);
             }
             self.learn(&outcome.touched);
             // The offset that caches above us assumed may be another.
