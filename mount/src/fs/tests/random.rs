@@ -4,6 +4,7 @@
 //! and must see every byte (close-to-open). Names change from both sides at any time.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -257,11 +258,12 @@ impl World {
                 let fs = &self.mounts[mount];
                 let inode = fs.lookup(ROOT, &spelled(from)).await.unwrap().inode;
                 let linked = fs.link(inode, ROOT, &spelled(to)).await;
-                if self.names.contains_key(&to) {
-                    assert_eq!(linked, Err(FsError::Exists));
-                } else {
-                    assert_eq!(linked.unwrap().inode, inode);
-                    self.names.insert(to, file);
+                match self.names.entry(to) {
+                    Entry::Occupied(_) => assert_eq!(linked, Err(FsError::Exists)),
+                    Entry::Vacant(free) => {
+                        assert_eq!(linked.unwrap().inode, inode);
+                        free.insert(file);
+                    }
                 }
             }
             Step::Unlink { mount, name } => {
