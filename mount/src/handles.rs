@@ -22,7 +22,7 @@ use crate::write_buffer::WriteBuffer;
 pub type Handle = u64;
 
 /// How a file is opened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpenFlags {
     /// For reading.
     pub read: bool,
@@ -32,12 +32,14 @@ pub struct OpenFlags {
     pub append: bool,
     /// O_TRUNC.
     pub truncate: bool,
+    /// Whether that drops privileges: it does unless the caller is privileged.
+    pub privileges: Privileges,
     /// O_EXCL, of a create.
     pub exclusive: bool,
 }
 
 impl From<i32> for OpenFlags {
-    /// The flags of open(2).
+    /// The flags of open(2), of an unprivileged caller.
     fn from(flags: i32) -> OpenFlags {
         let access = flags & libc::O_ACCMODE;
         OpenFlags {
@@ -45,6 +47,7 @@ impl From<i32> for OpenFlags {
             write: access != libc::O_RDONLY,
             append: flags & libc::O_APPEND != 0,
             truncate: flags & libc::O_TRUNC != 0,
+            privileges: Privileges::Drop,
             exclusive: flags & libc::O_EXCL != 0,
         }
     }

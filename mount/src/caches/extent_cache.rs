@@ -1,15 +1,20 @@
 //! Where the bytes of one file are, as of one version of its content.
 //!
 //! Invariants: pieces are disjoint; all are of the same version; what is not known is never taken for a hole.
-//! Bounded by [`PIECES_MAX`]: above it the cache begins anew. Pure.
+//! Bounded by [`PIECES_MAX`]: above it only what lies around the newest answer stays. Pure.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 use quorumfs_proto::Piece;
 
-/// Most pieces remembered of one file: a 16 GiB file of whole chunks, about 1 MiB of memory.
+/// Most pieces remembered of one file: a 16 GiB file of whole chunks, about 1 MiB of memory. (More only where a single
+/// read needs more.)
 pub const PIECES_MAX: usize = 16_384;
+
+/// What stays before the newest answer when there are too many pieces: the largest read, so that a read that needs
+/// several answers gets them together.
+const KEPT_BEFORE_BYTES: u64 = 1 << 20;
 
 /// The known extents of a file.
 #[derive(Debug, Default)]
@@ -54,12 +59,16 @@ impl ExtentCache {
 
     /// Takes what the cluster told of `range` at `version`; pieces may reach out of the range.
     pub fn store(&mut self, version: u64, range: Range<u64>, pieces: Vec<Piece>) {
-        if version != self.version || self.pieces.len() + pieces.len() > PIECES_MAX {
+        if version != self.version {
             self.clear();
             self.version = version;
         }
         if range.is_empty() {
             return;
+        }
+        if self.pieces.len() + pieces.len() > PIECES_MAX {
+            self.forget(0..range.start.saturating_sub(KEPT_BEFORE_BYTES));
+            self.forget(range.end..u64::MAX);
         }
         self.cut(range.clone());
         for piece in pieces {
@@ -87,6 +96,30 @@ impl ExtentCache {
             self.cut(range.clone());
             self.pieces.insert(piece.file_offset, *piece);
             self.mark_known(range);
+        }
+    }
+
+    /// Knows nothing of `range` any more.
+    fn forget(&mut self, range: Range<u64>) {
+        self.cut(range.clone());
+        let first = self
+            .known
+            .range(..range.start)
+            .next_back()
+            .map_or(range.start, |(start, _)| *start);
+        let touched: Vec<(u64, u64)> = self
+            .known
+            .range(first..range.end)
+            .map(|(s, e)| (*s, *e))
+            .collect();
+        for (start, end) in touched {
+            self.known.remove(&start);
+            if start < range.start {
+                self.known.insert(start, end.min(range.start));
+            }
+            if end > range.end {
+                self.known.insert(range.end, end);
+            }
         }
     }
 
@@ -186,6 +219,27 @@ mod tests {
         assert_eq!(cache.lookup(4, 0..20), Ok(vec![piece(0, 5, 1)]));
         cache.patch(6, &[piece(5, 5, 2)]);
         assert_eq!(cache.lookup(6, 0..20), Err(0));
+    }
+
+    #[test]
+    fn a_read_of_very_many_pieces_gets_all_of_its_answers_together() {
+        let mut cache = ExtentCache::default();
+        for at in 0..5 * PIECES_MAX as u64 {
+            cache.store(1, 8 * at..8 * (at + 1), vec![piece(8 * at, 8, at)]);
+        }
+        let end = 40 * PIECES_MAX as u64;
+        let kept = KEPT_BEFORE_BYTES.min(end) - 8;
+        assert_eq!(
+            cache.lookup(1, end - kept..end).map(|pieces| pieces.len() as u64),
+            Ok(kept / 8)
+        );
+        let mut far = ExtentCache::default();
+        for at in 0..2 * PIECES_MAX as u64 {
+            let offset = at * (KEPT_BEFORE_BYTES / 4);
+            far.store(1, offset..offset + 8, vec![piece(offset, 8, at)]);
+        }
+        assert!(far.pieces.len() <= PIECES_MAX && far.known.len() <= PIECES_MAX);
+        assert!(far.lookup(1, 0..8).is_err());
     }
 
     proptest! {

@@ -6,8 +6,9 @@
 use std::future::Future;
 
 use bytes::Bytes;
+use quorumfs_client::{Client, FreshChunk};
 use quorumfs_proto::query::Answer;
-use quorumfs_proto::{ChunkId, Command, FsError, InodeNumber, NewChunk, Outcome, Query, SessionId};
+use quorumfs_proto::{ChunkId, Command, FsError, InodeNumber, NewChunk, Outcome, Query};
 
 /// Answers which of these unlinked inodes are not open here.
 pub type UnlinkedHandler = Box<dyn Fn(&[InodeNumber]) -> Vec<InodeNumber> + Send + Sync>;
@@ -27,10 +28,8 @@ pub trait Cluster: Send + Sync + 'static {
     /// Content on its way.
     type Chunk: FreshContent;
 
-    /// The session that chunks are drawn from now.
-    fn session(&self) -> SessionId;
-
-    /// Does `command` once and answers what it did; waits as long as nobody can decide.
+    /// Does `command` once and answers what it did; waits as long as nobody can decide. [`FsError::ChunkDead`]: make
+    /// its chunks anew.
     fn mutate(
         &self,
         command: Command,
@@ -43,7 +42,7 @@ pub trait Cluster: Send + Sync + 'static {
     /// Draws an identity for `payload` and computes its checksums.
     fn new_chunk(&self, payload: Bytes) -> Self::Chunk;
 
-    /// Returns when the content is durable on f + 1 voters.
+    /// Returns when the content is durable on f + 1 voters. [`FsError::ChunkDead`]: make it anew.
     fn put_chunk(&self, chunk: &Self::Chunk) -> impl Future<Output = Result<(), FsError>> + Send;
 
     /// Exactly these bytes of a chunk, verified. [`FsError::Stale`]: nobody has it (any more).
@@ -56,4 +55,46 @@ pub trait Cluster: Send + Sync + 'static {
 
     /// Who answers the cluster's question which unlinked inodes are still open here.
     fn set_unlinked_handler(&self, handler: UnlinkedHandler);
+}
+
+impl FreshContent for FreshChunk {
+    fn id(&self) -> ChunkId {
+        FreshChunk::id(self)
+    }
+
+    fn stored(&self) -> NewChunk {
+        FreshChunk::stored(self)
+    }
+
+    fn inline(&self) -> NewChunk {
+        FreshChunk::inline(self)
+    }
+}
+
+impl Cluster for Client {
+    type Chunk = FreshChunk;
+
+    async fn mutate(&self, command: Command, stored: &[FreshChunk]) -> Result<Outcome, FsError> {
+        Client::mutate(self, command, stored).await
+    }
+
+    async fn query(&self, query: Query) -> Result<Answer, FsError> {
+        Client::query(self, query).await
+    }
+
+    fn new_chunk(&self, payload: Bytes) -> FreshChunk {
+        Client::new_chunk(self, payload)
+    }
+
+    async fn put_chunk(&self, chunk: &FreshChunk) -> Result<(), FsError> {
+        Client::put_chunk(self, chunk).await
+    }
+
+    async fn get_chunk(&self, id: ChunkId, offset: u32, length: u32) -> Result<Bytes, FsError> {
+        Client::get_chunk(self, id, offset, length).await
+    }
+
+    fn set_unlinked_handler(&self, handler: UnlinkedHandler) {
+        Client::set_unlinked_handler(self, handler);
+    }
 }

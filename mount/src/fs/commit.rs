@@ -13,7 +13,7 @@ use std::sync::Arc;
 use futures::FutureExt as _;
 use quorumfs_proto::chunk::Piece;
 use quorumfs_proto::command::{Privileges, Target};
-use quorumfs_proto::{Command, FsError, Operation, Outcome};
+use quorumfs_proto::{Command, FsError, NewChunk, Operation, Outcome, Timestamp};
 
 use super::{Cluster, Durability, Filesystem, FreshContent, Node, Put};
 use crate::handles::{InodeState, Scope};
@@ -35,10 +35,13 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Commits in a task of its own, at most one per file at a time.
     pub(super) fn commit_in_background(self: &Arc<Self>, node: &Node<C>, scope: Scope) {
-        let queued = node.state.lock().queued.replace(scope);
-        if let Some(queued) = queued {
-            node.state.lock().queued = Some(queued.max(scope));
-            return;
+        {
+            let mut state = node.state.lock();
+            let queued = state.queued;
+            state.queued = queued.max(Some(scope));
+            if queued.is_some() {
+                return;
+            }
         }
         let (filesystem, node) = (Arc::clone(self), Arc::clone(node));
         tokio::spawn(async move {
@@ -163,7 +166,7 @@ impl<C: Cluster> Filesystem<C> {
         packs: &[Arc<Pack>],
         operation: Option<Operation>,
     ) -> Result<Outcome, FsError> {
-        let mut chunks = self.put_chunks(node, packs).await?;
+        let chunks = self.put_chunks(node, packs).await?;
         // What is taken here is this command's; writes from now on bring their own.
         let (mtime, privileges) = {
             let mut state = node.state.lock();
@@ -173,6 +176,23 @@ impl<C: Cluster> Filesystem<C> {
             };
             (state.mtime, privileges)
         };
+        let sent = self
+            .send_write(node, packs, chunks, (mtime, privileges), operation)
+            .await;
+        if sent.is_err() && privileges == Privileges::Drop {
+            node.state.lock().privileges = Privileges::Drop;
+        }
+        sent
+    }
+
+    async fn send_write(
+        &self,
+        node: &Node<C>,
+        packs: &[Arc<Pack>],
+        mut chunks: Vec<C::Chunk>,
+        (mtime, privileges): (Option<Timestamp>, Privileges),
+        operation: Option<Operation>,
+    ) -> Result<Outcome, FsError> {
         for _ in 0..RENEWALS_MAX {
             let pieces: Vec<Piece> = packs
                 .iter()
@@ -195,9 +215,7 @@ impl<C: Cluster> Filesystem<C> {
                     self.settle(node, packs, &pieces, &outcome, operation.as_ref());
                     return Ok(outcome);
                 }
-                Err(error) if self.chunks_are_dead(&chunks, error) => {
-                    chunks = self.renew(packs).await?;
-                }
+                Err(FsError::ChunkDead) if !chunks.is_empty() => chunks = self.renew(packs).await?,
                 Err(error) => return Err(error),
             }
         }
@@ -209,26 +227,17 @@ impl<C: Cluster> Filesystem<C> {
         let mut chunks = Vec::with_capacity(packs.len());
         for pack in packs {
             let put = node.state.lock().puts.get(&pack.sequence).cloned();
-            chunks.push(match put {
-                Some(put) => put.await?,
-                None => self.cluster.new_chunk(pack.payload.clone()),
-            });
+            let chunk = match put {
+                Some(put) => put.await,
+                None => Ok(self.cluster.new_chunk(pack.payload.clone())),
+            };
+            match chunk {
+                // The session it was drawn in is over; the bytes are still here.
+                Err(FsError::ChunkDead) => return self.renew(packs).await,
+                chunk => chunks.push(chunk?),
+            }
         }
-        match self.chunks_are_dead(&chunks, FsError::InvalidArgument) {
-            true => self.renew(packs).await,
-            false => Ok(chunks),
-        }
-    }
-
-    /// Whether `error` says that the cluster does not take these chunks: they were given up, or their session is over.
-    pub(super) fn chunks_are_dead(&self, chunks: &[C::Chunk], error: FsError) -> bool {
-        let session = self.cluster.session();
-        let foreign = || chunks.iter().any(|chunk| chunk.id().session != session);
-        match error {
-            FsError::ChunkDead => !chunks.is_empty(),
-            FsError::InvalidArgument => foreign(),
-            _ => false,
-        }
+        Ok(chunks)
     }
 
     /// The same bytes as new chunks.
@@ -298,10 +307,7 @@ impl<C: Cluster> Filesystem<C> {
 }
 
 /// How a command names `chunks`, and those of them that it does not carry.
-fn name_chunks<C: Cluster>(
-    packs: &[Arc<Pack>],
-    chunks: &[C::Chunk],
-) -> (Vec<quorumfs_proto::NewChunk>, Vec<C::Chunk>) {
+fn name_chunks<C: Cluster>(packs: &[Arc<Pack>], chunks: &[C::Chunk]) -> (Vec<NewChunk>, Vec<C::Chunk>) {
     let mut stored = Vec::new();
     let named = packs
         .iter()

@@ -112,7 +112,7 @@ type Put<C> = Shared<BoxFuture<'static, Result<<C as Cluster>::Chunk, FsError>>>
 type Node<C> = Arc<OpenInode<Put<C>>>;
 
 /// A mounted filesystem.
-pub struct Filesystem<C: Cluster> {
+pub struct Filesystem<C: Cluster = quorumfs_client::Client> {
     cluster: Arc<C>,
     options: FsOptions,
     open: OpenFiles<Put<C>>,

@@ -3,11 +3,15 @@
 use std::sync::Arc;
 
 use quorumfs_proto::command::{AttributeChanges, IfExists, NewInode, NewKind, Privileges, Target};
-use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber, Name, Operation};
+use quorumfs_proto::limits::FILE_BYTES_MAX;
+use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber, Name, Operation, Query};
 
 use super::namespace::entry_of;
 use super::{Cluster, Durability, Filesystem, Handle, Node, OpenFlags};
 use crate::handles::Scope;
+
+/// Extents that come with an open: all of most files, and no burden for those that are opened for a look at their end.
+const PIECES_AT_OPEN_MAX: u32 = 64;
 
 /// A file that was opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,9 +43,14 @@ impl<C: Cluster> Filesystem<C> {
     /// Answers whether caches above may be kept.
     async fn open_held(&self, node: &Node<C>, flags: OpenFlags) -> Result<bool, FsError> {
         if flags.truncate {
-            self.truncate_at_open(node).await?;
+            self.truncate_at_open(node, flags.privileges).await?;
+        } else if flags.read {
+            self.look_up_extents(node, 0, PIECES_AT_OPEN_MAX).await?;
         } else {
-            self.revalidate(node).await?;
+            let told = self
+                .told_attributes(Query::Attributes { inode: node.inode })
+                .await?;
+            node.state.lock().learn(&told);
         }
         let Some(view) = node.state.lock().view.clone() else {
             return Err(FsError::Io);
@@ -58,12 +67,12 @@ impl<C: Cluster> Filesystem<C> {
         Ok(self.pages.opened(node.inode, view.content_version))
     }
 
-    async fn truncate_at_open(&self, node: &Node<C>) -> Result<(), FsError> {
+    async fn truncate_at_open(&self, node: &Node<C>, privileges: Privileges) -> Result<(), FsError> {
         let cut = Operation::SetAttributes {
             inode: Target::Inode(node.inode),
             changes: AttributeChanges {
                 size: Some(0),
-                privileges: Some(Privileges::Drop),
+                privileges: Some(privileges),
                 ..AttributeChanges::default()
             },
         };
@@ -122,11 +131,9 @@ impl<C: Cluster> Filesystem<C> {
         {
             let mut state = node.state.lock();
             state.learn(&attributes);
-            state.extents.store(
-                attributes.content_version,
-                0..quorumfs_proto::limits::FILE_BYTES_MAX,
-                Vec::new(),
-            );
+            state
+                .extents
+                .store(attributes.content_version, 0..FILE_BYTES_MAX, Vec::new());
         }
         self.pages.opened(attributes.inode, attributes.content_version);
         Ok((attributes, self.opened(node, flags, true)))

@@ -9,10 +9,11 @@ use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use quorumfs_proto::chunk::Piece;
 use quorumfs_proto::limits::FILE_BYTES_MAX;
 use quorumfs_proto::query::Answer;
-use quorumfs_proto::{FsError, InodeNumber, Query};
+use quorumfs_proto::{FsError, Query};
 
 use super::{Cluster, Filesystem, Handle, Node, unexpected};
 use crate::caches::extent_cache::clip;
+use crate::handles::InodeState;
 use crate::readahead::Pattern;
 use crate::write_buffer::{self, DirtyPart};
 
@@ -74,49 +75,34 @@ impl<C: Cluster> Filesystem<C> {
     async fn snapshot(&self, node: &Node<C>, range: Range<u64>) -> Result<Snapshot, FsError> {
         let mut overtaken = 0;
         loop {
-            let from = match self.known_snapshot(node, range.clone()) {
+            let from = match snapshot_of(&node.state.lock(), range.clone()) {
                 Ok(snapshot) => return Ok(snapshot),
                 Err(from) => from,
             };
-            let progress = if overtaken < OVERTAKEN_MAX {
-                self.look_up_extents(node, from).await?
+            let is_current = if overtaken < OVERTAKEN_MAX {
+                self.look_up_extents(node, from, PIECES_AT_ONCE_MAX).await?
             } else {
                 let _turn = node.turn.lock().await;
-                self.look_up_extents(node, from).await?
+                self.look_up_extents(node, from, PIECES_AT_ONCE_MAX).await?
             };
-            if !progress {
+            if !is_current {
                 overtaken += 1;
             }
         }
     }
 
-    /// The same from what is known, or from where on the extents are not.
-    fn known_snapshot(&self, node: &Node<C>, range: Range<u64>) -> Result<Snapshot, u64> {
-        let state = node.state.lock();
-        let (size, version) = state
-            .view
-            .as_ref()
-            .map_or((0, 0), |view| (view.size, view.content_version));
-        let end = range.end.min(size.max(state.buffer.end()));
-        let range = range.start.min(end)..end;
-        let dirty = state.buffer.overlay(range.clone());
-        let pieces = if write_buffer::covers(&dirty, range.clone()) {
-            Vec::new()
-        } else {
-            state
-                .extents
-                .lookup(version, range.start..range.end.min(size).max(range.start))?
-        };
-        Ok(Snapshot { range, dirty, pieces })
-    }
-
-    /// Asks for the extents from `from` on. Answers whether they are of the version the mount knows.
-    async fn look_up_extents(&self, node: &Node<C>, from: u64) -> Result<bool, FsError> {
+    /// Asks for attributes and extents from `from` on. Answers whether they are of the version the mount knows.
+    pub(super) async fn look_up_extents(
+        &self,
+        node: &Node<C>,
+        from: u64,
+        pieces_max: u32,
+    ) -> Result<bool, FsError> {
         let query = Query::Extents {
             inode: node.inode,
             from,
             to: FILE_BYTES_MAX,
-            pieces_max: PIECES_AT_ONCE_MAX,
+            pieces_max,
         };
         let (attributes, pieces, known_to) = match self.cluster.query(query).await.map_err(gone)? {
             Answer::Extents {
@@ -142,11 +128,6 @@ impl<C: Cluster> Filesystem<C> {
             state.extents.store(attributes.content_version, from..to, pieces);
         }
         Ok(is_current)
-    }
-
-    /// The attributes and extents of a file that is being opened.
-    pub(super) async fn revalidate(&self, node: &Node<C>) -> Result<(), FsError> {
-        self.look_up_extents(node, 0).await.map(|_| ())
     }
 
     async fn assemble(&self, snapshot: Snapshot, pattern: Pattern) -> Result<Bytes, FsError> {
@@ -192,9 +173,16 @@ impl<C: Cluster> Filesystem<C> {
         }
         let (filesystem, node) = (Arc::clone(self), Arc::clone(node));
         tokio::spawn(async move {
-            let Ok(snapshot) = filesystem.snapshot(&node, range).await else {
-                return;
+            // One question at most: a file in very many pieces is not worth more ahead of its reader.
+            let known = snapshot_of(&node.state.lock(), range.clone());
+            let known = match known {
+                Ok(snapshot) => Ok(snapshot),
+                Err(from) => match filesystem.look_up_extents(&node, from, PIECES_AT_ONCE_MAX).await {
+                    Ok(_) => snapshot_of(&node.state.lock(), range),
+                    Err(_) => return,
+                },
             };
+            let Ok(snapshot) = known else { return };
             let fetches = snapshot.pieces.into_iter().map(|piece| {
                 let filesystem = Arc::clone(&filesystem);
                 async move {
@@ -213,13 +201,25 @@ impl<C: Cluster> Filesystem<C> {
                 .await;
         });
     }
+}
 
-    /// What is known of `inode` as an open file, for whoever must not ask again.
-    pub(super) fn known_version(&self, inode: InodeNumber) -> Option<u64> {
-        let node = self.open.find(inode)?;
-        let state = node.state.lock();
-        state.view.as_ref().map(|view| view.content_version)
-    }
+/// What the file holds in `range`, or from where on its extents are not known.
+fn snapshot_of<Put>(state: &InodeState<Put>, range: Range<u64>) -> Result<Snapshot, u64> {
+    let (size, version) = state
+        .view
+        .as_ref()
+        .map_or((0, 0), |view| (view.size, view.content_version));
+    let end = range.end.min(size.max(state.buffer.end()));
+    let range = range.start.min(end)..end;
+    let dirty = state.buffer.overlay(range.clone());
+    let pieces = if write_buffer::covers(&dirty, range.clone()) {
+        Vec::new()
+    } else {
+        state
+            .extents
+            .lookup(version, range.start..range.end.min(size).max(range.start))?
+    };
+    Ok(Snapshot { range, dirty, pieces })
 }
 
 /// An open file that the cluster does not know any more is stale, not missing.

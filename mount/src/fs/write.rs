@@ -92,7 +92,10 @@ impl<C: Cluster> Filesystem<C> {
             let (named, stored) = if length <= INLINE_BYTES_MAX {
                 (chunk.inline(), Vec::new())
             } else {
-                self.cluster.put_chunk(&chunk).await?;
+                match self.cluster.put_chunk(&chunk).await {
+                    Err(FsError::ChunkDead) => continue,
+                    put => put?,
+                }
                 (chunk.stored(), vec![chunk.clone()])
             };
             let piece = Piece {
@@ -110,7 +113,7 @@ impl<C: Cluster> Filesystem<C> {
                 }],
             };
             let outcome = match self.cluster.mutate(command, &stored).await {
-                Err(error) if self.chunks_are_dead(std::slice::from_ref(&chunk), error) => continue,
+                Err(FsError::ChunkDead) => continue,
                 other => other?,
             };
             if let Some(OperationResult::Appended { offset }) = outcome.results.first()
