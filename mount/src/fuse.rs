@@ -15,6 +15,9 @@
 
 mod convert;
 mod dispatch;
+mod session;
+#[cfg(test)]
+mod tests;
 
 use std::ffi::OsStr;
 use std::io;
@@ -39,6 +42,8 @@ use crate::errno::errno;
 use crate::fs::{Cluster, DirectoryItem, Filesystem, OpenFlags, Opened};
 use crate::inode_map::InodeMap;
 use convert::{SetAttrFields, XattrFit};
+
+pub use session::serve_kernel;
 
 /// Requests that the kernel sends without a program waiting for each (read-ahead, write-back, release): two
 /// for each MiB of a long read-ahead of several files at once. fuser's default, 16, keeps a single reader's
@@ -106,6 +111,14 @@ impl<C: Cluster> FuseEdge<C> {
 
 fn name_bytes(name: &OsStr) -> Bytes {
     Bytes::copy_from_slice(name.as_bytes())
+}
+
+/// How `caller_uid` opens a file.
+fn opening(flags: i32, caller_uid: u32) -> OpenFlags {
+    OpenFlags {
+        privileges: convert::privileges_of(caller_uid),
+        ..OpenFlags::from(flags)
+    }
 }
 
 /// What open(2) and create(2) answer.
@@ -323,7 +336,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
 
     fn open(&self, request: &Request, inode: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
         let inode = self.cluster_inode(inode);
-        let flags = OpenFlags::from(flags.0);
+        let flags = opening(flags.0, request.uid());
         self.serve(
             reply,
             move |fs| async move { fs.open(inode?, flags).await },
@@ -343,7 +356,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     ) {
         let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
         let (uid, gid, mode) = (request.uid(), request.gid(), convert::permissions(mode));
-        let (view, flags) = (self.view, OpenFlags::from(flags));
+        let (view, flags) = (self.view, opening(flags, request.uid()));
         self.serve(
             reply,
             move |fs| async move { fs.create(parent?, &name, mode, uid, gid, flags).await },
@@ -391,6 +404,14 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         reply: ReplyWrite,
     ) {
         let data = Bytes::copy_from_slice(data);
+        if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
+            // A shared mapping's pages; whoever changed them is not known any more.
+            return self.serve(
+                reply,
+                move |fs| async move { fs.write_back(handle.0, offset, data).await },
+                |reply, written: u32| reply.written(written),
+            );
+        }
         let privileges = if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) {
             Privileges::Drop
         } else {

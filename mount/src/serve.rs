@@ -14,7 +14,6 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fuser::{Config, Session, SessionACL};
 use nix::mount::MsFlags;
 use quorumfs_client::{Client, ClientOptions, ConnectError};
 use quorumfs_proto::{Answer, FileKind, FsError, InodeNumber, Name, Query};
@@ -25,7 +24,7 @@ use tonic::transport::ClientTlsConfig;
 
 use crate::daemon::{Readiness, Report};
 use crate::fs::{Durability, Filesystem, FsOptions};
-use crate::fuse::FuseEdge;
+use crate::fuse::{FuseEdge, serve_kernel};
 use crate::mountpoint::{MountPoint, MountPointError, Mounted, Unmounting, Urgency};
 use crate::options::{Access, DurabilityOption, MountRequest};
 
@@ -38,9 +37,6 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// prctl(2)'s word for a process that serves a filesystem; the libc crate does not know it.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
-
-/// fuser's threads only decode and copy, so a few saturate any kernel.
-const FUSE_THREADS_MAX: usize = 8;
 
 /// Why a mount did not come about, or did not end well.
 #[derive(Debug, thiserror::Error)]
@@ -181,7 +177,7 @@ impl Service {
         });
         let (mounted, device) = mount_point.mount(&request.source, request.flags, access)?;
         // From here on whoever looks at the directory waits for us, so nothing may wait in between.
-        let ended = match spawn_session(edge, device, access) {
+        let ended = match serve_kernel(edge, device, access) {
             Ok(ended) => ended,
             Err(error) => {
                 // Nobody serves it, so it must not stay.
@@ -300,32 +296,6 @@ fn filesystem_options(request: &MountRequest, root: InodeNumber) -> FsOptions {
         root,
         ..FsOptions::default()
     }
-}
-
-/// Answers INIT and starts fuser's threads.
-fn spawn_session(
-    edge: FuseEdge<Client>,
-    device: std::os::fd::OwnedFd,
-    access: Access,
-) -> io::Result<oneshot::Receiver<io::Result<()>>> {
-    let acl = match access {
-        Access::Everyone => SessionACL::All,
-        Access::Owner => SessionACL::Owner,
-    };
-    let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-    let mut config = Config::default();
-    config.acl = acl;
-    config.n_threads = Some(cores.clamp(2, FUSE_THREADS_MAX));
-    config.clone_fd = true;
-    let session = Session::from_fd(edge, device, acl, config)?;
-    let (sender, ended) = oneshot::channel();
-    std::thread::Builder::new()
-        .name("fuse".to_owned())
-        .spawn(move || {
-            // Nobody listens any more when the process is about to end.
-            let _ = sender.send(session.run());
-        })?;
-    Ok(ended)
 }
 
 fn log_end(ended: Result<io::Result<()>, oneshot::error::RecvError>) {

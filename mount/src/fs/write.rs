@@ -45,9 +45,35 @@ impl<C: Cluster> Filesystem<C> {
             self.append(&file.node, data, privileges).await?;
             return Ok(length);
         }
+        self.take(&file.node, offset, data, privileges).await;
+        Ok(length)
+    }
+
+    /// Takes what programs changed through a shared mapping, as the kernel writes it back: of whichever handle it
+    /// finds, even one of O_APPEND, and later than any close. It never makes the file longer: what lies behind the end
+    /// was cut off meanwhile.
+    pub async fn write_back(
+        self: &Arc<Self>,
+        handle: Handle,
+        offset: u64,
+        mut data: Bytes,
+    ) -> Result<u32, FsError> {
+        self.writable()?;
+        let file = self.open.get(handle)?;
+        let length = u32::try_from(data.len()).map_err(|_| FsError::InvalidArgument)?;
+        let size = file.node.state.lock().attributes().map_or(0, |attributes| attributes.size);
+        data.truncate(usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX));
+        if !data.is_empty() {
+            self.take(&file.node, offset, data, Privileges::Keep).await;
+        }
+        Ok(length)
+    }
+
+    /// Puts `data` into the file's buffer, when there is room.
+    async fn take(self: &Arc<Self>, node: &Node<C>, offset: u64, data: Bytes, privileges: Privileges) {
         self.dirty.room(|| self.relieve()).await;
         let due = {
-            let mut state = file.node.state.lock();
+            let mut state = node.state.lock();
             let full = state.buffer.write(offset, data);
             state.mtime = Some(Timestamp::from(SystemTime::now()));
             state.dirty_since.get_or_insert_with(Instant::now);
@@ -55,15 +81,14 @@ impl<C: Cluster> Filesystem<C> {
                 state.privileges = Privileges::Drop;
             }
             self.start_puts(&mut state, &full);
-            self.dirty.account(&file.node, &mut state);
+            self.dirty.account(node, &mut state);
             state.buffer.due()
         };
         match due {
             Due::Nothing => {}
-            Due::Sealed => self.commit_in_background(&file.node, Scope::Sealed),
-            Due::Everything => self.commit_in_background(&file.node, Scope::Everything),
+            Due::Sealed => self.commit_in_background(node, Scope::Sealed),
+            Due::Everything => self.commit_in_background(node, Scope::Everything),
         }
-        Ok(length)
     }
 
     /// There are too many dirty bytes: everything goes.

@@ -1,5 +1,5 @@
 //! The verbs against a cluster in memory.
 
 mod random;
-mod reference;
+pub(crate) mod reference;
 mod verbs;
