@@ -1,0 +1,249 @@
+//! Bytes of chunks, bounded in bytes.
+//!
+//! A sequential reader's chunk is fetched and kept whole (from its start to the farthest byte that the file uses); a
+//! random reader's in blocks of [`BLOCK_FETCH_BYTES`]. Each entry is an allocation of its own, so that what counts is
+//! what is used. Readers that want the same bytes at once share one fetch.
+//!
+//! Chunks are immutable: nothing here is ever stale. It knows neither files nor the network: who misses brings the
+//! fetch.
+
+use std::future::Future;
+use std::ops::Range;
+
+use bytes::{Bytes, BytesMut};
+use futures::future::try_join_all;
+use quick_cache::sync::{Cache, DefaultLifecycle};
+use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
+use quorumfs_proto::limits::CHUNK_BYTES_MAX;
+use quorumfs_proto::{ChunkId, FsError};
+
+use crate::readahead::Pattern;
+
+/// What a random read fetches at least: neighbours are likely next, and it costs about what 4 KiB cost.
+pub const BLOCK_FETCH_BYTES: u32 = 64 << 10;
+
+/// Share of the cache for what was used more than once. The rest must hold several readers' read-ahead.
+const HOT_SHARE: f64 = 0.5;
+
+/// Bytes of one shard: large enough that the largest entries are a small part of it.
+const SHARD_BYTES: u64 = 32 << 20;
+
+/// What an entry costs beside its bytes.
+const ENTRY_OVERHEAD_BYTES: u64 = 128;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Span {
+    /// From the chunk's start.
+    Whole,
+    /// From this multiple of [`BLOCK_FETCH_BYTES`].
+    Block(u32),
+}
+
+#[derive(Clone, Debug)]
+struct ByBytes;
+
+impl Weighter<(ChunkId, Span), Bytes> for ByBytes {
+    fn weight(&self, _: &(ChunkId, Span), bytes: &Bytes) -> u64 {
+        bytes.len() as u64 + ENTRY_OVERHEAD_BYTES
+    }
+}
+
+/// The cache.
+#[derive(Debug)]
+pub struct ChunkCache {
+    entries: Cache<(ChunkId, Span), Bytes, ByBytes>,
+}
+
+impl ChunkCache {
+    /// A cache of at most `bytes_max` bytes.
+    pub fn new(bytes_max: u64) -> ChunkCache {
+        let options = OptionsBuilder::new()
+            .estimated_items_capacity((bytes_max / u64::from(BLOCK_FETCH_BYTES)).max(64) as usize)
+            .weight_capacity(bytes_max)
+            .shards((bytes_max / SHARD_BYTES).max(1) as usize)
+            .hot_allocation(HOT_SHARE)
+            .build()
+            .expect("both capacities are given");
+        ChunkCache {
+            entries: Cache::with_options(
+                options,
+                ByBytes,
+                DefaultHashBuilder::default(),
+                DefaultLifecycle::default(),
+            ),
+        }
+    }
+
+    /// The bytes `range` of `chunk`, from here or by `fetch(offset, length)`. `used_to` is how far the file is known
+    /// to use the chunk: no byte behind it is asked for.
+    pub async fn read<F, Fetching>(
+        &self,
+        chunk: ChunkId,
+        range: Range<u32>,
+        used_to: u32,
+        pattern: Pattern,
+        fetch: F,
+    ) -> Result<Bytes, FsError>
+    where
+        F: Fn(u32, u32) -> Fetching + Sync,
+        Fetching: Future<Output = Result<Bytes, FsError>> + Send,
+    {
+        debug_assert!(range.end <= used_to && used_to <= CHUNK_BYTES_MAX);
+        if let Some(whole) = self.entries.get(&(chunk, Span::Whole))
+            && whole.len() >= range.end as usize
+        {
+            return Ok(whole.slice(range.start as usize..range.end as usize));
+        }
+        if pattern == Pattern::Sequential || used_to <= BLOCK_FETCH_BYTES {
+            return self.part((chunk, Span::Whole), range, used_to, &fetch).await;
+        }
+        let blocks = range.start / BLOCK_FETCH_BYTES..range.end.div_ceil(BLOCK_FETCH_BYTES);
+        let mut parts = try_join_all(blocks.map(|number| {
+            let start = number * BLOCK_FETCH_BYTES;
+            let end = (start + BLOCK_FETCH_BYTES).min(used_to);
+            let part = range.start.max(start)..range.end.min(end);
+            self.part((chunk, Span::Block(number)), part, end, &fetch)
+        }))
+        .await?;
+        if parts.len() == 1
+            && let Some(part) = parts.pop()
+        {
+            return Ok(part);
+        }
+        let mut joined = BytesMut::with_capacity(range.len());
+        parts.iter().for_each(|part| joined.extend_from_slice(part));
+        Ok(joined.freeze())
+    }
+
+    /// `range` (counted in the chunk) out of the entry `key`, which is to reach up to `end`.
+    async fn part<F, Fetching>(
+        &self,
+        key: (ChunkId, Span),
+        range: Range<u32>,
+        end: u32,
+        fetch: &F,
+    ) -> Result<Bytes, FsError>
+    where
+        F: Fn(u32, u32) -> Fetching,
+        Fetching: Future<Output = Result<Bytes, FsError>>,
+    {
+        let start = match key.1 {
+            Span::Whole => 0,
+            Span::Block(number) => number * BLOCK_FETCH_BYTES,
+        };
+        let in_entry = (range.start - start) as usize..(range.end - start) as usize;
+        let mut bytes = self
+            .entries
+            .get_or_insert_async(&key, async { fetch(start, end - start).await })
+            .await?;
+        if bytes.len() < in_entry.end {
+            // It was fetched for a piece that ends earlier in the same chunk.
+            bytes = fetch(start, end - start).await?;
+            self.entries.insert(key, bytes.clone());
+        }
+        if bytes.len() < in_entry.end {
+            tracing::error!(chunk = %key.0, asked_bytes = end - start, got_bytes = bytes.len(), "chunk answer is short");
+            return Err(FsError::Io);
+        }
+        Ok(bytes.slice(in_entry))
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> u64 {
+        self.entries.weight()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use parking_lot::Mutex;
+    use quorumfs_proto::SessionId;
+
+    fn chunk(counter: u64) -> ChunkId {
+        ChunkId {
+            session: SessionId(1),
+            counter,
+        }
+    }
+
+    fn content(offset: u32, length: u32) -> Bytes {
+        (offset..offset + length)
+            .map(|at| (at / 7) as u8)
+            .collect::<Vec<u8>>()
+            .into()
+    }
+
+    #[tokio::test]
+    async fn every_way_gives_the_same_bytes_and_the_second_time_no_fetch() {
+        let fetches = Mutex::new(Vec::new());
+        let fetch = |offset, length| {
+            fetches.lock().push((offset, length));
+            async move { Ok(content(offset, length)) }
+        };
+        for pattern in [Pattern::Random, Pattern::Sequential] {
+            let cache = ChunkCache::new(64 << 20);
+            fetches.lock().clear();
+            for range in [0..10, 65_000..200_000, 300_000..300_001] {
+                for _ in 0..2 {
+                    let read = cache.read(chunk(1), range.clone(), 300_001, pattern, fetch).await;
+                    assert_eq!(read, Ok(content(range.start, range.len() as u32)));
+                }
+            }
+            let expected = match pattern {
+                Pattern::Sequential => vec![(0, 300_001)],
+                Pattern::Random => {
+                    vec![
+                        (0, 65_536),
+                        (65_536, 65_536),
+                        (131_072, 65_536),
+                        (196_608, 65_536),
+                        (262_144, 37_857),
+                    ]
+                }
+            };
+            assert_eq!(*fetches.lock(), expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_entry_that_ends_too_early_is_fetched_again() {
+        let cache = ChunkCache::new(64 << 20);
+        let fetch = |offset, length| async move { Ok(content(offset, length)) };
+        cache
+            .read(chunk(1), 0..10, 10, Pattern::Sequential, fetch)
+            .await
+            .unwrap();
+        let later = cache.read(chunk(1), 5..50, 60, Pattern::Sequential, fetch).await;
+        assert_eq!(later, Ok(content(5, 45)));
+    }
+
+    #[tokio::test]
+    async fn a_failed_fetch_is_not_remembered() {
+        let cache = ChunkCache::new(64 << 20);
+        let fails = |_, _| async { Err(FsError::Stale) };
+        assert_eq!(
+            cache.read(chunk(1), 0..10, 10, Pattern::Random, fails).await,
+            Err(FsError::Stale)
+        );
+        let fetch = |offset, length| async move { Ok(content(offset, length)) };
+        assert_eq!(
+            cache.read(chunk(1), 0..10, 10, Pattern::Random, fetch).await,
+            Ok(content(0, 10))
+        );
+    }
+
+    #[tokio::test]
+    async fn it_stays_within_its_bytes() {
+        let cache = ChunkCache::new(16 << 20);
+        for counter in 0..100 {
+            let fetch = |_, length: u32| async move { Ok(Bytes::from(vec![0; length as usize])) };
+            cache
+                .read(chunk(counter), 0..1, 1 << 20, Pattern::Sequential, fetch)
+                .await
+                .unwrap();
+            assert!(cache.bytes() <= 16 << 20);
+        }
+        assert!(cache.bytes() >= 8 << 20, "and uses them");
+    }
+}

@@ -1,0 +1,272 @@
+//! Where the bytes of one file are, as of one version of its content.
+//!
+//! Invariants: pieces are disjoint; all are of the same version; what is not known is never taken for a hole.
+//! Bounded by [`PIECES_MAX`]: above it only what lies around the newest answer stays. Pure.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use quorumfs_proto::Piece;
+
+/// Most pieces remembered of one file: a 16 GiB file of whole chunks, about 1 MiB of memory. (More only where a single
+/// read needs more.)
+pub const PIECES_MAX: usize = 16_384;
+
+/// What stays before the newest answer when there are too many pieces: the largest read, so that a read that needs
+/// several answers gets them together.
+const KEPT_BEFORE_BYTES: u64 = 1 << 20;
+
+/// The known extents of a file.
+#[derive(Debug, Default)]
+pub struct ExtentCache {
+    version: u64,
+    pieces: BTreeMap<u64, Piece>,
+    /// Parts of the file that `pieces` tell everything about: start to end, disjoint and not touching.
+    known: BTreeMap<u64, u64>,
+}
+
+impl ExtentCache {
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        self.pieces.clear();
+        self.known.clear();
+    }
+
+    /// The pieces that reach into `range`, or from where on they are not known at `version`.
+    pub fn lookup(&self, version: u64, range: Range<u64>) -> Result<Vec<Piece>, u64> {
+        if range.is_empty() {
+            return Ok(Vec::new());
+        }
+        let known_to = self
+            .known
+            .range(..=range.start)
+            .next_back()
+            .map_or(0, |(_, end)| *end);
+        if version != self.version || known_to <= range.start {
+            return Err(range.start);
+        }
+        if known_to < range.end {
+            return Err(known_to);
+        }
+        let first = self
+            .pieces
+            .range(..=range.start)
+            .next_back()
+            .map_or(range.start, |(offset, _)| *offset);
+        let pieces = self.pieces.range(first..range.end).map(|(_, piece)| *piece);
+        Ok(pieces.filter(|piece| piece.file_end() > range.start).collect())
+    }
+
+    /// Takes what the cluster told of `range` at `version`; pieces may reach out of the range.
+    pub fn store(&mut self, version: u64, range: Range<u64>, pieces: Vec<Piece>) {
+        if version != self.version {
+            self.clear();
+            self.version = version;
+        }
+        if range.is_empty() {
+            return;
+        }
+        if self.pieces.len() + pieces.len() > PIECES_MAX {
+            self.forget(0..range.start.saturating_sub(KEPT_BEFORE_BYTES));
+            self.forget(range.end..u64::MAX);
+        }
+        self.cut(range.clone());
+        for piece in pieces {
+            if let Some(piece) = clip(piece, range.clone()) {
+                self.pieces.insert(piece.file_offset, piece);
+            }
+        }
+        self.mark_known(range);
+    }
+
+    /// A command of this mount put `pieces` into the file (later ones over earlier ones) and the content went from
+    /// version `after - 1` to `after` by it alone. Where the cache is of another version it begins anew.
+    pub fn patch(&mut self, after: u64, pieces: &[Piece]) {
+        if self.version >= after {
+            return; // An answer that already has the change came first.
+        }
+        if self.version + 1 != after || self.pieces.len() + pieces.len() > PIECES_MAX {
+            self.clear();
+            self.version = after;
+            return;
+        }
+        self.version = after;
+        for piece in pieces {
+            let range = piece.file_offset..piece.file_end();
+            self.cut(range.clone());
+            self.pieces.insert(piece.file_offset, *piece);
+            self.mark_known(range);
+        }
+    }
+
+    /// Knows nothing of `range` any more.
+    fn forget(&mut self, range: Range<u64>) {
+        self.cut(range.clone());
+        let first = self
+            .known
+            .range(..range.start)
+            .next_back()
+            .map_or(range.start, |(start, _)| *start);
+        let touched: Vec<(u64, u64)> = self
+            .known
+            .range(first..range.end)
+            .map(|(s, e)| (*s, *e))
+            .collect();
+        for (start, end) in touched {
+            self.known.remove(&start);
+            if start < range.start {
+                self.known.insert(start, end.min(range.start));
+            }
+            if end > range.end {
+                self.known.insert(range.end, end);
+            }
+        }
+    }
+
+    /// Removes what lies in `range`, splitting pieces that reach out of it.
+    fn cut(&mut self, range: Range<u64>) {
+        let first = self
+            .pieces
+            .range(..range.start)
+            .next_back()
+            .map_or(range.start, |(offset, _)| *offset);
+        let touched: Vec<Piece> = self
+            .pieces
+            .range(first..range.end)
+            .map(|(_, piece)| *piece)
+            .collect();
+        for piece in touched.into_iter().filter(|piece| piece.file_end() > range.start) {
+            self.pieces.remove(&piece.file_offset);
+            for rest in [0..range.start, range.end..u64::MAX] {
+                if let Some(rest) = clip(piece, rest) {
+                    self.pieces.insert(rest.file_offset, rest);
+                }
+            }
+        }
+    }
+
+    fn mark_known(&mut self, range: Range<u64>) {
+        let first = self
+            .known
+            .range(..range.start)
+            .next_back()
+            .map_or(range.start, |(start, _)| *start);
+        let touching: Vec<(u64, u64)> = self
+            .known
+            .range(first..=range.end)
+            .map(|(s, e)| (*s, *e))
+            .collect();
+        let (mut from, mut to) = (range.start, range.end);
+        for (start, end) in touching.into_iter().filter(|(_, end)| *end >= range.start) {
+            self.known.remove(&start);
+            (from, to) = (from.min(start), to.max(end));
+        }
+        self.known.insert(from, to);
+    }
+}
+
+/// The part of `piece` that lies in `range`.
+pub fn clip(piece: Piece, range: Range<u64>) -> Option<Piece> {
+    let from = piece.file_offset.max(range.start);
+    let to = piece.file_end().min(range.end);
+    (from < to).then(|| Piece {
+        file_offset: from,
+        length: (to - from) as u32,
+        chunk: piece.chunk,
+        chunk_offset: piece.chunk_offset + (from - piece.file_offset) as u32,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use quorumfs_proto::{ChunkId, SessionId};
+
+    fn piece(file_offset: u64, length: u32, counter: u64) -> Piece {
+        Piece {
+            file_offset,
+            length,
+            chunk: ChunkId {
+                session: SessionId(1),
+                counter,
+            },
+            chunk_offset: 0,
+        }
+    }
+
+    #[test]
+    fn what_is_not_known_is_not_a_hole() {
+        let mut cache = ExtentCache::default();
+        cache.store(3, 10..20, vec![piece(12, 2, 1)]);
+        assert_eq!(cache.lookup(3, 10..20), Ok(vec![piece(12, 2, 1)]));
+        assert_eq!(cache.lookup(3, 15..25), Err(20));
+        assert_eq!(cache.lookup(3, 5..15), Err(5));
+        assert_eq!(cache.lookup(4, 10..20), Err(10));
+        cache.store(3, 20..30, Vec::new());
+        assert_eq!(
+            cache.lookup(3, 15..25),
+            Ok(Vec::new()),
+            "two answers side by side"
+        );
+    }
+
+    #[test]
+    fn a_change_by_others_in_between_clears() {
+        let mut cache = ExtentCache::default();
+        cache.store(3, 0..20, Vec::new());
+        cache.patch(4, &[piece(0, 5, 1)]);
+        assert_eq!(cache.lookup(4, 0..20), Ok(vec![piece(0, 5, 1)]));
+        cache.patch(6, &[piece(5, 5, 2)]);
+        assert_eq!(cache.lookup(6, 0..20), Err(0));
+    }
+
+    #[test]
+    fn a_read_of_very_many_pieces_gets_all_of_its_answers_together() {
+        let mut cache = ExtentCache::default();
+        for at in 0..5 * PIECES_MAX as u64 {
+            cache.store(1, 8 * at..8 * (at + 1), vec![piece(8 * at, 8, at)]);
+        }
+        let end = 40 * PIECES_MAX as u64;
+        let kept = KEPT_BEFORE_BYTES.min(end) - 8;
+        assert_eq!(
+            cache.lookup(1, end - kept..end).map(|pieces| pieces.len() as u64),
+            Ok(kept / 8)
+        );
+        let mut far = ExtentCache::default();
+        for at in 0..2 * PIECES_MAX as u64 {
+            let offset = at * (KEPT_BEFORE_BYTES / 4);
+            far.store(1, offset..offset + 8, vec![piece(offset, 8, at)]);
+        }
+        assert!(far.pieces.len() <= PIECES_MAX && far.known.len() <= PIECES_MAX);
+        assert!(far.lookup(1, 0..8).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn patches_act_like_writes_on_a_byte_map(
+            patches in prop::collection::vec((0u64..200, 1u32..80), 1..40),
+            window in (0u64..200, 1u64..100),
+        ) {
+            let mut cache = ExtentCache::default();
+            cache.store(0, 0..300, Vec::new());
+            let mut model = [None; 300];
+            for (number, (offset, length)) in patches.iter().enumerate() {
+                cache.patch(number as u64 + 1, &[piece(*offset, *length, number as u64)]);
+                for at in 0..u64::from(*length) {
+                    model[(offset + at) as usize] = Some((number as u64, at as u32));
+                }
+            }
+            let range = window.0..window.0 + window.1;
+            let mut seen = [None; 300];
+            for piece in cache.lookup(patches.len() as u64, range.clone()).unwrap() {
+                for at in 0..piece.length {
+                    seen[piece.file_offset as usize + at as usize] =
+                        Some((piece.chunk.counter, piece.chunk_offset + at));
+                }
+            }
+            let range = range.start as usize..range.end as usize;
+            prop_assert_eq!(&seen[range.clone()], &model[range]);
+        }
+    }
+}

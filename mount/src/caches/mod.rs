@@ -1,0 +1,11 @@
+//! What a mount remembers of what the cluster told it.
+//!
+//! - [`chunk_cache`]: bytes of chunks. Chunks are immutable, so they can never be stale.
+//! - [`extent_cache`]: where the bytes of one open file are, as of one version of its content.
+//! - [`page_versions`]: which version of a file's content the reader's own page cache holds.
+//!
+//! They know neither handles nor commands, and do no I/O of their own.
+
+pub mod chunk_cache;
+pub mod extent_cache;
+pub mod page_versions;

@@ -1,0 +1,100 @@
+//! What the filesystem needs of a cluster: five calls and a name.
+//!
+//! A trait, so that the verbs are tested against a cluster in memory; `quorumfs_client::Client` is the one that
+//! programs run on.
+
+use std::future::Future;
+
+use bytes::Bytes;
+use quorumfs_client::{Client, FreshChunk};
+use quorumfs_proto::query::Answer;
+use quorumfs_proto::{ChunkId, Command, FsError, InodeNumber, NewChunk, Outcome, Query};
+
+/// Answers which of these unlinked inodes are not open here.
+pub type UnlinkedHandler = Box<dyn Fn(&[InodeNumber]) -> Vec<InodeNumber> + Send + Sync>;
+
+/// Content that no command has named yet. As long as one exists its chunk is not given up.
+pub trait FreshContent: Clone + Send + Sync + 'static {
+    /// The identity drawn for it.
+    fn id(&self) -> ChunkId;
+    /// How a command names it after it was put.
+    fn stored(&self) -> NewChunk;
+    /// How a command carries it.
+    fn inline(&self) -> NewChunk;
+}
+
+/// A cluster, reached through one session.
+pub trait Cluster: Send + Sync + 'static {
+    /// Content on its way.
+    type Chunk: FreshContent;
+
+    /// Does `command` once and answers what it did; waits as long as nobody can decide. [`FsError::ChunkDead`]: make
+    /// its chunks anew.
+    fn mutate(
+        &self,
+        command: Command,
+        stored: &[Self::Chunk],
+    ) -> impl Future<Output = Result<Outcome, FsError>> + Send;
+
+    /// Reads metadata.
+    fn query(&self, query: Query) -> impl Future<Output = Result<Answer, FsError>> + Send;
+
+    /// Draws an identity for `payload` and computes its checksums.
+    fn new_chunk(&self, payload: Bytes) -> Self::Chunk;
+
+    /// Returns when the content is durable on f + 1 voters. [`FsError::ChunkDead`]: make it anew.
+    fn put_chunk(&self, chunk: &Self::Chunk) -> impl Future<Output = Result<(), FsError>> + Send;
+
+    /// Exactly these bytes of a chunk, verified. [`FsError::Stale`]: nobody has it (any more).
+    fn get_chunk(
+        &self,
+        id: ChunkId,
+        offset: u32,
+        length: u32,
+    ) -> impl Future<Output = Result<Bytes, FsError>> + Send;
+
+    /// Who answers the cluster's question which unlinked inodes are still open here.
+    fn set_unlinked_handler(&self, handler: UnlinkedHandler);
+}
+
+impl FreshContent for FreshChunk {
+    fn id(&self) -> ChunkId {
+        FreshChunk::id(self)
+    }
+
+    fn stored(&self) -> NewChunk {
+        FreshChunk::stored(self)
+    }
+
+    fn inline(&self) -> NewChunk {
+        FreshChunk::inline(self)
+    }
+}
+
+impl Cluster for Client {
+    type Chunk = FreshChunk;
+
+    async fn mutate(&self, command: Command, stored: &[FreshChunk]) -> Result<Outcome, FsError> {
+        Client::mutate(self, command, stored).await
+    }
+
+    async fn query(&self, query: Query) -> Result<Answer, FsError> {
+        Client::query(self, query).await
+    }
+
+    fn new_chunk(&self, payload: Bytes) -> FreshChunk {
+        Client::new_chunk(self, payload)
+    }
+
+    async fn put_chunk(&self, chunk: &FreshChunk) -> Result<(), FsError> {
+        Client::put_chunk(self, chunk).await
+    }
+
+    async fn get_chunk(&self, id: ChunkId, offset: u32, length: u32) -> Result<Bytes, FsError> {
+        Client::get_chunk(self, id, offset, length).await
+    }
+
+    fn set_unlinked_handler(&self, handler: UnlinkedHandler) {
+        Client::set_unlinked_handler(self, handler);
+    }
+}

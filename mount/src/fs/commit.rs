@@ -1,0 +1,330 @@
+//! How dirty bytes become committed ones.
+//!
+//! Invariants: all commands about the content of a file are sent by whoever holds the file's `turn`, one after
+//! another, so that they take effect in the order of writing; packs stay readable in the buffer until the command
+//! that names them is answered; a chunk is named only after its put was acknowledged (P2).
+//!
+//! A flush that failed is not tried again by itself: its bytes are given up (as after a failed write-back of any
+//! kernel), the failure is kept, and each handle tells it once.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use futures::FutureExt as _;
+use quorumfs_proto::chunk::Piece;
+use quorumfs_proto::command::{Privileges, Target};
+use quorumfs_proto::{Command, FsError, NewChunk, Operation, Outcome, Timestamp};
+
+use super::{Cluster, Durability, Filesystem, FreshContent, Node, Put};
+use crate::handles::{InodeState, Scope};
+use crate::write_buffer::Pack;
+
+/// How often the chunks of one command are drawn and put anew after the cluster called them dead.
+const RENEWALS_MAX: usize = 3;
+
+impl<C: Cluster> Filesystem<C> {
+    /// Commits what was written before the call.
+    pub(super) async fn commit(&self, node: &Node<C>, scope: Scope) -> Result<(), FsError> {
+        let verdict = {
+            let _turn = node.turn.lock().await;
+            self.commit_in_turn(node, scope).await
+        };
+        self.open.retire(node);
+        verdict
+    }
+
+    /// Commits in a task of its own, at most one per file at a time.
+    pub(super) fn commit_in_background(self: &Arc<Self>, node: &Node<C>, scope: Scope) {
+        {
+            let mut state = node.state.lock();
+            let queued = state.queued;
+            state.queued = queued.max(Some(scope));
+            if queued.is_some() {
+                return;
+            }
+        }
+        let (filesystem, node) = (Arc::clone(self), Arc::clone(node));
+        tokio::spawn(async move {
+            {
+                let _turn = node.turn.lock().await;
+                let scope = node.state.lock().queued.take().unwrap_or(scope);
+                // What fails is kept for the file's handles.
+                let _kept = filesystem.commit_in_turn(&node, scope).await;
+            }
+            filesystem.open.retire(&node);
+        });
+    }
+
+    /// As `commit`; the caller holds the file's turn.
+    pub(super) async fn commit_in_turn(&self, node: &Node<C>, scope: Scope) -> Result<(), FsError> {
+        let last = self.seal(node, scope);
+        let mut verdict = Ok(());
+        loop {
+            let packs = node.state.lock().buffer.front(last);
+            if packs.is_empty() {
+                return verdict;
+            }
+            if let Err(error) = self.send_or_lose(node, &packs).await {
+                verdict = verdict.and(Err(error));
+            }
+        }
+    }
+
+    /// Does `operation`, which is about `node`, together with the commit of what was written before the call: in the
+    /// same command, where the cluster accepts that.
+    pub(super) async fn commit_with(&self, node: &Node<C>, operation: Operation) -> Result<Outcome, FsError> {
+        let outcome = {
+            let _turn = node.turn.lock().await;
+            self.commit_with_in_turn(node, operation).await
+        };
+        self.open.retire(node);
+        outcome
+    }
+
+    async fn commit_with_in_turn(&self, node: &Node<C>, operation: Operation) -> Result<Outcome, FsError> {
+        let last = self.seal(node, Scope::Everything);
+        loop {
+            let packs = node.state.lock().buffer.front(last);
+            let is_last = packs.last().is_none_or(|youngest| youngest.sequence == last);
+            if !is_last {
+                // A failure is kept for the handles; the operation is not about those bytes.
+                let _kept = self.send_or_lose(node, &packs).await;
+                continue;
+            }
+            match self.send(node, &packs, Some(operation.clone())).await {
+                Err(error) if !packs.is_empty() && is_verdict(error) => {
+                    // Which of the two was refused? Each alone shows it.
+                    let _kept = self.send_or_lose(node, &packs).await;
+                    return self.send(node, &[], Some(operation)).await;
+                }
+                Err(error) => {
+                    self.lose(node, &packs, error);
+                    return Err(error);
+                }
+                Ok(outcome) => return Ok(outcome),
+            }
+        }
+    }
+
+    /// In `durability=fsync`: waits until what was closed before is committed, so that no name is removed or replaced
+    /// before the bytes that were written first.
+    pub(super) async fn settle_handed_over(&self) {
+        if self.options.durability == Durability::Close {
+            return;
+        }
+        for node in self.dirty.nodes() {
+            let handed_over = node.state.lock().handed_over;
+            if handed_over {
+                // What fails is kept for the file's handles.
+                let _kept = self.commit(&node, Scope::Everything).await;
+            }
+        }
+    }
+
+    /// Seals what `scope` says and answers with the last pack to commit.
+    fn seal(&self, node: &Node<C>, scope: Scope) -> u64 {
+        let mut state = node.state.lock();
+        if scope == Scope::Everything {
+            let packs = state.buffer.seal_all();
+            state.dirty_since = None;
+            self.start_puts(&mut state, &packs);
+            self.dirty.account(node, &mut state);
+        }
+        state.buffer.last_sequence()
+    }
+
+    /// Sends the chunks of these packs on their way; small ones ride inside the command.
+    pub(super) fn start_puts(&self, state: &mut InodeState<Put<C>>, packs: &[Arc<Pack>]) {
+        for pack in packs.iter().filter(|pack| !pack.is_inline()) {
+            let (cluster, payload) = (Arc::clone(&self.cluster), pack.payload.clone());
+            let put: Put<C> = async move {
+                let chunk = cluster.new_chunk(payload);
+                cluster.put_chunk(&chunk).await?;
+                Ok(chunk)
+            }
+            .boxed()
+            .shared();
+            tokio::spawn(put.clone());
+            state.puts.insert(pack.sequence, put);
+        }
+    }
+
+    async fn send_or_lose(&self, node: &Node<C>, packs: &[Arc<Pack>]) -> Result<(), FsError> {
+        match self.send(node, packs, None).await {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                self.lose(node, packs, error);
+                Err(error)
+            }
+        }
+    }
+
+    /// One command: the packs, then `operation`.
+    async fn send(
+        &self,
+        node: &Node<C>,
+        packs: &[Arc<Pack>],
+        operation: Option<Operation>,
+    ) -> Result<Outcome, FsError> {
+        let chunks = self.put_chunks(node, packs).await?;
+        // What is taken here is this command's; writes from now on bring their own.
+        let (mtime, privileges) = {
+            let mut state = node.state.lock();
+            let privileges = match packs {
+                [] => Privileges::Keep,
+                _ => std::mem::replace(&mut state.privileges, Privileges::Keep),
+            };
+            (state.mtime, privileges)
+        };
+        let sent = self
+            .send_write(node, packs, chunks, (mtime, privileges), operation)
+            .await;
+        if sent.is_err() && privileges == Privileges::Drop {
+            node.state.lock().privileges = Privileges::Drop;
+        }
+        sent
+    }
+
+    async fn send_write(
+        &self,
+        node: &Node<C>,
+        packs: &[Arc<Pack>],
+        mut chunks: Vec<C::Chunk>,
+        (mtime, privileges): (Option<Timestamp>, Privileges),
+        operation: Option<Operation>,
+    ) -> Result<Outcome, FsError> {
+        for _ in 0..RENEWALS_MAX {
+            let pieces: Vec<Piece> = packs
+                .iter()
+                .zip(&chunks)
+                .flat_map(|(pack, chunk)| pack.pieces(chunk.id()))
+                .collect();
+            let write = (!packs.is_empty()).then(|| Operation::Write {
+                inode: Target::Inode(node.inode),
+                pieces: pieces.clone(),
+                mtime,
+                privileges,
+            });
+            let (named, stored) = name_chunks::<C>(packs, &chunks);
+            let command = Command {
+                chunks: named,
+                operations: write.into_iter().chain(operation.clone()).collect(),
+            };
+            match self.cluster.mutate(command, &stored).await {
+                Ok(outcome) => {
+                    self.settle(node, packs, &pieces, &outcome, operation.as_ref());
+                    return Ok(outcome);
+                }
+                Err(FsError::ChunkDead) if !chunks.is_empty() => chunks = self.renew(packs).await?,
+                Err(error) => return Err(error),
+            }
+        }
+        Err(FsError::Io)
+    }
+
+    /// The chunks of these packs, put.
+    async fn put_chunks(&self, node: &Node<C>, packs: &[Arc<Pack>]) -> Result<Vec<C::Chunk>, FsError> {
+        let mut chunks = Vec::with_capacity(packs.len());
+        for pack in packs {
+            let put = node.state.lock().puts.get(&pack.sequence).cloned();
+            let chunk = match put {
+                Some(put) => put.await,
+                None => Ok(self.cluster.new_chunk(pack.payload.clone())),
+            };
+            match chunk {
+                // The session it was drawn in is over; the bytes are still here.
+                Err(FsError::ChunkDead) => return self.renew(packs).await,
+                chunk => chunks.push(chunk?),
+            }
+        }
+        Ok(chunks)
+    }
+
+    /// The same bytes as new chunks.
+    async fn renew(&self, packs: &[Arc<Pack>]) -> Result<Vec<C::Chunk>, FsError> {
+        let mut chunks = Vec::with_capacity(packs.len());
+        for pack in packs {
+            let chunk = self.cluster.new_chunk(pack.payload.clone());
+            if !pack.is_inline() {
+                self.cluster.put_chunk(&chunk).await?;
+            }
+            chunks.push(chunk);
+        }
+        Ok(chunks)
+    }
+
+    /// The cluster knows these bytes now.
+    fn settle(
+        &self,
+        node: &Node<C>,
+        packs: &[Arc<Pack>],
+        pieces: &[Piece],
+        outcome: &Outcome,
+        operation: Option<&Operation>,
+    ) {
+        {
+            let mut state = node.state.lock();
+            self.forget_packs(node, &mut state, packs);
+            let before = state.view.as_ref().map(|view| view.content_version);
+            if let Some(attributes) = outcome.attributes_of(node.inode) {
+                state.learn(attributes);
+                let after = attributes.content_version;
+                let resizes = matches!(operation, Some(Operation::SetAttributes { changes, .. }) if changes.size.is_some());
+                if resizes {
+                    state.extents.clear();
+                } else if !packs.is_empty() {
+                    state.extents.patch(after, pieces);
+                }
+                if let Some(before) = before.filter(|before| before + 1 == after) {
+                    self.pages.changed_here(node.inode, before, after);
+                }
+            }
+        }
+        self.learn(&outcome.touched);
+    }
+
+    /// These bytes could not be committed: they are gone, and every handle of the file will say so.
+    fn lose(&self, node: &Node<C>, packs: &[Arc<Pack>], error: FsError) {
+        if packs.is_empty() {
+            return;
+        }
+        let bytes: usize = packs.iter().map(|pack| pack.payload.len()).sum();
+        tracing::warn!(inode = %node.inode, bytes, %error, "written bytes could not be committed and are given up");
+        let mut state = node.state.lock();
+        state.failures = (state.failures.0 + 1, error);
+        self.forget_packs(node, &mut state, packs);
+        drop(state);
+        self.pages.forget(node.inode);
+    }
+
+    fn forget_packs(&self, node: &Node<C>, state: &mut InodeState<Put<C>>, packs: &[Arc<Pack>]) {
+        let Some(youngest) = packs.last() else { return };
+        state.buffer.settle(youngest.sequence);
+        let later: BTreeMap<u64, Put<C>> = state.puts.split_off(&(youngest.sequence + 1));
+        state.puts = later;
+        self.dirty.account(node, state);
+    }
+}
+
+/// How a command names `chunks`, and those of them that it does not carry.
+fn name_chunks<C: Cluster>(packs: &[Arc<Pack>], chunks: &[C::Chunk]) -> (Vec<NewChunk>, Vec<C::Chunk>) {
+    let mut stored = Vec::new();
+    let named = packs
+        .iter()
+        .zip(chunks)
+        .map(|(pack, chunk)| {
+            if pack.is_inline() {
+                chunk.inline()
+            } else {
+                stored.push(chunk.clone());
+                chunk.stored()
+            }
+        })
+        .collect();
+    (named, stored)
+}
+
+/// Whether `error` says that the command was not done because of what it asks.
+fn is_verdict(error: FsError) -> bool {
+    !matches!(error, FsError::Io | FsError::TimedOut | FsError::ChunkDead)
+}

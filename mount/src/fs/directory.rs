@@ -1,0 +1,269 @@
+//! Listing directories, with offsets that can be sought.
+//!
+//! Invariants: an offset is the cookie of the entry before; "." has 1, ".." has 2, the cluster's entries have 3 and
+//! more, and keep theirs as long as they exist. So an entry that exists throughout a listing is told exactly once,
+//! whatever comes and goes meanwhile. A directory handle holds one page of the cluster's answer at a time.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use quorumfs_proto::query::{Answer, DirectoryEntry, EntryDetail};
+use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber, Query};
+
+use super::{Cluster, Filesystem, Handle, unexpected};
+
+/// The cookie of ".".
+const DOT_COOKIE: u64 = 1;
+/// The cookie of "..".
+const DOT_DOT_COOKIE: u64 = 2;
+
+/// Bytes of entries asked for at once: a thousand or so with their attributes.
+const PAGE_BYTES: u32 = 256 << 10;
+
+/// What an entry takes in a caller's buffer beside its name, without and with attributes (the larger of what
+/// getdents(2) and its relatives use), and what names are padded to.
+const ITEM_OVERHEAD_BYTES: usize = 24;
+const DETAILED_ITEM_OVERHEAD_BYTES: usize = 152;
+const NAME_PADDING_BYTES: usize = 8;
+
+/// One entry of a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirectoryItem {
+    /// Its name, "." and ".." among them.
+    pub name: Bytes,
+    /// What it names.
+    pub inode: InodeNumber,
+    /// What kind of thing that is.
+    pub kind: FileKind,
+    /// Where the listing goes on after it.
+    pub cookie: u64,
+    /// If asked for; never of "." and "..".
+    pub attributes: Option<Attributes>,
+}
+
+/// An answer of the cluster: all entries after `after` up to the last one here.
+#[derive(Debug, Default)]
+struct Page {
+    after: u64,
+    entries: Vec<DirectoryEntry>,
+    /// Whether there are none behind it.
+    end: bool,
+    detailed: bool,
+}
+
+impl Page {
+    /// Where in the page the entries after `cookie` begin, if the page tells what comes next.
+    fn position(&self, cookie: u64, detail: EntryDetail) -> Option<usize> {
+        let detailed_enough = self.detailed || detail == EntryDetail::Name;
+        let at = self.entries.partition_point(|entry| entry.cookie <= cookie);
+        let tells = self.after <= cookie && (at < self.entries.len() || self.end);
+        (detailed_enough && tells).then_some(at)
+    }
+}
+
+#[derive(Debug)]
+struct OpenDirectory {
+    inode: InodeNumber,
+    parent: InodeNumber,
+    /// Held while a page is fetched: readers of one handle take turns.
+    page: tokio::sync::Mutex<Option<Page>>,
+}
+
+/// The open directories of a mount. As many as programs hold open: the kernel bounds them.
+#[derive(Debug, Default)]
+pub(super) struct OpenDirectories {
+    table: Mutex<(Handle, HashMap<Handle, Arc<OpenDirectory>>)>,
+}
+
+impl<C: Cluster> Filesystem<C> {
+    /// Opens a directory for listing.
+    pub async fn open_directory(&self, inode: InodeNumber) -> Result<Handle, FsError> {
+        let told = self.told_attributes(Query::Attributes { inode }).await?;
+        if told.kind != FileKind::Directory {
+            return Err(FsError::NotDirectory);
+        }
+        let directory = OpenDirectory {
+            inode,
+            parent: if inode == self.options.root {
+                inode
+            } else {
+                told.parent
+            },
+            page: tokio::sync::Mutex::new(None),
+        };
+        let mut table = self.directories.table.lock();
+        table.0 += 1;
+        let handle = table.0;
+        table.1.insert(handle, Arc::new(directory));
+        Ok(handle)
+    }
+
+    /// The entries after `offset` (0: from the start, and anew), as many as fit `bytes_max` of a caller's buffer; none
+    /// at the end.
+    pub async fn read_directory(
+        &self,
+        handle: Handle,
+        offset: u64,
+        detail: EntryDetail,
+        bytes_max: usize,
+    ) -> Result<Vec<DirectoryItem>, FsError> {
+        let directory = self
+            .directories
+            .table
+            .lock()
+            .1
+            .get(&handle)
+            .cloned()
+            .ok_or(FsError::Stale)?;
+        let mut listing = Listing::new(bytes_max, detail);
+        let dots = [
+            (&b"."[..], directory.inode, DOT_COOKIE),
+            (&b".."[..], directory.parent, DOT_DOT_COOKIE),
+        ];
+        for (name, inode, cookie) in dots.into_iter().filter(|(_, _, cookie)| *cookie > offset) {
+            let item = DirectoryItem {
+                name: Bytes::from_static(name),
+                inode,
+                kind: FileKind::Directory,
+                cookie,
+                attributes: None,
+            };
+            if !listing.add(vec![item]) {
+                return listing.finish();
+            }
+        }
+        let mut page = directory.page.lock().await;
+        if offset == 0 {
+            *page = None;
+        }
+        let mut after = if offset <= DOT_DOT_COOKIE { 0 } else { offset };
+        loop {
+            let at = page.as_ref().and_then(|page| page.position(after, detail));
+            let Some(at) = at else {
+                if listing.has_entries() {
+                    return listing.finish(); // What is there is enough for one answer.
+                }
+                *page = Some(self.directory_page(directory.inode, after, detail).await?);
+                continue;
+            };
+            let Some(page) = page.as_ref() else { continue };
+            for group in page.entries[at..].chunk_by(|a, b| a.cookie == b.cookie) {
+                // Entries of one cookie stay together: the caller can only go on behind all of them.
+                if !listing.add(group.iter().map(|entry| self.item(entry, detail)).collect()) {
+                    return listing.finish();
+                }
+                after = group[0].cookie;
+            }
+            if page.end {
+                return listing.finish();
+            }
+        }
+    }
+
+    async fn directory_page(
+        &self,
+        inode: InodeNumber,
+        after: u64,
+        detail: EntryDetail,
+    ) -> Result<Page, FsError> {
+        let query = Query::ReadDirectory {
+            inode,
+            after,
+            bytes_max: PAGE_BYTES,
+            detail,
+        };
+        match self.cluster.query(query).await {
+            Ok(Answer::Entries { entries, end }) if end || !entries.is_empty() => Ok(Page {
+                after,
+                entries,
+                end,
+                detailed: detail == EntryDetail::Attributes,
+            }),
+            Ok(other) => Err(unexpected("ReadDirectory", &other)),
+            // Removed while it was open: it is empty.
+            Err(FsError::NotFound | FsError::Stale) => Ok(Page {
+                after,
+                end: true,
+                detailed: true,
+                ..Page::default()
+            }),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn item(&self, entry: &DirectoryEntry, detail: EntryDetail) -> DirectoryItem {
+        let attributes = entry
+            .attributes
+            .as_ref()
+            .filter(|_| detail == EntryDetail::Attributes);
+        DirectoryItem {
+            name: Bytes::from(entry.name.clone()),
+            inode: entry.inode,
+            kind: entry.kind,
+            cookie: entry.cookie,
+            attributes: attributes.map(|attributes| self.present(attributes.clone())),
+        }
+    }
+
+    /// The last descriptor of a directory handle is gone.
+    pub fn release_directory(&self, handle: Handle) -> Result<(), FsError> {
+        self.directories
+            .table
+            .lock()
+            .1
+            .remove(&handle)
+            .map(|_| ())
+            .ok_or(FsError::Stale)
+    }
+}
+
+/// Items for a buffer of bounded size.
+struct Listing {
+    items: Vec<DirectoryItem>,
+    bytes_left: usize,
+    overhead_bytes: usize,
+    is_full: bool,
+}
+
+impl Listing {
+    fn new(bytes_max: usize, detail: EntryDetail) -> Listing {
+        Listing {
+            items: Vec::new(),
+            bytes_left: bytes_max,
+            overhead_bytes: match detail {
+                EntryDetail::Name => ITEM_OVERHEAD_BYTES,
+                EntryDetail::Attributes => DETAILED_ITEM_OVERHEAD_BYTES,
+            },
+            is_full: false,
+        }
+    }
+
+    /// Adds all of `group`, or says that they do not fit.
+    fn add(&mut self, group: Vec<DirectoryItem>) -> bool {
+        let of =
+            |item: &DirectoryItem| self.overhead_bytes + item.name.len().next_multiple_of(NAME_PADDING_BYTES);
+        let bytes: usize = group.iter().map(of).sum();
+        if bytes > self.bytes_left {
+            self.is_full = true;
+            return false;
+        }
+        self.bytes_left -= bytes;
+        self.items.extend(group);
+        true
+    }
+
+    /// Whether there is anything but dots.
+    fn has_entries(&self) -> bool {
+        self.items.last().is_some_and(|item| item.cookie > DOT_DOT_COOKIE)
+    }
+
+    /// [`FsError::InvalidArgument`] where not even the first entry fits, as getdents(2) has it.
+    fn finish(self) -> Result<Vec<DirectoryItem>, FsError> {
+        if self.items.is_empty() && self.is_full {
+            return Err(FsError::InvalidArgument);
+        }
+        Ok(self.items)
+    }
+}

@@ -1,0 +1,91 @@
+//! All dirty bytes of a mount: who has them, and how many there may be.
+//!
+//! Invariant: a file is listed here exactly while its buffer is not clean, and counts for what its buffer stands for.
+//! The lock is the innermost: it is taken with a file's state locked, and nothing is locked under it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use quorumfs_proto::InodeNumber;
+use quorumfs_proto::command::Privileges;
+use tokio::sync::Notify;
+
+use crate::handles::{InodeState, OpenInode};
+
+#[derive(Debug)]
+struct Books<Put> {
+    bytes: u64,
+    nodes: BTreeMap<InodeNumber, Arc<OpenInode<Put>>>,
+}
+
+/// The account of dirty bytes.
+#[derive(Debug)]
+pub(super) struct DirtyBytes<Put> {
+    books: Mutex<Books<Put>>,
+    bytes_max: u64,
+    freed: Notify,
+}
+
+impl<Put> DirtyBytes<Put> {
+    pub(super) fn new(bytes_max: u64) -> DirtyBytes<Put> {
+        DirtyBytes {
+            books: Mutex::new(Books {
+                bytes: 0,
+                nodes: BTreeMap::new(),
+            }),
+            bytes_max,
+            freed: Notify::new(),
+        }
+    }
+
+    /// Books what `node`'s buffer is now; `state` is `node`'s own, locked.
+    pub(super) fn account(&self, node: &Arc<OpenInode<Put>>, state: &mut InodeState<Put>) {
+        let footprint_bytes = state.buffer.footprint_bytes();
+        let mut books = self.books.lock();
+        books.bytes = books.bytes - state.charged_bytes + footprint_bytes;
+        if state.buffer.is_clean() {
+            books.nodes.remove(&node.inode);
+            state.mtime = None;
+            state.privileges = Privileges::Keep;
+            state.dirty_since = None;
+            state.handed_over = false;
+        } else if state.charged_bytes == 0 {
+            books.nodes.insert(node.inode, Arc::clone(node));
+        }
+        let freed = footprint_bytes < state.charged_bytes;
+        state.charged_bytes = footprint_bytes;
+        if freed {
+            self.freed.notify_waiters();
+        }
+    }
+
+    /// The files that have dirty bytes.
+    pub(super) fn nodes(&self) -> Vec<Arc<OpenInode<Put>>> {
+        self.books.lock().nodes.values().cloned().collect()
+    }
+
+    /// Whether no file has dirty bytes.
+    pub(super) fn is_empty(&self) -> bool {
+        self.books.lock().nodes.is_empty()
+    }
+
+    /// Dirty bytes of the mount.
+    pub(super) fn bytes(&self) -> u64 {
+        self.books.lock().bytes
+    }
+
+    /// Waits until there is room for a write; calls `relieve` whenever there is none.
+    pub(super) async fn room(&self, relieve: impl Fn()) {
+        loop {
+            let freed = self.freed.notified();
+            tokio::pin!(freed);
+            freed.as_mut().enable();
+            if self.bytes() < self.bytes_max {
+                return;
+            }
+            relieve();
+            freed.await;
+        }
+    }
+}

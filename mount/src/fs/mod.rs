@@ -1,0 +1,280 @@
+//! The filesystem: POSIX's verbs over a cluster, in plain async Rust.
+//!
+//! **One write.** [`Filesystem::write`] waits for room among the mount's dirty bytes, puts the bytes into the file's
+//! [`crate::write_buffer::WriteBuffer`] and returns. A chunk that became full is put at once, in the background
+//! (`start_puts`). A commit (`commit`) comes when enough is sealed, with age, under memory pressure, with
+//! [`Filesystem::fsync`] and [`Filesystem::flush`] (close): it seals what is left, waits for the puts, and sends one
+//! `Write` command that names all of it. What is committed leaves the buffer, and the file's extents are patched.
+//!
+//! **One read.** [`Filesystem::open`] asks for the file's attributes and extents at one moment (close-to-open).
+//! [`Filesystem::read`] takes a snapshot of dirty bytes and extents, fetches what is not dirty through the
+//! [`crate::caches::chunk_cache::ChunkCache`], and lays the dirty bytes over it. A sequential reader's next chunks are
+//! fetched meanwhile (`read_ahead`). A chunk nobody has any more means that the file changed: the extents are asked
+//! for again.
+//!
+//! Rules held here: commands about the content of one file go out one after another, in the order of writing
+//! (`OpenInode::turn`); mtime is that of the write, not of its flush; attributes are never set before the bytes
+//! written earlier; no verdict of the cluster is anticipated.
+//!
+//! Verbs must be run to their end: a caller that goes away half-way spawns them. Nothing here knows FUSE or a kernel.
+
+mod attributes;
+pub mod cluster;
+mod commit;
+mod directory;
+mod dirty;
+mod namespace;
+mod open;
+mod read;
+mod write;
+
+#[cfg(test)]
+pub(crate) mod tests;
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use futures::future::{BoxFuture, Shared};
+use futures::stream::{self, StreamExt as _};
+use parking_lot::Mutex;
+use quorumfs_proto::query::{Answer, Space};
+use quorumfs_proto::{Attributes, Command, FsError, InodeNumber, Operation, Outcome, Query};
+use tokio::sync::Semaphore;
+
+pub use self::cluster::{Cluster, FreshContent};
+pub use self::directory::DirectoryItem;
+pub use self::open::Opened;
+pub use crate::handles::{Handle, OpenFlags};
+
+use self::directory::OpenDirectories;
+use self::dirty::DirtyBytes;
+use crate::caches::chunk_cache::ChunkCache;
+use crate::caches::page_versions::PageVersions;
+use crate::handles::{OpenFiles, OpenInode, Scope};
+
+/// Read-ahead fetches of one mount at once: enough to keep three nodes busy, and at most 16 MiB on their way.
+const READAHEAD_FETCHES_MAX: usize = 16;
+
+/// Files that are committed at the same time when everything is.
+const COMMITS_AT_ONCE_MAX: usize = 16;
+
+/// Unlinked inodes that wait to be released; what does not fit is released when the cluster asks for it.
+const UNLINKED_QUEUE_MAX: usize = 65_536;
+
+/// Unlinked inodes in one `ReleaseUnlinked`: a command of some 10 KiB.
+const RELEASES_AT_ONCE_MAX: usize = 1000;
+
+/// When an acknowledged call is durable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Durability {
+    /// With its return; a written file with its close.
+    #[default]
+    Close,
+    /// With fsync, or within a second: close hands over and returns. What removes or replaces names waits for what
+    /// was handed over before it.
+    Fsync,
+}
+
+/// How a filesystem behaves.
+#[derive(Clone, Debug)]
+pub struct FsOptions {
+    /// When close returns.
+    pub durability: Durability,
+    /// Whether everything that changes something is refused.
+    pub read_only: bool,
+    /// Bytes of chunks that are kept.
+    pub cache_bytes: u64,
+    /// Bytes that programs may have written and the cluster does not know; writers wait above it.
+    pub dirty_bytes_max: u64,
+    /// How long they may stay so without a sync.
+    pub dirty_age_ms: u64,
+    /// The directory that is mounted; it is its own parent.
+    pub root: InodeNumber,
+}
+
+impl Default for FsOptions {
+    fn default() -> FsOptions {
+        FsOptions {
+            durability: Durability::Close,
+            read_only: false,
+            cache_bytes: 128 << 20,
+            dirty_bytes_max: 64 << 20,
+            dirty_age_ms: 1000,
+            root: InodeNumber::ROOT,
+        }
+    }
+}
+
+/// A chunk on its way to the nodes.
+type Put<C> = Shared<BoxFuture<'static, Result<<C as Cluster>::Chunk, FsError>>>;
+
+/// An open file.
+type Node<C> = Arc<OpenInode<Put<C>>>;
+
+/// A mounted filesystem.
+pub struct Filesystem<C: Cluster = quorumfs_client::Client> {
+    cluster: Arc<C>,
+    options: FsOptions,
+    open: OpenFiles<Put<C>>,
+    directories: OpenDirectories,
+    dirty: DirtyBytes<Put<C>>,
+    chunks: ChunkCache,
+    pages: PageVersions,
+    readahead_permits: Semaphore,
+    /// Inodes this mount asked to keep although it does not have them open (any more).
+    unlinked: Mutex<Vec<InodeNumber>>,
+}
+
+impl<C: Cluster> Filesystem<C> {
+    /// A filesystem over `cluster`. Must be called within a tokio runtime: old dirty bytes are committed by a task,
+    /// which ends with the filesystem.
+    pub fn new(cluster: C, options: FsOptions) -> Arc<Filesystem<C>> {
+        let filesystem = Arc::new(Filesystem {
+            cluster: Arc::new(cluster),
+            open: OpenFiles::default(),
+            directories: OpenDirectories::default(),
+            dirty: DirtyBytes::new(options.dirty_bytes_max),
+            chunks: ChunkCache::new(options.cache_bytes),
+            pages: PageVersions::default(),
+            readahead_permits: Semaphore::new(READAHEAD_FETCHES_MAX),
+            unlinked: Mutex::new(Vec::new()),
+            options,
+        });
+        let weak = Arc::downgrade(&filesystem);
+        filesystem
+            .cluster
+            .set_unlinked_handler(Box::new(move |inodes| match weak.upgrade() {
+                Some(filesystem) => filesystem.open.not_open(inodes),
+                None => inodes.to_vec(),
+            }));
+        tokio::spawn(grow_old(
+            Arc::downgrade(&filesystem),
+            filesystem.options.dirty_age_ms,
+        ));
+        filesystem
+    }
+
+    /// The cluster it lies on.
+    pub fn cluster(&self) -> &C {
+        &self.cluster
+    }
+
+    /// The directory that is mounted.
+    pub fn root(&self) -> InodeNumber {
+        self.options.root
+    }
+
+    /// Space and counts of the cluster.
+    pub async fn space(&self) -> Result<Space, FsError> {
+        match self.cluster.query(Query::Space).await? {
+            Answer::Space(space) => Ok(space),
+            other => Err(unexpected("Space", &other)),
+        }
+    }
+
+    /// Commits everything any program wrote and waits for it: before unmounting. The first failure is answered, all
+    /// files are tried.
+    pub async fn flush_all(&self) -> Result<(), FsError> {
+        let verdicts = stream::iter(self.dirty.nodes())
+            .map(|node| async move { self.commit(&node, Scope::Everything).await })
+            .buffer_unordered(COMMITS_AT_ONCE_MAX)
+            .collect::<Vec<_>>()
+            .await;
+        self.release_unlinked().await;
+        verdicts.into_iter().collect()
+    }
+
+    fn writable(&self) -> Result<(), FsError> {
+        if self.options.read_only {
+            Err(FsError::ReadOnly)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Sends a command that brings no content and takes note of what it touched.
+    async fn mutate(&self, operation: Operation) -> Result<Outcome, FsError> {
+        let outcome = self.cluster.mutate(Command::single(operation), &[]).await?;
+        self.learn(&outcome.touched);
+        Ok(outcome)
+    }
+
+    /// Takes note of attributes of files that are open here.
+    fn learn(&self, touched: &[Attributes]) {
+        if self.open.is_empty() {
+            return;
+        }
+        for attributes in touched {
+            if let Some(node) = self.open.find(attributes.inode) {
+                node.state.lock().learn(attributes);
+            }
+        }
+    }
+
+    /// `attributes`, newly told by the cluster, as programs of this mount see them.
+    fn present(&self, attributes: Attributes) -> Attributes {
+        match self.open.find(attributes.inode) {
+            None => attributes,
+            Some(node) => {
+                let mut state = node.state.lock();
+                state.learn(&attributes);
+                state.attributes().unwrap_or(attributes)
+            }
+        }
+    }
+
+    /// `inode` need not be kept for this mount (any more).
+    fn release_later(&self, inode: InodeNumber) {
+        let mut unlinked = self.unlinked.lock();
+        if unlinked.len() < UNLINKED_QUEUE_MAX {
+            unlinked.push(inode);
+        }
+    }
+
+    /// Tells the cluster which unlinked inodes it need not keep for this mount. What cannot be told now the cluster
+    /// asks for later.
+    async fn release_unlinked(&self) {
+        let unlinked = std::mem::take(&mut *self.unlinked.lock());
+        for inodes in self.open.not_open(&unlinked).chunks(RELEASES_AT_ONCE_MAX) {
+            let released = Operation::ReleaseUnlinked {
+                inodes: inodes.to_vec(),
+            };
+            if let Err(error) = self.mutate(released).await {
+                tracing::debug!(%error, "release unlinked inodes");
+                return;
+            }
+        }
+    }
+}
+
+/// Commits what has been dirty for too long, and releases what was unlinked, until the filesystem is gone.
+async fn grow_old<C: Cluster>(filesystem: Weak<Filesystem<C>>, dirty_age_ms: u64) {
+    let dirty_age = Duration::from_millis(dirty_age_ms);
+    let mut tick = tokio::time::interval((dirty_age / 4).max(Duration::from_millis(10)));
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        let Some(filesystem) = filesystem.upgrade() else {
+            return;
+        };
+        for node in filesystem.dirty.nodes() {
+            let is_old = node
+                .state
+                .lock()
+                .dirty_since
+                .is_some_and(|since| since.elapsed() >= dirty_age);
+            if is_old {
+                filesystem.commit_in_background(&node, Scope::Everything);
+            }
+        }
+        if !filesystem.unlinked.lock().is_empty() {
+            filesystem.release_unlinked().await;
+        }
+    }
+}
+
+/// The cluster answered something else than was asked: a defect there, an input/output error here.
+fn unexpected(asked: &'static str, answer: &Answer) -> FsError {
+    tracing::error!(asked, ?answer, "unexpected answer");
+    FsError::Io
+}

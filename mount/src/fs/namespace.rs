@@ -1,0 +1,210 @@
+//! Names: looking up, making, linking, moving, removing.
+//!
+//! Rule: a file that loses its last name here while anything is open on this mount is first asked to be kept
+//! (`Held::Open`), and released a moment later if it was not open after all. The other way round a file could be gone
+//! under a program that has it open, because what a name names is only known for sure when the command is done.
+
+use quorumfs_proto::command::{Held, IfExists, NewInode, RenameMode, Target};
+use quorumfs_proto::query::Answer;
+use quorumfs_proto::{
+    Attributes, FsError, InodeNumber, Name, Operation, OperationResult, Outcome, Query, SymlinkTarget,
+};
+
+use super::{Cluster, Filesystem, unexpected};
+use crate::handles::Scope;
+
+impl<C: Cluster> Filesystem<C> {
+    /// What `name` names in `parent`. Knows "." and "..", of any inode that lives.
+    pub async fn lookup(&self, parent: InodeNumber, name: &[u8]) -> Result<Attributes, FsError> {
+        match name {
+            b"." => self.attributes(parent, None).await,
+            b".." => {
+                let above = self.parent_of(parent).await?;
+                self.attributes(above, None).await
+            }
+            _ => {
+                let name = Name::new(name.to_vec())?;
+                let told = self.told_attributes(Query::Lookup { parent, name }).await?;
+                Ok(self.present(told))
+            }
+        }
+    }
+
+    /// The directory above `inode`; above the mounted one there is none but itself.
+    pub(super) async fn parent_of(&self, inode: InodeNumber) -> Result<InodeNumber, FsError> {
+        if inode == self.options.root {
+            return Ok(inode);
+        }
+        Ok(self.told_attributes(Query::Attributes { inode }).await?.parent)
+    }
+
+    /// mkdir, mknod, symlink.
+    pub async fn make_node(
+        &self,
+        parent: InodeNumber,
+        name: &[u8],
+        inode: NewInode,
+    ) -> Result<Attributes, FsError> {
+        self.writable()?;
+        let make = Operation::Create {
+            parent: Target::Inode(parent),
+            name: Name::new(name.to_vec())?,
+            inode,
+            existing: IfExists::Refuse,
+        };
+        let outcome = self.mutate(make).await?;
+        Ok(entry_of(&outcome)?.0)
+    }
+
+    /// Where a symbolic link points.
+    pub async fn read_link(&self, inode: InodeNumber) -> Result<SymlinkTarget, FsError> {
+        match self.cluster.query(Query::ReadLink { inode }).await? {
+            Answer::Target(target) => Ok(target),
+            other => Err(unexpected("ReadLink", &other)),
+        }
+    }
+
+    /// link(2); what was written to the file goes with it.
+    pub async fn link(
+        &self,
+        inode: InodeNumber,
+        parent: InodeNumber,
+        name: &[u8],
+    ) -> Result<Attributes, FsError> {
+        self.writable()?;
+        let link = Operation::Link {
+            inode: Target::Inode(inode),
+            parent: Target::Inode(parent),
+            name: Name::new(name.to_vec())?,
+            existing: IfExists::Refuse,
+        };
+        let outcome = match self.open.find(inode) {
+            Some(node) => self.commit_with(&node, link).await?,
+            None => self.mutate(link).await?,
+        };
+        match outcome.attributes_of(inode) {
+            Some(attributes) => Ok(self.present(attributes.clone())),
+            None => self.attributes(inode, None).await,
+        }
+    }
+
+    /// unlink(2).
+    pub async fn unlink(&self, parent: InodeNumber, name: &[u8]) -> Result<(), FsError> {
+        self.writable()?;
+        let name = Name::new(name.to_vec())?;
+        self.settle_handed_over().await;
+        let held = self.held();
+        let outcome = self
+            .mutate(Operation::Unlink {
+                parent: Target::Inode(parent),
+                name,
+                held,
+            })
+            .await?;
+        if let Some(OperationResult::Removed { inode, last: true }) = outcome.results.first() {
+            self.lost_its_name(*inode, held);
+        }
+        Ok(())
+    }
+
+    /// rmdir(2).
+    pub async fn remove_directory(&self, parent: InodeNumber, name: &[u8]) -> Result<(), FsError> {
+        self.writable()?;
+        let name = Name::new(name.to_vec())?;
+        self.settle_handed_over().await;
+        let parent = Target::Inode(parent);
+        self.mutate(Operation::RemoveDirectory { parent, name })
+            .await
+            .map(|_| ())
+    }
+
+    /// renameat2(2). What was written to the files that move is committed first: a replaced name never leads to a file
+    /// without its bytes.
+    pub async fn rename(
+        &self,
+        from_parent: InodeNumber,
+        from_name: &[u8],
+        to_parent: InodeNumber,
+        to_name: &[u8],
+        mode: RenameMode,
+    ) -> Result<(), FsError> {
+        self.writable()?;
+        let from_name = Name::new(from_name.to_vec())?;
+        let to_name = Name::new(to_name.to_vec())?;
+        self.settle_handed_over().await;
+        self.commit_named(from_parent, &from_name).await;
+        if mode == RenameMode::Exchange {
+            self.commit_named(to_parent, &to_name).await;
+        }
+        let held = self.held();
+        let outcome = self
+            .mutate(Operation::Rename {
+                from_parent: Target::Inode(from_parent),
+                from_name,
+                to_parent: Target::Inode(to_parent),
+                to_name,
+                mode,
+                held,
+            })
+            .await?;
+        if let Some(OperationResult::Renamed {
+            other: Some(other), ..
+        }) = outcome.results.first()
+            && mode == RenameMode::Replace
+            && outcome
+                .attributes_of(*other)
+                .is_none_or(|attributes| attributes.links == 0)
+        {
+            self.lost_its_name(*other, held);
+        }
+        Ok(())
+    }
+
+    /// Commits what was written to the file of this name. A failure is kept for its handles.
+    async fn commit_named(&self, parent: InodeNumber, name: &Name) {
+        if self.dirty.is_empty() {
+            return;
+        }
+        let name = name.clone();
+        let Ok(told) = self.told_attributes(Query::Lookup { parent, name }).await else {
+            return; // The rename itself will say why.
+        };
+        if let Some(node) = self.open.find(told.inode) {
+            let _kept = self.commit(&node, Scope::Everything).await;
+        }
+    }
+
+    fn held(&self) -> Held {
+        if self.open.is_empty() {
+            Held::NotOpen
+        } else {
+            Held::Open
+        }
+    }
+
+    /// `inode` has no name any more; the cluster keeps it for this mount if `held` said so.
+    fn lost_its_name(&self, inode: InodeNumber, held: Held) {
+        match self.open.find(inode) {
+            Some(node) => {
+                if let Some(view) = &mut node.state.lock().view {
+                    view.links = 0;
+                }
+            }
+            None if held == Held::Open => self.release_later(inode),
+            None => {}
+        }
+    }
+}
+
+/// The attributes of the inode that the last entry of `outcome` is about, and whether it was made.
+pub(super) fn entry_of(outcome: &Outcome) -> Result<(Attributes, bool), FsError> {
+    let entry = outcome.results.iter().rev().find_map(|result| match result {
+        OperationResult::Entry { inode, created } => Some((*inode, *created)),
+        _ => None,
+    });
+    let found = entry.and_then(|(inode, created)| Some((outcome.attributes_of(inode)?.clone(), created)));
+    found.ok_or_else(|| {
+        tracing::error!(?outcome, "outcome without the entry it is about");
+        FsError::Io
+    })
+}

@@ -1,0 +1,203 @@
+//! Opening, creating, closing, syncing.
+
+use std::sync::Arc;
+
+use quorumfs_proto::command::{AttributeChanges, IfExists, NewInode, NewKind, Privileges, Target};
+use quorumfs_proto::limits::FILE_BYTES_MAX;
+use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber, Name, Operation, Query};
+
+use super::namespace::entry_of;
+use super::{Cluster, Durability, Filesystem, Handle, Node, OpenFlags};
+use crate::handles::Scope;
+
+/// Extents that come with an open: all of most files, and no burden for those that are opened for a look at their end.
+const PIECES_AT_OPEN_MAX: u32 = 64;
+
+/// A file that was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Opened {
+    /// Names it from now on.
+    pub handle: Handle,
+    /// Whether caches above must be passed by (O_APPEND).
+    pub direct_io: bool,
+    /// Whether caches above have the content as it is now, and may keep it.
+    pub keep_cache: bool,
+}
+
+impl<C: Cluster> Filesystem<C> {
+    /// Opens a file, as it is now (close-to-open).
+    pub async fn open(&self, inode: InodeNumber, flags: OpenFlags) -> Result<Opened, FsError> {
+        if flags.write || flags.truncate {
+            self.writable()?;
+        }
+        let node = self.open.hold(inode);
+        match self.open_held(&node, flags).await {
+            Ok(keep_cache) => Ok(self.opened(node, flags, keep_cache)),
+            Err(error) => {
+                self.open.let_go(&node);
+                Err(error)
+            }
+        }
+    }
+
+    /// Answers whether caches above may be kept.
+    async fn open_held(&self, node: &Node<C>, flags: OpenFlags) -> Result<bool, FsError> {
+        if flags.truncate {
+            self.truncate_at_open(node, flags.privileges).await?;
+        } else if flags.read {
+            self.look_up_extents(node, 0, PIECES_AT_OPEN_MAX).await?;
+        } else {
+            let told = self
+                .told_attributes(Query::Attributes { inode: node.inode })
+                .await?;
+            node.state.lock().learn(&told);
+        }
+        let Some(view) = node.state.lock().view.clone() else {
+            return Err(FsError::Io);
+        };
+        match view.kind {
+            FileKind::File => {}
+            FileKind::Directory => return Err(FsError::IsDirectory),
+            _ => return Err(FsError::InvalidArgument),
+        }
+        // Nobody's name leads there any more; unless it is open here the cluster may already have been told so.
+        if view.links == 0 && self.open.holds(node.inode) == 1 {
+            return Err(FsError::Stale);
+        }
+        Ok(self.pages.opened(node.inode, view.content_version))
+    }
+
+    async fn truncate_at_open(&self, node: &Node<C>, privileges: Privileges) -> Result<(), FsError> {
+        let cut = Operation::SetAttributes {
+            inode: Target::Inode(node.inode),
+            changes: AttributeChanges {
+                size: Some(0),
+                privileges: Some(privileges),
+                ..AttributeChanges::default()
+            },
+        };
+        self.commit_with(node, cut).await.map(|_| ())
+    }
+
+    fn opened(&self, node: Node<C>, flags: OpenFlags, keep_cache: bool) -> Opened {
+        Opened {
+            handle: self.open.add(node, flags),
+            direct_io: flags.append,
+            keep_cache,
+        }
+    }
+
+    /// Creates a regular file, or takes the existing one unless `flags` say exclusive, and opens it. `mode` is without
+    /// the bits of the umask.
+    pub async fn create(
+        &self,
+        parent: InodeNumber,
+        name: &[u8],
+        mode: u16,
+        uid: u32,
+        gid: u32,
+        flags: OpenFlags,
+    ) -> Result<(Attributes, Opened), FsError> {
+        self.writable()?;
+        let create = Operation::Create {
+            parent: Target::Inode(parent),
+            name: Name::new(name.to_vec())?,
+            inode: NewInode {
+                kind: NewKind::File,
+                mode,
+                uid,
+                gid,
+            },
+            existing: if flags.exclusive {
+                IfExists::Refuse
+            } else {
+                IfExists::Open
+            },
+        };
+        let outcome = self.mutate(create).await?;
+        let (attributes, created) = entry_of(&outcome)?;
+        if !created {
+            let inode = attributes.inode;
+            let opened = self.open(inode, flags).await?;
+            let attributes = self
+                .open
+                .find(inode)
+                .and_then(|node| node.state.lock().attributes());
+            return attributes
+                .map(|attributes| (attributes, opened))
+                .ok_or(FsError::Io);
+        }
+        let node = self.open.hold(attributes.inode);
+        {
+            let mut state = node.state.lock();
+            state.learn(&attributes);
+            state
+                .extents
+                .store(attributes.content_version, 0..FILE_BYTES_MAX, Vec::new());
+        }
+        self.pages.opened(attributes.inode, attributes.content_version);
+        Ok((attributes, self.opened(node, flags, true)))
+    }
+
+    /// A program closes one of its descriptors: what was written is committed (or, by `durability=fsync`, handed
+    /// over), and a failure that no fsync reported is.
+    pub async fn flush(self: &Arc<Self>, handle: Handle) -> Result<(), FsError> {
+        let file = self.open.get(handle)?;
+        if !file.flags.write {
+            return Ok(());
+        }
+        match self.options.durability {
+            Durability::Close => {
+                // What fails is kept for the file's handles, so for this one too.
+                let _kept = self.commit(&file.node, Scope::Everything).await;
+            }
+            Durability::Fsync => {
+                let is_dirty = {
+                    let mut state = file.node.state.lock();
+                    state.handed_over = !state.buffer.is_clean();
+                    state.handed_over
+                };
+                if is_dirty {
+                    self.commit_in_background(&file.node, Scope::Everything);
+                }
+            }
+        }
+        file.take_failure()
+    }
+
+    /// What was written to the file, by anybody on this mount, is on f + 1 disks when this returns. There is no cheaper
+    /// form for data only.
+    pub async fn fsync(&self, handle: Handle) -> Result<(), FsError> {
+        let file = self.open.get(handle)?;
+        let committed = self.commit(&file.node, Scope::Everything).await;
+        file.take_failure().and(committed)
+    }
+
+    /// The last descriptor of a handle is gone.
+    pub async fn release(self: &Arc<Self>, handle: Handle) -> Result<(), FsError> {
+        let file = self.open.remove(handle)?;
+        let (is_dirty, is_unlinked) = {
+            let state = file.node.state.lock();
+            (
+                !state.buffer.is_clean(),
+                state.view.as_ref().is_some_and(|view| view.links == 0),
+            )
+        };
+        if is_dirty {
+            // Written through a mapping after the close.
+            self.commit_in_background(&file.node, Scope::Everything);
+        }
+        self.open.let_go(&file.node);
+        if is_unlinked && self.open.holds(file.node.inode) == 0 {
+            self.release_later(file.node.inode);
+        }
+        Ok(())
+    }
+
+    /// Names in this directory are durable when this returns: they were when the calls that made them did, but for
+    /// what `durability=fsync` handed over.
+    pub async fn fsync_directory(&self, _inode: InodeNumber) -> Result<(), FsError> {
+        self.settle_handed_over().await;
+        Ok(())
+    }
+}

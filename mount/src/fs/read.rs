@@ -1,0 +1,231 @@
+//! Reading: own dirty bytes, else the chunk cache, else a chunk from any node.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use futures::stream::{self, StreamExt as _, TryStreamExt as _};
+use quorumfs_proto::chunk::Piece;
+use quorumfs_proto::limits::FILE_BYTES_MAX;
+use quorumfs_proto::query::Answer;
+use quorumfs_proto::{FsError, Query};
+
+use super::{Cluster, Filesystem, Handle, Node, unexpected};
+use crate::caches::extent_cache::clip;
+use crate::handles::InodeState;
+use crate::readahead::Pattern;
+use crate::write_buffer::{self, DirtyPart};
+
+/// Extents asked for at once: those of 2 GiB written sequentially, some 40 KiB on the wire.
+const PIECES_AT_ONCE_MAX: u32 = 2048;
+
+/// How often a read looks the extents up again because a chunk was gone, and how long it waits before the last.
+const READ_ATTEMPTS_MAX: u32 = 5;
+const READ_RETRY_MS: u64 = 50;
+
+/// Lookups that commits of this mount may overtake before a read asks them to wait.
+const OVERTAKEN_MAX: u32 = 3;
+
+/// Fetches of one read at once.
+const FETCHES_AT_ONCE_MAX: usize = 16;
+
+/// What a file holds in a range at one moment.
+#[derive(Debug)]
+struct Snapshot {
+    /// The range asked for, cut at the end of the file.
+    range: Range<u64>,
+    /// Oldest first.
+    dirty: Vec<DirtyPart>,
+    /// Committed pieces that are not wholly written over.
+    pieces: Vec<Piece>,
+}
+
+impl<C: Cluster> Filesystem<C> {
+    /// Reads up to `length` bytes at `offset`: fewer only at the end of the file.
+    pub async fn read(self: &Arc<Self>, handle: Handle, offset: u64, length: u32) -> Result<Bytes, FsError> {
+        let file = self.open.get(handle)?;
+        if !file.flags.read {
+            return Err(FsError::NotPermitted);
+        }
+        let range = offset..offset.saturating_add(u64::from(length)).min(FILE_BYTES_MAX);
+        let seen = file.readahead.lock().observe(offset, u64::from(length));
+        if !seen.ahead.is_empty() {
+            self.read_ahead(&file.node, seen.ahead);
+        }
+        for attempt in 1..=READ_ATTEMPTS_MAX {
+            let snapshot = self.snapshot(&file.node, range.clone()).await?;
+            match self.assemble(snapshot, seen.pattern).await {
+                // The chunk is gone, so the file must have changed: look again.
+                Err(FsError::Stale) => {
+                    tracing::debug!(inode = %file.node.inode, attempt, "a chunk is gone; extents are looked up again");
+                    file.node.state.lock().extents.clear();
+                    if attempt > 1 {
+                        tokio::time::sleep(Duration::from_millis(READ_RETRY_MS * u64::from(attempt))).await;
+                    }
+                }
+                other => return other,
+            }
+        }
+        tracing::error!(inode = %file.node.inode, offset, "no node has a chunk that the file names");
+        Err(FsError::Io)
+    }
+
+    /// What the file holds in `range`, dirty and committed, without a commit in between.
+    async fn snapshot(&self, node: &Node<C>, range: Range<u64>) -> Result<Snapshot, FsError> {
+        let mut overtaken = 0;
+        loop {
+            let from = match snapshot_of(&node.state.lock(), range.clone()) {
+                Ok(snapshot) => return Ok(snapshot),
+                Err(from) => from,
+            };
+            let is_current = if overtaken < OVERTAKEN_MAX {
+                self.look_up_extents(node, from, PIECES_AT_ONCE_MAX).await?
+            } else {
+                let _turn = node.turn.lock().await;
+                self.look_up_extents(node, from, PIECES_AT_ONCE_MAX).await?
+            };
+            if !is_current {
+                overtaken += 1;
+            }
+        }
+    }
+
+    /// Asks for attributes and extents from `from` on. Answers whether they are of the version the mount knows.
+    pub(super) async fn look_up_extents(
+        &self,
+        node: &Node<C>,
+        from: u64,
+        pieces_max: u32,
+    ) -> Result<bool, FsError> {
+        let query = Query::Extents {
+            inode: node.inode,
+            from,
+            to: FILE_BYTES_MAX,
+            pieces_max,
+        };
+        let (attributes, pieces, known_to) = match self.cluster.query(query).await.map_err(gone)? {
+            Answer::Extents {
+                attributes,
+                pieces,
+                known_to,
+            } if known_to > from || from >= attributes.size => (attributes, pieces, known_to),
+            other => return Err(unexpected("Extents", &other)),
+        };
+        let mut state = node.state.lock();
+        state.learn(&attributes);
+        let is_current = state
+            .view
+            .as_ref()
+            .is_some_and(|view| view.content_version == attributes.content_version);
+        if is_current {
+            // Behind the end of the file there is nothing: what is known to the end is known for good.
+            let to = if known_to >= attributes.size {
+                FILE_BYTES_MAX
+            } else {
+                known_to
+            };
+            state.extents.store(attributes.content_version, from..to, pieces);
+        }
+        Ok(is_current)
+    }
+
+    async fn assemble(&self, snapshot: Snapshot, pattern: Pattern) -> Result<Bytes, FsError> {
+        let Snapshot { range, dirty, pieces } = snapshot;
+        let mut fetched = stream::iter(pieces)
+            .filter_map(|piece| std::future::ready(clip(piece, range.clone()).map(|part| (piece, part))))
+            .map(|(piece, part)| self.fetch(piece, part, pattern))
+            .buffered(FETCHES_AT_ONCE_MAX)
+            .try_collect::<Vec<(u64, Bytes)>>()
+            .await?;
+        let length = (range.end - range.start) as usize;
+        if dirty.is_empty() && fetched.len() == 1 && fetched[0].1.len() == length {
+            return Ok(fetched.swap_remove(0).1);
+        }
+        let mut bytes = BytesMut::zeroed(length);
+        let dirty = dirty.into_iter().map(|part| (part.offset, part.bytes));
+        for (offset, part) in fetched.into_iter().chain(dirty) {
+            let at = (offset - range.start) as usize;
+            bytes[at..at + part.len()].copy_from_slice(&part);
+        }
+        Ok(bytes.freeze())
+    }
+
+    /// The bytes of `part`, which lies in `piece`, and their place in the file.
+    async fn fetch(&self, piece: Piece, part: Piece, pattern: Pattern) -> Result<(u64, Bytes), FsError> {
+        let range = part.chunk_offset..part.chunk_offset + part.length;
+        let used_to = piece.chunk_offset + piece.length;
+        let get = |offset, length| self.cluster.get_chunk(piece.chunk, offset, length);
+        let bytes = self
+            .chunks
+            .read(piece.chunk, range, used_to, pattern, get)
+            .await?;
+        Ok((part.file_offset, bytes))
+    }
+
+    /// Fetches the chunks of `range` into the cache, in the background. What fails here is tried again, and reported,
+    /// by the read that needs it.
+    fn read_ahead(self: &Arc<Self>, node: &Node<C>, range: Range<u64>) {
+        let size = node.state.lock().view.as_ref().map_or(0, |view| view.size);
+        let range = range.start..range.end.min(size);
+        if range.is_empty() {
+            return;
+        }
+        let (filesystem, node) = (Arc::clone(self), Arc::clone(node));
+        tokio::spawn(async move {
+            // One question at most: a file in very many pieces is not worth more ahead of its reader.
+            let known = snapshot_of(&node.state.lock(), range.clone());
+            let known = match known {
+                Ok(snapshot) => Ok(snapshot),
+                Err(from) => match filesystem.look_up_extents(&node, from, PIECES_AT_ONCE_MAX).await {
+                    Ok(_) => snapshot_of(&node.state.lock(), range),
+                    Err(_) => return,
+                },
+            };
+            let Ok(snapshot) = known else { return };
+            let fetches = snapshot.pieces.into_iter().map(|piece| {
+                let filesystem = Arc::clone(&filesystem);
+                async move {
+                    let Ok(_permit) = filesystem.readahead_permits.acquire().await else {
+                        return;
+                    };
+                    let first_byte = Piece { length: 1, ..piece };
+                    if let Err(error) = filesystem.fetch(piece, first_byte, Pattern::Sequential).await {
+                        tracing::debug!(chunk = %piece.chunk, %error, "read ahead");
+                    }
+                }
+            });
+            stream::iter(fetches)
+                .buffer_unordered(FETCHES_AT_ONCE_MAX)
+                .collect::<()>()
+                .await;
+        });
+    }
+}
+
+/// What the file holds in `range`, or from where on its extents are not known.
+fn snapshot_of<Put>(state: &InodeState<Put>, range: Range<u64>) -> Result<Snapshot, u64> {
+    let (size, version) = state
+        .view
+        .as_ref()
+        .map_or((0, 0), |view| (view.size, view.content_version));
+    let end = range.end.min(size.max(state.buffer.end()));
+    let range = range.start.min(end)..end;
+    let dirty = state.buffer.overlay(range.clone());
+    let pieces = if write_buffer::covers(&dirty, range.clone()) {
+        Vec::new()
+    } else {
+        state
+            .extents
+            .lookup(version, range.start..range.end.min(size).max(range.start))?
+    };
+    Ok(Snapshot { range, dirty, pieces })
+}
+
+/// An open file that the cluster does not know any more is stale, not missing.
+fn gone(error: FsError) -> FsError {
+    match error {
+        FsError::NotFound => FsError::Stale,
+        other => other,
+    }
+}

@@ -1,0 +1,634 @@
+//! One rule a test.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use quorumfs_proto::command::{
+    AttributeChanges, NewInode, NewKind, Privileges, RenameMode, SetTime, XattrMode,
+};
+use quorumfs_proto::query::EntryDetail;
+use quorumfs_proto::{FileKind, FsError, InodeNumber, Operation, SymlinkTarget, Timestamp};
+
+use super::reference::{Connection, Reference};
+use crate::fs::{Durability, Filesystem, FsOptions, Handle, OpenFlags};
+
+const ROOT: InodeNumber = InodeNumber::ROOT;
+const MIB: u64 = 1 << 20;
+
+fn mount(reference: &Arc<Reference>, session: u64) -> Arc<Filesystem<Connection>> {
+    mount_with(reference, session, FsOptions::default())
+}
+
+fn mount_with(reference: &Arc<Reference>, session: u64, options: FsOptions) -> Arc<Filesystem<Connection>> {
+    Filesystem::new(reference.connect(session), options)
+}
+
+/// Nothing is committed by age.
+fn ageless() -> FsOptions {
+    FsOptions {
+        dirty_age_ms: 3_600_000,
+        ..FsOptions::default()
+    }
+}
+
+fn read_write() -> OpenFlags {
+    OpenFlags::from(libc::O_RDWR)
+}
+
+async fn create(fs: &Arc<Filesystem<Connection>>, name: &str) -> (InodeNumber, Handle) {
+    let flags = read_write();
+    let (attributes, opened) = fs
+        .create(ROOT, name.as_bytes(), 0o644, 0, 0, flags)
+        .await
+        .unwrap();
+    (attributes.inode, opened.handle)
+}
+
+async fn write(fs: &Arc<Filesystem<Connection>>, handle: Handle, offset: u64, data: &[u8]) {
+    let written = fs
+        .write(handle, offset, Bytes::copy_from_slice(data), Privileges::Keep)
+        .await;
+    assert_eq!(written, Ok(data.len() as u32));
+}
+
+async fn close(fs: &Arc<Filesystem<Connection>>, handle: Handle) {
+    fs.flush(handle).await.unwrap();
+    fs.release(handle).await.unwrap();
+}
+
+async fn contents(fs: &Arc<Filesystem<Connection>>, name: &str) -> Vec<u8> {
+    let found = fs.lookup(ROOT, name.as_bytes()).await.unwrap();
+    let opened = fs
+        .open(found.inode, OpenFlags::from(libc::O_RDONLY))
+        .await
+        .unwrap();
+    let mut all = Vec::new();
+    loop {
+        let part = fs.read(opened.handle, all.len() as u64, 128 << 10).await.unwrap();
+        if part.is_empty() {
+            break;
+        }
+        all.extend_from_slice(&part);
+    }
+    assert_eq!(all.len() as u64, found.size);
+    close(fs, opened.handle).await;
+    all
+}
+
+fn pattern(length: usize, seed: u64) -> Vec<u8> {
+    (0..length as u64)
+        .map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8 ^ seed as u8)
+        .collect()
+}
+
+fn written_operations(reference: &Reference) -> Vec<Operation> {
+    reference
+        .commands
+        .lock()
+        .iter()
+        .flat_map(|command| command.operations.clone())
+        .collect()
+}
+
+#[tokio::test]
+async fn a_small_file_costs_two_commands_and_no_put() {
+    let reference = Reference::new();
+    let fs = mount_with(&reference, 1, ageless());
+    let (_, handle) = create(&fs, "small").await;
+    write(&fs, handle, 0, b"hello ").await;
+    write(&fs, handle, 6, b"world").await;
+    assert_eq!(reference.queries.load(Ordering::Relaxed), 0);
+    close(&fs, handle).await;
+    assert_eq!(reference.commands.lock().len(), 2);
+    assert_eq!(reference.puts.load(Ordering::Relaxed), 0);
+    assert_eq!(contents(&mount(&reference, 2), "small").await, b"hello world");
+}
+
+#[tokio::test]
+async fn a_large_file_is_put_in_whole_chunks_while_it_is_written() {
+    let reference = Reference::new();
+    let fs = mount_with(&reference, 1, ageless());
+    let (inode, handle) = create(&fs, "large").await;
+    let data = pattern(20 * MIB as usize + 100, 1);
+    for (at, part) in data.chunks(128 << 10).enumerate() {
+        write(&fs, handle, at as u64 * (128 << 10), part).await;
+        tokio::task::yield_now().await;
+    }
+    assert!(
+        reference.puts.load(Ordering::Relaxed) > 10,
+        "puts go on in the background"
+    );
+    close(&fs, handle).await;
+    let pieces = reference.pieces_of(inode);
+    assert_eq!(pieces.len(), 21);
+    assert!(pieces[..20].iter().all(|piece| u64::from(piece.length) == MIB));
+    assert!(
+        reference.commands.lock().len() <= 6,
+        "many chunks share a command"
+    );
+    assert!(contents(&mount(&reference, 2), "large").await == data);
+}
+
+#[tokio::test]
+async fn random_small_writes_of_one_flush_become_one_chunk_and_one_command() {
+    let reference = Reference::new();
+    let fs = mount_with(&reference, 1, ageless());
+    let (_, handle) = create(&fs, "database").await;
+    for at in 0..200u64 {
+        write(&fs, handle, (at * 7919 % 1000) * 8192, &pattern(4096, at)).await;
+    }
+    let before = reference.commands.lock().len();
+    fs.fsync(handle).await.unwrap();
+    assert_eq!(reference.commands.lock().len() - before, 1);
+    assert_eq!(reference.puts.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
+async fn attributes_are_set_in_one_command_with_what_was_written_before() {
+    let reference = Reference::new();
+    let fs = mount_with(&reference, 1, ageless());
+    let (inode, handle) = create(&fs, "copied").await;
+    write(&fs, handle, 0, b"content").await;
+    let wanted = Timestamp {
+        seconds: 1_000_000,
+        nanoseconds: 5,
+    };
+    let changes = AttributeChanges {
+        mtime: Some(SetTime::At(wanted)),
+        ..AttributeChanges::default()
+    };
+    let told = fs.set_attributes(inode, Some(handle), changes).await.unwrap();
+    assert_eq!((told.mtime, told.size), (wanted, 7));
+    let last = reference.commands.lock().last().cloned().unwrap();
+    assert!(
+        matches!(
+            last.operations[..],
+            [Operation::Write { .. }, Operation::SetAttributes { .. }]
+        ),
+        "{last:?}"
+    );
+    close(&fs, handle).await;
+    let seen = mount(&reference, 2).lookup(ROOT, b"copied").await.unwrap();
+    assert_eq!((seen.mtime, seen.size), (wanted, 7), "the flush did not touch it");
+}
+
+#[tokio::test]
+async fn mtime_is_that_of_the_write_and_is_seen_before_the_flush() {
+    let reference = Reference::new();
+    let fs = mount_with(&reference, 1, ageless());
+    let (inode, handle) = create(&fs, "file").await;
+    write(&fs, handle, 100, b"x").await;
+    let dirty = fs.attributes(inode, None).await.unwrap();
+    assert_eq!(dirty.size, 101);
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    close(&fs, handle).await;
+    let clean = fs.attributes(inode, None).await.unwrap();
+    assert_eq!((clean.size, clean.mtime), (101, dirty.mtime));
+}
+
+#[tokio::test]
+async fn a_failed_flush_is_told_once_to_each_handle() {
+    let reference = Reference::new();
+    let fs = mount_with(&reference, 1, ageless());
+    let (inode, first) = create(&fs, "full").await;
+    let second = fs.open(inode, read_write()).await.unwrap().handle;
+    *reference.put_fault.lock() = Some(FsError::NoSpace);
+    write(&fs, first, 0, &pattern(100_000, 1)).await;
+    assert_eq!(fs.fsync(first).await, Err(FsError::NoSpace));
+    assert_eq!(fs.fsync(first).await, Ok(()));
+    assert_eq!(fs.flush(second).await, Err(FsError::NoSpace));
+    assert_eq!(fs.flush(second).await, Ok(()));
+    let later = fs.open(inode, read_write()).await.unwrap().handle;
+    assert_eq!(fs.fsync(later).await, Ok(()), "opened after the failure");
+    *reference.put_fault.lock() = None;
+    write(&fs, first, 0, b"there is room again").await;
+    close(&fs, first).await;
+    assert_eq!(contents(&fs, "full").await, b"there is room again");
+    assert_eq!(fs.dirty.bytes(), 0);
+}
+
+#[tokio::test]
+async fn chunks_that_the_cluster_gave_up_are_made_anew() {
+    let reference = Reference::new();
+    let fs = mount_with(&reference, 1, ageless());
+    let (_, handle) = create(&fs, "again").await;
+    let data = pattern(300_000, 3);
+    write(&fs, handle, 0, &data).await;
+    reference.kill_chunks.store(true, Ordering::SeqCst);
+    close(&fs, handle).await;
+    assert!(contents(&mount(&reference, 2), "again").await == data);
+    assert_eq!(reference.puts.load(Ordering::Relaxed), 2);
+}
+
+#[tokio::test]
+async fn writers_wait_when_too_much_is_dirty_and_go_on_when_it_is_not() {
+    let reference = Reference::new();
+    let options = FsOptions {
+        dirty_bytes_max: 4 * MIB,
+        ..ageless()
+    };
+    let fs = mount_with(&reference, 1, options);
+    let (_, handle) = create(&fs, "stream").await;
+    let closed_gate = reference.put_gate.write().await;
+    let writer = tokio::spawn({
+        let fs = Arc::clone(&fs);
+        async move {
+            for at in 0..32 {
+                write(&fs, handle, at * MIB, &pattern(MIB as usize, at)).await;
+                assert!(fs.dirty.bytes() <= 6 * MIB);
+            }
+        }
+    });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!writer.is_finished(), "it waits");
+    assert!(fs.dirty.bytes() >= 4 * MIB);
+    drop(closed_gate);
+    writer.await.unwrap();
+    close(&fs, handle).await;
+    assert_eq!(fs.dirty.bytes(), 0);
+    assert_eq!(contents(&fs, "stream").await.len() as u64, 32 * MIB);
+}
+
+#[tokio::test]
+async fn old_dirty_bytes_are_committed_without_being_asked() {
+    let reference = Reference::new();
+    let options = FsOptions {
+        dirty_age_ms: 40,
+        ..FsOptions::default()
+    };
+    let fs = mount_with(&reference, 1, options);
+    let (_, handle) = create(&fs, "log").await;
+    write(&fs, handle, 0, b"line").await;
+    tokio::time::timeout(Duration::from_secs(10), async {
+        while mount(&reference, 2).lookup(ROOT, b"log").await.unwrap().size != 4 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test]
+async fn by_durability_fsync_close_does_not_wait_but_rename_does() {
+    let reference = Reference::new();
+    let options = FsOptions {
+        durability: Durability::Fsync,
+        ..ageless()
+    };
+    let fs = mount_with(&reference, 1, options);
+    let (_, handle) = create(&fs, "new").await;
+    write(&fs, handle, 0, &pattern(100_000, 1)).await;
+    let closed_gate = reference.put_gate.write().await;
+    close(&fs, handle).await;
+    let rename = tokio::spawn({
+        let fs = Arc::clone(&fs);
+        async move { fs.rename(ROOT, b"new", ROOT, b"final", RenameMode::Replace).await }
+    });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(
+        !rename.is_finished(),
+        "the name must not lead to a file without its bytes"
+    );
+    assert_eq!(
+        fs.lookup(ROOT, b"new").await.unwrap().size,
+        100_000,
+        "seen here at once"
+    );
+    drop(closed_gate);
+    rename.await.unwrap().unwrap();
+    assert!(contents(&mount(&reference, 2), "final").await == pattern(100_000, 1));
+    assert!(fs.open.is_empty(), "forgotten once it was clean");
+}
+
+#[tokio::test]
+async fn rename_commits_what_was_written_through_an_open_handle() {
+    let reference = Reference::new();
+    let fs = mount_with(&reference, 1, ageless());
+    let (_, handle) = create(&fs, "temporary").await;
+    write(&fs, handle, 0, b"bytes").await;
+    fs.rename(ROOT, b"temporary", ROOT, b"final", RenameMode::Replace)
+        .await
+        .unwrap();
+    assert_eq!(contents(&mount(&reference, 2), "final").await, b"bytes");
+}
+
+#[tokio::test]
+async fn a_reader_whose_chunk_is_gone_looks_again() {
+    let reference = Reference::new();
+    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let (inode, handle) = create(&fs, "shared").await;
+    write(&fs, handle, 0, &pattern(200_000, 1)).await;
+    close(&fs, handle).await;
+    let reader = fs.open(inode, read_write()).await.unwrap().handle;
+    let writer = other.open(inode, read_write()).await.unwrap().handle;
+    write(&other, writer, 0, &pattern(200_000, 2)).await;
+    close(&other, writer).await;
+    assert!(fs.read(reader, 0, 200_000).await.unwrap() == pattern(200_000, 2));
+}
+
+#[tokio::test]
+async fn pages_are_kept_over_own_changes_and_dropped_over_others() {
+    let reference = Reference::new();
+    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let (inode, handle) = create(&fs, "file").await;
+    write(&fs, handle, 0, b"one").await;
+    close(&fs, handle).await;
+    for (by, kept) in [
+        (None, true),
+        (Some(&fs), true),
+        (Some(&other), false),
+        (None, true),
+    ] {
+        if let Some(by) = by {
+            let handle = by.open(inode, read_write()).await.unwrap().handle;
+            write(by, handle, 0, b"two").await;
+            close(by, handle).await;
+        }
+        let opened = fs.open(inode, read_write()).await.unwrap();
+        assert_eq!(opened.keep_cache, kept);
+        close(&fs, opened.handle).await;
+    }
+}
+
+#[tokio::test]
+async fn a_sequential_reader_fetches_each_chunk_once_and_ahead() {
+    let reference = Reference::new();
+    let (fs, reader) = (mount(&reference, 1), mount(&reference, 2));
+    let (inode, handle) = create(&fs, "film").await;
+    let data = pattern(24 * MIB as usize, 9);
+    for (at, part) in data.chunks(MIB as usize).enumerate() {
+        write(&fs, handle, at as u64 * MIB, part).await;
+    }
+    close(&fs, handle).await;
+    let opened = reader.open(inode, OpenFlags::from(libc::O_RDONLY)).await.unwrap();
+    let first = reader.read(opened.handle, 0, 128 << 10).await.unwrap();
+    assert!(first == data[..128 << 10]);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert!(
+        reference.gets.load(Ordering::Relaxed) >= 2,
+        "the next chunk is on its way"
+    );
+    assert!(contents(&reader, "film").await == data);
+    assert_eq!(reference.gets.load(Ordering::Relaxed), 24);
+}
+
+#[tokio::test]
+async fn appends_of_two_mounts_never_overwrite_each_other() {
+    let reference = Reference::new();
+    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let (inode, handle) = create(&fs, "log").await;
+    write(&fs, handle, 0, b"head\n").await;
+    let append = OpenFlags::from(libc::O_WRONLY | libc::O_APPEND);
+    let here = fs.open(inode, append).await.unwrap();
+    assert!(here.direct_io);
+    let there = other.open(inode, append).await.unwrap();
+    // What was written here before goes first although nobody synced it.
+    write(&fs, here.handle, 0, b"here 0\n").await;
+    let lines = |fs: &Arc<Filesystem<Connection>>, handle, who: &'static str| {
+        let fs = Arc::clone(fs);
+        tokio::spawn(async move {
+            for at in 1..50 {
+                write(&fs, handle, 0, format!("{who} {at}\n").as_bytes()).await;
+            }
+        })
+    };
+    let (a, b) = (
+        lines(&fs, here.handle, "here"),
+        lines(&other, there.handle, "there"),
+    );
+    a.await.unwrap();
+    b.await.unwrap();
+    let text = String::from_utf8(contents(&fs, "log").await).unwrap();
+    assert!(text.starts_with("head\nhere 0\n"));
+    for who in ["here", "there"] {
+        let seen: Vec<&str> = text
+            .lines()
+            .filter(|line| line.starts_with(&format!("{who} ")))
+            .collect();
+        let from = if who == "here" { 0 } else { 1 };
+        assert_eq!(
+            seen,
+            (from..50).map(|at| format!("{who} {at}")).collect::<Vec<_>>()
+        );
+    }
+    assert_eq!(
+        reference.puts.load(Ordering::Relaxed),
+        0,
+        "small appends ride inside their command"
+    );
+}
+
+#[tokio::test]
+async fn an_unlinked_file_lives_as_long_as_it_is_open_anywhere() {
+    let reference = Reference::new();
+    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let (inode, handle) = create(&fs, "doomed").await;
+    write(&fs, handle, 0, b"still here").await;
+    other.unlink(ROOT, b"doomed").await.unwrap();
+    reference.reclaim();
+    fs.fsync(handle).await.unwrap();
+    assert_eq!(fs.read(handle, 0, 100).await.unwrap(), &b"still here"[..]);
+    assert_eq!(
+        other.open(inode, read_write()).await,
+        Err(FsError::Stale),
+        "nobody else gets at it"
+    );
+    close(&fs, handle).await;
+    reference.reclaim();
+    assert_eq!(reference.inode_count(), 1);
+}
+
+#[tokio::test]
+async fn what_was_kept_to_be_safe_is_released_soon() {
+    let reference = Reference::new();
+    let options = FsOptions {
+        dirty_age_ms: 40,
+        ..FsOptions::default()
+    };
+    let fs = mount_with(&reference, 1, options);
+    let (_, open) = create(&fs, "open").await;
+    let (_, closed) = create(&fs, "closed").await;
+    close(&fs, closed).await;
+    fs.rename(ROOT, b"open", ROOT, b"closed", RenameMode::Replace)
+        .await
+        .unwrap();
+    fs.unlink(ROOT, b"closed").await.unwrap();
+    assert_eq!(reference.inode_count(), 3);
+    tokio::time::timeout(Duration::from_secs(10), async {
+        while reference.inode_count() != 2 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .expect("the replaced file is not open");
+    close(&fs, open).await;
+    fs.flush_all().await.unwrap();
+    assert_eq!(reference.inode_count(), 1);
+    assert!(
+        written_operations(&reference)
+            .iter()
+            .any(|o| matches!(o, Operation::ReleaseUnlinked { .. }))
+    );
+}
+
+#[tokio::test]
+async fn a_listing_tells_every_entry_once_from_any_offset() {
+    let reference = Reference::new();
+    let fs = mount(&reference, 1);
+    for at in 0..2500 {
+        let (_, handle) = create(&fs, &format!("entry {at}")).await;
+        fs.release(handle).await.unwrap();
+    }
+    for (detail, bytes_max) in [(EntryDetail::Name, 1000), (EntryDetail::Attributes, 4096)] {
+        let handle = fs.open_directory(ROOT).await.unwrap();
+        let mut all = Vec::new();
+        loop {
+            let offset = all
+                .last()
+                .map_or(0, |item: &crate::fs::DirectoryItem| item.cookie);
+            let page = fs
+                .read_directory(handle, offset, detail, bytes_max)
+                .await
+                .unwrap();
+            if page.is_empty() {
+                break;
+            }
+            all.extend(page);
+        }
+        assert_eq!(all.len(), 2502);
+        let names: std::collections::BTreeSet<&[u8]> = all.iter().map(|item| item.name.as_ref()).collect();
+        assert_eq!(names.len(), 2502);
+        assert_eq!((all[0].name.as_ref(), all[0].cookie), (&b"."[..], 1));
+        assert_eq!((all[1].name.as_ref(), all[1].cookie), (&b".."[..], 2));
+        assert!(
+            all[2..]
+                .iter()
+                .all(|item| item.attributes.is_some() == (detail == EntryDetail::Attributes))
+        );
+        // Back to the middle, and to the start.
+        let middle = all[1200].cookie;
+        let again = fs
+            .read_directory(handle, middle, detail, bytes_max)
+            .await
+            .unwrap();
+        let next = all.iter().find(|item| item.cookie > middle).unwrap();
+        assert_eq!(again[0].name, next.name);
+        create(&fs, "new").await;
+        let mut names = Vec::new();
+        let mut offset = 0;
+        while let Some(last) = {
+            let page = fs.read_directory(handle, offset, detail, 1 << 20).await.unwrap();
+            names.extend(page.iter().map(|item| item.name.clone()));
+            page.last().map(|item| item.cookie)
+        } {
+            offset = last;
+        }
+        assert!(
+            names.iter().any(|name| name.as_ref() == b"new"),
+            "rewinding shows what came"
+        );
+        fs.unlink(ROOT, b"new").await.unwrap();
+        fs.release_directory(handle).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn names_directories_links_and_xattrs() {
+    let reference = Reference::new();
+    let fs = mount(&reference, 1);
+    let new = |kind| NewInode {
+        kind,
+        mode: 0o755,
+        uid: 1,
+        gid: 2,
+    };
+    let directory = fs.make_node(ROOT, b"dir", new(NewKind::Directory)).await.unwrap();
+    let target = SymlinkTarget::new(&b"somewhere"[..]).unwrap();
+    let symlink = fs
+        .make_node(directory.inode, b"sym", new(NewKind::Symlink(target.clone())))
+        .await
+        .unwrap();
+    assert_eq!(symlink.kind, FileKind::Symlink);
+    assert_eq!(fs.read_link(symlink.inode).await, Ok(target));
+    assert_eq!(fs.lookup(directory.inode, b"..").await.unwrap().inode, ROOT);
+    assert_eq!(
+        fs.lookup(directory.inode, b".").await.unwrap().inode,
+        directory.inode
+    );
+    assert_eq!(fs.lookup(ROOT, b"..").await.unwrap().inode, ROOT);
+    assert_eq!(fs.lookup(ROOT, b"none").await, Err(FsError::NotFound));
+    assert_eq!(
+        fs.make_node(ROOT, b"dir", new(NewKind::Directory)).await,
+        Err(FsError::Exists)
+    );
+    let (inode, handle) = create(&fs, "file").await;
+    write(&fs, handle, 0, b"12").await;
+    let linked = fs.link(inode, directory.inode, b"other name").await.unwrap();
+    assert_eq!((linked.links, linked.size), (2, 2));
+    assert_eq!(fs.remove_directory(ROOT, b"dir").await, Err(FsError::NotEmpty));
+    let value = Bytes::from_static(b"value");
+    fs.set_xattr(inode, b"user.key", value.clone(), XattrMode::Set)
+        .await
+        .unwrap();
+    assert_eq!(fs.get_xattr(inode, b"user.key").await, Ok(value));
+    assert_eq!(fs.list_xattrs(inode).await.unwrap().len(), 1);
+    fs.remove_xattr(inode, b"user.key").await.unwrap();
+    assert_eq!(fs.get_xattr(inode, b"user.key").await, Err(FsError::NoAttribute));
+    let opened = fs.open(directory.inode, read_write()).await;
+    assert_eq!(opened, Err(FsError::IsDirectory));
+}
+
+#[tokio::test]
+async fn a_read_only_mount_changes_nothing() {
+    let reference = Reference::new();
+    let (inode, _) = create(&mount(&reference, 1), "file").await;
+    let options = FsOptions {
+        read_only: true,
+        ..FsOptions::default()
+    };
+    let fs = mount_with(&reference, 2, options);
+    let before = reference.commands.lock().len();
+    let refused = Err(FsError::ReadOnly);
+    assert_eq!(fs.unlink(ROOT, b"file").await, refused);
+    assert_eq!(
+        fs.rename(ROOT, b"file", ROOT, b"b", RenameMode::Replace).await,
+        refused
+    );
+    assert_eq!(fs.open(inode, read_write()).await.map(|_| ()), refused);
+    assert_eq!(
+        fs.open(inode, OpenFlags::from(libc::O_TRUNC)).await.map(|_| ()),
+        refused
+    );
+    let created = fs.create(ROOT, b"x", 0o644, 0, 0, read_write()).await;
+    assert_eq!(created.map(|_| ()), refused);
+    let reader = fs.open(inode, OpenFlags::from(libc::O_RDONLY)).await.unwrap();
+    assert_eq!(fs.read(reader.handle, 0, 10).await.unwrap().len(), 0);
+    assert_eq!(reference.commands.lock().len(), before);
+}
+
+#[tokio::test]
+async fn holes_read_as_zeros_and_truncation_cuts() {
+    let reference = Reference::new();
+    let fs = mount(&reference, 1);
+    let (inode, handle) = create(&fs, "sparse").await;
+    write(&fs, handle, 3 * MIB, b"end").await;
+    let mut expected = vec![0; 3 * MIB as usize];
+    expected.extend_from_slice(b"end");
+    assert!(contents(&fs, "sparse").await == expected);
+    let size = |size| AttributeChanges {
+        size: Some(size),
+        ..AttributeChanges::default()
+    };
+    fs.set_attributes(inode, None, size(3 * MIB + 1)).await.unwrap();
+    fs.set_attributes(inode, None, size(3 * MIB + 3)).await.unwrap();
+    let end = fs.read(handle, 3 * MIB, 100).await.unwrap();
+    assert_eq!(end, &b"e\0\0"[..]);
+    let cut = fs
+        .open(inode, OpenFlags::from(libc::O_RDWR | libc::O_TRUNC))
+        .await
+        .unwrap();
+    assert_eq!(fs.read(cut.handle, 0, 100).await.unwrap().len(), 0);
+    assert_eq!(fs.attributes(inode, None).await.unwrap().size, 0);
+}

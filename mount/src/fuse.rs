@@ -1,0 +1,727 @@
+//! The edge towards the kernel: each request is decoded, given to [`Filesystem`], and its answer encoded.
+//! Nothing else.
+//!
+//! - Decoding is cheap and happens on fuser's threads. The work is a future that is polled once right there,
+//!   since what the caches know is ready at once and a change of threads would cost more than the work; what
+//!   has to wait goes on on tokio. So a fuser thread never waits for the cluster, and a thousand requests may
+//!   wait together; the kernel bounds how many.
+//! - Every request is answered exactly once. A panic in a handler answers EIO (fuser's replies do so when
+//!   they are dropped) and takes no thread with it.
+//! - The kernel keeps names and attributes for as long as the mount option says (by default it asks each
+//!   time), and a file's pages only if [`Filesystem`] says at open that they are still right.
+//!
+//! Lookups are not counted: inode numbers are never used twice and [`Filesystem`] keeps nothing per inode
+//! that is not bounded otherwise, so FORGET has nothing to do, also not for what READDIRPLUS looked up.
+
+mod convert;
+mod dispatch;
+mod session;
+#[cfg(test)]
+mod tests;
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use fuser::{
+    BsdFileFlags, Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags,
+    KernelConfig, LockOwner, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
+    ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+use quorumfs_proto::command::{NewInode, NewKind, Privileges};
+use quorumfs_proto::limits::{CHUNK_BYTES_MAX, NAME_BYTES_MAX};
+use quorumfs_proto::query::{EntryDetail, Space};
+use quorumfs_proto::{Attributes, FsError, InodeNumber, SymlinkTarget};
+
+use crate::errno::errno;
+use crate::fs::{Cluster, DirectoryItem, Filesystem, OpenFlags, Opened};
+use crate::inode_map::InodeMap;
+use convert::{SetAttrFields, XattrFit};
+
+pub use session::serve_kernel;
+
+/// Requests that the kernel sends without a program waiting for each (read-ahead, write-back, release): two
+/// for each MiB of a long read-ahead of several files at once. fuser's default, 16, keeps a single reader's
+/// pipeline half empty.
+const BACKGROUND_REQUESTS_MAX: u16 = 128;
+
+/// How much of a listing is asked for at once. fuser does not tell how much room the kernel offers: as much
+/// as the C library, 32 KiB, or, by an older kernel, a page.
+const LISTING_BYTES: usize = 32 << 10;
+
+/// The block size of statfs(2), in which it counts.
+const STATFS_BLOCK_BYTES: u32 = 4096;
+
+/// How statfs(2) tells of free inodes, of which there is no fixed number: as many as there is room for, with
+/// so many bytes to each.
+const BYTES_PER_INODE: u64 = 1024;
+
+/// One mount's edge.
+pub struct FuseEdge<C: Cluster> {
+    filesystem: Arc<Filesystem<C>>,
+    view: View,
+    runtime: tokio::runtime::Handle,
+}
+
+/// How this mount's kernel sees the cluster's inodes.
+#[derive(Clone, Copy)]
+struct View {
+    inodes: InodeMap,
+    /// How long the kernel may keep names and attributes.
+    cache: Duration,
+}
+
+impl View {
+    fn attr(&self, attributes: &Attributes) -> FileAttr {
+        convert::file_attr(attributes, self.inodes.to_kernel(attributes.inode))
+    }
+}
+
+/// Inode numbers are never used twice, so none has a second generation.
+const GENERATION: Generation = Generation(0);
+
+impl<C: Cluster> FuseEdge<C> {
+    /// The edge of `filesystem`, whose root is the cluster's directory `root`. The kernel may keep names and
+    /// attributes for `cache`.
+    pub fn new(
+        filesystem: Arc<Filesystem<C>>,
+        root: InodeNumber,
+        cache: Duration,
+        runtime: tokio::runtime::Handle,
+    ) -> FuseEdge<C> {
+        FuseEdge {
+            filesystem,
+            view: View {
+                inodes: InodeMap::new(root),
+                cache,
+            },
+            runtime,
+        }
+    }
+
+    fn cluster_inode(&self, inode: INodeNo) -> Result<InodeNumber, FsError> {
+        self.view.inodes.to_cluster(inode)
+    }
+}
+
+fn name_bytes(name: &OsStr) -> Bytes {
+    Bytes::copy_from_slice(name.as_bytes())
+}
+
+/// How `caller_uid` opens a file.
+fn opening(flags: i32, caller_uid: u32) -> OpenFlags {
+    OpenFlags {
+        privileges: convert::privileges_of(caller_uid),
+        ..OpenFlags::from(flags)
+    }
+}
+
+/// What open(2) and create(2) answer.
+fn open_flags(opened: &Opened) -> FopenFlags {
+    let mut flags = FopenFlags::empty();
+    flags.set(FopenFlags::FOPEN_DIRECT_IO, opened.direct_io);
+    flags.set(FopenFlags::FOPEN_KEEP_CACHE, opened.keep_cache);
+    flags
+}
+
+fn answer_entry(view: View) -> impl FnOnce(ReplyEntry, Attributes) {
+    move |reply, attributes| reply.entry(&view.cache, &view.attr(&attributes), GENERATION)
+}
+
+fn answer_attr(view: View) -> impl FnOnce(ReplyAttr, Attributes) {
+    move |reply, attributes| reply.attr(&view.cache, &view.attr(&attributes))
+}
+
+fn answer_ok(reply: ReplyEmpty, (): ()) {
+    reply.ok();
+}
+
+fn answer_xattr(room_bytes: u32) -> impl FnOnce(ReplyXattr, Bytes) {
+    move |reply, value| match convert::xattr_fit(value.len(), room_bytes) {
+        Ok(XattrFit::Size(size)) => reply.size(size),
+        Ok(XattrFit::Data) => reply.data(&value),
+        Err(error) => reply.error(errno(error)),
+    }
+}
+
+fn answer_space(reply: ReplyStatfs, space: Space) {
+    let blocks = |bytes: u64| bytes / u64::from(STATFS_BLOCK_BYTES);
+    let free_inodes = space.available_bytes / BYTES_PER_INODE;
+    reply.statfs(
+        blocks(space.capacity_bytes),
+        blocks(space.available_bytes),
+        blocks(space.available_bytes),
+        space.inodes + free_inodes,
+        free_inodes,
+        STATFS_BLOCK_BYTES,
+        NAME_BYTES_MAX as u32,
+        STATFS_BLOCK_BYTES,
+    );
+}
+
+impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let wanted = InitFlags::FUSE_ATOMIC_O_TRUNC
+            | InitFlags::FUSE_PARALLEL_DIROPS
+            | InitFlags::FUSE_DO_READDIRPLUS
+            | InitFlags::FUSE_READDIRPLUS_AUTO
+            | InitFlags::FUSE_CACHE_SYMLINKS
+            | InitFlags::FUSE_HANDLE_KILLPRIV_V2
+            | InitFlags::FUSE_EXPORT_SUPPORT
+            | InitFlags::FUSE_EXPLICIT_INVAL_DATA;
+        // An old kernel lacks some: the mount is slower there, not wrong.
+        if let Err(missing) = config.add_capabilities(wanted) {
+            tracing::info!(?missing, "the kernel's FUSE is old");
+            let _ = config.add_capabilities(wanted & !missing);
+        }
+        let background = config.set_max_background(BACKGROUND_REQUESTS_MAX);
+        // A write is one chunk at most, and an append is atomic up to here.
+        let write = config.set_max_write(CHUNK_BYTES_MAX);
+        if background.is_err() || write.is_err() {
+            return Err(io::Error::other("fuser refuses the bounds of requests"));
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
+        self.serve(
+            reply,
+            move |fs| async move { fs.lookup(parent?, &name).await },
+            answer_entry(self.view),
+        );
+    }
+
+    fn getattr(&self, _request: &Request, inode: INodeNo, handle: Option<FileHandle>, reply: ReplyAttr) {
+        let inode = self.cluster_inode(inode);
+        self.serve(
+            reply,
+            move |fs| async move { fs.attributes(inode?, handle.map(u64::from)).await },
+            answer_attr(self.view),
+        );
+    }
+
+    fn setattr(
+        &self,
+        request: &Request,
+        inode: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        handle: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let fields = SetAttrFields {
+            mode,
+            uid,
+            gid,
+            size,
+            atime,
+            mtime,
+        };
+        let changes = convert::attribute_changes(fields, request.uid());
+        let inode = self.cluster_inode(inode);
+        self.serve(
+            reply,
+            move |fs| async move { fs.set_attributes(inode?, handle.map(u64::from), changes).await },
+            answer_attr(self.view),
+        );
+    }
+
+    fn readlink(&self, _request: &Request, inode: INodeNo, reply: ReplyData) {
+        let inode = self.cluster_inode(inode);
+        self.serve(
+            reply,
+            move |fs| async move { fs.read_link(inode?).await },
+            |reply, target: SymlinkTarget| reply.data(target.as_bytes()),
+        );
+    }
+
+    fn mknod(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        self.make(request, parent, name, convert::node_kind(mode, rdev), mode, reply);
+    }
+
+    fn mkdir(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        self.make(request, parent, name, Ok(NewKind::Directory), mode, reply);
+    }
+
+    fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        let target = SymlinkTarget::new(Bytes::copy_from_slice(target.as_os_str().as_bytes()));
+        self.make(request, parent, name, target.map(NewKind::Symlink), 0o777, reply);
+    }
+
+    fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
+        self.serve(
+            reply,
+            move |fs| async move { fs.unlink(parent?, &name).await },
+            answer_ok,
+        );
+    }
+
+    fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
+        self.serve(
+            reply,
+            move |fs| async move { fs.remove_directory(parent?, &name).await },
+            answer_ok,
+        );
+    }
+
+    fn rename(
+        &self,
+        _request: &Request,
+        from_parent: INodeNo,
+        from_name: &OsStr,
+        to_parent: INodeNo,
+        to_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let (from_parent, from_name) = (self.cluster_inode(from_parent), name_bytes(from_name));
+        let (to_parent, to_name) = (self.cluster_inode(to_parent), name_bytes(to_name));
+        self.serve(
+            reply,
+            move |fs| async move {
+                let mode = convert::rename_mode(flags)?;
+                fs.rename(from_parent?, &from_name, to_parent?, &to_name, mode)
+                    .await
+            },
+            answer_ok,
+        );
+    }
+
+    fn link(&self, _request: &Request, inode: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let (inode, parent, name) = (
+            self.cluster_inode(inode),
+            self.cluster_inode(parent),
+            name_bytes(name),
+        );
+        self.serve(
+            reply,
+            move |fs| async move { fs.link(inode?, parent?, &name).await },
+            answer_entry(self.view),
+        );
+    }
+
+    fn open(&self, request: &Request, inode: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
+        let inode = self.cluster_inode(inode);
+        let flags = opening(flags.0, request.uid());
+        self.serve(
+            reply,
+            move |fs| async move { fs.open(inode?, flags).await },
+            |reply, opened: Opened| reply.opened(FileHandle(opened.handle), open_flags(&opened)),
+        );
+    }
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
+        let (uid, gid, mode) = (request.uid(), request.gid(), convert::permissions(mode));
+        let (view, flags) = (self.view, opening(flags, request.uid()));
+        self.serve(
+            reply,
+            move |fs| async move { fs.create(parent?, &name, mode, uid, gid, flags).await },
+            move |reply, (attributes, opened): (Attributes, Opened)| {
+                let handle = FileHandle(opened.handle);
+                reply.created(
+                    &view.cache,
+                    &view.attr(&attributes),
+                    GENERATION,
+                    handle,
+                    open_flags(&opened),
+                );
+            },
+        );
+    }
+
+    fn read(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: fuser::OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.serve(
+            reply,
+            move |fs| async move { fs.read(handle.0, offset, size).await },
+            |reply, bytes: Bytes| reply.data(&bytes),
+        );
+    }
+
+    fn write(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        _flags: fuser::OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let data = Bytes::copy_from_slice(data);
+        if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
+            // A shared mapping's pages; whoever changed them is not known any more.
+            return self.serve(
+                reply,
+                move |fs| async move { fs.write_back(handle.0, offset, data).await },
+                |reply, written: u32| reply.written(written),
+            );
+        }
+        let privileges = if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) {
+            Privileges::Drop
+        } else {
+            Privileges::Keep
+        };
+        self.serve(
+            reply,
+            move |fs| async move { fs.write(handle.0, offset, data, privileges).await },
+            |reply, written: u32| reply.written(written),
+        );
+    }
+
+    fn flush(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        _lock_owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        self.serve(
+            reply,
+            move |fs| async move { fs.flush(handle.0).await },
+            answer_ok,
+        );
+    }
+
+    fn fsync(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.serve(
+            reply,
+            move |fs| async move { fs.fsync(handle.0).await },
+            answer_ok,
+        );
+    }
+
+    fn release(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        _flags: fuser::OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.serve(
+            reply,
+            move |fs| async move { fs.release(handle.0).await },
+            answer_ok,
+        );
+    }
+
+    fn opendir(&self, _request: &Request, inode: INodeNo, _flags: fuser::OpenFlags, reply: ReplyOpen) {
+        let inode = self.cluster_inode(inode);
+        self.serve(
+            reply,
+            move |fs| async move { fs.open_directory(inode?).await },
+            |reply, handle: u64| reply.opened(FileHandle(handle), FopenFlags::empty()),
+        );
+    }
+
+    fn readdir(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        reply: ReplyDirectory,
+    ) {
+        let view = self.view;
+        self.serve(
+            reply,
+            move |fs| async move {
+                fs.read_directory(handle.0, offset, EntryDetail::Name, LISTING_BYTES)
+                    .await
+            },
+            move |mut reply, items: Vec<DirectoryItem>| {
+                for (item, offset) in items.iter().zip(convert::resume_offsets(offset, &items)) {
+                    let inode = view.inodes.to_kernel(item.inode);
+                    let kind = convert::file_type(item.kind);
+                    if reply.add(inode, offset, kind, OsStr::from_bytes(&item.name)) {
+                        break;
+                    }
+                }
+                reply.ok();
+            },
+        );
+    }
+
+    fn readdirplus(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        reply: ReplyDirectoryPlus,
+    ) {
+        let view = self.view;
+        self.serve(
+            reply,
+            move |fs| async move {
+                fs.read_directory(handle.0, offset, EntryDetail::Attributes, LISTING_BYTES)
+                    .await
+            },
+            move |mut reply, items: Vec<DirectoryItem>| {
+                for (item, offset) in items.iter().zip(convert::resume_offsets(offset, &items)) {
+                    let name = OsStr::from_bytes(&item.name);
+                    let attr = match &item.attributes {
+                        Some(attributes) => view.attr(attributes),
+                        // "." and "..": of these the kernel takes nothing but number and kind.
+                        None => convert::bare_attr(view.inodes.to_kernel(item.inode), item.kind),
+                    };
+                    if reply.add(attr.ino, offset, name, &view.cache, &attr, GENERATION) {
+                        break;
+                    }
+                }
+                reply.ok();
+            },
+        );
+    }
+
+    fn releasedir(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        _flags: fuser::OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.serve(
+            reply,
+            move |fs| async move { fs.release_directory(handle.0) },
+            answer_ok,
+        );
+    }
+
+    fn fsyncdir(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        _handle: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        let inode = self.cluster_inode(inode);
+        self.serve(
+            reply,
+            move |fs| async move { fs.fsync_directory(inode?).await },
+            answer_ok,
+        );
+    }
+
+    fn statfs(&self, _request: &Request, _inode: INodeNo, reply: ReplyStatfs) {
+        self.serve(reply, |fs| async move { fs.space().await }, answer_space);
+    }
+
+    fn setxattr(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        let (inode, name) = (self.cluster_inode(inode), convert::xattr_name(name.as_bytes()));
+        let value = Bytes::copy_from_slice(value);
+        self.serve(
+            reply,
+            move |fs| async move {
+                let mode = convert::xattr_mode(flags)?;
+                fs.set_xattr(inode?, name?.as_bytes(), value, mode).await
+            },
+            answer_ok,
+        );
+    }
+
+    fn getxattr(&self, _request: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let (inode, name) = (self.cluster_inode(inode), convert::xattr_name(name.as_bytes()));
+        self.serve(
+            reply,
+            move |fs| async move { fs.get_xattr(inode?, name?.as_bytes()).await },
+            answer_xattr(size),
+        );
+    }
+
+    fn listxattr(&self, _request: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
+        let inode = self.cluster_inode(inode);
+        self.serve(
+            reply,
+            move |fs| async move {
+                let names = fs.list_xattrs(inode?).await?;
+                Ok(Bytes::from(convert::joined_xattr_names(&names)))
+            },
+            answer_xattr(size),
+        );
+    }
+
+    fn removexattr(&self, _request: &Request, inode: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let (inode, name) = (self.cluster_inode(inode), convert::xattr_name(name.as_bytes()));
+        self.serve(
+            reply,
+            move |fs| async move { fs.remove_xattr(inode?, name?.as_bytes()).await },
+            answer_ok,
+        );
+    }
+
+    // What follows is not there. ENOSYS makes the kernel do without, and never ask again.
+
+    fn lseek(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        _handle: FileHandle,
+        _offset: i64,
+        _whence: i32,
+        reply: ReplyLseek,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn ioctl(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        _handle: FileHandle,
+        _flags: IoctlFlags,
+        _command: u32,
+        _in_data: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(Errno::ENOTTY);
+    }
+
+    fn poll(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        _handle: FileHandle,
+        _notifier: PollNotifier,
+        _events: PollEvents,
+        _flags: PollFlags,
+        reply: ReplyPoll,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn fallocate(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        _handle: FileHandle,
+        _offset: u64,
+        _length: u64,
+        _mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::EOPNOTSUPP);
+    }
+
+    fn copy_file_range(
+        &self,
+        _request: &Request,
+        _inode_in: INodeNo,
+        _handle_in: FileHandle,
+        _offset_in: u64,
+        _inode_out: INodeNo,
+        _handle_out: FileHandle,
+        _offset_out: u64,
+        _length: u64,
+        _flags: fuser::CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+}
+
+impl<C: Cluster> FuseEdge<C> {
+    fn make(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        kind: Result<NewKind, FsError>,
+        mode: u32,
+        reply: ReplyEntry,
+    ) {
+        let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
+        let (uid, gid) = (request.uid(), request.gid());
+        self.serve(
+            reply,
+            move |fs| async move {
+                let inode = NewInode {
+                    kind: kind?,
+                    mode: convert::permissions(mode),
+                    uid,
+                    gid,
+                };
+                fs.make_node(parent?, &name, inode).await
+            },
+            answer_entry(self.view),
+        );
+    }
+}

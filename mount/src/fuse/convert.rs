@@ -1,0 +1,385 @@
+//! Between what the kernel says and what the filesystem understands. Pure.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use fuser::{FileAttr, FileType, INodeNo, RenameFlags, TimeOrNow};
+use quorumfs_proto::command::{AttributeChanges, NewKind, Privileges, RenameMode, SetTime, XattrMode};
+use quorumfs_proto::{Attributes, FileKind, FsError, Timestamp, XattrName};
+
+use crate::fs::DirectoryItem;
+
+/// What programs are told to read and write at a time. The C library sizes its buffers by it, and each of its
+/// writes is a request of its own, so larger is faster; it costs every open stream that much memory.
+const PREFERRED_IO_BYTES: u32 = 128 << 10;
+
+/// The unit of `st_blocks`, whatever the block size.
+const STAT_BLOCK_BYTES: u64 = 512;
+
+/// `attributes` as the kernel wants them, under the number it knows.
+pub fn file_attr(attributes: &Attributes, inode: INodeNo) -> FileAttr {
+    FileAttr {
+        ino: inode,
+        size: attributes.size,
+        blocks: attributes.allocated_bytes.div_ceil(STAT_BLOCK_BYTES),
+        atime: attributes.atime.into(),
+        mtime: attributes.mtime.into(),
+        ctime: attributes.ctime.into(),
+        crtime: attributes.birth_time.into(),
+        kind: file_type(attributes.kind),
+        perm: attributes.mode,
+        nlink: attributes.links,
+        uid: attributes.uid,
+        gid: attributes.gid,
+        rdev: attributes.rdev,
+        blksize: PREFERRED_IO_BYTES,
+        flags: 0,
+    }
+}
+
+/// What little there is to tell of an inode of which nothing is known but its kind.
+pub fn bare_attr(inode: INodeNo, kind: FileKind) -> FileAttr {
+    FileAttr {
+        ino: inode,
+        size: 0,
+        blocks: 0,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: file_type(kind),
+        perm: 0,
+        nlink: 1,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: PREFERRED_IO_BYTES,
+        flags: 0,
+    }
+}
+
+/// Where a listing that was asked for from `start` goes on after each of its items.
+///
+/// That is the item's cookie; but of items that share one, only after the last: should the kernel's buffer
+/// end between them, they are told once more rather than never.
+pub fn resume_offsets(start: u64, items: &[DirectoryItem]) -> impl Iterator<Item = u64> {
+    let mut before = start;
+    (0..items.len()).map(move |at| {
+        let cookie = items[at].cookie;
+        if items.get(at + 1).is_none_or(|next| next.cookie != cookie) {
+            before = cookie;
+        }
+        before
+    })
+}
+
+/// The kernel's word for `kind`.
+pub fn file_type(kind: FileKind) -> FileType {
+    match kind {
+        FileKind::File => FileType::RegularFile,
+        FileKind::Directory => FileType::Directory,
+        FileKind::Symlink => FileType::Symlink,
+        FileKind::Fifo => FileType::NamedPipe,
+        FileKind::Socket => FileType::Socket,
+        FileKind::CharacterDevice => FileType::CharDevice,
+        FileKind::BlockDevice => FileType::BlockDevice,
+    }
+}
+
+/// What mknod(2) makes.
+///
+/// # Errors
+/// [`FsError::InvalidArgument`] for what mknod does not make, [`FsError::NotPermitted`] for a directory, as
+/// POSIX has it.
+pub fn node_kind(mode: u32, rdev: u32) -> Result<NewKind, FsError> {
+    match mode & libc::S_IFMT {
+        0 | libc::S_IFREG => Ok(NewKind::File),
+        libc::S_IFIFO => Ok(NewKind::Fifo),
+        libc::S_IFSOCK => Ok(NewKind::Socket),
+        libc::S_IFCHR => Ok(NewKind::CharacterDevice(rdev)),
+        libc::S_IFBLK => Ok(NewKind::BlockDevice(rdev)),
+        libc::S_IFDIR => Err(FsError::NotPermitted),
+        _ => Err(FsError::InvalidArgument),
+    }
+}
+
+/// The low twelve bits. The umask is off already: without FUSE_DONT_MASK the kernel takes it away.
+pub fn permissions(mode: u32) -> u16 {
+    (mode & 0o7777) as u16
+}
+
+/// The way back of what fuser makes of a moment before 1970: the kernel sends whole seconds rounded down and
+/// nanoseconds that count up from there, fuser takes both away from the epoch.
+pub fn timestamp_from_fuser(time: SystemTime) -> Timestamp {
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => Timestamp {
+            seconds: i64::try_from(after.as_secs()).unwrap_or(i64::MAX),
+            nanoseconds: after.subsec_nanos(),
+        },
+        Err(before) => {
+            let before = before.duration();
+            Timestamp {
+                seconds: 0i64.saturating_sub_unsigned(before.as_secs()),
+                nanoseconds: before.subsec_nanos(),
+            }
+        }
+    }
+}
+
+fn set_time(time: TimeOrNow) -> SetTime {
+    match time {
+        TimeOrNow::Now => SetTime::Now,
+        TimeOrNow::SpecificTime(time) => SetTime::At(timestamp_from_fuser(time)),
+    }
+}
+
+/// The fields of a SETATTR that mean something here.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SetAttrFields {
+    /// chmod(2)
+    pub mode: Option<u32>,
+    /// chown(2)
+    pub uid: Option<u32>,
+    /// chown(2)
+    pub gid: Option<u32>,
+    /// truncate(2)
+    pub size: Option<u64>,
+    /// utimensat(2)
+    pub atime: Option<TimeOrNow>,
+    /// utimensat(2)
+    pub mtime: Option<TimeOrNow>,
+}
+
+/// What a SETATTR of `caller_uid` changes.
+///
+/// With FUSE_HANDLE_KILLPRIV_V2 it is ours to drop privileges: a request without any field asks for just
+/// that, chown does always, truncation does unless root truncates (fuser hides the kernel's own word for the
+/// last).
+pub fn attribute_changes(fields: SetAttrFields, caller_uid: u32) -> AttributeChanges {
+    let chown = fields.uid.is_some() || fields.gid.is_some();
+    let truncate = fields.size.is_some();
+    let nothing =
+        !chown && !truncate && fields.mode.is_none() && fields.atime.is_none() && fields.mtime.is_none();
+    let drop = nothing || chown || (truncate && privileges_of(caller_uid) == Privileges::Drop);
+    AttributeChanges {
+        mode: fields.mode.map(permissions),
+        uid: fields.uid,
+        gid: fields.gid,
+        size: fields.size,
+        atime: fields.atime.map(set_time),
+        mtime: fields.mtime.map(set_time),
+        privileges: drop.then_some(Privileges::Drop),
+    }
+}
+
+/// What becomes of a file's privileges when a program of this user truncates it.
+pub fn privileges_of(caller_uid: u32) -> Privileges {
+    match caller_uid {
+        0 => Privileges::Keep,
+        _ => Privileges::Drop,
+    }
+}
+
+/// renameat2(2)'s flags.
+///
+/// # Errors
+/// [`FsError::InvalidArgument`] for RENAME_WHITEOUT, and all that we do not know.
+pub fn rename_mode(flags: RenameFlags) -> Result<RenameMode, FsError> {
+    if flags.is_empty() {
+        Ok(RenameMode::Replace)
+    } else if flags == RenameFlags::RENAME_NOREPLACE {
+        Ok(RenameMode::NoReplace)
+    } else if flags == RenameFlags::RENAME_EXCHANGE {
+        Ok(RenameMode::Exchange)
+    } else {
+        Err(FsError::InvalidArgument)
+    }
+}
+
+/// setxattr(2)'s flags.
+///
+/// # Errors
+/// [`FsError::InvalidArgument`] for all but the two, and for both at once.
+pub fn xattr_mode(flags: i32) -> Result<XattrMode, FsError> {
+    match flags {
+        0 => Ok(XattrMode::Set),
+        libc::XATTR_CREATE => Ok(XattrMode::Create),
+        libc::XATTR_REPLACE => Ok(XattrMode::Replace),
+        _ => Err(FsError::InvalidArgument),
+    }
+}
+
+/// An extended attribute's name that a program may use.
+///
+/// # Errors
+/// [`FsError::NotSupported`] for the `system` namespace: what lies there (ACLs) would mean something to the
+/// kernel, and nobody would enforce it.
+pub fn xattr_name(name: &[u8]) -> Result<XattrName, FsError> {
+    if name.starts_with(b"system.") {
+        return Err(FsError::NotSupported);
+    }
+    XattrName::new(Bytes::copy_from_slice(name))
+}
+
+/// How an answer to getxattr(2) or listxattr(2) fits into what the program offered.
+#[derive(Debug, PartialEq, Eq)]
+pub enum XattrFit {
+    /// It only asked for the size.
+    Size(u32),
+    /// It has room.
+    Data,
+}
+
+/// Decides about `length` bytes for a program that has room for `room_bytes`; 0: it asks how much it needs.
+///
+/// # Errors
+/// [`FsError::Range`] when there is not enough room.
+pub fn xattr_fit(length: usize, room_bytes: u32) -> Result<XattrFit, FsError> {
+    let length = u32::try_from(length).map_err(|_| FsError::TooBig)?;
+    if room_bytes == 0 {
+        Ok(XattrFit::Size(length))
+    } else if length > room_bytes {
+        Err(FsError::Range)
+    } else {
+        Ok(XattrFit::Data)
+    }
+}
+
+/// Names as listxattr(2) wants them: one after the other, each ended by a NUL.
+pub fn joined_xattr_names(names: &[XattrName]) -> Vec<u8> {
+    let mut joined = Vec::with_capacity(names.iter().map(|name| name.as_bytes().len() + 1).sum());
+    for name in names {
+        joined.extend_from_slice(name.as_bytes());
+        joined.push(0);
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    /// As fuser 0.18 decodes a kernel's timespec.
+    fn as_fuser_decodes(seconds: i64, nanoseconds: u32) -> SystemTime {
+        if seconds >= 0 {
+            UNIX_EPOCH + Duration::new(seconds as u64, nanoseconds)
+        } else {
+            UNIX_EPOCH - Duration::new(seconds.unsigned_abs(), nanoseconds)
+        }
+    }
+
+    #[test]
+    fn moments_before_1970_arrive_as_they_were_sent() {
+        for (seconds, nanoseconds) in [
+            (0, 0),
+            (0, 1),
+            (1_700_000_000, 999_999_999),
+            (-1, 0),
+            (-1, 999_999_999),
+            (-2, 500_000_000),
+            (-1_000_000_000, 123),
+        ] {
+            let sent = Timestamp { seconds, nanoseconds };
+            assert_eq!(timestamp_from_fuser(as_fuser_decodes(seconds, nanoseconds)), sent);
+        }
+    }
+
+    #[test]
+    fn privileges_are_dropped_when_the_kernel_would() {
+        let changed = |fields, uid| attribute_changes(fields, uid).privileges;
+        let truncate = SetAttrFields {
+            size: Some(0),
+            ..SetAttrFields::default()
+        };
+        let chown = SetAttrFields {
+            gid: Some(1),
+            ..SetAttrFields::default()
+        };
+        let chmod = SetAttrFields {
+            mode: Some(0o104755),
+            ..SetAttrFields::default()
+        };
+        assert_eq!(
+            changed(SetAttrFields::default(), 0),
+            Some(Privileges::Drop),
+            "the kill request"
+        );
+        assert_eq!(changed(truncate, 0), None);
+        assert_eq!(changed(truncate, 1000), Some(Privileges::Drop));
+        assert_eq!(changed(chown, 0), Some(Privileges::Drop));
+        assert_eq!(changed(chmod, 1000), None);
+        assert_eq!(
+            attribute_changes(chmod, 0).mode,
+            Some(0o4755),
+            "the kind is not part of the mode"
+        );
+    }
+
+    #[test]
+    fn rename_flags_are_one_of_three() {
+        assert_eq!(rename_mode(RenameFlags::empty()), Ok(RenameMode::Replace));
+        assert_eq!(
+            rename_mode(RenameFlags::RENAME_NOREPLACE),
+            Ok(RenameMode::NoReplace)
+        );
+        assert_eq!(
+            rename_mode(RenameFlags::RENAME_EXCHANGE),
+            Ok(RenameMode::Exchange)
+        );
+        for bad in [
+            RenameFlags::RENAME_WHITEOUT,
+            RenameFlags::RENAME_NOREPLACE | RenameFlags::RENAME_EXCHANGE,
+            RenameFlags::from_bits_retain(1 << 9),
+        ] {
+            assert_eq!(rename_mode(bad), Err(FsError::InvalidArgument));
+        }
+    }
+
+    #[test]
+    fn nodes_are_told_apart_by_the_type_bits() {
+        assert_eq!(node_kind(libc::S_IFREG | 0o644, 0), Ok(NewKind::File));
+        assert_eq!(node_kind(0o644, 0), Ok(NewKind::File));
+        assert_eq!(node_kind(libc::S_IFBLK, 0x801), Ok(NewKind::BlockDevice(0x801)));
+        assert_eq!(node_kind(libc::S_IFDIR, 0), Err(FsError::NotPermitted));
+        assert_eq!(node_kind(libc::S_IFLNK, 0), Err(FsError::InvalidArgument));
+    }
+
+    #[test]
+    fn xattrs_fit_or_do_not() {
+        assert_eq!(xattr_fit(5, 0), Ok(XattrFit::Size(5)));
+        assert_eq!(xattr_fit(5, 5), Ok(XattrFit::Data));
+        assert_eq!(xattr_fit(5, 4), Err(FsError::Range));
+        assert_eq!(xattr_fit(0, 4), Ok(XattrFit::Data));
+        let names = [b"user.a", b"user.b"].map(|name| XattrName::new(&name[..]).unwrap());
+        assert_eq!(joined_xattr_names(&names), b"user.a\0user.b\0");
+        assert_eq!(joined_xattr_names(&[]), b"");
+    }
+
+    #[test]
+    fn acls_are_not_there_yet() {
+        assert_eq!(xattr_name(b"system.posix_acl_access"), Err(FsError::NotSupported));
+        assert!(xattr_name(b"user.system.x").is_ok());
+        assert_eq!(xattr_mode(0), Ok(XattrMode::Set));
+        assert_eq!(xattr_mode(3), Err(FsError::InvalidArgument));
+    }
+
+    #[test]
+    fn a_listing_goes_on_behind_all_items_of_a_cookie() {
+        let item = |cookie| DirectoryItem {
+            name: Bytes::new(),
+            inode: quorumfs_proto::InodeNumber(9),
+            kind: FileKind::File,
+            cookie,
+            attributes: None,
+        };
+        let items = [3, 5, 5, 5, 8].map(item);
+        assert_eq!(
+            resume_offsets(2, &items).collect::<Vec<_>>(),
+            [3, 3, 3, 5, 8],
+            "after the first 5 comes the first 5 again"
+        );
+        assert_eq!(resume_offsets(4, &items[1..4]).collect::<Vec<_>>(), [4, 4, 5]);
+        assert_eq!(resume_offsets(0, &[]).count(), 0);
+    }
+}

@@ -1,0 +1,149 @@
+//! How a request's work is run and its reply given: once, whatever happens.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+use fuser::Errno;
+use quorumfs_proto::FsError;
+
+use super::FuseEdge;
+use crate::errno::errno;
+use crate::fs::{Cluster, Filesystem};
+
+/// A reply that can be an error. Dropped without an answer it says EIO.
+pub trait Refuse: Send + 'static {
+    /// Answers with an error.
+    fn refuse(self, errno: Errno);
+}
+
+macro_rules! refuse {
+    ($($reply:ident),*) => {$(
+        impl Refuse for fuser::$reply {
+            fn refuse(self, errno: Errno) {
+                self.error(errno);
+            }
+        }
+    )*};
+}
+
+refuse!(
+    ReplyAttr,
+    ReplyCreate,
+    ReplyData,
+    ReplyDirectory,
+    ReplyDirectoryPlus,
+    ReplyEmpty,
+    ReplyEntry,
+    ReplyOpen,
+    ReplyStatfs,
+    ReplyWrite,
+    ReplyXattr
+);
+
+impl<C: Cluster> FuseEdge<C> {
+    /// Runs `work` and gives its result to `answer`, its error to the kernel.
+    pub(super) fn serve<Reply, Work, Running, Value>(
+        &self,
+        reply: Reply,
+        work: Work,
+        answer: impl FnOnce(Reply, Value) + Send + 'static,
+    ) where
+        Reply: Refuse,
+        Work: FnOnce(Arc<Filesystem<C>>) -> Running,
+        Running: Future<Output = Result<Value, FsError>> + Send + 'static,
+        Value: Send,
+    {
+        let running = work(Arc::clone(&self.filesystem));
+        run(&self.runtime, async move {
+            match running.await {
+                Ok(value) => answer(reply, value),
+                Err(error) => reply.refuse(errno(error)),
+            }
+        });
+    }
+}
+
+/// Polls `work` once here; if it has to wait it goes on on `runtime`. A panic ends `work` and nothing else.
+fn run(runtime: &tokio::runtime::Handle, work: impl Future<Output = ()> + Send + 'static) {
+    let mut work = Box::pin(work);
+    let _inside = runtime.enter();
+    // Nobody is woken through this context: `spawn` polls once more, and whatever became ready in between is
+    // seen then.
+    let mut context = Context::from_waker(Waker::noop());
+    // After a panic the future is dropped unpolled, so nothing broken is looked at.
+    match std::panic::catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(&mut context))) {
+        Ok(Poll::Pending) => drop(runtime.spawn(work)),
+        Ok(Poll::Ready(())) => {}
+        // The panic hook has logged it, and the reply says EIO when it is dropped.
+        Err(_panic) => drop(std::panic::catch_unwind(AssertUnwindSafe(|| drop(work)))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
+
+    #[test]
+    fn what_is_ready_is_done_at_once_and_what_waits_is_done_later() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let done = Arc::new(AtomicUsize::new(0));
+        let here = std::thread::current().id();
+        let counter = Arc::clone(&done);
+        run(runtime.handle(), async move {
+            assert_eq!(std::thread::current().id(), here);
+            counter.fetch_add(1, Ordering::SeqCst);
+        });
+        assert_eq!(done.load(Ordering::SeqCst), 1);
+
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let (finished, finish) = std::sync::mpsc::channel();
+        run(runtime.handle(), async move {
+            let value: u32 = receiver.await.unwrap();
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            finished.send((value, std::thread::current().id())).unwrap();
+        });
+        sender.send(7).unwrap();
+        let (value, thread) = finish.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert_eq!(value, 7);
+        assert_ne!(thread, here);
+    }
+
+    #[test]
+    fn a_panic_drops_the_reply_and_spares_the_thread() {
+        struct Reply(Arc<AtomicUsize>);
+        impl Drop for Reply {
+            fn drop(&mut self) {
+                self.0.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let dropped = Arc::new(AtomicUsize::new(0));
+        let reply = Reply(Arc::clone(&dropped));
+        run(runtime.handle(), async move {
+            let _reply = reply;
+            panic!("on purpose, at once");
+        });
+        assert_eq!(dropped.load(Ordering::SeqCst), 1);
+        let reply = Reply(Arc::clone(&dropped));
+        run(runtime.handle(), async move {
+            let _reply = reply;
+            tokio::task::yield_now().await;
+            panic!("on purpose, later");
+        });
+        let start = std::time::Instant::now();
+        while dropped.load(Ordering::SeqCst) < 2 {
+            assert!(
+                start.elapsed() < Duration::from_secs(10),
+                "the reply was never dropped"
+            );
+            std::thread::yield_now();
+        }
+    }
+}

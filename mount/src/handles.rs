@@ -1,0 +1,293 @@
+//! What programs have open: handles, and one [`OpenInode`] for all handles of a file.
+//!
+//! Invariants: an inode is in the table from before its open is told to the cluster until its last handle is gone and
+//! its last dirty byte is settled; so "not open here" is never said of a file that is. Locks are short and taken in
+//! the order table, state; neither is held across an await.
+//!
+//! It knows nothing of commands or the cluster; what a put in flight is, its user says.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use quorumfs_proto::command::Privileges;
+use quorumfs_proto::{Attributes, FsError, InodeNumber, Timestamp};
+
+use crate::caches::extent_cache::ExtentCache;
+use crate::readahead::Readahead;
+use crate::write_buffer::WriteBuffer;
+
+/// Names an open file or directory of this mount.
+pub type Handle = u64;
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpenFlags {
+    /// For reading.
+    pub read: bool,
+    /// For writing.
+    pub write: bool,
+    /// O_APPEND: each write goes to the end, wherever that is by then.
+    pub append: bool,
+    /// O_TRUNC.
+    pub truncate: bool,
+    /// Whether that drops privileges: it does unless the caller is privileged.
+    pub privileges: Privileges,
+    /// O_EXCL, of a create.
+    pub exclusive: bool,
+}
+
+impl From<i32> for OpenFlags {
+    /// The flags of open(2), of an unprivileged caller.
+    fn from(flags: i32) -> OpenFlags {
+        let access = flags & libc::O_ACCMODE;
+        OpenFlags {
+            read: access != libc::O_WRONLY,
+            write: access != libc::O_RDONLY,
+            append: flags & libc::O_APPEND != 0,
+            truncate: flags & libc::O_TRUNC != 0,
+            privileges: Privileges::Drop,
+            exclusive: flags & libc::O_EXCL != 0,
+        }
+    }
+}
+
+/// Which dirty bytes a commit is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Scope {
+    /// Those in sealed packs.
+    Sealed,
+    /// All.
+    Everything,
+}
+
+/// One file that is open or dirty.
+#[derive(Debug)]
+pub struct OpenInode<Put> {
+    /// Its number.
+    pub inode: InodeNumber,
+    /// Whoever holds it may send commands about the content of this file: they take effect in the order of writing.
+    pub turn: tokio::sync::Mutex<()>,
+    /// Everything else.
+    pub state: Mutex<InodeState<Put>>,
+}
+
+/// What is known of an open file.
+#[derive(Debug)]
+pub struct InodeState<Put> {
+    /// The newest attributes the cluster told; `None` until the first open is answered.
+    pub view: Option<Attributes>,
+    /// What the cluster does not know yet.
+    pub buffer: WriteBuffer,
+    /// Puts in flight or done, by the sequence of their pack.
+    pub puts: BTreeMap<u64, Put>,
+    /// Where the committed bytes are.
+    pub extents: ExtentCache,
+    /// When a program wrote last, while dirty.
+    pub mtime: Option<Timestamp>,
+    /// Whether the next flush drops privileges.
+    pub privileges: Privileges,
+    /// When the oldest unsealed byte was written.
+    pub dirty_since: Option<Instant>,
+    /// The background commit that is queued.
+    pub queued: Option<Scope>,
+    /// A close returned before these bytes were committed.
+    pub handed_over: bool,
+    /// What the buffer counts for in the mount's dirty bytes.
+    pub charged_bytes: u64,
+    /// Flushes that failed, ever, and the last one's reason.
+    pub failures: (u64, FsError),
+}
+
+impl<Put> InodeState<Put> {
+    /// Takes what the cluster told, unless it is older than what is known. (Each change moves ctime forward.)
+    pub fn learn(&mut self, told: &Attributes) {
+        let is_older =
+            |view: &Attributes| told.ctime < view.ctime || told.content_version < view.content_version;
+        if !self.view.as_ref().is_some_and(is_older) {
+            self.view = Some(told.clone());
+        }
+    }
+
+    /// The attributes as programs of this mount see them: with what they wrote.
+    pub fn attributes(&self) -> Option<Attributes> {
+        let mut attributes = self.view.clone()?;
+        if !self.buffer.is_clean() {
+            attributes.size = attributes.size.max(self.buffer.end());
+            attributes.allocated_bytes += self.buffer.bytes();
+            if let Some(mtime) = self.mtime {
+                attributes.mtime = mtime;
+                attributes.ctime = attributes.ctime.max(mtime);
+            }
+        }
+        Some(attributes)
+    }
+}
+
+/// One open file of one program.
+#[derive(Debug)]
+pub struct OpenFile<Put> {
+    /// The file.
+    pub node: Arc<OpenInode<Put>>,
+    /// How it was opened.
+    pub flags: OpenFlags,
+    /// How it is read.
+    pub readahead: Mutex<Readahead>,
+    failures_seen: Mutex<u64>,
+}
+
+impl<Put> OpenFile<Put> {
+    /// The failure of a flush since the open or the last call, told once.
+    pub fn take_failure(&self) -> Result<(), FsError> {
+        let (failures, last) = self.node.state.lock().failures;
+        let seen = std::mem::replace(&mut *self.failures_seen.lock(), failures);
+        if failures > seen { Err(last) } else { Ok(()) }
+    }
+}
+
+#[derive(Debug)]
+struct Entry<Put> {
+    node: Arc<OpenInode<Put>>,
+    /// Handles, and opens under way.
+    holds: u32,
+}
+
+#[derive(Debug)]
+struct Tables<Put> {
+    inodes: HashMap<InodeNumber, Entry<Put>>,
+    files: HashMap<Handle, Arc<OpenFile<Put>>>,
+    last_handle: Handle,
+}
+
+/// All open files of a mount. As many as programs hold open: the kernel bounds them.
+#[derive(Debug)]
+pub struct OpenFiles<Put> {
+    tables: Mutex<Tables<Put>>,
+}
+
+impl<Put> Default for OpenFiles<Put> {
+    fn default() -> OpenFiles<Put> {
+        OpenFiles {
+            tables: Mutex::new(Tables {
+                inodes: HashMap::new(),
+                files: HashMap::new(),
+                last_handle: 0,
+            }),
+        }
+    }
+}
+
+impl<Put> OpenFiles<Put> {
+    /// Says that `inode` is open here, before it is.
+    pub fn hold(&self, inode: InodeNumber) -> Arc<OpenInode<Put>> {
+        let mut tables = self.tables.lock();
+        let entry = tables.inodes.entry(inode).or_insert_with(|| Entry {
+            node: Arc::new(OpenInode {
+                inode,
+                turn: tokio::sync::Mutex::new(()),
+                state: Mutex::new(InodeState {
+                    view: None,
+                    buffer: WriteBuffer::default(),
+                    puts: BTreeMap::new(),
+                    extents: ExtentCache::default(),
+                    mtime: None,
+                    privileges: Privileges::Keep,
+                    dirty_since: None,
+                    queued: None,
+                    handed_over: false,
+                    charged_bytes: 0,
+                    failures: (0, FsError::Io),
+                }),
+            }),
+            holds: 0,
+        });
+        entry.holds += 1;
+        Arc::clone(&entry.node)
+    }
+
+    /// How many handles and opens under way `inode` has.
+    pub fn holds(&self, inode: InodeNumber) -> u32 {
+        self.tables
+            .lock()
+            .inodes
+            .get(&inode)
+            .map_or(0, |entry| entry.holds)
+    }
+
+    /// Takes a hold back.
+    pub fn let_go(&self, node: &OpenInode<Put>) {
+        let mut tables = self.tables.lock();
+        if let Some(entry) = tables.inodes.get_mut(&node.inode) {
+            entry.holds -= 1;
+        }
+        drop_if_idle(&mut tables, node.inode);
+    }
+
+    /// Forgets `node` if nobody has it open and it is clean.
+    pub fn retire(&self, node: &OpenInode<Put>) {
+        drop_if_idle(&mut self.tables.lock(), node.inode);
+    }
+
+    /// Makes a hold into a handle.
+    pub fn add(&self, node: Arc<OpenInode<Put>>, flags: OpenFlags) -> Handle {
+        let failures = node.state.lock().failures.0;
+        let mut tables = self.tables.lock();
+        tables.last_handle += 1;
+        let handle = tables.last_handle;
+        let file = OpenFile {
+            node,
+            flags,
+            readahead: Mutex::default(),
+            failures_seen: Mutex::new(failures),
+        };
+        tables.files.insert(handle, Arc::new(file));
+        handle
+    }
+
+    /// The file of a handle. [`FsError::Stale`] where there is none.
+    pub fn get(&self, handle: Handle) -> Result<Arc<OpenFile<Put>>, FsError> {
+        self.tables
+            .lock()
+            .files
+            .get(&handle)
+            .cloned()
+            .ok_or(FsError::Stale)
+    }
+
+    /// Ends a handle; its hold stays until [`OpenFiles::let_go`].
+    pub fn remove(&self, handle: Handle) -> Result<Arc<OpenFile<Put>>, FsError> {
+        self.tables.lock().files.remove(&handle).ok_or(FsError::Stale)
+    }
+
+    /// The open (or dirty) file of this number.
+    pub fn find(&self, inode: InodeNumber) -> Option<Arc<OpenInode<Put>>> {
+        self.tables
+            .lock()
+            .inodes
+            .get(&inode)
+            .map(|entry| Arc::clone(&entry.node))
+    }
+
+    /// Whether nothing is open.
+    pub fn is_empty(&self) -> bool {
+        self.tables.lock().inodes.is_empty()
+    }
+
+    /// Those of `inodes` that are not open here.
+    pub fn not_open(&self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
+        let tables = self.tables.lock();
+        inodes
+            .iter()
+            .filter(|inode| !tables.inodes.contains_key(inode))
+            .copied()
+            .collect()
+    }
+}
+
+fn drop_if_idle<Put>(tables: &mut Tables<Put>, inode: InodeNumber) {
+    let is_idle = |entry: &Entry<Put>| entry.holds == 0 && entry.node.state.lock().buffer.is_clean();
+    if tables.inodes.get(&inode).is_some_and(is_idle) {
+        tables.inodes.remove(&inode);
+    }
+}

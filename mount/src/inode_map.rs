@@ -1,0 +1,76 @@
+//! How the kernel's inode numbers and the cluster's relate.
+//!
+//! To the kernel the root of a mount is always 1. When a sub-directory is mounted its number in the cluster
+//! is another one, so the two change places; all other numbers are the same on both sides. That map is total
+//! and its own inverse, but the kernel is never told the changed number of the cluster's root, which lies
+//! outside of such a mount: a number made up in a file handle must not lead there.
+//!
+//! Knows nothing of how many lookups the kernel holds: cluster numbers are never used twice, so forgetting
+//! one early is harmless.
+
+use fuser::INodeNo;
+use quorumfs_proto::{FsError, InodeNumber};
+
+/// The map of one mount.
+#[derive(Clone, Copy, Debug)]
+pub struct InodeMap {
+    root: InodeNumber,
+}
+
+impl InodeMap {
+    /// Of a mount whose root is the cluster's directory `root`.
+    pub fn new(root: InodeNumber) -> InodeMap {
+        InodeMap { root }
+    }
+
+    /// What the kernel calls the cluster's `inode`.
+    pub fn to_kernel(self, inode: InodeNumber) -> INodeNo {
+        INodeNo(self.swap(inode).0)
+    }
+
+    /// What the cluster calls the kernel's `inode`. [`FsError::Stale`] for what this mount does not reach.
+    pub fn to_cluster(self, inode: INodeNo) -> Result<InodeNumber, FsError> {
+        let inode = InodeNumber(inode.0);
+        if inode == self.root && self.root != InodeNumber::ROOT {
+            return Err(FsError::Stale);
+        }
+        Ok(self.swap(inode))
+    }
+
+    fn swap(self, inode: InodeNumber) -> InodeNumber {
+        if inode == InodeNumber::ROOT {
+            self.root
+        } else if inode == self.root {
+            InodeNumber::ROOT
+        } else {
+            inode
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_whole_mount_changes_no_number() {
+        let map = InodeMap::new(InodeNumber::ROOT);
+        for number in [1, 2, 7, u64::MAX] {
+            assert_eq!(map.to_kernel(InodeNumber(number)), INodeNo(number));
+            assert_eq!(map.to_cluster(INodeNo(number)), Ok(InodeNumber(number)));
+        }
+    }
+
+    #[test]
+    fn a_sub_directory_is_the_kernels_root() {
+        let map = InodeMap::new(InodeNumber(7));
+        assert_eq!(map.to_kernel(InodeNumber(7)), INodeNo::ROOT);
+        assert_eq!(map.to_cluster(INodeNo::ROOT), Ok(InodeNumber(7)));
+        assert_eq!(map.to_cluster(INodeNo(8)), Ok(InodeNumber(8)));
+        assert_eq!(
+            map.to_cluster(INodeNo(7)),
+            Err(FsError::Stale),
+            "the cluster's root is not part of this mount"
+        );
+    }
+}

@@ -1,0 +1,537 @@
+//! The directory that is mounted on: what lies there, mounting, unmounting.
+//!
+//! fuser's own mounting is not used: its test for "still mounted" is inverted, and its unmount fails when the
+//! mount is busy. What is mounted where is read from `/proc/self/mountinfo`, which never touches a mount and
+//! so never hangs on one.
+//!
+//! Knows nothing of FUSE requests, clusters or threads that serve.
+
+use std::ffi::{CString, OsString};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags};
+use nix::sys::wait::{WaitStatus, waitpid};
+
+use crate::options::{Access, Stacking};
+
+/// The type that the kernel and `findmnt` show.
+const FILESYSTEM_TYPE: &str = "fuse.quorumfs";
+
+/// How long a mount may take to say whether it lives. A dead one answers at once; one that waits for its
+/// cluster lives.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What the kernel reads ahead of a sequential reader. Its default, 128 KiB, is a fraction of a chunk; the
+/// mount itself reads ahead further and from several nodes.
+const READ_AHEAD_KIB: u32 = 1024;
+
+/// Why a directory cannot be mounted on, or not be unmounted.
+#[derive(Debug, thiserror::Error)]
+pub enum MountPointError {
+    /// There is nothing of that name.
+    #[error("mount point {0} does not exist")]
+    Missing(PathBuf),
+    /// It is not a directory.
+    #[error("mount point {0} is not a directory")]
+    NotDirectory(PathBuf),
+    /// A QuorumFS is mounted there, and lives.
+    #[error(
+        "mount point {path} is busy: {source_name} is mounted on it (umount {path} first, or cover it with -o stack)"
+    )]
+    Busy {
+        /// Where.
+        path: PathBuf,
+        /// What.
+        source_name: String,
+    },
+    /// The kernel says that it is busy.
+    #[error("mount point {0} is busy")]
+    InUse(PathBuf),
+    /// Only root may.
+    #[error("mounting on {0} needs root (CAP_SYS_ADMIN)")]
+    NotPermitted(PathBuf),
+    /// There is no FUSE.
+    #[error("cannot open /dev/fuse (is the kernel's fuse module loaded?): {0}")]
+    NoFuse(#[source] io::Error),
+    /// Something else was mounted over it, so that it cannot be reached.
+    #[error("{0} is covered by another mount")]
+    Covered(PathBuf),
+    /// Anything else the kernel says.
+    #[error("{doing} {path}: {error}")]
+    Kernel {
+        /// What was being done.
+        doing: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// What came of it.
+        #[source]
+        error: io::Error,
+    },
+}
+
+impl MountPointError {
+    fn kernel(doing: &'static str, path: &Path, error: impl Into<io::Error>) -> MountPointError {
+        MountPointError::Kernel {
+            doing,
+            path: path.to_owned(),
+            error: error.into(),
+        }
+    }
+}
+
+/// A directory that can be mounted on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountPoint {
+    path: PathBuf,
+    /// Mounts of dead processes that lie on it.
+    dead: usize,
+}
+
+impl MountPoint {
+    /// Looks at `directory`; changes nothing.
+    ///
+    /// # Errors
+    /// When it is not there, no directory, or already one of ours.
+    pub fn find(directory: &Path, stacking: Stacking) -> Result<MountPoint, MountPointError> {
+        let path = match directory.canonicalize() {
+            Ok(path) => path,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(MountPointError::Missing(directory.to_owned()));
+            }
+            Err(error) if is_dead(&error) => std::path::absolute(directory)
+                .map_err(|error| MountPointError::kernel("resolve", directory, error))?,
+            Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+                return Err(MountPointError::NotDirectory(directory.to_owned()));
+            }
+            Err(error) => return Err(MountPointError::kernel("resolve", directory, error)),
+        };
+        let mounts = mounts()?;
+        let mut dead = 0;
+        let mut covers = false;
+        // The topmost first: what is beneath a living one does not matter.
+        for mount in mounts.iter().rev().filter(|mount| mount.path == path) {
+            if mount.kind != FILESYSTEM_TYPE {
+                break;
+            }
+            // What is going to be covered need not be asked, and might not answer.
+            if stacking == Stacking::Cover {
+                covers = true;
+                break;
+            }
+            // Only the topmost can be asked; those beneath a dead one are looked at again in `clear`.
+            if dead > 0 || probe(&path) == Life::Dead {
+                dead += 1;
+                continue;
+            }
+            return Err(MountPointError::Busy {
+                path,
+                source_name: mount.source.clone(),
+            });
+        }
+        // The root of one of ours is a directory.
+        if dead == 0 && !covers {
+            let metadata = path
+                .metadata()
+                .map_err(|error| MountPointError::kernel("look at", &path, error))?;
+            if !metadata.is_dir() {
+                return Err(MountPointError::NotDirectory(path));
+            }
+        }
+        Ok(MountPoint { path, dead })
+    }
+
+    /// Where it is, absolute and without symbolic links.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Takes away what processes that were killed have left mounted here. Answers how many there were.
+    ///
+    /// # Errors
+    /// When that may not be, or a living mount appears beneath a dead one.
+    pub fn clear(self, stacking: Stacking) -> Result<(MountPoint, usize), MountPointError> {
+        let mut current = self;
+        let mut cleared = 0;
+        // Each round takes away one mount, and `find` counted them.
+        while current.dead > 0 {
+            nix::mount::umount2(&current.path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).map_err(
+                |errno| match errno {
+                    Errno::EPERM => MountPointError::NotPermitted(current.path.clone()),
+                    errno => MountPointError::kernel("unmount the dead mount on", &current.path, errno),
+                },
+            )?;
+            cleared += 1;
+            current = MountPoint::find(&current.path.clone(), stacking)?;
+        }
+        Ok((current, cleared))
+    }
+
+    /// Mounts. The kernel's requests wait in the returned descriptor of `/dev/fuse`, the first of them INIT.
+    ///
+    /// # Errors
+    /// When there is no FUSE, or the caller may not.
+    pub fn mount(
+        &self,
+        source: &str,
+        flags: MsFlags,
+        access: Access,
+    ) -> Result<(Mounted, OwnedFd), MountPointError> {
+        let device = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/fuse")
+            .map_err(MountPointError::NoFuse)?;
+        let data = format!(
+            "fd={},rootmode={:o},user_id={},group_id={},default_permissions{}",
+            device.as_raw_fd(),
+            libc::S_IFDIR,
+            nix::unistd::geteuid(),
+            nix::unistd::getegid(),
+            match access {
+                Access::Everyone => ",allow_other",
+                Access::Owner => "",
+            }
+        );
+        nix::mount::mount(
+            Some(source),
+            &self.path,
+            Some(FILESYSTEM_TYPE),
+            flags,
+            Some(data.as_str()),
+        )
+        .map_err(|errno| match errno {
+            Errno::EPERM => MountPointError::NotPermitted(self.path.clone()),
+            Errno::EBUSY => MountPointError::InUse(self.path.clone()),
+            Errno::ENOTDIR => MountPointError::NotDirectory(self.path.clone()),
+            errno => MountPointError::kernel("mount on", &self.path, errno),
+        })?;
+        let device_number = topmost(&mounts()?, &self.path).map(|mount| mount.device.clone());
+        let mounted = Mounted {
+            path: self.path.clone(),
+            // Gone again within microseconds: `unmount` will find so too.
+            device_number: device_number.unwrap_or_default(),
+        };
+        Ok((mounted, device.into()))
+    }
+}
+
+/// A mount that this process made.
+#[derive(Debug, Clone)]
+pub struct Mounted {
+    path: PathBuf,
+    device_number: String,
+}
+
+/// What became of an attempt to unmount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unmounting {
+    /// It is not mounted any more: no more requests will come.
+    Done,
+    /// Files are open, or somebody's working directory is there.
+    Busy,
+}
+
+/// How to treat a busy mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Urgency {
+    /// Leave it.
+    Polite,
+    /// Take it out of the tree at once; it ends when the last user lets go.
+    Detach,
+}
+
+impl Mounted {
+    /// Where.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Lets the kernel read ahead by more than it would.
+    ///
+    /// # Errors
+    /// When sysfs is not there or not writable; the mount works all the same.
+    pub fn raise_read_ahead(&self) -> io::Result<()> {
+        let file = format!("/sys/class/bdi/{}/read_ahead_kb", self.device_number);
+        std::fs::write(file, READ_AHEAD_KIB.to_string())
+    }
+
+    /// Unmounts this mount, and no other one that may lie on the same directory. Blocks while the kernel
+    /// writes back what it holds, so requests must be served meanwhile; should nobody serve them any more,
+    /// this process can end all the same (see [`unmount_apart`]).
+    ///
+    /// # Errors
+    /// When the kernel refuses for another reason than that it is busy.
+    pub fn unmount(&self, urgency: Urgency) -> Result<Unmounting, MountPointError> {
+        let mounts = mounts()?;
+        match topmost(&mounts, &self.path) {
+            Some(top) if top.device == self.device_number => {}
+            _ if mounts
+                .iter()
+                .any(|mount| mount.path == self.path && mount.device == self.device_number) =>
+            {
+                return Err(MountPointError::Covered(self.path.clone()));
+            }
+            _ => return Ok(Unmounting::Done),
+        }
+        let flags = match urgency {
+            Urgency::Polite => MntFlags::UMOUNT_NOFOLLOW,
+            Urgency::Detach => MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH,
+        };
+        match unmount_apart(&self.path, flags) {
+            Ok(()) => Ok(Unmounting::Done),
+            // Somebody else was quicker.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(Unmounting::Done),
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(Unmounting::Busy),
+            Err(error) => Err(MountPointError::kernel("unmount", &self.path, error)),
+        }
+    }
+}
+
+/// umount2(2) in a process of its own. A thread that waits for an answer of its own process cannot be killed
+/// while the process holds `/dev/fuse` open, and it would hold it open by being there: the process could
+/// never end.
+fn unmount_apart(path: &Path, flags: MntFlags) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: other threads run, so the child may only make calls that are safe in a signal handler:
+    // close_range, umount2 and _exit are plain system calls, and it touches no memory but `path`.
+    match unsafe { nix::unistd::fork() }? {
+        nix::unistd::ForkResult::Child => unsafe {
+            libc::close_range(0, u32::MAX, 0);
+            match libc::umount2(path.as_ptr(), flags.bits()) {
+                0 => libc::_exit(0),
+                // Error numbers of umount2 are far below 256.
+                _ => libc::_exit(*libc::__errno_location()),
+            }
+        },
+        nix::unistd::ForkResult::Parent { child } => loop {
+            match waitpid(child, None) {
+                Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
+                Ok(WaitStatus::Exited(_, errno)) => return Err(io::Error::from_raw_os_error(errno)),
+                Err(Errno::EINTR) => {}
+                other => return Err(io::Error::other(format!("unmounting ended with {other:?}"))),
+            }
+        },
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Life {
+    Alive,
+    Dead,
+}
+
+/// Asks the mount on `path` a question that no cache answers. One that does not reply in time is alive: its
+/// process waits for a cluster, or was stopped. Leaves no thread behind but in that case.
+fn probe(path: &Path) -> Life {
+    let (sender, receiver) = mpsc::channel();
+    let path = path.to_owned();
+    let asking = std::thread::spawn(move || {
+        let answer = nix::sys::statvfs::statvfs(&path).map_err(io::Error::from);
+        // Nobody listens any more after PROBE_TIMEOUT.
+        let _ = sender.send(answer.err());
+    });
+    let Ok(answer) = receiver.recv_timeout(PROBE_TIMEOUT) else {
+        return Life::Alive;
+    };
+    // It has sent its answer, so it ends at once; it does not panic.
+    let _ = asking.join();
+    match answer {
+        Some(error) if is_dead(&error) => Life::Dead,
+        _ => Life::Alive,
+    }
+}
+
+/// What the kernel says of a mount whose process is gone, or whose connection was aborted.
+fn is_dead(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED))
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Mount {
+    device: String,
+    path: PathBuf,
+    kind: String,
+    source: String,
+}
+
+fn mounts() -> Result<Vec<Mount>, MountPointError> {
+    let file = Path::new("/proc/self/mountinfo");
+    let text = std::fs::read(file).map_err(|error| MountPointError::kernel("read", file, error))?;
+    Ok(parse_mounts(&text))
+}
+
+/// The mount that one gets to see at `path`: the kernel lists those on top later.
+fn topmost<'a>(mounts: &'a [Mount], path: &Path) -> Option<&'a Mount> {
+    mounts.iter().rev().find(|mount| mount.path == path)
+}
+
+/// Reads mountinfo (proc_pid_mountinfo(5)): `id parent major:minor root path options tags… - type source
+/// super`.
+fn parse_mounts(text: &[u8]) -> Vec<Mount> {
+    let parse = |line: &[u8]| {
+        let mut fields = line.split(|&byte| byte == b' ');
+        let device = String::from_utf8(fields.nth(2)?.to_vec()).ok()?;
+        let path = PathBuf::from(OsString::from_vec(unescape(fields.nth(1)?)));
+        let mut rest = fields.skip_while(|field| *field != b"-").skip(1);
+        let kind = String::from_utf8_lossy(rest.next()?).into_owned();
+        let source = String::from_utf8_lossy(&unescape(rest.next()?)).into_owned();
+        Some(Mount {
+            device,
+            path,
+            kind,
+            source,
+        })
+    };
+    text.split(|&byte| byte == b'\n').filter_map(parse).collect()
+}
+
+/// The kernel writes blanks and backslashes as three octal digits.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&byte, after)) = rest.split_first() {
+        let octal = |digit: u8| (b'0'..=b'7').contains(&digit).then(|| u32::from(digit - b'0'));
+        if let (b'\\', [a, b, c, after_digits @ ..]) = (byte, after)
+            && let (Some(a), Some(b), Some(c)) = (octal(*a), octal(*b), octal(*c))
+            && let Ok(value) = u8::try_from(a * 64 + b * 8 + c)
+        {
+            plain.push(value);
+            rest = after_digits;
+        } else {
+            plain.push(byte);
+            rest = after;
+        }
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOUNTINFO: &[u8] = b"\
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/root rw
+40 22 0:57 / /mnt/a\\040b rw,nosuid shared:5 master:1 - fuse.quorumfs h:1,h:2:/x rw,user_id=0
+41 40 0:58 / /mnt/a\\040b rw - fuse.quorumfs other rw
+42 22 0:59 / /mnt/c\\134d rw - tmpfs tmpfs rw
+";
+
+    #[test]
+    fn mountinfo_is_read() {
+        let mounts = parse_mounts(MOUNTINFO);
+        assert_eq!(mounts.len(), 4);
+        assert_eq!(
+            mounts[1],
+            Mount {
+                device: "0:57".into(),
+                path: "/mnt/a b".into(),
+                kind: "fuse.quorumfs".into(),
+                source: "h:1,h:2:/x".into(),
+            }
+        );
+        assert_eq!(mounts[3].path, Path::new("/mnt/c\\d"));
+        assert_eq!(topmost(&mounts, Path::new("/mnt/a b")).unwrap().device, "0:58");
+        assert_eq!(topmost(&mounts, Path::new("/mnt")), None);
+    }
+
+    #[test]
+    fn this_machine_has_a_root() {
+        let mounts = mounts().unwrap();
+        assert!(topmost(&mounts, Path::new("/")).is_some());
+    }
+
+    #[test]
+    fn odd_escapes_stay_as_they_are() {
+        assert_eq!(unescape(b"a\\04"), b"a\\04");
+        assert_eq!(unescape(b"\\777"), b"\\777", "more than a byte");
+        assert_eq!(unescape(b"\\"), b"\\");
+        assert_eq!(unescape(b"\\011x"), b"\tx");
+    }
+
+    #[test]
+    fn what_is_no_directory_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+        std::fs::write(&file, b"").unwrap();
+        let find = |path: &Path| MountPoint::find(path, Stacking::Refuse);
+        assert!(matches!(
+            find(&directory.path().join("none")),
+            Err(MountPointError::Missing(_))
+        ));
+        assert!(matches!(find(&file), Err(MountPointError::NotDirectory(_))));
+        assert!(matches!(
+            find(&file.join("below")),
+            Err(MountPointError::NotDirectory(_))
+        ));
+        let found = find(directory.path()).unwrap();
+        assert_eq!(found.path(), directory.path().canonicalize().unwrap());
+    }
+    /// Mounting needs root and the kernel's FUSE, which not every machine that builds this has.
+    fn can_mount() -> bool {
+        let can = nix::unistd::geteuid().is_root() && Path::new("/dev/fuse").exists();
+        if !can {
+            eprintln!("skipped: needs root and /dev/fuse");
+        }
+        can
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_found_dead_and_cleared() {
+        if !can_mount() {
+            return;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let free = MountPoint::find(directory.path(), Stacking::Refuse).unwrap();
+        // A process that dies closes its descriptors; the mount stays.
+        for _ in 0..2 {
+            let (_, device) = free.mount("test", MsFlags::empty(), Access::Everyone).unwrap();
+            drop(device);
+        }
+        assert!(directory.path().metadata().is_err_and(|error| is_dead(&error)));
+        let dead = MountPoint::find(directory.path(), Stacking::Refuse).unwrap();
+        let (found, cleared) = dead.clear(Stacking::Refuse).unwrap();
+        assert_eq!(cleared, 2);
+        assert_eq!(found, free);
+        assert!(directory.path().metadata().unwrap().is_dir());
+    }
+
+    #[test]
+    fn a_living_mount_is_busy_even_if_it_does_not_answer() {
+        if !can_mount() {
+            return;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let free = MountPoint::find(directory.path(), Stacking::Refuse).unwrap();
+        let (mounted, device) = free.mount("h:1", MsFlags::MS_RDONLY, Access::Everyone).unwrap();
+        let refused = MountPoint::find(directory.path(), Stacking::Refuse).unwrap_err();
+        assert!(refused.to_string().contains("h:1 is mounted on it"), "{refused}");
+        assert!(MountPoint::find(directory.path(), Stacking::Cover).is_ok());
+        assert!(mounted.raise_read_ahead().is_ok());
+
+        let (above, other) = free.mount("h:2", MsFlags::empty(), Access::Everyone).unwrap();
+        assert!(matches!(
+            mounted.unmount(Urgency::Polite),
+            Err(MountPointError::Covered(_))
+        ));
+        assert_eq!(above.unmount(Urgency::Polite).unwrap(), Unmounting::Done);
+        assert_eq!(
+            above.unmount(Urgency::Polite).unwrap(),
+            Unmounting::Done,
+            "already"
+        );
+        drop(other);
+        assert_eq!(mounted.unmount(Urgency::Detach).unwrap(), Unmounting::Done);
+        drop(device);
+        assert_eq!(
+            MountPoint::find(directory.path(), Stacking::Refuse).unwrap(),
+            free
+        );
+    }
+}
