@@ -106,3 +106,14 @@ pub fn wait_until<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Opti
 pub fn wait_for(what: &str, limit: Duration, mut look: impl FnMut() -> bool) {
     wait_until(what, limit, || look().then_some(()));
 }
+
+/// Runs its closure when dropped: what must happen in the end, even if a check in between panics (a helper thread that
+/// is never told to stop would keep the test from ever failing).
+#[derive(Debug)]
+pub struct Finally<F: FnMut()>(pub F);
+
+impl<F: FnMut()> Drop for Finally<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}

@@ -30,6 +30,7 @@
 //! | `QUORUMFS_TEST_PAUSE_MAX_MS` | longest pause that a failover may cause; default 3000 |
 
 pub mod cluster;
+pub mod damage;
 pub mod environment;
 pub mod http;
 pub mod mount;

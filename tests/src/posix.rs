@@ -16,6 +16,15 @@ fn checked(result: libc::ssize_t) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
+/// The error number of a call that must have failed.
+#[track_caller]
+pub fn errno<T>(result: io::Result<T>) -> i32 {
+    result
+        .err()
+        .and_then(|error| error.raw_os_error())
+        .expect("an error of the system")
+}
+
 /// renameat2(2).
 pub fn rename(from: &Path, to: &Path, flags: RenameFlags) -> io::Result<()> {
     Ok(renameat2(AT_FDCWD, from, AT_FDCWD, to, flags)?)

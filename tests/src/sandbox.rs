@@ -11,6 +11,7 @@
 
 use std::fs::File;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -88,6 +89,8 @@ impl Sandbox {
             .tempdir_in(base)
             .expect("make a folder for the test")
             .keep();
+        // Programs under other users (pjdfstest's) must get through it to the mount.
+        std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o755)).expect("chmod");
         std::fs::create_dir(folder.join("logs")).expect("make the folder for logs");
         std::fs::write(folder.join(".guard"), format!("{}/\n", folder.display()))
             .expect("write the guard's pattern");
