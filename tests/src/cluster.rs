@@ -27,7 +27,7 @@ pub struct Status {
     pub cluster_id: Option<String>,
     /// Who answers.
     pub node: StatusNode,
-    /// `leader`, `follower`, `learner` or `candidate`.
+    /// `leader`, `follower`, `learner`, `candidate`, or `starting`.
     pub role: String,
     /// Whom this node believes to lead.
     pub leader: Option<StatusLeader>,
@@ -35,13 +35,14 @@ pub struct Status {
     pub writable: bool,
     /// Why not.
     pub reason: Option<String>,
-    /// Of the consensus.
-    pub term: u64,
+    /// Of the consensus; a node that is still starting has none, nor what follows.
+    pub term: Option<u64>,
     /// The last log entry that took effect here.
     pub applied_index: Option<u64>,
     /// The last log entry known to be committed.
     pub committed_index: Option<u64>,
     /// The log on disk.
+    #[serde(default)]
     pub wal: StatusWal,
 }
 
@@ -62,7 +63,7 @@ pub struct StatusLeader {
 }
 
 /// Counts of the write-ahead log.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
 pub struct StatusWal {
     /// Times it was flushed.
     pub flushes: u64,

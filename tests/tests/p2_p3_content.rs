@@ -102,7 +102,7 @@ fn p3_a_corrupt_block_is_never_served_and_is_reported() {
     for slot in bad {
         cluster.wait_log(
             slot,
-            &["corrupt", "checksum", "crc", "damaged"],
+            &["corrupt", "checksum", "crc", "damaged", "failed its check"],
             Duration::from_secs(30),
         );
     }

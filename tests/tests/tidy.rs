@@ -17,6 +17,7 @@ const NODE_LAYERS: &[&str] = &[
     "consensus",
     "metadata",
     "content",
+    "config",
     "transport",
 ];
 
