@@ -1,0 +1,137 @@
+#!/usr/bin/env bash
+# A QuorumFS cluster on this machine: three nodes and a mounted directory, to try things with.
+#
+#   scripts/cluster.sh up [--data DIR] [--mount DIR] [--nodes 1|3|5|7]   build, start, mount; again: start what is down
+#   scripts/cluster.sh status                                            who leads, who is down
+#   scripts/cluster.sh kill N | start N                                  kill -9 node N; start it again
+#   scripts/cluster.sh down [--keep]                                     stop and remove everything (--keep: not the data)
+#
+# QUORUMFS_STATE (default /tmp/quorumfs) holds data, logs and the mount point unless told otherwise;
+# QUORUMFS_GRPC_PORT (3030) and QUORUMFS_HTTP_PORT (8081) are the first node's ports.
+set -euo pipefail
+called_from=$PWD
+cd "$(dirname "$0")/.."
+bin=${CARGO_TARGET_DIR:-$PWD/target}/release
+state=${QUORUMFS_STATE:-/tmp/quorumfs}
+settings=$state/cluster.env
+
+fail() { echo "cluster.sh: $*" >&2; exit 1; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "scripts/cluster.sh" >&2; exit 2; }
+grpc() { echo "127.0.0.1:$((grpc_port + $1 - 1))"; }
+http() { echo "127.0.0.1:$((http_port + $1 - 1))"; }
+slots() { seq 1 "$nodes"; }
+members() { slots | while read -r n; do grpc "$n"; done | paste -sd, -; }
+# The process id of node $1, if it runs: a number left by an earlier boot may be another program's by now.
+pid_of() {
+  local pid; pid=$(cat "$data/node-$1.pid" 2>/dev/null) || return 1
+  tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -qF -- "$data/node-$1 " && echo "$pid"
+}
+# The process ids of our mount.
+mount_pids() { pgrep -f "^[^ ]*quorumfs-mount .* $mount( |\$)" || true; }
+field() { curl -s -m 2 "http://$(http "$1")/status" | tr -d ' \n' | sed -n "s/.*\"$2\":\"\{0,1\}\([^\",}]*\).*/\1/p"; }
+load() { [ -f "$settings" ] || fail "no cluster is up here; first: scripts/cluster.sh up"; . "$settings"; }
+node_number() { [[ ${1:-} =~ ^[1-9]$ ]] && [ "$1" -le "$nodes" ] || fail "which node? 1 to $nodes"; }
+# Installs the package $2 if the command $1 is missing.
+need() {
+  command -v "$1" >/dev/null && return
+  command -v apt-get >/dev/null || fail "$1 is missing; install it"
+  echo "installing $2 …"; { apt-get update -qq && apt-get install -y -qq "$2"; } >/dev/null
+}
+
+start_node() {
+  pid_of "$1" >/dev/null && { echo "node $1 runs already"; return; }
+  setsid "$bin/quorumfs-node" --slot "$1" --members "$(members)" --http "$(http "$1")" --data "$data/node-$1" \
+    </dev/null >>"$data/node-$1.log" 2>&1 &
+  echo $! >"$data/node-$1.pid"
+}
+wait_writable() {
+  for _ in $(seq 300); do
+    for n in $(slots); do
+      [ "$(field "$n" writable)" = true ] && return
+      pid_of "$n" >/dev/null || { tail -n 5 "$data/node-$n.log" >&2; fail "node $n ended; its log: $data/node-$n.log"; }
+    done
+    sleep 0.1
+  done
+  fail "no leader after 30 s; logs: $data/node-*.log"
+}
+
+up() {
+  local given_data='' given_mount='' given_nodes=''
+  while [ $# -gt 0 ]; do
+    [ $# -ge 2 ] || usage
+    case $1 in --data) given_data=$2 ;; --mount) given_mount=$2 ;; --nodes) given_nodes=$2 ;; *) usage ;; esac
+    shift 2
+  done
+  [ "$(id -u)" = 0 ] || fail "mounting needs root: sudo scripts/cluster.sh up"
+  command -v cargo >/dev/null || fail "cargo is missing: https://rustup.rs"
+  need curl curl; need cc gcc; need pgrep procps
+  [ -e /dev/fuse ] || modprobe fuse || fail "/dev/fuse is missing and the kernel has no module for it"
+  if [ ! -f "$settings" ]; then
+    nodes=${given_nodes:-3}
+    [[ $nodes =~ ^[1357]$ ]] || fail "--nodes takes 1, 3, 5 or 7, not $nodes"
+    data=$(cd "$called_from" && realpath -m "${given_data:-$state/data}")
+    mount=$(cd "$called_from" && realpath -m "${given_mount:-$state/mnt}") made=()
+    for folder in "$state" "$data" "$mount"; do [ -d "$folder" ] || { mkdir -p "$folder"; made=("$folder" "${made[@]}"); }; done
+    grpc_port=${QUORUMFS_GRPC_PORT:-3030} http_port=${QUORUMFS_HTTP_PORT:-8081}
+    declare -p data mount made nodes grpc_port http_port | sed 's/^declare/declare -g/' >"$settings"
+  elif [ -n "$given_data$given_mount$given_nodes" ]; then
+    fail "a cluster is up already; first: scripts/cluster.sh down"
+  fi
+  load
+  echo "building …"; cargo build --release --quiet -p quorumfs-node -p quorumfs-mount
+  for n in $(slots); do pid_of "$n" >/dev/null || start_node "$n"; done
+  wait_writable
+  mountpoint -q "$mount" 2>/dev/null || "$bin/quorumfs-mount" "$(members)" "$mount" --log-file "$data/mount.log"
+  cat <<END
+A directory on $nodes nodes: $mount
+
+  echo hello >$mount/file          # a file like any other
+  curl http://$(http 1)/upload/file  # and over HTTP, from every node
+  scripts/cluster.sh status          # who leads
+  scripts/cluster.sh kill N          # kill -9 the leader and go on working in $mount
+  scripts/cluster.sh start N         # it catches up by itself
+  scripts/cluster.sh down            # stops everything and removes it
+
+Data and logs: $data/node-*   gRPC: $(members)   HTTP: $(http 1) to $(http "$nodes")
+END
+}
+
+status() {
+  load
+  for n in $(slots); do
+    if ! pid_of "$n" >/dev/null; then echo "node $n  down"; continue; fi
+    echo "node $n  $(field "$n" role)  writable: $(field "$n" writable)  applied: $(field "$n" applied_index)  http://$(http "$n")/status"
+  done
+  mountpoint -q "$mount" && echo "mounted at $mount" || echo "not mounted at $mount"
+}
+
+down() {
+  local keep=${1:-}; [ -z "$keep" ] || [ "$keep" = --keep ] || usage
+  if [ ! -f "$settings" ]; then echo "no cluster is up here"; return; fi
+  load
+  # Without a quorum the mount would wait for one for ever.
+  if mountpoint -q "$mount" 2>/dev/null; then
+    timeout 20 umount "$mount" || { echo "$mount is in use or cannot flush: it is detached" >&2; umount -l "$mount"; }
+  fi
+  for _ in $(seq 50); do [ -z "$(mount_pids)" ] && break; sleep 0.1; done
+  for pid in $(mount_pids); do kill -9 "$pid" || true; done
+  for n in $(slots); do if pid=$(pid_of "$n"); then kill "$pid" || true; fi; done
+  for n in $(slots); do
+    for _ in $(seq 100); do pid_of "$n" >/dev/null || break; sleep 0.1; done
+    if pid=$(pid_of "$n"); then kill -9 "$pid" || true; fi
+    rm -f "$data/node-$n.pid"
+    [ -n "$keep" ] || rm -rf "${data:?}/node-$n" "$data/node-$n.log"
+  done
+  rm -f "$settings" "$data/mount.log"
+  rmdir "${made[@]}" 2>/dev/null || true # Those that are not empty hold something that is not ours.
+  [ -n "$keep" ] && echo "stopped; the data is kept in $data" || echo "stopped and removed"
+}
+
+case ${1:-} in
+  up) shift; up "$@" ;;
+  status) status ;;
+  kill) load; node_number "${2:-}"; pid=$(pid_of "$2") || fail "node $2 does not run"; kill -9 "$pid"; echo "node $2 killed" ;;
+  start) load; node_number "${2:-}"; start_node "$2"; echo "node $2 started" ;;
+  down) shift; down "$@" ;;
+  *) usage ;;
+esac

@@ -1,0 +1,135 @@
+//! Speaks to nodes in the words of the wire, without the client crate: so that a test decides itself what is sent
+//! twice, to whom, under which request id.
+
+use std::time::Duration;
+
+use quorumfs_proto::call::{Call, CallReply, Mutation, Refusal};
+use quorumfs_proto::codec::{decode, encode};
+use quorumfs_proto::command::{Command, Operation};
+use quorumfs_proto::wire;
+use quorumfs_proto::wire::file_system_client::FileSystemClient;
+use quorumfs_proto::{Answer, Lane, Query, RequestId, SessionId};
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+/// One call at one node; short enough to try another then.
+const CALL_LIMIT: Duration = Duration::from_secs(5);
+/// Until somebody decides.
+const DECIDE_LIMIT: Duration = Duration::from_secs(30);
+
+/// A session that its test steers.
+#[derive(Debug)]
+pub struct WireClient {
+    runtime: Runtime,
+    addresses: Vec<String>,
+    session: SessionId,
+}
+
+impl WireClient {
+    /// Opens a session at the cluster of these gRPC addresses (as in `--members`).
+    pub fn connect(members: &str) -> WireClient {
+        let client = WireClient {
+            runtime: Runtime::new().expect("start a runtime"),
+            addresses: members.split(',').map(str::to_string).collect(),
+            session: SessionId(rand::random()),
+        };
+        let open = Call::OpenSession {
+            session: client.session,
+            description: "whole-cluster test".to_string(),
+        };
+        let reply = client.decided(&open);
+        assert!(
+            matches!(reply, CallReply::Session(_)),
+            "open a session: {reply:?}"
+        );
+        client
+    }
+
+    /// The session's id.
+    pub fn session(&self) -> SessionId {
+        self.session
+    }
+
+    /// A mutation of this session.
+    pub fn mutation(&self, lane: u16, sequence: u64, command: Command) -> Mutation {
+        Mutation {
+            request: RequestId {
+                session: self.session,
+                lane: Lane(lane),
+                sequence,
+            },
+            chunk_low_water: 0,
+            command,
+        }
+    }
+
+    /// A mutation of one operation.
+    pub fn operation(&self, lane: u16, sequence: u64, operation: Operation) -> Mutation {
+        self.mutation(lane, sequence, Command::single(operation))
+    }
+
+    /// Sends `mutation`, to whoever leads, until it is decided.
+    #[track_caller]
+    pub fn mutate(&self, mutation: &Mutation) -> CallReply {
+        self.decided(&Call::Mutate(mutation.clone()))
+    }
+
+    /// Asks whoever leads.
+    #[track_caller]
+    pub fn query(&self, query: Query) -> Answer {
+        match self.decided(&Call::Query(query)) {
+            CallReply::Answer(Ok(answer)) => answer,
+            other => panic!("a query was answered {other:?}"),
+        }
+    }
+
+    /// Sends `call` to one node, once; an error where no answer came back.
+    pub fn send_once(&self, address: &str, call: &Call) -> Result<CallReply, String> {
+        let exchange = async {
+            let mut client = FileSystemClient::connect(format!("http://{address}"))
+                .await
+                .map_err(|e| e.to_string())?;
+            // The sender is kept until the answer is here: an ended request stream may end the answers too.
+            let (sender, requests) = mpsc::channel(1);
+            let request = wire::CallRequest {
+                call_id: 1,
+                call: encode(call),
+            };
+            sender.send(request).await.map_err(|e| e.to_string())?;
+            let answers = client.calls(ReceiverStream::new(requests)).await;
+            let answer = answers
+                .map_err(|e| e.to_string())?
+                .into_inner()
+                .message()
+                .await
+                .map_err(|e| e.to_string())?;
+            decode(&answer.ok_or("the stream ended")?.reply).map_err(|e| e.to_string())
+        };
+        let limited = async { tokio::time::timeout(CALL_LIMIT, exchange).await };
+        self.runtime
+            .block_on(limited)
+            .unwrap_or_else(|_| Err(format!("{address}: no answer within {CALL_LIMIT:?}")))
+    }
+
+    #[track_caller]
+    fn decided(&self, call: &Call) -> CallReply {
+        let start = std::time::Instant::now();
+        let mut last = String::new();
+        while start.elapsed() < DECIDE_LIMIT {
+            for address in &self.addresses {
+                match self.send_once(address, call) {
+                    Ok(CallReply::Refused(
+                        refusal @ (Refusal::NotLeader { .. } | Refusal::Unavailable { .. }),
+                    )) => {
+                        last = format!("{address}: {refusal:?}");
+                    }
+                    Ok(reply) => return reply,
+                    Err(error) => last = format!("{address}: {error}"),
+                }
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        panic!("nobody decided within {DECIDE_LIMIT:?}; last: {last}");
+    }
+}

@@ -1,0 +1,219 @@
+//! Disks that are damaged or full.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use quorumfs_tests::damage::{files_below, find_bytes, flip, last_used_byte};
+use quorumfs_tests::environment::wait_for;
+use quorumfs_tests::random::Content;
+use quorumfs_tests::{Cluster, Random, Sandbox, posix, shell};
+
+/// The files of a node's log, by what their path says.
+fn log_files(cluster: &Cluster, slot: usize) -> Vec<PathBuf> {
+    let data = cluster.data_folder(slot);
+    let is_log = |path: &PathBuf| {
+        let below = path
+            .strip_prefix(data)
+            .expect("below the data folder")
+            .to_string_lossy()
+            .to_lowercase();
+        below.contains("wal") || below.contains("log")
+    };
+    let files: Vec<PathBuf> = files_below(data).into_iter().filter(is_log).collect();
+    assert!(!files.is_empty(), "no log in {:?}", files_below(data));
+    files
+}
+
+#[test]
+fn damage_in_the_flushed_part_of_the_log_is_named_and_the_node_does_not_vote_with_it() {
+    let sandbox = Sandbox::light("bad-wal");
+    let cluster = Cluster::start(&sandbox);
+    let mount = cluster.mount();
+    (0..400).for_each(|n| fs::create_dir(mount.path(format!("wal-marker-{n:04}"))).expect("mkdir"));
+    let damaged = cluster.followers()[0];
+    let before = cluster.status(damaged).expect("status").node.incarnation;
+    cluster.kill(damaged);
+    let logs = log_files(&cluster, damaged);
+    // Not the last ones: those that later flushes are known to have followed. More than one, should a part of the
+    // log be done with already.
+    let mut places = Vec::new();
+    for n in [200, 300, 350, 380] {
+        let needle = format!("wal-marker-{n:04}");
+        places.extend(
+            find_bytes(cluster.data_folder(damaged), needle.as_bytes())
+                .into_iter()
+                .filter(|(file, _)| logs.contains(file)),
+        );
+    }
+    assert!(!places.is_empty(), "the log holds what was logged");
+    places.iter().for_each(|(file, at)| flip(file, *at + 3));
+    cluster.start_node(damaged);
+    let line = cluster.wait_log(
+        damaged,
+        &["damage", "corrupt", "checksum", "crc"],
+        Duration::from_secs(20),
+    );
+    eprintln!("said: {line}");
+    std::thread::sleep(Duration::from_secs(3));
+    match cluster.ended(damaged) {
+        Some(status) => assert!(!status.success()),
+        None => {
+            let status = cluster.status(damaged).expect("status");
+            assert!(
+                !["leader", "follower", "candidate"].contains(&status.role.as_str())
+                    || status.node.incarnation != before,
+                "it votes with a damaged log: {status:?}"
+            );
+        }
+    }
+    // The cluster goes on and has everything.
+    assert_eq!(fs::read_dir(mount.directory()).expect("list").count(), 400);
+    fs::create_dir(mount.path("after")).expect("mkdir");
+    mount.unmount();
+}
+
+#[test]
+fn a_torn_tail_of_the_log_is_cut_and_the_node_goes_on() {
+    let sandbox = Sandbox::light("bad-torn-tail");
+    let mut random = Random::announced();
+    let cluster = Cluster::start(&sandbox);
+    let mount = cluster.mount();
+    (0..100).for_each(|n| fs::create_dir(mount.path(format!("before-{n}"))).expect("mkdir"));
+    let torn = cluster.followers()[0];
+    for round in 0..5 {
+        cluster.kill(torn);
+        // The newest file's last bytes, as a power cut in the middle of a write leaves them.
+        let newest = log_files(&cluster, torn)
+            .into_iter()
+            .filter(|path| last_used_byte(path).is_some())
+            .max_by_key(|path| path.metadata().expect("stat").modified().expect("mtime"))
+            .expect("a log with something in it");
+        let last = last_used_byte(&newest).expect("not empty");
+        (0..=random.below(6)).for_each(|back| flip(&newest, last - back));
+        fs::create_dir(mount.path(format!("meanwhile-{round}"))).expect("mkdir");
+        cluster.start_node(torn);
+        cluster.wait_ready();
+        cluster.wait_at_rest();
+        assert_eq!(cluster.status(torn).expect("status").role, "follower");
+    }
+    let other = cluster
+        .followers()
+        .into_iter()
+        .find(|slot| *slot != torn)
+        .expect("two followers");
+    cluster.kill(other);
+    cluster.leader();
+    assert_eq!(fs::read_dir(mount.directory()).expect("list").count(), 105);
+    mount.unmount();
+}
+
+/// A folder on a disk of its own with so much room.
+fn small_disk(sandbox: &Sandbox, name: &str, mebibytes: u64) -> PathBuf {
+    let folder = sandbox.make_folder(name);
+    shell(&format!(
+        "mount -t tmpfs -o size={mebibytes}m none '{}'",
+        folder.display()
+    ));
+    folder.join("data")
+}
+
+fn write_synced(path: &Path, seed: u64, bytes: u64) -> std::io::Result<()> {
+    let mut file = File::create(path)?;
+    std::io::copy(&mut Content::new(seed, bytes), &mut file)?;
+    file.sync_all()?;
+    posix::close(file)
+}
+
+#[test]
+fn full_disks_are_enospc_and_deleting_makes_room_again() {
+    const FILE_BYTES: u64 = 8 << 20;
+    let sandbox = Sandbox::heavy("bad-full-disks");
+    let builder = Cluster::builder(&sandbox);
+    let cluster = (1..=3)
+        .fold(builder, |builder, slot| {
+            builder.data_folder(slot, small_disk(&sandbox, &format!("disk-{slot}"), 1024))
+        })
+        .start();
+    let ids: Vec<i32> = cluster.slots().map(|slot| cluster.process_id(slot)).collect();
+    let mount = cluster.mount();
+    let at = |number: u64| mount.path(format!("file-{number}"));
+    let mut kept = 0u64;
+    let error = loop {
+        assert!(kept < 200, "1 GiB was never full");
+        match write_synced(&at(kept), kept, FILE_BYTES) {
+            Ok(()) => kept += 1,
+            Err(error) => break error,
+        }
+    };
+    eprintln!("full after {} MiB: {error}", (kept * FILE_BYTES) >> 20);
+    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC), "{error}");
+    assert!(kept >= 20, "full after {kept} files of 8 MiB on a disk of 1 GiB");
+    // By REST it is an answer too: 507 Insufficient Storage.
+    cluster
+        .http(2)
+        .post("/upload/too-much", vec![1; FILE_BYTES as usize])
+        .expect(&[507]);
+    for slot in cluster.slots() {
+        assert!(
+            cluster.ended(slot).is_none(),
+            "node {slot} ended: {}",
+            cluster.log(slot)
+        );
+    }
+    posix::drop_caches();
+    for number in 0..kept {
+        let name = format!("file-{number}");
+        Content::new(number, FILE_BYTES).assert_equals(File::open(at(number)).expect("open"), &name);
+    }
+    // Whatever the failed write left may go too.
+    let _ = fs::remove_file(at(kept));
+    for number in 0..kept / 2 {
+        fs::remove_file(at(number)).expect("deleting works on a full disk");
+    }
+    wait_for("there is room again", Duration::from_secs(60), || {
+        write_synced(&mount.path("again"), 77, FILE_BYTES).is_ok()
+    });
+    Content::new(77, FILE_BYTES).assert_equals(File::open(mount.path("again")).expect("open"), "again");
+    for number in kept / 2..kept {
+        Content::new(number, FILE_BYTES)
+            .assert_equals(File::open(at(number)).expect("open"), "a file that was kept");
+    }
+    assert_eq!(
+        ids,
+        cluster
+            .slots()
+            .map(|slot| cluster.process_id(slot))
+            .collect::<Vec<_>>(),
+        "no node was restarted"
+    );
+    mount.unmount();
+    cluster.wait_at_rest();
+}
+
+#[test]
+fn one_full_disk_stops_nobody_and_is_made_whole_when_it_has_room() {
+    let sandbox = Sandbox::heavy("bad-one-full-disk");
+    let cluster = Cluster::builder(&sandbox)
+        .data_folder(3, small_disk(&sandbox, "disk", 512))
+        .start();
+    let mount = cluster.mount();
+    // More than it has room for.
+    for number in 0..80u64 {
+        write_synced(&mount.path(format!("{number}")), number, 8 << 20).expect("the others have room");
+    }
+    assert!(
+        cluster.ended(3).is_none(),
+        "the node with the full disk stays up: {}",
+        cluster.log(3)
+    );
+    let disk = sandbox.path("disk");
+    shell(&format!("mount -o remount,size=2048m '{}'", disk.display()));
+    cluster.wait_at_rest();
+    let recovery = cluster.recovery_status(3).expect("recovery status");
+    assert!(
+        recovery.held_chunks >= recovery.named_chunks && recovery.named_chunks > 0,
+        "{recovery:?}"
+    );
+    mount.unmount();
+}

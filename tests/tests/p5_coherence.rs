@@ -1,0 +1,162 @@
+//! P5: a call that starts after another returned sees its effect, on any mount, through any node.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+
+use quorumfs_tests::{Cluster, Random, Sandbox};
+
+#[test]
+fn p5_what_one_mount_did_the_other_sees_at_once() {
+    let sandbox = Sandbox::light("p5-two-mounts");
+    let mut random = Random::announced();
+    let cluster = Cluster::start(&sandbox);
+    let mounts = [cluster.mount(), cluster.mount()];
+    for round in 0..200 {
+        let (here, there) = (&mounts[round % 2], &mounts[(round + 1) % 2]);
+        let name = format!("entry-{}", random.below(20));
+        let (own, other) = (here.path(&name), there.path(&name));
+        // Looked at before, so that a stale cache would show.
+        let before = other.symlink_metadata().ok();
+        assert_eq!(
+            before.is_some(),
+            own.symlink_metadata().is_ok(),
+            "round {round}: {name}"
+        );
+        match (before, random.below(3)) {
+            (None, _) => {
+                fs::write(&own, round.to_string()).expect("write");
+                assert_eq!(
+                    fs::read_to_string(&other).expect("read"),
+                    round.to_string(),
+                    "round {round}: {name}"
+                );
+            }
+            (Some(_), 0) => {
+                fs::remove_file(&own).expect("unlink");
+                assert!(
+                    other.symlink_metadata().is_err(),
+                    "round {round}: {name} is removed"
+                );
+            }
+            (Some(_), 1) => {
+                let mode = 0o600 + (random.below(8) as u32) * 8;
+                fs::set_permissions(&own, fs::Permissions::from_mode(mode)).expect("chmod");
+                let seen = other.metadata().expect("stat").mode() & 0o777;
+                assert_eq!(seen, mode, "round {round}: {name}");
+            }
+            (Some(_), _) => {
+                let text = "x".repeat(random.below(100_000) as usize);
+                fs::write(&own, &text).expect("write");
+                assert!(
+                    fs::read_to_string(&other).expect("read") == text,
+                    "round {round}: {name} is rewritten"
+                );
+                let new = format!("renamed-{round}");
+                fs::rename(&own, here.path(&new)).expect("rename");
+                assert!(
+                    other.symlink_metadata().is_err(),
+                    "round {round}: {name} is renamed"
+                );
+                assert_eq!(
+                    there.path(&new).metadata().expect("stat").len(),
+                    text.len() as u64
+                );
+            }
+        }
+    }
+    mounts.into_iter().for_each(|mount| mount.unmount());
+}
+
+#[test]
+fn p5_what_is_flushed_is_seen_by_who_has_the_file_open_elsewhere() {
+    let sandbox = Sandbox::light("p5-open");
+    let cluster = Cluster::start(&sandbox);
+    let (here, there) = (cluster.mount(), cluster.mount());
+    let mut writer = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(here.path("log"))
+        .expect("open");
+    let mut expected = String::new();
+    for line in 0..30 {
+        writeln!(writer, "line {line}").expect("append");
+        writer.sync_all().expect("fsync");
+        expected.push_str(&format!("line {line}\n"));
+        // Close-to-open: a fresh open sees what was flushed before it.
+        let mut text = String::new();
+        File::open(there.path("log"))
+            .expect("open")
+            .read_to_string(&mut text)
+            .expect("read");
+        assert_eq!(text, expected);
+        assert_eq!(
+            there.path("log").metadata().expect("stat").len(),
+            expected.len() as u64
+        );
+    }
+    here.unmount();
+    there.unmount();
+}
+
+#[test]
+fn p5_appends_of_two_mounts_are_all_kept_whole() {
+    let sandbox = Sandbox::light("p5-append");
+    let cluster = Cluster::start(&sandbox);
+    let mounts = [cluster.mount(), cluster.mount()];
+    std::thread::scope(|scope| {
+        for (number, mount) in mounts.iter().enumerate() {
+            scope.spawn(move || {
+                let open = OpenOptions::new()
+                    .create(true)
+                    .append(true)
+                    .open(mount.path("log"));
+                let mut file = open.expect("open");
+                (0..100).for_each(|line| writeln!(file, "{number} {line:04}").expect("append"));
+            });
+        }
+    });
+    let text = fs::read_to_string(mounts[0].path("log")).expect("read");
+    for number in 0..2 {
+        let own: Vec<&str> = text
+            .lines()
+            .filter(|line| line.starts_with(&format!("{number} ")))
+            .collect();
+        let expected: Vec<String> = (0..100).map(|line| format!("{number} {line:04}")).collect();
+        assert_eq!(own, expected, "every append of mount {number}, once and in order");
+    }
+    assert_eq!(text.lines().count(), 200);
+    mounts.into_iter().for_each(|mount| mount.unmount());
+}
+
+#[test]
+fn p5_every_node_answers_with_what_was_acknowledged_before() {
+    let sandbox = Sandbox::light("p5-any-node");
+    let cluster = Cluster::start(&sandbox);
+    let mount = cluster.mount();
+    for round in 0..60usize {
+        let text = format!("round {round}");
+        let (writer, reader) = (round % 3 + 1, (round + 1 + round / 3 % 2) % 3 + 1);
+        cluster
+            .http(writer)
+            .post("/upload/shared", text.clone())
+            .expect(&[201]);
+        assert_eq!(
+            cluster.http(reader).get("/upload/shared").expect(&[200]).text(),
+            text,
+            "node {writer} to {reader}"
+        );
+        assert_eq!(
+            fs::read_to_string(mount.path("shared")).expect("read"),
+            text,
+            "node {writer} to the mount"
+        );
+        fs::write(mount.path("back"), &text).expect("write");
+        assert_eq!(
+            cluster.http(reader).get("/upload/back").expect(&[200]).text(),
+            text,
+            "mount to node {reader}"
+        );
+    }
+    mount.unmount();
+}

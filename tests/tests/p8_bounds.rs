@@ -1,0 +1,120 @@
+//! P8: memory does not grow with file size, directory size or time.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use quorumfs_tests::environment::Finally;
+use quorumfs_tests::process::resident_peak_bytes;
+use quorumfs_tests::random::Content;
+use quorumfs_tests::{Cluster, Mount, Random, Sandbox, posix, scaled};
+
+/// As promised.
+const RESIDENT_BYTES_MAX: u64 = 512 << 20;
+
+fn assert_memory_is_bounded(cluster: &Cluster, mounts: &[&Mount]) {
+    let nodes = cluster
+        .running()
+        .into_iter()
+        .map(|slot| (format!("node {slot}"), cluster.process_id(slot)));
+    let mounts = mounts
+        .iter()
+        .map(|mount| ("mount".to_string(), mount.process_id()));
+    for (what, id) in nodes.chain(mounts) {
+        let peak = resident_peak_bytes(id);
+        eprintln!("measured: {what}: {} MiB resident at most", peak >> 20);
+        assert!(peak < RESIDENT_BYTES_MAX, "{what}: {} MiB resident", peak >> 20);
+    }
+}
+
+#[test]
+fn p8_a_large_file_through_the_mount_and_by_rest_does_not_fill_memory() {
+    let sandbox = Sandbox::heavy("p8-large-file");
+    let mut random = Random::announced();
+    let bytes = scaled(4 << 30);
+    let (by_mount, by_rest) = (random.number(), random.number());
+    let cluster = Cluster::start(&sandbox);
+    let mount = cluster.mount();
+    let mut file = File::create(mount.path("by-mount")).expect("create");
+    std::io::copy(&mut Content::new(by_mount, bytes), &mut file).expect("write");
+    file.sync_all().expect("fsync");
+    posix::close(file).expect("close");
+    let follower = cluster.followers()[0];
+    let reply =
+        cluster
+            .http(follower)
+            .post_stream("/upload/by-rest", Content::new(by_rest, bytes), Some(bytes));
+    reply.expect(&[201]);
+    let reply = cluster
+        .http(follower)
+        .post_stream("/upload/chunked", Content::new(by_rest, bytes / 8), None);
+    reply.expect(&[201]);
+    posix::drop_caches();
+    for (name, seed, bytes) in [
+        ("by-mount", by_mount, bytes),
+        ("by-rest", by_rest, bytes),
+        ("chunked", by_rest, bytes / 8),
+    ] {
+        assert_eq!(mount.path(name).metadata().expect("stat").len(), bytes);
+        Content::new(seed, bytes).assert_equals(File::open(mount.path(name)).expect("open"), name);
+        let other = cluster.followers()[1];
+        Content::new(seed, bytes)
+            .assert_equals(cluster.http(other).get_stream(&format!("/upload/{name}")), name);
+    }
+    assert_memory_is_bounded(&cluster, &[&mount]);
+    mount.unmount();
+}
+
+#[test]
+fn p8_a_large_directory_lists_completely_while_it_changes() {
+    const THREADS: u64 = 8;
+    let sandbox = Sandbox::heavy("p8-large-directory");
+    let cluster = Cluster::start(&sandbox);
+    let (mount, other) = (cluster.mount(), cluster.mount());
+    let entries = scaled(100_000) / THREADS * THREADS;
+    let folder = mount.path("large");
+    fs::create_dir(&folder).expect("mkdir");
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let folder = &folder;
+            scope.spawn(move || {
+                for number in (thread..entries).step_by(THREADS as usize) {
+                    File::create_new(folder.join(format!("stays-{number:06}"))).expect("create");
+                }
+            });
+        }
+    });
+    let expected: BTreeSet<String> = (0..entries).map(|number| format!("stays-{number:06}")).collect();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Entries come and go meanwhile, in this mount and in the other.
+        for (number, mount) in [&mount, &other].into_iter().enumerate() {
+            let (folder, over) = (mount.path("large"), &over);
+            scope.spawn(move || {
+                for round in 0.. {
+                    let name = |n: usize| folder.join(format!("comes-and-goes-{number}-{n}"));
+                    File::create_new(name(round)).expect("create");
+                    if round >= 50 {
+                        fs::remove_file(name(round - 50)).expect("unlink");
+                    }
+                    if over.load(Ordering::Relaxed) {
+                        return;
+                    }
+                }
+            });
+        }
+        let _stop = Finally(|| over.store(true, Ordering::Relaxed));
+        for (round, mount) in [&mount, &other, &mount, &other].into_iter().enumerate() {
+            let mut listed = BTreeSet::new();
+            for entry in fs::read_dir(mount.path("large")).expect("list") {
+                let name = entry.expect("list").file_name().into_string().expect("UTF-8");
+                assert!(listed.insert(name.clone()), "listing {round}: {name} comes twice");
+            }
+            let missing: Vec<&String> = expected.difference(&listed).take(5).collect();
+            assert!(missing.is_empty(), "listing {round}: missing {missing:?}, …");
+        }
+    });
+    assert_memory_is_bounded(&cluster, &[&mount, &other]);
+    other.unmount();
+    mount.unmount();
+}
