@@ -259,7 +259,8 @@ impl<'a> Cluster<'a> {
             .arg(&node.data)
             .args(["--log", &log_level()])
             .args(&node.arguments)
-            .env("RUST_BACKTRACE", "1");
+            .env("RUST_BACKTRACE", "1")
+            .env("NO_COLOR", "1");
         if node.proxy.is_some() {
             command.args(["--listen-grpc", &node.listen]);
         }
@@ -479,5 +480,5 @@ impl<'a> Cluster<'a> {
 }
 
 fn log_level() -> String {
-    std::env::var("QUORUMFS_TEST_LOG").unwrap_or_else(|_| "info".to_string())
+    std::env::var("QUORUMFS_TEST_LOG").unwrap_or_else(|_| "info,openraft=warn".to_string())
 }

@@ -25,7 +25,7 @@
 //! | `QUORUMFS_TEST_DIR` | where sandboxes are made; default `/tmp` |
 //! | `QUORUMFS_TEST_SCALE` | size of the heavy tests, 1 = as promised (4 GiB, 100,000 entries); default 0.25 |
 //! | `QUORUMFS_TEST_SEED` | replays the random choices of a run (each run prints its seed) |
-//! | `QUORUMFS_TEST_LOG` | log level of the processes; default `info` |
+//! | `QUORUMFS_TEST_LOG` | log level of the processes; default `info,openraft=warn` |
 //! | `QUORUMFS_TEST_TOOLS` | `required`: a missing pjdfstest or fsx fails the conformance tests |
 //! | `QUORUMFS_TEST_PAUSE_MAX_MS` | longest pause that a failover may cause; default 3000 |
 

@@ -72,7 +72,8 @@ impl Mount {
             .arg(format!("{members}{below}"))
             .arg(&directory)
             .arg("--foreground")
-            .env("RUST_BACKTRACE", "1");
+            .env("RUST_BACKTRACE", "1")
+            .env("NO_COLOR", "1");
         if let Some(options) = &options.options {
             command.args(["-o", options]);
         }

@@ -181,12 +181,14 @@ impl Sandbox {
         let _ = std::fs::create_dir_all(&kept);
         for (name, text) in self.logs() {
             let _ = std::fs::write(kept.join(&name), &text);
-            let skipped = text.lines().count().saturating_sub(LOG_LINES_PRINTED);
+            // Frames of backtraces are in the kept log.
+            let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with("  ")).collect();
             eprintln!(
                 "===== {name} (the last lines; whole: {})",
                 kept.join(&name).display()
             );
-            text.lines().skip(skipped).for_each(|line| eprintln!("{line}"));
+            let shown = &lines[lines.len().saturating_sub(LOG_LINES_PRINTED)..];
+            shown.iter().for_each(|line| eprintln!("{line}"));
         }
     }
 }
