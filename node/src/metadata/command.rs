@@ -109,7 +109,11 @@ impl fmt::Display for LogCommand {
         match &self.body {
             LogBody::Call(mutation) => {
                 let request = &mutation.request;
-                write!(f, "call {}/{}/{}", request.session, request.lane.0, request.sequence)
+                write!(
+                    f,
+                    "call {}/{}/{}",
+                    request.session, request.lane.0, request.sequence
+                )
             }
             LogBody::OpenSession { session, .. } => write!(f, "open session {session}"),
             LogBody::EndSession { session } => write!(f, "end session {session}"),

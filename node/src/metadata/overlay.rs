@@ -357,7 +357,9 @@ impl<'a> Scan<'a> {
                 let row = self.base_head.take();
                 self.step_base()?;
                 // `from_base` is only true when there was one.
-                return row.map(|(key, value)| decode(key.value(), value.value())).transpose();
+                return row
+                    .map(|(key, value)| decode(key.value(), value.value()))
+                    .transpose();
             }
             let Some((key, cell)) = first else { continue };
             for rows in self.overlays.iter_mut().flatten() {
@@ -365,7 +367,11 @@ impl<'a> Scan<'a> {
                     rows.step(self.direction);
                 }
             }
-            if self.base_head.as_ref().is_some_and(|(other, _)| other.value() == &key[..]) {
+            if self
+                .base_head
+                .as_ref()
+                .is_some_and(|(other, _)| other.value() == &key[..])
+            {
                 self.step_base()?;
             }
             if let Some(value) = cell {

@@ -126,10 +126,7 @@ fn read_meta(layers: &Layers) -> Result<MetaRecord, StorageFault> {
     match layers.get::<Format>(&())? {
         Some(FORMAT) => {}
         Some(found) => {
-            return Err(StorageFault::UnknownFormat {
-                found,
-                known: FORMAT,
-            });
+            return Err(StorageFault::UnknownFormat { found, known: FORMAT });
         }
         None => return Err(StorageFault::inconsistent("no format is noted")),
     }
@@ -183,7 +180,10 @@ impl MetadataStore {
     /// Opens the database file at `path`, or makes it with an empty root directory.
     pub fn open(path: &Path, options: MetadataOptions) -> Result<MetadataStore, StorageFault> {
         remove_unfinished_installations(path)?;
-        if !path.try_exists().map_err(StorageFault::io("look for the metadata database"))? {
+        if !path
+            .try_exists()
+            .map_err(StorageFault::io("look for the metadata database"))?
+        {
             create_empty(path, options)?;
         }
         let database = database_builder(options).open(path)?;
@@ -303,7 +303,8 @@ impl MetadataStore {
         let _no_flush = self.flushing.lock();
         let (database, received_at) = installation.finish()?;
         let received = State::open(Arc::new(database))?;
-        std::fs::rename(received_at.path(), &self.path).map_err(StorageFault::io("put the snapshot in place"))?;
+        std::fs::rename(received_at.path(), &self.path)
+            .map_err(StorageFault::io("put the snapshot in place"))?;
         sync_directory_of(&self.path)?;
         let position = received.durable_position.clone();
         let replaced = {
