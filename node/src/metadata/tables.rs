@@ -100,6 +100,9 @@ pub(super) trait Rows {
     fn parse(key: &[u8]) -> Option<Self::Key>;
 }
 
+/// A row of a table.
+pub(super) type RowOf<R> = (<R as Rows>::Key, <R as Rows>::Value);
+
 /// Implements [`Rows`] for a table whose key is one number.
 macro_rules! rows_by_inode {
     ($(#[$doc:meta])* $rows:ident, $value:ty) => {

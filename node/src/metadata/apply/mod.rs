@@ -22,7 +22,7 @@ use super::command::{Applied, CallResult, Effects, LogBody, LogCommand};
 use super::fault::{Failure, StorageFault};
 use super::overlay::{Cell, Direction, KeyRange, Layers};
 use super::store::{MetadataStore, Position, Summary};
-use super::tables::{LaneRecord, Lanes, Meta, RowKey, Rows, Table};
+use super::tables::{LaneRecord, Lanes, Meta, RowKey, RowOf, Rows, Table};
 use transaction::Transaction;
 
 /// How many extents (or pins, or extended attributes) one command may free beyond those it overwrites; what is more is
@@ -65,7 +65,7 @@ impl Writer {
     }
 
     /// The keys and values of at most `max` rows.
-    fn collect<R: Rows>(&self, range: KeyRange, max: usize) -> Result<Vec<(R::Key, R::Value)>, StorageFault> {
+    fn collect<R: Rows>(&self, range: KeyRange, max: usize) -> Result<Vec<RowOf<R>>, StorageFault> {
         self.layers.scan::<R>(range, Direction::Up)?.take(max).collect()
     }
 

@@ -371,11 +371,7 @@ impl History {
             panic!("not decided: {mutation:?}");
         };
         let results = outcome.as_ref().map(|outcome| outcome.results.clone());
-        assert_eq!(
-            results,
-            expected.as_ref().map_err(|error| error).cloned(),
-            "{mutation:?}"
-        );
+        assert_eq!(results, expected.as_ref().cloned(), "{mutation:?}");
         for touched in outcome.iter().flat_map(|outcome| &outcome.touched) {
             let modelled = &self.model.inodes[&touched.inode];
             assert_eq!(comparable(touched), modelled.attributes, "after {mutation:?}");
