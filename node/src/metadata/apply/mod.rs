@@ -152,19 +152,19 @@ impl<'store> Batch<'store> {
     /// A mutation, once: its lane tells whether it was decided before.
     fn decide(&mut self, index: u64, now: Timestamp, mutation: &Mutation) -> Result<Applied, StorageFault> {
         let request = &mutation.request;
-        let Some(&low_water) = self.writer.summary.living.get(&request.session) else {
-            return Ok(without_effects(CallResult::UnknownSession));
-        };
-        if request.lane.0 >= LANES_MAX {
-            return Ok(without_effects(CallResult::Outcome(Err(
-                FsError::InvalidArgument,
-            ))));
-        }
         let lane = (request.session, request.lane);
         let decided = self.writer.get::<Lanes>(&lane)?;
         let last_sequence = decided.as_ref().map_or(0, |record| record.sequence);
         if let Some(record) = decided.filter(|record| record.sequence == request.sequence) {
             return Ok(without_effects(record.result));
+        }
+        // Of a session that has ended, what was decided is still told; nothing new is.
+        let Some(&low_water) = self.writer.summary.living.get(&request.session) else {
+            return Ok(without_effects(CallResult::UnknownSession));
+        };
+        if request.lane.0 >= LANES_MAX {
+            let refused = CallResult::Outcome(Err(FsError::InvalidArgument));
+            return Ok(without_effects(refused));
         }
         if last_sequence.checked_add(1) != Some(request.sequence) {
             return Ok(without_effects(CallResult::StaleSequence));

@@ -98,7 +98,8 @@ fn a_session_that_ended_is_not_opened_again_and_is_forgotten_on_request() {
         session,
         description: String::new(),
     };
-    node.operate(create(ROOT, "a", NewKind::File)).unwrap();
+    let decided = node.mutation(session, Command::single(create(ROOT, "a", NewKind::File)));
+    let answer = node.apply(LogBody::Call(decided.clone())).result;
     node.apply(LogBody::ForgetSession { session });
     assert!(node.view().session(session).unwrap().is_some(), "it is alive");
     assert_eq!(
@@ -107,7 +108,15 @@ fn a_session_that_ended_is_not_opened_again_and_is_forgotten_on_request() {
     );
     assert!(node.view().session(session).unwrap().unwrap().ended.is_some());
     assert_eq!(node.apply(open()).result, CallResult::UnknownSession);
+    // What was decided is still told, nothing more is decided.
+    assert_eq!(node.apply(LogBody::Call(decided.clone())).result, answer);
+    let new = node.mutation(session, Command::single(create(ROOT, "b", NewKind::File)));
+    assert_eq!(node.apply(LogBody::Call(new)).result, CallResult::UnknownSession);
     node.apply(LogBody::ForgetSession { session });
+    assert_eq!(
+        node.apply(LogBody::Call(decided)).result,
+        CallResult::UnknownSession
+    );
     assert!(node.view().session(session).unwrap().is_none());
     let lanes = dump(&node.view())
         .into_iter()
