@@ -66,7 +66,7 @@ pub enum LogBody {
 pub enum CallResult {
     /// Of a mutation, now or when it was first applied.
     Outcome(Result<Outcome, FsError>),
-    /// The session is not known or has ended: nothing was done.
+    /// The session is not known, or has ended without having decided this mutation: nothing was done.
     UnknownSession,
     /// The lane has decided a later mutation, or not yet the one before: nothing was done.
     StaleSequence,
