@@ -307,3 +307,29 @@ fn a_segment_that_was_made_and_never_used_is_removed() {
 fn writable_new(path: &Path, length: u64) {
     File::create(path).unwrap().set_len(length).unwrap();
 }
+
+#[test]
+fn what_no_flush_has_reached_is_not_taken_for_sealed() {
+    let folder = tempfile::tempdir().unwrap();
+    let chunks: Vec<StoredChunk> = (0..9).map(|counter| chunk(counter, 900_000)).collect();
+    {
+        let (store, _) = open(folder.path());
+        store
+            .writer
+            .fault
+            .fail_flushes
+            .store(true, std::sync::atomic::Ordering::Relaxed);
+        // Full segments are sealed by the I/O thread, which fails; the pages stay where a killed process leaves them.
+        for chunk in &chunks {
+            let _ = store.append(chunk);
+        }
+        assert!(matches!(store.sync(), Err(ContentError::Fatal { .. })));
+    }
+    let (store, report) = open(folder.path());
+    assert_eq!(report.scanned_segments, report.segments);
+    assert_eq!(report.rewritten_records, report.chunks);
+    assert!(report.chunks >= 4, "{report:?}");
+    for chunk in &chunks[..report.chunks as usize] {
+        assert_served(&store, chunk);
+    }
+}
