@@ -132,12 +132,14 @@ pub fn serve(
 fn stop_requests() -> Result<mpsc::Receiver<()>, ServeError> {
     // The first asks to stop, the second to hurry; more say nothing new.
     let (sender, requests) = mpsc::channel(2);
-    for kind in [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()] {
+    for kind in [
+        SignalKind::terminate(),
+        SignalKind::interrupt(),
+        SignalKind::hangup(),
+    ] {
         let mut signals = signal(kind).map_err(ServeError::system("listen for signals"))?;
         let sender = sender.clone();
-        tokio::spawn(async move {
-            while signals.recv().await.is_some() && sender.send(()).await.is_ok() {}
-        });
+        tokio::spawn(async move { while signals.recv().await.is_some() && sender.send(()).await.is_ok() {} });
     }
     Ok(requests)
 }
@@ -193,7 +195,10 @@ impl<C: Cluster> Service<C> {
             _ = stop.recv() => "asked to stop again",
         };
         tracing::warn!("{left}: whoever still uses the mount loses it now");
-        if tokio::time::timeout(DETACH_TIMEOUT, unmount(&self.mounted, Urgency::Detach)).await.is_err() {
+        if tokio::time::timeout(DETACH_TIMEOUT, unmount(&self.mounted, Urgency::Detach))
+            .await
+            .is_err()
+        {
             tracing::info!("the kernel is still writing back; it is told to give up");
         }
         flushed
