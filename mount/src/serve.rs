@@ -45,7 +45,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// prctl(2)'s word for a process that serves a filesystem; the libc crate does not know it.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
-/// Why a mount did not come about, or did not end well.
+/// Why a mount did not come about, or did not end well. Each says all there is, its cause included.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// Threads or signals could not be set up.
@@ -54,12 +54,11 @@ pub enum ServeError {
         /// What was being done.
         doing: &'static str,
         /// What came of it.
-        #[source]
         error: io::Error,
     },
     /// No cluster was found, or it refuses us.
     #[error("cannot mount: {0}")]
-    Connect(#[from] ConnectError),
+    Connect(ConnectError),
     /// A signal came before the mount was ready.
     #[error("interrupted before the mount was ready")]
     Interrupted,
@@ -69,7 +68,6 @@ pub enum ServeError {
         /// Which.
         path: String,
         /// Why.
-        #[source]
         error: FsError,
     },
     /// Mounting or unmounting failed.
@@ -217,7 +215,8 @@ async fn start(
         tls,
         ..ClientOptions::default()
     })
-    .await?;
+    .await
+    .map_err(ServeError::Connect)?;
     let root = resolve_root(&client, &request.spec.subdirectory).await?;
     let filesystem = Filesystem::new(client.clone(), filesystem_options(request, root));
     let edge = FuseEdge::new(
