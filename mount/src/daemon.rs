@@ -139,15 +139,19 @@ impl Waiting {
     pub fn wait(mut self) -> io::Result<Report> {
         let mut bytes = Vec::new();
         self.pipe.read_to_end(&mut bytes)?;
+        if bytes == [0] {
+            return Ok(Report::Ready);
+        }
+        // It has told what it had to, or is gone already.
+        let end = waitpid(self.child, None);
         Ok(match bytes.split_first() {
-            Some((0, _)) => Report::Ready,
             Some((&exit_code, message)) => Report::Failed {
                 exit_code,
                 message: String::from_utf8_lossy(message).into_owned(),
             },
             None => Report::Failed {
                 exit_code: EXIT_MOUNT_FAILED,
-                message: match waitpid(self.child, None) {
+                message: match end {
                     Ok(WaitStatus::Signaled(_, signal, _)) => {
                         format!("the mount process was killed by {signal}")
                     }

@@ -17,7 +17,7 @@ mod convert;
 mod dispatch;
 mod session;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::ffi::OsStr;
 use std::io;

@@ -32,7 +32,7 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// mount itself reads ahead further and from several nodes.
 const READ_AHEAD_KIB: u32 = 1024;
 
-/// Why a directory cannot be mounted on, or not be unmounted.
+/// Why a directory cannot be mounted on, or not be unmounted. Each says all there is, its cause included.
 #[derive(Debug, thiserror::Error)]
 pub enum MountPointError {
     /// There is nothing of that name.
@@ -59,7 +59,7 @@ pub enum MountPointError {
     NotPermitted(PathBuf),
     /// There is no FUSE.
     #[error("cannot open /dev/fuse (is the kernel's fuse module loaded?): {0}")]
-    NoFuse(#[source] io::Error),
+    NoFuse(io::Error),
     /// Something else was mounted over it, so that it cannot be reached.
     #[error("{0} is covered by another mount")]
     Covered(PathBuf),
@@ -71,7 +71,6 @@ pub enum MountPointError {
         /// With what.
         path: PathBuf,
         /// What came of it.
-        #[source]
         error: io::Error,
     },
 }

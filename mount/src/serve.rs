@@ -17,13 +17,13 @@ use std::time::Duration;
 use nix::mount::MsFlags;
 use quorumfs_client::{Client, ClientOptions, ConnectError};
 use quorumfs_proto::{Answer, FileKind, FsError, InodeNumber, Name, Query};
-use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::oneshot;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tonic::transport::ClientTlsConfig;
 
 use crate::daemon::{Readiness, Report};
-use crate::fs::{Durability, Filesystem, FsOptions};
+use crate::fs::{Cluster, Durability, Filesystem, FsOptions};
 use crate::fuse::{FuseEdge, serve_kernel};
 use crate::mountpoint::{MountPoint, MountPointError, Mounted, Unmounting, Urgency};
 use crate::options::{Access, DurabilityOption, MountRequest};
@@ -32,13 +32,20 @@ use crate::options::{Access, DurabilityOption, MountRequest};
 /// was flushed is safe.
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long the last flush may take, however the rest went: a few seconds of writing, and a change of leader.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a last detaching unmount may take. It only waits for write-back, which is over when this process
+/// ends.
+const DETACH_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// How long to wait for the session to be closed at the cluster. If that fails it lapses by itself.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// prctl(2)'s word for a process that serves a filesystem; the libc crate does not know it.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
-/// Why a mount did not come about, or did not end well.
+/// Why a mount did not come about, or did not end well. Each says all there is, its cause included.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// Threads or signals could not be set up.
@@ -47,12 +54,11 @@ pub enum ServeError {
         /// What was being done.
         doing: &'static str,
         /// What came of it.
-        #[source]
         error: io::Error,
     },
     /// No cluster was found, or it refuses us.
     #[error("cannot mount: {0}")]
-    Connect(#[from] ConnectError),
+    Connect(ConnectError),
     /// A signal came before the mount was ready.
     #[error("interrupted before the mount was ready")]
     Interrupted,
@@ -62,7 +68,6 @@ pub enum ServeError {
         /// Which.
         path: String,
         /// Why.
-        #[source]
         error: FsError,
     },
     /// Mounting or unmounting failed.
@@ -102,156 +107,150 @@ pub fn serve(
         .build()
         .map_err(ServeError::system("start the runtime"))?;
     let result = runtime.block_on(async {
-        let mut signals = StopSignals::install()?;
-        let ready = tokio::select! {
-            ready = Service::start(request, mount_point, tls) => ready?,
-            () = signals.next() => return Err(ServeError::Interrupted),
+        let mut stop = stop_requests()?;
+        let (client, service) = tokio::select! {
+            ready = start(request, mount_point, tls) => ready?,
+            _ = stop.recv() => return Err(ServeError::Interrupted),
         };
         tracing::info!(source = request.source, directory = %mount_point.path().display(), "mounted");
         readiness.report(&Report::Ready);
-        ready.run(&mut signals).await
+        let flushed = service.run(&mut stop, STOP_TIMEOUT).await;
+        if tokio::time::timeout(CLOSE_TIMEOUT, client.close()).await.is_err() {
+            tracing::info!("the session was not closed in time; it lapses by itself");
+        }
+        tracing::info!(directory = %mount_point.path().display(), "unmounted");
+        flushed.map_err(ServeError::Unflushed)
     });
     // What still runs waits for a cluster that does not answer; nobody waits for it.
     runtime.shutdown_background();
     result
 }
 
-/// SIGTERM, SIGINT and SIGHUP.
-struct StopSignals([Signal; 3]);
-
-impl StopSignals {
-    fn install() -> Result<StopSignals, ServeError> {
-        let one = |kind| signal(kind).map_err(ServeError::system("listen for signals"));
-        Ok(StopSignals([
-            one(SignalKind::terminate())?,
-            one(SignalKind::interrupt())?,
-            one(SignalKind::hangup())?,
-        ]))
+/// One item for each SIGTERM, SIGINT or SIGHUP.
+fn stop_requests() -> Result<mpsc::Receiver<()>, ServeError> {
+    // The first asks to stop, the second to hurry; more say nothing new.
+    let (sender, requests) = mpsc::channel(2);
+    for kind in [
+        SignalKind::terminate(),
+        SignalKind::interrupt(),
+        SignalKind::hangup(),
+    ] {
+        let mut signals = signal(kind).map_err(ServeError::system("listen for signals"))?;
+        let sender = sender.clone();
+        tokio::spawn(async move { while signals.recv().await.is_some() && sender.send(()).await.is_ok() {} });
     }
-
-    async fn next(&mut self) {
-        let [terminate, interrupt, hangup] = &mut self.0;
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-            _ = hangup.recv() => {}
-        }
-    }
+    Ok(requests)
 }
 
 /// A mount that is being served.
-struct Service {
-    client: Client,
-    filesystem: Arc<Filesystem<Client>>,
+struct Service<C: Cluster> {
+    filesystem: Arc<Filesystem<C>>,
     mounted: Mounted,
     /// Resolves when the kernel has let go of the mount.
     ended: oneshot::Receiver<io::Result<()>>,
 }
 
-impl Service {
-    async fn start(
-        request: &MountRequest,
-        mount_point: &MountPoint,
-        tls: Option<ClientTlsConfig>,
-    ) -> Result<Service, ServeError> {
-        let client = Client::connect(ClientOptions {
-            addresses: request.spec.addresses.clone(),
-            description: description(mount_point),
-            call_timeout: request.call_timeout,
-            tls,
-            ..ClientOptions::default()
-        })
-        .await?;
-        let root = resolve_root(&client, &request.spec.subdirectory).await?;
-        let filesystem = Filesystem::new(client.clone(), filesystem_options(request, root));
-        let edge = FuseEdge::new(
-            Arc::clone(&filesystem),
-            root,
-            request.kernel_cache,
-            tokio::runtime::Handle::current(),
-        );
-        let access = request.access.unwrap_or(if nix::unistd::geteuid().is_root() {
-            Access::Everyone
-        } else {
-            Access::Owner
-        });
-        let (mounted, device) = mount_point.mount(&request.source, request.flags, access)?;
-        // From here on whoever looks at the directory waits for us, so nothing may wait in between.
-        let ended = match serve_kernel(edge, device, access) {
-            Ok(ended) => ended,
-            Err(error) => {
-                // Nobody serves it, so it must not stay.
-                if let Err(error) = mounted.unmount(Urgency::Detach) {
-                    tracing::error!(%error, "a mount that nobody serves stays behind");
-                }
-                return Err(ServeError::system("serve the mount")(error));
-            }
-        };
-        if let Err(error) = mounted.raise_read_ahead() {
-            tracing::info!(%error, "the kernel keeps its default read-ahead");
-        }
-        Ok(Service {
-            client,
-            filesystem,
-            mounted,
-            ended,
-        })
-    }
-
-    async fn run(mut self, signals: &mut StopSignals) -> Result<(), ServeError> {
-        let deadline = tokio::select! {
+impl<C: Cluster> Service<C> {
+    /// Serves until it is unmounted or asked to `stop`. Then whoever still uses it has `stop_timeout` to let
+    /// go.
+    async fn run(mut self, stop: &mut mpsc::Receiver<()>, stop_timeout: Duration) -> Result<(), FsError> {
+        let early = tokio::select! {
             ended = &mut self.ended => {
                 log_end(ended);
-                Instant::now() + STOP_TIMEOUT
+                Ok(())
             }
-            () = signals.next() => {
+            _ = stop.recv() => {
                 tracing::info!("asked to stop");
-                let deadline = Instant::now() + STOP_TIMEOUT;
-                self.stop(signals, deadline).await;
-                deadline
+                self.stop(stop, Instant::now() + stop_timeout).await
             }
         };
-        let flushed = until(deadline, self.filesystem.flush_all()).await;
-        if tokio::time::timeout(CLOSE_TIMEOUT, self.client.close())
-            .await
-            .is_err()
-        {
-            tracing::info!("the session was not closed in time; it lapses by itself");
+        let last = until(Instant::now() + FLUSH_TIMEOUT, self.filesystem.flush_all()).await;
+        match early {
+            // What took too long has been tried again; what failed is lost, and not tried twice.
+            Ok(()) | Err(FsError::TimedOut) => last,
+            Err(error) => Err(error),
         }
-        tracing::info!(directory = %self.mounted.path().display(), "unmounted");
-        flushed.map_err(ServeError::Unflushed)
     }
 
-    /// Flushes and unmounts; serves on while the mount is busy, until `deadline` or a second signal.
-    async fn stop(&mut self, signals: &mut StopSignals, deadline: Instant) {
+    /// Flushes and unmounts; serves on while the mount is busy, until `deadline` or a second request to stop.
+    /// Whatever happens the mount is not in the tree any more afterwards. Answers how the flush went.
+    async fn stop(&mut self, stop: &mut mpsc::Receiver<()>, deadline: Instant) -> Result<(), FsError> {
+        let mut flushed = Err(FsError::TimedOut);
         let stopping = async {
-            // What fails now is tried again, and reported, after the unmount.
-            if let Err(error) = until(deadline, self.filesystem.flush_all()).await {
-                tracing::warn!(%error, "flushing before the unmount");
-            }
-            let unmounting = match unmount(&self.mounted, Urgency::Polite).await {
-                Ok(Unmounting::Busy) => {
-                    let wait_s = STOP_TIMEOUT.as_secs();
-                    tracing::info!(wait_s, "busy: detached, and served until it is let go");
-                    unmount(&self.mounted, Urgency::Detach).await
+            flushed = until(deadline, self.filesystem.flush_all()).await;
+            match unmount(&self.mounted, Urgency::Polite).await {
+                Some(Unmounting::Busy) => {
+                    tracing::info!("busy: detached, and served until it is let go");
+                    unmount(&self.mounted, Urgency::Detach).await;
                 }
-                other => other,
-            };
-            if let Err(error) = unmounting {
-                tracing::error!(%error, "cannot unmount");
+                Some(Unmounting::Done) | None => {}
             }
             log_end((&mut self.ended).await);
         };
-        tokio::select! {
-            () = stopping => {}
-            () = tokio::time::sleep_until(deadline) => {
-                tracing::warn!("files are still open: their users lose the mount now");
-            }
-            () = signals.next() => {
-                tracing::warn!("asked to stop again: whoever still uses the mount loses it now");
-            }
+        let left = tokio::select! {
+            () = stopping => return flushed,
+            () = tokio::time::sleep_until(deadline) => "time is up",
+            _ = stop.recv() => "asked to stop again",
+        };
+        tracing::warn!("{left}: whoever still uses the mount loses it now");
+        if tokio::time::timeout(DETACH_TIMEOUT, unmount(&self.mounted, Urgency::Detach))
+            .await
+            .is_err()
+        {
+            tracing::info!("the kernel is still writing back; it is told to give up");
         }
+        flushed
     }
+}
+
+async fn start(
+    request: &MountRequest,
+    mount_point: &MountPoint,
+    tls: Option<ClientTlsConfig>,
+) -> Result<(Client, Service<Client>), ServeError> {
+    let client = Client::connect(ClientOptions {
+        addresses: request.spec.addresses.clone(),
+        description: description(mount_point),
+        call_timeout: request.call_timeout,
+        tls,
+        ..ClientOptions::default()
+    })
+    .await
+    .map_err(ServeError::Connect)?;
+    let root = resolve_root(&client, &request.spec.subdirectory).await?;
+    let filesystem = Filesystem::new(client.clone(), filesystem_options(request, root));
+    let edge = FuseEdge::new(
+        Arc::clone(&filesystem),
+        root,
+        request.kernel_cache,
+        tokio::runtime::Handle::current(),
+    );
+    let access = request.access.unwrap_or(if nix::unistd::geteuid().is_root() {
+        Access::Everyone
+    } else {
+        Access::Owner
+    });
+    let (mounted, device) = mount_point.mount(&request.source, request.flags, access)?;
+    // From here on whoever looks at the directory waits for us, so nothing may wait in between.
+    let ended = match serve_kernel(edge, device, access) {
+        Ok(ended) => ended,
+        Err(error) => {
+            // Nobody serves it, so it must not stay.
+            if let Err(error) = mounted.unmount(Urgency::Detach) {
+                tracing::error!(%error, "a mount that nobody serves stays behind");
+            }
+            return Err(ServeError::system("serve the mount")(error));
+        }
+    };
+    if let Err(error) = mounted.raise_read_ahead() {
+        tracing::info!(%error, "the kernel keeps its default read-ahead");
+    }
+    let service = Service {
+        filesystem,
+        mounted,
+        ended,
+    };
+    Ok((client, service))
 }
 
 /// For people who look at the cluster: where this mount is.
@@ -306,10 +305,15 @@ fn log_end(ended: Result<io::Result<()>, oneshot::error::RecvError>) {
     }
 }
 
-async fn unmount(mounted: &Mounted, urgency: Urgency) -> Result<Unmounting, MountPointError> {
+/// Unmounts; `None` when it cannot be, which is logged.
+async fn unmount(mounted: &Mounted, urgency: Urgency) -> Option<Unmounting> {
     let mounted = mounted.clone();
     match tokio::task::spawn_blocking(move || mounted.unmount(urgency)).await {
-        Ok(result) => result,
+        Ok(Ok(done)) => Some(done),
+        Ok(Err(error)) => {
+            tracing::error!(%error, "cannot unmount");
+            None
+        }
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }
@@ -319,4 +323,92 @@ async fn until<T>(deadline: Instant, work: impl Future<Output = Result<T, FsErro
     tokio::time::timeout_at(deadline, work)
         .await
         .unwrap_or(Err(FsError::TimedOut))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, File};
+    use std::io::Write;
+
+    use crate::fs::tests::reference::{Connection, Reference};
+    use crate::fuse::tests::{TestMount, can_mount, mount};
+
+    fn service(mount: &mut TestMount) -> Service<Connection> {
+        Service {
+            filesystem: Arc::clone(&mount.filesystem),
+            mounted: mount.mounted.clone(),
+            ended: mount.ended.take().unwrap(),
+        }
+    }
+
+    /// Runs the service of `mount` with `stops` requests to stop.
+    fn stop(mount: &mut TestMount, stops: usize, timeout: Duration) -> Result<(), FsError> {
+        let service = service(mount);
+        mount.runtime.block_on(async {
+            let (sender, mut requests) = mpsc::channel(2);
+            for _ in 0..stops {
+                sender.send(()).await.unwrap();
+            }
+            service.run(&mut requests, timeout).await
+        })
+    }
+
+    #[test]
+    fn asked_to_stop_it_unmounts() {
+        if !can_mount() {
+            return;
+        }
+        let mut mount = mount(&Reference::new(), 1);
+        fs::write(mount.path("file"), "x").unwrap();
+        assert_eq!(stop(&mut mount, 1, STOP_TIMEOUT), Ok(()));
+        assert!(!mount.path("file").exists(), "it is still mounted");
+    }
+
+    #[test]
+    fn it_ends_when_somebody_else_unmounts() {
+        if !can_mount() {
+            return;
+        }
+        let mut mount = mount(&Reference::new(), 1);
+        assert_eq!(mount.mounted.unmount(Urgency::Polite).unwrap(), Unmounting::Done);
+        assert_eq!(stop(&mut mount, 0, STOP_TIMEOUT), Ok(()));
+    }
+
+    #[test]
+    fn busy_it_goes_on_until_time_is_up_or_it_is_asked_again() {
+        if !can_mount() {
+            return;
+        }
+        let reference = Reference::new();
+        for (stops, timeout) in [(1, Duration::from_millis(300)), (2, STOP_TIMEOUT)] {
+            let mut mount = mount(&reference, stops as u64);
+            let mut open = File::create(mount.path("file")).unwrap();
+            open.write_all(b"unsynced").unwrap();
+            let begin = Instant::now();
+            assert_eq!(stop(&mut mount, stops, timeout), Ok(()));
+            assert!(begin.elapsed() < STOP_TIMEOUT / 2, "{:?}", begin.elapsed());
+            assert!(!mount.path("file").exists(), "it is still mounted");
+            let again = self::mount(&reference, 9);
+            assert_eq!(fs::read(again.path("file")).unwrap(), b"unsynced");
+            again.unmount();
+        }
+    }
+
+    #[test]
+    fn what_could_not_be_flushed_is_reported() {
+        if !can_mount() {
+            return;
+        }
+        let reference = Reference::new();
+        let mut mount = mount(&reference, 1);
+        let mut open = File::create(mount.path("file")).unwrap();
+        *reference.put_fault.lock() = Some(FsError::NoSpace);
+        open.write_all(&vec![1; 100_000]).unwrap();
+        assert_eq!(
+            stop(&mut mount, 1, Duration::from_millis(300)),
+            Err(FsError::NoSpace)
+        );
+        assert!(!mount.path("file").exists(), "it is still mounted");
+    }
 }

@@ -1,5 +1,7 @@
 //! What the mount command says and which exit code it leaves with, without any cluster.
 
+#![allow(clippy::unwrap_used)] // It is all tests.
+
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Output};

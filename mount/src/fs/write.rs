@@ -61,7 +61,12 @@ impl<C: Cluster> Filesystem<C> {
         self.writable()?;
         let file = self.open.get(handle)?;
         let length = u32::try_from(data.len()).map_err(|_| FsError::InvalidArgument)?;
-        let size = file.node.state.lock().attributes().map_or(0, |attributes| attributes.size);
+        let size = file
+            .node
+            .state
+            .lock()
+            .attributes()
+            .map_or(0, |attributes| attributes.size);
         data.truncate(usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX));
         if !data.is_empty() {
             self.take(&file.node, offset, data, Privileges::Keep).await;

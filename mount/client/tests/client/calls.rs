@@ -562,8 +562,21 @@ async fn the_low_water_mark_follows_what_is_held() {
     drop(first);
     created(client.mutate(make("b"), &[]).await);
     assert_eq!(marks(), 2);
-    drop(second);
+    // Its maker lets go of it, but a mutation that names it is not resolved.
+    fake.on_call(first_mutation(|| Act::After(500 * MS)));
+    let pending = tokio::spawn({
+        let client = client.clone();
+        {
+            let command = write(second.inline());
+            drop(second);
+            async move { client.mutate(command, &[]).await }
+        }
+    });
+    tokio::time::sleep(100 * MS).await;
     created(client.mutate(make("c"), &[]).await);
+    assert_eq!(marks(), 2);
+    created(pending.await.unwrap());
+    created(client.mutate(make("d"), &[]).await);
     assert_eq!(marks(), 3);
 }
 

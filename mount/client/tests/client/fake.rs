@@ -257,6 +257,9 @@ impl Fake {
             };
             tokio::spawn(
                 tonic::transport::Server::builder()
+                    .initial_stream_window_size(8 << 20)
+                    .initial_connection_window_size(32 << 20)
+                    .max_frame_size(256 << 10)
                     .add_service(FileSystemServer::new(node).max_decoding_message_size(4 << 20))
                     .serve_with_incoming(TcpListenerStream::new(listener)),
             );

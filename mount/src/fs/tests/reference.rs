@@ -8,7 +8,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use quorumfs_proto::chunk::Piece;
 use quorumfs_proto::command::{
-    AttributeChanges, Held, IfExists, NewInode, NewKind, Privileges, RenameMode, SetTime, Target,
+    AttributeChanges, Held, IfExists, NewInode, NewKind, Privileges, RenameMode, SetTime, Target, XattrMode,
 };
 use quorumfs_proto::query::{Answer, DirectoryEntry, EntryDetail, Space};
 use quorumfs_proto::{
@@ -481,9 +481,17 @@ impl State {
                 Ok(OperationResult::Appended { offset })
             }
             Operation::SetXattr {
-                inode, name, value, ..
+                inode,
+                name,
+                value,
+                mode,
             } => {
                 let inode = number(inode);
+                match (mode, self.get(inode)?.xattrs.contains_key(name)) {
+                    (XattrMode::Create, true) => return Err(FsError::Exists),
+                    (XattrMode::Replace, false) => return Err(FsError::NoAttribute),
+                    _ => {}
+                }
                 self.file(inode)?.xattrs.insert(name.clone(), value.clone());
                 touched.insert(inode);
                 entry(inode, false)
@@ -514,13 +522,18 @@ impl State {
     fn make(&mut self, parent: InodeNumber, new: &NewInode) -> InodeNumber {
         self.last_inode += 1;
         let number = InodeNumber(self.last_inode);
-        let (kind, target) = match &new.kind {
-            NewKind::Directory => (FileKind::Directory, None),
-            NewKind::Symlink(target) => (FileKind::Symlink, Some(target.clone())),
-            _ => (FileKind::File, None),
+        let (kind, target, device) = match &new.kind {
+            NewKind::File => (FileKind::File, None, 0),
+            NewKind::Directory => (FileKind::Directory, None, 0),
+            NewKind::Symlink(target) => (FileKind::Symlink, Some(target.clone()), 0),
+            NewKind::Fifo => (FileKind::Fifo, None, 0),
+            NewKind::Socket => (FileKind::Socket, None, 0),
+            NewKind::CharacterDevice(device) => (FileKind::CharacterDevice, None, *device),
+            NewKind::BlockDevice(device) => (FileKind::BlockDevice, None, *device),
         };
         let mut inode = self.inode(number, kind, new.mode, new.uid, new.gid, parent);
         inode.target = target;
+        inode.attributes.rdev = device;
         self.inodes.insert(number, inode);
         number
     }
@@ -532,6 +545,9 @@ impl State {
         attributes.mode = changes.mode.unwrap_or(attributes.mode);
         attributes.uid = changes.uid.unwrap_or(attributes.uid);
         attributes.gid = changes.gid.unwrap_or(attributes.gid);
+        if changes.privileges == Some(Privileges::Drop) && attributes.kind == FileKind::File {
+            attributes.mode &= 0o1777;
+        }
         if let Some(size) = changes.size {
             cut(&mut file.pieces, size, u64::MAX);
             attributes.size = size;
