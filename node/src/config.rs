@@ -26,7 +26,12 @@ pub struct Settings {
     #[arg(long, env = "QUORUMFS_SLOT", value_name = "N")]
     slot: Option<u16>,
     /// The gRPC address of every member in the order of their slots (1, 3, 5 or 7 of them)
-    #[arg(long, env = "QUORUMFS_MEMBERS", value_name = "HOST:PORT,…", value_delimiter = ',')]
+    #[arg(
+        long,
+        env = "QUORUMFS_MEMBERS",
+        value_name = "HOST:PORT,…",
+        value_delimiter = ','
+    )]
     members: Option<Vec<String>>,
     /// The folder that holds this node's log, metadata and content; made if it does not exist
     #[arg(long, env = "QUORUMFS_DATA", value_name = "DIR")]
@@ -124,7 +129,10 @@ impl Settings {
         let settings = match &self.config {
             None => self,
             Some(path) => {
-                let fail = |reason: String| ConfigError::File { file: path.clone(), reason };
+                let fail = |reason: String| ConfigError::File {
+                    file: path.clone(),
+                    reason,
+                };
                 let text = std::fs::read_to_string(path).map_err(|e| fail(e.to_string()))?;
                 let file: Settings = toml::from_str(&text).map_err(|e| fail(e.to_string()))?;
                 self.or(file)
@@ -153,21 +161,32 @@ impl Settings {
 
     fn validate(self) -> Result<Config, ConfigError> {
         let invalid = |field, reason: String| ConfigError::Invalid { field, reason };
-        let members: Vec<String> = self.members.ok_or(ConfigError::Missing("members", "QUORUMFS_MEMBERS"))?;
+        let members: Vec<String> = self
+            .members
+            .ok_or(ConfigError::Missing("members", "QUORUMFS_MEMBERS"))?;
         let members: Vec<String> = members.into_iter().map(|m| m.trim().to_string()).collect();
         if members.len().is_multiple_of(2) || members.len() > usize::from(SLOT_MAX) {
-            let reason = format!("{} addresses; a cluster begins with 1, 3, 5 or 7 members", members.len());
+            let reason = format!(
+                "{} addresses; a cluster begins with 1, 3, 5 or 7 members",
+                members.len()
+            );
             return Err(invalid("members", reason));
         }
         for (at, member) in members.iter().enumerate() {
             check_address("members", member)?;
             if members[..at].contains(member) {
-                return Err(invalid("members", format!("{member} is named twice; each member needs its own address")));
+                return Err(invalid(
+                    "members",
+                    format!("{member} is named twice; each member needs its own address"),
+                ));
             }
         }
         let slot = self.slot.ok_or(ConfigError::Missing("slot", "QUORUMFS_SLOT"))?;
         if slot == 0 || usize::from(slot) > members.len() {
-            let reason = format!("{slot} is not a place in --members; give a number from 1 to {}", members.len());
+            let reason = format!(
+                "{slot} is not a place in --members; give a number from 1 to {}",
+                members.len()
+            );
             return Err(invalid("slot", reason));
         }
         let data = self.data.ok_or(ConfigError::Missing("data", "QUORUMFS_DATA"))?;
@@ -183,14 +202,24 @@ impl Settings {
             None => listen_address("http", &http)?,
         };
         let tls = match (self.tls_ca, self.tls_cert, self.tls_key) {
-            (Some(authority), Some(certificate), Some(key)) => Some(TlsFiles { authority, certificate, key }),
+            (Some(authority), Some(certificate), Some(key)) => Some(TlsFiles {
+                authority,
+                certificate,
+                key,
+            }),
             (None, None, None) => None,
-            _ => return Err(invalid("tls-ca", "--tls-ca, --tls-cert and --tls-key go together; give all three".into())),
+            _ => {
+                return Err(invalid(
+                    "tls-ca",
+                    "--tls-ca, --tls-cert and --tls-key go together; give all three".into(),
+                ));
+            }
         };
         let plaintext_allowed = self.insecure_plaintext.unwrap_or(false);
-        for (field, address, protected) in
-            [("listen-grpc", listen_grpc, tls.is_some()), ("listen-http", listen_http, false)]
-        {
+        for (field, address, protected) in [
+            ("listen-grpc", listen_grpc, tls.is_some()),
+            ("listen-http", listen_http, false),
+        ] {
             if !address.ip().is_loopback() && !protected && !plaintext_allowed {
                 let reason = format!(
                     "{address} can be reached from other machines but is not protected by TLS; listen on 127.0.0.1, \
@@ -201,13 +230,29 @@ impl Settings {
         }
         let request_timeout_ms = self.request_timeout_ms.unwrap_or(10_000);
         if !(100..=600_000).contains(&request_timeout_ms) {
-            return Err(invalid("request-timeout-ms", format!("{request_timeout_ms} is not from 100 to 600000")));
+            return Err(invalid(
+                "request-timeout-ms",
+                format!("{request_timeout_ms} is not from 100 to 600000"),
+            ));
         }
         let log = self.log.unwrap_or_else(|| "info".to_string());
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log) {
-            return Err(invalid("log", format!("{log:?} is not a level or filter: {error}")));
+            return Err(invalid(
+                "log",
+                format!("{log:?} is not a level or filter: {error}"),
+            ));
         }
-        Ok(Config { slot, members, data, http, listen_grpc, listen_http, tls, log, request_timeout_ms })
+        Ok(Config {
+            slot,
+            members,
+            data,
+            http,
+            listen_grpc,
+            listen_http,
+            tls,
+            log,
+            request_timeout_ms,
+        })
     }
 }
 
@@ -225,10 +270,17 @@ fn check_address(field: &'static str, address: &str) -> Result<(), ConfigError> 
 fn listen_address(field: &'static str, address: &str) -> Result<SocketAddr, ConfigError> {
     check_address(field, address)?;
     let fail = |reason: String| ConfigError::Invalid { field, reason };
-    let mut found = address.to_socket_addrs().map_err(|e| fail(format!("{address}: {e}")))?;
-    let first = found.next().ok_or_else(|| fail(format!("{address} names no address")))?;
+    let mut found = address
+        .to_socket_addrs()
+        .map_err(|e| fail(format!("{address}: {e}")))?;
+    let first = found
+        .next()
+        .ok_or_else(|| fail(format!("{address} names no address")))?;
     // A name such as `localhost` may stand for ::1 and 127.0.0.1; members reach each other over IPv4 more surely.
-    Ok(found.find(|a| matches!(a.ip(), IpAddr::V4(_))).filter(|_| first.is_ipv6()).unwrap_or(first))
+    Ok(found
+        .find(|a| matches!(a.ip(), IpAddr::V4(_)))
+        .filter(|_| first.is_ipv6())
+        .unwrap_or(first))
 }
 
 #[cfg(test)]
@@ -236,7 +288,8 @@ mod tests {
     use super::*;
 
     fn resolve(args: &[&str]) -> Result<Config, String> {
-        let settings = Settings::try_parse_from(["quorumfs-node"].iter().chain(args)).map_err(|e| e.to_string())?;
+        let settings =
+            Settings::try_parse_from(["quorumfs-node"].iter().chain(args)).map_err(|e| e.to_string())?;
         settings.resolve().map_err(|e| e.to_string())
     }
 
@@ -279,9 +332,21 @@ mod tests {
     fn flags_are_stronger_than_the_file_and_unknown_fields_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("node.toml");
-        std::fs::write(&file, "slot = 1\nhttp = \"127.0.0.1:8081\"\ndata = \"/from-file\"\n").unwrap();
+        std::fs::write(
+            &file,
+            "slot = 1\nhttp = \"127.0.0.1:8081\"\ndata = \"/from-file\"\n",
+        )
+        .unwrap();
         let file_name = file.to_str().unwrap();
-        let config = resolve(&["--config", file_name, "--members", "127.0.0.1:3030", "--data", "/from-flag"]).unwrap();
+        let config = resolve(&[
+            "--config",
+            file_name,
+            "--members",
+            "127.0.0.1:3030",
+            "--data",
+            "/from-flag",
+        ])
+        .unwrap();
         assert_eq!((config.slot, config.data.to_str().unwrap()), (1, "/from-flag"));
         std::fs::write(&file, "slott = 1\n").unwrap();
         assert!(resolve(&["--config", file_name]).unwrap_err().contains("slott"));

@@ -51,5 +51,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
 }
 
 async fn bind(address: std::net::SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| format!("listen for {what} on {address}"))
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("listen for {what} on {address}"))
 }

@@ -38,7 +38,14 @@ impl Reader {
         recovery: Arc<Recovery>,
         space: Arc<SpaceMonitor>,
     ) -> Arc<Reader> {
-        Arc::new(Reader { consensus, metadata, content, peers, recovery, space })
+        Arc::new(Reader {
+            consensus,
+            metadata,
+            content,
+            peers,
+            recovery,
+            space,
+        })
     }
 
     /// Answers a query with everything in it that was acknowledged before it came (P5).
@@ -53,13 +60,19 @@ impl Reader {
                 let leader = leader.map(|member| member.addresses.grpc);
                 return CallReply::Refused(Refusal::NotLeader { leader });
             }
-            Err(error) => return CallReply::Refused(Refusal::Unavailable { reason: error.to_string() }),
+            Err(error) => {
+                return CallReply::Refused(Refusal::Unavailable {
+                    reason: error.to_string(),
+                });
+            }
         }
         match self.answer(query) {
             Ok(answer) => CallReply::Answer(answer),
             Err(fault) => {
                 error!(%fault, "metadata cannot be read");
-                CallReply::Refused(Refusal::Unavailable { reason: fault.to_string() })
+                CallReply::Refused(Refusal::Unavailable {
+                    reason: fault.to_string(),
+                })
             }
         }
     }
@@ -68,7 +81,11 @@ impl Reader {
         let view = self.metadata.view()?;
         if matches!(query, Query::Space) {
             let (capacity_bytes, available_bytes) = self.space.cluster_bytes();
-            return Ok(Ok(Answer::Space(Space { capacity_bytes, available_bytes, inodes: view.inode_count() })));
+            return Ok(Ok(Answer::Space(Space {
+                capacity_bytes,
+                available_bytes,
+                inodes: view.inode_count(),
+            })));
         }
         Failure::split(view.answer(query))
     }
@@ -107,10 +124,17 @@ impl Reader {
 
     async fn from_peers(&self, id: ChunkId, offset: u32, length: u32) -> Option<ChunkRange> {
         let own = self.consensus.id();
-        for member in self.consensus.members().into_iter().filter(|member| member.id != own) {
+        for member in self
+            .consensus
+            .members()
+            .into_iter()
+            .filter(|member| member.id != own)
+        {
             match self.peers.fetch(&member, id, offset, length).await {
                 Ok(range) => return Some(range),
-                Err(error) => tracing::debug!(chunk = %id, node = member.id.slot, %error, "a peer could not serve a chunk"),
+                Err(error) => {
+                    tracing::debug!(chunk = %id, node = member.id.slot, %error, "a peer could not serve a chunk")
+                }
             }
         }
         None
@@ -119,5 +143,9 @@ impl Reader {
 
 /// A task of the runtime that panicked or was cancelled, as a failed read.
 pub fn task_failed(failed: tokio::task::JoinError) -> ContentError {
-    ContentError::Io { action: "finish a task on", path: "content".into(), source: std::io::Error::other(failed) }
+    ContentError::Io {
+        action: "finish a task on",
+        path: "content".into(),
+        source: std::io::Error::other(failed),
+    }
 }

@@ -5,7 +5,7 @@
 //! begins, and [`Node::parts`] is there.
 
 use std::future::Future;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -13,7 +13,7 @@ use quorumfs_client::{Client, ClientOptions};
 use quorumfs_proto::limits::MESSAGE_BYTES_MAX;
 use quorumfs_proto::wire::file_system_server::FileSystemServer;
 use quorumfs_proto::wire::peer_server::PeerServer;
-use quorumfs_proto::{Addresses, ClusterId, Member};
+use quorumfs_proto::{Addresses, Member};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
@@ -23,8 +23,8 @@ use crate::api::fs::FileSystemService;
 use crate::api::peer::PeerService;
 use crate::api::rest::{self, ClientHandle, RestState};
 use crate::api::status;
-use crate::cluster::bootstrap::{WaitReason, find_membership};
-use crate::cluster::identity::{DataFolder, Membership};
+use crate::cluster::bootstrap::find_membership;
+use crate::cluster::identity::DataFolder;
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::config::Config;
@@ -33,6 +33,7 @@ use crate::content::{ContentOptions, ContentStore, PeerChunks};
 use crate::healing::recovery::Recovery;
 use crate::healing::sweep::Sweeper;
 use crate::metadata::{MetadataOptions, MetadataStore};
+use crate::node::{Node, Parts};
 use crate::read::Reader;
 use crate::transport::{TlsFiles, Transport};
 use crate::write::Writer;
@@ -47,58 +48,6 @@ const EFFECTS_QUEUED_MAX: usize = 4096;
 /// How long open requests may take to end after a shutdown was asked for.
 const DRAIN_TIMEOUT_MS: u64 = 2_000;
 
-/// A node as its edges see it.
-pub struct Node {
-    own: Member,
-    folder: DataFolder,
-    waiting_for: WaitReason,
-    parts: OnceLock<Parts>,
-}
-
-/// What a node is made of, once it knows its cluster.
-pub struct Parts {
-    /// The cluster's name.
-    pub cluster: ClusterId,
-    /// The replicated log.
-    pub consensus: Consensus,
-    /// The state the log builds.
-    pub metadata: Arc<MetadataStore>,
-    /// The bytes of files.
-    pub content: Arc<ContentStore>,
-    /// The write path.
-    pub writer: Arc<Writer>,
-    /// The read path.
-    pub reader: Arc<Reader>,
-    /// Fetches what is missing.
-    pub recovery: Arc<Recovery>,
-    /// Knows who has room.
-    pub space: Arc<SpaceMonitor>,
-    /// Knows which clients live.
-    pub sessions: Arc<SessionKeeper>,
-}
-
-impl Node {
-    /// Who this node is.
-    pub fn own(&self) -> &Member {
-        &self.own
-    }
-
-    /// The cluster this node's folder belongs to.
-    pub fn membership(&self) -> Option<Membership> {
-        self.folder.membership()
-    }
-
-    /// The parts, once the node knows its cluster and has opened its state.
-    pub fn parts(&self) -> Option<&Parts> {
-        self.parts.get()
-    }
-
-    /// Why there are no parts yet, in words.
-    pub fn not_ready(&self) -> String {
-        self.waiting_for.lock().clone().unwrap_or_else(|| "the node is starting".to_string())
-    }
-}
-
 /// Runs a node on these listeners until `shutdown` is done, or until it must stop because its disk failed.
 pub async fn serve(
     config: Config,
@@ -107,17 +56,36 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let folder = DataFolder::open(&config.data, config.slot)?;
-    let addresses = Addresses { grpc: config.grpc().to_string(), http: config.http.clone() };
-    let own = Member { id: folder.id(), addresses };
+    let addresses = Addresses {
+        grpc: config.grpc().to_string(),
+        http: config.http.clone(),
+    };
+    let own = Member {
+        id: folder.id(),
+        addresses,
+    };
     info!(slot = own.id.slot, incarnation = %own.id, data = %config.data.display(), "node starts");
-    let client_tls = config.tls.as_ref().map(TlsFiles::client_config).transpose().context("read TLS files")?;
+    let client_tls = config
+        .tls
+        .as_ref()
+        .map(TlsFiles::client_config)
+        .transpose()
+        .context("read TLS files")?;
     let transport = Arc::new(Transport::new(client_tls.clone()));
-    let node = Arc::new(Node { own, folder, waiting_for: WaitReason::default(), parts: OnceLock::new() });
+    let node = Arc::new(Node::new(own, folder));
 
     let (stop, stopped) = watch::channel(false);
-    let (client, client_handle) = watch::channel(ClientHandle::Connecting { reason: "the node is starting".to_string() });
+    let (client, client_handle) = watch::channel(ClientHandle::Connecting {
+        reason: "the node is starting".to_string(),
+    });
     let grpc_server = tokio::spawn(serve_grpc(config.clone(), node.clone(), grpc, stopped.clone()));
-    let http_server = tokio::spawn(serve_http(config.clone(), node.clone(), http, client_handle, stopped));
+    let http_server = tokio::spawn(serve_http(
+        config.clone(),
+        node.clone(),
+        http,
+        client_handle,
+        stopped,
+    ));
 
     tokio::pin!(shutdown);
     let run = run_parts(&config, &node, &transport, client_tls, client);
@@ -132,7 +100,11 @@ pub async fn serve(
     };
     let _ = stop.send(true);
     if let Some(parts) = node.parts() {
-        let _ = tokio::time::timeout(Duration::from_millis(DRAIN_TIMEOUT_MS), parts.consensus.shutdown()).await;
+        let _ = tokio::time::timeout(
+            Duration::from_millis(DRAIN_TIMEOUT_MS),
+            parts.consensus.shutdown(),
+        )
+        .await;
     }
     result
 }
@@ -145,30 +117,42 @@ async fn run_parts(
     client_tls: Option<tonic::transport::ClientTlsConfig>,
     client: watch::Sender<ClientHandle>,
 ) -> anyhow::Result<()> {
-    let membership = find_membership(config, &node.folder, &node.own, transport, &node.waiting_for).await?;
+    let membership =
+        find_membership(config, node.folder(), node.own(), transport, node.waiting_for()).await?;
     transport.set_cluster(membership.cluster);
 
     let data = config.data.clone();
     let opened = tokio::task::spawn_blocking(move || {
         let metadata = MetadataStore::open(&data.join("metadata.redb"), MetadataOptions::default())
             .context("open metadata database")?;
-        let (content, report) =
-            ContentStore::open(&data.join("content"), ContentOptions::default()).context("open content store")?;
+        let (content, report) = ContentStore::open(&data.join("content"), ContentOptions::default())
+            .context("open content store")?;
         info!(?report, "content store opened");
         anyhow::Ok((Arc::new(metadata), Arc::new(content)))
     });
     let (metadata, content) = opened.await.context("open the data folder")??;
 
     let (effects, applied) = tokio::sync::mpsc::channel(EFFECTS_QUEUED_MAX);
-    let options = ConsensusOptions::new(node.own.id, membership.cluster, config.data.join("wal"));
-    let consensus = Consensus::start(options, metadata.clone(), content.clone(), transport.clone(), effects)
-        .await
-        .context("start consensus")?;
+    let options = ConsensusOptions::new(node.own().id, membership.cluster, config.data.join("wal"));
+    let consensus = Consensus::start(
+        options,
+        metadata.clone(),
+        content.clone(),
+        transport.clone(),
+        effects,
+    )
+    .await
+    .context("start consensus")?;
     found(&consensus, membership.founders.clone()).await?;
 
     let peers = Arc::new(PeerChunks::new(transport.clone()));
     let space = SpaceMonitor::new(consensus.clone(), content.clone(), transport.clone());
-    let recovery = Recovery::new(consensus.clone(), metadata.clone(), content.clone(), peers.clone());
+    let recovery = Recovery::new(
+        consensus.clone(),
+        metadata.clone(),
+        content.clone(),
+        peers.clone(),
+    );
     let sweeper = Sweeper::new(consensus.clone(), metadata.clone(), content.clone());
     let sessions = SessionKeeper::new(consensus.clone(), metadata.clone());
     let writer = Writer::new(consensus.clone(), content.clone(), peers.clone(), space.clone());
@@ -199,8 +183,7 @@ async fn run_parts(
         space,
         sessions,
     };
-    // Set once: this function runs once for a node.
-    let _ = node.parts.set(parts);
+    node.begin(parts);
     info!("node takes part in its cluster");
     // A failed flush is never retried: what the disk holds is not known any more (design, Rule flush).
     let reason = tokio::select! {
@@ -246,7 +229,13 @@ async fn open_client(
     client: watch::Sender<ClientHandle>,
 ) {
     let mut addresses = vec![config.grpc().to_string()];
-    addresses.extend(config.members.iter().filter(|member| *member != config.grpc()).cloned());
+    addresses.extend(
+        config
+            .members
+            .iter()
+            .filter(|member| *member != config.grpc())
+            .cloned(),
+    );
     loop {
         let options = ClientOptions {
             addresses: addresses.clone(),
@@ -261,7 +250,9 @@ async fn open_client(
                 return;
             }
             Err(error) => {
-                client.send_replace(ClientHandle::Connecting { reason: error.to_string() });
+                client.send_replace(ClientHandle::Connecting {
+                    reason: error.to_string(),
+                });
             }
         }
         tokio::time::sleep(Duration::from_millis(CLIENT_RETRY_INTERVAL_MS)).await;
@@ -287,7 +278,11 @@ async fn serve_grpc(
             std::fs::read(&files.key).context("read --tls-key")?,
         );
         let authority = Certificate::from_pem(std::fs::read(&files.authority).context("read --tls-ca")?);
-        server = server.tls_config(ServerTlsConfig::new().identity(identity).client_ca_root(authority))?;
+        server = server.tls_config(
+            ServerTlsConfig::new()
+                .identity(identity)
+                .client_ca_root(authority),
+        )?;
     }
     let filesystem = FileSystemServer::new(FileSystemService::new(node.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -299,7 +294,11 @@ async fn serve_grpc(
     let stop = async move {
         let _ = stopped.wait_for(|stop| *stop).await;
     };
-    server.add_service(filesystem).add_service(peer).serve_with_incoming_shutdown(incoming, stop).await?;
+    server
+        .add_service(filesystem)
+        .add_service(peer)
+        .serve_with_incoming_shutdown(incoming, stop)
+        .await?;
     Ok(())
 }
 
@@ -320,7 +319,10 @@ async fn serve_http(
     let stop = async move {
         let _ = stopped.wait_for(|stop| *stop).await;
     };
-    if let Err(failed) = axum::serve(listener, rest::router(state)).with_graceful_shutdown(stop).await {
+    if let Err(failed) = axum::serve(listener, rest::router(state))
+        .with_graceful_shutdown(stop)
+        .await
+    {
         error!(%failed, "HTTP service failed");
     }
     Ok(())

@@ -61,7 +61,13 @@ impl Writer {
         peers: Arc<PeerChunks>,
         space: Arc<SpaceMonitor>,
     ) -> Arc<Writer> {
-        Arc::new(Writer { consensus, content, peers, space, holders: Mutex::new(Holders::default()) })
+        Arc::new(Writer {
+            consensus,
+            content,
+            peers,
+            space,
+            holders: Mutex::new(Holders::default()),
+        })
     }
 
     /// Stores a chunk whose blocks match their checksums; it is durable on f + 1 voters when this returns. The remaining copies go on being made.
@@ -95,7 +101,11 @@ impl Writer {
         // The copies still being made when this returns go on without anyone waiting; recovery makes what fails.
         let holders = tokio::time::timeout(Duration::from_millis(QUORUM_TIMEOUT_MS), enough)
             .await
-            .unwrap_or_else(|_| Err(PutError::Unavailable(format!("no quorum stored it in {QUORUM_TIMEOUT_MS} ms"))))?;
+            .unwrap_or_else(|_| {
+                Err(PutError::Unavailable(format!(
+                    "no quorum stored it in {QUORUM_TIMEOUT_MS} ms"
+                )))
+            })?;
         self.holders.lock().remember(id, term, holders);
         Ok(())
     }
@@ -104,10 +114,15 @@ impl Writer {
     pub async fn mutate(&self, mutation: Mutation) -> CallReply {
         let session = mutation.request.session;
         if let Err(error) = mutation.command.validate(session) {
-            return CallReply::Refused(Refusal::Invalid { reason: format!("the command is out of bounds: {error}") });
+            return CallReply::Refused(Refusal::Invalid {
+                reason: format!("the command is out of bounds: {error}"),
+            });
         }
         let stored = stored_chunks(&mutation);
-        let refusal = LogBody::Refuse { request: mutation.request, verdict: FsError::NoSpace };
+        let refusal = LogBody::Refuse {
+            request: mutation.request,
+            verdict: FsError::NoSpace,
+        };
         let result = if mutation.command.frees_space() || self.space.quorum_has_room() {
             let unconfirmed = self.unconfirmed(&stored).await;
             if !unconfirmed.is_empty() {
@@ -148,7 +163,12 @@ impl Writer {
     /// Copies the chunk to this node and to all others at once; tells of each as it is done.
     fn make_copies(&self, chunk: StoredChunk) -> mpsc::Receiver<(NodeId, Result<(), CopyError>)> {
         let own = self.consensus.id();
-        let others: Vec<Member> = self.consensus.members().into_iter().filter(|member| member.id != own).collect();
+        let others: Vec<Member> = self
+            .consensus
+            .members()
+            .into_iter()
+            .filter(|member| member.id != own)
+            .collect();
         // Room for every answer: no copy ever waits for who listens.
         let (tell, copies) = mpsc::channel(others.len() + 1);
         for member in others {
@@ -176,7 +196,10 @@ impl Writer {
         if !self.space.quorum_has_room() {
             return PutError::NoSpace;
         }
-        let reasons: Vec<String> = refusals.iter().map(|(node, refusal)| format!("node {}: {refusal}", node.slot)).collect();
+        let reasons: Vec<String> = refusals
+            .iter()
+            .map(|(node, refusal)| format!("node {}: {refusal}", node.slot))
+            .collect();
         warn!(reasons = reasons.join("; "), "a chunk did not reach a quorum");
         PutError::Unavailable(reasons.join("; "))
     }
@@ -189,14 +212,22 @@ impl Writer {
         if unknown.is_empty() {
             return unknown;
         }
-        debug!(chunks = unknown.len(), "asking the peers who holds chunks put in another term");
+        debug!(
+            chunks = unknown.len(),
+            "asking the peers who holds chunks put in another term"
+        );
         let own = self.consensus.id();
         let mut holders: HashMap<ChunkId, BTreeSet<NodeId>> = HashMap::new();
         for id in &unknown {
             let here = self.content.holds(*id).then_some(own);
             holders.insert(*id, here.into_iter().collect());
         }
-        let others: Vec<Member> = self.consensus.members().into_iter().filter(|member| member.id != own).collect();
+        let others: Vec<Member> = self
+            .consensus
+            .members()
+            .into_iter()
+            .filter(|member| member.id != own)
+            .collect();
         let asked = others.iter().map(|member| self.peers.held(member, &unknown));
         for (member, answer) in others.iter().zip(futures::future::join_all(asked).await) {
             let Ok(held) = answer else { continue };
@@ -219,10 +250,12 @@ fn reply_to(decided: Result<CallResult, ProposeError>) -> CallReply {
         Ok(CallResult::Done) => CallReply::Session(SessionState::default()),
         Ok(CallResult::UnknownSession) => CallReply::Refused(Refusal::UnknownSession),
         Ok(CallResult::StaleSequence) => CallReply::Refused(Refusal::StaleSequence),
-        Err(ProposeError::NotLeader { leader }) => {
-            CallReply::Refused(Refusal::NotLeader { leader: leader.map(|member| member.addresses.grpc) })
-        }
-        Err(error) => CallReply::Refused(Refusal::Unavailable { reason: error.to_string() }),
+        Err(ProposeError::NotLeader { leader }) => CallReply::Refused(Refusal::NotLeader {
+            leader: leader.map(|member| member.addresses.grpc),
+        }),
+        Err(error) => CallReply::Refused(Refusal::Unavailable {
+            reason: error.to_string(),
+        }),
     }
 }
 
@@ -237,17 +270,26 @@ enum CopyError {
 
 impl CopyError {
     fn is_full(&self) -> bool {
-        matches!(self, CopyError::Own(ContentError::NoSpace) | CopyError::Peer(PushError::NoSpace { .. }))
+        matches!(
+            self,
+            CopyError::Own(ContentError::NoSpace) | CopyError::Peer(PushError::NoSpace { .. })
+        )
     }
 }
 
 /// Whether `holders` hold a majority of every active configuration.
 fn is_quorum(holders: &BTreeSet<NodeId>, voter_sets: &[BTreeSet<NodeId>]) -> bool {
-    voter_sets.iter().all(|voters| voters.intersection(holders).count() > voters.len() / 2)
+    voter_sets
+        .iter()
+        .all(|voters| voters.intersection(holders).count() > voters.len() / 2)
 }
 
 fn stored_chunks(mutation: &Mutation) -> Vec<ChunkId> {
-    let stored = mutation.command.chunks.iter().filter(|chunk| matches!(chunk.body, ChunkBody::Stored));
+    let stored = mutation
+        .command
+        .chunks
+        .iter()
+        .filter(|chunk| matches!(chunk.body, ChunkBody::Stored));
     stored.map(|chunk| chunk.id).collect()
 }
 
@@ -282,14 +324,20 @@ impl Holders {
             self.by_chunk.remove(id);
         }
         // Mostly the oldest go first; what is forgotten in another order goes when it comes to the front.
-        while self.order.front().is_some_and(|oldest| !self.by_chunk.contains_key(oldest)) {
+        while self
+            .order
+            .front()
+            .is_some_and(|oldest| !self.by_chunk.contains_key(oldest))
+        {
             self.order.pop_front();
         }
     }
 
     fn not_on_quorum(&self, ids: &[ChunkId], term: u64, voter_sets: &[BTreeSet<NodeId>]) -> Vec<ChunkId> {
         let confirmed = |id: &ChunkId| {
-            self.by_chunk.get(id).is_some_and(|(known, nodes)| *known == term && is_quorum(nodes, voter_sets))
+            self.by_chunk
+                .get(id)
+                .is_some_and(|(known, nodes)| *known == term && is_quorum(nodes, voter_sets))
         };
         ids.iter().filter(|id| !confirmed(id)).copied().collect()
     }
@@ -300,7 +348,10 @@ mod tests {
     use super::*;
 
     fn node(slot: u16) -> NodeId {
-        NodeId { slot, incarnation: u64::from(slot) }
+        NodeId {
+            slot,
+            incarnation: u64::from(slot),
+        }
     }
 
     fn nodes(slots: &[u16]) -> BTreeSet<NodeId> {
@@ -313,18 +364,30 @@ mod tests {
         assert!(is_quorum(&nodes(&[1, 2]), &joint[..1]));
         assert!(!is_quorum(&nodes(&[1, 2]), &joint));
         assert!(is_quorum(&nodes(&[1, 3, 4]), &joint));
-        let replaced = NodeId { slot: 2, incarnation: 99 };
-        assert!(!is_quorum(&[node(1), replaced].into(), &joint[..1]), "another incarnation is another node");
+        let replaced = NodeId {
+            slot: 2,
+            incarnation: 99,
+        };
+        assert!(
+            !is_quorum(&[node(1), replaced].into(), &joint[..1]),
+            "another incarnation is another node"
+        );
     }
 
     #[test]
     fn what_was_learned_in_another_term_does_not_count() {
-        let id = |counter| ChunkId { session: SessionId(1), counter };
+        let id = |counter| ChunkId {
+            session: SessionId(1),
+            counter,
+        };
         let voters = [nodes(&[1, 2, 3])];
         let mut holders = Holders::default();
         holders.remember(id(1), 7, nodes(&[1, 2]));
         holders.remember(id(2), 7, nodes(&[1]));
-        assert_eq!(holders.not_on_quorum(&[id(1), id(2), id(3)], 7, &voters), [id(2), id(3)]);
+        assert_eq!(
+            holders.not_on_quorum(&[id(1), id(2), id(3)], 7, &voters),
+            [id(2), id(3)]
+        );
         assert_eq!(holders.not_on_quorum(&[id(1)], 8, &voters), [id(1)]);
         holders.remember(id(2), 7, nodes(&[3]));
         assert!(holders.not_on_quorum(&[id(2)], 7, &voters).is_empty());

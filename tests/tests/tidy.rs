@@ -10,6 +10,7 @@ use quorumfs_tests::environment::workspace_folder;
 const NODE_LAYERS: &[&str] = &[
     "server",
     "api",
+    "node",
     "write",
     "read",
     "healing",

@@ -19,7 +19,7 @@ use tracing::{debug, error};
 
 use crate::content::wire::{get_response, range_asked, stored_chunk};
 use crate::metadata::Failure;
-use crate::server::{Node, Parts};
+use crate::node::{Node, Parts};
 use crate::write::PutError;
 
 /// Requests of one stream worked on at once: more than a client has lanes.
@@ -45,7 +45,11 @@ impl FileSystemService {
 }
 
 /// Answers each request of a stream by `answer`, at most `at_once_max` at a time, in the order they are done.
-pub fn answer_stream<Q, A, F, Fut>(mut requests: Streaming<Q>, at_once_max: usize, answer: F) -> AnswerStream<A>
+pub fn answer_stream<Q, A, F, Fut>(
+    mut requests: Streaming<Q>,
+    at_once_max: usize,
+    answer: F,
+) -> AnswerStream<A>
 where
     Q: Send + 'static,
     A: Send + 'static,
@@ -84,19 +88,31 @@ impl FileSystem for FileSystemService {
     type PutChunksStream = AnswerStream<wire::PutChunkResponse>;
     type GetChunksStream = AnswerStream<wire::GetChunkResponse>;
 
-    async fn calls(&self, request: Request<Streaming<wire::CallRequest>>) -> Result<Response<Self::CallsStream>, Status> {
+    async fn calls(
+        &self,
+        request: Request<Streaming<wire::CallRequest>>,
+    ) -> Result<Response<Self::CallsStream>, Status> {
         let node = self.node.clone();
         let answer = move |request: wire::CallRequest| {
             let node = node.clone();
             async move {
                 let reply = match codec::decode::<Call>(&request.call) {
                     Ok(call) => carry_out(&node, call).await,
-                    Err(error) => CallReply::Refused(Refusal::Invalid { reason: error.to_string() }),
+                    Err(error) => CallReply::Refused(Refusal::Invalid {
+                        reason: error.to_string(),
+                    }),
                 };
-                wire::CallResponse { call_id: request.call_id, reply: codec::encode(&reply) }
+                wire::CallResponse {
+                    call_id: request.call_id,
+                    reply: codec::encode(&reply),
+                }
             }
         };
-        Ok(Response::new(answer_stream(request.into_inner(), CALLS_PER_STREAM_MAX, answer)))
+        Ok(Response::new(answer_stream(
+            request.into_inner(),
+            CALLS_PER_STREAM_MAX,
+            answer,
+        )))
     }
 
     async fn put_chunks(
@@ -108,7 +124,11 @@ impl FileSystem for FileSystemService {
             let node = node.clone();
             async move { put_chunk(&node, request).await }
         };
-        Ok(Response::new(answer_stream(request.into_inner(), CHUNKS_PER_STREAM_MAX, answer)))
+        Ok(Response::new(answer_stream(
+            request.into_inner(),
+            CHUNKS_PER_STREAM_MAX,
+            answer,
+        )))
     }
 
     async fn get_chunks(
@@ -124,18 +144,32 @@ impl FileSystem for FileSystemService {
                     return chunk_refused(call_id, wire::ChunkStatus::Unavailable, node.not_ready());
                 };
                 match range_asked(&request) {
-                    Ok((id, offset, length)) => get_response(call_id, parts.reader.chunk(id, offset, length).await),
+                    Ok((id, offset, length)) => {
+                        get_response(call_id, parts.reader.chunk(id, offset, length).await)
+                    }
                     Err(malformed) => chunk_refused(call_id, malformed.status(), malformed.to_string()),
                 }
             }
         };
-        Ok(Response::new(answer_stream(request.into_inner(), CHUNKS_PER_STREAM_MAX, answer)))
+        Ok(Response::new(answer_stream(
+            request.into_inner(),
+            CHUNKS_PER_STREAM_MAX,
+            answer,
+        )))
     }
 
-    async fn discover(&self, _: Request<wire::DiscoverRequest>) -> Result<Response<wire::DiscoverResponse>, Status> {
+    async fn discover(
+        &self,
+        _: Request<wire::DiscoverRequest>,
+    ) -> Result<Response<wire::DiscoverResponse>, Status> {
         let own = Some(self.node.own().clone().into());
         let answer = match self.node.parts() {
-            None => wire::DiscoverResponse { cluster_id: Bytes::new(), node: own, leader: None, members: Vec::new() },
+            None => wire::DiscoverResponse {
+                cluster_id: Bytes::new(),
+                node: own,
+                leader: None,
+                members: Vec::new(),
+            },
             Some(parts) => wire::DiscoverResponse {
                 cluster_id: Bytes::copy_from_slice(&parts.cluster.0),
                 node: own,
@@ -149,7 +183,9 @@ impl FileSystem for FileSystemService {
 
 async fn carry_out(node: &Node, call: Call) -> CallReply {
     let Some(parts) = node.parts() else {
-        return CallReply::Refused(Refusal::Unavailable { reason: node.not_ready() });
+        return CallReply::Refused(Refusal::Unavailable {
+            reason: node.not_ready(),
+        });
     };
     if !parts.consensus.is_leader() {
         let leader = parts.consensus.leader().map(|member| member.addresses.grpc);
@@ -179,7 +215,9 @@ fn keep_alive(parts: &Parts, session: SessionId) -> CallReply {
         Ok(None) => CallReply::Refused(Refusal::UnknownSession),
         Err(fault) => {
             error!(%fault, "metadata cannot be read");
-            CallReply::Refused(Refusal::Unavailable { reason: fault.to_string() })
+            CallReply::Refused(Refusal::Unavailable {
+                reason: fault.to_string(),
+            })
         }
     }
 }
@@ -188,9 +226,9 @@ fn keep_alive(parts: &Parts, session: SessionId) -> CallReply {
 fn session_state(parts: &Parts, session: SessionId) -> Result<Option<SessionState>, Failure> {
     let view = parts.metadata.view()?;
     Ok(match view.session(session)? {
-        Some(record) if record.ended.is_none() => {
-            Some(SessionState { unlinked: view.unlinked_waiting_for(session, UNLINKED_ASKED_MAX)? })
-        }
+        Some(record) if record.ended.is_none() => Some(SessionState {
+            unlinked: view.unlinked_waiting_for(session, UNLINKED_ASKED_MAX)?,
+        }),
         _ => None,
     })
 }
@@ -216,12 +254,21 @@ async fn put_chunk(node: &Node, request: wire::PutChunkRequest) -> wire::PutChun
             let leader = leader.map(|member| member.addresses.grpc).unwrap_or_default();
             answer(wire::ChunkStatus::NotLeader, String::new(), leader)
         }
-        Err(PutError::NoSpace) => answer(wire::ChunkStatus::NoSpace, PutError::NoSpace.to_string(), String::new()),
+        Err(PutError::NoSpace) => answer(
+            wire::ChunkStatus::NoSpace,
+            PutError::NoSpace.to_string(),
+            String::new(),
+        ),
         Err(PutError::Unavailable(reason)) => answer(wire::ChunkStatus::Unavailable, reason, String::new()),
     }
 }
 
 /// Why there is no range of a chunk, as it travels.
 pub fn chunk_refused(call_id: u64, status: wire::ChunkStatus, detail: String) -> wire::GetChunkResponse {
-    wire::GetChunkResponse { call_id, status: status.into(), detail, ..Default::default() }
+    wire::GetChunkResponse {
+        call_id,
+        status: status.into(),
+        detail,
+        ..Default::default()
+    }
 }

@@ -10,8 +10,8 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::fs::{AnswerStream, answer_stream, chunk_refused};
 use crate::content::wire::{get_response, put_response, range_asked, stored_chunk};
+use crate::node::{Node, Parts};
 use crate::read::task_failed;
-use crate::server::{Node, Parts};
 use crate::transport::CLUSTER_KEY;
 
 /// Chunks of one stream worked on at once.
@@ -32,11 +32,20 @@ impl PeerService {
 
     /// The parts, for a request that names this cluster.
     fn admit<T>(&self, request: &Request<T>) -> Result<&Parts, Status> {
-        let parts = self.node.parts().ok_or_else(|| Status::unavailable(self.node.not_ready()))?;
-        let named = request.metadata().get(CLUSTER_KEY).and_then(|value| value.to_str().ok()).unwrap_or("none");
+        let parts = self
+            .node
+            .parts()
+            .ok_or_else(|| Status::unavailable(self.node.not_ready()))?;
+        let named = request
+            .metadata()
+            .get(CLUSTER_KEY)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or("none");
         if named != parts.cluster.to_string() {
             let own = parts.cluster;
-            return Err(Status::failed_precondition(format!("this node belongs to cluster {own}, not to {named}")));
+            return Err(Status::failed_precondition(format!(
+                "this node belongs to cluster {own}, not to {named}"
+            )));
         }
         Ok(parts)
     }
@@ -67,7 +76,9 @@ impl Peer for PeerService {
         request: Request<Streaming<wire::RaftMessage>>,
     ) -> Result<Response<Self::AppendEntriesStream>, Status> {
         let consensus = self.admit(&request)?.consensus.clone();
-        Ok(Response::new(Box::pin(consensus.append_stream(request.into_inner()))))
+        Ok(Response::new(Box::pin(
+            consensus.append_stream(request.into_inner()),
+        )))
     }
 
     async fn vote(&self, request: Request<wire::RaftMessage>) -> Result<Response<wire::RaftMessage>, Status> {
@@ -75,7 +86,10 @@ impl Peer for PeerService {
         consensus.vote(request.into_inner()).await.map(Response::new)
     }
 
-    async fn pre_vote(&self, request: Request<wire::RaftMessage>) -> Result<Response<wire::RaftMessage>, Status> {
+    async fn pre_vote(
+        &self,
+        request: Request<wire::RaftMessage>,
+    ) -> Result<Response<wire::RaftMessage>, Status> {
         let consensus = self.admit(&request)?.consensus.clone();
         consensus.pre_vote(request.into_inner()).await.map(Response::new)
     }
@@ -85,7 +99,10 @@ impl Peer for PeerService {
         request: Request<wire::RaftMessage>,
     ) -> Result<Response<wire::RaftMessage>, Status> {
         let consensus = self.admit(&request)?.consensus.clone();
-        consensus.transfer_leader(request.into_inner()).await.map(Response::new)
+        consensus
+            .transfer_leader(request.into_inner())
+            .await
+            .map(Response::new)
     }
 
     async fn install_snapshot(
@@ -93,7 +110,10 @@ impl Peer for PeerService {
         request: Request<Streaming<wire::SnapshotPiece>>,
     ) -> Result<Response<wire::RaftMessage>, Status> {
         let consensus = self.admit(&request)?.consensus.clone();
-        consensus.install_snapshot(request.into_inner()).await.map(Response::new)
+        consensus
+            .install_snapshot(request.into_inner())
+            .await
+            .map(Response::new)
     }
 
     async fn push_chunks(
@@ -116,7 +136,11 @@ impl Peer for PeerService {
                 }
             }
         };
-        Ok(Response::new(answer_stream(request.into_inner(), CHUNKS_PER_STREAM_MAX, answer)))
+        Ok(Response::new(answer_stream(
+            request.into_inner(),
+            CHUNKS_PER_STREAM_MAX,
+            answer,
+        )))
     }
 
     async fn fetch_chunks(
@@ -130,13 +154,19 @@ impl Peer for PeerService {
                 let call_id = request.call_id;
                 let (id, offset, length) = match range_asked(&request) {
                     Ok(asked) => asked,
-                    Err(malformed) => return chunk_refused(call_id, malformed.status(), malformed.to_string()),
+                    Err(malformed) => {
+                        return chunk_refused(call_id, malformed.status(), malformed.to_string());
+                    }
                 };
                 let range = tokio::task::spawn_blocking(move || content.read(id, offset, length)).await;
                 get_response(call_id, range.unwrap_or_else(|failed| Err(task_failed(failed))))
             }
         };
-        Ok(Response::new(answer_stream(request.into_inner(), CHUNKS_PER_STREAM_MAX, answer)))
+        Ok(Response::new(answer_stream(
+            request.into_inner(),
+            CHUNKS_PER_STREAM_MAX,
+            answer,
+        )))
     }
 
     async fn held_chunks(
@@ -146,9 +176,14 @@ impl Peer for PeerService {
         let parts = self.admit(&request)?;
         let chunks = request.get_ref().chunks.as_slice();
         if chunks.len() > HELD_ASKED_MAX {
-            return Err(Status::invalid_argument(format!("at most {HELD_ASKED_MAX} chunks may be asked about at once")));
+            return Err(Status::invalid_argument(format!(
+                "at most {HELD_ASKED_MAX} chunks may be asked about at once"
+            )));
         }
-        let held = chunks.iter().map(|id| parts.content.holds(ChunkId::from(*id))).collect();
+        let held = chunks
+            .iter()
+            .map(|id| parts.content.holds(ChunkId::from(*id)))
+            .collect();
         Ok(Response::new(wire::HeldChunksResponse { held }))
     }
 

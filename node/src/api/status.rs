@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::metadata::Failure;
-use crate::server::{Node, Parts};
+use crate::node::{Node, Parts};
 
 /// Who this node is, what it believes, and whether writes can be acknowledged now, and if not, why not.
 pub fn status(node: &Node) -> Value {
@@ -80,7 +80,10 @@ pub fn status(node: &Node) -> Value {
 
 fn living_sessions(parts: &Parts) -> Result<usize, Failure> {
     let sessions = parts.metadata.view()?.sessions()?;
-    Ok(sessions.iter().filter(|(_, record)| record.ended.is_none()).count())
+    Ok(sessions
+        .iter()
+        .filter(|(_, record)| record.ended.is_none())
+        .count())
 }
 
 /// How far the healing of content is; compares named with held first, so that the numbers are of now.

@@ -78,18 +78,36 @@ struct Answer {
 async fn ask_all(config: &Config, own: &Member, transport: &Transport) -> Vec<Result<Answer, String>> {
     let asked = config.members.iter().map(|address| async move {
         if address == config.grpc() {
-            return Ok(Answer { node: own.clone(), cluster: None, empty: true, founders: Vec::new() });
+            return Ok(Answer {
+                node: own.clone(),
+                cluster: None,
+                empty: true,
+                founders: Vec::new(),
+            });
         }
         let ask = async {
-            let mut peer = transport.peer_at(address, Purpose::Control).map_err(|e| e.to_string())?;
-            let request = wire::HelloRequest { from: Some(own.clone().into()), cluster_id: bytes::Bytes::new() };
-            let answer = peer.hello(request).await.map_err(|status| status.message().to_string())?.into_inner();
+            let mut peer = transport
+                .peer_at(address, Purpose::Control)
+                .map_err(|e| e.to_string())?;
+            let request = wire::HelloRequest {
+                from: Some(own.clone().into()),
+                cluster_id: bytes::Bytes::new(),
+            };
+            let answer = peer
+                .hello(request)
+                .await
+                .map_err(|status| status.message().to_string())?
+                .into_inner();
             let node = answer.node.ok_or("answered without saying who it is")?;
             Ok(Answer {
                 node: Member::try_from(node).map_err(|e| e.to_string())?,
                 cluster: ClusterId::from_bytes(&answer.cluster_id),
                 empty: answer.empty,
-                founders: answer.members.into_iter().filter_map(|m| Member::try_from(m).ok()).collect(),
+                founders: answer
+                    .members
+                    .into_iter()
+                    .filter_map(|m| Member::try_from(m).ok())
+                    .collect(),
             })
         };
         tokio::time::timeout(Duration::from_millis(ANSWER_TIMEOUT_MS), ask)
@@ -111,7 +129,10 @@ fn decide(answers: &[Result<Answer, String>], own: &Member, config: &Config) -> 
         if let Some(cluster) = answer.cluster
             && answer.founders.iter().any(|founder| founder.id == own.id)
         {
-            return Decision::Bind(Membership { cluster, founders: answer.founders.clone() });
+            return Decision::Bind(Membership {
+                cluster,
+                founders: answer.founders.clone(),
+            });
         }
     }
     if let Some((cluster, answer)) = heard.iter().find_map(|answer| Some((answer.cluster?, answer))) {
@@ -134,7 +155,10 @@ fn decide(answers: &[Result<Answer, String>], own: &Member, config: &Config) -> 
             ));
         }
         if !answer.empty {
-            return Decision::Wait(format!("{} is not empty, though it belongs to no cluster", config.members[at]));
+            return Decision::Wait(format!(
+                "{} is not empty, though it belongs to no cluster",
+                config.members[at]
+            ));
         }
     }
     let founders: Vec<Member> = heard.iter().map(|answer| answer.node.clone()).collect();
@@ -145,7 +169,10 @@ fn decide(answers: &[Result<Answer, String>], own: &Member, config: &Config) -> 
     }
     let mut cluster = [0; 16];
     cluster.copy_from_slice(&digest.finalize()[..16]);
-    Decision::Bind(Membership { cluster: ClusterId(cluster), founders })
+    Decision::Bind(Membership {
+        cluster: ClusterId(cluster),
+        founders,
+    })
 }
 
 #[cfg(test)]
@@ -154,25 +181,51 @@ mod tests {
     use quorumfs_proto::{Addresses, NodeId};
 
     fn member(slot: u16, incarnation: u64) -> Member {
-        let addresses = Addresses { grpc: format!("127.0.0.1:{}", 3029 + slot), http: "127.0.0.1:1".into() };
-        Member { id: NodeId { slot, incarnation }, addresses }
+        let addresses = Addresses {
+            grpc: format!("127.0.0.1:{}", 3029 + slot),
+            http: "127.0.0.1:1".into(),
+        };
+        Member {
+            id: NodeId { slot, incarnation },
+            addresses,
+        }
     }
 
     fn empty(slot: u16) -> Result<Answer, String> {
-        Ok(Answer { node: member(slot, 10 + u64::from(slot)), cluster: None, empty: true, founders: vec![] })
+        Ok(Answer {
+            node: member(slot, 10 + u64::from(slot)),
+            cluster: None,
+            empty: true,
+            founders: vec![],
+        })
     }
 
     fn config() -> Config {
         use clap::Parser as _;
         let members = "127.0.0.1:3030,127.0.0.1:3031,127.0.0.1:3032";
-        let args = ["n", "--slot", "1", "--members", members, "--http", "127.0.0.1:1", "--data", "/d"];
-        crate::config::Settings::try_parse_from(args).unwrap().resolve().unwrap()
+        let args = [
+            "n",
+            "--slot",
+            "1",
+            "--members",
+            members,
+            "--http",
+            "127.0.0.1:1",
+            "--data",
+            "/d",
+        ];
+        crate::config::Settings::try_parse_from(args)
+            .unwrap()
+            .resolve()
+            .unwrap()
     }
 
     #[test]
     fn a_cluster_is_made_only_when_all_answer_and_all_are_empty() {
         let own = member(1, 11);
-        let Decision::Bind(made) = decide(&[empty(1), empty(2), empty(3)], &own, &config()) else { panic!("waits") };
+        let Decision::Bind(made) = decide(&[empty(1), empty(2), empty(3)], &own, &config()) else {
+            panic!("waits")
+        };
         assert_eq!(made.founders.len(), 3);
         // Every member works out the same cluster.
         let Decision::Bind(same) = decide(&[empty(1), empty(2), empty(3)], &member(3, 13), &config()) else {
@@ -180,16 +233,28 @@ mod tests {
         };
         assert_eq!(made, same);
         let silent = Err("127.0.0.1:3032: does not answer".to_string());
-        assert!(matches!(decide(&[empty(1), empty(2), silent], &own, &config()), Decision::Wait(r) if r.contains("3032")));
-        assert!(matches!(decide(&[empty(1), empty(3), empty(2)], &own, &config()), Decision::Wait(r) if r.contains("slot")));
+        assert!(
+            matches!(decide(&[empty(1), empty(2), silent], &own, &config()), Decision::Wait(r) if r.contains("3032"))
+        );
+        assert!(
+            matches!(decide(&[empty(1), empty(3), empty(2)], &own, &config()), Decision::Wait(r) if r.contains("slot"))
+        );
     }
 
     #[test]
     fn a_wiped_node_waits_and_a_founder_joins() {
         let founders = vec![member(1, 11), member(2, 12), member(3, 13)];
-        let made = Ok(Answer { node: member(2, 12), cluster: Some(ClusterId([1; 16])), empty: false, founders });
+        let made = Ok(Answer {
+            node: member(2, 12),
+            cluster: Some(ClusterId([1; 16])),
+            empty: false,
+            founders,
+        });
         let answers = [empty(1), made, empty(3)];
-        assert!(matches!(decide(&answers, &member(1, 11), &config()), Decision::Bind(_)));
+        assert!(matches!(
+            decide(&answers, &member(1, 11), &config()),
+            Decision::Bind(_)
+        ));
         let wiped = decide(&answers, &member(1, 99), &config());
         assert!(matches!(wiped, Decision::Wait(reason) if reason.contains("does not vote")));
     }

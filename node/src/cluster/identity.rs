@@ -102,7 +102,11 @@ impl DataFolder {
     pub fn open(path: &Path, slot: u16) -> Result<DataFolder, IdentityError> {
         let io = |what, at: &Path| {
             let at = at.to_path_buf();
-            move |source| IdentityError::Io { what, path: at, source }
+            move |source| IdentityError::Io {
+                what,
+                path: at,
+                source,
+            }
         };
         std::fs::create_dir_all(path).map_err(io("make data folder", path))?;
         let lock_path = path.join(LOCK_FILE);
@@ -117,7 +121,10 @@ impl DataFolder {
 
         let file_path = path.join(IDENTITY_FILE);
         let (id, membership) = match std::fs::read_to_string(&file_path) {
-            Ok(text) => parse(&text).map_err(|reason| IdentityError::Malformed { path: file_path.clone(), reason })?,
+            Ok(text) => parse(&text).map_err(|reason| IdentityError::Malformed {
+                path: file_path.clone(),
+                reason,
+            })?,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 let entries = std::fs::read_dir(path).map_err(io("list", path))?;
                 for entry in entries {
@@ -135,9 +142,18 @@ impl DataFolder {
             Err(error) => return Err(io("read", &file_path)(error)),
         };
         if id.slot != slot {
-            return Err(IdentityError::OtherSlot { path: path.to_path_buf(), found: id.slot, wanted: slot });
+            return Err(IdentityError::OtherSlot {
+                path: path.to_path_buf(),
+                found: id.slot,
+                wanted: slot,
+            });
         }
-        Ok(DataFolder { path: path.to_path_buf(), id, membership: Mutex::new(membership), _lock: lock })
+        Ok(DataFolder {
+            path: path.to_path_buf(),
+            id,
+            membership: Mutex::new(membership),
+            _lock: lock,
+        })
     }
 
     /// Who this node is.
@@ -178,7 +194,9 @@ fn write(folder: &Path, id: NodeId, membership: Option<&Membership>) -> std::io:
         slot: id.slot,
         incarnation: format!("{:016x}", id.incarnation),
         cluster: membership.map(|m| m.cluster.to_string()),
-        members: membership.map(|m| m.founders.iter().map(entry_of).collect()).unwrap_or_default(),
+        members: membership
+            .map(|m| m.founders.iter().map(entry_of).collect())
+            .unwrap_or_default(),
     };
     let text = toml::to_string(&file).map_err(std::io::Error::other)?;
     let temporary = folder.join(temporary_name());
@@ -201,17 +219,32 @@ fn entry_of(member: &Member) -> MemberEntry {
 fn parse(text: &str) -> Result<(NodeId, Option<Membership>), String> {
     let file: IdentityFile = toml::from_str(text).map_err(|e| e.to_string())?;
     if file.version != FOLDER_VERSION {
-        return Err(format!("folder version {} is not known; this program knows {FOLDER_VERSION}", file.version));
+        return Err(format!(
+            "folder version {} is not known; this program knows {FOLDER_VERSION}",
+            file.version
+        ));
     }
     let number = |text: &str| u64::from_str_radix(text, 16).map_err(|e| format!("incarnation {text:?}: {e}"));
-    let id = NodeId { slot: file.slot, incarnation: number(&file.incarnation)? };
-    let Some(cluster) = file.cluster else { return Ok((id, None)) };
-    let cluster = ClusterId::from_hex(&cluster).ok_or_else(|| format!("cluster {cluster:?} is not 32 hex digits"))?;
+    let id = NodeId {
+        slot: file.slot,
+        incarnation: number(&file.incarnation)?,
+    };
+    let Some(cluster) = file.cluster else {
+        return Ok((id, None));
+    };
+    let cluster =
+        ClusterId::from_hex(&cluster).ok_or_else(|| format!("cluster {cluster:?} is not 32 hex digits"))?;
     let mut founders = Vec::new();
     for entry in file.members {
         founders.push(Member {
-            id: NodeId { slot: entry.slot, incarnation: number(&entry.incarnation)? },
-            addresses: Addresses { grpc: entry.grpc, http: entry.http },
+            id: NodeId {
+                slot: entry.slot,
+                incarnation: number(&entry.incarnation)?,
+            },
+            addresses: Addresses {
+                grpc: entry.grpc,
+                http: entry.http,
+            },
         });
     }
     Ok((id, Some(Membership { cluster, founders })))
@@ -225,16 +258,35 @@ mod tests {
     fn a_folder_keeps_its_identity_and_refuses_another_slot() {
         let dir = tempfile::tempdir().unwrap();
         let folder = DataFolder::open(dir.path(), 2).unwrap();
-        assert!(matches!(DataFolder::open(dir.path(), 2), Err(IdentityError::InUse(_))));
+        assert!(matches!(
+            DataFolder::open(dir.path(), 2),
+            Err(IdentityError::InUse(_))
+        ));
         let id = folder.id();
-        let member = Member { id, addresses: Addresses { grpc: "a:1".into(), http: "a:2".into() } };
-        let membership = Membership { cluster: ClusterId([7; 16]), founders: vec![member] };
+        let member = Member {
+            id,
+            addresses: Addresses {
+                grpc: "a:1".into(),
+                http: "a:2".into(),
+            },
+        };
+        let membership = Membership {
+            cluster: ClusterId([7; 16]),
+            founders: vec![member],
+        };
         folder.bind(membership.clone()).unwrap();
         drop(folder);
         let again = DataFolder::open(dir.path(), 2).unwrap();
         assert_eq!((again.id(), again.membership()), (id, Some(membership)));
         drop(again);
-        assert!(matches!(DataFolder::open(dir.path(), 1), Err(IdentityError::OtherSlot { found: 2, wanted: 1, .. })));
+        assert!(matches!(
+            DataFolder::open(dir.path(), 1),
+            Err(IdentityError::OtherSlot {
+                found: 2,
+                wanted: 1,
+                ..
+            })
+        ));
     }
 
     #[test]
@@ -242,9 +294,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let first = DataFolder::open(dir.path(), 1).unwrap().id();
         std::fs::remove_file(dir.path().join(IDENTITY_FILE)).unwrap();
-        assert_ne!(DataFolder::open(dir.path(), 1).unwrap().id().incarnation, first.incarnation);
+        assert_ne!(
+            DataFolder::open(dir.path(), 1).unwrap().id().incarnation,
+            first.incarnation
+        );
         std::fs::remove_file(dir.path().join(IDENTITY_FILE)).unwrap();
         std::fs::write(dir.path().join("holiday.jpg"), b"x").unwrap();
-        assert!(matches!(DataFolder::open(dir.path(), 1), Err(IdentityError::NoIdentity(_))));
+        assert!(matches!(
+            DataFolder::open(dir.path(), 1),
+            Err(IdentityError::NoIdentity(_))
+        ));
     }
 }

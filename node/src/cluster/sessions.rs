@@ -37,7 +37,11 @@ pub struct SessionKeeper {
 impl SessionKeeper {
     /// Knows of no session yet.
     pub fn new(consensus: Consensus, metadata: Arc<MetadataStore>) -> Arc<SessionKeeper> {
-        Arc::new(SessionKeeper { consensus, metadata, heard: Mutex::new(HashMap::new()) })
+        Arc::new(SessionKeeper {
+            consensus,
+            metadata,
+            heard: Mutex::new(HashMap::new()),
+        })
     }
 
     /// A call of `session` arrived.
@@ -93,14 +97,23 @@ impl SessionKeeper {
         use futures::StreamExt as _;
         let inodes = self.metadata.view()?.reclaimable(RECLAIM_INODES_MAX)?;
         let commands = inodes.into_iter().map(|inode| {
-            self.propose(LogBody::ReclaimUnlinked { inode, extents_max: RECLAIM_EXTENTS_MAX })
+            self.propose(LogBody::ReclaimUnlinked {
+                inode,
+                extents_max: RECLAIM_EXTENTS_MAX,
+            })
         });
-        futures::stream::iter(commands).buffer_unordered(RECLAIM_CONCURRENCY).collect::<()>().await;
+        futures::stream::iter(commands)
+            .buffer_unordered(RECLAIM_CONCURRENCY)
+            .collect::<()>()
+            .await;
         Ok(())
     }
 
     async fn propose(&self, body: LogBody) {
-        let command = LogCommand { stamp: Timestamp::from(SystemTime::now()), body };
+        let command = LogCommand {
+            stamp: Timestamp::from(SystemTime::now()),
+            body,
+        };
         if let Err(error) = self.consensus.propose(command).await {
             // The next look, here or on the next leader, tries again.
             tracing::debug!(%error, "housekeeping command was not committed");

@@ -46,9 +46,23 @@ pub struct SpaceMonitor {
 
 impl SpaceMonitor {
     /// Looks once at the own disk.
-    pub fn new(consensus: Consensus, content: Arc<ContentStore>, transport: Arc<Transport>) -> Arc<SpaceMonitor> {
-        let own = Mutex::new(Room { capacity_bytes: 0, available_bytes: 0, has_room: true });
-        let monitor = SpaceMonitor { consensus, content, transport, own, peers: Mutex::new(HashMap::new()) };
+    pub fn new(
+        consensus: Consensus,
+        content: Arc<ContentStore>,
+        transport: Arc<Transport>,
+    ) -> Arc<SpaceMonitor> {
+        let own = Mutex::new(Room {
+            capacity_bytes: 0,
+            available_bytes: 0,
+            has_room: true,
+        });
+        let monitor = SpaceMonitor {
+            consensus,
+            content,
+            transport,
+            own,
+            peers: Mutex::new(HashMap::new()),
+        };
         monitor.look();
         Arc::new(monitor)
     }
@@ -92,8 +106,16 @@ impl SpaceMonitor {
         let own = self.own();
         let mut rooms: Vec<Room> = self.peers.lock().values().map(|(_, room)| *room).collect();
         rooms.push(own);
-        let capacity = rooms.iter().map(|room| room.capacity_bytes).min().unwrap_or(own.capacity_bytes);
-        let available = rooms.iter().map(|room| room.available_bytes).min().unwrap_or(own.available_bytes);
+        let capacity = rooms
+            .iter()
+            .map(|room| room.capacity_bytes)
+            .min()
+            .unwrap_or(own.capacity_bytes);
+        let available = rooms
+            .iter()
+            .map(|room| room.available_bytes)
+            .min()
+            .unwrap_or(own.available_bytes);
         (capacity, available.saturating_sub(RESERVE_BYTES))
     }
 
@@ -104,7 +126,12 @@ impl SpaceMonitor {
         }
         let fresh = Duration::from_millis(ANSWER_AGE_MS_MAX);
         let peers = self.peers.lock();
-        full.extend(peers.iter().filter(|(_, (at, room))| at.elapsed() < fresh && !room.has_room).map(|(id, _)| *id));
+        full.extend(
+            peers
+                .iter()
+                .filter(|(_, (at, room))| at.elapsed() < fresh && !room.has_room)
+                .map(|(id, _)| *id),
+        );
         full
     }
 
@@ -115,11 +142,18 @@ impl SpaceMonitor {
                 let needed = if own.has_room { RESERVE_BYTES } else { RESUME_BYTES };
                 let has_room = space.available_bytes >= needed;
                 if own.has_room && !has_room {
-                    warn!(available_bytes = space.available_bytes, "the disk is full: only what frees space is taken");
+                    warn!(
+                        available_bytes = space.available_bytes,
+                        "the disk is full: only what frees space is taken"
+                    );
                 } else if !own.has_room && has_room {
                     info!(available_bytes = space.available_bytes, "the disk has room again");
                 }
-                *own = Room { capacity_bytes: space.capacity_bytes, available_bytes: space.available_bytes, has_room };
+                *own = Room {
+                    capacity_bytes: space.capacity_bytes,
+                    available_bytes: space.available_bytes,
+                    has_room,
+                };
             }
             Err(error) => warn!(%error, "cannot tell how full the disk is"),
         }
@@ -127,7 +161,11 @@ impl SpaceMonitor {
 
     async fn ask_peers(&self) {
         let own = self.consensus.id();
-        let others = self.consensus.members().into_iter().filter(|member| member.id != own);
+        let others = self
+            .consensus
+            .members()
+            .into_iter()
+            .filter(|member| member.id != own);
         let answers = futures::future::join_all(others.map(|member| self.ask(member))).await;
         let mut peers = self.peers.lock();
         peers.extend(answers.into_iter().flatten());
@@ -138,7 +176,11 @@ impl SpaceMonitor {
         let mut peer = self.transport.peer(&member.addresses, Purpose::Control).ok()?;
         let ask = peer.node_status(wire::NodeStatusRequest {});
         // A peer that is down is the health monitor's business, not worth a line here.
-        let status = tokio::time::timeout(Duration::from_millis(LOOK_INTERVAL_MS), ask).await.ok()?.ok()?.into_inner();
+        let status = tokio::time::timeout(Duration::from_millis(LOOK_INTERVAL_MS), ask)
+            .await
+            .ok()?
+            .ok()?
+            .into_inner();
         let room = Room {
             capacity_bytes: status.capacity_bytes,
             available_bytes: status.available_bytes,

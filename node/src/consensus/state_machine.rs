@@ -221,10 +221,12 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         decode_position(&self.metadata.position()).map_err(io::Error::other)
     }
 
-    async fn apply<Strm>(&mut self, mut entries: Strm) -> io::Result<()>
+    async fn apply<Strm>(&mut self, entries: Strm) -> io::Result<()>
     where
         Strm: Stream<Item = io::Result<EntryResponder<TypeConfig>>> + Unpin + OptionalSend,
     {
+        // The end is asked for again after the last batch.
+        let mut entries = entries.fuse();
         loop {
             let mut batch = Vec::new();
             let mut bytes = 0;

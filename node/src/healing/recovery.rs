@@ -130,7 +130,13 @@ impl Recovery {
     /// How far it is.
     pub fn status(&self) -> RecoveryStatus {
         let (held_chunks, held_bytes) = self.content.counts();
-        let queued = self.queue.lock().members.iter().filter(|id| !self.content.holds(**id)).count() as u64;
+        let queued = self
+            .queue
+            .lock()
+            .members
+            .iter()
+            .filter(|id| !self.content.holds(**id))
+            .count() as u64;
         RecoveryStatus {
             running: self.running.load(Ordering::Relaxed),
             named_chunks: self.named_chunks.load(Ordering::Relaxed),
@@ -174,7 +180,9 @@ impl Recovery {
         loop {
             let Some(id) = self.next().await else { continue };
             // The semaphore is never closed.
-            let Ok(place) = places.clone().acquire_owned().await else { return };
+            let Ok(place) = places.clone().acquire_owned().await else {
+                return;
+            };
             let recovery = self.clone();
             tokio::spawn(async move {
                 recovery.running.store(true, Ordering::Relaxed);
@@ -199,7 +207,9 @@ impl Recovery {
             let recovery = self.clone();
             match tokio::task::spawn_blocking(move || recovery.compare()).await {
                 Ok(Ok((_, 0))) => {}
-                Ok(Ok((named, missing))) => info!(named, missing, "content is missing on this node; fetching it"),
+                Ok(Ok((named, missing))) => {
+                    info!(named, missing, "content is missing on this node; fetching it")
+                }
                 Ok(Err(fault)) => warn!(%fault, "content could not be compared with metadata"),
                 Err(panic) => warn!(%panic, "content could not be compared with metadata"),
             }
@@ -215,7 +225,9 @@ impl Recovery {
         let wait = {
             let mut queue = self.queue.lock();
             match queue.waiting.front() {
-                Some((due, _)) if *due <= Instant::now() => return queue.waiting.pop_front().map(|(_, id)| id),
+                Some((due, _)) if *due <= Instant::now() => {
+                    return queue.waiting.pop_front().map(|(_, id)| id);
+                }
                 Some((due, _)) => due.saturating_duration_since(Instant::now()),
                 None => Duration::from_secs(3600),
             }
@@ -244,8 +256,17 @@ impl Recovery {
         };
         let own = self.consensus.id();
         let mut reasons = Vec::new();
-        for member in self.consensus.members().into_iter().filter(|member| member.id != own) {
-            match self.peers.fetch_whole(&member, id, record.length, record.sha256).await {
+        for member in self
+            .consensus
+            .members()
+            .into_iter()
+            .filter(|member| member.id != own)
+        {
+            match self
+                .peers
+                .fetch_whole(&member, id, record.length, record.sha256)
+                .await
+            {
                 Ok(chunk) => match self.content.put(chunk).await {
                     Ok(()) => {
                         self.fetched_chunks.fetch_add(1, Ordering::Relaxed);
@@ -271,6 +292,8 @@ impl Recovery {
 
     fn no_longer_missing(&self) {
         let less = |count: u64| Some(count.saturating_sub(1));
-        let _ = self.missing_chunks.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        let _ = self
+            .missing_chunks
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
     }
 }

@@ -38,8 +38,18 @@ pub struct Sweeper {
 
 impl Sweeper {
     /// Nothing is done before [`Sweeper::run`].
-    pub fn new(consensus: Consensus, metadata: Arc<MetadataStore>, content: Arc<ContentStore>) -> Arc<Sweeper> {
-        Arc::new(Sweeper { consensus, metadata, content, queue: Mutex::default(), added: Notify::new() })
+    pub fn new(
+        consensus: Consensus,
+        metadata: Arc<MetadataStore>,
+        content: Arc<ContentStore>,
+    ) -> Arc<Sweeper> {
+        Arc::new(Sweeper {
+            consensus,
+            metadata,
+            content,
+            queue: Mutex::default(),
+            added: Notify::new(),
+        })
     }
 
     /// These chunks lost their last reference.
@@ -92,7 +102,10 @@ impl Sweeper {
             let page = self.content.ids_after(after, PAGE_CHUNKS);
             let Some(last) = page.last() else { return Ok(freed) };
             after = Some(*last);
-            self.consensus.barrier().await.map_err(|error| error.to_string())?;
+            self.consensus
+                .barrier()
+                .await
+                .map_err(|error| error.to_string())?;
             let view = self.metadata.view().map_err(|fault| fault.to_string())?;
             let mut dead = Vec::new();
             for id in page {

@@ -116,7 +116,11 @@ impl fmt::Display for LogCommand {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.body {
             LogBody::Call(Mutation { request, .. }) | LogBody::Refuse { request, .. } => {
-                write!(f, "call {}/{}/{}", request.session, request.lane.0, request.sequence)
+                write!(
+                    f,
+                    "call {}/{}/{}",
+                    request.session, request.lane.0, request.sequence
+                )
             }
             LogBody::OpenSession { session, .. } => write!(f, "open session {session}"),
             LogBody::EndSession { session } => write!(f, "end session {session}"),

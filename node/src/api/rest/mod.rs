@@ -244,7 +244,9 @@ async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
 async fn recovery_status(State(service): State<Arc<Service>>) -> Result<Json<Value>, ApiError> {
     let recovery = Arc::clone(&service.recovery);
     let counted = tokio::task::spawn_blocking(move || recovery()).await;
-    counted.map(Json).map_err(|failed| ApiError::unavailable(failed.to_string()))
+    counted
+        .map(Json)
+        .map_err(|failed| ApiError::unavailable(failed.to_string()))
 }
 
 async fn not_found(uri: Uri) -> ApiError {

@@ -15,7 +15,7 @@ mod transaction;
 use std::sync::Arc;
 
 use quorumfs_proto::limits::LANES_MAX;
-use quorumfs_proto::{FsError, Outcome, RequestId, Timestamp, codec};
+use quorumfs_proto::{FsError, Outcome, RequestId, codec};
 
 use super::command::{Applied, CallResult, Effects, LogBody, LogCommand};
 use super::fault::{Failure, StorageFault};
@@ -140,9 +140,10 @@ impl<'store> Batch<'store> {
             LogBody::Refuse { request, verdict } => {
                 self.decide(request, |_, _| Ok((Err(*verdict), Effects::default())))
             }
-            LogBody::OpenSession { session, description } => {
-                self.writer.open_session(now, *session, description).map(without_effects)
-            }
+            LogBody::OpenSession { session, description } => self
+                .writer
+                .open_session(now, *session, description)
+                .map(without_effects),
             LogBody::EndSession { session } => self.writer.end_session(now, *session).map(without_effects),
             LogBody::ForgetSession { session } => self.writer.forget_session(*session).map(without_effects),
             LogBody::ReclaimUnlinked { inode, extents_max } => {

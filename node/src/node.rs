@@ -1,0 +1,98 @@
+//! A node as its edges see it: who it is and, once it knows its cluster, what it is made of.
+//!
+//! Knows nothing of the edges, nor of how the parts are built.
+
+use std::sync::{Arc, OnceLock};
+
+use quorumfs_proto::{ClusterId, Member};
+
+use crate::cluster::bootstrap::WaitReason;
+use crate::cluster::identity::{DataFolder, Membership};
+use crate::cluster::sessions::SessionKeeper;
+use crate::cluster::space::SpaceMonitor;
+use crate::consensus::Consensus;
+use crate::content::ContentStore;
+use crate::healing::recovery::Recovery;
+use crate::metadata::MetadataStore;
+use crate::read::Reader;
+use crate::write::Writer;
+
+/// A node as its edges see it.
+pub struct Node {
+    own: Member,
+    folder: DataFolder,
+    waiting_for: WaitReason,
+    parts: OnceLock<Parts>,
+}
+
+/// What a node is made of, once it knows its cluster.
+pub struct Parts {
+    /// The cluster's name.
+    pub cluster: ClusterId,
+    /// The replicated log.
+    pub consensus: Consensus,
+    /// The state the log builds.
+    pub metadata: Arc<MetadataStore>,
+    /// The bytes of files.
+    pub content: Arc<ContentStore>,
+    /// The write path.
+    pub writer: Arc<Writer>,
+    /// The read path.
+    pub reader: Arc<Reader>,
+    /// Fetches what is missing.
+    pub recovery: Arc<Recovery>,
+    /// Knows who has room.
+    pub space: Arc<SpaceMonitor>,
+    /// Knows which clients live.
+    pub sessions: Arc<SessionKeeper>,
+}
+
+impl Node {
+    /// A node that does not know its cluster yet.
+    pub fn new(own: Member, folder: DataFolder) -> Node {
+        Node {
+            own,
+            folder,
+            waiting_for: WaitReason::default(),
+            parts: OnceLock::new(),
+        }
+    }
+
+    /// The node knows its cluster: from now on its edges serve. Only the first call counts.
+    pub fn begin(&self, parts: Parts) {
+        let _ = self.parts.set(parts);
+    }
+
+    /// Its data folder.
+    pub fn folder(&self) -> &DataFolder {
+        &self.folder
+    }
+
+    /// Where it is noted what the node waits for.
+    pub fn waiting_for(&self) -> &WaitReason {
+        &self.waiting_for
+    }
+
+    /// Who this node is.
+    pub fn own(&self) -> &Member {
+        &self.own
+    }
+
+    /// The cluster this node's folder belongs to.
+    pub fn membership(&self) -> Option<Membership> {
+        self.folder.membership()
+    }
+
+    /// The parts, once the node knows its cluster and has opened its state.
+    pub fn parts(&self) -> Option<&Parts> {
+        self.parts.get()
+    }
+
+    /// Why there are no parts yet, in words.
+    pub fn not_ready(&self) -> String {
+        self.waiting_for
+            .lock()
+            .clone()
+            .unwrap_or_else(|| "the node is starting".to_string())
+    }
+}
