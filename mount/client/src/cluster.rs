@@ -5,12 +5,10 @@
 //!
 //! Invariants: every finding has a number; a complaint names the number it is about, and one about an older finding
 //! is passed over, so that many users of one broken leader start one search. A search never ends but with a
-//! finding (P6), and pauses between rounds as [`Backoff`] says. The address book holds what the user gave and what
-//! the nodes told last, at most [`ADDRESSES_MAX`].
+//! finding (P6), and pauses between rounds as [`Backoff`] says.
 //!
 //! Knows nothing of calls, sessions or chunks.
 
-use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,13 +22,12 @@ use quorumfs_proto::{ClusterId, Member, NodeId};
 use tokio::sync::{Notify, watch};
 use tonic::transport::Channel;
 
+use crate::book::Book;
 use crate::connector::{Backoff, Connector, Purpose};
 use crate::discovery::{Search, Suspect, Tally};
 
 /// A node that does not say in this time who leads is passed over in this round.
 const DISCOVER_TIMEOUT_MS: u64 = 1_000;
-/// A cluster has at most seven voters and few learners; more addresses than this are not asked.
-const ADDRESSES_MAX: usize = 64;
 /// Once a majority has answered, how much longer the others may take: a stopped node must not slow down every round.
 const ROUND_GRACE_MS: u64 = 150;
 /// How long a search goes on before the log says so, and then says so again.
@@ -74,79 +71,23 @@ struct State {
     pause_began: Option<Instant>,
     /// A change of leader that the log has not heard of, for nobody knows yet how long the pause is.
     unannounced: bool,
+    /// Why the leader is in doubt.
+    doubt: Option<String>,
     /// Why nodes are of no use, as of the last round.
     problems: BTreeMap<String, String>,
-}
-
-/// Where nodes are reached.
-struct Book {
-    configured: Vec<String>,
-    cluster: Option<ClusterId>,
-    members: Vec<Member>,
-    /// An address at which a node has answered; it may differ from the one it is known by within the cluster.
-    reached: HashMap<NodeId, String>,
-}
-
-impl Book {
-    /// Every address worth asking, each once, the user's first.
-    fn addresses(&self) -> Vec<String> {
-        let mut addresses = self.configured.clone();
-        for member in &self.members {
-            let address = self.address_of(member);
-            if !address.is_empty() && !addresses.contains(&address) {
-                addresses.push(address);
-            }
-        }
-        addresses.truncate(ADDRESSES_MAX);
-        addresses
-    }
-
-    /// Where `member` is reached: where it was, or else where the cluster says.
-    fn address_of(&self, member: &Member) -> String {
-        let known = self.reached.get(&member.id);
-        known.unwrap_or(&member.addresses.grpc).clone()
-    }
-
-    fn member_at(&self, address: &str) -> Option<&Member> {
-        let named = self
-            .members
-            .iter()
-            .find(|member| member.addresses.grpc == address);
-        named.or_else(|| {
-            let mut reached = self.members.iter();
-            reached.find(|member| self.reached.get(&member.id).is_some_and(|at| at == address))
-        })
-    }
-
-    fn nodes(&self) -> usize {
-        match self.members.len() {
-            0 => self.configured.len(),
-            known => known,
-        }
-    }
 }
 
 impl Cluster {
     /// Nothing is asked yet; `addresses` must not be empty.
     pub(crate) fn new(addresses: Vec<String>, connector: Connector) -> Arc<Cluster> {
-        let mut configured: Vec<String> = Vec::with_capacity(addresses.len());
-        for address in addresses {
-            if !configured.contains(&address) {
-                configured.push(address);
-            }
-        }
         let state = State {
-            book: Book {
-                configured,
-                cluster: None,
-                members: Vec::new(),
-                reached: HashMap::new(),
-            },
+            book: Book::new(addresses),
             phase: Phase::Searching { hint: None },
             suspect: Suspect::default(),
             complaints: 0,
             pause_began: None,
             unannounced: false,
+            doubt: None,
             problems: BTreeMap::new(),
         };
         Arc::new(Cluster {
@@ -163,7 +104,7 @@ impl Cluster {
 
     /// Which cluster answers; `None` before any of its nodes has.
     pub(crate) fn id(&self) -> Option<ClusterId> {
-        self.state.lock().book.cluster
+        self.state.lock().book.cluster()
     }
 
     /// The addresses of all nodes, the user's first.
@@ -171,13 +112,17 @@ impl Cluster {
         self.state.lock().book.addresses()
     }
 
-    /// Why no leader is found, for people: one clause for each address.
+    /// Why calls are not answered, for people: one clause for each node that has a part in it.
     pub(crate) fn problems(&self) -> String {
         let state = self.state.lock();
-        let clauses: Vec<String> = state
-            .problems
-            .iter()
-            .map(|(address, problem)| format!("{address}: {problem}"))
+        let doubt = state.doubt.as_ref().map(|reason| {
+            let leader = state.suspect.address.as_deref().unwrap_or("somewhere");
+            format!("the leader {leader}: {reason}")
+        });
+        let problems = state.problems.iter();
+        let clauses: Vec<String> = doubt
+            .into_iter()
+            .chain(problems.map(|(address, problem)| format!("{address}: {problem}")))
             .collect();
         match clauses.is_empty() {
             true => String::from("no node has answered yet"),
@@ -195,7 +140,7 @@ impl Cluster {
         self.finding.borrow().number
     }
 
-    /// The leader of `finding` is none (any more), or its connection broke: calls have waited since `since`.
+    /// The leader of finding `number` is none (any more), or its connection broke: calls have waited since `since`.
     /// `hint` is the address of the leader as another node believes.
     pub(crate) fn complain(&self, number: u64, hint: Option<String>, since: Instant) {
         let mut state = self.state.lock();
@@ -213,10 +158,16 @@ impl Cluster {
         self.wanted.notify_one();
     }
 
-    /// The leader of `finding` has been silent since `since`: is there another?
-    pub(crate) fn doubt(&self, number: u64, since: Instant) {
+    /// The leader of finding `number` has decided nothing since `since`, for a `reason` in words: is there another?
+    pub(crate) fn doubt(&self, number: u64, since: Instant, reason: &str) {
         let mut state = self.state.lock();
-        if number == self.number() && matches!(state.phase, Phase::Settled) {
+        if number != self.number() || matches!(state.phase, Phase::Searching { .. }) {
+            return;
+        }
+        if state.doubt.as_deref() != Some(reason) {
+            state.doubt = Some(reason.to_string());
+        }
+        if matches!(state.phase, Phase::Settled) {
             state.begin_pause(since);
             state.phase = Phase::Doubted;
             drop(state);
@@ -224,7 +175,7 @@ impl Cluster {
         }
     }
 
-    /// The leader of `finding` has answered a call.
+    /// The leader of finding `number` has answered a call.
     pub(crate) fn confirm(&self, number: u64) {
         let mut state = self.state.lock();
         if number != self.number() || matches!(state.phase, Phase::Searching { .. }) {
@@ -232,6 +183,7 @@ impl Cluster {
         }
         state.phase = Phase::Settled;
         state.complaints = 0;
+        state.doubt = None;
         let pause = state.pause_began.take();
         if std::mem::take(&mut state.unannounced) {
             let leader = state.suspect.address.clone().unwrap_or_default();
@@ -282,12 +234,12 @@ impl Cluster {
                 self.adopt(search, Some(member.id), address);
                 continue;
             }
-            if search == Search::Anyone && Instant::now() >= notice_due {
+            if Instant::now() >= notice_due {
                 notice_due = Instant::now() + Duration::from_millis(6 * SEARCH_NOTICE_MS);
                 tracing::warn!(
                     waited_ms = search_began.elapsed().as_millis() as u64,
                     nodes = self.problems(),
-                    "no leader is known; calls wait"
+                    "no leader answers; calls wait"
                 );
             }
             backoff.pause().await;
@@ -320,6 +272,7 @@ impl Cluster {
             return;
         }
         state.phase = Phase::Settled;
+        state.doubt = None;
         state.unannounced = true;
         state.suspect = Suspect {
             id,
@@ -365,7 +318,7 @@ impl Cluster {
                 Err(problem) => {
                     // A connection that hangs must not be asked again.
                     clients.remove(&address);
-                    self.state.lock().book.reached.retain(|_, at| *at != address);
+                    self.state.lock().book.lost(&address);
                     self.note_problem(&address, problem);
                 }
                 Ok(answer) => match self.learn(&address, answer) {
@@ -393,57 +346,12 @@ impl Cluster {
         (leader, address)
     }
 
-    fn note_problem(&self, address: &str, problem: String) {
-        self.state.lock().problems.insert(address.to_string(), problem);
+    fn learn(&self, address: &str, answer: DiscoverResponse) -> Result<(NodeId, Option<Member>), String> {
+        self.state.lock().book.learn(address, answer)
     }
 
-    /// Takes note of what a node said; who it is and whom it follows.
-    fn learn(&self, address: &str, answer: DiscoverResponse) -> Result<(NodeId, Option<Member>), String> {
-        if answer.cluster_id.is_empty() {
-            return Err(String::from("answers, but its cluster has not been made yet"));
-        }
-        let cluster = ClusterId::from_bytes(&answer.cluster_id)
-            .ok_or_else(|| String::from("answers with a malformed cluster id"))?;
-        let node = answer
-            .node
-            .ok_or_else(|| String::from("does not say who it is"))?;
-        let node = Member::try_from(node).map_err(|error| error.to_string())?;
-        let leader = answer
-            .leader
-            .map(Member::try_from)
-            .transpose()
-            .map_err(|error| error.to_string())?;
-        let members: Vec<Member> = answer
-            .members
-            .into_iter()
-            .filter_map(|member| Member::try_from(member).ok())
-            .take(ADDRESSES_MAX)
-            .collect();
-
-        let mut state = self.state.lock();
-        let book = &mut state.book;
-        match book.cluster {
-            None => book.cluster = Some(cluster),
-            Some(ours) if ours != cluster => {
-                return Err(format!("belongs to another cluster ({cluster}, not {ours})"));
-            }
-            Some(_) => {}
-        }
-        // An old address may by now belong to another node.
-        book.reached.retain(|id, at| at != address || *id == node.id);
-        // One address for each node, the user's before others, so that nobody moves between two names of one node.
-        let better = book.configured.iter().any(|configured| configured == address);
-        match book.reached.entry(node.id) {
-            Entry::Occupied(mut known) if better => drop(known.insert(address.to_string())),
-            Entry::Occupied(_) => {}
-            Entry::Vacant(unknown) => drop(unknown.insert(address.to_string())),
-        }
-        if !members.is_empty() {
-            book.reached
-                .retain(|id, _| *id == node.id || members.iter().any(|member| member.id == *id));
-            book.members = members;
-        }
-        Ok((node.id, leader))
+    fn note_problem(&self, address: &str, problem: String) {
+        self.state.lock().problems.insert(address.to_string(), problem);
     }
 }
 

@@ -272,14 +272,13 @@ impl<P: Protocol> LeaderLink<P> {
                 answered: false,
             };
             let end = stream.serve(&address, &mut findings).await;
-            let (number, answered, last_answer) =
-                (stream.finding.number, stream.answered, stream.last_answer);
+            let (number, answered) = (stream.finding.number, stream.answered);
             let waiting_since = self.detach();
             if answered {
                 fruitless = 0;
                 backoff = Backoff::new();
             }
-            let since = waiting_since.unwrap_or(last_answer);
+            let since = waiting_since.unwrap_or_else(Instant::now);
             match end {
                 End::Moved => continue,
                 End::Broken(reason) => {
@@ -393,7 +392,7 @@ impl<P: Protocol> Stream<'_, P> {
             Reading::Unavailable { reason } => {
                 // It may have lost its quorum to another.
                 self.doubting = true;
-                cluster.doubt(self.finding.number, self.last_answer);
+                cluster.doubt(self.finding.number, self.last_answer, &reason);
                 self.deliver(call_id, |sends| Delivery::Unavailable(reason, sends));
             }
             Reading::Reply(reply) => {
@@ -445,7 +444,7 @@ impl<P: Protocol> Stream<'_, P> {
         }
         if let Some(since) = silent_since.filter(|_| silence >= Duration::from_millis(SILENCE_MS_MAX)) {
             self.doubting = true;
-            cluster.doubt(self.finding.number, since);
+            cluster.doubt(self.finding.number, since, "does not answer calls");
         } else if self.doubting && waiting_since.is_none() {
             // Nobody waits any more.
             self.doubting = false;

@@ -22,11 +22,13 @@
 //! - `session`, `lanes`, `chunk`: what belongs to one session.
 //! - `calls`, `put`, `get`: the three streams; `sources` judges whom to read from.
 //! - `leader_link`: a stream that follows the leader and sends again what is not answered.
-//! - `cluster`: who leads and where everybody is; `discovery` judges what the nodes say.
+//! - `cluster`: who leads and where everybody is; `discovery` judges what the nodes say,
+//!   `book` keeps their addresses.
 //! - `connector`: connections and pauses.
 //!
 //! It knows nothing of FUSE, of files' buffers and caches, or of how a node works.
 
+mod book;
 mod calls;
 mod chunk;
 mod client;

@@ -1,0 +1,554 @@
+//! A cluster that answers as it is told: nodes that share one state, each behind a proxy that can be frozen or cut.
+//!
+//! It keeps the promises of lanes as the real state machine does (same number: the stored answer; the next number:
+//! do it; else `StaleSequence`), and writes down everything it hears, so that tests can tell what was sent from what
+//! took effect.
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use quorumfs_proto::call::{Mutation, SessionState};
+use quorumfs_proto::chunk::block_crcs;
+use quorumfs_proto::query::Space;
+use quorumfs_proto::wire::file_system_server::{FileSystem, FileSystemServer};
+use quorumfs_proto::wire::{self, ChunkStatus};
+use quorumfs_proto::{
+    Addresses, Answer, Call, CallReply, ChunkBody, ChunkId, Command, FsError, InodeNumber, Lane, Member,
+    NodeId, Operation, OperationResult, Outcome, Refusal, SessionId, codec,
+};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::Stream;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{Request, Response, Status, Streaming};
+
+/// What a node does with one call.
+pub enum Act {
+    /// As it should.
+    Normal,
+    /// After this.
+    After(Duration),
+    /// Does it, and the answer is lost.
+    DoAndSwallow,
+    /// The call is lost.
+    Lose,
+    /// Does it, and the stream breaks.
+    DoAndBreak,
+    /// Does nothing and says this.
+    Reply(CallReply),
+}
+
+/// What a node does with one put.
+pub enum PutAct {
+    Normal,
+    After(Duration),
+    Status(ChunkStatus),
+    Break,
+    Swallow,
+}
+
+/// What a node does with one get.
+pub enum GetAct {
+    Normal,
+    Status(ChunkStatus),
+    /// A bit is wrong.
+    Damage,
+    Swallow,
+}
+
+type OnCall = Box<dyn FnMut(usize, &Call) -> Act + Send>;
+type OnPut = Box<dyn FnMut(usize, ChunkId) -> PutAct + Send>;
+type OnGet = Box<dyn FnMut(usize, ChunkId) -> GetAct + Send>;
+
+/// What the cluster knows, and what it heard.
+pub struct World {
+    pub cluster_id: [u8; 16],
+    /// Who leads, and whom each node believes to lead.
+    pub leader: Option<usize>,
+    pub beliefs: Vec<Option<usize>>,
+    pub addresses: Vec<String>,
+    pub sessions: HashSet<SessionId>,
+    pub lanes: HashMap<(SessionId, Lane), (u64, CallReply)>,
+    /// Mutations as they arrived at a leader, each sending.
+    pub received: Vec<Mutation>,
+    /// Mutations that took effect or got a verdict, each once.
+    pub executed: Vec<Mutation>,
+    pub names: HashSet<Vec<u8>>,
+    pub chunks: HashMap<ChunkId, Bytes>,
+    /// Chunks that the leader is sure of.
+    pub confirmed: HashSet<ChunkId>,
+    pub puts: Vec<(usize, ChunkId)>,
+    pub gets: Vec<(usize, ChunkId)>,
+    pub closed: Vec<SessionId>,
+    pub unlinked: Vec<InodeNumber>,
+    pub calls_streams: usize,
+    pub discovers: usize,
+    pub put_bytes_under_way: usize,
+    pub put_bytes_under_way_max: usize,
+    pub mutations_under_way: usize,
+    pub mutations_under_way_max: usize,
+    pub on_call: OnCall,
+    pub on_put: OnPut,
+    pub on_get: OnGet,
+}
+
+impl World {
+    /// All nodes believe in `leader`.
+    pub fn elect(&mut self, leader: Option<usize>) {
+        self.leader = leader;
+        self.beliefs.iter_mut().for_each(|belief| *belief = leader);
+        // A new leader is sure of nothing that no command has named.
+        self.confirmed.clear();
+    }
+
+    fn mutate(&mut self, mutation: Mutation) -> CallReply {
+        let request = mutation.request;
+        if !self.sessions.contains(&request.session) {
+            return CallReply::Refused(Refusal::UnknownSession);
+        }
+        let lane = self.lanes.get(&(request.session, request.lane));
+        let last = lane.map_or(0, |(sequence, _)| *sequence);
+        match lane {
+            Some((sequence, reply)) if *sequence == request.sequence => return reply.clone(),
+            _ if request.sequence != last + 1 => return CallReply::Refused(Refusal::StaleSequence),
+            _ => {}
+        }
+        let unsure: Vec<ChunkId> = mutation
+            .command
+            .chunks
+            .iter()
+            .filter(|chunk| matches!(chunk.body, ChunkBody::Stored) && !self.confirmed.contains(&chunk.id))
+            .map(|chunk| chunk.id)
+            .collect();
+        if !unsure.is_empty() {
+            return CallReply::Refused(Refusal::PutAgain { chunks: unsure });
+        }
+        let reply = CallReply::Outcome(self.apply(&mutation.command));
+        self.lanes
+            .insert((request.session, request.lane), (request.sequence, reply.clone()));
+        self.executed.push(mutation);
+        reply
+    }
+
+    fn apply(&mut self, command: &Command) -> Result<Outcome, FsError> {
+        let mut results = Vec::new();
+        for operation in &command.operations {
+            results.push(match operation {
+                Operation::Create { name, .. } => {
+                    if !self.names.insert(name.as_bytes().to_vec()) {
+                        return Err(FsError::Exists);
+                    }
+                    OperationResult::Entry {
+                        inode: InodeNumber(100 + self.names.len() as u64),
+                        created: true,
+                    }
+                }
+                Operation::Write { .. } => OperationResult::Entry {
+                    inode: InodeNumber(7),
+                    created: false,
+                },
+                _ => OperationResult::Done,
+            });
+        }
+        Ok(Outcome {
+            results,
+            touched: Vec::new(),
+            index: self.executed.len() as u64 + 1,
+        })
+    }
+
+    fn answer(&mut self, call: Call) -> CallReply {
+        match call {
+            Call::Mutate(mutation) => self.mutate(mutation),
+            Call::Query(_) => CallReply::Answer(Ok(Answer::Space(Space {
+                capacity_bytes: 1,
+                available_bytes: 1,
+                inodes: self.executed.len() as u64,
+            }))),
+            Call::OpenSession { session, .. } => {
+                self.sessions.insert(session);
+                CallReply::Session(SessionState::default())
+            }
+            Call::KeepAlive { session } if self.sessions.contains(&session) => {
+                CallReply::Session(SessionState {
+                    unlinked: self.unlinked.clone(),
+                })
+            }
+            Call::KeepAlive { .. } => CallReply::Refused(Refusal::UnknownSession),
+            Call::CloseSession { session } => {
+                self.sessions.remove(&session);
+                self.closed.push(session);
+                CallReply::Session(SessionState::default())
+            }
+        }
+    }
+
+    fn member(&self, node: usize) -> Member {
+        Member {
+            id: NodeId {
+                slot: node as u16 + 1,
+                incarnation: 77,
+            },
+            addresses: Addresses {
+                grpc: self.addresses[node].clone(),
+                http: String::new(),
+            },
+        }
+    }
+}
+
+/// What lies between a client and a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wire {
+    Open,
+    /// As a stopped process: connections are taken, nothing moves.
+    Frozen,
+    /// As a dead process: nothing is taken, what was open is reset.
+    Cut,
+}
+
+pub struct Fake {
+    pub world: Arc<Mutex<World>>,
+    wires: Vec<watch::Sender<Wire>>,
+}
+
+impl Fake {
+    /// `nodes` nodes, of which the first leads.
+    pub async fn start(nodes: usize) -> Fake {
+        let world = Arc::new(Mutex::new(World {
+            cluster_id: *b"sixteen bytes id",
+            leader: Some(0),
+            beliefs: vec![Some(0); nodes],
+            addresses: Vec::new(),
+            sessions: HashSet::new(),
+            lanes: HashMap::new(),
+            received: Vec::new(),
+            executed: Vec::new(),
+            names: HashSet::new(),
+            chunks: HashMap::new(),
+            confirmed: HashSet::new(),
+            puts: Vec::new(),
+            gets: Vec::new(),
+            closed: Vec::new(),
+            unlinked: Vec::new(),
+            calls_streams: 0,
+            discovers: 0,
+            put_bytes_under_way: 0,
+            put_bytes_under_way_max: 0,
+            mutations_under_way: 0,
+            mutations_under_way_max: 0,
+            on_call: Box::new(|_, _| Act::Normal),
+            on_put: Box::new(|_, _| PutAct::Normal),
+            on_get: Box::new(|_, _| GetAct::Normal),
+        }));
+        let mut wires = Vec::new();
+        for index in 0..nodes {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let behind = listener.local_addr().unwrap();
+            let node = FakeNode {
+                index,
+                world: world.clone(),
+            };
+            tokio::spawn(
+                tonic::transport::Server::builder()
+                    .initial_stream_window_size(8 << 20)
+                    .initial_connection_window_size(32 << 20)
+                    .max_frame_size(256 << 10)
+                    .add_service(FileSystemServer::new(node).max_decoding_message_size(4 << 20))
+                    .serve_with_incoming(TcpListenerStream::new(listener)),
+            );
+            let (address, wire) = proxy(behind).await;
+            world.lock().addresses.push(address.to_string());
+            wires.push(wire);
+        }
+        Fake { world, wires }
+    }
+
+    pub fn addresses(&self) -> Vec<String> {
+        self.world.lock().addresses.clone()
+    }
+
+    pub fn freeze(&self, node: usize) {
+        self.wires[node].send_replace(Wire::Frozen);
+    }
+
+    pub fn cut(&self, node: usize) {
+        self.wires[node].send_replace(Wire::Cut);
+    }
+
+    pub fn mend(&self, node: usize) {
+        self.wires[node].send_replace(Wire::Open);
+    }
+
+    pub fn on_call(&self, act: impl FnMut(usize, &Call) -> Act + Send + 'static) {
+        self.world.lock().on_call = Box::new(act);
+    }
+
+    pub fn on_put(&self, act: impl FnMut(usize, ChunkId) -> PutAct + Send + 'static) {
+        self.world.lock().on_put = Box::new(act);
+    }
+
+    pub fn on_get(&self, act: impl FnMut(usize, ChunkId) -> GetAct + Send + 'static) {
+        self.world.lock().on_get = Box::new(act);
+    }
+}
+
+async fn proxy(behind: SocketAddr) -> (SocketAddr, watch::Sender<Wire>) {
+    let (wire, states) = watch::channel(Wire::Open);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let Ok((outer, _)) = listener.accept().await else {
+                return;
+            };
+            if *states.borrow() == Wire::Cut {
+                // As near to a refused connection as a listener comes that must take the same port again.
+                outer.set_zero_linger().unwrap();
+                continue;
+            }
+            let mut states = states.clone();
+            tokio::spawn(async move {
+                let Ok(inner) = TcpStream::connect(behind).await else {
+                    return;
+                };
+                let (outer_in, outer_out) = outer.into_split();
+                let (inner_in, inner_out) = inner.into_split();
+                let mut cut = states.clone();
+                tokio::select! {
+                    _ = cut.wait_for(|state| *state == Wire::Cut) => {}
+                    _ = pump(outer_in, inner_out, states.clone()) => {}
+                    _ = pump(inner_in, outer_out, states.clone()) => {}
+                }
+                // What was in the middle of freezing stays open until it is cut or mended.
+                let _ = states.wait_for(|state| *state != Wire::Frozen).await;
+            });
+        }
+    });
+    (address, wire)
+}
+
+async fn pump(
+    mut from: tokio::net::tcp::OwnedReadHalf,
+    mut to: tokio::net::tcp::OwnedWriteHalf,
+    mut states: watch::Receiver<Wire>,
+) {
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        if states.wait_for(|state| *state == Wire::Open).await.is_err() {
+            return;
+        }
+        let read = match from.read(&mut buffer).await {
+            Ok(0) | Err(_) => return,
+            Ok(read) => read,
+        };
+        if states.wait_for(|state| *state == Wire::Open).await.is_err() {
+            return;
+        }
+        if to.write_all(&buffer[..read]).await.is_err() {
+            return;
+        }
+    }
+}
+
+struct FakeNode {
+    index: usize,
+    world: Arc<Mutex<World>>,
+}
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl FileSystem for FakeNode {
+    type CallsStream = Answers<wire::CallResponse>;
+    type PutChunksStream = Answers<wire::PutChunkResponse>;
+    type GetChunksStream = Answers<wire::GetChunkResponse>;
+
+    async fn calls(
+        &self,
+        request: Request<Streaming<wire::CallRequest>>,
+    ) -> Result<Response<Self::CallsStream>, Status> {
+        let mut calls = request.into_inner();
+        let (answers, receiver) = mpsc::channel(1024);
+        let (world, index) = (self.world.clone(), self.index);
+        world.lock().calls_streams += 1;
+        tokio::spawn(async move {
+            while let Ok(Some(envelope)) = calls.message().await {
+                let call: Call = codec::decode(&envelope.call).unwrap();
+                let (reply, delay) = {
+                    let mut world = world.lock();
+                    if world.leader != Some(index) {
+                        let leader = world.beliefs[index].map(|leader| world.addresses[leader].clone());
+                        (CallReply::Refused(Refusal::NotLeader { leader }), None)
+                    } else {
+                        if let Call::Mutate(mutation) = &call {
+                            world.received.push(mutation.clone());
+                        }
+                        let mut on_call = std::mem::replace(&mut world.on_call, Box::new(|_, _| Act::Normal));
+                        let act = on_call(index, &call);
+                        world.on_call = on_call;
+                        match act {
+                            Act::Normal => (world.answer(call), None),
+                            Act::After(delay) => {
+                                world.mutations_under_way += 1;
+                                world.mutations_under_way_max =
+                                    world.mutations_under_way_max.max(world.mutations_under_way);
+                                (world.answer(call), Some(delay))
+                            }
+                            Act::DoAndSwallow => {
+                                world.answer(call);
+                                continue;
+                            }
+                            Act::Lose => continue,
+                            Act::DoAndBreak => {
+                                world.answer(call);
+                                return;
+                            }
+                            Act::Reply(reply) => (reply, None),
+                        }
+                    }
+                };
+                let response = wire::CallResponse {
+                    call_id: envelope.call_id,
+                    reply: codec::encode(&reply),
+                };
+                let (answers, world) = (answers.clone(), world.clone());
+                tokio::spawn(async move {
+                    if let Some(delay) = delay {
+                        tokio::time::sleep(delay).await;
+                        world.lock().mutations_under_way -= 1;
+                    }
+                    let _ = answers.send(Ok(response)).await;
+                });
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn put_chunks(
+        &self,
+        request: Request<Streaming<wire::PutChunkRequest>>,
+    ) -> Result<Response<Self::PutChunksStream>, Status> {
+        let mut puts = request.into_inner();
+        let (answers, receiver) = mpsc::channel(1024);
+        let (world, index) = (self.world.clone(), self.index);
+        tokio::spawn(async move {
+            while let Ok(Some(put)) = puts.message().await {
+                let id: ChunkId = put.chunk.unwrap().into();
+                let bytes = put.payload.len();
+                let mut response = wire::PutChunkResponse {
+                    call_id: put.call_id,
+                    status: ChunkStatus::Ok.into(),
+                    ..Default::default()
+                };
+                let mut delay = None;
+                {
+                    let mut world = world.lock();
+                    world.puts.push((index, id));
+                    if world.leader != Some(index) {
+                        response.set_status(ChunkStatus::NotLeader);
+                        let leader = world.beliefs[index];
+                        response.leader =
+                            leader.map_or_else(String::new, |leader| world.addresses[leader].clone());
+                    } else {
+                        let mut on_put =
+                            std::mem::replace(&mut world.on_put, Box::new(|_, _| PutAct::Normal));
+                        let act = on_put(index, id);
+                        world.on_put = on_put;
+                        match act {
+                            PutAct::Normal => {}
+                            PutAct::After(time) => delay = Some(time),
+                            PutAct::Status(status) => response.set_status(status),
+                            PutAct::Break => return,
+                            PutAct::Swallow => continue,
+                        }
+                    }
+                    if response.status() == ChunkStatus::Ok {
+                        world.chunks.insert(id, put.payload);
+                        world.confirmed.insert(id);
+                    }
+                    world.put_bytes_under_way += bytes;
+                    world.put_bytes_under_way_max =
+                        world.put_bytes_under_way_max.max(world.put_bytes_under_way);
+                }
+                let (answers, world) = (answers.clone(), world.clone());
+                tokio::spawn(async move {
+                    if let Some(delay) = delay {
+                        tokio::time::sleep(delay).await;
+                    }
+                    world.lock().put_bytes_under_way -= bytes;
+                    let _ = answers.send(Ok(response)).await;
+                });
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn get_chunks(
+        &self,
+        request: Request<Streaming<wire::GetChunkRequest>>,
+    ) -> Result<Response<Self::GetChunksStream>, Status> {
+        let mut gets = request.into_inner();
+        let (answers, receiver) = mpsc::channel(1024);
+        let (world, index) = (self.world.clone(), self.index);
+        tokio::spawn(async move {
+            while let Ok(Some(get)) = gets.message().await {
+                let id: ChunkId = get.chunk.unwrap().into();
+                let mut response = wire::GetChunkResponse {
+                    call_id: get.call_id,
+                    status: ChunkStatus::NotFound.into(),
+                    ..Default::default()
+                };
+                {
+                    let mut world = world.lock();
+                    world.gets.push((index, id));
+                    if let Some(payload) = world.chunks.get(&id) {
+                        let begin = get.offset / 4096 * 4096;
+                        let end = (get.offset + get.length).next_multiple_of(4096);
+                        let end = (end as usize).min(payload.len());
+                        response.set_status(ChunkStatus::Ok);
+                        response.offset = begin;
+                        response.payload = payload.slice(begin as usize..end);
+                        response.block_crcs = block_crcs(&response.payload);
+                    }
+                    let mut on_get = std::mem::replace(&mut world.on_get, Box::new(|_, _| GetAct::Normal));
+                    let act = on_get(index, id);
+                    world.on_get = on_get;
+                    match act {
+                        GetAct::Normal => {}
+                        GetAct::Status(status) => response.set_status(status),
+                        GetAct::Damage => {
+                            let mut payload = response.payload.to_vec();
+                            payload[0] ^= 1;
+                            response.payload = payload.into();
+                        }
+                        GetAct::Swallow => continue,
+                    }
+                }
+                let _ = answers.send(Ok(response)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn discover(
+        &self,
+        _: Request<wire::DiscoverRequest>,
+    ) -> Result<Response<wire::DiscoverResponse>, Status> {
+        let mut world = self.world.lock();
+        world.discovers += 1;
+        let members = 0..world.addresses.len();
+        Ok(Response::new(wire::DiscoverResponse {
+            cluster_id: Bytes::copy_from_slice(&world.cluster_id),
+            node: Some(world.member(self.index).into()),
+            leader: world.beliefs[self.index].map(|leader| world.member(leader).into()),
+            members: members.map(|node| world.member(node).into()).collect(),
+        }))
+    }
+}

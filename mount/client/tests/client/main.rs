@@ -1,0 +1,8 @@
+//! The client against a cluster that is told how to misbehave.
+
+// A test's helpers fail as tests do.
+#![allow(clippy::unwrap_used)]
+
+mod calls;
+mod content;
+mod fake;
