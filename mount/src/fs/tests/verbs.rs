@@ -375,6 +375,24 @@ async fn a_sequential_reader_fetches_each_chunk_once_and_ahead() {
 }
 
 #[tokio::test]
+async fn a_chunk_of_many_pieces_is_not_fetched_for_each() {
+    let reference = Reference::new();
+    let (fs, reader) = (mount_with(&reference, 1, ageless()), mount(&reference, 2));
+    let (_, handle) = create(&fs, "database").await;
+    let mut data = vec![0; 249 * 8192 + 4096];
+    for at in 0..250usize {
+        let offset = at * 7919 % 250 * 8192;
+        data[offset..offset + 4096].copy_from_slice(&pattern(4096, at as u64));
+        write(&fs, handle, offset as u64, &pattern(4096, at as u64)).await;
+    }
+    close(&fs, handle).await;
+    assert!(contents(&reader, "database").await == data);
+    // Once as far as the first answer about extents tells, once whole; and its reader and read-ahead may meet.
+    let gets = reference.gets.load(Ordering::Relaxed);
+    assert!(gets <= 4, "{gets} fetches for 250 pieces of one chunk");
+}
+
+#[tokio::test]
 async fn appends_of_two_mounts_never_overwrite_each_other() {
     let reference = Reference::new();
     let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
