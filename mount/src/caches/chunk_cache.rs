@@ -31,6 +31,9 @@ const SHARD_BYTES: u64 = 32 << 20;
 /// What an entry costs beside its bytes.
 const ENTRY_OVERHEAD_BYTES: u64 = 128;
 
+/// How often an entry may turn out too short before a reader fetches for itself.
+const SHORT_ENTRIES_MAX: usize = 4;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Span {
     /// From the chunk's start.
@@ -132,15 +135,16 @@ impl ChunkCache {
             Span::Block(number) => number * BLOCK_FETCH_BYTES,
         };
         let in_entry = (range.start - start) as usize..(range.end - start) as usize;
-        let mut bytes = self
-            .entries
-            .get_or_insert_async(&key, async { fetch(start, end - start).await })
-            .await?;
-        if bytes.len() < in_entry.end {
-            // It was fetched for a piece that ends earlier in the same chunk.
-            bytes = fetch(start, end - start).await?;
-            self.entries.insert(key, bytes.clone());
+        for _ in 0..SHORT_ENTRIES_MAX {
+            let fetched = async { fetch(start, end - start).await };
+            let bytes = self.entries.get_or_insert_async(&key, fetched).await?;
+            if bytes.len() >= in_entry.end {
+                return Ok(bytes.slice(in_entry));
+            }
+            // It was fetched for a piece that ends earlier in the same chunk. The next fetch is shared again.
+            self.entries.remove_if(&key, |held| held.len() < in_entry.end);
         }
+        let bytes = fetch(start, end - start).await?;
         if bytes.len() < in_entry.end {
             tracing::error!(chunk = %key.0, asked_bytes = end - start, got_bytes = bytes.len(), "chunk answer is short");
             return Err(FsError::Io);

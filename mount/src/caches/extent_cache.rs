@@ -3,10 +3,10 @@
 //! Invariants: pieces are disjoint; all are of the same version; what is not known is never taken for a hole.
 //! Bounded by [`PIECES_MAX`]: above it only what lies around the newest answer stays. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
-use quorumfs_proto::Piece;
+use quorumfs_proto::{ChunkId, Piece};
 
 /// Most pieces remembered of one file: a 16 GiB file of whole chunks, about 1 MiB of memory. (More only where a single
 /// read needs more.)
@@ -23,6 +23,8 @@ pub struct ExtentCache {
     pieces: BTreeMap<u64, Piece>,
     /// Parts of the file that `pieces` tell everything about: start to end, disjoint and not touching.
     known: BTreeMap<u64, u64>,
+    /// How far each chunk was ever seen to be used.
+    reach: HashMap<ChunkId, u32>,
 }
 
 impl ExtentCache {
@@ -30,6 +32,13 @@ impl ExtentCache {
     pub fn clear(&mut self) {
         self.pieces.clear();
         self.known.clear();
+        self.reach.clear();
+    }
+
+    /// How far the file uses the chunk of `piece`, as far as is known: a chunk of many pieces is then fetched once.
+    pub fn reach(&self, piece: &Piece) -> u32 {
+        let end = piece.chunk_offset + piece.length;
+        self.reach.get(&piece.chunk).map_or(end, |reach| end.max(*reach))
     }
 
     /// The pieces that reach into `range`, or from where on they are not known at `version`.
@@ -73,7 +82,7 @@ impl ExtentCache {
         self.cut(range.clone());
         for piece in pieces {
             if let Some(piece) = clip(piece, range.clone()) {
-                self.pieces.insert(piece.file_offset, piece);
+                self.add(piece);
             }
         }
         self.mark_known(range);
@@ -94,9 +103,19 @@ impl ExtentCache {
         for piece in pieces {
             let range = piece.file_offset..piece.file_end();
             self.cut(range.clone());
-            self.pieces.insert(piece.file_offset, *piece);
+            self.add(*piece);
             self.mark_known(range);
         }
+    }
+
+    fn add(&mut self, piece: Piece) {
+        self.pieces.insert(piece.file_offset, piece);
+        if self.reach.len() > 2 * PIECES_MAX.max(self.pieces.len()) {
+            // Chunks that were written over are still in it.
+            self.reach.clear();
+        }
+        let reach = self.reach.entry(piece.chunk).or_default();
+        *reach = (*reach).max(piece.chunk_offset + piece.length);
     }
 
     /// Knows nothing of `range` any more.
@@ -209,6 +228,18 @@ mod tests {
             Ok(Vec::new()),
             "two answers side by side"
         );
+    }
+
+    #[test]
+    fn a_chunk_of_many_pieces_is_known_to_its_last() {
+        let mut cache = ExtentCache::default();
+        let second = Piece {
+            chunk_offset: 10,
+            ..piece(100, 10, 1)
+        };
+        cache.store(1, 0..200, vec![piece(0, 10, 1), second]);
+        assert_eq!(cache.reach(&piece(0, 10, 1)), 20);
+        assert_eq!(cache.reach(&piece(0, 10, 2)), 10, "of others only what is asked");
     }
 
     #[test]

@@ -37,8 +37,8 @@ struct Snapshot {
     range: Range<u64>,
     /// Oldest first.
     dirty: Vec<DirtyPart>,
-    /// Committed pieces that are not wholly written over.
-    pieces: Vec<Piece>,
+    /// Committed pieces, unless all of the range is written over, and how far the file uses the chunk of each.
+    pieces: Vec<(Piece, u32)>,
 }
 
 impl<C: Cluster> Filesystem<C> {
@@ -133,8 +133,10 @@ impl<C: Cluster> Filesystem<C> {
     async fn assemble(&self, snapshot: Snapshot, pattern: Pattern) -> Result<Bytes, FsError> {
         let Snapshot { range, dirty, pieces } = snapshot;
         let mut fetched = stream::iter(pieces)
-            .filter_map(|piece| std::future::ready(clip(piece, range.clone()).map(|part| (piece, part))))
-            .map(|(piece, part)| self.fetch(piece, part, pattern))
+            .filter_map(|(piece, used_to)| {
+                std::future::ready(clip(piece, range.clone()).map(|part| (part, used_to)))
+            })
+            .map(|(part, used_to)| self.fetch(part, used_to, pattern))
             .buffered(FETCHES_AT_ONCE_MAX)
             .try_collect::<Vec<(u64, Bytes)>>()
             .await?;
@@ -151,15 +153,11 @@ impl<C: Cluster> Filesystem<C> {
         Ok(bytes.freeze())
     }
 
-    /// The bytes of `part`, which lies in `piece`, and their place in the file.
-    async fn fetch(&self, piece: Piece, part: Piece, pattern: Pattern) -> Result<(u64, Bytes), FsError> {
+    /// The bytes of `part`, out of a chunk that the file uses up to `used_to`, and their place in the file.
+    async fn fetch(&self, part: Piece, used_to: u32, pattern: Pattern) -> Result<(u64, Bytes), FsError> {
         let range = part.chunk_offset..part.chunk_offset + part.length;
-        let used_to = piece.chunk_offset + piece.length;
-        let get = |offset, length| self.cluster.get_chunk(piece.chunk, offset, length);
-        let bytes = self
-            .chunks
-            .read(piece.chunk, range, used_to, pattern, get)
-            .await?;
+        let get = |offset, length| self.cluster.get_chunk(part.chunk, offset, length);
+        let bytes = self.chunks.read(part.chunk, range, used_to, pattern, get).await?;
         Ok((part.file_offset, bytes))
     }
 
@@ -183,14 +181,14 @@ impl<C: Cluster> Filesystem<C> {
                 },
             };
             let Ok(snapshot) = known else { return };
-            let fetches = snapshot.pieces.into_iter().map(|piece| {
+            let fetches = snapshot.pieces.into_iter().map(|(piece, used_to)| {
                 let filesystem = Arc::clone(&filesystem);
                 async move {
                     let Ok(_permit) = filesystem.readahead_permits.acquire().await else {
                         return;
                     };
                     let first_byte = Piece { length: 1, ..piece };
-                    if let Err(error) = filesystem.fetch(piece, first_byte, Pattern::Sequential).await {
+                    if let Err(error) = filesystem.fetch(first_byte, used_to, Pattern::Sequential).await {
                         tracing::debug!(chunk = %piece.chunk, %error, "read ahead");
                     }
                 }
@@ -215,9 +213,10 @@ fn snapshot_of<Put>(state: &InodeState<Put>, range: Range<u64>) -> Result<Snapsh
     let pieces = if write_buffer::covers(&dirty, range.clone()) {
         Vec::new()
     } else {
-        state
-            .extents
-            .lookup(version, range.start..range.end.min(size).max(range.start))?
+        let committed = range.start..range.end.min(size).max(range.start);
+        let pieces = state.extents.lookup(version, committed)?;
+        let used = |piece| (piece, state.extents.reach(&piece));
+        pieces.into_iter().map(used).collect()
     };
     Ok(Snapshot { range, dirty, pieces })
 }

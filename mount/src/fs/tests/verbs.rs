@@ -1,7 +1,7 @@
 //! One rule a test.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -375,6 +375,24 @@ async fn a_sequential_reader_fetches_each_chunk_once_and_ahead() {
 }
 
 #[tokio::test]
+async fn a_chunk_of_many_pieces_is_not_fetched_for_each() {
+    let reference = Reference::new();
+    let (fs, reader) = (mount_with(&reference, 1, ageless()), mount(&reference, 2));
+    let (_, handle) = create(&fs, "database").await;
+    let mut data = vec![0; 249 * 8192 + 4096];
+    for at in 0..250usize {
+        let offset = at * 7919 % 250 * 8192;
+        data[offset..offset + 4096].copy_from_slice(&pattern(4096, at as u64));
+        write(&fs, handle, offset as u64, &pattern(4096, at as u64)).await;
+    }
+    close(&fs, handle).await;
+    assert!(contents(&reader, "database").await == data);
+    // Once as far as the first answer about extents tells, once whole; and its reader and read-ahead may meet.
+    let gets = reference.gets.load(Ordering::Relaxed);
+    assert!(gets <= 4, "{gets} fetches for 250 pieces of one chunk");
+}
+
+#[tokio::test]
 async fn appends_of_two_mounts_never_overwrite_each_other() {
     let reference = Reference::new();
     let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
@@ -631,4 +649,74 @@ async fn holes_read_as_zeros_and_truncation_cuts() {
         .unwrap();
     assert_eq!(fs.read(cut.handle, 0, 100).await.unwrap().len(), 0);
     assert_eq!(fs.attributes(inode, None).await.unwrap().size, 0);
+}
+
+/// Readers beside a writer and its commits: what a write put there before the read began is never missing, whatever
+/// stage its bytes are in.
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn a_reader_never_sees_less_than_was_written_before() {
+    const BLOCKS: u64 = 48;
+    const BLOCK: u64 = 24_000;
+    let reference = Reference::new();
+    let options = FsOptions {
+        dirty_bytes_max: 2 * MIB,
+        dirty_age_ms: 4,
+        ..FsOptions::default()
+    };
+    let fs = mount_with(&reference, 1, options);
+    let (_, handle) = create(&fs, "file").await;
+    let published: Arc<Vec<AtomicU64>> = Arc::new((0..BLOCKS).map(|_| AtomicU64::new(0)).collect());
+    write(&fs, handle, 0, &vec![0; (BLOCKS * BLOCK) as usize]).await;
+    let writer = tokio::spawn({
+        let (fs, published) = (Arc::clone(&fs), Arc::clone(&published));
+        async move {
+            for generation in 1..3000u64 {
+                let block = generation * 31 % BLOCKS;
+                let data: Vec<u8> = generation.to_le_bytes().repeat(BLOCK as usize / 8);
+                write(&fs, handle, block * BLOCK, &data).await;
+                published[block as usize].store(generation, Ordering::SeqCst);
+                if generation % 97 == 0 {
+                    fs.fsync(handle).await.unwrap();
+                }
+            }
+        }
+    });
+    let readers = (0..2u64).map(|seed| {
+        let (fs, published) = (Arc::clone(&fs), Arc::clone(&published));
+        tokio::spawn(async move {
+            let mut at = seed;
+            while published
+                .iter()
+                .all(|generation| generation.load(Ordering::SeqCst) < 2900)
+            {
+                at = at
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
+                let block = (at >> 33) % BLOCKS;
+                let least = published[block as usize].load(Ordering::SeqCst);
+                let read = fs.read(handle, block * BLOCK, BLOCK as u32).await.unwrap();
+                let (words, rest) = read.as_chunks::<8>();
+                assert!(rest.is_empty() && words.len() as u64 == BLOCK / 8);
+                for word in words {
+                    assert!(
+                        u64::from_le_bytes(*word) >= least,
+                        "older bytes than were written"
+                    );
+                }
+                // A read that is answered from memory never yields, and what it woke may wait for this thread.
+                tokio::task::yield_now().await;
+            }
+        })
+    });
+    for reader in readers.collect::<Vec<_>>() {
+        reader.await.unwrap();
+    }
+    writer.await.unwrap();
+    close(&fs, handle).await;
+    let seen = contents(&mount(&reference, 2), "file").await;
+    for (block, generation) in published.iter().enumerate() {
+        let generation = generation.load(Ordering::SeqCst);
+        let expected = generation.to_le_bytes().repeat(BLOCK as usize / 8);
+        assert!(seen[block * BLOCK as usize..][..BLOCK as usize] == expected);
+    }
 }
