@@ -16,7 +16,9 @@ use tokio::sync::mpsc;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::super::open_session;
-use crate::consensus::{AppliedEffects, BarrierError, Consensus, ConsensusError, ConsensusOptions, ProposeError};
+use crate::consensus::{
+    AppliedEffects, BarrierError, Consensus, ConsensusError, ConsensusOptions, ProposeError,
+};
 use crate::content::{ContentOptions, ContentStore};
 use crate::metadata::{CallResult, LogCommand, MetadataOptions, MetadataStore};
 use crate::transport::Transport;
@@ -154,7 +156,11 @@ impl TestNode {
             .build()
             .unwrap();
         let metadata = Arc::new(
-            MetadataStore::open(&self.folder.path().join("metadata.redb"), MetadataOptions::default()).unwrap(),
+            MetadataStore::open(
+                &self.folder.path().join("metadata.redb"),
+                MetadataOptions::default(),
+            )
+            .unwrap(),
         );
         let content_options = ContentOptions {
             segment_bytes: 4 << 20,
@@ -347,7 +353,8 @@ impl Cluster {
         let began = Instant::now();
         loop {
             let leader = self.leader().await;
-            let tried = tokio::time::timeout(Duration::from_secs(10), what(self.node(leader).consensus())).await;
+            let tried =
+                tokio::time::timeout(Duration::from_secs(10), what(self.node(leader).consensus())).await;
             match tried {
                 Ok(Ok(done)) => return done,
                 other => assert!(began.elapsed() < PATIENCE, "{:?}", other.map(|r| r.err())),
