@@ -58,7 +58,7 @@ pub enum LogBody {
 pub enum CallResult {
     /// Of a mutation, now or when it was first applied.
     Outcome(Result<Outcome, FsError>),
-    /// The session is not known or has ended: nothing was done.
+    /// The session is not known, or has ended without having decided this mutation: nothing was done.
     UnknownSession,
     /// The lane has decided a later mutation, or not yet the one before: nothing was done.
     StaleSequence,
@@ -109,7 +109,11 @@ impl fmt::Display for LogCommand {
         match &self.body {
             LogBody::Call(mutation) => {
                 let request = &mutation.request;
-                write!(f, "call {}/{}/{}", request.session, request.lane.0, request.sequence)
+                write!(
+                    f,
+                    "call {}/{}/{}",
+                    request.session, request.lane.0, request.sequence
+                )
             }
             LogBody::OpenSession { session, .. } => write!(f, "open session {session}"),
             LogBody::EndSession { session } => write!(f, "end session {session}"),

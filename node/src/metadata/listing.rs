@@ -80,7 +80,11 @@ impl View {
             };
             let path = [&visit.prefix[..], &sort_name].concat();
             if entry.kind == FileKind::Directory {
-                let after = visit.after.strip_prefix(&sort_name[..]).unwrap_or_default().to_vec();
+                let after = visit
+                    .after
+                    .strip_prefix(&sort_name[..])
+                    .unwrap_or_default()
+                    .to_vec();
                 visits.push(Visit::new(entry.inode, path, after));
             } else {
                 found.push((path, self.named(entry.inode)?));

@@ -28,6 +28,7 @@
 mod apply;
 mod command;
 mod fault;
+mod files;
 mod listing;
 mod overlay;
 mod snapshot;

@@ -16,7 +16,7 @@ use quorumfs_proto::codec;
 use redb::{AccessGuard, ReadOnlyTable, ReadableDatabase as _};
 
 use super::fault::StorageFault;
-use super::tables::{RowKey, Rows, Table};
+use super::tables::{RowKey, RowOf, Rows, Table};
 
 /// What a row costs in memory beside its key and value: two counted allocations, their pointers, its share of nodes.
 const ROW_OVERHEAD_BYTES: u64 = 120;
@@ -210,7 +210,7 @@ impl Layers {
     /// The row of `key`, if there is one.
     pub(super) fn get<R: Rows>(&self, key: &R::Key) -> Result<Option<R::Value>, StorageFault> {
         let key = R::key(key);
-        self.read(R::TABLE, &key, |value| codec::decode_checked(value))?
+        self.read(R::TABLE, &key, codec::decode_checked)?
             .transpose()
             .map_err(StorageFault::from)
     }
@@ -241,8 +241,7 @@ impl Layers {
         &self,
         range: KeyRange,
         direction: Direction,
-    ) -> Result<impl Iterator<Item = Result<(R::Key, R::Value), StorageFault>> + use<'_, R>, StorageFault>
-    {
+    ) -> Result<impl Iterator<Item = Result<RowOf<R>, StorageFault>> + use<'_, R>, StorageFault> {
         let mut scan = match range.is_void() {
             true => None,
             false => Some(Scan::new(self, R::TABLE, &range, direction)?),
@@ -257,7 +256,7 @@ impl Layers {
     }
 }
 
-fn decode_row<R: Rows>(key: &[u8], value: &[u8]) -> Result<(R::Key, R::Value), StorageFault> {
+fn decode_row<R: Rows>(key: &[u8], value: &[u8]) -> Result<RowOf<R>, StorageFault> {
     let parsed = R::parse(key).ok_or_else(|| {
         StorageFault::inconsistent(format!("key {} of table {:?}", key.escape_ascii(), R::TABLE))
     })?;
@@ -357,7 +356,9 @@ impl<'a> Scan<'a> {
                 let row = self.base_head.take();
                 self.step_base()?;
                 // `from_base` is only true when there was one.
-                return row.map(|(key, value)| decode(key.value(), value.value())).transpose();
+                return row
+                    .map(|(key, value)| decode(key.value(), value.value()))
+                    .transpose();
             }
             let Some((key, cell)) = first else { continue };
             for rows in self.overlays.iter_mut().flatten() {
@@ -365,7 +366,11 @@ impl<'a> Scan<'a> {
                     rows.step(self.direction);
                 }
             }
-            if self.base_head.as_ref().is_some_and(|(other, _)| other.value() == &key[..]) {
+            if self
+                .base_head
+                .as_ref()
+                .is_some_and(|(other, _)| other.value() == &key[..])
+            {
                 self.step_base()?;
             }
             if let Some(value) = cell {

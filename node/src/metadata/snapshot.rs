@@ -4,14 +4,15 @@
 //! sender it is at the receiver, row for row.
 
 use std::ops::Bound;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
 
 use super::fault::StorageFault;
+use super::files::{TemporaryFile, sync_file};
 use super::overlay::Base;
-use super::store::{MetadataOptions, Position, begin_durable, database_builder, remove_leftover, sync_file};
+use super::store::{MetadataOptions, Position, begin_durable, database_builder};
 use super::tables::Table;
 
 /// A row of any table.
@@ -69,22 +70,6 @@ pub struct Installation {
     file: TemporaryFile,
 }
 
-/// A file that is removed when this is dropped, if it still has its name by then.
-pub(super) struct TemporaryFile(PathBuf);
-
-impl TemporaryFile {
-    pub(super) fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for TemporaryFile {
-    fn drop(&mut self) {
-        // What cannot be removed now is removed when the store is opened next.
-        let _ = remove_leftover(&self.0);
-    }
-}
-
 impl Installation {
     pub(super) fn begin(path: PathBuf, options: MetadataOptions) -> Result<Installation, StorageFault> {
         let database = database_builder(options).create(&path)?;
@@ -95,7 +80,7 @@ impl Installation {
         Ok(Installation {
             transaction,
             database,
-            file: TemporaryFile(path),
+            file: TemporaryFile::new(path),
         })
     }
 

@@ -8,7 +8,6 @@
 //!   it takes to copy a few pointers.
 //! - One flush, snapshot installation at a time (`flushing`); applies and views do not wait for it.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,6 +20,10 @@ use redb::ReadableDatabase as _;
 
 use super::apply::{Batch, Writer};
 use super::fault::StorageFault;
+use super::files::{
+    INSTALLATION, directory_of, path_beside, remove_leftover, remove_unfinished_installations,
+    sync_directory_of, sync_file,
+};
 use super::overlay::{Base, Direction, KeyRange, Layers, Overlay};
 use super::snapshot::{Installation, Snapshot};
 use super::tables::{FORMAT, Format, InodeRecord, Inodes, Meta, MetaRecord, Rows, Sessions, Table};
@@ -34,8 +37,6 @@ const CACHE_BYTES: usize = 128 << 20;
 const FLUSH_MARGIN_BYTES: u64 = 4 << 20;
 /// The page that redb writes for a changed row at the least.
 const PAGE_BYTES: u64 = 4096;
-/// How the files end into which snapshots are received, before their number.
-const INSTALLATION: &str = "install-";
 /// The permissions of the root directory when it is made.
 const ROOT_MODE: u16 = 0o755;
 
@@ -126,10 +127,7 @@ fn read_meta(layers: &Layers) -> Result<MetaRecord, StorageFault> {
     match layers.get::<Format>(&())? {
         Some(FORMAT) => {}
         Some(found) => {
-            return Err(StorageFault::UnknownFormat {
-                found,
-                known: FORMAT,
-            });
+            return Err(StorageFault::UnknownFormat { found, known: FORMAT });
         }
         None => return Err(StorageFault::inconsistent("no format is noted")),
     }
@@ -183,7 +181,10 @@ impl MetadataStore {
     /// Opens the database file at `path`, or makes it with an empty root directory.
     pub fn open(path: &Path, options: MetadataOptions) -> Result<MetadataStore, StorageFault> {
         remove_unfinished_installations(path)?;
-        if !path.try_exists().map_err(StorageFault::io("look for the metadata database"))? {
+        if !path
+            .try_exists()
+            .map_err(StorageFault::io("look for the metadata database"))?
+        {
             create_empty(path, options)?;
         }
         let database = database_builder(options).open(path)?;
@@ -303,7 +304,8 @@ impl MetadataStore {
         let _no_flush = self.flushing.lock();
         let (database, received_at) = installation.finish()?;
         let received = State::open(Arc::new(database))?;
-        std::fs::rename(received_at.path(), &self.path).map_err(StorageFault::io("put the snapshot in place"))?;
+        std::fs::rename(received_at.path(), &self.path)
+            .map_err(StorageFault::io("put the snapshot in place"))?;
         sync_directory_of(&self.path)?;
         let position = received.durable_position.clone();
         let replaced = {
@@ -466,55 +468,4 @@ fn put<R: Rows>(rows: &mut Overlay, key: &R::Key, value: &R::Value) {
         R::key(key),
         Some(Arc::from(&codec::encode_checked(value)[..])),
     );
-}
-
-fn path_beside(path: &Path, purpose: &str) -> PathBuf {
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".");
-    beside.push(purpose);
-    PathBuf::from(beside)
-}
-
-fn remove_unfinished_installations(path: &Path) -> Result<(), StorageFault> {
-    let prefix = path_beside(path, INSTALLATION);
-    let doing = "list the metadata folder";
-    for entry in std::fs::read_dir(directory_of(path)).map_err(StorageFault::io(doing))? {
-        let found = directory_of(path).join(entry.map_err(StorageFault::io(doing))?.file_name());
-        let is_one = match (found.file_name(), prefix.file_name()) {
-            (Some(found), Some(prefix)) => found.as_encoded_bytes().starts_with(prefix.as_encoded_bytes()),
-            _ => false,
-        };
-        if is_one {
-            remove_leftover(&found)?;
-        }
-    }
-    Ok(())
-}
-
-pub(super) fn remove_leftover(path: &Path) -> Result<(), StorageFault> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(StorageFault::io("remove an unfinished metadata file")(error))
-        }
-        _ => Ok(()),
-    }
-}
-
-pub(super) fn sync_file(path: &Path) -> Result<(), StorageFault> {
-    File::open(path)
-        .and_then(|file| file.sync_all())
-        .map_err(StorageFault::io("sync a metadata file"))
-}
-
-fn sync_directory_of(path: &Path) -> Result<(), StorageFault> {
-    File::open(directory_of(path))
-        .and_then(|directory| directory.sync_all())
-        .map_err(StorageFault::io("sync the metadata folder"))
-}
-
-fn directory_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
 }

@@ -227,7 +227,10 @@ impl View {
             .starting_at(&Extents::key(&(inode, from)))
             .before(&Extents::key(&(inode, to)));
         let mut passed_over = 0;
-        for row in before.into_iter().chain(self.layers.scan::<Extents>(within, Direction::Up)?) {
+        for row in before
+            .into_iter()
+            .chain(self.layers.scan::<Extents>(within, Direction::Up)?)
+        {
             let ((_, offset), extent) = row?;
             let piece = Piece {
                 file_offset: offset,

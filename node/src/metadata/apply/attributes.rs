@@ -56,7 +56,10 @@ impl Transaction<'_> {
         if let Some(mtime) = changes.mtime {
             self.change(inode)?.mtime = valid_time(time(mtime))?;
         }
-        Ok(OperationResult::Entry { inode, created: false })
+        Ok(OperationResult::Entry {
+            inode,
+            created: false,
+        })
     }
 
     /// What a write, a truncation or a chown by a program takes away: set-user-id, set-group-id where the group may
@@ -106,7 +109,10 @@ impl Transaction<'_> {
         let attributes = self.change(inode)?;
         attributes.xattr_count += u32::from(!exists);
         attributes.has_capability |= name.as_bytes() == CAPABILITY;
-        Ok(OperationResult::Entry { inode, created: false })
+        Ok(OperationResult::Entry {
+            inode,
+            created: false,
+        })
     }
 
     pub(super) fn remove_xattr(
@@ -124,7 +130,10 @@ impl Transaction<'_> {
         let attributes = self.change(inode)?;
         attributes.xattr_count -= 1;
         attributes.has_capability &= name.as_bytes() != CAPABILITY;
-        Ok(OperationResult::Entry { inode, created: false })
+        Ok(OperationResult::Entry {
+            inode,
+            created: false,
+        })
     }
 
     /// [`FsError::NoSpace`] where listxattr(2) could not tell all names any more.

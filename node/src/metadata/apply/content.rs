@@ -31,7 +31,10 @@ impl Transaction<'_> {
         if privileges == Privileges::Drop {
             self.drop_privileges(inode)?;
         }
-        Ok(OperationResult::Entry { inode, created: false })
+        Ok(OperationResult::Entry {
+            inode,
+            created: false,
+        })
     }
 
     pub(super) fn append(

@@ -130,7 +130,10 @@ impl Transaction<'_> {
         match (&entry, existing) {
             (Some(_), IfExists::Refuse) => return Err(FsError::Exists.into()),
             (Some(entry), IfExists::Open) if entry.inode == inode => {
-                return Ok(OperationResult::Entry { inode, created: false });
+                return Ok(OperationResult::Entry {
+                    inode,
+                    created: false,
+                });
             }
             (Some(entry), IfExists::Open) if entry.kind == FileKind::Directory => {
                 return Err(FsError::IsDirectory.into());
@@ -150,7 +153,10 @@ impl Transaction<'_> {
         }
         self.change(inode)?.links += 1;
         self.add_entry(parent, name, DirentRecord { inode, kind })?;
-        Ok(OperationResult::Entry { inode, created: false })
+        Ok(OperationResult::Entry {
+            inode,
+            created: false,
+        })
     }
 
     pub(super) fn unlink(

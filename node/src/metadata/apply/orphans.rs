@@ -32,7 +32,9 @@ impl Transaction<'_> {
         let done = step.reclaim(inode).and_then(|()| step.finish(index));
         match Failure::split(done)? {
             Ok((_, effects)) => Ok(effects),
-            Err(verdict) => Err(StorageFault::inconsistent(format!("reclaiming {inode}: {verdict}"))),
+            Err(verdict) => Err(StorageFault::inconsistent(format!(
+                "reclaiming {inode}: {verdict}"
+            ))),
         }
     }
 
@@ -78,10 +80,9 @@ impl Transaction<'_> {
     /// An inode that never had a name gets one. [`FsError::NotFound`] where its last name was taken away, or another
     /// session made it: to link(2) such an inode does not exist.
     pub(super) fn end_orphanhood(&mut self, inode: InodeNumber) -> Result<(), Failure> {
-        let orphan = self
-            .writer
-            .get::<Orphans>(&inode)?
-            .ok_or_else(|| StorageFault::inconsistent(format!("inode {inode} has no name and is no orphan")))?;
+        let orphan = self.writer.get::<Orphans>(&inode)?.ok_or_else(|| {
+            StorageFault::inconsistent(format!("inode {inode} has no name and is no orphan"))
+        })?;
         if orphan.maker != Some(self.session()?) {
             return Err(FsError::NotFound.into());
         }

@@ -88,7 +88,9 @@ impl Writer {
         for ((session, inode), ()) in pins {
             self.remove::<Pins>(&(session, inode));
             let Some(mut orphan) = self.get::<Orphans>(&inode)? else {
-                return Err(StorageFault::inconsistent(format!("pinned inode {inode} is no orphan")));
+                return Err(StorageFault::inconsistent(format!(
+                    "pinned inode {inode} is no orphan"
+                )));
             };
             orphan.waiting_for.retain(|waiting| *waiting != session);
             if orphan.waiting_for.is_empty() {

@@ -290,9 +290,7 @@ impl<'w> Transaction<'w> {
                 sha256: chunk.sha256,
             },
             (None, None) => {
-                return Err(
-                    StorageFault::inconsistent(format!("chunk {id} has extents but no row")).into(),
-                );
+                return Err(StorageFault::inconsistent(format!("chunk {id} has extents but no row")).into());
             }
         };
         let references = i64::from(record.references) + change;

@@ -1,1 +1,8 @@
+//! Tests of the whole part: `against_model` compares random histories with a simple model, `stories` tells of single
+//! rules, `pace` measures.
 
+mod against_model;
+mod model;
+mod pace;
+mod stories;
+mod support;

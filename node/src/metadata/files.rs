@@ -1,0 +1,81 @@
+//! Files beside the database: those that are still being made, and the syncs that make a rename durable.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use super::fault::StorageFault;
+
+/// How the files end into which snapshots are received, before their number.
+pub(super) const INSTALLATION: &str = "install-";
+
+/// A file that is removed when this is dropped, if it still has its name by then.
+pub(super) struct TemporaryFile(PathBuf);
+
+impl TemporaryFile {
+    /// A file of this name that is about to be made.
+    pub(super) fn new(path: PathBuf) -> TemporaryFile {
+        TemporaryFile(path)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for TemporaryFile {
+    fn drop(&mut self) {
+        // What cannot be removed now is removed when the store is opened next.
+        let _ = remove_leftover(&self.0);
+    }
+}
+
+pub(super) fn path_beside(path: &Path, purpose: &str) -> PathBuf {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".");
+    beside.push(purpose);
+    PathBuf::from(beside)
+}
+
+pub(super) fn remove_unfinished_installations(path: &Path) -> Result<(), StorageFault> {
+    let prefix = path_beside(path, INSTALLATION);
+    let doing = "list the metadata folder";
+    for entry in std::fs::read_dir(directory_of(path)).map_err(StorageFault::io(doing))? {
+        let found = directory_of(path).join(entry.map_err(StorageFault::io(doing))?.file_name());
+        let is_one = match (found.file_name(), prefix.file_name()) {
+            (Some(found), Some(prefix)) => found.as_encoded_bytes().starts_with(prefix.as_encoded_bytes()),
+            _ => false,
+        };
+        if is_one {
+            remove_leftover(&found)?;
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn remove_leftover(path: &Path) -> Result<(), StorageFault> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(StorageFault::io("remove an unfinished metadata file")(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn sync_file(path: &Path) -> Result<(), StorageFault> {
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .map_err(StorageFault::io("sync a metadata file"))
+}
+
+pub(super) fn sync_directory_of(path: &Path) -> Result<(), StorageFault> {
+    File::open(directory_of(path))
+        .and_then(|directory| directory.sync_all())
+        .map_err(StorageFault::io("sync the metadata folder"))
+}
+
+pub(super) fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
