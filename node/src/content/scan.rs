@@ -1,6 +1,6 @@
 //! Opening a segment that an earlier process left.
 //!
-//! A sealed segment is its footer: one read. An unsealed one is read from record header to record header, payloads
+//! A sealed segment is its footer: one read, and all of it is known to be on disk (see `Segment::seal`). An unsealed one is read from record header to record header, payloads
 //! skipped. What lies above the highest flushed watermark in it is not known to be on disk: its payloads are
 //! verified, what does not match is dropped as torn, what does is written again and flushed (a page that a failed
 //! flush left in the page cache is clean and would not be written by a flush alone); then the segment is sealed.
@@ -106,18 +106,10 @@ pub fn open_segment(path: PathBuf, sequence: u32, salt: u64) -> Result<Option<Fo
     let segment = Segment::new(path, sequence, salt, SegmentState::Open(scanned.table.clone()), 0);
     // Without room for a footer (it is kept free, but a filesystem that cannot preallocate may have none) the
     // segment stays open, and is sealed later.
-    let sealed = match segment.write_footer(&file, end) {
-        Ok(()) => true,
-        Err(ContentError::NoSpace) => false,
-        Err(error) => return Err(error),
-    };
-    file.sync_data()
-        .map_err(|source| Stopped::because("flush", &segment.path, &source))?;
-    if sealed {
-        segment.set_sealed();
-    } else {
-        segment.set_flushed(end);
-    }
+    segment.seal(&file, end, || {
+        file.sync_data()
+            .map_err(|source| Stopped::because("flush", &segment.path, &source))
+    })?;
     Ok(Some(Found {
         segment,
         file,

@@ -11,6 +11,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -22,7 +23,7 @@ use parking_lot::Mutex;
 
 use super::error::ContentError;
 use super::record::{
-    DEAD_MARK, DEAD_STATE, Footer, Layout, PAGE_BYTES, SEGMENT_HEADER_BYTES, Table, align_up,
+    DEAD_MARK, DEAD_STATE, Footer, Layout, PAGE_BYTES, SEGMENT_HEADER_BYTES, TRAILER_BYTES, Table, align_up,
     encode_segment_header,
 };
 
@@ -178,24 +179,41 @@ impl Segment {
         matches!(*self.state.lock(), SegmentState::Sealed(_))
     }
 
-    /// Writes the footer at `end` and cuts the file behind it; the caller then flushes it and calls
-    /// [`Segment::set_sealed`]. When this fails the segment is as it was.
-    pub fn write_footer(&self, file: &File, end: u64) -> Result<(), ContentError> {
+    /// Flushes the segment, which ends at `end`, and seals it if its footer can be written now.
+    ///
+    /// The footer's trailer is written last, after the flush, and only if that succeeded: whoever finds it, be it in
+    /// the page cache that a killed process left, knows that all before it is on disk. Were it lost, the segment
+    /// would be scanned. Discards in this segment wait meanwhile.
+    pub fn seal<E>(
+        &self,
+        file: &File,
+        end: u64,
+        flush: impl FnOnce() -> Result<(), E>,
+    ) -> Result<Sealing, E> {
         let mut state = self.state.lock();
         let SegmentState::Open(table) = &*state else {
-            return Ok(());
+            return Ok(Sealing::Sealed);
         };
         let (footer, bytes) = Footer::encode(end, self.salt, table);
-        file.write_all_at(&bytes, end)
-            .and_then(|()| file.set_len(footer.end()))
-            .map_err(|source| ContentError::io("seal", &self.path, source))?;
-        *state = SegmentState::Sealed(footer);
-        Ok(())
-    }
-
-    /// The footer is on disk, and so is all before it.
-    pub fn set_sealed(&self) {
-        self.flushed.store(ALL, Ordering::Release);
+        let (body, trailer) = bytes.split_at(bytes.len() - TRAILER_BYTES);
+        let written = file
+            .write_all_at(body, end)
+            .and_then(|()| file.set_len(footer.end()));
+        flush()?;
+        self.set_flushed(end);
+        let sealed = written.and_then(|()| file.write_all_at(trailer, footer.end() - TRAILER_BYTES as u64));
+        match sealed {
+            Ok(()) => {
+                *state = SegmentState::Sealed(footer);
+                self.flushed.store(ALL, Ordering::Release);
+                Ok(Sealing::Sealed)
+            }
+            // The records are whole and on disk; the footer is tried again with the next flush.
+            Err(error) => {
+                tracing::warn!(%error, path = %self.path.display(), "a content segment stays open");
+                Ok(Sealing::Open)
+            }
+        }
     }
 
     /// Marks the records at `positions` (in units) dead, in place, and returns the table after that and whether the
@@ -281,6 +299,20 @@ pub fn write_record(file: &File, layout: Layout, head: &[u8], payload: &[u8]) ->
             *part = &part[taken..];
             written -= taken;
         }
+    }
+}
+
+/// Lets the disk begin with what was just written, so that it works while the next records are copied and the flush
+/// finds less to do. A hint: failures show in the flush.
+pub fn begin_writing_out(file: &File, from: u64, bytes: u64) {
+    // SAFETY: the descriptor is open for as long as `file` is borrowed, and no memory is handed over.
+    unsafe {
+        libc::sync_file_range(
+            file.as_raw_fd(),
+            from as i64,
+            bytes as i64,
+            libc::SYNC_FILE_RANGE_WRITE,
+        );
     }
 }
 

@@ -91,6 +91,8 @@ pub trait Protocol: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Response<Streaming<Self::Answer>>, Status>> + Send + 'static;
 }
 
+type StreamOf<P> = Arc<CallStream<<P as Protocol>::Request, <P as Protocol>::Answer>>;
+
 /// The calls of one protocol to one peer, over one stream after another.
 pub struct Line<P: Protocol> {
     protocol: P,
@@ -98,7 +100,7 @@ pub struct Line<P: Protocol> {
     progress_timeout: Duration,
     next_call: AtomicU64,
     // Locked to look at or replace the stream; never across an await.
-    stream: Mutex<Option<Arc<CallStream<P::Request, P::Answer>>>>,
+    stream: Mutex<Option<StreamOf<P>>>,
 }
 
 impl<P: Protocol> Line<P> {
@@ -169,7 +171,7 @@ impl<P: Protocol> Line<P> {
         Ok(answer)
     }
 
-    fn stream(&self) -> Result<Arc<CallStream<P::Request, P::Answer>>, Lost> {
+    fn stream(&self) -> Result<StreamOf<P>, Lost> {
         let mut current = self.stream.lock();
         if let Some(stream) = &*current {
             match &stream.calls.lock().ended {

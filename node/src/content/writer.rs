@@ -23,12 +23,16 @@ use super::error::{ContentError, Stopped};
 use super::fault::Fault;
 use super::index::Index;
 use super::record::{Entry, Footer, Layout, Mark, RecordHeader, SEGMENT_HEADER_BYTES};
-use super::segment::{SEGMENT_RECORDS_MAX, Segment, SegmentState, write_record};
+use super::segment::{SEGMENT_RECORDS_MAX, Sealing, Segment, SegmentState, begin_writing_out, write_record};
 use super::store::ContentOptions;
 
 /// Most segments that are full and wait for their footer: bounds what is dirty and the tables in memory. The I/O
 /// thread seals one as soon as it is full, so more than one means that the disk does not keep up.
 const FULL_SEGMENTS_MAX: usize = 4;
+
+/// From this size on the disk is set to work on a record at once: smaller ones share pages, which would be written
+/// twice.
+const WRITE_OUT_FROM_BYTES: u64 = 256 << 10;
 
 /// A new segment takes at most this part of the room there is, so that a small disk is not taken at one stroke.
 const SEGMENT_PART_OF_ROOM: u64 = 4;
@@ -186,7 +190,7 @@ impl Writer {
         }
         let mut unsealed = Vec::new();
         for segment in full {
-            if self.seal(&segment)? == Sealed::NotYet {
+            if self.seal(&segment)? == Sealing::Open {
                 unsealed.push(segment);
             }
         }
@@ -258,6 +262,9 @@ impl Writer {
         let head = header.encode(active.segment.salt, &chunk.block_crcs);
         write_record(&active.file, layout, &head, &chunk.payload)
             .map_err(|source| ContentError::io("append to", &active.segment.path, source))?;
+        if layout.record_bytes() >= WRITE_OUT_FROM_BYTES {
+            begin_writing_out(&active.file, layout.position, layout.record_bytes());
+        }
         let entry = Entry::new(chunk.id, layout);
         if let SegmentState::Open(table) = &mut *active.segment.state.lock() {
             table.push(entry, Mark::Live);
@@ -324,7 +331,7 @@ impl Writer {
         }
         let mut unsealed = Vec::new();
         for segment in std::mem::take(&mut tail.full) {
-            if self.seal(&segment)? == Sealed::NotYet {
+            if self.seal(&segment)? == Sealing::Open {
                 unsealed.push(segment);
             }
         }
@@ -333,26 +340,11 @@ impl Writer {
     }
 
     /// Flushes a full segment, with its footer if that can be written now.
-    fn seal(&self, open: &OpenSegment) -> Result<Sealed, Stopped> {
-        let footer = open.segment.write_footer(&open.file, open.end);
-        self.fault.flush(&open.file, &open.segment.path)?;
+    fn seal(&self, open: &OpenSegment) -> Result<Sealing, Stopped> {
+        let sealing = open.segment.seal(&open.file, open.end, || {
+            self.fault.flush(&open.file, &open.segment.path)
+        })?;
         self.flushes.fetch_add(1, Ordering::Relaxed);
-        match footer {
-            Ok(()) => {
-                open.segment.set_sealed();
-                Ok(Sealed::Yes)
-            }
-            Err(error) => {
-                tracing::warn!(%error, "a content segment stays open");
-                open.segment.set_flushed(open.end);
-                Ok(Sealed::NotYet)
-            }
-        }
+        Ok(sealing)
     }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Sealed {
-    Yes,
-    NotYet,
 }

@@ -16,10 +16,11 @@ async fn pace() {
         id: id(counter),
         ..model.clone()
     };
-    for flight in [1, 4, 16] {
+    for (round, flight) in [1, 4, 16, 1, 16].into_iter().enumerate() {
+        let round = round as u64;
         let before = store.flush_counts();
         let began = Instant::now();
-        let first = flight * 1_000_000;
+        let first = flight * 1_000_000 + 2048 * round;
         futures::stream::iter(first..first + 1024)
             .map(|counter| store.put(numbered(counter)))
             .buffer_unordered(flight as usize)
@@ -49,12 +50,12 @@ async fn pace() {
         println!("put 4 KiB, {flight} in flight: {rate:.0}/s, {flushes} flushes");
     }
     for (what, first) in [
-        ("of a 1 MiB chunk", 16_000_000),
+        ("of a 1 MiB chunk", 16_004_096),
         ("whole small chunk", 6_400_000_000u64),
     ] {
         let began = Instant::now();
         for turn in 0..200_000u64 {
-            let offset = if first == 16_000_000 {
+            let offset = if first == 16_004_096 {
                 (turn % 256) as u32 * 4096
             } else {
                 0
@@ -65,7 +66,7 @@ async fn pace() {
         println!("read 4 KiB {what}: {rate:.0}/s");
     }
     let began = Instant::now();
-    let dead: Vec<ChunkId> = (16_000_000..16_000_400).map(id).collect();
+    let dead: Vec<ChunkId> = (16_004_096..16_004_496).map(id).collect();
     let freed = store.discard(&dead).unwrap();
     println!("discard of 400 MiB: {freed} bytes in {:?}", began.elapsed());
     drop(store);
