@@ -204,7 +204,8 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
             let mut peer = self.peer(Purpose::Raft)?;
             let in_flight = Arc::new(AtomicU64::new(0));
             let (from, to, sent) = (self.shared.id, self.target, in_flight.clone());
-            let outgoing = input.map(move |body| {
+            // Fused, since the encoder may ask once more after the end.
+            let outgoing = input.fuse().map(move |body| {
                 sent.fetch_add(1, Ordering::Relaxed);
                 to_wire(&Addressed { from, to, body })
             });

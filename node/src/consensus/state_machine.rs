@@ -7,6 +7,7 @@
 //! up.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -145,6 +146,18 @@ impl StateMachine {
         }
     }
 
+    /// Does `work` where it may wait for a disk. A panic in it would end openraft's task for the state machine and
+    /// nothing else; a node that does not apply any more must stop.
+    fn or_stop(
+        &mut self,
+        doing: &'static str,
+        work: impl FnOnce(&mut StateMachine) -> Result<(), FatalError>,
+    ) -> Result<(), FatalError> {
+        let fatal = self.fatal.clone();
+        let worked = blocking(|| catch_unwind(AssertUnwindSafe(|| work(self))));
+        worked.unwrap_or_else(|_| Err(fatal.raise(doing, "it panicked")))
+    }
+
     fn tell(&self, effects: AppliedEffects) {
         if self.effects.try_send(effects).is_err() {
             self.effects_dropped.fetch_add(1, Ordering::Relaxed);
@@ -221,26 +234,28 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         decode_position(&self.metadata.position()).map_err(io::Error::other)
     }
 
-    async fn apply<Strm>(&mut self, entries: Strm) -> io::Result<()>
+    async fn apply<Strm>(&mut self, mut entries: Strm) -> io::Result<()>
     where
         Strm: Stream<Item = io::Result<EntryResponder<TypeConfig>>> + Unpin + OptionalSend,
     {
-        // The end is asked for again after the last batch.
-        let mut entries = entries.fuse();
-        loop {
+        let mut ended = false;
+        while !ended {
             let mut batch = Vec::new();
             let mut bytes = 0;
             while batch.len() < BATCH_ENTRIES_MAX && bytes < BATCH_CONTENT_BYTES_MAX {
-                let Some(entry) = entries.next().await else { break };
+                let Some(entry) = entries.next().await else {
+                    ended = true;
+                    break;
+                };
                 let entry = entry.map_err(|error| self.fatal.raise("read the log to apply it", error))?;
                 bytes += content_bytes(&entry.0);
                 batch.push(entry);
             }
-            if batch.is_empty() {
-                return Ok(());
+            if !batch.is_empty() {
+                self.or_stop("apply commands", |this| this.apply_batch(batch))?;
             }
-            blocking(|| self.apply_batch(batch))?;
         }
+        Ok(())
     }
 
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<Builder> {
@@ -257,7 +272,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotData) -> io::Result<()> {
-        blocking(|| self.install(meta, snapshot)).map_err(io::Error::from)
+        self.or_stop("install a snapshot", |this| this.install(meta, snapshot))?;
+        Ok(())
     }
 
     async fn get_current_snapshot(
