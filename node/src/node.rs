@@ -8,6 +8,7 @@ use quorumfs_proto::{ClusterId, Member};
 
 use crate::cluster::bootstrap::WaitReason;
 use crate::cluster::identity::{DataFolder, Membership};
+use crate::cluster::leases::Leases;
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::Consensus;
@@ -43,6 +44,8 @@ pub struct Parts {
     pub recovery: Arc<Recovery>,
     /// Knows who has room.
     pub space: Arc<SpaceMonitor>,
+    /// Knows who may answer from what it knows.
+    pub leases: Leases,
     /// Knows which clients live.
     pub sessions: Arc<SessionKeeper>,
 }

@@ -25,6 +25,7 @@ use crate::api::rest::{self, ClientHandle, RestState};
 use crate::api::status;
 use crate::cluster::bootstrap::find_membership;
 use crate::cluster::identity::DataFolder;
+use crate::cluster::leases::Leases;
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::config::Config;
@@ -181,6 +182,7 @@ async fn run_parts(
         reader,
         recovery,
         space,
+        leases: Leases::default(),
         sessions,
     };
     node.begin(parts);

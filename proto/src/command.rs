@@ -73,6 +73,13 @@ impl Command {
         Ok(())
     }
 
+    /// Whether it only says what a session does not have open: it changes nothing that anybody can see.
+    pub fn releases_only(&self) -> bool {
+        self.operations
+            .iter()
+            .all(|operation| matches!(operation, Operation::ReleaseUnlinked { .. }))
+    }
+
     /// Bytes of content that ride inside.
     pub fn inline_bytes(&self) -> usize {
         let inline = |chunk: &NewChunk| match &chunk.body {

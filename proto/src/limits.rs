@@ -58,5 +58,9 @@ pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// How long a client may be silent before its session's pins lapse.
 pub const SESSION_TIMEOUT_MS: u64 = 60_000;
 
+/// How long a lease holds from when its holder sent the request that was answered with it. A foreign call waits for as
+/// much at the most; the kernel keeps names and attributes for no longer.
+pub const LEASE_MS: u32 = 1_000;
+
 /// How often a client says that it is alive.
 pub const KEEP_ALIVE_INTERVAL_MS: u64 = 5_000;

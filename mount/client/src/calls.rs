@@ -13,6 +13,7 @@ use tonic::{Response, Status, Streaming};
 
 use crate::connector::Purpose;
 use crate::leader_link::{Delivery, LeaderLink, Protocol, Reading};
+use crate::lease::Lease;
 
 /// Most queries of one client at once; more wait. So many small answers fill a connection.
 pub(crate) const QUERIES_MAX: usize = 256;
@@ -53,6 +54,14 @@ impl Protocol for Calls {
         request.call_id = call_id;
     }
 
+    fn claim(request: &mut CallRequest, lease: &Lease) {
+        (request.session, request.holds_lease) = lease.claim();
+    }
+
+    fn lease_ms(response: &CallResponse) -> u32 {
+        response.lease_ms
+    }
+
     fn read(response: CallResponse) -> (u64, Reading<Received>) {
         let reading = match response.reply.len() {
             0..=DECODE_AT_ONCE_BYTES_MAX => match decode(&response.reply) {
@@ -85,7 +94,11 @@ impl LeaderLink<Calls> {
     /// Sends an encoded call until the leader decides; `None` when the client is being closed. Never answers
     /// `NotLeader` or `Unavailable`.
     pub(crate) async fn decide(&self, call: Bytes) -> Option<Decided> {
-        match self.call(CallRequest { call_id: 0, call }).await {
+        let request = CallRequest {
+            call,
+            ..CallRequest::default()
+        };
+        match self.call(request).await {
             Delivery::Reply(Received::Decoded(reply), sends) => Some(Decided { reply, sends }),
             Delivery::Reply(Received::Encoded(reply), sends) => Some(Decided {
                 reply: decode(&reply),

@@ -214,6 +214,12 @@ impl Client {
         finding.address.map(|address| address.to_string())
     }
 
+    /// How long this client alone uses the filesystem, from now, and the lease's number: what was learned under one number
+    /// holds as long as that lease is held. `None`: others may change everything at any time.
+    pub fn lease(&self) -> Option<(Duration, u64)> {
+        self.inner.cluster.lease().held()
+    }
+
     /// Changes metadata, once, however often it must be sent. `stored` are the chunks it names as stored; they are put
     /// again if a new leader asks for that.
     ///

@@ -25,6 +25,7 @@ use tonic::transport::Channel;
 use crate::book::Book;
 use crate::connector::{Backoff, Connector, Purpose};
 use crate::discovery::{Search, Suspect, Tally};
+use crate::lease::Lease;
 
 /// A node that does not say in this time who leads is passed over in this round.
 const DISCOVER_TIMEOUT_MS: u64 = 1_000;
@@ -49,6 +50,7 @@ pub(crate) struct Cluster {
     /// Something to do for [`Cluster::follow_leader`].
     wanted: Notify,
     finding: watch::Sender<Finding>,
+    lease: Lease,
 }
 
 #[derive(Debug)]
@@ -95,7 +97,13 @@ impl Cluster {
             state: Mutex::new(state),
             wanted: Notify::new(),
             finding: watch::Sender::new(Finding::default()),
+            lease: Lease::default(),
         })
+    }
+
+    /// Whether this client alone uses the cluster.
+    pub(crate) fn lease(&self) -> &Lease {
+        &self.lease
     }
 
     pub(crate) fn connector(&self) -> &Connector {

@@ -24,6 +24,7 @@ use tonic::{Response, Status, Streaming};
 
 use crate::cluster::{Cluster, Finding, describe};
 use crate::connector::{Backoff, Purpose};
+use crate::lease::Lease;
 
 /// How often outstanding requests are looked over. A quarter of what a leader may be silent.
 const TICK_MS: u64 = 250;
@@ -58,6 +59,14 @@ pub(crate) trait Protocol: Send + Sync + 'static {
 
     /// Writes the number by which the answer will name `request`.
     fn number(request: &mut Self::Request, call_id: u64);
+
+    /// Writes into `request`, as it is sent, whether this client holds the lease.
+    fn claim(_request: &mut Self::Request, _lease: &Lease) {}
+
+    /// The lease that an answer carries.
+    fn lease_ms(_response: &Self::Response) -> u32 {
+        0
+    }
 
     /// Which request is answered, and how.
     fn read(response: Self::Response) -> (u64, Reading<Self::Reply>);
@@ -132,8 +141,9 @@ struct Outstanding<P: Protocol> {
 
 impl<P: Protocol> Outstanding<P> {
     /// Whether the stream's queue took it; if not, the resend timer tries again.
-    fn send(&mut self, outbound: &mpsc::Sender<P::Request>, now: Instant) {
+    fn send(&mut self, outbound: &mpsc::Sender<P::Request>, lease: &Lease, now: Instant) {
         self.last_sent_at = now;
+        P::claim(&mut self.request, lease);
         if outbound.try_send(self.request.clone()).is_ok() {
             self.sends = self.sends.saturating_add(1);
         }
@@ -205,7 +215,7 @@ impl<P: Protocol> LeaderLink<P> {
                 resend_after: Duration::from_millis(P::RESEND_AFTER_MS),
             };
             match &state.outbound {
-                Some(outbound) => outstanding.send(outbound, now),
+                Some(outbound) => outstanding.send(outbound, self.shared.cluster.lease(), now),
                 None => self.shared.wanted.notify_one(),
             }
             state.outstanding.insert(call_id, outstanding);
@@ -233,6 +243,10 @@ impl<P: Protocol> LeaderLink<P> {
                 Delivery::Closed => return Delivery::Closed,
             }
         }
+    }
+
+    pub(crate) fn cluster(&self) -> &Cluster {
+        &self.shared.cluster
     }
 
     /// From now on nothing is sent, and everything outstanding ends as [`Delivery::Closed`].
@@ -317,7 +331,7 @@ impl<P: Protocol> LeaderLink<P> {
         for outstanding in state.outstanding.values_mut() {
             outstanding.first_sent_at = now;
             outstanding.resend_after = Duration::from_millis(P::RESEND_AFTER_MS);
-            outstanding.send(&outbound, now);
+            outstanding.send(&outbound, self.shared.cluster.lease(), now);
         }
         state.outbound = Some(outbound);
         ReceiverStream::new(requests)
@@ -385,8 +399,13 @@ impl<P: Protocol> Stream<'_, P> {
     /// Hands an answer to whoever waits for it.
     fn take(&mut self, answer: P::Response) -> Option<End> {
         self.last_answer = Instant::now();
+        let lease_ms = P::lease_ms(&answer);
         let (call_id, reading) = P::read(answer);
         let cluster = &self.link.shared.cluster;
+        if let Some(asked) = self.link.shared.state.lock().outstanding.get(&call_id) {
+            // It may answer the first of several sendings.
+            cluster.lease().granted(asked.first_sent_at, lease_ms);
+        }
         match reading {
             Reading::NotLeader { hint } => return Some(End::NotLeader { hint }),
             Reading::Unavailable { reason } => {
@@ -429,7 +448,7 @@ impl<P: Protocol> Stream<'_, P> {
             let outbound = outbound.as_ref()?;
             for request in outstanding.values_mut() {
                 if now.duration_since(request.last_sent_at) >= request.resend_after {
-                    request.send(outbound, now);
+                    request.send(outbound, self.link.shared.cluster.lease(), now);
                     request.resend_after =
                         (2 * request.resend_after).min(Duration::from_millis(RESEND_AFTER_MS_MAX));
                 }

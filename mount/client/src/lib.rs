@@ -24,6 +24,7 @@
 //! - `leader_link`: a stream that follows the leader and sends again what is not answered.
 //! - `cluster`: who leads and where everybody is; `discovery` judges what the nodes say,
 //!   `book` keeps their addresses.
+//! - `lease`: whether this client alone uses the cluster.
 //! - `connector`: connections and pauses.
 //!
 //! It knows nothing of FUSE, of files' buffers and caches, or of how a node works.
@@ -39,6 +40,7 @@ mod get;
 mod keeper;
 mod lanes;
 mod leader_link;
+mod lease;
 mod mutation;
 mod put;
 mod session;

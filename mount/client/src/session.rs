@@ -111,7 +111,10 @@ async fn open_new(calls: &LeaderLink<Calls>, description: &str) -> Result<Sessio
         description: description.to_string(),
     };
     match calls.ask(&call).await {
-        Some(CallReply::Session(_)) => Ok(session),
+        Some(CallReply::Session(_)) => {
+            calls.cluster().lease().begin(session);
+            Ok(session)
+        }
         Some(CallReply::Refused(Refusal::Invalid { reason })) => Err(Some(reason)),
         Some(reply) => Err(Some(format!("the leader answers {reply:?}"))),
         None => Err(None),

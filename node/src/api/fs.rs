@@ -17,6 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, error};
 
+use crate::cluster::leases::Grant;
 use crate::content::wire::{get_response, range_asked, stored_chunk};
 use crate::metadata::Failure;
 use crate::node::{Node, Parts};
@@ -96,15 +97,17 @@ impl FileSystem for FileSystemService {
         let answer = move |request: wire::CallRequest| {
             let node = node.clone();
             async move {
-                let reply = match codec::decode::<Call>(&request.call) {
-                    Ok(call) => carry_out(&node, call).await,
-                    Err(error) => CallReply::Refused(Refusal::Invalid {
-                        reason: error.to_string(),
-                    }),
+                let (reply, grant) = match codec::decode::<Call>(&request.call) {
+                    Ok(call) => carry_out(&node, call, &request).await,
+                    Err(error) => {
+                        let reason = error.to_string();
+                        (CallReply::Refused(Refusal::Invalid { reason }), Grant::Nothing)
+                    }
                 };
                 wire::CallResponse {
                     call_id: request.call_id,
                     reply: codec::encode(&reply),
+                    lease_ms: grant.lease_ms(),
                 }
             }
         };
@@ -181,28 +184,50 @@ impl FileSystem for FileSystemService {
     }
 }
 
-async fn carry_out(node: &Node, call: Call) -> CallReply {
+/// What a call is answered, and whether the lease goes with it.
+async fn carry_out(node: &Node, call: Call, request: &wire::CallRequest) -> (CallReply, Grant) {
     let Some(parts) = node.parts() else {
-        return CallReply::Refused(Refusal::Unavailable {
-            reason: node.not_ready(),
-        });
+        let reason = node.not_ready();
+        return (
+            CallReply::Refused(Refusal::Unavailable { reason }),
+            Grant::Nothing,
+        );
     };
     if !parts.consensus.is_leader() {
         let leader = parts.consensus.leader().map(|member| member.addresses.grpc);
-        return CallReply::Refused(Refusal::NotLeader { leader });
+        return (CallReply::Refused(Refusal::NotLeader { leader }), Grant::Nothing);
     }
-    match call {
+    let term = parts.consensus.term();
+    let reply = match call {
         Call::Mutate(mutation) => {
-            parts.sessions.heard_of(mutation.request.session);
-            parts.writer.mutate(mutation).await
+            let session = mutation.request.session;
+            parts.sessions.heard_of(session);
+            if mutation.command.releases_only() {
+                return (parts.writer.mutate(mutation).await, Grant::Nothing);
+            }
+            let admission = parts.leases.admit(session, request.holds_lease, term).await;
+            return only_if_decided(parts.writer.mutate(mutation).await, admission.grant);
         }
-        Call::Query(query) => parts.reader.query(&query).await,
+        Call::Query(query) => {
+            let session = SessionId(request.session);
+            let admission = parts.leases.admit(session, request.holds_lease, term).await;
+            return only_if_decided(parts.reader.query(&query).await, admission.grant);
+        }
         Call::OpenSession { session, description } => {
             parts.sessions.heard_of(session);
             parts.writer.open_session(session, description).await
         }
         Call::CloseSession { session } => parts.writer.end_session(session).await,
         Call::KeepAlive { session } => keep_alive(parts, session),
+    };
+    (reply, Grant::Nothing)
+}
+
+/// A refusal confirms nothing, so nothing is granted with it.
+fn only_if_decided(reply: CallReply, grant: Grant) -> (CallReply, Grant) {
+    match reply {
+        CallReply::Outcome(_) | CallReply::Answer(_) => (reply, grant),
+        CallReply::Refused(_) | CallReply::Session(_) => (reply, Grant::Nothing),
     }
 }
 

@@ -4,5 +4,6 @@
 
 pub mod bootstrap;
 pub mod identity;
+pub mod leases;
 pub mod sessions;
 pub mod space;
