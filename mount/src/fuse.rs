@@ -13,8 +13,10 @@
 //! Lookups are not counted: inode numbers are never used twice and [`Filesystem`] keeps nothing per inode
 //! that is not bounded otherwise, so FORGET has nothing to do, also not for what READDIRPLUS looked up.
 
+mod answer;
 mod convert;
 mod dispatch;
+mod inode_map;
 mod session;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -28,20 +30,23 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use fuser::{
-    BsdFileFlags, Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags,
-    KernelConfig, LockOwner, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
-    ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, Errno, FileHandle, FopenFlags, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner,
+    PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use quorumfs_proto::command::{NewInode, NewKind, Privileges};
-use quorumfs_proto::limits::{CHUNK_BYTES_MAX, NAME_BYTES_MAX};
-use quorumfs_proto::query::{EntryDetail, Space};
+use quorumfs_proto::limits::CHUNK_BYTES_MAX;
+use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{Attributes, FsError, InodeNumber, SymlinkTarget};
 
-use crate::errno::errno;
-use crate::fs::{Cluster, DirectoryItem, Filesystem, OpenFlags, Opened};
-use crate::inode_map::InodeMap;
-use convert::{SetAttrFields, XattrFit};
+use crate::fs::{Cluster, Filesystem, OpenFlags, Opened};
+use answer::{
+    GENERATION, View, answer_attr, answer_entries, answer_entry, answer_names, answer_ok, answer_space,
+    answer_xattr, open_flags,
+};
+use convert::SetAttrFields;
+use inode_map::InodeMap;
 
 pub use session::serve_kernel;
 
@@ -54,12 +59,8 @@ const BACKGROUND_REQUESTS_MAX: u16 = 128;
 /// as the C library, 32 KiB, or, by an older kernel, a page.
 const LISTING_BYTES: usize = 32 << 10;
 
-/// The block size of statfs(2), in which it counts.
-const STATFS_BLOCK_BYTES: u32 = 4096;
-
-/// How statfs(2) tells of free inodes, of which there is no fixed number: as many as there is room for, with
-/// so many bytes to each.
-const BYTES_PER_INODE: u64 = 1024;
+/// The kernel asks again after so long even under a long lease.
+const CACHE_MAX: Duration = Duration::from_secs(1);
 
 /// One mount's edge.
 pub struct FuseEdge<C: Cluster> {
@@ -68,37 +69,25 @@ pub struct FuseEdge<C: Cluster> {
     runtime: tokio::runtime::Handle,
 }
 
-/// How this mount's kernel sees the cluster's inodes.
-#[derive(Clone, Copy)]
-struct View {
-    inodes: InodeMap,
-    /// How long the kernel may keep names and attributes.
-    cache: Duration,
-}
-
-impl View {
-    fn attr(&self, attributes: &Attributes) -> FileAttr {
-        convert::file_attr(attributes, self.inodes.to_kernel(attributes.inode))
-    }
-}
-
-/// Inode numbers are never used twice, so none has a second generation.
-const GENERATION: Generation = Generation(0);
-
 impl<C: Cluster> FuseEdge<C> {
-    /// The edge of `filesystem`, whose root is the cluster's directory `root`. The kernel may keep names and
-    /// attributes for `cache`.
+    /// The edge of `filesystem`, whose root is the cluster's directory `root`. The kernel may keep names and attributes
+    /// as long as the lease holds, and for `cache` at the least.
     pub fn new(
         filesystem: Arc<Filesystem<C>>,
         root: InodeNumber,
         cache: Duration,
         runtime: tokio::runtime::Handle,
     ) -> FuseEdge<C> {
+        let asked = Arc::clone(&filesystem);
+        let kept = move || {
+            let lease = asked.cluster().lease().map_or(Duration::ZERO, |(left, _)| left);
+            cache.max(lease.min(CACHE_MAX))
+        };
         FuseEdge {
             filesystem,
             view: View {
                 inodes: InodeMap::new(root),
-                cache,
+                cache: Arc::new(kept),
             },
             runtime,
         }
@@ -119,49 +108,6 @@ fn opening(flags: i32, caller_uid: u32) -> OpenFlags {
         privileges: convert::privileges_of(caller_uid),
         ..OpenFlags::from(flags)
     }
-}
-
-/// What open(2) and create(2) answer.
-fn open_flags(opened: &Opened) -> FopenFlags {
-    let mut flags = FopenFlags::empty();
-    flags.set(FopenFlags::FOPEN_DIRECT_IO, opened.direct_io);
-    flags.set(FopenFlags::FOPEN_KEEP_CACHE, opened.keep_cache);
-    flags
-}
-
-fn answer_entry(view: View) -> impl FnOnce(ReplyEntry, Attributes) {
-    move |reply, attributes| reply.entry(&view.cache, &view.attr(&attributes), GENERATION)
-}
-
-fn answer_attr(view: View) -> impl FnOnce(ReplyAttr, Attributes) {
-    move |reply, attributes| reply.attr(&view.cache, &view.attr(&attributes))
-}
-
-fn answer_ok(reply: ReplyEmpty, (): ()) {
-    reply.ok();
-}
-
-fn answer_xattr(room_bytes: u32) -> impl FnOnce(ReplyXattr, Bytes) {
-    move |reply, value| match convert::xattr_fit(value.len(), room_bytes) {
-        Ok(XattrFit::Size(size)) => reply.size(size),
-        Ok(XattrFit::Data) => reply.data(&value),
-        Err(error) => reply.error(errno(error)),
-    }
-}
-
-fn answer_space(reply: ReplyStatfs, space: Space) {
-    let blocks = |bytes: u64| bytes / u64::from(STATFS_BLOCK_BYTES);
-    let free_inodes = space.available_bytes / BYTES_PER_INODE;
-    reply.statfs(
-        blocks(space.capacity_bytes),
-        blocks(space.available_bytes),
-        blocks(space.available_bytes),
-        space.inodes + free_inodes,
-        free_inodes,
-        STATFS_BLOCK_BYTES,
-        NAME_BYTES_MAX as u32,
-        STATFS_BLOCK_BYTES,
-    );
 }
 
 impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
@@ -193,7 +139,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         self.serve(
             reply,
             move |fs| async move { fs.lookup(parent?, &name).await },
-            answer_entry(self.view),
+            answer_entry(self.view.clone()),
         );
     }
 
@@ -202,7 +148,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         self.serve(
             reply,
             move |fs| async move { fs.attributes(inode?, handle.map(u64::from)).await },
-            answer_attr(self.view),
+            answer_attr(self.view.clone()),
         );
     }
 
@@ -237,7 +183,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         self.serve(
             reply,
             move |fs| async move { fs.set_attributes(inode?, handle.map(u64::from), changes).await },
-            answer_attr(self.view),
+            answer_attr(self.view.clone()),
         );
     }
 
@@ -330,7 +276,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         self.serve(
             reply,
             move |fs| async move { fs.link(inode?, parent?, &name).await },
-            answer_entry(self.view),
+            answer_entry(self.view.clone()),
         );
     }
 
@@ -356,14 +302,14 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     ) {
         let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
         let (uid, gid, mode) = (request.uid(), request.gid(), convert::permissions(mode));
-        let (view, flags) = (self.view, opening(flags, request.uid()));
+        let (view, flags) = (self.view.clone(), opening(flags, request.uid()));
         self.serve(
             reply,
             move |fs| async move { fs.create(parent?, &name, mode, uid, gid, flags).await },
             move |reply, (attributes, opened): (Attributes, Opened)| {
                 let handle = FileHandle(opened.handle);
                 reply.created(
-                    &view.cache,
+                    &(view.cache)(),
                     &view.attr(&attributes),
                     GENERATION,
                     handle,
@@ -488,23 +434,14 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         offset: u64,
         reply: ReplyDirectory,
     ) {
-        let view = self.view;
+        let view = self.view.clone();
         self.serve(
             reply,
             move |fs| async move {
                 fs.read_directory(handle.0, offset, EntryDetail::Name, LISTING_BYTES)
                     .await
             },
-            move |mut reply, items: Vec<DirectoryItem>| {
-                for (item, offset) in items.iter().zip(convert::resume_offsets(offset, &items)) {
-                    let inode = view.inodes.to_kernel(item.inode);
-                    let kind = convert::file_type(item.kind);
-                    if reply.add(inode, offset, kind, OsStr::from_bytes(&item.name)) {
-                        break;
-                    }
-                }
-                reply.ok();
-            },
+            answer_names(view, offset),
         );
     }
 
@@ -516,27 +453,14 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         offset: u64,
         reply: ReplyDirectoryPlus,
     ) {
-        let view = self.view;
+        let view = self.view.clone();
         self.serve(
             reply,
             move |fs| async move {
                 fs.read_directory(handle.0, offset, EntryDetail::Attributes, LISTING_BYTES)
                     .await
             },
-            move |mut reply, items: Vec<DirectoryItem>| {
-                for (item, offset) in items.iter().zip(convert::resume_offsets(offset, &items)) {
-                    let name = OsStr::from_bytes(&item.name);
-                    let attr = match &item.attributes {
-                        Some(attributes) => view.attr(attributes),
-                        // "." and "..": of these the kernel takes nothing but number and kind.
-                        None => convert::bare_attr(view.inodes.to_kernel(item.inode), item.kind),
-                    };
-                    if reply.add(attr.ino, offset, name, &view.cache, &attr, GENERATION) {
-                        break;
-                    }
-                }
-                reply.ok();
-            },
+            answer_entries(view, offset),
         );
     }
 
@@ -721,7 +645,7 @@ impl<C: Cluster> FuseEdge<C> {
                 };
                 fs.make_node(parent?, &name, inode).await
             },
-            answer_entry(self.view),
+            answer_entry(self.view.clone()),
         );
     }
 }

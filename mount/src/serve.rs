@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use tonic::transport::ClientTlsConfig;
 
 use crate::daemon::{Readiness, Report};
-use crate::fs::{Cluster, Durability, Filesystem, FsOptions};
+use crate::fs::{Cluster, Durability, Filesystem, FsOptions, Leased};
 use crate::fuse::{FuseEdge, serve_kernel};
 use crate::mountpoint::{MountPoint, MountPointError, Mounted, Unmounting, Urgency};
 use crate::options::{Access, DurabilityOption, MountRequest};
@@ -207,7 +207,7 @@ async fn start(
     request: &MountRequest,
     mount_point: &MountPoint,
     tls: Option<ClientTlsConfig>,
-) -> Result<(Client, Service<Client>), ServeError> {
+) -> Result<(Client, Service<Leased<Client>>), ServeError> {
     let client = Client::connect(ClientOptions {
         addresses: request.spec.addresses.clone(),
         description: description(mount_point),
@@ -218,7 +218,7 @@ async fn start(
     .await
     .map_err(ServeError::Connect)?;
     let root = resolve_root(&client, &request.spec.subdirectory).await?;
-    let filesystem = Filesystem::new(client.clone(), filesystem_options(request, root));
+    let filesystem = Filesystem::new(Leased::new(client.clone()), filesystem_options(request, root));
     let edge = FuseEdge::new(
         Arc::clone(&filesystem),
         root,

@@ -95,6 +95,7 @@ impl WireClient {
             let request = wire::CallRequest {
                 call_id: 1,
                 call: encode(call),
+                ..Default::default()
             };
             sender.send(request).await.map_err(|e| e.to_string())?;
             let answers = client.calls(ReceiverStream::new(requests)).await;

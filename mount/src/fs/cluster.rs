@@ -4,6 +4,7 @@
 //! programs run on.
 
 use std::future::Future;
+use std::time::Duration;
 
 use bytes::Bytes;
 use quorumfs_client::{Client, FreshChunk};
@@ -53,6 +54,12 @@ pub trait Cluster: Send + Sync + 'static {
         length: u32,
     ) -> impl Future<Output = Result<Bytes, FsError>> + Send;
 
+    /// How long this session alone uses the cluster, from now, and the number of that lease; `None`: others may change
+    /// everything at any time.
+    fn lease(&self) -> Option<(Duration, u64)> {
+        None
+    }
+
     /// Who answers the cluster's question which unlinked inodes are still open here.
     fn set_unlinked_handler(&self, handler: UnlinkedHandler);
 }
@@ -92,6 +99,10 @@ impl Cluster for Client {
 
     async fn get_chunk(&self, id: ChunkId, offset: u32, length: u32) -> Result<Bytes, FsError> {
         Client::get_chunk(self, id, offset, length).await
+    }
+
+    fn lease(&self) -> Option<(Duration, u64)> {
+        Client::lease(self)
     }
 
     fn set_unlinked_handler(&self, handler: UnlinkedHandler) {

@@ -23,6 +23,7 @@ pub mod cluster;
 mod commit;
 mod directory;
 mod dirty;
+mod leased;
 mod namespace;
 mod open;
 mod read;
@@ -43,6 +44,7 @@ use tokio::sync::Semaphore;
 
 pub use self::cluster::{Cluster, FreshContent};
 pub use self::directory::DirectoryItem;
+pub use self::leased::Leased;
 pub use self::open::Opened;
 pub use crate::handles::{Handle, OpenFlags};
 

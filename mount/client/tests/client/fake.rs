@@ -417,6 +417,7 @@ impl FileSystem for FakeNode {
                 let response = wire::CallResponse {
                     call_id: envelope.call_id,
                     reply: codec::encode(&reply),
+                    lease_ms: 0,
                 };
                 let (answers, world) = (answers.clone(), world.clone());
                 tokio::spawn(async move {

@@ -276,11 +276,12 @@ impl FileSystem for Service {
     ) -> Result<Response<Self::CallsStream>, Status> {
         let state = Arc::clone(&self.0);
         let answers = requests.into_inner().map(move |request| {
-            let CallRequest { call_id, call } = request?;
+            let CallRequest { call_id, call, .. } = request?;
             let reply = state.call(codec::decode(&call).unwrap());
             Ok(CallResponse {
                 call_id,
                 reply: codec::encode(&reply),
+                lease_ms: 0,
             })
         });
         Ok(Response::new(Box::pin(answers)))

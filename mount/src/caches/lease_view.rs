@@ -1,0 +1,177 @@
+//! What this mount knows for certain as long as it holds the lease: attributes, and of some directories all names.
+//!
+//! Pure: told what was answered under which lease, it answers what still holds. What was learned under one lease is
+//! worth nothing under the next, for others may have changed everything in between.
+//!
+//! Invariant: of a directory that is known whole, every name that exists is known. Names that were removed may stay
+//! known: that only costs a question.
+
+use std::collections::{HashMap, HashSet};
+
+use quick_cache::unsync::Cache;
+use quorumfs_proto::{Attributes, InodeNumber, Name};
+
+/// Most inodes whose attributes are kept: some 16 MiB.
+const ATTRIBUTES_MAX: usize = 64 << 10;
+/// Most names kept of all directories known whole, each some 80 bytes; beyond it all directories are forgotten.
+const NAMES_MAX: usize = 256 << 10;
+/// Most directories known whole.
+const DIRECTORIES_MAX: usize = 16 << 10;
+
+/// The number of a lease.
+pub type LeaseNumber = u64;
+
+/// See the module.
+pub struct LeaseView {
+    lease: LeaseNumber,
+    attributes: Cache<InodeNumber, Attributes>,
+    directories: HashMap<InodeNumber, HashSet<Name>>,
+    names: usize,
+}
+
+impl Default for LeaseView {
+    fn default() -> LeaseView {
+        LeaseView {
+            lease: 0,
+            attributes: Cache::new(ATTRIBUTES_MAX),
+            directories: HashMap::new(),
+            names: 0,
+        }
+    }
+}
+
+impl LeaseView {
+    /// From now on `lease` is held.
+    fn under(&mut self, lease: LeaseNumber) {
+        if self.lease != lease {
+            self.lease = lease;
+            self.attributes = Cache::new(ATTRIBUTES_MAX);
+            self.forget_directories();
+        }
+    }
+
+    fn forget_directories(&mut self) {
+        self.directories = HashMap::new();
+        self.names = 0;
+    }
+
+    /// These attributes were answered to a question that was asked and answered under `lease`. Of two that cross on
+    /// their way the newer counts: ctime moves forward with every change.
+    pub fn learn(&mut self, lease: LeaseNumber, told: &[Attributes]) {
+        self.under(lease);
+        for attributes in told {
+            let known = self.attributes.peek(&attributes.inode);
+            if known.is_none_or(|known| known.ctime <= attributes.ctime) {
+                self.attributes.insert(attributes.inode, attributes.clone());
+            }
+        }
+    }
+
+    /// A change of these inodes is on its way, or what came of it is not known.
+    pub fn forget(&mut self, inode: InodeNumber) {
+        self.attributes.remove(&inode);
+    }
+
+    /// This mount has just made `directory`, under `lease`: it is empty.
+    pub fn made(&mut self, lease: LeaseNumber, directory: InodeNumber) {
+        self.under(lease);
+        if self.directories.len() >= DIRECTORIES_MAX {
+            self.forget_directories();
+        }
+        self.directories.insert(directory, HashSet::new());
+    }
+
+    /// This mount is about to give something this name; it may exist from now on.
+    pub fn may_name(&mut self, directory: InodeNumber, name: &Name) {
+        if let Some(names) = self.directories.get_mut(&directory)
+            && names.insert(name.clone())
+        {
+            self.names += 1;
+            if self.names > NAMES_MAX {
+                self.forget_directories();
+            }
+        }
+    }
+
+    /// The attributes of `inode`, if they are known under `lease`.
+    pub fn attributes(&mut self, lease: LeaseNumber, inode: InodeNumber) -> Option<Attributes> {
+        self.under(lease);
+        self.attributes.get(&inode).cloned()
+    }
+
+    /// Whether it is certain under `lease` that nothing has this name.
+    pub fn lacks(&mut self, lease: LeaseNumber, directory: InodeNumber, name: &Name) -> bool {
+        self.under(lease);
+        self.directories
+            .get(&directory)
+            .is_some_and(|names| !names.contains(name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use quorumfs_proto::{FileKind, Timestamp};
+
+    fn attributes(inode: u64, ctime: i64) -> Attributes {
+        let time = |seconds| Timestamp {
+            seconds,
+            nanoseconds: 0,
+        };
+        Attributes {
+            inode: InodeNumber(inode),
+            kind: FileKind::File,
+            mode: 0o644,
+            uid: 0,
+            gid: 0,
+            links: 1,
+            size: 0,
+            allocated_bytes: 0,
+            rdev: 0,
+            atime: time(0),
+            mtime: time(0),
+            ctime: time(ctime),
+            birth_time: time(0),
+            content_version: 0,
+            xattr_count: 0,
+            has_capability: false,
+            parent: InodeNumber(0),
+        }
+    }
+
+    #[test]
+    fn what_was_learned_under_one_lease_is_gone_under_the_next() {
+        let mut view = LeaseView::default();
+        let name = Name::new(&b"a"[..]).unwrap();
+        view.learn(1, &[attributes(5, 1)]);
+        view.made(1, InodeNumber(9));
+        assert!(view.attributes(1, InodeNumber(5)).is_some());
+        assert!(view.lacks(1, InodeNumber(9), &name));
+        assert!(!view.lacks(2, InodeNumber(9), &name));
+        assert!(view.attributes(2, InodeNumber(5)).is_none());
+    }
+
+    #[test]
+    fn of_attributes_that_cross_the_newer_count() {
+        let mut view = LeaseView::default();
+        view.learn(1, &[attributes(5, 7)]);
+        view.learn(1, &[attributes(5, 6)]);
+        assert_eq!(view.attributes(1, InodeNumber(5)).unwrap().ctime.seconds, 7);
+        view.forget(InodeNumber(5));
+        assert!(view.attributes(1, InodeNumber(5)).is_none());
+    }
+
+    #[test]
+    fn a_name_that_may_exist_is_not_lacking() {
+        let mut view = LeaseView::default();
+        let (a, b) = (Name::new(&b"a"[..]).unwrap(), Name::new(&b"b"[..]).unwrap());
+        view.made(1, InodeNumber(9));
+        view.may_name(InodeNumber(9), &a);
+        assert!(!view.lacks(1, InodeNumber(9), &a));
+        assert!(view.lacks(1, InodeNumber(9), &b));
+        assert!(
+            !view.lacks(1, InodeNumber(8), &b),
+            "a directory that is not known whole"
+        );
+    }
+}
