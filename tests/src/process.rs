@@ -176,15 +176,24 @@ pub fn resident_peak_bytes(id: i32) -> u64 {
     kib << 10
 }
 
-/// The processes that name `folder` (or what lies below it) in their arguments.
+/// When a process started, in clock ticks since boot.
+fn started_ticks(id: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
+    // The name, in parentheses, may hold anything; field 22 is the twentieth after it.
+    stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()
+}
+
+/// The processes that name `folder` (or what lies below it) in their arguments, and are not older than this one:
+/// reading the arguments of a process that hangs (in a debugger, in a broken mount) hangs the reader too.
 pub fn processes_under(folder: &Path) -> Vec<i32> {
     let mut needle = folder.as_os_str().as_encoded_bytes().to_vec();
     needle.push(b'/');
     let own = std::process::id();
+    let since = started_ticks(own);
     std::fs::read_dir("/proc")
         .expect("Linux has /proc")
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok())
-        .filter(|id| *id != own)
+        .filter(|id| *id != own && started_ticks(*id) >= since)
         .filter(|id| {
             let arguments = std::fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
             arguments.windows(needle.len()).any(|window| window == needle)

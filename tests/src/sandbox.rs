@@ -42,10 +42,20 @@ const LOG_LINES_PRINTED: usize = 80;
 /// Ends what still runs for the sandbox, unmounts (innermost first) and removes its folder. `$1` is the folder.
 const GUARD: &str = r#"
 trap '' INT TERM HUP
+started() {
+  read -r stat 2>/dev/null <"/proc/$1/stat" || return
+  set -- ${stat##*) }
+  shift 19 && echo "$1"
+}
+born=$(started $$)
 cat >/dev/null
-for arguments in /proc/[0-9]*/cmdline; do
-  process=${arguments%/cmdline}; process=${process#/proc/}
-  if [ "$process" != $$ ] && grep -qF -f "$1/.guard" "$arguments" 2>/dev/null; then kill -9 "$process" 2>/dev/null; fi
+# The arguments of a process with a thread that hangs (in a debugger, in someone's broken mount) cannot be read: the
+# reader hangs as well. So only those are looked at that are younger than this guard, as all that it must end are.
+for folder in /proc/[0-9]*; do
+  process=${folder#/proc/}
+  start=$(started "$process")
+  [ "${start:-0}" -ge "$born" ] && [ "$process" != $$ ] || continue
+  if grep -qF -f "$1/.guard" "$folder/cmdline" 2>/dev/null; then kill -9 "$process" 2>/dev/null; fi
 done
 for attempt in 1 2 3 4 5; do
   awk -v folder="$1/" 'index($5, folder) == 1 { print $5 }' /proc/self/mountinfo | sort -r |
