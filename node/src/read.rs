@@ -113,7 +113,7 @@ impl Reader {
             }
             _ => return Err(reason),
         }
-        let found = self.from_peers(id, offset, length).await;
+        let found = self.fetch_from_peers(id, offset, length).await;
         match &found {
             // Only a chunk that exists elsewhere is worth recovering; what nobody has may be dead since.
             Some(_) => self.recovery.wanted(id),
@@ -122,7 +122,7 @@ impl Reader {
         found.ok_or(reason)
     }
 
-    async fn from_peers(&self, id: ChunkId, offset: u32, length: u32) -> Option<ChunkRange> {
+    async fn fetch_from_peers(&self, id: ChunkId, offset: u32, length: u32) -> Option<ChunkRange> {
         let own = self.consensus.id();
         for member in self
             .consensus

@@ -147,9 +147,6 @@ impl Peer for TestPeer {
     ) -> Result<Response<NodeStatusResponse>, Status> {
         elsewhere()
     }
-    async fn forward(&self, _: Request<CallRequest>) -> Result<Response<CallResponse>, Status> {
-        elsewhere()
-    }
 }
 
 /// A peer and a way to it.

@@ -70,6 +70,7 @@ impl Rest {
         Rest {
             router: router(RestState {
                 client: receiver,
+                recovery: Arc::new(|| json!({})),
                 status: Arc::new(|| json!({ "writable": true, "node": 1 })),
                 request_timeout,
             }),

@@ -108,10 +108,6 @@ impl Peer for Service {
     ) -> Result<Response<NodeStatusResponse>, Status> {
         elsewhere()
     }
-
-    async fn forward(&self, _: Request<CallRequest>) -> Result<Response<CallResponse>, Status> {
-        elsewhere()
-    }
 }
 
 /// What a node is while it runs.
