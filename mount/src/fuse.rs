@@ -1,4 +1,4 @@
-//! The edge towards the kernel: each request is decoded, given to [`Filesystem`], and its answer encoded.
+//! The edge towards the kernel: each request is decoded, given to [`crate::fs::Filesystem`], and its answer encoded.
 //! Nothing else.
 //!
 //! - Decoding is cheap and happens on fuser's threads. The work is a future that is polled once right there,
@@ -8,13 +8,15 @@
 //! - Every request is answered exactly once. A panic in a handler answers EIO (fuser's replies do so when
 //!   they are dropped) and takes no thread with it.
 //! - The kernel keeps names and attributes for as long as the mount option says (by default it asks each
-//!   time), and a file's pages only if [`Filesystem`] says at open that they are still right.
+//!   time), and a file's pages only if the filesystem says at open that they are still right.
 //!
-//! Lookups are not counted: inode numbers are never used twice and [`Filesystem`] keeps nothing per inode
+//! Lookups are not counted: inode numbers are never used twice and the filesystem keeps nothing per inode
 //! that is not bounded otherwise, so FORGET has nothing to do, also not for what READDIRPLUS looked up.
 
+mod answer;
 mod convert;
-mod dispatch;
+mod edge;
+mod inode_map;
 mod session;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -23,26 +25,29 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use fuser::{
-    BsdFileFlags, Errno, FileAttr, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags,
-    KernelConfig, LockOwner, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
-    ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, Errno, FileHandle, FopenFlags, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner,
+    PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use quorumfs_proto::command::{NewInode, NewKind, Privileges};
-use quorumfs_proto::limits::{CHUNK_BYTES_MAX, NAME_BYTES_MAX};
-use quorumfs_proto::query::{EntryDetail, Space};
-use quorumfs_proto::{Attributes, FsError, InodeNumber, SymlinkTarget};
+use quorumfs_proto::command::{NewKind, Privileges};
+use quorumfs_proto::limits::CHUNK_BYTES_MAX;
+use quorumfs_proto::query::EntryDetail;
+use quorumfs_proto::{Attributes, SymlinkTarget};
 
-use crate::errno::errno;
-use crate::fs::{Cluster, DirectoryItem, Filesystem, OpenFlags, Opened};
-use crate::inode_map::InodeMap;
-use convert::{SetAttrFields, XattrFit};
+use crate::fs::{Cluster, OpenFlags, Opened};
+use answer::{
+    GENERATION, answer_attr, answer_entries, answer_entry, answer_names, answer_ok, answer_space,
+    answer_xattr, open_flags,
+};
+use convert::SetAttrFields;
+use edge::name_bytes;
 
+pub use edge::FuseEdge;
 pub use session::serve_kernel;
 
 /// Requests that the kernel sends without a program waiting for each (read-ahead, write-back, release): two
@@ -54,114 +59,12 @@ const BACKGROUND_REQUESTS_MAX: u16 = 128;
 /// as the C library, 32 KiB, or, by an older kernel, a page.
 const LISTING_BYTES: usize = 32 << 10;
 
-/// The block size of statfs(2), in which it counts.
-const STATFS_BLOCK_BYTES: u32 = 4096;
-
-/// How statfs(2) tells of free inodes, of which there is no fixed number: as many as there is room for, with
-/// so many bytes to each.
-const BYTES_PER_INODE: u64 = 1024;
-
-/// One mount's edge.
-pub struct FuseEdge<C: Cluster> {
-    filesystem: Arc<Filesystem<C>>,
-    view: View,
-    runtime: tokio::runtime::Handle,
-}
-
-/// How this mount's kernel sees the cluster's inodes.
-#[derive(Clone, Copy)]
-struct View {
-    inodes: InodeMap,
-    /// How long the kernel may keep names and attributes.
-    cache: Duration,
-}
-
-impl View {
-    fn attr(&self, attributes: &Attributes) -> FileAttr {
-        convert::file_attr(attributes, self.inodes.to_kernel(attributes.inode))
-    }
-}
-
-/// Inode numbers are never used twice, so none has a second generation.
-const GENERATION: Generation = Generation(0);
-
-impl<C: Cluster> FuseEdge<C> {
-    /// The edge of `filesystem`, whose root is the cluster's directory `root`. The kernel may keep names and
-    /// attributes for `cache`.
-    pub fn new(
-        filesystem: Arc<Filesystem<C>>,
-        root: InodeNumber,
-        cache: Duration,
-        runtime: tokio::runtime::Handle,
-    ) -> FuseEdge<C> {
-        FuseEdge {
-            filesystem,
-            view: View {
-                inodes: InodeMap::new(root),
-                cache,
-            },
-            runtime,
-        }
-    }
-
-    fn cluster_inode(&self, inode: INodeNo) -> Result<InodeNumber, FsError> {
-        self.view.inodes.to_cluster(inode)
-    }
-}
-
-fn name_bytes(name: &OsStr) -> Bytes {
-    Bytes::copy_from_slice(name.as_bytes())
-}
-
 /// How `caller_uid` opens a file.
 fn opening(flags: i32, caller_uid: u32) -> OpenFlags {
     OpenFlags {
         privileges: convert::privileges_of(caller_uid),
         ..OpenFlags::from(flags)
     }
-}
-
-/// What open(2) and create(2) answer.
-fn open_flags(opened: &Opened) -> FopenFlags {
-    let mut flags = FopenFlags::empty();
-    flags.set(FopenFlags::FOPEN_DIRECT_IO, opened.direct_io);
-    flags.set(FopenFlags::FOPEN_KEEP_CACHE, opened.keep_cache);
-    flags
-}
-
-fn answer_entry(view: View) -> impl FnOnce(ReplyEntry, Attributes) {
-    move |reply, attributes| reply.entry(&view.cache, &view.attr(&attributes), GENERATION)
-}
-
-fn answer_attr(view: View) -> impl FnOnce(ReplyAttr, Attributes) {
-    move |reply, attributes| reply.attr(&view.cache, &view.attr(&attributes))
-}
-
-fn answer_ok(reply: ReplyEmpty, (): ()) {
-    reply.ok();
-}
-
-fn answer_xattr(room_bytes: u32) -> impl FnOnce(ReplyXattr, Bytes) {
-    move |reply, value| match convert::xattr_fit(value.len(), room_bytes) {
-        Ok(XattrFit::Size(size)) => reply.size(size),
-        Ok(XattrFit::Data) => reply.data(&value),
-        Err(error) => reply.error(errno(error)),
-    }
-}
-
-fn answer_space(reply: ReplyStatfs, space: Space) {
-    let blocks = |bytes: u64| bytes / u64::from(STATFS_BLOCK_BYTES);
-    let free_inodes = space.available_bytes / BYTES_PER_INODE;
-    reply.statfs(
-        blocks(space.capacity_bytes),
-        blocks(space.available_bytes),
-        blocks(space.available_bytes),
-        space.inodes + free_inodes,
-        free_inodes,
-        STATFS_BLOCK_BYTES,
-        NAME_BYTES_MAX as u32,
-        STATFS_BLOCK_BYTES,
-    );
 }
 
 impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
@@ -495,16 +398,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
                 fs.read_directory(handle.0, offset, EntryDetail::Name, LISTING_BYTES)
                     .await
             },
-            move |mut reply, items: Vec<DirectoryItem>| {
-                for (item, offset) in items.iter().zip(convert::resume_offsets(offset, &items)) {
-                    let inode = view.inodes.to_kernel(item.inode);
-                    let kind = convert::file_type(item.kind);
-                    if reply.add(inode, offset, kind, OsStr::from_bytes(&item.name)) {
-                        break;
-                    }
-                }
-                reply.ok();
-            },
+            answer_names(view, offset),
         );
     }
 
@@ -523,20 +417,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
                 fs.read_directory(handle.0, offset, EntryDetail::Attributes, LISTING_BYTES)
                     .await
             },
-            move |mut reply, items: Vec<DirectoryItem>| {
-                for (item, offset) in items.iter().zip(convert::resume_offsets(offset, &items)) {
-                    let name = OsStr::from_bytes(&item.name);
-                    let attr = match &item.attributes {
-                        Some(attributes) => view.attr(attributes),
-                        // "." and "..": of these the kernel takes nothing but number and kind.
-                        None => convert::bare_attr(view.inodes.to_kernel(item.inode), item.kind),
-                    };
-                    if reply.add(attr.ino, offset, name, &view.cache, &attr, GENERATION) {
-                        break;
-                    }
-                }
-                reply.ok();
-            },
+            answer_entries(view, offset),
         );
     }
 
@@ -695,33 +576,5 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         reply: ReplyWrite,
     ) {
         reply.error(Errno::ENOSYS);
-    }
-}
-
-impl<C: Cluster> FuseEdge<C> {
-    fn make(
-        &self,
-        request: &Request,
-        parent: INodeNo,
-        name: &OsStr,
-        kind: Result<NewKind, FsError>,
-        mode: u32,
-        reply: ReplyEntry,
-    ) {
-        let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
-        let (uid, gid) = (request.uid(), request.gid());
-        self.serve(
-            reply,
-            move |fs| async move {
-                let inode = NewInode {
-                    kind: kind?,
-                    mode: convert::permissions(mode),
-                    uid,
-                    gid,
-                };
-                fs.make_node(parent?, &name, inode).await
-            },
-            answer_entry(self.view),
-        );
     }
 }

@@ -16,7 +16,7 @@
 //!
 //! - `main`, [`options`], [`daemon`]: the command line, and going into the background.
 //! - [`serve`]: one mount from connecting to unmounting. [`mountpoint`]: the directory that is mounted on.
-//! - [`fuse`], [`errno`], [`inode_map`]: the kernel's requests. Nothing below knows of FUSE.
+//! - [`fuse`], [`errno`]: the kernel's requests. Nothing below knows of FUSE.
 //! - [`fs`]: POSIX's verbs, plain async Rust.
 //! - [`handles`], [`write_buffer`], [`readahead`], [`caches`]: what it is made of; no I/O in the last three.
 //! - `quorumfs_client`: sessions, calls that happen once, chunks on their way.
@@ -27,7 +27,6 @@ pub mod errno;
 pub mod fs;
 pub mod fuse;
 pub mod handles;
-pub mod inode_map;
 pub mod mountpoint;
 pub mod options;
 pub mod readahead;

@@ -1,0 +1,125 @@
+//! How values of the filesystem become replies. Pure but for the reply itself.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::time::Duration;
+
+use bytes::Bytes;
+use fuser::{
+    FileAttr, FopenFlags, Generation, ReplyAttr, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
+    ReplyStatfs, ReplyXattr,
+};
+use quorumfs_proto::Attributes;
+use quorumfs_proto::limits::NAME_BYTES_MAX;
+use quorumfs_proto::query::Space;
+
+use super::convert::{self, XattrFit};
+use super::inode_map::InodeMap;
+use crate::errno::errno;
+use crate::fs::{DirectoryItem, Opened};
+
+/// The block size of statfs(2), in which it counts.
+const STATFS_BLOCK_BYTES: u32 = 4096;
+
+/// How statfs(2) tells of free inodes, of which there is no fixed number: as many as there is room for, with
+/// so many bytes to each.
+const BYTES_PER_INODE: u64 = 1024;
+
+/// How this mount's kernel sees the cluster's inodes.
+#[derive(Clone, Copy)]
+pub struct View {
+    /// Its numbers.
+    pub inodes: InodeMap,
+    /// How long the kernel may keep names and attributes.
+    pub cache: Duration,
+}
+
+impl View {
+    /// `attributes` as the kernel is told.
+    pub fn attr(&self, attributes: &Attributes) -> FileAttr {
+        convert::file_attr(attributes, self.inodes.to_kernel(attributes.inode))
+    }
+}
+
+/// Inode numbers are never used twice, so none has a second generation.
+pub const GENERATION: Generation = Generation(0);
+
+/// What open(2) and create(2) answer.
+pub fn open_flags(opened: &Opened) -> FopenFlags {
+    let mut flags = FopenFlags::empty();
+    flags.set(FopenFlags::FOPEN_DIRECT_IO, opened.direct_io);
+    flags.set(FopenFlags::FOPEN_KEEP_CACHE, opened.keep_cache);
+    flags
+}
+
+/// lookup, mkdir, link, …: an inode that the kernel may remember by name.
+pub fn answer_entry(view: View) -> impl FnOnce(ReplyEntry, Attributes) {
+    move |reply, attributes| reply.entry(&view.cache, &view.attr(&attributes), GENERATION)
+}
+
+/// stat, chmod, …
+pub fn answer_attr(view: View) -> impl FnOnce(ReplyAttr, Attributes) {
+    move |reply, attributes| reply.attr(&view.cache, &view.attr(&attributes))
+}
+
+/// What has nothing to tell.
+pub fn answer_ok(reply: ReplyEmpty, (): ()) {
+    reply.ok();
+}
+
+/// getxattr and listxattr, for a program that has room for `room_bytes`.
+pub fn answer_xattr(room_bytes: u32) -> impl FnOnce(ReplyXattr, Bytes) {
+    move |reply, value| match convert::xattr_fit(value.len(), room_bytes) {
+        Ok(XattrFit::Size(size)) => reply.size(size),
+        Ok(XattrFit::Data) => reply.data(&value),
+        Err(error) => reply.error(errno(error)),
+    }
+}
+
+/// statfs(2).
+pub fn answer_space(reply: ReplyStatfs, space: Space) {
+    let blocks = |bytes: u64| bytes / u64::from(STATFS_BLOCK_BYTES);
+    let free_inodes = space.available_bytes / BYTES_PER_INODE;
+    reply.statfs(
+        blocks(space.capacity_bytes),
+        blocks(space.available_bytes),
+        blocks(space.available_bytes),
+        space.inodes + free_inodes,
+        free_inodes,
+        STATFS_BLOCK_BYTES,
+        NAME_BYTES_MAX as u32,
+        STATFS_BLOCK_BYTES,
+    );
+}
+
+/// READDIR from `start`: as many as fit.
+pub fn answer_names(view: View, start: u64) -> impl FnOnce(ReplyDirectory, Vec<DirectoryItem>) {
+    move |mut reply, items| {
+        for (item, offset) in items.iter().zip(convert::resume_offsets(start, &items)) {
+            let inode = view.inodes.to_kernel(item.inode);
+            let kind = convert::file_type(item.kind);
+            if reply.add(inode, offset, kind, OsStr::from_bytes(&item.name)) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+}
+
+/// READDIRPLUS from `start`: as many as fit, each looked up as well.
+pub fn answer_entries(view: View, start: u64) -> impl FnOnce(ReplyDirectoryPlus, Vec<DirectoryItem>) {
+    move |mut reply, items| {
+        for (item, offset) in items.iter().zip(convert::resume_offsets(start, &items)) {
+            let name = OsStr::from_bytes(&item.name);
+            let attr = match &item.attributes {
+                Some(attributes) => view.attr(attributes),
+                // "." and "..": of these the kernel takes nothing but number and kind.
+                None => convert::bare_attr(view.inodes.to_kernel(item.inode), item.kind),
+            };
+            if reply.add(attr.ino, offset, name, &view.cache, &attr, GENERATION) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+}
