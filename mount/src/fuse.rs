@@ -1,4 +1,4 @@
-//! The edge towards the kernel: each request is decoded, given to [`Filesystem`], and its answer encoded.
+//! The edge towards the kernel: each request is decoded, given to [`crate::fs::Filesystem`], and its answer encoded.
 //! Nothing else.
 //!
 //! - Decoding is cheap and happens on fuser's threads. The work is a future that is polled once right there,
@@ -8,14 +8,14 @@
 //! - Every request is answered exactly once. A panic in a handler answers EIO (fuser's replies do so when
 //!   they are dropped) and takes no thread with it.
 //! - The kernel keeps names and attributes for as long as the mount option says (by default it asks each
-//!   time), and a file's pages only if [`Filesystem`] says at open that they are still right.
+//!   time), and a file's pages only if the filesystem says at open that they are still right.
 //!
-//! Lookups are not counted: inode numbers are never used twice and [`Filesystem`] keeps nothing per inode
+//! Lookups are not counted: inode numbers are never used twice and the filesystem keeps nothing per inode
 //! that is not bounded otherwise, so FORGET has nothing to do, also not for what READDIRPLUS looked up.
 
 mod answer;
 mod convert;
-mod dispatch;
+mod edge;
 mod inode_map;
 mod session;
 #[cfg(test)]
@@ -25,8 +25,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use fuser::{
@@ -35,19 +34,20 @@ use fuser::{
     ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
     ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use quorumfs_proto::command::{NewInode, NewKind, Privileges};
+use quorumfs_proto::command::{NewKind, Privileges};
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 use quorumfs_proto::query::EntryDetail;
-use quorumfs_proto::{Attributes, FsError, InodeNumber, SymlinkTarget};
+use quorumfs_proto::{Attributes, SymlinkTarget};
 
-use crate::fs::{Cluster, Filesystem, OpenFlags, Opened};
+use crate::fs::{Cluster, OpenFlags, Opened};
 use answer::{
-    GENERATION, View, answer_attr, answer_entries, answer_entry, answer_names, answer_ok, answer_space,
+    GENERATION, answer_attr, answer_entries, answer_entry, answer_names, answer_ok, answer_space,
     answer_xattr, open_flags,
 };
 use convert::SetAttrFields;
-use inode_map::InodeMap;
+use edge::name_bytes;
 
+pub use edge::FuseEdge;
 pub use session::serve_kernel;
 
 /// Requests that the kernel sends without a program waiting for each (read-ahead, write-back, release): two
@@ -58,49 +58,6 @@ const BACKGROUND_REQUESTS_MAX: u16 = 128;
 /// How much of a listing is asked for at once. fuser does not tell how much room the kernel offers: as much
 /// as the C library, 32 KiB, or, by an older kernel, a page.
 const LISTING_BYTES: usize = 32 << 10;
-
-/// The kernel asks again after so long even under a long lease.
-const CACHE_MAX: Duration = Duration::from_secs(1);
-
-/// One mount's edge.
-pub struct FuseEdge<C: Cluster> {
-    filesystem: Arc<Filesystem<C>>,
-    view: View,
-    runtime: tokio::runtime::Handle,
-}
-
-impl<C: Cluster> FuseEdge<C> {
-    /// The edge of `filesystem`, whose root is the cluster's directory `root`. The kernel may keep names and attributes
-    /// as long as the lease holds, and for `cache` at the least.
-    pub fn new(
-        filesystem: Arc<Filesystem<C>>,
-        root: InodeNumber,
-        cache: Duration,
-        runtime: tokio::runtime::Handle,
-    ) -> FuseEdge<C> {
-        let asked = Arc::clone(&filesystem);
-        let kept = move || {
-            let lease = asked.cluster().lease().map_or(Duration::ZERO, |(left, _)| left);
-            cache.max(lease.min(CACHE_MAX))
-        };
-        FuseEdge {
-            filesystem,
-            view: View {
-                inodes: InodeMap::new(root),
-                cache: Arc::new(kept),
-            },
-            runtime,
-        }
-    }
-
-    fn cluster_inode(&self, inode: INodeNo) -> Result<InodeNumber, FsError> {
-        self.view.inodes.to_cluster(inode)
-    }
-}
-
-fn name_bytes(name: &OsStr) -> Bytes {
-    Bytes::copy_from_slice(name.as_bytes())
-}
 
 /// How `caller_uid` opens a file.
 fn opening(flags: i32, caller_uid: u32) -> OpenFlags {
@@ -619,33 +576,5 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         reply: ReplyWrite,
     ) {
         reply.error(Errno::ENOSYS);
-    }
-}
-
-impl<C: Cluster> FuseEdge<C> {
-    fn make(
-        &self,
-        request: &Request,
-        parent: INodeNo,
-        name: &OsStr,
-        kind: Result<NewKind, FsError>,
-        mode: u32,
-        reply: ReplyEntry,
-    ) {
-        let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
-        let (uid, gid) = (request.uid(), request.gid());
-        self.serve(
-            reply,
-            move |fs| async move {
-                let inode = NewInode {
-                    kind: kind?,
-                    mode: convert::permissions(mode),
-                    uid,
-                    gid,
-                };
-                fs.make_node(parent?, &name, inode).await
-            },
-            answer_entry(self.view.clone()),
-        );
     }
 }

@@ -66,6 +66,11 @@ impl Node {
         let _ = self.parts.set(parts);
     }
 
+    /// What its administrator should know although it has begun.
+    pub fn warning(&self) -> Option<String> {
+        self.waiting_for.lock().clone()
+    }
+
     /// Its data folder.
     pub fn folder(&self) -> &DataFolder {
         &self.folder

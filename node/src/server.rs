@@ -23,7 +23,7 @@ use crate::api::fs::FileSystemService;
 use crate::api::peer::PeerService;
 use crate::api::rest::{self, ClientHandle, RestState};
 use crate::api::status;
-use crate::cluster::bootstrap::find_membership;
+use crate::cluster::bootstrap::{find_membership, watch_for_strangers};
 use crate::cluster::identity::DataFolder;
 use crate::cluster::leases::Leases;
 use crate::cluster::sessions::SessionKeeper;
@@ -171,6 +171,13 @@ async fn run_parts(
     tokio::spawn(sweeper.clone().run());
     tokio::spawn(hand_on_effects(applied, recovery.clone(), sweeper));
     tokio::spawn(open_client(config.clone(), client_tls, client));
+    tokio::spawn(watch_for_strangers(
+        config.clone(),
+        node.own().clone(),
+        membership.cluster,
+        transport.clone(),
+        node.waiting_for().clone(),
+    ));
 
     let (consensus_fault, content_fault) = (consensus.clone(), content.clone());
     let parts = Parts {

@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs::{self, File, FileTimes};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
@@ -97,7 +96,12 @@ impl TestMount {
 
     /// Unmounts as a stopping mount does, and waits for fuser's threads.
     pub(crate) fn unmount(mut self) {
-        assert_eq!(self.mounted.unmount(Urgency::Polite).unwrap(), Unmounting::Done);
+        // A process that another test is just starting holds a copy of all that is open here, until it runs.
+        let begin = std::time::Instant::now();
+        while self.mounted.unmount(Urgency::Polite).unwrap() == Unmounting::Busy {
+            assert!(begin.elapsed() < Duration::from_secs(10), "it stays busy");
+            std::thread::sleep(Duration::from_millis(10));
+        }
         let ended = self.ended.take().unwrap();
         self.runtime.block_on(ended).unwrap().unwrap();
         self.runtime.block_on(self.filesystem.flush_all()).unwrap();
@@ -123,6 +127,21 @@ fn check(result: i32) -> io::Result<()> {
         Err(io::Error::last_os_error())
     } else {
         Ok(())
+    }
+}
+
+/// Runs `work` in a child process and answers what it answers. It may only make system calls: it is the copy
+/// of one thread of many.
+fn in_child(work: impl FnOnce() -> i32) -> i32 {
+    match unsafe { nix::unistd::fork() }.unwrap() {
+        nix::unistd::ForkResult::Child => unsafe {
+            libc::close_range(3, u32::MAX, 0);
+            libc::_exit(work())
+        },
+        nix::unistd::ForkResult::Parent { child } => match nix::sys::wait::waitpid(child, None).unwrap() {
+            nix::sys::wait::WaitStatus::Exited(_, code) => code,
+            other => panic!("{other:?}"),
+        },
     }
 }
 
@@ -349,32 +368,38 @@ fn a_shared_mapping_is_written_back_and_never_makes_the_file_longer() {
     let reference = Reference::new();
     let mount = mount(&reference, 1);
     fs::write(mount.path("file"), pattern(10_000)).unwrap();
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .open(mount.path("file"))
-        .unwrap();
-    let length = 12_288;
-    let memory = unsafe {
-        libc::mmap(
+    let path = c_path(&mount.path("file"));
+    // In a process of its own: one that waits for a page holds its memory map locked, and to serve the page
+    // this process may have to change its own.
+    let failed_call = in_child(|| unsafe {
+        let file = libc::open(path.as_ptr(), libc::O_RDWR);
+        let length = 12_288;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let memory = libc::mmap(
             std::ptr::null_mut(),
             length,
-            libc::PROT_READ | libc::PROT_WRITE,
+            protection,
             libc::MAP_SHARED,
-            file.as_raw_fd(),
+            file,
             0,
-        )
-    };
-    assert_ne!(memory, libc::MAP_FAILED);
-    unsafe {
-        memory.cast::<u8>().add(9_999).write(255);
-        memory.cast::<u8>().add(10_001).write(255);
-        check(libc::msync(memory, length, libc::MS_SYNC)).unwrap();
+        );
+        if file < 0 || memory == libc::MAP_FAILED {
+            return 1;
+        }
+        let bytes = memory.cast::<u8>();
+        bytes.add(9_999).write(255);
+        bytes.add(10_001).write(255);
+        if libc::msync(memory, length, libc::MS_SYNC) != 0 {
+            return 2;
+        }
         // Written after the close's flush.
-        drop(file);
-        memory.cast::<u8>().write(254);
-        check(libc::munmap(memory, length)).unwrap();
-    }
+        if libc::close(file) != 0 {
+            return 3;
+        }
+        bytes.write(254);
+        libc::munmap(memory, length)
+    });
+    assert_eq!(failed_call, 0);
     mount.unmount();
     let mount = self::mount(&reference, 2);
     let bytes = fs::read(mount.path("file")).unwrap();

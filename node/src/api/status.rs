@@ -30,7 +30,7 @@ pub fn status(node: &Node) -> Value {
     let content = parts.content.flush_counts();
     let living = living_sessions(parts).ok();
     let full = consensus.writable && !parts.space.quorum_has_room();
-    let reason = match &consensus.reason {
+    let reason = match &node.warning().or(consensus.reason) {
         Some(reason) => Some(reason.clone()),
         None if full => Some("fewer than a quorum of nodes have room on their disks".to_string()),
         None => None,

@@ -18,7 +18,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use quorumfs_proto::{ClusterId, Member, wire};
 use sha2::Digest as _;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::identity::{DataFolder, IdentityError, Membership};
 use crate::config::Config;
@@ -26,6 +26,8 @@ use crate::transport::{Purpose, Transport};
 
 /// How often the members are asked.
 const ASK_INTERVAL_MS: u64 = 300;
+/// How often the members are asked whether they belong to the same cluster still.
+const STRANGER_INTERVAL_MS: u64 = 5_000;
 /// How long a member may take to answer.
 const ANSWER_TIMEOUT_MS: u64 = 1_000;
 
@@ -64,6 +66,43 @@ pub async fn find_membership(
         }
         tokio::time::sleep(Duration::from_millis(ASK_INTERVAL_MS)).await;
     }
+}
+
+/// Says so, for ever, when the configured members belong to another cluster than this node's folder: such a node finds
+/// nobody to talk to (every request between nodes names its cluster), and its administrator should know why. It does not
+/// stop: seen from the others it is this node that is the stranger.
+pub async fn watch_for_strangers(
+    config: Config,
+    own: Member,
+    cluster: ClusterId,
+    transport: std::sync::Arc<Transport>,
+    waiting_for: WaitReason,
+) {
+    loop {
+        let answers = ask_all(&config, &own, &transport).await;
+        let strange = stranger(&answers, &own, cluster);
+        let told = std::mem::replace(&mut *waiting_for.lock(), strange.clone());
+        if let Some(reason) = strange.filter(|reason| told.as_ref() != Some(reason)) {
+            error!("{reason}");
+        }
+        tokio::time::sleep(Duration::from_millis(STRANGER_INTERVAL_MS)).await;
+    }
+}
+
+/// What is wrong, if of the other members that answer more belong to one other cluster than to this one.
+fn stranger(answers: &[Result<Answer, String>], own: &Member, cluster: ClusterId) -> Option<String> {
+    let others = || answers.iter().flatten().filter(|answer| answer.node.id != own.id);
+    let same = others().filter(|answer| answer.cluster == Some(cluster)).count();
+    let strange: Vec<&Answer> = others()
+        .filter(|answer| answer.cluster.is_some_and(|other| other != cluster))
+        .collect();
+    let first = strange.first().filter(|_| strange.len() > same)?;
+    let other = first.cluster?;
+    Some(format!(
+        "this node's data folder belongs to cluster {cluster}, but {} belongs to cluster {other}: give this node the \
+         folder it had in that cluster, or an empty one",
+        first.node.addresses.grpc
+    ))
 }
 
 /// What a member said of itself.
@@ -238,6 +277,31 @@ mod tests {
         );
         assert!(
             matches!(decide(&[empty(1), empty(3), empty(2)], &own, &config()), Decision::Wait(r) if r.contains("slot"))
+        );
+    }
+
+    #[test]
+    fn a_foreign_folder_is_told_from_a_foreign_neighbour() {
+        let of = |slot, cluster| {
+            let cluster = Some(ClusterId([cluster; 16]));
+            let node = member(slot, 10 + u64::from(slot));
+            Ok(Answer {
+                node,
+                cluster,
+                empty: false,
+                founders: vec![],
+            })
+        };
+        let own = member(3, 13);
+        let strange = stranger(&[of(1, 7), of(2, 7), empty(3)], &own, ClusterId([8; 16]));
+        assert!(strange.is_some_and(|reason| reason.contains("belongs to cluster")));
+        assert_eq!(
+            stranger(&[of(1, 8), of(2, 7), empty(3)], &own, ClusterId([8; 16])),
+            None
+        );
+        assert_eq!(
+            stranger(&[of(1, 8), of(2, 8), empty(3)], &own, ClusterId([8; 16])),
+            None
         );
     }
 

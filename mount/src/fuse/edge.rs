@@ -1,13 +1,20 @@
-//! How a request's work is run and its reply given: once, whatever happens.
+//! What a mount's edge is made of, and how a request's work is run and its reply given: once, whatever happens.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
-use fuser::Errno;
-use quorumfs_proto::FsError;
+use bytes::Bytes;
+use fuser::{Errno, INodeNo, ReplyEntry, Request};
+use quorumfs_proto::command::{NewInode, NewKind};
+use quorumfs_proto::{FsError, InodeNumber};
 
-use super::FuseEdge;
+use super::answer::{View, answer_entry};
+use super::convert;
+use super::inode_map::InodeMap;
 use crate::errno::errno;
 use crate::fs::{Cluster, Filesystem};
 
@@ -41,7 +48,45 @@ refuse!(
     ReplyXattr
 );
 
+/// The kernel asks again after so long even under a long lease.
+const CACHE_MAX: Duration = Duration::from_secs(1);
+
+/// One mount's edge.
+pub struct FuseEdge<C: Cluster> {
+    filesystem: Arc<Filesystem<C>>,
+    pub(super) view: View,
+    runtime: tokio::runtime::Handle,
+}
+
 impl<C: Cluster> FuseEdge<C> {
+    /// The edge of `filesystem`, whose root is the cluster's directory `root`. The kernel may keep names and attributes
+    /// as long as the lease holds, and for `cache` at the least.
+    pub fn new(
+        filesystem: Arc<Filesystem<C>>,
+        root: InodeNumber,
+        cache: Duration,
+        runtime: tokio::runtime::Handle,
+    ) -> FuseEdge<C> {
+        let asked = Arc::clone(&filesystem);
+        let kept = move || {
+            let lease = asked.cluster().lease().map_or(Duration::ZERO, |(left, _)| left);
+            cache.max(lease.min(CACHE_MAX))
+        };
+        FuseEdge {
+            filesystem,
+            view: View {
+                inodes: InodeMap::new(root),
+                cache: Arc::new(kept),
+            },
+            runtime,
+        }
+    }
+
+    /// What the cluster calls the kernel's `inode`.
+    pub(super) fn cluster_inode(&self, inode: INodeNo) -> Result<InodeNumber, FsError> {
+        self.view.inodes.to_cluster(inode)
+    }
+
     /// Runs `work` and gives its result to `answer`, its error to the kernel.
     pub(super) fn serve<Reply, Work, Running, Value>(
         &self,
@@ -62,6 +107,38 @@ impl<C: Cluster> FuseEdge<C> {
             }
         });
     }
+
+    /// mknod, mkdir, symlink.
+    pub(super) fn make(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        kind: Result<NewKind, FsError>,
+        mode: u32,
+        reply: ReplyEntry,
+    ) {
+        let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
+        let (uid, gid) = (request.uid(), request.gid());
+        self.serve(
+            reply,
+            move |fs| async move {
+                let inode = NewInode {
+                    kind: kind?,
+                    mode: convert::permissions(mode),
+                    uid,
+                    gid,
+                };
+                fs.make_node(parent?, &name, inode).await
+            },
+            answer_entry(self.view.clone()),
+        );
+    }
+}
+
+/// A name that outlives its request.
+pub(super) fn name_bytes(name: &OsStr) -> Bytes {
+    Bytes::copy_from_slice(name.as_bytes())
 }
 
 /// Polls `work` once here; if it has to wait it goes on on `runtime`. A panic ends `work` and nothing else.
