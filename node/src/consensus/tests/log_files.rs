@@ -317,3 +317,72 @@ async fn a_failed_write_is_fatal_and_nothing_is_acknowledged_after_it() {
     assert!(log.save_vote(&vote(9, 1)).await.is_err());
     assert!(log.wait_flushed().is_err());
 }
+
+/// A small filesystem of its own, gone with the value; `None` where the tests may not mount.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount() -> Option<SmallDisk> {
+        let folder = tempfile::tempdir().unwrap();
+        let options = Some("size=256k");
+        let flags = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("tmpfs"), folder.path(), Some("tmpfs"), flags, options).ok()?;
+        Some(SmallDisk(folder))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_costs_the_reserve_then_waits_and_loses_nothing() {
+    let Some(disk) = SmallDisk::mount() else {
+        println!("skipped: not allowed to mount");
+        return;
+    };
+    let folder = disk.0.path().join("log");
+    let options = WalOptions {
+        file_bytes: 32 << 10,
+        ..WalOptions::default()
+    };
+    let mut log = open(&folder, &options).unwrap();
+    append(&log, vec![entry(1, 0, "first")]).await;
+    assert!(log.status().reserve_held);
+    let filler = disk.0.path().join("filler");
+    let mut full = std::fs::File::create(&filler).unwrap();
+    while std::io::Write::write_all(&mut full, &[1; 4096]).is_ok() {}
+    // More than what is left of the first file, so the reserve goes; then more than that.
+    let mut index = 1;
+    while log.status().reserve_held {
+        append(&log, vec![entry(1, index, "r".repeat(8 << 10))]).await;
+        index += 1;
+        assert!(index < 20, "the reserve is used");
+    }
+    let mut waiting = Vec::new();
+    for _ in 0..8 {
+        let (sender, flushed) = TypeConfig::oneshot();
+        let callback = openraft::storage::IOFlushed::signal(sender);
+        let large = entry(1, index, "w".repeat(8 << 10));
+        log.append([large], callback).await.unwrap();
+        waiting.push(flushed);
+        index += 1;
+    }
+    let began = std::time::Instant::now();
+    while !log.status().disk_full {
+        assert!(began.elapsed().as_secs() < 20, "it waits for room");
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    std::fs::remove_file(&filler).unwrap();
+    drop(full);
+    for flushed in waiting {
+        flushed.await.unwrap().unwrap();
+    }
+    assert!(!log.status().disk_full);
+    log.close();
+    drop(log);
+    let log = open(&folder, &options).unwrap();
+    assert_eq!(indexes(&entries(&log).await), (0..index).collect::<Vec<_>>());
+}

@@ -56,6 +56,23 @@ impl Model {
 struct Opened {
     folder: tempfile::TempDir,
     log: LogStore,
+    fatal: FatalSignal,
+}
+
+impl Opened {
+    fn close(self) -> tempfile::TempDir {
+        self.log.close();
+        assert!(self.fatal.raised().is_none(), "{:?}", self.fatal.raised());
+        self.folder
+    }
+}
+
+/// In memory where there is such a place: what is tried here is the order of things, not the disk, and it takes
+/// thousands of flushes.
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm")
+        .or_else(|_| tempfile::tempdir())
+        .unwrap()
 }
 
 fn options() -> WalOptions {
@@ -67,8 +84,9 @@ fn options() -> WalOptions {
 }
 
 fn open(folder: tempfile::TempDir) -> Opened {
-    let log = LogStore::open(folder.path(), &options(), FatalSignal::default()).unwrap();
-    Opened { folder, log }
+    let fatal = FatalSignal::default();
+    let log = LogStore::open(folder.path(), &options(), fatal.clone()).unwrap();
+    Opened { folder, log, fatal }
 }
 
 async fn step_both(model: &mut Model, mut opened: Opened, step: Step) -> Opened {
@@ -109,18 +127,24 @@ async fn step_both(model: &mut Model, mut opened: Opened, step: Step) -> Opened 
             log.save_vote(&vote(term, 1)).await.unwrap();
         }
         Step::Reopen => {
-            let Opened { folder, log } = opened;
-            drop(log);
-            return open(folder);
+            return open(opened.close());
         }
         Step::Crash => {
             opened.log.wait_flushed().unwrap();
-            let copy = tempfile::tempdir().unwrap();
-            for item in std::fs::read_dir(opened.folder.path()).unwrap() {
-                let path = item.unwrap().path();
-                std::fs::copy(&path, copy.path().join(path.file_name().unwrap())).unwrap();
+            let copy = folder();
+            let listing = std::fs::read_dir(opened.folder.path()).unwrap();
+            let mut paths: Vec<_> = listing.map(|item| item.unwrap().path()).collect();
+            paths.sort();
+            // Newest first: the thread may be removing purged files, the oldest first. The reserve holds nothing.
+            for path in paths.iter().rev() {
+                let name = path.file_name().unwrap();
+                if path.extension().is_some_and(|extension| extension == "wal")
+                    && std::fs::copy(path, copy.path().join(name)).is_err()
+                {
+                    break;
+                }
             }
-            drop(opened);
+            opened.close();
             return open(copy);
         }
     }
@@ -145,11 +169,12 @@ proptest! {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         runtime.block_on(async {
             let mut model = Model::default();
-            let mut opened = open(tempfile::tempdir().unwrap());
+            let mut opened = open(folder());
             for step in steps {
                 opened = step_both(&mut model, opened, step).await;
                 compare(&model, &opened.log).await;
             }
+            opened.close();
         });
     }
 }

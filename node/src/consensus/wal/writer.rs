@@ -187,7 +187,7 @@ impl Writer {
             if !operations.is_empty() {
                 match self.write(&operations) {
                     Ok(places) => self.complete(operations, places),
-                    Err(error) => return self.fail(operations, error),
+                    Err(error) => return self.fail(operations, stop, error),
                 }
             }
             if stop {
@@ -400,7 +400,7 @@ impl Writer {
     }
 
     /// The log cannot be trusted any more: everyone who waits or will wait is told.
-    fn fail(self, operations: Vec<Queued>, error: WalError) {
+    fn fail(self, operations: Vec<Queued>, stop: bool, error: WalError) {
         let fatal = self.shared.fatal.raise("write the log", error);
         self.shared.flushed.notify_all();
         self.shared.room.notify_waiters();
@@ -414,7 +414,7 @@ impl Writer {
         for queued in operations {
             refuse(queued.operation, fatal.clone());
         }
-        while let Ok(queued) = self.queue.recv() {
+        while !stop && let Ok(queued) = self.queue.recv() {
             if matches!(queued.operation, Operation::Stop) {
                 return;
             }

@@ -327,6 +327,19 @@ async fn leadership_goes_to_who_is_asked() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_whose_disk_is_slow_hands_leadership_on() {
+    // Every flush counts as slow, so whoever leads first hands on at once.
+    let mut cluster = Cluster::start(3, |options| options.slow_flush_ms = 0).await;
+    eventually("leadership was handed on", || {
+        let mut terms = cluster.running().map(|node| node.consensus().term());
+        terms.any(|term| term > 1)
+    })
+    .await;
+    cluster.open_sessions(1..5).await;
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_without_its_log_does_not_start_under_its_old_name() {
     let mut cluster = Cluster::start(1, |options| options.flush_age_ms = 50).await;
     cluster.open_sessions(1..5).await;
