@@ -48,7 +48,7 @@ fn work_while(sandbox: &Sandbox, mount: &Mount, random: &mut Random, fail: impl 
     };
     let untar = script(
         r#"while [ ! -e "$stop" ] || [ $n = 0 ]; do n=$((n+1)); rm -rf tree; mkdir tree
-             tar --xattrs -xf "$archive" -C tree
+             tar --warning=no-timestamp --xattrs -xf "$archive" -C tree
              diff -r --no-dereference -x 'special-*' "$original" tree; done; echo $n"#,
     );
     let copy = script(
