@@ -112,7 +112,7 @@ pub enum Usage {
 #[derive(Debug, Parser)]
 #[command(name = "quorumfs-mount", version)]
 struct PlainArguments {
-    /// What to mount: HOST:PORT[,HOST:PORT…][:/subdir]
+    /// What to mount: `HOST:PORT[,HOST:PORT…][:/subdir]`
     spec: String,
     /// The directory to mount it on
     directory: PathBuf,
@@ -154,7 +154,7 @@ struct PlainArguments {
 #[derive(Debug, Parser)]
 #[command(name = "mount.quorumfs", version)]
 struct HelperArguments {
-    /// What to mount: HOST:PORT[,HOST:PORT…][:/subdir]
+    /// What to mount: `HOST:PORT[,HOST:PORT…][:/subdir]`
     spec: String,
     /// The directory to mount it on
     directory: PathBuf,

@@ -32,7 +32,7 @@
 //!
 //! # Layers
 //!
-//! Modules import only downwards: [`server`], [`api`], [`node`], [`write`], [`read`], [`healing`], [`cluster`], [`consensus`],
+//! Modules import only downwards: [`server`], [`api`], [`node`], [`mod@write`], [`read`], [`healing`], [`cluster`], [`consensus`],
 //! [`metadata`] and [`content`] (which never know each other), [`transport`]; [`config`] is plain data for all.
 //! `write` and `read` use `healing` and `cluster` beside them: the read path asks recovery for what it found missing.
 
