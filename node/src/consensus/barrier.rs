@@ -1,7 +1,8 @@
 //! The read barrier: ReadIndex, one round at a time, for all who came before the round began.
 //!
-//! A round asks a quorum whether this node still leads, then waits until what was committed when it began has been applied.
-//! Who comes during a round waits for the next: what was acknowledged before they came may be newer than the round.
+//! A round asks a quorum whether this node still leads, then waits until what was committed when it began has
+//! been applied. Who comes during a round waits for the next: what was acknowledged before they came may be
+//! newer than the round.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -19,18 +20,30 @@ const APPLY_TIMEOUT: Duration = Duration::from_secs(10);
 type Waiter = oneshot::Sender<Result<(), BarrierError>>;
 
 /// Who waits. Bounded by the callers that the edges admit.
-#[derive(Default)]
 pub struct Barrier {
-    waiting: Mutex<Vec<Waiter>>,
+    /// `None` once the node shuts down.
+    waiting: Mutex<Option<Vec<Waiter>>>,
     wake: Notify,
     rounds: AtomicU64,
+}
+
+impl Default for Barrier {
+    fn default() -> Barrier {
+        Barrier {
+            waiting: Mutex::new(Some(Vec::new())),
+            wake: Notify::new(),
+            rounds: AtomicU64::new(0),
+        }
+    }
 }
 
 impl Barrier {
     /// Waits for a round that begins after this call.
     pub async fn wait(&self) -> Result<(), BarrierError> {
         let (sender, answer) = oneshot::channel();
-        self.waiting.lock().push(sender);
+        if let Some(waiting) = self.waiting.lock().as_mut() {
+            waiting.push(sender);
+        }
         self.wake.notify_one();
         answer.await.unwrap_or_else(|_| {
             Err(BarrierError::Unavailable {
@@ -44,9 +57,9 @@ impl Barrier {
         self.rounds.load(Ordering::Relaxed)
     }
 
-    /// Nobody waits any more.
+    /// Who waits is told that the node shuts down, and so is who comes later.
     pub fn close(&self) {
-        self.waiting.lock().clear();
+        self.waiting.lock().take();
     }
 }
 
@@ -55,10 +68,10 @@ impl Consensus {
         let barrier = &self.0.barrier;
         loop {
             barrier.wake.notified().await;
-            let waiting = std::mem::take(&mut *barrier.waiting.lock());
-            if waiting.is_empty() {
+            let waiting = barrier.waiting.lock().as_mut().map(std::mem::take);
+            let Some(waiting) = waiting.filter(|waiting| !waiting.is_empty()) else {
                 continue;
-            }
+            };
             barrier.rounds.fetch_add(1, Ordering::Relaxed);
             let result = self.barrier_round().await;
             for waiter in waiting {

@@ -1,7 +1,7 @@
 //! The one way in which this layer says that the node must stop.
 //!
-//! A flush that failed is never tried again (the kernel may have dropped the pages and will call the next one a
-//! success), and a state machine that could not apply has no next state: whoever runs the node waits for
+//! A flush that failed is never tried again (the kernel may have dropped the pages and will call the next one
+//! a success), and a state machine that could not apply has no next state: whoever runs the node waits for
 //! [`FatalSignal::wait`] and exits with what it says.
 
 use std::error::Error;

@@ -1,9 +1,9 @@
-//! Moves what has been applied from memory to disk, in the order that makes a restart right: the log first, then the
-//! content store, then redb. Only then may the log be purged.
+//! Moves what has been applied from memory to disk, in the order that makes a restart right: the log first,
+//! then the content store, then redb. Only then may the log be purged.
 //!
-//! Runs when the overlay is half full, when something has waited for some seconds, and when a snapshot is wanted.
-//! Also keeps the chunks that came inside commands and found the disk full: until they are stored nothing beyond them
-//! is flushed, so the log keeps them.
+//! Runs when the overlay is half full, when something has waited for some seconds, and when a snapshot is
+//! wanted. Also keeps the chunks that came inside commands and found the disk full: until they are stored
+//! nothing beyond them is flushed, so the log keeps them.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -173,7 +173,8 @@ impl Flusher {
         if self.metadata.freeze().is_none() {
             return Ok(self.metadata.durable_position());
         }
-        // What is frozen was appended to the log before it was committed, though perhaps not flushed by this node.
+        // What is frozen was appended to the log before it was committed, though perhaps not flushed by this
+        // node.
         self.log
             .wait_flushed()
             .map_err(|error| self.fatal.raise("wait for the log", error))?;
@@ -252,7 +253,8 @@ impl Flusher {
         }
     }
 
-    /// Does `install` while nothing is being flushed; what waited to be stored belongs to the state that goes.
+    /// Does `install` while nothing is being flushed; what waited to be stored belongs to the state that
+    /// goes.
     pub fn instead_of_flushing<T>(&self, install: impl FnOnce() -> T) -> T {
         let _serial = self.serial.lock();
         let result = install();

@@ -1,7 +1,7 @@
 //! openraft's log, kept by the [`wal`](super::wal).
 //!
-//! What is appended can be read when `append` returns, from memory; `IOFlushed` is told when it is durable. Reading goes to
-//! memory for the newest entries and to the files, on a blocking thread, for older ones.
+//! What is appended can be read when `append` returns, from memory; `IOFlushed` is told when it is durable.
+//! Reading goes to memory for the newest entries and to the files, on a blocking thread, for older ones.
 
 use std::fmt::Debug;
 use std::io;
@@ -29,8 +29,8 @@ use super::wal::memory::{Cached, Held, LogMemory, Place};
 use super::wal::writer::{Counters, Operation, Queued, Shared, Writer};
 use super::wal::{WalError, WalOptions};
 
-/// Most bytes of entries in one message to a follower: half of what a message may be, for its envelope and for the one
-/// entry that goes over.
+/// Most bytes of entries in one message to a follower: half of what a message may be, for its envelope and
+/// for the one entry that goes over.
 const REPLICATION_BYTES_MAX: u64 = 2 << 20;
 /// Most bytes of entries that a reader of many holds at once.
 const READ_BYTES_MAX: u64 = 4 << 20;
@@ -179,8 +179,8 @@ impl LogStore {
         }
     }
 
-    /// Queues `operation` and lets `change` bring memory to what it makes of it, as one step, so that the queue and memory
-    /// agree on the order.
+    /// Queues `operation` and lets `change` bring memory to what it makes of it, as one step, so that the
+    /// queue and memory agree on the order.
     fn queue(
         &self,
         bytes: u64,
@@ -348,7 +348,8 @@ where
 
     async fn read_committed(&mut self) -> io::Result<Option<LogId>> {
         let memory = self.0.shared.memory.lock();
-        // The mark may have been written when the entry had yet to come with a snapshot: then it says nothing.
+        // The mark may have been written when the entry had yet to come with a snapshot: then it says
+        // nothing.
         Ok(memory
             .committed
             .filter(|mark| memory.log_id(mark.index) == Some(*mark)))

@@ -66,7 +66,8 @@ impl Consensus {
         }
     }
 
-    /// Asks for a snapshot when the log has grown by many bytes since the last, and purges behind it, whole files, by bytes.
+    /// Asks for a snapshot when the log has grown by many bytes since the last, and purges behind it, whole
+    /// files, by bytes.
     async fn bound_log(&self, snapshot: &mut Last, purged: &mut u64) {
         let (taken, raft) = {
             let raft = &self.0.raft;

@@ -1,16 +1,18 @@
-//! Consensus: one log that all nodes agree on, kept durable, applied to the metadata in the same order everywhere.
+//! Consensus: one log that all nodes agree on, kept durable, applied to the metadata in the same order
+//! everywhere.
 //!
-//! How a command goes: [`Consensus::propose`] admits it by its bytes → openraft → [`log::LogStore`] (memory at once, the
-//! [`wal`] thread's next flush) and, at the same time, [`network::PeerNetwork`] to the followers → a quorum has flushed it →
-//! [`state_machine::StateMachine`] applies it with others as one batch and publishes them → the proposer is answered.
-//! The [`flusher`] moves what was applied to disk behind that; [`snapshot`] and purge keep the log short.
+//! How a command goes: [`Consensus::propose`] admits it by its bytes → openraft → [`log::LogStore`] (memory
+//! at once, the [`wal`] thread's next flush) and, at the same time, [`network::PeerNetwork`] to the followers
+//! → a quorum has flushed it → [`state_machine::StateMachine`] applies it with others as one batch and
+//! publishes them → the proposer is answered. The [`flusher`] moves what was applied to disk behind that;
+//! [`snapshot`] and purge keep the log short.
 //!
-//! How a read stays linearizable: [`Consensus::barrier`], then a view of the metadata. One round of ReadIndex serves all who came before it
-//! began.
+//! How a read stays linearizable: [`Consensus::barrier`], then a view of the metadata. One round of ReadIndex
+//! serves all who came before it began.
 //!
 //! It owes: nothing acknowledged is lost (see [`wal`]); a node that cannot keep that promise stops
-//! ([`Consensus::fatal`]) or does not start ([`ConsensusError`]). Every queue is bounded in bytes: admission here, the
-//! log's unflushed bytes, the overlay.
+//! ([`Consensus::fatal`]) or does not start ([`ConsensusError`]). Every queue is bounded in bytes: admission
+//! here, the log's unflushed bytes, the overlay.
 //!
 //! It does not know files, names or chunks, nor who proposes what and why.
 
@@ -74,8 +76,8 @@ pub enum ConsensusError {
     /// The log cannot be opened. [`WalError::DamagedBelowWatermark`] costs the node its incarnation.
     #[error(transparent)]
     Log(#[from] WalError),
-    /// The metadata says that entries were applied, but the log has forgotten everything: so has its vote been. The node must
-    /// take part under a new incarnation.
+    /// The metadata says that entries were applied, but the log has forgotten everything: so has its vote
+    /// been. The node must take part under a new incarnation.
     #[error("the log is empty although the metadata goes up to entry {index}")]
     LogLost {
         /// The last applied entry.
@@ -184,7 +186,8 @@ struct Inner {
 impl Consensus {
     /// Opens the log, brings the state up to what it holds for certain, and takes part.
     ///
-    /// `effects` is told what the content store should do; when it is full it is passed over (see [`AppliedEffects`]).
+    /// `effects` is told what the content store should do; when it is full it is passed over (see
+    /// [`AppliedEffects`]).
     pub async fn start(
         options: ConsensusOptions,
         metadata: Arc<MetadataStore>,
@@ -318,7 +321,8 @@ impl Consensus {
             return Err(ProposeError::Busy);
         };
         let raft = self.0.raft.clone();
-        // A task of its own, so that what is admitted counts until it is decided, whatever becomes of the caller.
+        // A task of its own, so that what is admitted counts until it is decided, whatever becomes of the
+        // caller.
         let decided = tokio::spawn(async move {
             let written = raft.client_write(command).await;
             drop(admitted);
@@ -340,7 +344,8 @@ impl Consensus {
         }
     }
 
-    /// Returns when this node has applied everything that had been acknowledged by anyone before the call. Only the leader can.
+    /// Returns when this node has applied everything that had been acknowledged by anyone before the call.
+    /// Only the leader can.
     pub async fn barrier(&self) -> Result<(), BarrierError> {
         if !self.is_leader() {
             return Err(BarrierError::NotLeader {
@@ -359,8 +364,8 @@ impl Consensus {
         added.await.map(|_| ()).map_err(membership_error)
     }
 
-    /// Makes exactly these the voters, by a joint change; each must be known as a learner or voter. Who was a voter and
-    /// is not named leaves the cluster.
+    /// Makes exactly these the voters, by a joint change; each must be known as a learner or voter. Who was a
+    /// voter and is not named leaves the cluster.
     pub async fn change_voters(&self, voters: BTreeSet<NodeId>) -> Result<(), MembershipError> {
         let voters: BTreeSet<VoterId> = voters.into_iter().map(VoterId).collect();
         let changed = self.0.raft.change_membership(voters, false);
@@ -390,7 +395,8 @@ impl Consensus {
         Some(member(id, metrics.membership_config.get_node(&id)?))
     }
 
-    /// Whether this node believes to lead. Another may already have been elected; only what a quorum confirms is sure.
+    /// Whether this node believes to lead. Another may already have been elected; only what a quorum confirms
+    /// is sure.
     pub fn is_leader(&self) -> bool {
         self.0.raft.metrics().borrow_watched().current_leader == Some(self.0.id)
     }

@@ -1,10 +1,11 @@
 //! openraft's messages between nodes.
 //!
-//! Each message is addressed: it names the node it is for, slot and incarnation. A node that was wiped has a new
-//! incarnation at the old address and refuses what was meant for the old one; else it would vote and acknowledge for
-//! what it has forgotten.
+//! Each message is addressed: it names the node it is for, slot and incarnation. A node that was wiped has a
+//! new incarnation at the old address and refuses what was meant for the old one; else it would vote and
+//! acknowledge for what it has forgotten.
 //!
-//! Appends go over one long bidirectional stream with many requests in flight; snapshots over the bulk connection.
+//! Appends go over one long bidirectional stream with many requests in flight; snapshots over the bulk
+//! connection.
 
 use std::future::Future;
 use std::pin::pin;
@@ -33,8 +34,8 @@ use crate::transport::{Peer, Purpose, Transport};
 
 /// How long the first answer to a stream may take: a connection and a round trip.
 const SETUP_TIMEOUT: Duration = Duration::from_millis(1_500);
-/// How long an append may go unanswered: the follower flushes before it answers, and a slow disk is no reason to send all
-/// again.
+/// How long an append may go unanswered: the follower flushes before it answers, and a slow disk is no reason
+/// to send all again.
 const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
 
 type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
@@ -301,7 +302,8 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
     }
 }
 
-/// The next answer of an append stream; `None` at its end. While requests wait for an answer, one must come in time.
+/// The next answer of an append stream; `None` at its end. While requests wait for an answer, one must come
+/// in time.
 async fn next_answer(
     incoming: &mut tonic::Streaming<wire::RaftMessage>,
     in_flight: &AtomicU64,
@@ -311,7 +313,8 @@ async fn next_answer(
     let message = loop {
         match tokio::time::timeout(timeout.timeout, incoming.message()).await {
             Ok(message) => break message,
-            // What is in flight may have been sent just now: only if it was so a whole time-out ago it is late.
+            // What is in flight may have been sent just now: only if it was so a whole time-out ago it is
+            // late.
             Err(_) if in_flight.load(Ordering::Relaxed) > 0 => {
                 if waiting_before {
                     return Some(Err(timeout.into()));

@@ -52,9 +52,11 @@ pub struct ConsensusOptions {
     pub snapshot_entries: u64,
     /// … or after so many bytes of log.
     pub snapshot_log_bytes: u64,
-    /// So much log is kept behind a snapshot, so that a follower that was away for a moment needs no snapshot.
+    /// So much log is kept behind a snapshot, so that a follower that was away for a moment needs no
+    /// snapshot.
     pub keep_log_bytes: u64,
-    /// While a snapshot is being sent no new one is built, and so nothing is purged, until the log has grown to this.
+    /// While a snapshot is being sent no new one is built, and so nothing is purged, until the log has grown
+    /// to this.
     pub hold_log_bytes_max: u64,
     /// A leader whose log flush takes longer hands leadership on.
     pub slow_flush_ms: u64,
@@ -86,9 +88,11 @@ impl ConsensusOptions {
             election_timeout_min: self.timings.election_ms_min,
             election_timeout_max: self.timings.election_ms_max,
             enable_pre_vote: Some(true),
-            // A restarted leader has not committed what it has in its log; it stands for election as everyone.
+            // A restarted leader has not committed what it has in its log; it stands for election as
+            // everyone.
             enable_leader_restore: Some(false),
-            // A leader that reaches no quorum stops its heartbeats for so long that those who hear it can elect another.
+            // A leader that reaches no quorum stops its heartbeats for so long that those who hear it can
+            // elect another.
             quorum_loss_probe_interval: Some(2 * self.timings.election_ms_max),
             snapshot_policy: SnapshotPolicy::LogsSinceLast(self.snapshot_entries),
             // Purging goes by bytes and whole files: see `maintenance`.

@@ -1,4 +1,5 @@
-//! The receiving side of [`network`](super::network): what the peer service hands over as it came, and gets back to send.
+//! The receiving side of [`network`](super::network): what the peer service hands over as it came, and gets
+//! back to send.
 
 use std::sync::Arc;
 

@@ -1,8 +1,8 @@
-//! Snapshots: the metadata of a durable moment, built while applies go on, sent in pieces of rows, received into a file of its
-//! own.
+//! Snapshots: the metadata of a durable moment, built while applies go on, sent in pieces of rows, received
+//! into a file of its own.
 //!
-//! A snapshot holds metadata, not content; recovery fetches content. One is sent at a time, since each reads the
-//! whole database; the time-out is by progress, since a large one takes as long as it takes.
+//! A snapshot holds metadata, not content; recovery fetches content. One is sent at a time, since each reads
+//! the whole database; the time-out is by progress, since a large one takes as long as it takes.
 
 use std::io;
 use std::sync::Arc;
@@ -22,7 +22,8 @@ use super::state_machine::decode_position;
 use super::types::{SnapshotMeta, TypeConfig};
 use crate::metadata::{Installation, MetadataStore, Row, Snapshot, StorageFault};
 
-/// Bytes of rows in one piece: large enough that a message's cost is nothing, small enough to be a unit of progress.
+/// Bytes of rows in one piece: large enough that a message's cost is nothing, small enough to be a unit of
+/// progress.
 const PIECE_BYTES: usize = 1 << 20;
 /// Pieces read ahead of the network.
 const PIECES_AHEAD: usize = 4;

@@ -1,10 +1,11 @@
 //! openraft's state machine: the metadata, and the content that commands bring.
 //!
-//! Entries are applied in batches: one [`Batch`](crate::metadata::Batch), published at once, and only then are those
-//! told who proposed them. Content that rode inside goes to the content store before its entry can be seen.
+//! Entries are applied in batches: one [`Batch`](crate::metadata::Batch), published at once, and only then
+//! are those told who proposed them. Content that rode inside goes to the content store before its entry can
+//! be seen.
 //!
-//! Applying is synchronous and may wait for the disk (the overlay is full): it runs where it does not hold the runtime
-//! up.
+//! Applying is synchronous and may wait for the disk (the overlay is full): it runs where it does not hold
+//! the runtime up.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -30,8 +31,8 @@ const BATCH_ENTRIES_MAX: usize = 1024;
 /// Most bytes of content in the entries published at once.
 const BATCH_CONTENT_BYTES_MAX: usize = 8 << 20;
 
-/// What the content store should hear of. Told after it can be seen in the metadata; may be lost when the node stops or
-/// the receiver is slow: who repairs content looks through all of it from time to time anyway.
+/// What the content store should hear of. Told after it can be seen in the metadata; may be lost when the
+/// node stops or the receiver is slow: who repairs content looks through all of it from time to time anyway.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AppliedEffects {
     /// Of entries up to `index`.
@@ -146,8 +147,8 @@ impl StateMachine {
         }
     }
 
-    /// Does `work` where it may wait for a disk. A panic in it would end openraft's task for the state machine and
-    /// nothing else; a node that does not apply any more must stop.
+    /// Does `work` where it may wait for a disk. A panic in it would end openraft's task for the state
+    /// machine and nothing else; a node that does not apply any more must stop.
     fn or_stop(
         &mut self,
         doing: &'static str,
@@ -259,8 +260,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<Builder> {
-        // Behind a new snapshot the log is purged, and a follower that is being sent the old one would need another:
-        // so not now, unless the log has grown too long for that.
+        // Behind a new snapshot the log is purged, and a follower that is being sent the old one would need
+        // another: so not now, unless the log has grown too long for that.
         if !force && self.traffic.must_wait(self.log.status().bytes) {
             return None;
         }

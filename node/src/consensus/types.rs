@@ -3,7 +3,8 @@
 //! Standard Raft leaders (one for each term): a term names one leadership, which is what
 //! [`super::Consensus::term`] promises to those who ask.
 
-#![allow(deprecated)] // declare_raft_types! names the runtime by a path that this release of openraft deprecates
+// `declare_raft_types!` names the runtime by a path that this release of openraft deprecates.
+#![allow(deprecated)]
 
 use std::fmt;
 
@@ -12,8 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::metadata::{CallResult, LogCommand};
 
-/// [`NodeId`] as openraft sees it. A type of its own because openraft's storage suite makes ids from numbers, which
-/// nothing but a test may.
+/// [`NodeId`] as openraft sees it. A type of its own because openraft's storage suite makes ids from numbers,
+/// which nothing but a test may.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct VoterId(pub NodeId);
 

@@ -49,7 +49,8 @@ fn indexes(entries: &[Entry]) -> Vec<u64> {
     entries.iter().map(|entry| entry.log_id.index).collect()
 }
 
-/// A log of one file with three batches, as a crash leaves it: not sealed. Also where in the file each batch ends.
+/// A log of one file with three batches, as a crash leaves it: not sealed. Also where in the file each batch
+/// ends.
 async fn three_batches(folder: &Path) -> (PathBuf, Vec<u64>) {
     let log = open(
         folder,

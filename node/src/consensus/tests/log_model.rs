@@ -67,8 +67,8 @@ impl Opened {
     }
 }
 
-/// In memory where there is such a place: what is tried here is the order of things, not the disk, and it takes
-/// thousands of flushes.
+/// In memory where there is such a place: what is tried here is the order of things, not the disk, and it
+/// takes thousands of flushes.
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm")
         .or_else(|_| tempfile::tempdir())
@@ -135,7 +135,8 @@ async fn step_both(model: &mut Model, mut opened: Opened, step: Step) -> Opened 
             let listing = std::fs::read_dir(opened.folder.path()).unwrap();
             let mut paths: Vec<_> = listing.map(|item| item.unwrap().path()).collect();
             paths.sort();
-            // Newest first: the thread may be removing purged files, the oldest first. The reserve holds nothing.
+            // Newest first: the thread may be removing purged files, the oldest first. The reserve holds
+            // nothing.
             for path in paths.iter().rev() {
                 let name = path.file_name().unwrap();
                 if path.extension().is_some_and(|extension| extension == "wal")

@@ -1,13 +1,14 @@
 //! The files of the log: `<sequence>.wal` in one directory, without gaps, and a `reserve`.
 //!
 //! Invariants:
-//! - Only the file with the highest sequence is written to; what the others hold was flushed, to the last byte. How long
-//!   a file was when it was left stands in the [`Start`] record of the next.
+//! - Only the file with the highest sequence is written to; what the others hold was flushed, to the last
+//!   byte. How long a file was when it was left stands in the [`Start`] record of the next.
 //! - A file is used only when its `Start` and its name are on stable storage.
-//! - Opening always begins a new file, after the tail of the last has been written again and flushed: what a crashed
-//!   process left in the page cache is not known to be on the disk, and an fsync that follows a failed one proves nothing.
-//! - The reserve is a preallocated file of the same size. When the disk is full it becomes the next log file, so that what
-//!   frees space can still be agreed on.
+//! - Opening always begins a new file, after the tail of the last has been written again and flushed: what a
+//!   crashed process left in the page cache is not known to be on the disk, and an fsync that follows a
+//!   failed one proves nothing.
+//! - The reserve is a preallocated file of the same size. When the disk is full it becomes the next log file,
+//!   so that what frees space can still be agreed on.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -85,8 +86,8 @@ impl WalDirectory {
             .map_err(io_error("flush directory", &self.path))
     }
 
-    /// Begins file `sequence` with room for at least `bytes_min` after its start. `ErrorKind::StorageFull` if the disk is
-    /// full and the reserve is used up.
+    /// Begins file `sequence` with room for at least `bytes_min` after its start. `ErrorKind::StorageFull` if
+    /// the disk is full and the reserve is used up.
     pub fn create(&self, sequence: u64, start: &Start, bytes_min: u64) -> Result<OpenFile, WalError> {
         let path = self.file_path(sequence);
         let mut batch = BatchWriter::new(sequence, 0, Vec::new());
@@ -291,8 +292,8 @@ fn replay(kind: Kind, payload: &[u8], place: Place, memory: &mut LogMemory) -> R
     Ok(())
 }
 
-/// What was read of the last file may never have reached the disk: the last batch is written again (those before it were
-/// flushed before it was begun), what is torn is cut off, and all is flushed.
+/// What was read of the last file may never have reached the disk: the last batch is written again (those
+/// before it were flushed before it was begun), what is torn is cut off, and all is flushed.
 fn rewrite_tail(path: &Path, file: &File, bytes: &[u8], found: &Scan) -> Result<(), WalError> {
     let torn = bytes[found.end..].iter().any(|byte| *byte != 0);
     if torn {

@@ -1,4 +1,5 @@
-//! The bytes of the log: batches of records, how they are written and how they are found again. Pure: no files.
+//! The bytes of the log: batches of records, how they are written and how they are found again. Pure: no
+//! files.
 //!
 //! ```text
 //! file   = batch*  then zeros (preallocated)
@@ -6,12 +7,13 @@
 //! record = payload length u32  crc u32  kind u8  payload
 //! ```
 //!
-//! All little-endian; each CRC-32C covers what follows or precedes it in its header, and the position (file sequence
-//! and offset), so that bytes that belong elsewhere never pass.
+//! All little-endian; each CRC-32C covers what follows or precedes it in its header, and the position (file
+//! sequence and offset), so that bytes that belong elsewhere never pass.
 //!
-//! A batch is written with one write and flushed before the next is begun. So a whole batch header at an offset is
-//! the **flushed watermark**: it proves that every byte before it was on stable storage. Only a batch after which there is
-//! no header can be torn by a crash; damage that has a header after it is damage to what had been flushed.
+//! A batch is written with one write and flushed before the next is begun. So a whole batch header at an
+//! offset is the **flushed watermark**: it proves that every byte before it was on stable storage. Only a
+//! batch after which there is no header can be torn by a crash; damage that has a header after it is damage
+//! to what had been flushed.
 
 use std::ops::Range;
 
@@ -136,8 +138,8 @@ fn batch_body_at(bytes: &[u8], file_sequence: u64, at: usize) -> Option<u32> {
     if whole { word(header, 24) } else { None }
 }
 
-/// Checks the record in `bytes` (header and payload, nothing else) that lies at `at` of file `file_sequence`; answers
-/// its kind and payload.
+/// Checks the record in `bytes` (header and payload, nothing else) that lies at `at` of file `file_sequence`;
+/// answers its kind and payload.
 pub fn open_record(bytes: &[u8], file_sequence: u64, at: u64) -> Option<(Kind, &[u8])> {
     let length = word(bytes, 0)?;
     if bytes.len() != RECORD_HEADER_BYTES + length as usize {
@@ -174,8 +176,8 @@ pub struct Scan {
     pub last_batch: usize,
     /// Where the last whole batch ends.
     pub end: usize,
-    /// Where the first byte that is not as it was written may be looked for, if something that had been flushed is
-    /// damaged (see the module's text).
+    /// Where the first byte that is not as it was written may be looked for, if something that had been
+    /// flushed is damaged (see the module's text).
     pub damaged_below_watermark: Option<usize>,
 }
 

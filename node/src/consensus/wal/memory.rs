@@ -1,10 +1,11 @@
-//! What the log holds, as far as memory knows: the vote, the marks, for each entry its id and where it lies, and the
-//! newest entries themselves. Pure: no files are read or written here.
+//! What the log holds, as far as memory knows: the vote, the marks, for each entry its id and where it lies,
+//! and the newest entries themselves. Pure: no files are read or written here.
 //!
 //! Invariants:
 //! - `slots` are consecutive: slot `i` is entry `first + i`.
 //! - An entry that has no place on disk yet is in memory; only placed entries are let go, oldest first.
-//! - The cache holds at most `cache_bytes_max` bytes of placed entries (and whatever is not placed, which the writer's bound limits).
+//! - The cache holds at most `cache_bytes_max` bytes of placed entries (and whatever is not placed, which the
+//!   writer's bound limits).
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
@@ -259,7 +260,8 @@ impl LogMemory {
         self.purged = self.purged.max(Some(upto));
     }
 
-    /// The entries of `range` that are held, the first of them, and of those that follow as many as `bytes_max` admits.
+    /// The entries of `range` that are held, the first of them, and of those that follow as many as
+    /// `bytes_max` admits.
     pub fn read(&self, range: Range<u64>, bytes_max: u64) -> Vec<Held> {
         let held = self.range();
         let mut found = Vec::new();
@@ -292,8 +294,8 @@ impl LogMemory {
         self.files.values().filter(beyond).map(|file| file.bytes).sum()
     }
 
-    /// The highest index, at most `snapshot`, up to which whole files can go while those that stay keep `keep_bytes` of entries up to
-    /// `snapshot`.
+    /// The highest index, at most `snapshot`, up to which whole files can go while those that stay keep
+    /// `keep_bytes` of entries up to `snapshot`.
     pub fn purgeable(&self, snapshot: u64, keep_bytes: u64) -> Option<u64> {
         let mut covered: Vec<(u64, u64)> = Vec::new();
         for file in self.files.values() {
@@ -313,7 +315,8 @@ impl LogMemory {
         None
     }
 
-    /// Files that hold nothing beyond the purge mark `purged`, which has been flushed; oldest first, never the newest.
+    /// Files that hold nothing beyond the purge mark `purged`, which has been flushed; oldest first, never
+    /// the newest.
     pub fn purged_files(&self, purged: Option<LogId>) -> Vec<u64> {
         let Some(purged) = purged else {
             return Vec::new();

@@ -1,8 +1,8 @@
 //! The write-ahead log: where log entries and votes are made durable.
 //!
-//! It owes: what it has reported as flushed is found again after a crash, or the log refuses to open and says so
-//! ([`WalError::DamagedBelowWatermark`]): a node must not vote with a log that has forgotten. What it has not
-//! reported may be found or not, but only from the front: never a later operation without an earlier one.
+//! It owes: what it has reported as flushed is found again after a crash, or the log refuses to open and says
+//! so ([`WalError::DamagedBelowWatermark`]): a node must not vote with a log that has forgotten. What it has
+//! not reported may be found or not, but only from the front: never a later operation without an earlier one.
 //!
 //! - [`frame`]: the bytes; pure.
 //! - [`files`]: the files: creating, recovering, the reserve.
@@ -22,8 +22,8 @@ use std::path::PathBuf;
 /// Why the log cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum WalError {
-    /// Bytes that had been flushed are not as they were written. The node has lost what it promised: it must not
-    /// vote under its identity again.
+    /// Bytes that had been flushed are not as they were written. The node has lost what it promised: it must
+    /// not vote under its identity again.
     #[error("log file {file} is damaged at byte {offset}, below what had been flushed", file = file.display())]
     DamagedBelowWatermark {
         /// Which file.

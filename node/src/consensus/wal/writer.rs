@@ -1,10 +1,11 @@
 //! The one thread that writes the log.
 //!
-//! It takes all that is queued (up to a bound), makes one batch of it, writes it with one write, flushes it with one
-//! fdatasync, and then tells everyone who waits: so that a thousand appends that wait together share a flush.
+//! It takes all that is queued (up to a bound), makes one batch of it, writes it with one write, flushes it
+//! with one fdatasync, and then tells everyone who waits: so that a thousand appends that wait together share
+//! a flush.
 //!
-//! A write or flush that fails is not tried again: every waiter hears of it, and [`FatalSignal`] is raised. A full disk is
-//! no failure: the thread waits for room, and so do those who append.
+//! A write or flush that fails is not tried again: every waiter hears of it, and [`FatalSignal`] is raised. A
+//! full disk is no failure: the thread waits for room, and so do those who append.
 
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
@@ -25,10 +26,11 @@ use super::memory::{FileInfo, LogMemory, Place};
 use crate::consensus::fatal::{FatalError, FatalSignal};
 use crate::consensus::types::{Entry, LogId, TypeConfig, Vote};
 
-/// Most bytes gathered into one batch: a flush of more takes long enough that waiting for it costs more than the next
-/// flush.
+/// Most bytes gathered into one batch: a flush of more takes long enough that waiting for it costs more than
+/// the next flush.
 const BATCH_BYTES_MAX: u64 = 4 << 20;
-/// After so long without work the end of the log is sealed (see [`Writer::seal`]) and the reserve looked after.
+/// After so long without work the end of the log is sealed (see [`Writer::seal`]) and the reserve looked
+/// after.
 const IDLE_MS: u64 = 1_000;
 /// How long the thread waits before it asks again whether a full disk has room.
 const FULL_RETRY_MS: u64 = 200;
@@ -422,8 +424,9 @@ impl Writer {
         }
     }
 
-    /// Writes an empty batch at the end, which the next one overwrites: its header proves that what lies before it was flushed,
-    /// so that later damage to it is not taken for a torn write. Not flushed itself; nothing rests on it.
+    /// Writes an empty batch at the end, which the next one overwrites: its header proves that what lies
+    /// before it was flushed, so that later damage to it is not taken for a torn write. Not flushed itself;
+    /// nothing rests on it.
     fn seal(&mut self) {
         if self.sealed {
             return;

@@ -1,4 +1,5 @@
-//! Whole nodes in one process, over real connections: election, proposals, death and return, snapshots, members.
+//! Whole nodes in one process, over real connections: election, proposals, death and return, snapshots,
+//! members.
 
 mod node;
 mod rates;

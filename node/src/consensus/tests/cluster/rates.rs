@@ -1,4 +1,5 @@
-//! How fast three nodes in one process decide. Run by hand: `cargo test -p quorumfs-node --lib rates -- --ignored --nocapture`.
+//! How fast three nodes in one process decide. Run by hand: `cargo test -p quorumfs-node --lib rates --
+//! --ignored --nocapture`.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
