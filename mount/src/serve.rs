@@ -101,7 +101,11 @@ pub fn serve(
     if unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) } != 0 {
         tracing::debug!(error = %io::Error::last_os_error(), "cannot become an I/O flusher");
     }
+    // A call is a chain of short tasks, and each hand-over between threads costs it a context switch; fuser's threads
+    // take what is answered from memory.
+    let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads((cores / 2).max(1))
         .enable_all()
         .thread_name("quorumfs")
         .build()

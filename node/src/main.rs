@@ -35,8 +35,20 @@ fn main() -> ExitCode {
     }
 }
 
-#[tokio::main]
-async fn run(config: Config) -> anyhow::Result<()> {
+fn run(config: Config) -> anyhow::Result<()> {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    // A call is a chain of short tasks; handed from one thread to another each costs a context switch. Half the cores
+    // is what the rest of the work (the log, the content store, the other programs) leaves. tokio's own
+    // TOKIO_WORKER_THREADS overrides it.
+    if std::env::var_os("TOKIO_WORKER_THREADS").is_none() {
+        let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        runtime.worker_threads((cores / 2).max(1));
+    }
+    let runtime = runtime.enable_all().build().context("start the runtime")?;
+    runtime.block_on(run_until_told(config))
+}
+
+async fn run_until_told(config: Config) -> anyhow::Result<()> {
     let grpc = bind(config.listen_grpc, "gRPC").await?;
     let http = bind(config.listen_http, "HTTP").await?;
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;

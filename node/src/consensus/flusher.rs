@@ -229,6 +229,12 @@ impl Flusher {
         }
     }
 
+    /// Whether [`Flusher::wait_for_room`] would return at once.
+    pub fn has_room(&self) -> bool {
+        let overlay_bytes = self.metadata.overlay_bytes();
+        overlay_bytes < self.overlay_bytes_max / 2 && self.work.lock().unstored_bytes < UNSTORED_BYTES_MAX / 2
+    }
+
     /// Waits until the overlay has room for more. Blocking; for the thread that applies.
     pub fn wait_for_room(&self) -> Result<(), FatalError> {
         loop {

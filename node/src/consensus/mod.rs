@@ -17,6 +17,7 @@
 //! It does not know files, names or chunks, nor who proposes what and why.
 
 mod barrier;
+mod commit_only;
 mod fatal;
 mod flusher;
 mod log;

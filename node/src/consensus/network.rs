@@ -27,6 +27,7 @@ use quorumfs_proto::{Addresses, codec, wire};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::commit_only;
 use super::fatal::FatalSignal;
 use super::snapshot::{INSTALL_TIMEOUT, PROGRESS_TIMEOUT, SnapshotData, SnapshotTraffic, pieces};
 use super::types::{SnapshotMeta, TypeConfig, Vote, VoterId};
@@ -206,7 +207,7 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
             let in_flight = Arc::new(AtomicU64::new(0));
             let (from, to, sent) = (self.shared.id, self.target, in_flight.clone());
             // Fused, since the encoder may ask once more after the end.
-            let outgoing = input.fuse().map(move |body| {
+            let outgoing = commit_only::merged(input).fuse().map(move |body| {
                 sent.fetch_add(1, Ordering::Relaxed);
                 to_wire(&Addressed { from, to, body })
             });

@@ -30,6 +30,10 @@ use crate::metadata::{CallResult, LogCommand, MetadataStore, Position, Snapshot}
 const BATCH_ENTRIES_MAX: usize = 1024;
 /// Most bytes of content in the entries published at once.
 const BATCH_CONTENT_BYTES_MAX: usize = 8 << 20;
+/// Up to so many entries are applied without making way for other tasks …
+const QUICK_ENTRIES_MAX: usize = 16;
+/// … if they carry no more content than this.
+const QUICK_CONTENT_BYTES_MAX: usize = 128 << 10;
 
 /// What the content store should hear of. Told after it can be seen in the metadata; may be lost when the
 /// node stops or the receiver is slow: who repairs content looks through all of it from time to time anyway.
@@ -61,6 +65,15 @@ pub struct StateMachine {
     effects_dropped: Arc<AtomicU64>,
     fatal: FatalSignal,
     membership: StoredMembership,
+}
+
+/// How long work may take.
+#[derive(Clone, Copy)]
+enum Wait {
+    /// Some pages that mostly are in memory.
+    InPlace,
+    /// Long enough that other tasks must go on meanwhile.
+    Blocking,
 }
 
 /// What an applied batch leaves to be done.
@@ -151,11 +164,16 @@ impl StateMachine {
     /// machine and nothing else; a node that does not apply any more must stop.
     fn or_stop(
         &mut self,
+        wait: Wait,
         doing: &'static str,
         work: impl FnOnce(&mut StateMachine) -> Result<(), FatalError>,
     ) -> Result<(), FatalError> {
         let fatal = self.fatal.clone();
-        let worked = blocking(|| catch_unwind(AssertUnwindSafe(|| work(self))));
+        let work = || catch_unwind(AssertUnwindSafe(|| work(self)));
+        let worked = match wait {
+            Wait::InPlace => work(),
+            Wait::Blocking => blocking(work),
+        };
         worked.unwrap_or_else(|_| Err(fatal.raise(doing, "it panicked")))
     }
 
@@ -252,9 +270,17 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 bytes += content_bytes(&entry.0);
                 batch.push(entry);
             }
-            if !batch.is_empty() {
-                self.or_stop("apply commands", |this| this.apply_batch(batch))?;
+            if batch.is_empty() {
+                continue;
             }
+            // To hand the runtime's thread on costs more than a few commands do.
+            let slow = batch.len() > QUICK_ENTRIES_MAX || bytes > QUICK_CONTENT_BYTES_MAX;
+            let wait = if slow || !self.flusher.has_room() {
+                Wait::Blocking
+            } else {
+                Wait::InPlace
+            };
+            self.or_stop(wait, "apply commands", |this| this.apply_batch(batch))?;
         }
         Ok(())
     }
@@ -273,7 +299,9 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotData) -> io::Result<()> {
-        self.or_stop("install a snapshot", |this| this.install(meta, snapshot))?;
+        self.or_stop(Wait::Blocking, "install a snapshot", |this| {
+            this.install(meta, snapshot)
+        })?;
         Ok(())
     }
 
