@@ -134,7 +134,12 @@ async fn run_parts(
     let (metadata, content) = opened.await.context("open the data folder")??;
 
     let (effects, applied) = tokio::sync::mpsc::channel(EFFECTS_QUEUED_MAX);
-    let options = ConsensusOptions::new(node.own().id, membership.cluster, config.data.join("wal"));
+    let mut options = ConsensusOptions::new(node.own().id, membership.cluster, config.data.join("wal"));
+    let capacity_bytes = content
+        .space()
+        .context("ask for the size of the disk")?
+        .capacity_bytes;
+    options.wal.file_bytes = log_file_bytes(capacity_bytes);
     let consensus = Consensus::start(
         options,
         metadata.clone(),
@@ -200,6 +205,13 @@ async fn run_parts(
         reason = content_fault.fatal() => reason.to_string(),
     };
     anyhow::bail!("the node stops because its disk failed: {reason}")
+}
+
+/// How long a log file is on a disk of `capacity_bytes`: the log and what is kept free for it take some of these, which
+/// must leave a small disk to content.
+fn log_file_bytes(capacity_bytes: u64) -> u64 {
+    const PART_OF_CAPACITY: u64 = 64;
+    (capacity_bytes / PART_OF_CAPACITY).clamp(8 << 20, 64 << 20)
 }
 
 /// Founds the cluster, if this node's log is empty still. Every founder does: with the same members it is the same act.

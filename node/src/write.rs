@@ -129,6 +129,14 @@ impl Writer {
                 return CallReply::Refused(Refusal::PutAgain { chunks: unconfirmed });
             }
             match self.decide(LogBody::Call(mutation)).await {
+                // Leadership is being handed on to a node that has room.
+                Err(ProposeError::NoSpace) if self.space.quorum_has_room() => {
+                    CallReply::Refused(Refusal::Unavailable {
+                        reason: String::from(
+                            "the leader's disk is full and others have room: another is to lead",
+                        ),
+                    })
+                }
                 Err(ProposeError::NoSpace) => self.propose(refusal).await,
                 decided => reply_to(decided),
             }

@@ -1,6 +1,7 @@
 //! Who has room (design, Rule space): the leader answers ENOSPC before it proposes when fewer than f + 1 voters do.
 //!
-//! Each node looks at its own disk; a leader also asks the others. What was heard ages: a node that has not answered
+//! Each node looks at its own disk, for content and for the log; a leader also asks the others, and one whose own disk
+//! is full while a quorum has room hands leadership on, since it cannot log what they could store. What was heard ages: a node that has not answered
 //! lately counts as having room, because it does not count towards a quorum of copies anyway.
 
 use std::collections::{BTreeSet, HashMap};
@@ -19,17 +20,17 @@ use crate::transport::{Purpose, Transport};
 const LOOK_INTERVAL_MS: u64 = 500;
 /// How long what a peer said counts.
 const ANSWER_AGE_MS_MAX: u64 = 5_000;
-/// A node whose disk has less than this left takes no new content or log entries, so that deletes still can.
-const RESERVE_BYTES: u64 = 24 << 20;
+/// A node whose disk has less than this left for content, over what is kept free for deletes, takes no more.
+const ROOM_BYTES_MIN: u64 = 4 << 20;
 /// Once full, a node has room again only above this: it does not flap.
-const RESUME_BYTES: u64 = 32 << 20;
+const RESUME_BYTES: u64 = 16 << 20;
 
 /// Room on one node's disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Room {
     /// Bytes of the filesystem of the data folder.
     pub capacity_bytes: u64,
-    /// Bytes of it free.
+    /// Bytes that content may still take.
     pub available_bytes: u64,
     /// Whether the node takes more.
     pub has_room: bool,
@@ -73,6 +74,7 @@ impl SpaceMonitor {
             self.look();
             if self.consensus.is_leader() {
                 self.ask_peers().await;
+                self.hand_on_if_full().await;
             }
             tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
         }
@@ -116,7 +118,7 @@ impl SpaceMonitor {
             .map(|room| room.available_bytes)
             .min()
             .unwrap_or(own.available_bytes);
-        (capacity, available.saturating_sub(RESERVE_BYTES))
+        (capacity, available)
     }
 
     fn full_nodes(&self) -> BTreeSet<NodeId> {
@@ -139,23 +141,48 @@ impl SpaceMonitor {
         match self.content.space() {
             Ok(space) => {
                 let mut own = self.own.lock();
-                let needed = if own.has_room { RESERVE_BYTES } else { RESUME_BYTES };
-                let has_room = space.available_bytes >= needed;
+                let needed = if own.has_room {
+                    ROOM_BYTES_MIN
+                } else {
+                    RESUME_BYTES
+                };
+                let has_room = space.room_bytes >= needed && self.consensus.has_room();
                 if own.has_room && !has_room {
                     warn!(
-                        available_bytes = space.available_bytes,
+                        available_bytes = space.room_bytes,
                         "the disk is full: only what frees space is taken"
                     );
                 } else if !own.has_room && has_room {
-                    info!(available_bytes = space.available_bytes, "the disk has room again");
+                    info!(available_bytes = space.room_bytes, "the disk has room again");
                 }
                 *own = Room {
                     capacity_bytes: space.capacity_bytes,
-                    available_bytes: space.available_bytes,
+                    available_bytes: space.room_bytes,
                     has_room,
                 };
             }
             Err(error) => warn!(%error, "cannot tell how full the disk is"),
+        }
+    }
+
+    async fn hand_on_if_full(&self) {
+        if self.own().has_room || !self.quorum_has_room() {
+            return;
+        }
+        let voters: BTreeSet<NodeId> = self.consensus.voter_sets().into_iter().flatten().collect();
+        let roomiest = {
+            let peers = self.peers.lock();
+            let with_room = peers
+                .iter()
+                .filter(|(id, (_, room))| room.has_room && voters.contains(id));
+            with_room
+                .max_by_key(|(_, (_, room))| room.available_bytes)
+                .map(|(id, _)| *id)
+        };
+        let Some(to) = roomiest else { return };
+        info!(to = to.slot, "this node's disk is full: handing leadership on");
+        if let Err(error) = self.consensus.transfer_leadership(to).await {
+            warn!(%error, "leadership could not be handed on; the next look tries again");
         }
     }
 

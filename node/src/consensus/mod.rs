@@ -36,7 +36,7 @@ mod wal;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, Fatal, ForwardToLeader, InitializeError, RaftError};
@@ -66,6 +66,8 @@ pub use self::state_machine::AppliedEffects;
 pub use self::status::{ConsensusStatus, Role};
 pub use self::wal::{WalError, WalOptions};
 
+/// How often openraft is asked whether it lives.
+const ALIVE_INTERVAL: Duration = Duration::from_millis(250);
 /// How long a command waits to be admitted before its sender is told to come back.
 const ADMISSION_TIMEOUT: Duration = Duration::from_secs(2);
 /// What admission counts in; the smallest command takes one.
@@ -175,6 +177,8 @@ struct Inner {
     barrier: Barrier,
     /// Whether the state is at least as new as when the node was stopped.
     recovered: AtomicBool,
+    /// When this node last took something, be it nothing new, from the leader it follows.
+    heard_of_leader: Arc<Mutex<Option<Instant>>>,
     /// Whether commands that take space are admitted.
     has_room: AtomicBool,
     effects_dropped: Arc<AtomicU64>,
@@ -240,6 +244,7 @@ impl Consensus {
             admission_units,
             barrier: Barrier::default(),
             recovered: AtomicBool::new(false),
+            heard_of_leader: Arc::default(),
             has_room: AtomicBool::new(true),
             effects_dropped,
             receiving: tokio::sync::Mutex::new(()),
@@ -266,21 +271,17 @@ impl Consensus {
         }
     }
 
-    /// openraft stops by itself when storage fails; that must not go unnoticed.
+    /// openraft stops by itself when storage fails, and where it panics; that must not go unnoticed. Asked for now and
+    /// then: to hear of every change of its metrics would cost each call something, and a panic is not among them.
     async fn note_stop(self) {
-        let mut metrics = self.0.raft.metrics();
         loop {
-            let state = metrics.borrow_watched().running_state.clone();
-            match state {
+            match self.0.raft.with_raft_state(|_| ()).await {
+                Ok(()) => tokio::time::sleep(ALIVE_INTERVAL).await,
                 Err(Fatal::Stopped) => return,
                 Err(fatal) => {
                     self.0.fatal.raise("run the consensus", fatal);
                     return;
                 }
-                Ok(()) => {}
-            }
-            if metrics.changed().await.is_err() {
-                return;
             }
         }
     }

@@ -99,6 +99,8 @@ impl ConsensusOptions {
             // A leader that reaches no quorum stops its heartbeats for so long that those who hear it can
             // elect another.
             quorum_loss_probe_interval: Some(2 * self.timings.election_ms_max),
+            // A follower whose disk lost what it had promised to keep must not take the leader down with it.
+            allow_log_reversion: Some(true),
             snapshot_policy: SnapshotPolicy::LogsSinceLast(self.snapshot_entries),
             // Purging goes by bytes and whole files: see `maintenance`.
             max_in_snapshot_log_to_keep: u64::MAX,

@@ -2,6 +2,7 @@
 //! back to send.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
@@ -50,10 +51,20 @@ impl Consensus {
                 let request = request.map_err(|status| *refused.lock() = Some(status)).ok();
                 futures::future::ready(request)
             });
-        let answers = self.0.raft.stream_append(requests).map(|answer| match answer {
-            Ok(answer) => Ok(to_wire(&answer)),
-            Err(fatal) => Err(stopped(fatal)),
-        });
+        let heard = self.0.heard_of_leader.clone();
+        let answers = self
+            .0
+            .raft
+            .stream_append(requests)
+            .map(move |answer| match answer {
+                Ok(answer) => {
+                    if answer.is_ok() {
+                        *heard.lock() = Some(Instant::now());
+                    }
+                    Ok(to_wire(&answer))
+                }
+                Err(fatal) => Err(stopped(fatal)),
+            });
         // The refusal is looked at when the answers before it have gone out.
         let refusal = futures::stream::once(async move { refusal.lock().take() });
         Box::pin(answers.chain(refusal.filter_map(|status| futures::future::ready(status.map(Err)))))

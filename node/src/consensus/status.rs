@@ -107,6 +107,13 @@ impl Consensus {
             return Some("no leader is known".to_string());
         }
         let quorum_ms_max = u128::from(2 * self.0.options.timings.election_ms_max);
+        if !self.is_leader()
+            && let Some(heard) = *self.0.heard_of_leader.lock()
+            && heard.elapsed().as_millis() > quorum_ms_max
+        {
+            let seconds = heard.elapsed().as_secs();
+            return Some(format!("the leader has not been heard of for {seconds} s"));
+        }
         if self.is_leader()
             && let Some(acknowledged) = &metrics.last_quorum_acked
             && acknowledged.elapsed().as_millis() > quorum_ms_max

@@ -67,9 +67,7 @@ use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use parking_lot::Mutex;
 use quorumfs_client::Client;
-use quorumfs_proto::SessionId;
 use serde_json::{Value, json};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tower_http::catch_panic::CatchPanicLayer;
@@ -122,7 +120,7 @@ pub struct RestState {
     pub request_timeout: Duration,
 }
 
-/// The routes of the REST interface.
+/// The routes of the REST interface. Needs a runtime around it.
 pub fn router(state: RestState) -> Router {
     let service = Arc::new(Service {
         client: state.client,
@@ -131,7 +129,6 @@ pub fn router(state: RestState) -> Router {
         request_timeout: state.request_timeout,
         open_inodes: Arc::default(),
         removed: RemovedInodes::default(),
-        registered: Mutex::new(None),
         answers: Arc::new(Idempotency::new()),
         uploads: Arc::new(Semaphore::new(UPLOADS_MAX)),
         upload_chunks: Arc::new(Semaphore::new(UPLOAD_CHUNKS_MAX)),
@@ -139,6 +136,10 @@ pub fn router(state: RestState) -> Router {
         read_ahead: Arc::new(Semaphore::new(READ_AHEAD_CHUNKS_MAX)),
         lists: Arc::new(Semaphore::new(LISTS_MAX)),
     });
+    tokio::spawn(answer_for_open_inodes(
+        service.client.clone(),
+        Arc::clone(&service.open_inodes),
+    ));
     // `get` answers HEAD too. The bare forms are there to say what is missing rather than 404.
     let file = get(download::download)
         .post(upload::upload)
@@ -170,8 +171,6 @@ struct Service {
     request_timeout: Duration,
     open_inodes: Arc<OpenInodes>,
     removed: RemovedInodes,
-    /// The session whose keep-alive asks `open_inodes`.
-    registered: Mutex<Option<SessionId>>,
     answers: Arc<Idempotency<Stored>>,
     uploads: Arc<Semaphore>,
     upload_chunks: Arc<Semaphore>,
@@ -193,23 +192,11 @@ impl Service {
             ClientHandle::Ready(client) => client,
             ClientHandle::Connecting { reason } => return Err(ApiError::unavailable(reason)),
         };
-        self.answer_for_open_inodes(&client);
         Ok(Calls {
             client,
             timeout: self.request_timeout,
             status: Arc::clone(&self.status),
         })
-    }
-
-    /// Makes the client's keep-alive ask which inodes are open here. Before the first request none is.
-    fn answer_for_open_inodes(&self, client: &Client) {
-        let session = Some(client.session());
-        let mut registered = self.registered.lock();
-        if *registered != session {
-            let open_inodes = Arc::clone(&self.open_inodes);
-            client.set_unlinked_handler(move |unlinked| open_inodes.releasable(unlinked));
-            *registered = session;
-        }
     }
 
     /// Waits for a turn.
@@ -221,6 +208,17 @@ impl Service {
                 "this node has as many {what} under way as it may"
             ))),
         }
+    }
+}
+
+/// Has the keep-alive of the node's session say which inodes are open here, as soon as there is one. Not only once
+/// somebody asks something of this node: the cluster frees no unlinked file before every session has answered.
+async fn answer_for_open_inodes(mut client: watch::Receiver<ClientHandle>, open_inodes: Arc<OpenInodes>) {
+    let ready = client.wait_for(|handle| matches!(handle, ClientHandle::Ready(_)));
+    if let Ok(handle) = ready.await
+        && let ClientHandle::Ready(client) = &*handle
+    {
+        client.set_unlinked_handler(move |unlinked| open_inodes.releasable(unlinked));
     }
 }
 
