@@ -26,8 +26,9 @@ allow_remount = false
 entries = [["nobody", "nogroup"], ["daemon", "daemon"]]
 "#;
 
-/// fsx' own weights leave out what a filesystem gets wrong most easily.
-const FSX_CONFIGURATION: &str = "[weights]\npunch_hole = 1\ncopy_file_range = 1\nposix_fallocate = 1\n";
+/// fsx' own weights leave out what a filesystem gets wrong most easily. Not punch_hole: fallocate(2) is not there yet, so
+/// that answers EOPNOTSUPP, and fsx stops at it.
+const FSX_CONFIGURATION: &str = "[weights]\ncopy_file_range = 1\nposix_fallocate = 1\n";
 
 /// Where `scripts/test.sh` installs the tool, or wherever it is in the PATH. `None` where it is missing and need not
 /// be there.
@@ -56,10 +57,11 @@ fn tool(name: &str) -> Option<PathBuf> {
 #[test]
 fn pjdfstest_finds_nothing_new() {
     let Some(program) = tool("pjdfstest") else { return };
-    let sandbox = Sandbox::heavy("conformance-pjdfstest");
+    // Short, since a socket's path may have 107 bytes, and the suite's own names are long.
+    let sandbox = Sandbox::heavy("pj");
     let cluster = Cluster::start(&sandbox);
     let mount = cluster.mount();
-    let (configuration, place) = (sandbox.path("pjdfstest.toml"), mount.path("pjdfstest"));
+    let (configuration, place) = (sandbox.path("pjdfstest.toml"), mount.path("p"));
     fs::write(&configuration, PJDFSTEST_CONFIGURATION).expect("write");
     fs::create_dir(&place).expect("mkdir");
     let mut command = Command::new("timeout");
