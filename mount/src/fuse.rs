@@ -265,9 +265,10 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
             move |fs| async move { fs.create(parent?, &name, mode, uid, gid, flags).await },
             move |reply, (attributes, opened): (Attributes, Opened)| {
                 let handle = FileHandle(opened.handle);
+                let attr = view.attr(&attributes);
                 reply.created(
-                    &(view.cache)(),
-                    &view.attr(&attributes),
+                    &view.keep(&attr),
+                    &attr,
                     GENERATION,
                     handle,
                     open_flags(&opened),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fuser::{
-    FileAttr, FopenFlags, Generation, ReplyAttr, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
+    FileAttr, FileType, FopenFlags, Generation, ReplyAttr, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
     ReplyStatfs, ReplyXattr,
 };
 use quorumfs_proto::Attributes;
@@ -36,6 +36,16 @@ pub struct View {
 }
 
 impl View {
+    /// How long the kernel may keep what it is told of a file of `attr`. Not at all where a write can take set-user-id
+    /// or set-group-id away: that happens here (FUSE_HANDLE_KILLPRIV_V2), and the kernel is not told.
+    pub fn keep(&self, attr: &FileAttr) -> Duration {
+        const PRIVILEGES: u16 = 0o6000;
+        if attr.kind == FileType::RegularFile && attr.perm & PRIVILEGES != 0 {
+            return Duration::ZERO;
+        }
+        (self.cache)()
+    }
+
     /// `attributes` as the kernel is told.
     pub fn attr(&self, attributes: &Attributes) -> FileAttr {
         convert::file_attr(attributes, self.inodes.to_kernel(attributes.inode))
@@ -55,12 +65,18 @@ pub fn open_flags(opened: &Opened) -> FopenFlags {
 
 /// lookup, mkdir, link, …: an inode that the kernel may remember by name.
 pub fn answer_entry(view: View) -> impl FnOnce(ReplyEntry, Attributes) {
-    move |reply, attributes| reply.entry(&(view.cache)(), &view.attr(&attributes), GENERATION)
+    move |reply, attributes| {
+        let attr = view.attr(&attributes);
+        reply.entry(&view.keep(&attr), &attr, GENERATION);
+    }
 }
 
 /// stat, chmod, …
 pub fn answer_attr(view: View) -> impl FnOnce(ReplyAttr, Attributes) {
-    move |reply, attributes| reply.attr(&(view.cache)(), &view.attr(&attributes))
+    move |reply, attributes| {
+        let attr = view.attr(&attributes);
+        reply.attr(&view.keep(&attr), &attr);
+    }
 }
 
 /// What has nothing to tell.
@@ -117,7 +133,7 @@ pub fn answer_entries(view: View, start: u64) -> impl FnOnce(ReplyDirectoryPlus,
                 // "." and "..": of these the kernel takes nothing but number and kind.
                 None => convert::bare_attr(view.inodes.to_kernel(item.inode), item.kind),
             };
-            if reply.add(attr.ino, offset, name, &(view.cache)(), &attr, GENERATION) {
+            if reply.add(attr.ino, offset, name, &view.keep(&attr), &attr, GENERATION) {
                 break;
             }
         }
