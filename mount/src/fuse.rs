@@ -266,13 +266,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
             move |reply, (attributes, opened): (Attributes, Opened)| {
                 let handle = FileHandle(opened.handle);
                 let attr = view.attr(&attributes);
-                reply.created(
-                    &view.keep(&attr),
-                    &attr,
-                    GENERATION,
-                    handle,
-                    open_flags(&opened),
-                );
+                reply.created(&view.keep(&attr), &attr, GENERATION, handle, open_flags(&opened));
             },
         );
     }

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fuser::{
-    FileAttr, FileType, FopenFlags, Generation, ReplyAttr, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
-    ReplyStatfs, ReplyXattr,
+    FileAttr, FileType, FopenFlags, Generation, ReplyAttr, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
+    ReplyEntry, ReplyStatfs, ReplyXattr,
 };
 use quorumfs_proto::Attributes;
 use quorumfs_proto::limits::NAME_BYTES_MAX;
