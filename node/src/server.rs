@@ -22,7 +22,7 @@ use tracing::{error, info};
 use crate::api::fs::FileSystemService;
 use crate::api::peer::PeerService;
 use crate::api::rest::{self, ClientHandle, RestState};
-use crate::api::status;
+use crate::api::{admin, status};
 use crate::cluster::bootstrap::{find_membership, watch_for_strangers};
 use crate::cluster::identity::DataFolder;
 use crate::cluster::leases::Leases;
@@ -330,11 +330,11 @@ async fn serve_http(
     client: watch::Receiver<ClientHandle>,
     mut stopped: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
-    let (for_status, for_recovery) = (node.clone(), node);
+    let for_status = node.clone();
     let state = RestState {
         client,
         status: Arc::new(move || status::status(&for_status)),
-        recovery: Arc::new(move || status::recovery(&for_recovery)),
+        admin: admin::router(node),
         request_timeout: Duration::from_millis(config.request_timeout_ms),
     };
     let stop = async move {

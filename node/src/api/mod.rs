@@ -1,5 +1,6 @@
 //! The edges: each decodes, calls, encodes; nothing else.
 
+pub mod admin;
 pub mod fs;
 pub mod peer;
 pub mod rest;

@@ -1,4 +1,4 @@
-//! What `/status` and `/recovery/status` tell: collected here, encoded by the edge.
+//! What `/status` tells: collected here, encoded by the edge.
 
 use serde_json::{Value, json};
 
@@ -84,15 +84,4 @@ fn living_sessions(parts: &Parts) -> Result<usize, Failure> {
         .iter()
         .filter(|(_, record)| record.ended.is_none())
         .count())
-}
-
-/// How far the healing of content is; compares named with held first, so that the numbers are of now.
-pub fn recovery(node: &Node) -> Value {
-    let Some(parts) = node.parts() else {
-        return json!({ "running": false, "reason": node.not_ready() });
-    };
-    match parts.recovery.compare() {
-        Ok(_) => json!(parts.recovery.status()),
-        Err(fault) => json!({ "running": false, "reason": fault.to_string() }),
-    }
 }

@@ -14,16 +14,20 @@ const RETRY_AFTER_S: u64 = 2;
 
 /// Why a request failed.
 #[derive(Debug)]
-pub(super) struct ApiError {
-    pub(super) status: StatusCode,
-    pub(super) code: &'static str,
+pub(in crate::api) struct ApiError {
+    pub(in crate::api) status: StatusCode,
+    pub(in crate::api) code: &'static str,
     message: String,
     hint: Option<String>,
     headers: Vec<(HeaderName, HeaderValue)>,
 }
 
 impl ApiError {
-    pub(super) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> ApiError {
+    pub(in crate::api) fn new(
+        status: StatusCode,
+        code: &'static str,
+        message: impl Into<String>,
+    ) -> ApiError {
         ApiError {
             status,
             code,
@@ -33,33 +37,33 @@ impl ApiError {
         }
     }
 
-    pub(super) fn hint(mut self, hint: impl Into<String>) -> ApiError {
+    pub(in crate::api) fn hint(mut self, hint: impl Into<String>) -> ApiError {
         self.hint = Some(hint.into());
         self
     }
 
-    pub(super) fn header(mut self, name: HeaderName, value: HeaderValue) -> ApiError {
+    pub(in crate::api) fn header(mut self, name: HeaderName, value: HeaderValue) -> ApiError {
         self.headers.push((name, value));
         self
     }
 
     /// 503: nobody can decide now, and why.
-    pub(super) fn unavailable(reason: impl Into<String>) -> ApiError {
+    pub(in crate::api) fn unavailable(reason: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", reason)
             .hint("try again; GET /status of this node tells whether it can write, and if not why")
             .header(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S))
     }
 
-    pub(super) fn bad_request(code: &'static str, message: impl Into<String>) -> ApiError {
+    pub(in crate::api) fn bad_request(code: &'static str, message: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::BAD_REQUEST, code, message)
     }
 
-    pub(super) fn conflict(code: &'static str, message: impl Into<String>) -> ApiError {
+    pub(in crate::api) fn conflict(code: &'static str, message: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::CONFLICT, code, message)
     }
 
     /// 500: this program's own fault.
-    pub(super) fn internal(message: impl Into<String>) -> ApiError {
+    pub(in crate::api) fn internal(message: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
             .hint("this is a fault of the node; its log says more")
     }
@@ -79,7 +83,7 @@ impl IntoResponse for ApiError {
 
 /// How a call to the cluster ended without a result.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum CallError {
+pub(in crate::api) enum CallError {
     /// The cluster decided: no.
     Verdict(FsError),
     /// Nobody decided in time; why.

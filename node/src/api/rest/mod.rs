@@ -42,7 +42,7 @@ mod conditional;
 mod content;
 mod delete;
 mod download;
-mod error;
+pub(in crate::api) mod error;
 mod idempotency;
 mod incoming;
 mod list;
@@ -114,8 +114,8 @@ pub struct RestState {
     pub client: watch::Receiver<ClientHandle>,
     /// For `GET /status`: a JSON object. Its `reason` is also what a 503 says.
     pub status: StatusSource,
-    /// For `GET /recovery/status`: a JSON object. It may read the disk: it is called where blocking is allowed.
-    pub recovery: StatusSource,
+    /// Routes that others serve; errors and panics there are answered as here.
+    pub admin: Router,
     /// How long a request waits for a quorum ([`REQUEST_TIMEOUT`]).
     pub request_timeout: Duration,
 }
@@ -125,7 +125,6 @@ pub fn router(state: RestState) -> Router {
     let service = Arc::new(Service {
         client: state.client,
         status: state.status,
-        recovery: state.recovery,
         request_timeout: state.request_timeout,
         open_inodes: Arc::default(),
         removed: RemovedInodes::default(),
@@ -155,19 +154,18 @@ pub fn router(state: RestState) -> Router {
         .route("/download/{*path}", read_only)
         .route("/files", get(list::list))
         .route("/status", get(status))
-        .route("/recovery/status", get(recovery_status))
+        .with_state(service)
+        .merge(state.admin)
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::disable())
         .layer(CatchPanicLayer::custom(panicked))
-        .with_state(service)
 }
 
 /// What all requests share.
 struct Service {
     client: watch::Receiver<ClientHandle>,
     status: StatusSource,
-    recovery: StatusSource,
     request_timeout: Duration,
     open_inodes: Arc<OpenInodes>,
     removed: RemovedInodes,
@@ -237,14 +235,6 @@ async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
         status["client"] = json!({ "connected": true });
     }
     Json(status)
-}
-
-async fn recovery_status(State(service): State<Arc<Service>>) -> Result<Json<Value>, ApiError> {
-    let recovery = Arc::clone(&service.recovery);
-    let counted = tokio::task::spawn_blocking(move || recovery()).await;
-    counted
-        .map(Json)
-        .map_err(|failed| ApiError::unavailable(failed.to_string()))
 }
 
 async fn not_found(uri: Uri) -> ApiError {

@@ -94,7 +94,7 @@ async fn before_there_is_a_client_the_reason_is_said() {
     });
     let router = router(RestState {
         client,
-        recovery: Arc::new(|| json!({})),
+        admin: Router::new(),
         status: Arc::new(|| json!({ "writable": false, "reason": REASON })),
         request_timeout: Duration::from_millis(100),
     });

@@ -70,7 +70,7 @@ impl Rest {
         Rest {
             router: router(RestState {
                 client: receiver,
-                recovery: Arc::new(|| json!({})),
+                admin: Router::new(),
                 status: Arc::new(|| json!({ "writable": true, "node": 1 })),
                 request_timeout,
             }),
