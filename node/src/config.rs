@@ -33,6 +33,17 @@ pub struct Settings {
         value_delimiter = ','
     )]
     members: Option<Vec<String>>,
+    /// Join the living cluster that a node at any of these gRPC addresses belongs to (instead of --members)
+    #[arg(
+        long,
+        env = "QUORUMFS_JOIN",
+        value_name = "HOST:PORT,…",
+        value_delimiter = ','
+    )]
+    join: Option<Vec<String>>,
+    /// Where this node serves gRPC, as others reach it (with --join; else its entry in --members)
+    #[arg(long, env = "QUORUMFS_GRPC", value_name = "HOST:PORT")]
+    grpc: Option<String>,
     /// The folder that holds this node's log, metadata and content; made if it does not exist
     #[arg(long, env = "QUORUMFS_DATA", value_name = "DIR")]
     data: Option<PathBuf>,
@@ -98,8 +109,13 @@ pub enum ConfigError {
 pub struct Config {
     /// This node's slot, from 1.
     pub slot: u16,
-    /// All members' gRPC addresses; slot 1 first.
+    /// gRPC addresses of other nodes: all members in the order of their slots, or any where [`Config::founds`] is
+    /// false.
     pub members: Vec<String>,
+    /// Whether this node is one of those that make the cluster; else it joins one that lives.
+    pub founds: bool,
+    /// This node's gRPC address as others reach it.
+    pub grpc: String,
     /// The data folder.
     pub data: PathBuf,
     /// This node's HTTP address as others reach it.
@@ -114,13 +130,6 @@ pub struct Config {
     pub log: String,
     /// How long a REST request waits for a quorum, in milliseconds.
     pub request_timeout_ms: u64,
-}
-
-impl Config {
-    /// This node's gRPC address as others reach it.
-    pub fn grpc(&self) -> &str {
-        &self.members[usize::from(self.slot) - 1]
-    }
 }
 
 impl Settings {
@@ -145,6 +154,8 @@ impl Settings {
         Settings {
             slot: self.slot.or(file.slot),
             members: self.members.or(file.members),
+            join: self.join.or(file.join),
+            grpc: self.grpc.or(file.grpc),
             data: self.data.or(file.data),
             http: self.http.or(file.http),
             listen_grpc: self.listen_grpc.or(file.listen_grpc),
@@ -161,41 +172,30 @@ impl Settings {
 
     fn validate(self) -> Result<Config, ConfigError> {
         let invalid = |field, reason: String| ConfigError::Invalid { field, reason };
-        let members: Vec<String> = self
-            .members
-            .ok_or(ConfigError::Missing("members", "QUORUMFS_MEMBERS"))?;
-        let members: Vec<String> = members.into_iter().map(|m| m.trim().to_string()).collect();
-        if members.len().is_multiple_of(2) || members.len() > usize::from(SLOT_MAX) {
-            let reason = format!(
-                "{} addresses; a cluster begins with 1, 3, 5 or 7 members",
-                members.len()
-            );
-            return Err(invalid("members", reason));
-        }
-        for (at, member) in members.iter().enumerate() {
-            check_address("members", member)?;
-            if members[..at].contains(member) {
-                return Err(invalid(
-                    "members",
-                    format!("{member} is named twice; each member needs its own address"),
-                ));
-            }
-        }
         let slot = self.slot.ok_or(ConfigError::Missing("slot", "QUORUMFS_SLOT"))?;
-        if slot == 0 || usize::from(slot) > members.len() {
-            let reason = format!(
-                "{slot} is not a place in --members; give a number from 1 to {}",
-                members.len()
-            );
-            return Err(invalid("slot", reason));
+        let (members, grpc, founds) = match self.join {
+            Some(join) => {
+                let grpc = self.grpc.ok_or(ConfigError::Missing("grpc", "QUORUMFS_GRPC"))?;
+                check_address("grpc", &grpc)?;
+                (joined("join", join)?, grpc, false)
+            }
+            None => {
+                let members = self
+                    .members
+                    .ok_or(ConfigError::Missing("members", "QUORUMFS_MEMBERS"))?;
+                let (members, grpc) = founding(members, slot)?;
+                (members, self.grpc.unwrap_or(grpc), true)
+            }
+        };
+        if slot == 0 || slot > SLOT_MAX {
+            return Err(invalid("slot", format!("{slot} is not from 1 to {SLOT_MAX}")));
         }
         let data = self.data.ok_or(ConfigError::Missing("data", "QUORUMFS_DATA"))?;
         let http = self.http.ok_or(ConfigError::Missing("http", "QUORUMFS_HTTP"))?;
         check_address("http", &http)?;
-        let grpc = members[usize::from(slot) - 1].clone();
         let listen_grpc = match &self.listen_grpc {
             Some(address) => listen_address("listen-grpc", address)?,
-            None => listen_address("members", &grpc)?,
+            None => listen_address("grpc", &grpc)?,
         };
         let listen_http = match &self.listen_http {
             Some(address) => listen_address("listen-http", address)?,
@@ -245,6 +245,8 @@ impl Settings {
         Ok(Config {
             slot,
             members,
+            founds,
+            grpc,
             data,
             http,
             listen_grpc,
@@ -254,6 +256,36 @@ impl Settings {
             request_timeout_ms,
         })
     }
+}
+
+/// A list of addresses, each once.
+fn joined(field: &'static str, addresses: Vec<String>) -> Result<Vec<String>, ConfigError> {
+    let addresses: Vec<String> = addresses.into_iter().map(|m| m.trim().to_string()).collect();
+    for (at, address) in addresses.iter().enumerate() {
+        check_address(field, address)?;
+        if addresses[..at].contains(address) {
+            let reason = format!("{address} is named twice; each member needs its own address");
+            return Err(ConfigError::Invalid { field, reason });
+        }
+    }
+    Ok(addresses)
+}
+
+/// The members of a cluster that is to be made, and which of them is this node's.
+fn founding(members: Vec<String>, slot: u16) -> Result<(Vec<String>, String), ConfigError> {
+    let invalid = |field, reason: String| Err(ConfigError::Invalid { field, reason });
+    let members = joined("members", members)?;
+    let count = members.len();
+    if count.is_multiple_of(2) || count > usize::from(SLOT_MAX) {
+        let reason = format!("{count} addresses; a cluster begins with 1, 3, 5 or 7 members");
+        return invalid("members", reason);
+    }
+    let own = usize::from(slot).checked_sub(1).and_then(|at| members.get(at));
+    let Some(own) = own.cloned() else {
+        let reason = format!("{slot} is not a place in --members; give a number from 1 to {count}");
+        return invalid("slot", reason);
+    };
+    Ok((members, own))
 }
 
 fn check_address(field: &'static str, address: &str) -> Result<(), ConfigError> {
@@ -307,7 +339,7 @@ mod tests {
     #[test]
     fn a_whole_set_is_taken() {
         let config = resolve(&GOOD).unwrap();
-        assert_eq!(config.grpc(), "127.0.0.1:3031");
+        assert_eq!(config.grpc, "127.0.0.1:3031");
         assert_eq!(config.listen_http, "127.0.0.1:8082".parse().unwrap());
     }
 

@@ -1,11 +1,12 @@
 //! `quorumfs-node`: arguments, logging, signals.
 
+use std::os::unix::process::CommandExt as _;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser as _;
 use quorumfs_node::config::{Config, Settings};
-use quorumfs_node::server;
+use quorumfs_node::server::{self, Renounced};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::error;
@@ -27,6 +28,15 @@ fn main() -> ExitCode {
         .init();
     match run(config) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(renounced) if renounced.is::<Renounced>() => {
+            error!("{renounced:#}");
+            // In the same process, so that whoever watches over it need not start it again; with everything that was
+            // open closed.
+            let mut again = std::process::Command::new("/proc/self/exe");
+            let failed = again.args(std::env::args_os().skip(1)).exec();
+            error!(%failed, "cannot start again");
+            ExitCode::FAILURE
+        }
         Err(failed) => {
             error!("{failed:#}");
             eprintln!("quorumfs-node: {failed:#}");

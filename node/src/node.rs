@@ -6,9 +6,10 @@ use std::sync::{Arc, OnceLock};
 
 use quorumfs_proto::{ClusterId, Member};
 
-use crate::cluster::bootstrap::WaitReason;
+use crate::cluster::bootstrap::{Invitation, WaitReason};
 use crate::cluster::identity::{DataFolder, Membership};
 use crate::cluster::leases::Leases;
+use crate::cluster::membership::Roster;
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::Consensus;
@@ -23,6 +24,7 @@ pub struct Node {
     own: Member,
     folder: DataFolder,
     waiting_for: WaitReason,
+    invitation: Invitation,
     parts: OnceLock<Parts>,
 }
 
@@ -46,6 +48,8 @@ pub struct Parts {
     pub space: Arc<SpaceMonitor>,
     /// Knows who may answer from what it knows.
     pub leases: Leases,
+    /// Takes members in and out.
+    pub roster: Arc<Roster>,
     /// Knows which clients live.
     pub sessions: Arc<SessionKeeper>,
 }
@@ -57,6 +61,7 @@ impl Node {
             own,
             folder,
             waiting_for: WaitReason::default(),
+            invitation: Invitation::default(),
             parts: OnceLock::new(),
         }
     }
@@ -79,6 +84,11 @@ impl Node {
     /// Where it is noted what the node waits for.
     pub fn waiting_for(&self) -> &WaitReason {
         &self.waiting_for
+    }
+
+    /// Where a leader's word that this node was taken in is left.
+    pub fn invitation(&self) -> &Invitation {
+        &self.invitation
     }
 
     /// Who this node is.

@@ -26,6 +26,7 @@ use crate::api::{admin, status};
 use crate::cluster::bootstrap::{find_membership, watch_for_strangers};
 use crate::cluster::identity::DataFolder;
 use crate::cluster::leases::Leases;
+use crate::cluster::membership::Roster;
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::config::Config;
@@ -49,6 +50,16 @@ const EFFECTS_QUEUED_MAX: usize = 4096;
 /// How long open requests may take to end after a shutdown was asked for.
 const DRAIN_TIMEOUT_MS: u64 = 2_000;
 
+/// The parts of the data folder that go together: either has promises in it that the other completes.
+const LOG_FOLDER: &str = "wal";
+const METADATA_FILE: &str = "metadata.redb";
+
+/// The node has lost what it had promised to remember. What is left of it was set aside and it has a new incarnation:
+/// started again, it asks its cluster to take it in, with the content that it kept.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}; what is left was set aside, and the node takes part as a new one")]
+pub struct Renounced(ConsensusError);
+
 /// Runs a node on these listeners until `shutdown` is done, or until it must stop because its disk failed.
 pub async fn serve(
     config: Config,
@@ -58,7 +69,7 @@ pub async fn serve(
 ) -> anyhow::Result<()> {
     let folder = DataFolder::open(&config.data, config.slot)?;
     let addresses = Addresses {
-        grpc: config.grpc().to_string(),
+        grpc: config.grpc.clone(),
         http: config.http.clone(),
     };
     let own = Member {
@@ -95,7 +106,13 @@ pub async fn serve(
             info!("stopping");
             Ok(())
         }
-        result = run => result,
+        result = run => match result {
+            Err(error) if error.is::<Renounced>() => {
+                node.folder().renounce(&[LOG_FOLDER, METADATA_FILE])?;
+                Err(error)
+            }
+            result => result,
+        },
         result = grpc_server => Err(anyhow::anyhow!("the gRPC service ended: {result:?}")),
         result = http_server => Err(anyhow::anyhow!("the HTTP service ended: {result:?}")),
     };
@@ -118,13 +135,20 @@ async fn run_parts(
     client_tls: Option<tonic::transport::ClientTlsConfig>,
     client: watch::Sender<ClientHandle>,
 ) -> anyhow::Result<()> {
-    let membership =
-        find_membership(config, node.folder(), node.own(), transport, node.waiting_for()).await?;
+    let membership = find_membership(
+        config,
+        node.folder(),
+        node.own(),
+        transport,
+        node.waiting_for(),
+        node.invitation(),
+    )
+    .await?;
     transport.set_cluster(membership.cluster);
 
     let data = config.data.clone();
     let opened = tokio::task::spawn_blocking(move || {
-        let metadata = MetadataStore::open(&data.join("metadata.redb"), MetadataOptions::default())
+        let metadata = MetadataStore::open(&data.join(METADATA_FILE), MetadataOptions::default())
             .context("open metadata database")?;
         let (content, report) = ContentStore::open(&data.join("content"), ContentOptions::default())
             .context("open content store")?;
@@ -134,7 +158,7 @@ async fn run_parts(
     let (metadata, content) = opened.await.context("open the data folder")??;
 
     let (effects, applied) = tokio::sync::mpsc::channel(EFFECTS_QUEUED_MAX);
-    let mut options = ConsensusOptions::new(node.own().id, membership.cluster, config.data.join("wal"));
+    let mut options = ConsensusOptions::new(node.own().id, membership.cluster, config.data.join(LOG_FOLDER));
     let capacity_bytes = content
         .space()
         .context("ask for the size of the disk")?
@@ -147,9 +171,22 @@ async fn run_parts(
         transport.clone(),
         effects,
     )
-    .await
-    .context("start consensus")?;
-    found(&consensus, membership.founders.clone()).await?;
+    .await;
+    let consensus = match consensus {
+        Ok(consensus) => consensus,
+        Err(error) if error.costs_incarnation() && (config.members.len() > 1 || !config.founds) => {
+            return Err(Renounced(error).into());
+        }
+        Err(error) => return Err(error).context("start consensus"),
+    };
+    // Who was taken in later has no founders to make a cluster with.
+    if membership
+        .founders
+        .iter()
+        .any(|founder| founder.id == node.own().id)
+    {
+        found(&consensus, membership.founders.clone()).await?;
+    }
 
     let peers = Arc::new(PeerChunks::new(transport.clone()));
     let space = SpaceMonitor::new(consensus.clone(), content.clone(), transport.clone());
@@ -160,6 +197,7 @@ async fn run_parts(
         peers.clone(),
     );
     let sweeper = Sweeper::new(consensus.clone(), metadata.clone(), content.clone());
+    let roster = Roster::new(consensus.clone(), transport.clone());
     let sessions = SessionKeeper::new(consensus.clone(), metadata.clone());
     let writer = Writer::new(consensus.clone(), content.clone(), peers.clone(), space.clone());
     let reader = Reader::new(
@@ -172,6 +210,7 @@ async fn run_parts(
     );
     tokio::spawn(space.clone().run());
     tokio::spawn(sessions.clone().run());
+    tokio::spawn(roster.clone().run());
     tokio::spawn(recovery.clone().run());
     tokio::spawn(sweeper.clone().run());
     tokio::spawn(hand_on_effects(applied, recovery.clone(), sweeper));
@@ -195,6 +234,7 @@ async fn run_parts(
         recovery,
         space,
         leases: Leases::default(),
+        roster,
         sessions,
     };
     node.begin(parts);
@@ -249,12 +289,12 @@ async fn open_client(
     tls: Option<tonic::transport::ClientTlsConfig>,
     client: watch::Sender<ClientHandle>,
 ) {
-    let mut addresses = vec![config.grpc().to_string()];
+    let mut addresses = vec![config.grpc.clone()];
     addresses.extend(
         config
             .members
             .iter()
-            .filter(|member| *member != config.grpc())
+            .filter(|member| **member != config.grpc)
             .cloned(),
     );
     loop {

@@ -5,11 +5,14 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use quorumfs_proto::wire::peer_server::Peer;
-use quorumfs_proto::{ChunkId, wire};
+use quorumfs_proto::{ChunkId, ClusterId, Member, wire};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::fs::{AnswerStream, answer_stream, chunk_refused};
+use crate::cluster::identity::Membership;
+use crate::cluster::membership::RosterError;
 use crate::content::wire::{get_response, put_response, range_asked, stored_chunk};
+use crate::healing::completeness::completeness;
 use crate::node::{Node, Parts};
 use crate::read::task_failed;
 use crate::transport::CLUSTER_KEY;
@@ -51,6 +54,20 @@ impl PeerService {
     }
 }
 
+fn member_of(member: Option<wire::Member>) -> Result<Member, Status> {
+    let member = member.ok_or_else(|| Status::invalid_argument("no node is named"))?;
+    Member::try_from(member).map_err(|error| Status::invalid_argument(error.to_string()))
+}
+
+/// The gRPC address of who leads, empty where unknown; any other error is the caller's.
+fn leader_of(error: RosterError) -> Result<String, Status> {
+    match error {
+        RosterError::NotLeader(leader) => Ok(leader.map(|member| member.addresses.grpc).unwrap_or_default()),
+        RosterError::Refused(reason) => Err(Status::failed_precondition(reason)),
+        RosterError::Unavailable(reason) => Err(Status::unavailable(reason)),
+    }
+}
+
 #[tonic::async_trait]
 impl Peer for PeerService {
     type AppendEntriesStream = AnswerStream<wire::RaftMessage>;
@@ -66,8 +83,117 @@ impl Peer for PeerService {
         Ok(Response::new(wire::HelloResponse {
             node: Some(self.node.own().clone().into()),
             cluster_id,
-            empty: membership.is_none(),
+            empty: self.node.folder().is_fresh(),
             members: members.into_iter().map(Into::into).collect(),
+        }))
+    }
+
+    async fn join(
+        &self,
+        request: Request<wire::JoinRequest>,
+    ) -> Result<Response<wire::JoinResponse>, Status> {
+        let parts = self
+            .node
+            .parts()
+            .ok_or_else(|| Status::unavailable(self.node.not_ready()))?;
+        let request = request.into_inner();
+        let wanted = ClusterId::from_bytes(&request.cluster_id);
+        if wanted.is_some_and(|wanted| wanted != parts.cluster) {
+            let own = parts.cluster;
+            return Err(Status::failed_precondition(format!(
+                "this node belongs to cluster {own}"
+            )));
+        }
+        let member = member_of(request.node)?;
+        let joined = parts.roster.take_in(&member).await;
+        let (not_leader, leader, members) = match joined {
+            Ok(members) => (false, String::new(), members),
+            Err(error) => {
+                let leader = leader_of(error)?;
+                (true, leader, Vec::new())
+            }
+        };
+        Ok(Response::new(wire::JoinResponse {
+            not_leader,
+            leader,
+            cluster_id: Bytes::copy_from_slice(&parts.cluster.0),
+            members: members.into_iter().map(Into::into).collect(),
+        }))
+    }
+
+    async fn invite(
+        &self,
+        request: Request<wire::InviteRequest>,
+    ) -> Result<Response<wire::InviteResponse>, Status> {
+        let request = request.into_inner();
+        if member_of(request.node)?.id != self.node.own().id {
+            return Err(Status::failed_precondition("another node is meant"));
+        }
+        let cluster = ClusterId::from_bytes(&request.cluster_id)
+            .ok_or_else(|| Status::invalid_argument("no cluster is named"))?;
+        if self
+            .node
+            .membership()
+            .is_some_and(|known| known.cluster != cluster)
+        {
+            return Err(Status::failed_precondition(
+                "this node belongs to another cluster",
+            ));
+        }
+        *self.node.invitation().lock() = Some(Membership {
+            cluster,
+            founders: Vec::new(),
+        });
+        Ok(Response::new(wire::InviteResponse {}))
+    }
+
+    async fn add_member(
+        &self,
+        request: Request<wire::AddMemberRequest>,
+    ) -> Result<Response<wire::AddMemberResponse>, Status> {
+        let parts = self.admit(&request)?;
+        let added = parts.roster.invite(&request.get_ref().grpc_address).await;
+        let (leader, node) = match added {
+            Ok(member) => (None, Some(member.into())),
+            Err(error) => (Some(leader_of(error)?), None),
+        };
+        Ok(Response::new(wire::AddMemberResponse {
+            not_leader: leader.is_some(),
+            leader: leader.unwrap_or_default(),
+            node,
+        }))
+    }
+
+    async fn remove_members(
+        &self,
+        request: Request<wire::RemoveMembersRequest>,
+    ) -> Result<Response<wire::RemoveMembersResponse>, Status> {
+        let parts = self.admit(&request)?;
+        let slots = request.get_ref().slots.iter().map(|slot| u16::try_from(*slot));
+        let slots = slots
+            .collect::<Result<_, _>>()
+            .map_err(|_| Status::invalid_argument("slot above 65535"))?;
+        let leader = match parts.roster.remove(&slots).await {
+            Ok(()) => None,
+            Err(error) => Some(leader_of(error)?),
+        };
+        Ok(Response::new(wire::RemoveMembersResponse {
+            not_leader: leader.is_some(),
+            leader: leader.unwrap_or_default(),
+        }))
+    }
+
+    async fn content_complete(
+        &self,
+        request: Request<wire::ContentCompleteRequest>,
+    ) -> Result<Response<wire::ContentCompleteResponse>, Status> {
+        let parts = self.admit(&request)?;
+        let looked = completeness(parts.metadata.clone(), parts.content.clone()).await;
+        let found = looked.map_err(|fault| Status::unavailable(fault.to_string()))?;
+        Ok(Response::new(wire::ContentCompleteResponse {
+            complete: found.missing == 0,
+            through_index: found.through_index,
+            missing: found.missing,
         }))
     }
 

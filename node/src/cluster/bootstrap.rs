@@ -5,13 +5,17 @@
 //! - All answer and all are empty: they make the cluster. Its id is a digest of all their ids, so each works it out
 //!   alone and all agree; the first members are the ones seen.
 //! - One answers that it belongs to a cluster that counts this very incarnation among its founders: this node was
-//!   there when it was made, and joins.
-//! - One answers that it belongs to a cluster that does not: this folder is empty while its cluster lives. The node
-//!   never votes with it (it may be a wiped disk that has forgotten its vote) and says so.
+//!   there when it was made, and belongs to it.
+//! - One answers that it belongs to a cluster that does not: this folder is empty while its cluster lives. It may be a
+//!   wiped disk that has forgotten its vote, so it never votes as whom it was; it asks the leader to take it in as the
+//!   new incarnation that it is (`membership`), and says why where it is not taken.
+//! - A node that was told to join, or whose folder was another incarnation's, never makes a cluster.
+//! - A leader invites it.
 //!
 //! Why two nodes that see different empty members cannot make two clusters that both work: a founder binds its folder
 //! to one cluster before it says so, and answers for no other from then on.
 
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,11 +32,18 @@ use crate::transport::{Purpose, Transport};
 const ASK_INTERVAL_MS: u64 = 300;
 /// How often the members are asked whether they belong to the same cluster still.
 const STRANGER_INTERVAL_MS: u64 = 5_000;
+/// How long the leader may take to take a node in: an entry of the log.
+const JOIN_TIMEOUT_MS: u64 = 10_000;
+/// Nodes asked in one round to be taken in: all members, and those they name.
+const JOIN_ASKED_MAX: usize = 16;
 /// How long a member may take to answer.
 const ANSWER_TIMEOUT_MS: u64 = 1_000;
 
 /// What this node is waiting for, in words, for `/status`.
 pub type WaitReason = Arc<Mutex<Option<String>>>;
+
+/// A leader's word that this node was taken in.
+pub type Invitation = Arc<Mutex<Option<Membership>>>;
 
 /// Answers what cluster this node belongs to; asks the members until it is known. Durable when it returns.
 pub async fn find_membership(
@@ -41,6 +52,7 @@ pub async fn find_membership(
     own: &Member,
     transport: &Transport,
     waiting_for: &WaitReason,
+    invitation: &Invitation,
 ) -> Result<Membership, IdentityError> {
     if let Some(membership) = folder.membership() {
         return Ok(membership);
@@ -49,7 +61,21 @@ pub async fn find_membership(
     let mut told = String::new();
     loop {
         let answers = ask_all(config, own, transport).await;
-        match decide(&answers, own, config) {
+        let invited = invitation.lock().take();
+        let decision = match invited {
+            Some(membership) => Decision::Bind(membership),
+            None => decide(&answers, own, config, folder.is_fresh()),
+        };
+        let decision = match decision {
+            Decision::Join { cluster, at, reason } => match join(own, cluster, at, transport).await {
+                Ok(membership) => Decision::Bind(membership),
+                Err(refusal) => Decision::Wait(format!("{reason}; it asks to be taken in: {refusal}")),
+            },
+            decided => decided,
+        };
+        match decision {
+            // `join` has been tried above.
+            Decision::Join { reason, .. } => *waiting_for.lock() = Some(reason),
             Decision::Bind(membership) => {
                 folder.bind(membership.clone())?;
                 info!(cluster = %membership.cluster, "this node belongs to a cluster");
@@ -116,7 +142,7 @@ struct Answer {
 
 async fn ask_all(config: &Config, own: &Member, transport: &Transport) -> Vec<Result<Answer, String>> {
     let asked = config.members.iter().map(|address| async move {
-        if address == config.grpc() {
+        if address == &config.grpc {
             return Ok(Answer {
                 node: own.clone(),
                 cluster: None,
@@ -157,12 +183,74 @@ async fn ask_all(config: &Config, own: &Member, transport: &Transport) -> Vec<Re
     futures::future::join_all(asked).await
 }
 
+/// Asks the leader of `cluster`, whom one of the nodes `at` should know, to take this node in.
+async fn join(
+    own: &Member,
+    cluster: ClusterId,
+    at: Vec<String>,
+    transport: &Transport,
+) -> Result<Membership, String> {
+    let mut asked = BTreeSet::new();
+    let mut to_ask: VecDeque<String> = at.into();
+    let mut refusals = Vec::new();
+    while let Some(address) = to_ask.pop_front() {
+        if asked.len() > JOIN_ASKED_MAX || !asked.insert(address.clone()) {
+            continue;
+        }
+        let ask = async {
+            let mut peer = transport
+                .peer_at(&address, Purpose::Control)
+                .map_err(|error| error.to_string())?;
+            let request = wire::JoinRequest {
+                node: Some(own.clone().into()),
+                cluster_id: bytes::Bytes::copy_from_slice(&cluster.0),
+            };
+            let answer = peer.join(request).await;
+            answer
+                .map(tonic::Response::into_inner)
+                .map_err(|status| status.message().to_string())
+        };
+        let limit = Duration::from_millis(JOIN_TIMEOUT_MS);
+        match tokio::time::timeout(limit, ask).await {
+            Ok(Ok(answer)) if answer.not_leader => {
+                if !answer.leader.is_empty() {
+                    to_ask.push_front(answer.leader);
+                }
+            }
+            Ok(Ok(_)) => {
+                // None: nobody may take this node for one of those that made the cluster.
+                return Ok(Membership {
+                    cluster,
+                    founders: Vec::new(),
+                });
+            }
+            Ok(Err(refusal)) => refusals.push(format!("{address}: {refusal}")),
+            Err(_) => refusals.push(format!("{address}: no answer within {JOIN_TIMEOUT_MS} ms")),
+        }
+    }
+    match refusals.is_empty() {
+        true => Err("no leader is known".to_string()),
+        false => Err(refusals.join("; ")),
+    }
+}
+
 enum Decision {
     Bind(Membership),
+    /// `cluster` lives without this node; its nodes `at` know who leads it.
+    Join {
+        cluster: ClusterId,
+        at: Vec<String>,
+        reason: String,
+    },
     Wait(String),
 }
 
-fn decide(answers: &[Result<Answer, String>], own: &Member, config: &Config) -> Decision {
+fn decide(
+    answers: &[Result<Answer, String>],
+    own: &Member,
+    config: &Config,
+    folder_is_fresh: bool,
+) -> Decision {
     let heard: Vec<&Answer> = answers.iter().filter_map(|answer| answer.as_ref().ok()).collect();
     for answer in &heard {
         if let Some(cluster) = answer.cluster
@@ -175,11 +263,29 @@ fn decide(answers: &[Result<Answer, String>], own: &Member, config: &Config) -> 
         }
     }
     if let Some((cluster, answer)) = heard.iter().find_map(|answer| Some((answer.cluster?, answer))) {
-        return Decision::Wait(format!(
-            "this node's data folder is empty while its cluster {cluster} lives (node {} belongs to it); \
-             it does not vote with what it may have forgotten",
-            answer.node.addresses.grpc
-        ));
+        let of_it = heard.iter().filter(|answer| answer.cluster == Some(cluster));
+        let reason = match config.founds && folder_is_fresh {
+            true => format!(
+                "this node's data folder is empty while its cluster {cluster} lives (node {} belongs to it); \
+                 it does not vote with what it may have forgotten",
+                answer.node.addresses.grpc
+            ),
+            false => format!("this node does not belong to cluster {cluster} yet"),
+        };
+        return Decision::Join {
+            cluster,
+            at: of_it.map(|answer| answer.node.addresses.grpc.clone()).collect(),
+            reason,
+        };
+    }
+    if !config.founds || !folder_is_fresh {
+        let silent = answers.iter().find_map(|answer| answer.as_ref().err());
+        return Decision::Wait(match silent {
+            Some(silent) => format!("this node joins a cluster that lives, and none answers; {silent}"),
+            None => {
+                "this node joins a cluster that lives, and no node that answers belongs to one".to_string()
+            }
+        });
     }
     if let Some(silent) = answers.iter().find_map(|answer| answer.as_ref().err()) {
         return Decision::Wait(format!("the cluster is made once all members answer; {silent}"));
@@ -262,21 +368,22 @@ mod tests {
     #[test]
     fn a_cluster_is_made_only_when_all_answer_and_all_are_empty() {
         let own = member(1, 11);
-        let Decision::Bind(made) = decide(&[empty(1), empty(2), empty(3)], &own, &config()) else {
+        let Decision::Bind(made) = decide(&[empty(1), empty(2), empty(3)], &own, &config(), true) else {
             panic!("waits")
         };
         assert_eq!(made.founders.len(), 3);
         // Every member works out the same cluster.
-        let Decision::Bind(same) = decide(&[empty(1), empty(2), empty(3)], &member(3, 13), &config()) else {
+        let Decision::Bind(same) = decide(&[empty(1), empty(2), empty(3)], &member(3, 13), &config(), true)
+        else {
             panic!("waits")
         };
         assert_eq!(made, same);
         let silent = Err("127.0.0.1:3032: does not answer".to_string());
         assert!(
-            matches!(decide(&[empty(1), empty(2), silent], &own, &config()), Decision::Wait(r) if r.contains("3032"))
+            matches!(decide(&[empty(1), empty(2), silent], &own, &config(), true), Decision::Wait(r) if r.contains("3032"))
         );
         assert!(
-            matches!(decide(&[empty(1), empty(3), empty(2)], &own, &config()), Decision::Wait(r) if r.contains("slot"))
+            matches!(decide(&[empty(1), empty(3), empty(2)], &own, &config(), true), Decision::Wait(r) if r.contains("slot"))
         );
     }
 
@@ -306,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wiped_node_waits_and_a_founder_joins() {
+    fn a_wiped_node_asks_and_a_founder_belongs() {
         let founders = vec![member(1, 11), member(2, 12), member(3, 13)];
         let made = Ok(Answer {
             node: member(2, 12),
@@ -316,10 +423,17 @@ mod tests {
         });
         let answers = [empty(1), made, empty(3)];
         assert!(matches!(
-            decide(&answers, &member(1, 11), &config()),
+            decide(&answers, &member(1, 11), &config(), true),
             Decision::Bind(_)
         ));
-        let wiped = decide(&answers, &member(1, 99), &config());
-        assert!(matches!(wiped, Decision::Wait(reason) if reason.contains("does not vote")));
+        let wiped = decide(&answers, &member(1, 99), &config(), true);
+        assert!(matches!(wiped, Decision::Join { reason, at, .. }
+            if reason.contains("does not vote") && at == ["127.0.0.1:3031"]));
+        // With content of an earlier incarnation it makes no cluster, even where all others would.
+        let all_empty = [empty(1), empty(2), empty(3)];
+        assert!(matches!(
+            decide(&all_empty, &member(1, 11), &config(), false),
+            Decision::Wait(_)
+        ));
     }
 }

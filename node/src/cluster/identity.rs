@@ -64,6 +64,9 @@ struct IdentityFile {
     version: u32,
     slot: u16,
     incarnation: String,
+    /// Whether the folder was another incarnation's before; such a node joins, it never makes a cluster.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    reborn: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     cluster: Option<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -84,7 +87,8 @@ struct MemberEntry {
 pub struct Membership {
     /// Its name.
     pub cluster: ClusterId,
-    /// The members it was made with. Later changes are in the consensus, not here.
+    /// The members it was made with, this node among them; none where it was taken in later. Changes are in the
+    /// consensus, not here.
     pub founders: Vec<Member>,
 }
 
@@ -93,6 +97,7 @@ pub struct Membership {
 pub struct DataFolder {
     path: PathBuf,
     id: NodeId,
+    reborn: bool,
     membership: Mutex<Option<Membership>>,
     _lock: nix::fcntl::Flock<File>,
 }
@@ -120,7 +125,7 @@ impl DataFolder {
             .map_err(|_| IdentityError::InUse(path.to_path_buf()))?;
 
         let file_path = path.join(IDENTITY_FILE);
-        let (id, membership) = match std::fs::read_to_string(&file_path) {
+        let (id, reborn, membership) = match std::fs::read_to_string(&file_path) {
             Ok(text) => parse(&text).map_err(|reason| IdentityError::Malformed {
                 path: file_path.clone(),
                 reason,
@@ -136,8 +141,8 @@ impl DataFolder {
                 }
                 let incarnation = rand::random_range(1..=u64::MAX);
                 let id = NodeId { slot, incarnation };
-                write(path, id, None).map_err(io("write identity in", path))?;
-                (id, None)
+                write(path, id, false, None).map_err(io("write identity in", path))?;
+                (id, false, None)
             }
             Err(error) => return Err(io("read", &file_path)(error)),
         };
@@ -151,6 +156,7 @@ impl DataFolder {
         Ok(DataFolder {
             path: path.to_path_buf(),
             id,
+            reborn,
             membership: Mutex::new(membership),
             _lock: lock,
         })
@@ -166,6 +172,42 @@ impl DataFolder {
         &self.path
     }
 
+    /// Whether it holds nothing: no earlier incarnation's content, and no cluster's.
+    pub fn is_fresh(&self) -> bool {
+        !self.reborn && self.membership.lock().is_none()
+    }
+
+    /// Gives the incarnation up, for what it had promised to remember is lost: sets `lost` (names in the folder) aside
+    /// and writes a new identity that belongs to no cluster. Content stays. Nothing else may use the folder; open it
+    /// anew afterwards.
+    ///
+    /// # Errors
+    /// Where the disk says no; what was moved before is aside, and the node may try again.
+    pub fn renounce(&self, lost: &[&str]) -> Result<(), IdentityError> {
+        let io = |what, at: &Path| {
+            let at = at.to_path_buf();
+            move |source| IdentityError::Io {
+                what,
+                path: at,
+                source,
+            }
+        };
+        let aside = self.path.join(format!("damaged-{:016x}", self.id.incarnation));
+        std::fs::create_dir_all(&aside).map_err(io("make", &aside))?;
+        for name in lost {
+            let from = self.path.join(name);
+            match std::fs::rename(&from, aside.join(name)) {
+                Ok(()) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(io("set aside", &from)(error)),
+            }
+        }
+        let incarnation = rand::random_range(1..=u64::MAX);
+        let slot = self.id.slot;
+        write(&self.path, NodeId { slot, incarnation }, true, None)
+            .map_err(io("write identity in", &self.path))
+    }
+
     /// The cluster it belongs to; `None`: it never held a vote or a log entry.
     pub fn membership(&self) -> Option<Membership> {
         self.membership.lock().clone()
@@ -174,7 +216,7 @@ impl DataFolder {
     /// Binds the folder to a cluster for ever, durably.
     pub fn bind(&self, membership: Membership) -> Result<(), IdentityError> {
         let mut held = self.membership.lock();
-        write(&self.path, self.id, Some(&membership)).map_err(|source| IdentityError::Io {
+        write(&self.path, self.id, self.reborn, Some(&membership)).map_err(|source| IdentityError::Io {
             what: "write identity in",
             path: self.path.clone(),
             source,
@@ -188,11 +230,12 @@ fn temporary_name() -> String {
     format!("{IDENTITY_FILE}.new")
 }
 
-fn write(folder: &Path, id: NodeId, membership: Option<&Membership>) -> std::io::Result<()> {
+fn write(folder: &Path, id: NodeId, reborn: bool, membership: Option<&Membership>) -> std::io::Result<()> {
     let file = IdentityFile {
         version: FOLDER_VERSION,
         slot: id.slot,
         incarnation: format!("{:016x}", id.incarnation),
+        reborn,
         cluster: membership.map(|m| m.cluster.to_string()),
         members: membership
             .map(|m| m.founders.iter().map(entry_of).collect())
@@ -216,7 +259,7 @@ fn entry_of(member: &Member) -> MemberEntry {
     }
 }
 
-fn parse(text: &str) -> Result<(NodeId, Option<Membership>), String> {
+fn parse(text: &str) -> Result<(NodeId, bool, Option<Membership>), String> {
     let file: IdentityFile = toml::from_str(text).map_err(|e| e.to_string())?;
     if file.version != FOLDER_VERSION {
         return Err(format!(
@@ -230,7 +273,7 @@ fn parse(text: &str) -> Result<(NodeId, Option<Membership>), String> {
         incarnation: number(&file.incarnation)?,
     };
     let Some(cluster) = file.cluster else {
-        return Ok((id, None));
+        return Ok((id, file.reborn, None));
     };
     let cluster =
         ClusterId::from_hex(&cluster).ok_or_else(|| format!("cluster {cluster:?} is not 32 hex digits"))?;
@@ -247,7 +290,7 @@ fn parse(text: &str) -> Result<(NodeId, Option<Membership>), String> {
             },
         });
     }
-    Ok((id, Some(Membership { cluster, founders })))
+    Ok((id, file.reborn, Some(Membership { cluster, founders })))
 }
 
 #[cfg(test)]
@@ -287,6 +330,34 @@ mod tests {
                 ..
             })
         ));
+    }
+
+    #[test]
+    fn who_renounces_is_another_and_keeps_what_is_not_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = DataFolder::open(dir.path(), 1).unwrap();
+        assert!(folder.is_fresh());
+        let first = folder.id();
+        folder
+            .bind(Membership {
+                cluster: ClusterId([7; 16]),
+                founders: vec![],
+            })
+            .unwrap();
+        for name in ["wal", "content"] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+            std::fs::write(dir.path().join(name).join("file"), name).unwrap();
+        }
+        folder.renounce(&["wal", "metadata.redb"]).unwrap();
+        drop(folder);
+        let reborn = DataFolder::open(dir.path(), 1).unwrap();
+        assert_ne!(reborn.id(), first);
+        assert_eq!(reborn.membership(), None);
+        assert!(!reborn.is_fresh(), "it must not make a cluster");
+        assert!(dir.path().join("content/file").exists());
+        assert!(!dir.path().join("wal").exists());
+        let aside = dir.path().join(format!("damaged-{:016x}", first.incarnation));
+        assert_eq!(std::fs::read_to_string(aside.join("wal/file")).unwrap(), "wal");
     }
 
     #[test]

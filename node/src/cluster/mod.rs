@@ -1,9 +1,10 @@
-//! The node as a member of a cluster: who it is, how the cluster is made, who has room, whose sessions live.
+//! The node as a member of a cluster: who it is, how the cluster is made and changed, who has room, whose sessions live.
 //!
 //! Stands on the consensus; knows nothing of the edges that serve it.
 
 pub mod bootstrap;
 pub mod identity;
 pub mod leases;
+pub mod membership;
 pub mod sessions;
 pub mod space;

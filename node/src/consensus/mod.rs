@@ -103,6 +103,22 @@ pub enum ConsensusError {
     Initialize(Box<InitializeError<TypeConfig>>),
 }
 
+impl ConsensusError {
+    /// Whether the node has forgotten what it promised, so that it must not take part as whom it was.
+    pub fn costs_incarnation(&self) -> bool {
+        match self {
+            ConsensusError::LogLost { .. } => true,
+            ConsensusError::Log(error) => matches!(
+                error,
+                WalError::DamagedBelowWatermark { .. }
+                    | WalError::Missing { .. }
+                    | WalError::Inconsistent { .. }
+            ),
+            _ => false,
+        }
+    }
+}
+
 /// Why a command was not decided, as far as this node knows.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProposeError {
@@ -374,6 +390,14 @@ impl Consensus {
         changed.await.map(|_| ()).map_err(membership_error)
     }
 
+    /// Takes these learners out.
+    pub async fn remove_learners(&self, learners: BTreeSet<NodeId>) -> Result<(), MembershipError> {
+        let learners: BTreeSet<VoterId> = learners.into_iter().map(VoterId).collect();
+        let change = openraft::ChangeMembers::RemoveNodes(learners);
+        let changed = self.0.raft.change_membership(change, true);
+        changed.await.map(|_| ()).map_err(membership_error)
+    }
+
     /// Asks `to`, a voter, to take over; it does if its log is as long.
     pub async fn transfer_leadership(&self, to: NodeId) -> Result<(), ConsensusError> {
         let transferred = self.0.raft.trigger().transfer_leader(VoterId(to)).await;
@@ -413,6 +437,20 @@ impl Consensus {
         let membership = self.metrics().membership_config;
         let sets = membership.get_joint_config().iter();
         sets.map(|set| set.iter().map(|id| id.0).collect()).collect()
+    }
+
+    /// The voters of the newest configuration.
+    pub fn voters(&self) -> BTreeSet<NodeId> {
+        self.voter_sets().pop().unwrap_or_default()
+    }
+
+    /// By how many entries `member` is behind what is committed; `None` where this node does not lead or has not heard
+    /// of it yet.
+    pub fn lag_of(&self, member: NodeId) -> Option<u64> {
+        let metrics = self.metrics();
+        let matched = *metrics.replication.as_ref()?.get(&VoterId(member))?;
+        let committed = metrics.cluster_committed.map_or(0, |id| id.index);
+        Some(committed.saturating_sub(matched.map_or(0, |id| id.index)))
     }
 
     /// All members, voters and learners.

@@ -100,6 +100,9 @@ impl Consensus {
         if metrics.membership_config.voter_ids().next().is_none() {
             return Some("this node belongs to no cluster yet".to_string());
         }
+        if metrics.membership_config.get_node(&self.0.id).is_none() {
+            return Some("this node was taken out of its cluster".to_string());
+        }
         if let Err(reason) = self.recovered() {
             return Some(reason);
         }

@@ -1,0 +1,182 @@
+//! `/membership`: who belongs to the cluster; takes nodes in and out.
+//!
+//! Any node takes a change and passes it to the leader, after a change of leader to the next.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::extract::State;
+use axum::extract::rejection::JsonRejection;
+use axum::http::StatusCode;
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use quorumfs_proto::{Member, wire};
+use serde::{Deserialize, Serialize};
+use tonic::Code;
+
+use super::parts;
+use crate::api::rest::error::ApiError;
+use crate::node::Node;
+use crate::transport::{Peer, Purpose};
+
+/// How long a change may take: those that remain may have to fetch content first.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(150);
+/// Between two tries while leadership moves.
+const RETRY_INTERVAL: Duration = Duration::from_millis(300);
+/// How long a change is tried while no leader takes it.
+const LEADER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// One member.
+#[derive(Debug, Serialize)]
+struct MemberView {
+    /// Its number in the cluster.
+    slot: u16,
+    /// The random id of its data folder, in hexadecimal.
+    incarnation: String,
+    /// Where nodes and mounts reach it.
+    grpc_address: String,
+    /// Where it serves HTTP.
+    http_address: String,
+    /// Whether it votes; one that does not is on its way to.
+    voter: bool,
+    /// By how many log entries it is behind; null where this node does not lead.
+    behind_entries: Option<u64>,
+}
+
+/// All members.
+#[derive(Debug, Serialize)]
+struct MembershipView {
+    /// By slot.
+    members: Vec<MemberView>,
+    /// How many of the voters may fail at once.
+    failures_tolerated: usize,
+}
+
+/// Whom to take in.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Addition {
+    /// `HOST:PORT` of the gRPC service of a node that waits to belong to a cluster.
+    grpc_address: String,
+}
+
+/// Whom to take out.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Removal {
+    /// Their numbers in the cluster; together, in one change.
+    slots: BTreeSet<u16>,
+}
+
+pub(super) fn routes() -> Router<Arc<Node>> {
+    Router::new()
+        .route("/membership", get(show))
+        .route("/membership/add", post(add))
+        .route("/membership/remove", post(remove))
+}
+
+async fn show(State(node): State<Arc<Node>>) -> Result<Json<MembershipView>, ApiError> {
+    view(&node).map(Json)
+}
+
+fn view(node: &Node) -> Result<MembershipView, ApiError> {
+    let consensus = &parts(node)?.consensus;
+    let voters = consensus.voters();
+    let mut members: Vec<MemberView> = consensus
+        .members()
+        .into_iter()
+        .map(|member| MemberView {
+            slot: member.id.slot,
+            incarnation: format!("{:016x}", member.id.incarnation),
+            voter: voters.contains(&member.id),
+            behind_entries: consensus.lag_of(member.id),
+            grpc_address: member.addresses.grpc,
+            http_address: member.addresses.http,
+        })
+        .collect();
+    members.sort_by_key(|member| (member.slot, !member.voter));
+    Ok(MembershipView {
+        members,
+        failures_tolerated: voters.len().saturating_sub(1) / 2,
+    })
+}
+
+/// 202: the node is a learner, and becomes a voter by itself when it has everything.
+async fn add(
+    State(node): State<Arc<Node>>,
+    body: Result<Json<Addition>, JsonRejection>,
+) -> Result<(StatusCode, Json<MembershipView>), ApiError> {
+    let Json(Addition { grpc_address }) = body.map_err(bad_body)?;
+    let ask = |mut leader: Peer| {
+        let request = wire::AddMemberRequest {
+            grpc_address: grpc_address.clone(),
+        };
+        async move {
+            let answer = leader.add_member(request).await?.into_inner();
+            Ok(answer.not_leader)
+        }
+    };
+    of_the_leader(&node, ask).await?;
+    Ok((StatusCode::ACCEPTED, Json(view(&node)?)))
+}
+
+/// 200: they are out, those that remain hold everything, and they may be stopped.
+async fn remove(
+    State(node): State<Arc<Node>>,
+    body: Result<Json<Removal>, JsonRejection>,
+) -> Result<Json<MembershipView>, ApiError> {
+    let Json(Removal { slots }) = body.map_err(bad_body)?;
+    if slots.is_empty() {
+        return Err(ApiError::bad_request(
+            "no_slots",
+            "slots is empty: name at least one",
+        ));
+    }
+    let ask = |mut leader: Peer| {
+        let request = wire::RemoveMembersRequest {
+            slots: slots.iter().map(|slot| u32::from(*slot)).collect(),
+        };
+        async move {
+            let answer = leader.remove_members(request).await?.into_inner();
+            Ok(answer.not_leader)
+        }
+    };
+    of_the_leader(&node, ask).await?;
+    view(&node).map(Json)
+}
+
+fn bad_body(rejection: JsonRejection) -> ApiError {
+    ApiError::bad_request("bad_json", rejection.body_text())
+        .hint("Content-Type: application/json; add takes {\"grpc_address\": \"HOST:PORT\"}, remove {\"slots\": [4, 5]}")
+}
+
+/// Asks whoever leads, until one who does has answered. `ask` says whether it asked the wrong one.
+async fn of_the_leader<Ask, Asking>(node: &Node, ask: Ask) -> Result<(), ApiError>
+where
+    Ask: Fn(Peer) -> Asking,
+    Asking: Future<Output = Result<bool, tonic::Status>>,
+{
+    let parts = parts(node)?;
+    let give_up = Instant::now() + LEADER_TIMEOUT;
+    let mut reason = "no leader is known".to_string();
+    while Instant::now() < give_up {
+        let leader: Option<Member> = parts.consensus.leader();
+        let peer = leader.map(|leader| parts.roster.peer_of(&leader, Purpose::Control));
+        match peer {
+            None => {}
+            Some(Err(error)) => reason = error,
+            Some(Ok(peer)) => match tokio::time::timeout(CHANGE_TIMEOUT, ask(peer)).await {
+                Ok(Ok(false)) => return Ok(()),
+                Ok(Ok(true)) => reason = "leadership is moving".to_string(),
+                Ok(Err(status)) if status.code() == Code::FailedPrecondition => {
+                    return Err(ApiError::conflict("membership_refused", status.message()));
+                }
+                Ok(Err(status)) => reason = status.message().to_string(),
+                Err(_) => return Err(ApiError::unavailable("the leader did not answer in time")),
+            },
+        }
+        tokio::time::sleep(RETRY_INTERVAL).await;
+    }
+    Err(ApiError::unavailable(reason))
+}

@@ -1,0 +1,427 @@
+//! Who belongs to the cluster, and how that changes while it works.
+//!
+//! A node is taken in as a learner: it gets the log and new content, and fetches the rest. When it has both, one joint
+//! change makes it a voter, in the place of the earlier incarnation of its slot where there is one. Nodes in new slots
+//! wait until there are so many that the number of voters stays odd (an even one tolerates no more failures than the odd
+//! one below it), and become voters together.
+//!
+//! Invariants: a change of voters is proposed only if, of the new voters, f + 1 at least hold all content that was named
+//! a moment before; openraft lets one change happen at a time. Only the leader does any of it; what it began the
+//! next leader finds in the membership and goes on with.
+//!
+//! Knows nothing of how a node finds out what it holds.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use quorumfs_proto::{Member, NodeId, wire};
+use tracing::{debug, info, warn};
+
+use crate::consensus::{Consensus, MembershipError};
+use crate::transport::{Peer, Purpose, Transport};
+
+/// How often the leader looks whether learners can become voters.
+const LOOK_INTERVAL_MS: u64 = 500;
+/// A learner that is farther behind than this is not asked what it holds.
+const LAG_ENTRIES_MAX: u64 = 1_024;
+/// How long a node may take to say who it is.
+const HELLO_TIMEOUT_MS: u64 = 1_500;
+/// How long a node may take to say what it holds: it looks through all chunks it should.
+const COMPLETE_TIMEOUT_MS: u64 = 60_000;
+/// How long a removal waits for those that remain to hold everything.
+const REMOVAL_TIMEOUT_MS: u64 = 60_000;
+/// Members at most: seven voters and one learner more than would make them nine.
+const MEMBERS_MAX: usize = 9;
+
+/// Why a change was not made.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RosterError {
+    /// Another node leads.
+    #[error("this node does not lead")]
+    NotLeader(Option<Member>),
+    /// It must not be.
+    #[error("{0}")]
+    Refused(String),
+    /// Not now; it may be later.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+impl From<MembershipError> for RosterError {
+    fn from(error: MembershipError) -> RosterError {
+        match error {
+            MembershipError::NotLeader { leader } => RosterError::NotLeader(leader),
+            MembershipError::Refused { reason } => RosterError::Unavailable(reason),
+        }
+    }
+}
+
+/// See the module.
+pub struct Roster {
+    consensus: Consensus,
+    transport: Arc<Transport>,
+    /// One change by hand at a time, so that two do not each count on what the other takes away.
+    changing: tokio::sync::Mutex<()>,
+}
+
+impl Roster {
+    /// Does nothing by itself before [`Roster::run`].
+    pub fn new(consensus: Consensus, transport: Arc<Transport>) -> Arc<Roster> {
+        Arc::new(Roster {
+            consensus,
+            transport,
+            changing: tokio::sync::Mutex::new(()),
+        })
+    }
+
+    /// Takes `member` in as a learner; answers all members. Harmless when repeated.
+    pub async fn take_in(&self, member: &Member) -> Result<Vec<Member>, RosterError> {
+        self.must_lead()?;
+        let _turn = self.changing.lock().await;
+        let members = self.consensus.members();
+        if members.iter().any(|known| known.id == member.id) {
+            return Ok(members);
+        }
+        let voters = self.consensus.voters();
+        for known in &members {
+            let same_slot = known.id.slot == member.id.slot;
+            if known.addresses.grpc == member.addresses.grpc && !same_slot {
+                return Err(RosterError::Refused(format!(
+                    "{} is the address of slot {}; a node in slot {} needs its own",
+                    known.addresses.grpc, known.id.slot, member.id.slot
+                )));
+            }
+            if !same_slot {
+                continue;
+            }
+            if self.who_is_at(&known.addresses.grpc).await.map(|found| found.id) == Ok(known.id) {
+                return Err(RosterError::Refused(format!(
+                    "slot {} is in use by the node at {}, which answers; give the new node a slot of its own",
+                    known.id.slot, known.addresses.grpc
+                )));
+            }
+            if !voters.contains(&known.id) {
+                self.consensus.remove_learners([known.id].into()).await?;
+            }
+        }
+        if members.len() >= MEMBERS_MAX {
+            return Err(RosterError::Refused(format!(
+                "the cluster has {MEMBERS_MAX} members already; remove one first"
+            )));
+        }
+        info!(node = %member.id, address = member.addresses.grpc, "a node joins as a learner");
+        self.consensus.add_learner(member.clone()).await?;
+        Ok(self.consensus.members())
+    }
+
+    /// Takes in the node that waits at `address`, and tells it.
+    pub async fn invite(&self, address: &str) -> Result<Member, RosterError> {
+        self.must_lead()?;
+        let found = self.who_is_at(address).await.map_err(|reason| {
+            RosterError::Unavailable(format!("no node could be asked at {address}: {reason}"))
+        })?;
+        let members = self.take_in(&found).await?;
+        let invitation = wire::InviteRequest {
+            node: Some(found.clone().into()),
+            cluster_id: bytes::Bytes::copy_from_slice(&self.consensus.cluster().0),
+            members: members.into_iter().map(Into::into).collect(),
+        };
+        let tell = async {
+            let mut peer = self
+                .transport
+                .peer_at(address, Purpose::Control)
+                .map_err(|e| e.to_string())?;
+            peer.invite(invitation)
+                .await
+                .map_err(|status| status.message().to_string())
+        };
+        match tokio::time::timeout(Duration::from_millis(HELLO_TIMEOUT_MS), tell).await {
+            Ok(Ok(_)) => Ok(found),
+            Ok(Err(reason)) => Err(RosterError::Unavailable(format!(
+                "{address} did not take the invitation: {reason}"
+            ))),
+            Err(_) => Err(RosterError::Unavailable(format!(
+                "{address} did not answer the invitation"
+            ))),
+        }
+    }
+
+    /// Takes the members in `slots` out; when it returns, those that remain hold everything, and the others may be
+    /// stopped.
+    pub async fn remove(&self, slots: &BTreeSet<u16>) -> Result<(), RosterError> {
+        self.must_lead()?;
+        let _turn = self.changing.lock().await;
+        let members = self.consensus.members();
+        if let Some(unknown) = slots
+            .iter()
+            .find(|slot| !members.iter().any(|m| m.id.slot == **slot))
+        {
+            return Err(RosterError::Refused(format!(
+                "there is no member in slot {unknown}"
+            )));
+        }
+        let voters = self.consensus.voters();
+        let leaving = |id: &NodeId| slots.contains(&id.slot);
+        let remaining: BTreeSet<NodeId> = voters.iter().copied().filter(|id| !leaving(id)).collect();
+        if remaining.len() != voters.len() {
+            if remaining.len().is_multiple_of(2) {
+                return Err(RosterError::Refused(format!(
+                    "that would leave {} voters; remove so many that 1, 3, 5 or 7 remain",
+                    remaining.len()
+                )));
+            }
+            if leaving(&self.consensus.id()) {
+                return Err(self.hand_on(&remaining).await);
+            }
+            self.wait_for_holders(&members, &remaining).await?;
+            info!(?slots, "nodes leave the cluster");
+            self.consensus.change_voters(remaining.clone()).await?;
+        }
+        let learners: BTreeSet<NodeId> = members
+            .iter()
+            .map(|member| member.id)
+            .filter(|id| leaving(id) && !voters.contains(id))
+            .collect();
+        if !learners.is_empty() {
+            self.consensus.remove_learners(learners).await?;
+        }
+        // What was decided between the look and the change may lie on one of those that remain, and they fetch it
+        // from each other.
+        self.wait_for_holders(&members, &remaining).await
+    }
+
+    /// Makes voters of learners that are whole, for ever, as long as this node leads.
+    pub async fn run(self: Arc<Self>) {
+        let mut told = String::new();
+        loop {
+            tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
+            if !self.consensus.is_leader() {
+                continue;
+            }
+            match self.promote().await {
+                Ok(()) => told.clear(),
+                Err(RosterError::NotLeader(_)) => {}
+                Err(RosterError::Refused(reason) | RosterError::Unavailable(reason)) => {
+                    if reason != told {
+                        warn!(reason, "learners cannot become voters yet");
+                        told = reason;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn promote(&self) -> Result<(), RosterError> {
+        let voters = self.consensus.voters();
+        let members = self.consensus.members();
+        let learners: Vec<&Member> = members
+            .iter()
+            .filter(|member| !voters.contains(&member.id))
+            .collect();
+        if learners.is_empty() {
+            return Ok(());
+        }
+        let _turn = self.changing.lock().await;
+        let mut whole = Vec::new();
+        for learner in learners {
+            let lag = self.consensus.lag_of(learner.id);
+            if lag.is_none_or(|entries| entries > LAG_ENTRIES_MAX) {
+                debug!(node = %learner.id, ?lag, "a learner is behind");
+                continue;
+            }
+            match self.missing_on(learner).await {
+                Ok(0) => whole.push(learner.id),
+                Ok(missing) => debug!(node = %learner.id, missing, "a learner lacks content"),
+                Err(reason) => debug!(node = %learner.id, reason, "a learner does not say what it holds"),
+            }
+        }
+        let Some(next) = next_voters(&voters, &whole) else {
+            return Ok(());
+        };
+        let holders = self.holders(&members, &next).await;
+        if holders.len() <= next.len() / 2 {
+            return Err(RosterError::Unavailable(format!(
+                "of the new voters only {} hold all content, and {} must",
+                holders.len(),
+                next.len() / 2 + 1
+            )));
+        }
+        self.consensus.change_voters(next.clone()).await?;
+        info!(voters = ?slots_of(&next), "the cluster has new voters");
+        Ok(())
+    }
+
+    fn must_lead(&self) -> Result<(), RosterError> {
+        match self.consensus.is_leader() {
+            true => Ok(()),
+            false => Err(RosterError::NotLeader(self.consensus.leader())),
+        }
+    }
+
+    /// A leader that is to leave lets another do it.
+    async fn hand_on(&self, remaining: &BTreeSet<NodeId>) -> RosterError {
+        let nearest = remaining
+            .iter()
+            .min_by_key(|id| self.consensus.lag_of(**id).unwrap_or(u64::MAX));
+        let Some(to) = nearest.copied() else {
+            return RosterError::Refused("the last voter cannot be removed".to_string());
+        };
+        match self.consensus.transfer_leadership(to).await {
+            Ok(()) => {
+                RosterError::Unavailable("the leader is among them and hands leadership on".to_string())
+            }
+            Err(error) => RosterError::Unavailable(error.to_string()),
+        }
+    }
+
+    /// Returns when f + 1 of `voters` hold all content.
+    async fn wait_for_holders(
+        &self,
+        members: &[Member],
+        voters: &BTreeSet<NodeId>,
+    ) -> Result<(), RosterError> {
+        let deadline = Instant::now() + Duration::from_millis(REMOVAL_TIMEOUT_MS);
+        loop {
+            let holders = self.holders(members, voters).await;
+            if holders.len() > voters.len() / 2 {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(RosterError::Unavailable(format!(
+                    "of the nodes that remain only {:?} hold all content, and {} must",
+                    slots_of(&holders),
+                    voters.len() / 2 + 1
+                )));
+            }
+            tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
+        }
+    }
+
+    /// Which of `voters` hold all content.
+    async fn holders(&self, members: &[Member], voters: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
+        let asked = members.iter().filter(|member| voters.contains(&member.id));
+        let answers = asked.map(|member| async { (member.id, self.missing_on(member).await) });
+        let answers = futures::future::join_all(answers).await;
+        answers
+            .into_iter()
+            .filter(|(_, missing)| *missing == Ok(0))
+            .map(|(id, _)| id)
+            .collect()
+    }
+
+    /// How many chunks `member` lacks, this node itself asked like any other.
+    async fn missing_on(&self, member: &Member) -> Result<u64, String> {
+        let ask = async {
+            let mut peer = self.peer_of(member, Purpose::Control)?;
+            let answer = peer.content_complete(wire::ContentCompleteRequest {}).await;
+            let answer = answer
+                .map_err(|status| status.message().to_string())?
+                .into_inner();
+            Ok(if answer.complete { 0 } else { answer.missing.max(1) })
+        };
+        tokio::time::timeout(Duration::from_millis(COMPLETE_TIMEOUT_MS), ask)
+            .await
+            .unwrap_or_else(|_| Err("no answer".to_string()))
+    }
+
+    async fn who_is_at(&self, address: &str) -> Result<Member, String> {
+        let ask = async {
+            let mut peer = self
+                .transport
+                .peer_at(address, Purpose::Control)
+                .map_err(|e| e.to_string())?;
+            let request = wire::HelloRequest {
+                from: None,
+                cluster_id: bytes::Bytes::new(),
+            };
+            let answer = peer
+                .hello(request)
+                .await
+                .map_err(|status| status.message().to_string())?;
+            let node = answer.into_inner().node.ok_or("it does not say who it is")?;
+            Member::try_from(node).map_err(|error| error.to_string())
+        };
+        tokio::time::timeout(Duration::from_millis(HELLO_TIMEOUT_MS), ask)
+            .await
+            .unwrap_or_else(|_| Err("no answer".to_string()))
+    }
+
+    /// A connection to `member`.
+    pub fn peer_of(&self, member: &Member, purpose: Purpose) -> Result<Peer, String> {
+        self.transport
+            .peer(&member.addresses, purpose)
+            .map_err(|error| error.to_string())
+    }
+}
+
+fn slots_of(ids: &BTreeSet<NodeId>) -> Vec<u16> {
+    ids.iter().map(|id| id.slot).collect()
+}
+
+/// Who should vote when the learners in `whole` can: each takes the place of its slot's earlier incarnation, and those
+/// in new slots come in as far as the number of voters stays odd. `None`: as it is.
+fn next_voters(voters: &BTreeSet<NodeId>, whole: &[NodeId]) -> Option<BTreeSet<NodeId>> {
+    let mut next = voters.clone();
+    let mut added = Vec::new();
+    for learner in whole {
+        match voters.iter().find(|voter| voter.slot == learner.slot) {
+            Some(earlier) => {
+                next.remove(earlier);
+                next.insert(*learner);
+            }
+            None => added.push(*learner),
+        }
+    }
+    added.sort_unstable();
+    if (next.len() + added.len()).is_multiple_of(2) {
+        added.pop();
+    }
+    next.extend(added);
+    (next != *voters).then_some(next)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(slot: u16, incarnation: u64) -> NodeId {
+        NodeId { slot, incarnation }
+    }
+
+    fn next(voters: &[NodeId], whole: &[NodeId]) -> Option<Vec<NodeId>> {
+        next_voters(&voters.iter().copied().collect(), whole).map(|next| next.into_iter().collect())
+    }
+
+    #[test]
+    fn a_new_incarnation_takes_the_old_ones_place() {
+        let voters = [id(1, 1), id(2, 2), id(3, 3)];
+        assert_eq!(next(&voters, &[]), None);
+        assert_eq!(
+            next(&voters, &[id(2, 9)]),
+            Some(vec![id(1, 1), id(2, 9), id(3, 3)])
+        );
+        // An even number of voters (made by hand, or one was lost for ever) is no reason to leave a slot empty.
+        assert_eq!(next(&voters[..2], &[id(2, 9)]), Some(vec![id(1, 1), id(2, 9)]));
+    }
+
+    #[test]
+    fn new_slots_come_in_by_twos() {
+        let one = [id(1, 1)];
+        assert_eq!(next(&one, &[id(2, 2)]), None);
+        assert_eq!(
+            next(&one, &[id(3, 3), id(2, 2)]),
+            Some(vec![id(1, 1), id(2, 2), id(3, 3)])
+        );
+        let three = [id(1, 1), id(2, 2), id(3, 3)];
+        assert_eq!(next(&three, &[id(4, 4)]), None);
+        assert_eq!(
+            next(&three, &[id(4, 4), id(3, 9)]),
+            Some(vec![id(1, 1), id(2, 2), id(3, 9)])
+        );
+        assert_eq!(
+            next(&three, &[id(5, 5), id(4, 4)]).map(|next| next.len()),
+            Some(5)
+        );
+    }
+}

@@ -1,0 +1,73 @@
+//! Whether this node holds everything that it should: asked before a node becomes a voter, and before one leaves.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use quorumfs_proto::ChunkId;
+
+use crate::content::ContentStore;
+use crate::metadata::{Failure, MetadataStore};
+
+/// Chunks looked up in one go.
+const PAGE_CHUNKS: usize = 4096;
+/// With more missing than this the node is not whole, and nothing is waited for.
+const AWAITED_CHUNKS_MAX: usize = 4096;
+/// How long chunks that are named and not here yet, mostly on their way from the leader, are waited for.
+const PATIENCE_MS: u64 = 4_000;
+/// How often they are looked for.
+const LOOK_INTERVAL_MS: u64 = 100;
+
+/// What of the content that the metadata names is here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Completeness {
+    /// The log index of the metadata that was looked at.
+    pub through_index: u64,
+    /// Chunks that it names, that live still, and that did not come.
+    pub missing: u64,
+}
+
+/// Looks at everything that is named now, and waits a little for what is not here. Under a steady load there always is
+/// something on its way, so "nothing is missing at this moment" would never be true; this asks whether all that was
+/// named at one index has come.
+pub async fn completeness(
+    metadata: Arc<MetadataStore>,
+    content: Arc<ContentStore>,
+) -> Result<Completeness, Failure> {
+    let (listed, held) = (metadata.clone(), content.clone());
+    let looked = tokio::task::spawn_blocking(move || missing_now(&listed, &held)).await;
+    let (through_index, mut missing) = match looked {
+        Ok(looked) => looked?,
+        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+    };
+    let deadline = Instant::now() + Duration::from_millis(PATIENCE_MS);
+    while !missing.is_empty() && missing.len() <= AWAITED_CHUNKS_MAX && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
+        let view = metadata.view()?;
+        let mut still = Vec::new();
+        for id in missing {
+            if !content.holds(id) && view.chunk(id)?.is_some() {
+                still.push(id);
+            }
+        }
+        missing = still;
+    }
+    Ok(Completeness {
+        through_index,
+        missing: missing.len() as u64,
+    })
+}
+
+fn missing_now(metadata: &MetadataStore, content: &ContentStore) -> Result<(u64, Vec<ChunkId>), Failure> {
+    let view = metadata.view()?;
+    let (mut missing, mut after) = (Vec::new(), None);
+    loop {
+        let page = view.chunks_after(after, PAGE_CHUNKS)?;
+        let Some((last, _)) = page.last() else { break };
+        after = Some(*last);
+        missing.extend(page.iter().map(|(id, _)| *id).filter(|id| !content.holds(*id)));
+        if missing.len() > AWAITED_CHUNKS_MAX {
+            break;
+        }
+    }
+    Ok((view.index(), missing))
+}
