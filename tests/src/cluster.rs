@@ -71,6 +71,17 @@ pub struct StatusWal {
     pub entries_flushed: u64,
 }
 
+/// One member in `GET /membership`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct MemberView {
+    /// Its number.
+    pub slot: usize,
+    /// Its incarnation.
+    pub incarnation: String,
+    /// Whether it votes.
+    pub voter: bool,
+}
+
 /// `GET /recovery/status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub struct RecoveryStatus {
@@ -80,6 +91,8 @@ pub struct RecoveryStatus {
     pub held_chunks: u64,
     /// Chunks that the metadata names.
     pub named_chunks: u64,
+    /// Chunks fetched from others since the node started.
+    pub fetched_chunks: u64,
 }
 
 /// One node: what it is started with, and its process while it runs.
@@ -101,6 +114,7 @@ pub struct ClusterBuilder<'a> {
     sandbox: &'a Sandbox,
     name: String,
     nodes: usize,
+    founders: Option<usize>,
     proxied: bool,
     data_folders: Vec<(usize, PathBuf)>,
     arguments: Vec<String>,
@@ -110,6 +124,12 @@ impl<'a> ClusterBuilder<'a> {
     /// 1, 3, 5 or 7; 3 unless said.
     pub fn nodes(mut self, nodes: usize) -> Self {
         self.nodes = nodes;
+        self
+    }
+
+    /// How many of them make the cluster; the others are started by the test, and join it. All, unless said.
+    pub fn founders(mut self, founders: usize) -> Self {
+        self.founders = Some(founders);
         self
     }
 
@@ -167,6 +187,7 @@ impl<'a> ClusterBuilder<'a> {
         };
         Cluster {
             sandbox: self.sandbox,
+            founders: self.founders.unwrap_or(self.nodes),
             nodes: (0..self.nodes).map(node).collect(),
             members,
         }
@@ -175,7 +196,7 @@ impl<'a> ClusterBuilder<'a> {
     /// The cluster, running and ready.
     pub fn start(self) -> Cluster<'a> {
         let cluster = self.build();
-        cluster.start_all();
+        (1..=cluster.founders).for_each(|slot| cluster.start_node(slot));
         cluster.wait_ready();
         cluster
     }
@@ -186,6 +207,7 @@ impl<'a> ClusterBuilder<'a> {
 #[derive(Debug)]
 pub struct Cluster<'a> {
     sandbox: &'a Sandbox,
+    founders: usize,
     nodes: Vec<Node>,
     members: Vec<String>,
 }
@@ -202,6 +224,7 @@ impl<'a> Cluster<'a> {
             sandbox,
             name: String::new(),
             nodes: 3,
+            founders: None,
             proxied: false,
             data_folders: Vec::new(),
             arguments: Vec::new(),
@@ -250,10 +273,14 @@ impl<'a> Cluster<'a> {
     /// The command that starts one node.
     pub fn command(&self, slot: usize) -> Command {
         let node = self.node(slot);
+        let founders = self.members[..self.founders].join(",");
         let mut command = Command::new(binary("quorumfs-node"));
         command
             .args(["--slot", &slot.to_string()])
-            .args(["--members", &self.members()])
+            .args(match slot <= self.founders {
+                true => ["--members", &founders].to_vec(),
+                false => ["--join", &founders, "--grpc", self.grpc_address(slot)].to_vec(),
+            })
             .args(["--http", node.http.address()])
             .arg("--data")
             .arg(&node.data)
@@ -374,6 +401,40 @@ impl<'a> Cluster<'a> {
         let reply = self.http(slot).try_get("/recovery/status")?;
         serde_json::from_slice(&reply.body)
             .map_err(|e| format!("/recovery/status of node {slot}: {e} in: {}", reply.text()))
+    }
+
+    /// `GET /membership`, asked of one node.
+    pub fn membership(&self, slot: usize) -> Result<Vec<MemberView>, String> {
+        #[derive(Deserialize)]
+        struct Membership {
+            members: Vec<MemberView>,
+        }
+        let reply = self.http(slot).try_get("/membership")?;
+        let membership: Membership = serde_json::from_slice(&reply.body)
+            .map_err(|e| format!("/membership of node {slot}: {e} in: {}", reply.text()))?;
+        Ok(membership.members)
+    }
+
+    /// Waits until the leader says that exactly these slots vote, each once, and that nobody else belongs to it.
+    #[track_caller]
+    pub fn wait_voters(&self, slots: &[usize], limit: Duration) {
+        let start = std::time::Instant::now();
+        loop {
+            let members = self.membership(self.leader());
+            let voters = members.as_ref().map(|members| {
+                let of = |member: &MemberView| (member.slot, member.voter);
+                members.iter().map(of).collect::<Vec<_>>()
+            });
+            let wanted: Vec<(usize, bool)> = slots.iter().map(|slot| (*slot, true)).collect();
+            if voters.as_ref() == Ok(&wanted) {
+                return;
+            }
+            assert!(
+                start.elapsed() < limit,
+                "not {slots:?} after {limit:?}: {members:?}"
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// The slot of the running node that leads and can commit; waits for one.

@@ -7,15 +7,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::State;
-use axum::extract::rejection::JsonRejection;
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use bytes::Bytes;
 use quorumfs_proto::{Member, wire};
 use serde::{Deserialize, Serialize};
 use tonic::Code;
 
-use super::parts;
+use super::{json_body, parts};
 use crate::api::rest::error::ApiError;
 use crate::node::Node;
 use crate::transport::{Peer, Purpose};
@@ -105,9 +105,9 @@ fn view(node: &Node) -> Result<MembershipView, ApiError> {
 /// 202: the node is a learner, and becomes a voter by itself when it has everything.
 async fn add(
     State(node): State<Arc<Node>>,
-    body: Result<Json<Addition>, JsonRejection>,
+    body: Bytes,
 ) -> Result<(StatusCode, Json<MembershipView>), ApiError> {
-    let Json(Addition { grpc_address }) = body.map_err(bad_body)?;
+    let Addition { grpc_address } = json_body(&body, r#"{"grpc_address": "HOST:PORT"}"#)?;
     let ask = |mut leader: Peer| {
         let request = wire::AddMemberRequest {
             grpc_address: grpc_address.clone(),
@@ -122,11 +122,8 @@ async fn add(
 }
 
 /// 200: they are out, those that remain hold everything, and they may be stopped.
-async fn remove(
-    State(node): State<Arc<Node>>,
-    body: Result<Json<Removal>, JsonRejection>,
-) -> Result<Json<MembershipView>, ApiError> {
-    let Json(Removal { slots }) = body.map_err(bad_body)?;
+async fn remove(State(node): State<Arc<Node>>, body: Bytes) -> Result<Json<MembershipView>, ApiError> {
+    let Removal { slots } = json_body(&body, r#"{"slots": [4, 5]}"#)?;
     if slots.is_empty() {
         return Err(ApiError::bad_request(
             "no_slots",
@@ -144,11 +141,6 @@ async fn remove(
     };
     of_the_leader(&node, ask).await?;
     view(&node).map(Json)
-}
-
-fn bad_body(rejection: JsonRejection) -> ApiError {
-    ApiError::bad_request("bad_json", rejection.body_text())
-        .hint("Content-Type: application/json; add takes {\"grpc_address\": \"HOST:PORT\"}, remove {\"slots\": [4, 5]}")
 }
 
 /// Asks whoever leads, until one who does has answered. `ask` says whether it asked the wrong one.

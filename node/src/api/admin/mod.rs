@@ -9,6 +9,8 @@ mod recovery;
 use std::sync::Arc;
 
 use axum::Router;
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
 
 use crate::api::rest::error::ApiError;
 use crate::node::{Node, Parts};
@@ -19,6 +21,14 @@ pub fn router(node: Arc<Node>) -> Router {
         .merge(membership::routes())
         .merge(recovery::routes())
         .with_state(node)
+}
+
+/// The body of a request, whatever it says it is: curl calls everything a form.
+fn json_body<T: DeserializeOwned>(body: &Bytes, example: &str) -> Result<T, ApiError> {
+    serde_json::from_slice(body).map_err(|error| {
+        ApiError::bad_request("bad_json", format!("the body is not what it must be: {error}"))
+            .hint(format!("send {example}"))
+    })
 }
 
 /// What the node is made of; 503 before it is.

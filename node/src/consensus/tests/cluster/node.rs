@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::stream::BoxStream;
+use quorumfs_proto::wire;
 use quorumfs_proto::wire::peer_server::{Peer, PeerServer};
 use quorumfs_proto::wire::*;
 use quorumfs_proto::{Addresses, ClusterId, NodeId};
@@ -103,6 +104,33 @@ impl Peer for Service {
         elsewhere()
     }
 
+    async fn join(&self, _: Request<wire::JoinRequest>) -> Result<Response<wire::JoinResponse>, Status> {
+        elsewhere()
+    }
+    async fn invite(
+        &self,
+        _: Request<wire::InviteRequest>,
+    ) -> Result<Response<wire::InviteResponse>, Status> {
+        elsewhere()
+    }
+    async fn add_member(
+        &self,
+        _: Request<wire::AddMemberRequest>,
+    ) -> Result<Response<wire::AddMemberResponse>, Status> {
+        elsewhere()
+    }
+    async fn remove_members(
+        &self,
+        _: Request<wire::RemoveMembersRequest>,
+    ) -> Result<Response<wire::RemoveMembersResponse>, Status> {
+        elsewhere()
+    }
+    async fn content_complete(
+        &self,
+        _: Request<wire::ContentCompleteRequest>,
+    ) -> Result<Response<wire::ContentCompleteResponse>, Status> {
+        elsewhere()
+    }
     async fn node_status(
         &self,
         _: Request<NodeStatusRequest>,
