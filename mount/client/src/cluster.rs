@@ -312,7 +312,7 @@ impl Cluster {
         clients: &mut HashMap<String, FileSystemClient<Channel>>,
     ) -> Option<(Member, String)> {
         let (addresses, mut tally) = {
-            let mut state = self.state.lock();
+            let state = self.state.lock();
             let tally = Tally::new(search, state.suspect.clone(), state.book.nodes());
             (state.book.addresses(), tally)
         };
