@@ -41,7 +41,7 @@ if [ "$part" != cluster ]; then
   step "cargo clippy"; cargo clippy --quiet --workspace --all-targets -- -D warnings
   step "cargo doc"; RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps --document-private-items
   step "building"; cargo test --quiet --workspace --no-run
-  step "unit tests"; cargo test --quiet --workspace --lib --bins --test client --test command_line --test tidy
+  step "unit tests"; cargo test --quiet --workspace --no-fail-fast --lib --bins --test client --test command_line --test tidy
 fi
 if [ "$part" != quick ]; then
   [ "$(id -u)" = 0 ] || { echo "test.sh: whole clusters need root, to mount" >&2; exit 1; }

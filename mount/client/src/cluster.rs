@@ -183,6 +183,16 @@ impl Cluster {
         }
     }
 
+    /// Nobody waits for the leader of finding `number` any more: it is not asked about. What was wrong with it is known
+    /// until it answers a call.
+    pub(crate) fn leave_be(&self, number: u64) {
+        let mut state = self.state.lock();
+        if number == self.number() && matches!(state.phase, Phase::Doubted) {
+            state.phase = Phase::Settled;
+            state.pause_began = None;
+        }
+    }
+
     /// The leader of finding `number` has answered a call.
     pub(crate) fn confirm(&self, number: u64) {
         let mut state = self.state.lock();
@@ -280,7 +290,10 @@ impl Cluster {
             return;
         }
         state.phase = Phase::Settled;
-        state.doubt = None;
+        // One that was found again is in doubt until it answers: who gives up meanwhile should hear why.
+        if state.suspect.address.as_deref() != Some(address.as_str()) {
+            state.doubt = None;
+        }
         state.unannounced = true;
         state.suspect = Suspect {
             id,
@@ -299,12 +312,16 @@ impl Cluster {
         clients: &mut HashMap<String, FileSystemClient<Channel>>,
     ) -> Option<(Member, String)> {
         let (addresses, mut tally) = {
-            let mut state = self.state.lock();
-            state.problems.clear();
+            let state = self.state.lock();
             let tally = Tally::new(search, state.suspect.clone(), state.book.nodes());
             (state.book.addresses(), tally)
         };
         clients.retain(|address, _| addresses.contains(address));
+        // Until a node answers, what was wrong with it the last time is what is known of it.
+        self.state
+            .lock()
+            .problems
+            .retain(|address, _| addresses.contains(address));
         let mut answers: FuturesUnordered<_> = addresses
             .into_iter()
             .filter_map(|address| {
@@ -332,8 +349,9 @@ impl Cluster {
                 Ok(answer) => match self.learn(&address, answer) {
                     Err(problem) => self.note_problem(&address, problem),
                     Ok((node, leader)) => {
-                        if leader.is_none() {
-                            self.note_problem(&address, String::from("answers, but knows no leader"));
+                        match leader {
+                            None => self.note_problem(&address, String::from("answers, but knows no leader")),
+                            Some(_) => drop(self.state.lock().problems.remove(&address)),
                         }
                         tally.add(node, leader);
                         if let Some(leader) = tally.early() {

@@ -465,9 +465,8 @@ impl<P: Protocol> Stream<'_, P> {
             self.doubting = true;
             cluster.doubt(self.finding.number, since, "does not answer calls");
         } else if self.doubting && waiting_since.is_none() {
-            // Nobody waits any more.
             self.doubting = false;
-            cluster.confirm(self.finding.number);
+            cluster.leave_be(self.finding.number);
         }
         None
     }
