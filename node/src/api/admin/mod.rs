@@ -4,6 +4,7 @@
 //! nothing of how it comes to know it. Errors are those of the REST interface.
 
 mod recovery;
+mod repair;
 
 use std::sync::Arc;
 
@@ -14,7 +15,10 @@ use crate::node::{Node, Parts};
 
 /// All of it, for `node`.
 pub fn router(node: Arc<Node>) -> Router {
-    Router::new().merge(recovery::routes()).with_state(node)
+    Router::new()
+        .merge(recovery::routes())
+        .merge(repair::routes())
+        .with_state(node)
 }
 
 /// What the node is made of; 503 before it is.

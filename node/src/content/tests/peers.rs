@@ -141,6 +141,13 @@ impl Peer for TestPeer {
     ) -> Result<Response<RaftMessage>, Status> {
         elsewhere()
     }
+    async fn verify_chunks(
+        &self,
+        _: Request<quorumfs_proto::wire::VerifyChunksRequest>,
+    ) -> Result<Response<quorumfs_proto::wire::VerifyChunksResponse>, Status> {
+        elsewhere()
+    }
+
     async fn node_status(
         &self,
         _: Request<NodeStatusRequest>,
