@@ -2,8 +2,8 @@
 
 use std::os::unix::fs::FileExt;
 
-use super::super::{ContentError, Quarantined};
 use super::super::record::{Layout, SEGMENT_HEADER_BYTES};
+use super::super::{ContentError, Quarantined};
 use super::*;
 
 /// How the rest of a record was lost.
