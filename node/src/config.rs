@@ -13,6 +13,12 @@ use crate::transport::TlsFiles;
 
 /// Highest slot number, and so the most members ever configured.
 const SLOT_MAX: u16 = 255;
+/// Verified per second unless told otherwise: a 1 TiB disk within a day, for a thirtieth of a core.
+const SCRUB_MIB_PER_S: u64 = 16;
+/// Between the beginnings of two passes of verifying.
+const SCRUB_INTERVAL_S: u64 = 60;
+/// Fetched per second unless told otherwise: what a gigabit carries.
+const RECOVERY_MIB_PER_S: u64 = 100;
 
 /// One node of a QuorumFS cluster: keeps a copy of every file, takes part in every decision.
 ///
@@ -74,6 +80,15 @@ pub struct Settings {
     /// How long a REST request waits for a quorum before it is answered 503, in milliseconds
     #[arg(long, env = "QUORUMFS_REQUEST_TIMEOUT_MS", value_name = "MS")]
     request_timeout_ms: Option<u64>,
+    /// At most how much of what is kept is re-read and verified per second, in MiB
+    #[arg(long, env = "QUORUMFS_SCRUB_MIB_PER_S", value_name = "MIB")]
+    scrub_mib_per_s: Option<u64>,
+    /// How long after the beginning of one pass of verifying the next begins, in seconds
+    #[arg(long, env = "QUORUMFS_SCRUB_INTERVAL_S", value_name = "S")]
+    scrub_interval_s: Option<u64>,
+    /// At most how much missing content is fetched from other nodes per second, in MiB
+    #[arg(long, env = "QUORUMFS_RECOVERY_MIB_PER_S", value_name = "MIB")]
+    recovery_mib_per_s: Option<u64>,
     /// A TOML file with any of these settings (the names are the same, without the dashes in front)
     #[arg(long, env = "QUORUMFS_CONFIG", value_name = "FILE")]
     #[serde(skip)]
@@ -130,6 +145,12 @@ pub struct Config {
     pub log: String,
     /// How long a REST request waits for a quorum, in milliseconds.
     pub request_timeout_ms: u64,
+    /// At most how many bytes are verified per second.
+    pub scrub_bytes_per_s: u64,
+    /// From the beginning of one pass of verifying to that of the next, in seconds.
+    pub scrub_interval_s: u64,
+    /// At most how many bytes of missing content are fetched per second.
+    pub recovery_bytes_per_s: u64,
 }
 
 impl Settings {
@@ -166,6 +187,9 @@ impl Settings {
             insecure_plaintext: self.insecure_plaintext.or(file.insecure_plaintext),
             log: self.log.or(file.log),
             request_timeout_ms: self.request_timeout_ms.or(file.request_timeout_ms),
+            scrub_mib_per_s: self.scrub_mib_per_s.or(file.scrub_mib_per_s),
+            scrub_interval_s: self.scrub_interval_s.or(file.scrub_interval_s),
+            recovery_mib_per_s: self.recovery_mib_per_s.or(file.recovery_mib_per_s),
             config: self.config,
         }
     }
@@ -228,13 +252,40 @@ impl Settings {
                 return Err(invalid(field, reason));
             }
         }
-        let request_timeout_ms = self.request_timeout_ms.unwrap_or(10_000);
-        if !(100..=600_000).contains(&request_timeout_ms) {
-            return Err(invalid(
-                "request-timeout-ms",
-                format!("{request_timeout_ms} is not from 100 to 600000"),
-            ));
-        }
+        let within = |field, value: Option<u64>, default: u64, range: std::ops::RangeInclusive<u64>| {
+            let value = value.unwrap_or(default);
+            match range.contains(&value) {
+                true => Ok(value),
+                false => {
+                    let (from, to) = (range.start(), range.end());
+                    Err(invalid(field, format!("{value} is not from {from} to {to}")))
+                }
+            }
+        };
+        let request_timeout_ms = within(
+            "request-timeout-ms",
+            self.request_timeout_ms,
+            10_000,
+            100..=600_000,
+        )?;
+        let scrub_mib_per_s = within(
+            "scrub-mib-per-s",
+            self.scrub_mib_per_s,
+            SCRUB_MIB_PER_S,
+            1..=100_000,
+        )?;
+        let scrub_interval_s = within(
+            "scrub-interval-s",
+            self.scrub_interval_s,
+            SCRUB_INTERVAL_S,
+            1..=86_400,
+        )?;
+        let recovery_mib_per_s = within(
+            "recovery-mib-per-s",
+            self.recovery_mib_per_s,
+            RECOVERY_MIB_PER_S,
+            1..=100_000,
+        )?;
         let log = self.log.unwrap_or_else(|| "info".to_string());
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log) {
             return Err(invalid(
@@ -254,6 +305,9 @@ impl Settings {
             tls,
             log,
             request_timeout_ms,
+            scrub_bytes_per_s: scrub_mib_per_s << 20,
+            scrub_interval_s,
+            recovery_bytes_per_s: recovery_mib_per_s << 20,
         })
     }
 }
@@ -355,6 +409,12 @@ mod tests {
         assert!(with(3, "127.0.0.1:3030,127.0.0.1:3031").contains("1, 3, 5 or 7"));
         assert!(with(3, "127.0.0.1:3030,127.0.0.1:3030,127.0.0.1:3032").contains("named twice"));
         assert!(with(3, "nonsense").contains("HOST:PORT"));
+        let idle = [&GOOD[..], &["--scrub-mib-per-s", "0"]].concat();
+        assert!(
+            resolve(&idle)
+                .unwrap_err()
+                .contains("--scrub-mib-per-s: 0 is not from 1")
+        );
         assert!(with(5, "0.0.0.0:8082").contains("insecure-plaintext"));
         assert!(resolve(&GOOD[..6]).unwrap_err().contains("--data is not set"));
         assert!(resolve(&["--nonsense"]).unwrap_err().contains("--nonsense"));

@@ -15,6 +15,7 @@ use crate::cluster::space::SpaceMonitor;
 use crate::consensus::Consensus;
 use crate::content::ContentStore;
 use crate::healing::recovery::Recovery;
+use crate::healing::repair::Repair;
 use crate::metadata::MetadataStore;
 use crate::read::Reader;
 use crate::write::Writer;
@@ -44,6 +45,8 @@ pub struct Parts {
     pub reader: Arc<Reader>,
     /// Fetches what is missing.
     pub recovery: Arc<Recovery>,
+    /// Verifies what is held and makes bad copies anew.
+    pub repair: Arc<Repair>,
     /// Knows who has room.
     pub space: Arc<SpaceMonitor>,
     /// Knows who may answer from what it knows.

@@ -3,7 +3,7 @@
 //! 1. [`Reader::query`] makes sure that this node leads and has applied everything that was acknowledged before the
 //!    query came (ReadIndex, Raft dissertation section 6.4), then answers from one consistent view.
 //! 2. [`Reader::chunk`] reads a range of a chunk whose blocks are checked against their CRCs. A copy that fails its
-//!    check is never served: it is quarantined, another node's is served, and recovery makes a new one. A chunk
+//!    check is never served: it is put aside, another node's is served, and repair makes a new one. A chunk
 //!    this node lacks it fetches for the caller; that is no error.
 
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use crate::cluster::space::SpaceMonitor;
 use crate::consensus::{BarrierError, Consensus};
 use crate::content::{ChunkRange, ContentError, ContentStore, PeerChunks};
 use crate::healing::recovery::Recovery;
+use crate::healing::repair::Repair;
 use crate::metadata::{Failure, MetadataStore, StorageFault};
 
 /// The path every read takes.
@@ -25,6 +26,7 @@ pub struct Reader {
     content: Arc<ContentStore>,
     peers: Arc<PeerChunks>,
     recovery: Arc<Recovery>,
+    repair: Arc<Repair>,
     space: Arc<SpaceMonitor>,
 }
 
@@ -36,6 +38,7 @@ impl Reader {
         content: Arc<ContentStore>,
         peers: Arc<PeerChunks>,
         recovery: Arc<Recovery>,
+        repair: Arc<Repair>,
         space: Arc<SpaceMonitor>,
     ) -> Arc<Reader> {
         Arc::new(Reader {
@@ -44,6 +47,7 @@ impl Reader {
             content,
             peers,
             recovery,
+            repair,
             space,
         })
     }
@@ -104,19 +108,17 @@ impl Reader {
         match &reason {
             ContentError::NotFound { .. } => {}
             ContentError::Corrupt { .. } | ContentError::Io { .. } => {
-                error!(chunk = %id, %reason, "a copy failed its check; it is quarantined and made anew");
-                let content = self.content.clone();
-                let quarantined = tokio::task::spawn_blocking(move || content.quarantine(id)).await;
-                if let Err(error) = quarantined.unwrap_or_else(|failed| Err(task_failed(failed))) {
-                    warn!(chunk = %id, %error, "a bad copy could not be quarantined");
-                }
+                self.repair.found_bad(id, reason.to_string()).await;
             }
             _ => return Err(reason),
         }
         let found = self.fetch_from_peers(id, offset, length).await;
         match &found {
             // Only a chunk that exists elsewhere is worth recovering; what nobody has may be dead since.
-            Some(_) => self.recovery.wanted(id),
+            Some(_) => {
+                let recovery = self.recovery.clone();
+                tokio::task::spawn_blocking(move || recovery.wanted(id));
+            }
             None => warn!(chunk = %id, %reason, "a chunk was asked for that no reachable node holds"),
         }
         found.ok_or(reason)

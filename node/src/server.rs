@@ -33,6 +33,7 @@ use crate::config::Config;
 use crate::consensus::{AppliedEffects, Consensus, ConsensusError, ConsensusOptions};
 use crate::content::{ContentOptions, ContentStore, PeerChunks};
 use crate::healing::recovery::Recovery;
+use crate::healing::repair::{Repair, RepairOptions, RepairParts};
 use crate::healing::sweep::Sweeper;
 use crate::metadata::{MetadataOptions, MetadataStore};
 use crate::node::{Node, Parts};
@@ -195,8 +196,29 @@ async fn run_parts(
         metadata.clone(),
         content.clone(),
         peers.clone(),
+        config.recovery_bytes_per_s,
     );
-    let sweeper = Sweeper::new(consensus.clone(), metadata.clone(), content.clone());
+    let repair = Repair::new(
+        RepairParts {
+            consensus: consensus.clone(),
+            metadata: metadata.clone(),
+            content: content.clone(),
+            peers: peers.clone(),
+            recovery: recovery.clone(),
+            transport: transport.clone(),
+        },
+        RepairOptions {
+            bytes_per_s: config.scrub_bytes_per_s,
+            interval: Duration::from_secs(config.scrub_interval_s),
+            cursor_file: config.data.join("scrub"),
+        },
+    );
+    let sweeper = Sweeper::new(
+        consensus.clone(),
+        metadata.clone(),
+        content.clone(),
+        repair.clone(),
+    );
     let roster = Roster::new(consensus.clone(), transport.clone());
     let sessions = SessionKeeper::new(consensus.clone(), metadata.clone());
     let writer = Writer::new(consensus.clone(), content.clone(), peers.clone(), space.clone());
@@ -206,12 +228,14 @@ async fn run_parts(
         content.clone(),
         peers,
         recovery.clone(),
+        repair.clone(),
         space.clone(),
     );
     tokio::spawn(space.clone().run());
     tokio::spawn(sessions.clone().run());
     tokio::spawn(roster.clone().run());
     tokio::spawn(recovery.clone().run());
+    tokio::spawn(repair.clone().run());
     tokio::spawn(sweeper.clone().run());
     tokio::spawn(hand_on_effects(applied, recovery.clone(), sweeper));
     tokio::spawn(open_client(config.clone(), client_tls, client));
@@ -232,6 +256,7 @@ async fn run_parts(
         writer,
         reader,
         recovery,
+        repair,
         space,
         leases: Leases::default(),
         roster,
@@ -273,13 +298,10 @@ async fn hand_on_effects(
     sweeper: Arc<Sweeper>,
 ) {
     while let Some(effects) = applied.recv().await {
-        match effects {
-            AppliedEffects::Entries { named, dead, .. } => {
-                recovery.named(&named);
-                sweeper.dead(&dead);
-            }
-            AppliedEffects::Installed { .. } => recovery.compare_soon(),
+        if let AppliedEffects::Entries { dead, .. } = &effects {
+            sweeper.dead(dead);
         }
+        recovery.applied(&effects);
     }
 }
 

@@ -11,7 +11,9 @@ use tonic::{Request, Response, Status, Streaming};
 use super::fs::{AnswerStream, answer_stream, chunk_refused};
 use crate::cluster::identity::Membership;
 use crate::cluster::membership::RosterError;
+use crate::content::peers::VERIFY_IDS_MAX;
 use crate::content::wire::{get_response, put_response, range_asked, stored_chunk};
+use crate::content::{ContentError, Verdict};
 use crate::healing::completeness::completeness;
 use crate::node::{Node, Parts};
 use crate::read::task_failed;
@@ -273,9 +275,10 @@ impl Peer for PeerService {
         &self,
         request: Request<Streaming<wire::GetChunkRequest>>,
     ) -> Result<Response<Self::FetchChunksStream>, Status> {
-        let content = self.admit(&request)?.content.clone();
+        let parts = self.admit(&request)?;
+        let (content, repair) = (parts.content.clone(), parts.repair.clone());
         let answer = move |request: wire::GetChunkRequest| {
-            let content = content.clone();
+            let (content, repair) = (content.clone(), repair.clone());
             async move {
                 let call_id = request.call_id;
                 let (id, offset, length) = match range_asked(&request) {
@@ -285,7 +288,13 @@ impl Peer for PeerService {
                     }
                 };
                 let range = tokio::task::spawn_blocking(move || content.read(id, offset, length)).await;
-                get_response(call_id, range.unwrap_or_else(|failed| Err(task_failed(failed))))
+                let range = range.unwrap_or_else(|failed| Err(task_failed(failed)));
+                if let Err(bad @ (ContentError::Corrupt { .. } | ContentError::Io { .. })) = &range {
+                    // Who asked goes to another node; this one must not stay as it is.
+                    let reason = bad.to_string();
+                    tokio::spawn(async move { repair.found_bad(id, reason).await });
+                }
+                get_response(call_id, range)
             }
         };
         Ok(Response::new(answer_stream(
@@ -311,6 +320,40 @@ impl Peer for PeerService {
             .map(|id| parts.content.holds(ChunkId::from(*id)))
             .collect();
         Ok(Response::new(wire::HeldChunksResponse { held }))
+    }
+
+    async fn verify_chunks(
+        &self,
+        request: Request<wire::VerifyChunksRequest>,
+    ) -> Result<Response<wire::VerifyChunksResponse>, Status> {
+        let repair = self.admit(&request)?.repair.clone();
+        let ids: Vec<ChunkId> = request
+            .into_inner()
+            .chunks
+            .into_iter()
+            .map(ChunkId::from)
+            .collect();
+        if ids.len() > VERIFY_IDS_MAX {
+            return Err(Status::invalid_argument(format!(
+                "at most {VERIFY_IDS_MAX} chunks may be verified at once"
+            )));
+        }
+        let verdicts = repair.verify_own(ids).await;
+        let answer = |verdict: Verdict| {
+            let (status, detail) = match verdict {
+                Verdict::Healthy => (wire::ChunkStatus::Ok, String::new()),
+                Verdict::Missing => (wire::ChunkStatus::NotFound, String::new()),
+                Verdict::Corrupt(what) => (wire::ChunkStatus::Corrupt, what),
+                Verdict::Unknown(why) => (wire::ChunkStatus::Unavailable, why),
+            };
+            wire::ChunkVerdict {
+                status: status.into(),
+                detail,
+            }
+        };
+        Ok(Response::new(wire::VerifyChunksResponse {
+            verdicts: verdicts.into_iter().map(answer).collect(),
+        }))
     }
 
     async fn node_status(

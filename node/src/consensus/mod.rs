@@ -35,7 +35,7 @@ mod wal;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use openraft::async_runtime::WatchReceiver;
@@ -53,7 +53,7 @@ use self::flusher::Flusher;
 use self::log::LogStore;
 use self::network::NetworkFactory;
 use self::snapshot::SnapshotTraffic;
-use self::state_machine::StateMachine;
+use self::state_machine::{EffectCounts, StateMachine};
 use self::types::{TypeConfig, VoterId, member};
 use crate::content::ContentStore;
 use crate::metadata::{CallResult, LogBody, LogCommand, MetadataStore};
@@ -197,7 +197,7 @@ struct Inner {
     heard_of_leader: Arc<Mutex<Option<Instant>>>,
     /// Whether commands that take space are admitted.
     has_room: AtomicBool,
-    effects_dropped: Arc<AtomicU64>,
+    effect_counts: Arc<EffectCounts>,
     /// One snapshot is received at a time.
     receiving: tokio::sync::Mutex<()>,
     options: ConsensusOptions,
@@ -230,14 +230,14 @@ impl Consensus {
         let age_max = Duration::from_millis(options.flush_age_ms);
         let flusher = Flusher::start(metadata.clone(), content, log.clone(), fatal.clone(), age_max)?;
         let traffic = SnapshotTraffic::new(options.hold_log_bytes_max);
-        let effects_dropped = Arc::new(AtomicU64::new(0));
+        let effect_counts = Arc::new(EffectCounts::default());
         let machine = StateMachine::new(
             metadata.clone(),
             flusher.clone(),
             log.clone(),
             traffic.clone(),
             effects,
-            effects_dropped.clone(),
+            effect_counts.clone(),
             fatal.clone(),
         )?;
         let id = VoterId(options.id);
@@ -262,7 +262,7 @@ impl Consensus {
             recovered: AtomicBool::new(false),
             heard_of_leader: Arc::default(),
             has_room: AtomicBool::new(true),
-            effects_dropped,
+            effect_counts,
             receiving: tokio::sync::Mutex::new(()),
             options,
             tasks: Mutex::new(Vec::new()),
@@ -457,6 +457,15 @@ impl Consensus {
     pub fn members(&self) -> Vec<Member> {
         let membership = self.metrics().membership_config;
         membership.nodes().map(|(id, node)| member(*id, node)).collect()
+    }
+
+    /// How many [`AppliedEffects`] were sent, and how many passed over because their receiver was slow.
+    pub fn effects_sent_and_dropped(&self) -> (u64, u64) {
+        let counts = &self.0.effect_counts;
+        (
+            counts.told.load(Ordering::Acquire),
+            counts.dropped.load(Ordering::Acquire),
+        )
     }
 
     /// Whether the log has room for commands that take space.

@@ -55,6 +55,15 @@ pub enum AppliedEffects {
     },
 }
 
+/// How many [`AppliedEffects`] there were.
+#[derive(Debug, Default)]
+pub struct EffectCounts {
+    /// Sent.
+    pub told: AtomicU64,
+    /// Passed over because the receiver was slow.
+    pub dropped: AtomicU64,
+}
+
 /// See the module.
 pub struct StateMachine {
     metadata: Arc<MetadataStore>,
@@ -62,7 +71,7 @@ pub struct StateMachine {
     log: LogStore,
     traffic: SnapshotTraffic,
     effects: mpsc::Sender<AppliedEffects>,
-    effects_dropped: Arc<AtomicU64>,
+    effect_counts: Arc<EffectCounts>,
     fatal: FatalSignal,
     membership: StoredMembership,
 }
@@ -92,7 +101,7 @@ impl StateMachine {
         log: LogStore,
         traffic: SnapshotTraffic,
         effects: mpsc::Sender<AppliedEffects>,
-        effects_dropped: Arc<AtomicU64>,
+        effect_counts: Arc<EffectCounts>,
         fatal: FatalSignal,
     ) -> Result<StateMachine, codec::DecodeError> {
         let (_, membership) = decode_position(&metadata.position())?;
@@ -102,7 +111,7 @@ impl StateMachine {
             log,
             traffic,
             effects,
-            effects_dropped,
+            effect_counts,
             fatal,
             membership,
         })
@@ -178,9 +187,10 @@ impl StateMachine {
     }
 
     fn tell(&self, effects: AppliedEffects) {
-        if self.effects.try_send(effects).is_err() {
-            self.effects_dropped.fetch_add(1, Ordering::Relaxed);
-        }
+        match self.effects.try_send(effects) {
+            Ok(()) => self.effect_counts.told.fetch_add(1, Ordering::Release),
+            Err(_) => self.effect_counts.dropped.fetch_add(1, Ordering::Release),
+        };
     }
 
     fn install(&mut self, meta: &SnapshotMeta, data: SnapshotData) -> Result<(), FatalError> {

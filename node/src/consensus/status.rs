@@ -85,7 +85,7 @@ impl Consensus {
             purged: metrics.purged.map(|id| id.index),
             log: self.0.log.status(),
             overlay_bytes: self.0.metadata.overlay_bytes(),
-            effects_dropped: self.0.effects_dropped.load(super::Ordering::Relaxed),
+            effects_dropped: self.effects_sent_and_dropped().1,
             barrier_rounds: self.0.barrier.rounds(),
             writable: reason.is_none(),
             reason,

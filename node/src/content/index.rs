@@ -2,8 +2,11 @@
 //!
 //! A sorted map of 28 bytes for each chunk (about 50 with the tree around them), because recovery walks it in order.
 //!
-//! Invariants: a segment's count of live records is the number of places here that lie in it; both change under the
-//! same lock. Every place's segment is in `segments`.
+//! A copy that failed its check is set aside: it is not served and not counted as held, but its record stays where it
+//! lies until another copy has been written, so that a fault of the check or of the others costs nothing.
+//!
+//! Invariants: a segment's count of live records is the number of places here, set aside or not, that lie in it; both
+//! change under the same lock. Every place's segment is in `segments`.
 //!
 //! Knows nothing of files.
 
@@ -61,6 +64,8 @@ pub struct Removed {
 #[derive(Debug, Default)]
 struct Inner {
     places: BTreeMap<ChunkId, Place>,
+    /// Copies that failed their check.
+    aside: BTreeMap<ChunkId, Place>,
     payload_bytes: u64,
     segments: BTreeMap<u32, Arc<Segment>>,
 }
@@ -113,6 +118,7 @@ impl Index {
         let inner = Inner {
             // From sorted input the tree is built with full nodes.
             places: kept.into_iter().collect(),
+            aside: BTreeMap::new(),
             payload_bytes,
             segments,
         };
@@ -207,16 +213,65 @@ impl Index {
         }
     }
 
-    /// Takes chunks out.
+    /// Takes chunks out, with what is set aside of them.
     pub fn remove(&self, ids: &[ChunkId]) -> Vec<Removed> {
-        let mut removed: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         let mut inner = self.inner.write();
+        let mut gone = Vec::new();
         for id in ids {
-            let Some(place) = inner.places.remove(id) else {
-                continue;
-            };
-            inner.payload_bytes -= u64::from(place.length);
-            inner.segments[&place.segment].remove_live(place.layout(*id));
+            if let Some(place) = inner.places.remove(id) {
+                inner.payload_bytes -= u64::from(place.length);
+                gone.push((*id, place));
+            }
+            gone.extend(inner.aside.remove(id).map(|place| (*id, place)));
+        }
+        inner.no_longer_live(&gone)
+    }
+
+    /// The copy of `id` at `place` failed its check: it is held no more, but its record stays, if no more than
+    /// `bytes_max` are set aside by that. What has to go instead is returned.
+    pub fn set_aside(&self, id: ChunkId, place: Place, bytes_max: u64) -> Vec<Removed> {
+        let mut inner = self.inner.write();
+        if inner.places.get(&id) != Some(&place) {
+            return Vec::new();
+        }
+        inner.places.remove(&id);
+        inner.payload_bytes -= u64::from(place.length);
+        let aside_bytes: u64 = inner.aside.values().map(|place| u64::from(place.length)).sum();
+        let gone = if aside_bytes + u64::from(place.length) > bytes_max {
+            Some(place)
+        } else {
+            inner.aside.insert(id, place)
+        };
+        let gone: Vec<(ChunkId, Place)> = gone.into_iter().map(|place| (id, place)).collect();
+        inner.no_longer_live(&gone)
+    }
+
+    /// Takes out what is set aside of these chunks.
+    pub fn take_aside(&self, ids: &[ChunkId]) -> Vec<Removed> {
+        let mut inner = self.inner.write();
+        let mut gone = Vec::new();
+        for id in ids {
+            gone.extend(inner.aside.remove(id).map(|place| (*id, place)));
+        }
+        inner.no_longer_live(&gone)
+    }
+
+    /// Whether a record that was set aside lies in `segment`.
+    pub fn has_aside(&self, segment: &Segment) -> bool {
+        let inner = self.inner.read();
+        inner
+            .aside
+            .values()
+            .any(|place| place.segment == segment.sequence)
+    }
+}
+
+impl Inner {
+    /// The records at these places are counted no more.
+    fn no_longer_live(&self, gone: &[(ChunkId, Place)]) -> Vec<Removed> {
+        let mut removed: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+        for (id, place) in gone {
+            self.segments[&place.segment].remove_live(place.layout(*id));
             removed
                 .entry(place.segment)
                 .or_default()
@@ -227,7 +282,7 @@ impl Index {
             .map(|(sequence, mut positions)| {
                 positions.sort_unstable();
                 Removed {
-                    segment: Arc::clone(&inner.segments[&sequence]),
+                    segment: Arc::clone(&self.segments[&sequence]),
                     positions,
                 }
             })

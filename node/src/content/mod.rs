@@ -31,6 +31,6 @@ mod writer;
 
 pub use chunk::{ChunkRange, Space, StoredChunk};
 pub use error::{ContentError, Stopped};
-pub use peers::{FetchError, HeldError, PeerChunks, PushError};
-pub use reclaim::Rewritten;
+pub use peers::{FetchError, HeldError, PeerChunks, PushError, Verdict};
+pub use reclaim::{Quarantined, Rewritten};
 pub use store::{ContentOptions, ContentStore, FlushCounts, OpenReport};

@@ -15,6 +15,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use quorumfs_proto::wire::{
     ChunkStatus, GetChunkRequest, GetChunkResponse, HeldChunksRequest, PutChunkRequest, PutChunkResponse,
+    VerifyChunksRequest,
 };
 use quorumfs_proto::{ChunkId, Member, NodeId, Sha256};
 use tokio::sync::Semaphore;
@@ -39,6 +40,24 @@ const PROGRESS_TIMEOUT: Duration = Duration::from_secs(10);
 const HELD_IDS_MAX: usize = 1 << 16;
 /// How long one such question may take: the answer comes from memory.
 const HELD_TIMEOUT_MS: u64 = 5_000;
+
+/// Most chunks verified in one question: 64 MiB are read and hashed within the time-out even by a busy old disk.
+pub const VERIFY_IDS_MAX: usize = 64;
+/// How long one such question may take.
+const VERIFY_TIMEOUT_MS: u64 = 60_000;
+
+/// What reading a copy from its disk showed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It has the SHA-256 that the metadata names.
+    Healthy,
+    /// There is none.
+    Missing,
+    /// It differs, and in what.
+    Corrupt(String),
+    /// It could not be judged, and why.
+    Unknown(String),
+}
 
 /// Why a chunk did not get to a peer's disk, as far as is known.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -114,7 +133,7 @@ pub enum FetchError {
 
 /// Why it is not known what a peer holds.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("cannot ask {peer} what it holds: {reason}")]
+#[error("node {peer} does not answer: {reason}")]
 pub struct HeldError {
     /// The peer.
     pub peer: NodeId,
@@ -326,6 +345,34 @@ impl PeerChunks {
             held.extend(answer.held);
         }
         Ok(held)
+    }
+
+    /// Has `at` read up to [`VERIFY_IDS_MAX`] chunks from its disk; it repairs what is bad by itself.
+    pub async fn verify(&self, at: &Member, ids: &[ChunkId]) -> Result<Vec<Verdict>, HeldError> {
+        let failed = |reason: String| HeldError { peer: at.id, reason };
+        let mut peer = self
+            .transport
+            .peer(&at.addresses, Purpose::Control)
+            .map_err(|error| failed(error.to_string()))?;
+        let request = VerifyChunksRequest {
+            chunks: ids.iter().map(|id| (*id).into()).collect(),
+        };
+        let asked = peer.verify_chunks(request);
+        let answer = tokio::time::timeout(Duration::from_millis(VERIFY_TIMEOUT_MS), asked)
+            .await
+            .map_err(|_| failed(format!("no answer for {VERIFY_TIMEOUT_MS} ms")))?
+            .map_err(|status| failed(format!("{}: {}", status.code(), status.message())))?
+            .into_inner();
+        if answer.verdicts.len() != ids.len() {
+            return Err(failed("it answered about other chunks".to_string()));
+        }
+        let verdict = |answer: quorumfs_proto::wire::ChunkVerdict| match answer.status() {
+            ChunkStatus::Ok => Verdict::Healthy,
+            ChunkStatus::NotFound => Verdict::Missing,
+            ChunkStatus::Corrupt => Verdict::Corrupt(answer.detail),
+            _ => Verdict::Unknown(answer.detail),
+        };
+        Ok(answer.verdicts.into_iter().map(verdict).collect())
     }
 
     /// Ends the streams to a node that is no member any more.

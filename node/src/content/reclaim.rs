@@ -14,7 +14,7 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
-use quorumfs_proto::ChunkId;
+use quorumfs_proto::{ChunkId, Sha256};
 
 use super::error::ContentError;
 use super::index::{Place, Removed};
@@ -27,8 +27,22 @@ const SPARSE_PART: u64 = 2;
 /// Below this it is not worth the writing; the disk's own granularity alone may waste as much.
 const SPARSE_BYTES_MIN: u64 = 64 << 10;
 
+/// Most bytes of bad copies that are kept until others have been written; beyond it they go at once.
+const ASIDE_BYTES_MAX: u64 = 256 << 20;
+
+/// What became of a copy that was said to be bad.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quarantined {
+    /// It failed its check again: it is not held any more.
+    SetAside,
+    /// It is as it should be: another copy has been written meanwhile, or the disk thought better of it.
+    Healthy,
+    /// There is none.
+    NotHeld,
+}
+
 /// What rewriting sparse segments did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rewritten {
     /// Segments rewritten and unlinked.
     pub segments: u64,
@@ -37,7 +51,7 @@ pub struct Rewritten {
     /// Bytes of disk that the old segments took.
     pub freed_bytes: u64,
     /// Chunks whose copy here turned out to be damaged; no longer held.
-    pub damaged_chunks: u64,
+    pub damaged: Vec<ChunkId>,
 }
 
 /// Marked records whose room can be given back once the marks are on disk.
@@ -58,19 +72,46 @@ impl ContentStore {
         self.release(removed)
     }
 
-    /// Drops a copy that failed its check, so that it is fetched anew. Blocks.
-    pub fn quarantine(&self, id: ChunkId) -> Result<(), ContentError> {
-        self.discard(&[id]).map(drop)
+    /// Looks at a copy that failed its check once more; if it is bad, or does not have the digest `named`, it is held no
+    /// more, so that it is fetched anew. Its record is kept until [`ContentStore::forget_aside`], or until the store is
+    /// opened with another. Blocks.
+    pub fn quarantine(&self, id: ChunkId, named: Option<Sha256>) -> Result<Quarantined, ContentError> {
+        self.writer.fault.check()?;
+        // No other copy of it is taken out in between.
+        let _one_at_a_time = self.reclaim.lock();
+        let Some((place, _)) = self.index.get(id) else {
+            return Ok(Quarantined::NotHeld);
+        };
+        match self.verify(id) {
+            Ok((sha256, _)) if named.is_none_or(|named| named == sha256) => return Ok(Quarantined::Healthy),
+            Err(ContentError::NotFound { .. }) => return Ok(Quarantined::NotHeld),
+            Err(error @ ContentError::Fatal { .. }) => return Err(error),
+            Ok(_) | Err(_) => {}
+        }
+        let gone = self.index.set_aside(id, place, ASIDE_BYTES_MAX);
+        if let Err(error) = self.release(gone) {
+            // Its room comes back with its segment.
+            tracing::warn!(%error, chunk = %id, "the room of a bad copy is not given back");
+        }
+        Ok(Quarantined::SetAside)
+    }
+
+    /// Gives back the room of bad copies that were kept aside. Blocks.
+    pub fn forget_aside(&self, ids: &[ChunkId]) -> Result<u64, ContentError> {
+        self.writer.fault.check()?;
+        let _one_at_a_time = self.reclaim.lock();
+        let removed = self.index.take_aside(ids);
+        self.release(removed)
     }
 
     /// Rewrites segments of which little is live, the sparsest first, until about `budget_bytes` of records have
-    /// moved. Blocks for as long as that takes.
+    /// moved; one segment at the least, if one is sparse. Blocks for as long as that takes.
     pub fn rewrite_sparse(&self, budget_bytes: u64) -> Result<Rewritten, ContentError> {
         self.writer.fault.check()?;
         let _one_at_a_time = self.reclaim.lock();
         let mut sparse = Vec::new();
         for segment in self.index.segments() {
-            if !segment.is_sealed() {
+            if !segment.is_sealed() || self.index.has_aside(&segment) {
                 continue;
             }
             let taken = allocated_bytes(&segment)?;
@@ -82,10 +123,18 @@ impl ContentStore {
         sparse.sort_by_key(|(live, segment)| (*live, segment.sequence));
         let mut done = Rewritten::default();
         for (live, segment) in sparse {
-            if done.moved_bytes + live > budget_bytes {
+            if done.segments > 0 && done.moved_bytes + live > budget_bytes {
                 break;
             }
-            done.damaged_chunks += self.rewrite(&segment)?;
+            match self.rewrite(&segment) {
+                Ok(damaged) => done.damaged.extend(damaged),
+                // One that cannot be read must not keep the others from being rewritten.
+                Err(error @ ContentError::Io { .. }) => {
+                    tracing::warn!(%error, path = %segment.path.display(), "a sparse segment stays as it is");
+                    continue;
+                }
+                Err(error) => return Err(error),
+            }
             done.moved_bytes += live;
             done.segments += 1;
             done.freed_bytes += self.remove_empty_segments()?.freed_bytes;
@@ -93,8 +142,8 @@ impl ContentStore {
         Ok(done)
     }
 
-    /// Moves the live records of `segment`; returns how many turned out to be damaged.
-    fn rewrite(&self, segment: &Arc<Segment>) -> Result<u64, ContentError> {
+    /// Moves the live records of `segment`; returns those that turned out to be damaged.
+    fn rewrite(&self, segment: &Arc<Segment>) -> Result<Vec<ChunkId>, ContentError> {
         let table = segment.table(&*self.file(segment)?)?;
         let mut damaged = Vec::new();
         let mut copies: Vec<(Entry, Arc<Segment>, Entry)> = Vec::new();
@@ -109,8 +158,7 @@ impl ContentStore {
                     copies.push((*entry, to, copy));
                     Ok(())
                 }
-                Err(error @ ContentError::Corrupt { .. }) => {
-                    tracing::warn!(%error, "dropping a damaged chunk");
+                Err(ContentError::Corrupt { .. }) => {
                     damaged.push(entry.id);
                     Ok(())
                 }
@@ -131,7 +179,7 @@ impl ContentStore {
         }
         // Their marks go with the segment.
         self.index.remove(&damaged);
-        Ok(damaged.len() as u64)
+        Ok(damaged)
     }
 
     /// What is left to do when the index has been rebuilt: records that a later one supersedes, segments that are

@@ -316,6 +316,19 @@ pub fn begin_writing_out(file: &File, from: u64, bytes: u64) {
     }
 }
 
+/// Forgets what memory holds of this range, so that the next read asks the disk. What is not written yet stays. A hint.
+pub fn drop_cached(file: &File, from: u64, bytes: u64) {
+    // SAFETY: the descriptor is open for as long as `file` is borrowed, and no memory is handed over.
+    unsafe {
+        libc::posix_fadvise(
+            file.as_raw_fd(),
+            from as i64,
+            bytes as i64,
+            libc::POSIX_FADV_DONTNEED,
+        );
+    }
+}
+
 /// Gives `file` its size, as near to `wanted` as the disk allows; it has to be `least` at the least.
 fn preallocate(file: &File, wanted: u64, least: u64) -> io::Result<u64> {
     let least = align_up(least, SEGMENT_STEP_BYTES);

@@ -26,7 +26,7 @@ use super::index::{Index, Place};
 use super::io_thread::IoThread;
 use super::record::{Mark, RecordHeader, SEGMENT_HEADER_BYTES};
 use super::scan::{Condition, open_segment};
-use super::segment::{Segment, parse_file_name};
+use super::segment::{Segment, drop_cached, parse_file_name};
 use super::writer::{Appended, OpenSegment, Writer};
 
 /// Most files kept open for reading; the rest are opened when needed. Far below the usual limit of 1024 per process.
@@ -214,18 +214,30 @@ impl ContentStore {
         })
     }
 
-    /// Whether the stored bytes still have the SHA-256 their writer computed. Blocks.
-    pub fn verify(&self, id: ChunkId) -> Result<(), ContentError> {
-        let chunk = self.read_whole(id)?;
-        if Sha256::of(&chunk.payload) != chunk.sha256 {
+    /// Reads all of `id` from the disk, not from memory, and compares it with its CRCs and with the SHA-256 that its
+    /// writer computed, which is returned with the length. Blocks.
+    pub fn verify(&self, id: ChunkId) -> Result<(Sha256, u32), ContentError> {
+        let chunk = self.with_place(id, |segment, place| {
+            let layout = place.layout(id);
+            drop_cached(&*self.file(segment)?, layout.position, layout.record_bytes());
+            let record = self.read_record(id, segment, place, 0, place.length)?;
+            Ok((record.sha256, record.range.payload))
+        });
+        let (sha256, payload) = chunk?;
+        if Sha256::of(&payload) != sha256 {
             return Err(ContentError::Corrupt { id, what: "SHA-256" });
         }
-        Ok(())
+        Ok((sha256, payload.len() as u32))
     }
 
     /// Whether `id` is on disk here.
     pub fn holds(&self, id: ChunkId) -> bool {
         self.index.holds_durably(id)
+    }
+
+    /// Whether `id` is here, be it not on disk yet.
+    pub fn contains(&self, id: ChunkId) -> bool {
+        self.index.contains(id)
     }
 
     /// Up to `max` ids above `after`, ascending; with those that are appended and not yet flushed.

@@ -2,7 +2,11 @@
 //!
 //! When an apply takes a chunk's last reference away the chunk is dead for ever, and [`Sweeper::dead`] hears of it. What
 //! was missed (the node died in between, a client never named what it put) a slow pass finds: a chunk is dead if
-//! the metadata does not name it and its session has ended or has moved its low-water mark past it. No clock decides.
+//! the metadata does not name it and its session has ended or has moved its low-water mark past it. No clock decides,
+//! so what a slow writer has put and not yet named stays, however slow it is.
+//!
+//! Segments of small records of which little lives are rewritten, at a bounded rate: their dead share pages with the
+//! living, so holes alone give little back. What is moved is whatever is held, named or not.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,8 +16,9 @@ use quorumfs_proto::ChunkId;
 use tokio::sync::Notify;
 use tracing::{debug, info, warn};
 
+use super::repair::Repair;
 use crate::consensus::Consensus;
-use crate::content::ContentStore;
+use crate::content::{ContentError, ContentStore, Rewritten};
 use crate::metadata::{Failure, MetadataStore, View};
 
 /// How long dead chunks are gathered, so that they are punched together.
@@ -24,6 +29,12 @@ const QUEUE_CHUNKS_MAX: usize = 1 << 20;
 const BATCH_CHUNKS: usize = 256;
 /// How long after start, and then how often, everything held is looked over.
 const PASS_INTERVAL_MS: u64 = 60_000;
+/// How often it is looked whether segments are sparse.
+const REWRITE_INTERVAL_MS: u64 = 10_000;
+/// Bytes of records moved in one go, in which dead content waits; a segment is moved as a whole.
+const REWRITE_SLICE_BYTES: u64 = 8 << 20;
+/// Bytes of records moved per second: a disk that is nearly full of small dead files is back within the hour.
+const REWRITE_BYTES_PER_S: u64 = 16 << 20;
 /// Chunks looked over between two barriers.
 const PAGE_CHUNKS: usize = 4096;
 
@@ -32,6 +43,7 @@ pub struct Sweeper {
     consensus: Consensus,
     metadata: Arc<MetadataStore>,
     content: Arc<ContentStore>,
+    repair: Arc<Repair>,
     queue: Mutex<Vec<ChunkId>>,
     added: Notify,
 }
@@ -42,11 +54,13 @@ impl Sweeper {
         consensus: Consensus,
         metadata: Arc<MetadataStore>,
         content: Arc<ContentStore>,
+        repair: Arc<Repair>,
     ) -> Arc<Sweeper> {
         Arc::new(Sweeper {
             consensus,
             metadata,
             content,
+            repair,
             queue: Mutex::default(),
             added: Notify::new(),
         })
@@ -63,6 +77,7 @@ impl Sweeper {
     /// Frees what is dead, for ever.
     pub async fn run(self: Arc<Self>) {
         tokio::spawn(self.clone().run_passes());
+        tokio::spawn(self.clone().run_rewriting());
         loop {
             self.added.notified().await;
             tokio::time::sleep(Duration::from_millis(GATHER_MS)).await;
@@ -79,6 +94,44 @@ impl Sweeper {
                 Ok(Err(error)) => warn!(%error, "dead content could not be freed; the next pass tries again"),
                 Err(panic) => warn!(%panic, "dead content could not be freed; the next pass tries again"),
             }
+        }
+    }
+
+    async fn run_rewriting(self: Arc<Self>) {
+        loop {
+            let (content, repair) = (self.content.clone(), self.repair.clone());
+            let rewritten = tokio::task::spawn_blocking(move || {
+                let rewritten = content.rewrite_sparse(REWRITE_SLICE_BYTES)?;
+                repair.dropped(&rewritten.damaged);
+                Ok::<_, ContentError>(rewritten)
+            });
+            let moved = match rewritten.await {
+                Ok(Ok(rewritten)) => rewritten,
+                // It needs room for a moment, so a full disk has to be emptied otherwise.
+                Ok(Err(ContentError::NoSpace)) => Rewritten::default(),
+                Ok(Err(error)) => {
+                    warn!(%error, "sparse content cannot be rewritten");
+                    Rewritten::default()
+                }
+                Err(panic) => {
+                    warn!(%panic, "sparse content cannot be rewritten");
+                    Rewritten::default()
+                }
+            };
+            let pause_ms = match moved.segments {
+                0 => REWRITE_INTERVAL_MS,
+                _ => moved.moved_bytes * 1000 / REWRITE_BYTES_PER_S,
+            };
+            if moved.segments > 0 {
+                let Rewritten {
+                    segments,
+                    moved_bytes,
+                    freed_bytes,
+                    ..
+                } = moved;
+                info!(segments, moved_bytes, freed_bytes, "sparse content was rewritten");
+            }
+            tokio::time::sleep(Duration::from_millis(pause_ms)).await;
         }
     }
 

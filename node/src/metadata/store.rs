@@ -69,8 +69,21 @@ pub struct Position {
     pub membership: Option<Bytes>,
 }
 
+/// How the chunks that files name have changed in number since the state was opened or, by a snapshot, replaced.
+/// Whoever counted them at one view knows their number at every later one of the same generation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NamedChange {
+    /// Counts the replacements.
+    pub generation: u64,
+    /// Chunks more (or less).
+    pub chunks: i64,
+    /// Their bytes.
+    pub bytes: i64,
+}
+
 /// What is known of the state as a whole. Everything in it follows from the rows; the counters are written to `meta`
-/// with each batch, the living sessions are read again when the database is opened.
+/// with each batch, the living sessions are read again when the database is opened. How the named chunks have changed
+/// is kept in memory only.
 #[derive(Clone)]
 pub(super) struct Summary {
     pub(super) position: Position,
@@ -80,6 +93,7 @@ pub(super) struct Summary {
     pub(super) inode_count: u64,
     /// Sessions that have not ended, with their chunks' low-water marks.
     pub(super) living: OrdMap<SessionId, u64>,
+    pub(super) named_change: NamedChange,
 }
 
 impl Summary {
@@ -99,6 +113,7 @@ impl Summary {
             next_inode: meta.next_inode,
             inode_count: meta.inode_count,
             living,
+            named_change: NamedChange::default(),
         })
     }
 
@@ -310,8 +325,10 @@ impl MetadataStore {
         let position = received.durable_position.clone();
         let replaced = {
             let mut state = self.state.lock();
-            let freezes = state.freezes + 1;
-            std::mem::replace(&mut *state, State { freezes, ..received })
+            let mut next = received;
+            next.freezes = state.freezes + 1;
+            next.summary.named_change.generation = state.summary.named_change.generation + 1;
+            std::mem::replace(&mut *state, next)
         };
         drop(replaced);
         Ok(position)

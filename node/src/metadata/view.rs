@@ -14,7 +14,7 @@ use quorumfs_proto::{
 
 use super::fault::Failure;
 use super::overlay::{Direction, KeyRange, Layers};
-use super::store::{Position, Summary};
+use super::store::{NamedChange, Position, Summary};
 use super::tables::{
     ChunkRecord, Chunks, DirentKey, Dirents, Extents, InodeRecord, Inodes, Pins, Reclaimable, Rows as _,
     SessionRecord, Sessions, Symlinks, Xattrs,
@@ -339,6 +339,11 @@ impl View {
     /// Inodes in use, those without a name too.
     pub fn inode_count(&self) -> u64 {
         self.summary.inode_count
+    }
+
+    /// How the number of chunks that files name has changed; see [`NamedChange`].
+    pub fn named_change(&self) -> NamedChange {
+        self.summary.named_change
     }
 
     pub(super) fn directory(&self, inode: InodeNumber) -> Result<(), Failure> {

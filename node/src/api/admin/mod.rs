@@ -5,6 +5,7 @@
 
 mod membership;
 mod recovery;
+mod repair;
 
 use std::sync::Arc;
 
@@ -20,13 +21,14 @@ pub fn router(node: Arc<Node>) -> Router {
     Router::new()
         .merge(membership::routes())
         .merge(recovery::routes())
+        .merge(repair::routes())
         .with_state(node)
 }
 
 /// The body of a request, whatever it says it is: curl calls everything a form.
 fn json_body<T: DeserializeOwned>(body: &Bytes, example: &str) -> Result<T, ApiError> {
     serde_json::from_slice(body).map_err(|error| {
-        ApiError::bad_request("bad_json", format!("the body is not what it must be: {error}"))
+        ApiError::bad_request("invalid_json", format!("the body is not what it must be: {error}"))
             .hint(format!("send {example}"))
     })
 }

@@ -1,27 +1,29 @@
-//! `/recovery/…`: what of the content is missing on this node.
+//! `/recovery/…`: what of the content is missing on this node, and how far it is with fetching it.
 
 use std::sync::Arc;
 
 use axum::extract::State;
-use axum::routing::get;
+use axum::http::StatusCode;
+use axum::routing::{get, post};
 use axum::{Json, Router};
-use serde_json::{Value, json};
 
 use super::parts;
 use crate::api::rest::error::ApiError;
+use crate::healing::recovery::{RecoveryStatus, SyncReport};
 use crate::node::Node;
 
 pub(super) fn routes() -> Router<Arc<Node>> {
-    Router::new().route("/recovery/status", get(status))
+    Router::new()
+        .route("/recovery/status", get(status))
+        .route("/recovery/sync", post(sync))
 }
 
-/// Compares named with held first, so that the numbers are of now.
-async fn status(State(node): State<Arc<Node>>) -> Result<Json<Value>, ApiError> {
-    let recovery = Arc::clone(&parts(&node)?.recovery);
-    let counted = tokio::task::spawn_blocking(move || recovery.compare().map(|_| recovery.status())).await;
-    match counted {
-        Ok(Ok(status)) => Ok(Json(json!(status))),
-        Ok(Err(fault)) => Err(ApiError::unavailable(fault.to_string())),
-        Err(panicked) => Err(ApiError::internal(panicked.to_string())),
-    }
+/// How far it is, with everything accounted for that was applied before.
+async fn status(State(node): State<Arc<Node>>) -> Result<Json<RecoveryStatus>, ApiError> {
+    Ok(Json(parts(&node)?.recovery.status_now().await))
+}
+
+/// Begins a pass over everything that is named, unless one is under way: 202.
+async fn sync(State(node): State<Arc<Node>>) -> Result<(StatusCode, Json<SyncReport>), ApiError> {
+    Ok((StatusCode::ACCEPTED, Json(parts(&node)?.recovery.sync())))
 }

@@ -2,8 +2,8 @@
 
 use std::os::unix::fs::FileExt;
 
-use super::super::ContentError;
 use super::super::record::{Layout, SEGMENT_HEADER_BYTES};
+use super::super::{ContentError, Quarantined};
 use super::*;
 
 /// How the rest of a record was lost.
@@ -151,7 +151,9 @@ async fn a_damaged_block_is_never_served_and_the_others_are() {
     assert_served(&store, &chunks[0]);
     assert_served(&store, &chunks[2]);
 
-    store.quarantine(id(1)).unwrap();
+    assert_eq!(store.quarantine(id(0), None).unwrap(), Quarantined::Healthy);
+    assert_eq!(store.quarantine(id(1), None).unwrap(), Quarantined::SetAside);
+    assert_eq!(store.quarantine(id(1), None).unwrap(), Quarantined::NotHeld);
     assert!(!store.holds(id(1)));
     assert!(matches!(
         store.read(id(1), 0, 1),

@@ -169,6 +169,13 @@ impl Peer for TestPeer {
     ) -> Result<Response<wire::ContentCompleteResponse>, Status> {
         elsewhere()
     }
+    async fn verify_chunks(
+        &self,
+        _: Request<quorumfs_proto::wire::VerifyChunksRequest>,
+    ) -> Result<Response<quorumfs_proto::wire::VerifyChunksResponse>, Status> {
+        elsewhere()
+    }
+
     async fn node_status(
         &self,
         _: Request<NodeStatusRequest>,

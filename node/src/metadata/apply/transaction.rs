@@ -297,12 +297,19 @@ impl<'w> Transaction<'w> {
         record.references = u32::try_from(references).map_err(|_| {
             StorageFault::inconsistent(format!("chunk {id} would have {references} references"))
         })?;
+        let change_of_named = &mut self.writer.summary.named_change;
         if record.references == 0 {
             if fresh.is_none() {
+                change_of_named.chunks -= 1;
+                change_of_named.bytes -= i64::from(record.length);
                 self.writer.remove::<Chunks>(&id);
             }
             effects.dead.push(id);
             return Ok(());
+        }
+        if fresh.is_some() {
+            change_of_named.chunks += 1;
+            change_of_named.bytes += i64::from(record.length);
         }
         if change != 0 {
             self.writer.put::<Chunks>(&id, &record);

@@ -5,4 +5,4 @@ mod against_model;
 mod model;
 mod pace;
 mod stories;
-mod support;
+pub(in crate::metadata) mod support;

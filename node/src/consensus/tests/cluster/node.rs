@@ -131,6 +131,13 @@ impl Peer for Service {
     ) -> Result<Response<wire::ContentCompleteResponse>, Status> {
         elsewhere()
     }
+    async fn verify_chunks(
+        &self,
+        _: Request<quorumfs_proto::wire::VerifyChunksRequest>,
+    ) -> Result<Response<quorumfs_proto::wire::VerifyChunksResponse>, Status> {
+        elsewhere()
+    }
+
     async fn node_status(
         &self,
         _: Request<NodeStatusRequest>,

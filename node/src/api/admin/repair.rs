@@ -1,0 +1,119 @@
+//! `/repair/…`: what was verified and found bad on this node, and verifying one file on all.
+
+use std::sync::Arc;
+
+use axum::body::Bytes;
+use axum::extract::rejection::{BytesRejection, JsonRejection};
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::StatusCode;
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use quorumfs_proto::{FsError, Name};
+use serde::Deserialize;
+
+use super::parts;
+use crate::api::rest::error::ApiError;
+use crate::healing::repair::RepairStatus;
+use crate::healing::repair::verify::{FileVerdict, VerifyError};
+use crate::node::Node;
+
+/// A path of 4,096 bytes, every one of them escaped, and some more.
+const BODY_BYTES_MAX: usize = 64 << 10;
+/// Most bytes of a path (PATH_MAX of Linux).
+const PATH_BYTES_MAX: usize = 4096;
+
+/// What is to be verified.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VerifyRequest {
+    /// The file's path from the root, names with `/` between them; a `/` in front is allowed.
+    file_path: String,
+    /// From which offset of the file on; 0 if not said.
+    #[serde(default)]
+    from: u64,
+}
+
+pub(super) fn routes() -> Router<Arc<Node>> {
+    Router::new().route("/repair/status", get(status)).route(
+        "/repair/verify",
+        post(verify).layer(DefaultBodyLimit::max(BODY_BYTES_MAX)),
+    )
+}
+
+/// What was verified on this node, what was found, and how far the scrub is.
+async fn status(State(node): State<Arc<Node>>) -> Result<Json<RepairStatus>, ApiError> {
+    let repair = Arc::clone(&parts(&node)?.repair);
+    let status = tokio::task::spawn_blocking(move || repair.status()).await;
+    status
+        .map(Json)
+        .map_err(|panicked| ApiError::internal(panicked.to_string()))
+}
+
+/// Has every node read its copies of a file from disk, repairs what is bad, and tells both.
+async fn verify(
+    State(node): State<Arc<Node>>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<FileVerdict>, ApiError> {
+    let body = body.map_err(|rejected| {
+        ApiError::new(rejected.status(), "body_refused", rejected.body_text())
+            .hint("a JSON object {\"file_path\": \"…\"}")
+    })?;
+    // Whatever the Content-Type says: curl's default is not that of JSON.
+    let Json(asked) = Json::<VerifyRequest>::from_bytes(&body).map_err(malformed)?;
+    let path = names(&asked.file_path)?;
+    let verified = parts(&node)?
+        .repair
+        .verify_file(path, &asked.file_path, asked.from)
+        .await;
+    verified.map(Json).map_err(|error| match error {
+        VerifyError::Verdict(FsError::NotFound | FsError::Stale) => ApiError::new(
+            StatusCode::NOT_FOUND,
+            "not_found",
+            format!("there is no file {:?}", asked.file_path),
+        ),
+        VerifyError::Verdict(FsError::InvalidArgument) => {
+            ApiError::conflict("not_a_file", format!("{:?} is no regular file", asked.file_path))
+        }
+        VerifyError::Verdict(verdict) => verdict.into(),
+        VerifyError::Fault(fault) => ApiError::unavailable(fault.to_string()),
+        VerifyError::Internal(reason) => ApiError::internal(reason),
+    })
+}
+
+fn malformed(rejected: JsonRejection) -> ApiError {
+    ApiError::bad_request("invalid_json", rejected.body_text())
+        .hint("a JSON object {\"file_path\": \"docs/letter.txt\"}; \"from\" may say from which offset on")
+}
+
+/// The names of a path. Nothing is resolved: `.` and `..` are refused.
+fn names(path: &str) -> Result<Vec<Name>, ApiError> {
+    let invalid = |reason: String| {
+        ApiError::bad_request("invalid_path", reason)
+            .hint("names of 1 to 255 bytes with '/' between them, as in docs/letter.txt")
+    };
+    if path.len() > PATH_BYTES_MAX {
+        return Err(invalid(format!("the path is longer than {PATH_BYTES_MAX} bytes")));
+    }
+    let path = path.strip_prefix('/').unwrap_or(path);
+    path.split('/')
+        .map(|name| {
+            let checked = Name::new(name.as_bytes().to_vec());
+            checked.map_err(|error| invalid(format!("{name:?} is not a name: {error}")))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_is_names_and_nothing_else() {
+        let count = |path: &str| names(path).map(|names| names.len()).ok();
+        assert_eq!(count("a/b c/ü"), Some(3));
+        assert_eq!(count("/a"), Some(1));
+        for wrong in ["", "/", "a//b", "a/", "../a", "a/./b", "a\0b", &"x".repeat(5000)] {
+            assert_eq!(count(wrong), None, "{wrong:?}");
+        }
+    }
+}

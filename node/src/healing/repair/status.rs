@@ -1,0 +1,110 @@
+//! What repair says of itself.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use quorumfs_proto::ChunkId;
+use serde::Serialize;
+
+use super::Repair;
+
+/// Names of files in a status.
+const FILES_NAMED_MAX: usize = 100;
+
+/// Something that went wrong.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LastError {
+    /// When, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// What, in words.
+    pub message: String,
+}
+
+/// What was verified, what was found, and how far the scrub is.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RepairStatus {
+    /// Whether the scrub reads now; between its passes it rests.
+    pub running: bool,
+    /// Copies on this node that had the right SHA-256, since it started, whoever asked; the same one may count often.
+    pub verified_chunks: u64,
+    /// Bytes of them.
+    pub verified_bytes: u64,
+    /// Copies on this node that were found to be bad since it started; each once.
+    pub found_corrupt: u64,
+    /// Of these, those for which a good copy has been written.
+    pub repaired: u64,
+    /// Of these, those of chunks that no file named or names any more: dropped.
+    pub obsolete: u64,
+    /// Of these, those that wait for a good copy.
+    pub under_repair: u64,
+    /// Chunks of which all nodes answered and none has a good copy, damaged here or missing.
+    pub unrepairable_chunks: u64,
+    /// The files they belong to, as far as they could be found within a bound (at most 100).
+    pub unrepairable_files: Vec<String>,
+    /// Whether these are all the files.
+    pub unrepairable_files_complete: bool,
+    /// What part of everything held this coverage has verified, in percent.
+    pub progress_percent: f64,
+    /// Chunks that this coverage has verified.
+    pub progress_chunks: u64,
+    /// Bytes of them.
+    pub progress_bytes: u64,
+    /// When this coverage began, in milliseconds since 1970; null between two.
+    pub coverage_began_unix_ms: Option<u64>,
+    /// Seconds until this coverage ends, at the most that the setting allows; null between two.
+    pub coverage_seconds_to_go: Option<u64>,
+    /// Seconds that a whole coverage takes at that rate: within so long, and a pass's interval, everything is verified.
+    pub coverage_seconds: u64,
+    /// Coverages completed since the data folder was made.
+    pub coverages_completed: u64,
+    /// When the last one was, in milliseconds since 1970.
+    pub last_coverage_unix_ms: Option<u64>,
+    /// How long it took, in milliseconds, restarts included.
+    pub last_coverage_duration_ms: Option<u64>,
+    /// How many chunks it looked at.
+    pub last_coverage_chunks: Option<u64>,
+    /// The most that is verified per second.
+    pub bytes_per_s_max: u64,
+    /// The last bad copy or failure.
+    pub last_error: Option<LastError>,
+}
+
+impl Repair {
+    /// How it stands. Blocking: where something is unrepairable, the names of files are looked up.
+    pub fn status(self: &Arc<Self>) -> RepairStatus {
+        let lost: BTreeSet<ChunkId> = self.parts.recovery.lost();
+        let lost_chunks = lost.len() as u64;
+        let files = self.names.files_of(|| lost);
+        let (_, held_bytes) = self.parts.content.counts();
+        let rate = self.options.bytes_per_s.max(1);
+        let state = self.state.lock();
+        let coverage = state.coverage;
+        let begun = coverage.began_unix_ms > 0;
+        let completed = coverage.completed > 0;
+        RepairStatus {
+            running: self.scrubbing.load(Ordering::Acquire),
+            verified_chunks: self.verified_chunks.load(Ordering::Relaxed),
+            verified_bytes: self.verified_bytes.load(Ordering::Relaxed),
+            found_corrupt: state.found_corrupt,
+            repaired: state.repaired,
+            obsolete: state.obsolete,
+            under_repair: state.under_repair.len() as u64,
+            unrepairable_chunks: lost_chunks,
+            unrepairable_files: files.paths.into_iter().take(FILES_NAMED_MAX).collect(),
+            unrepairable_files_complete: files.complete,
+            progress_percent: if begun { coverage.percent(held_bytes) } else { 0.0 },
+            progress_chunks: coverage.chunks,
+            progress_bytes: coverage.bytes,
+            coverage_began_unix_ms: begun.then_some(coverage.began_unix_ms),
+            coverage_seconds_to_go: begun.then(|| held_bytes.saturating_sub(coverage.bytes).div_ceil(rate)),
+            coverage_seconds: held_bytes.div_ceil(rate),
+            coverages_completed: coverage.completed,
+            last_coverage_unix_ms: completed.then_some(coverage.completed_unix_ms),
+            last_coverage_duration_ms: completed.then_some(coverage.completed_duration_ms),
+            last_coverage_chunks: completed.then_some(coverage.completed_chunks),
+            bytes_per_s_max: self.options.bytes_per_s,
+            last_error: state.last_error.clone(),
+        }
+    }
+}
