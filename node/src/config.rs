@@ -13,6 +13,11 @@ use crate::transport::TlsFiles;
 
 /// Highest slot number, and so the most members ever configured.
 const SLOT_MAX: u16 = 255;
+/// Asked for the time where nothing else is said.
+const NTP_DEFAULT: &str = "pool.ntp.org";
+const NTP_PORT: u16 = 123;
+/// Most NTP servers.
+const NTP_SERVERS_MAX: usize = 8;
 
 /// One node of a QuorumFS cluster: keeps a copy of every file, takes part in every decision.
 ///
@@ -63,6 +68,20 @@ pub struct Settings {
     /// How long a REST request waits for a quorum before it is answered 503, in milliseconds
     #[arg(long, env = "QUORUMFS_REQUEST_TIMEOUT_MS", value_name = "MS")]
     request_timeout_ms: Option<u64>,
+    /// NTP servers to compare this node's clock with, port 123 unless said (default: pool.ntp.org); `none` asks nobody
+    #[arg(
+        long,
+        env = "QUORUMFS_NTP",
+        value_name = "HOST[:PORT],…",
+        value_delimiter = ','
+    )]
+    ntp: Option<Vec<String>>,
+    /// How often they are asked, in milliseconds (default: 64000)
+    #[arg(long, env = "QUORUMFS_NTP_INTERVAL_MS", value_name = "MS", hide = true)]
+    ntp_interval_ms: Option<u64>,
+    /// How often the health of each other node is probed, in milliseconds (default: 5000)
+    #[arg(long, env = "QUORUMFS_PROBE_INTERVAL_MS", value_name = "MS")]
+    probe_interval_ms: Option<u64>,
     /// A TOML file with any of these settings (the names are the same, without the dashes in front)
     #[arg(long, env = "QUORUMFS_CONFIG", value_name = "FILE")]
     #[serde(skip)]
@@ -114,6 +133,12 @@ pub struct Config {
     pub log: String,
     /// How long a REST request waits for a quorum, in milliseconds.
     pub request_timeout_ms: u64,
+    /// NTP servers, `HOST:PORT`; none: nobody is asked.
+    pub ntp: Vec<String>,
+    /// How often they are asked, in milliseconds.
+    pub ntp_interval_ms: u64,
+    /// How often the other nodes are probed, in milliseconds.
+    pub probe_interval_ms: u64,
 }
 
 impl Config {
@@ -155,6 +180,9 @@ impl Settings {
             insecure_plaintext: self.insecure_plaintext.or(file.insecure_plaintext),
             log: self.log.or(file.log),
             request_timeout_ms: self.request_timeout_ms.or(file.request_timeout_ms),
+            ntp: self.ntp.or(file.ntp),
+            ntp_interval_ms: self.ntp_interval_ms.or(file.ntp_interval_ms),
+            probe_interval_ms: self.probe_interval_ms.or(file.probe_interval_ms),
             config: self.config,
         }
     }
@@ -228,13 +256,14 @@ impl Settings {
                 return Err(invalid(field, reason));
             }
         }
-        let request_timeout_ms = self.request_timeout_ms.unwrap_or(10_000);
-        if !(100..=600_000).contains(&request_timeout_ms) {
-            return Err(invalid(
-                "request-timeout-ms",
-                format!("{request_timeout_ms} is not from 100 to 600000"),
-            ));
-        }
+        let milliseconds = |field, given: Option<u64>, usual| match given.unwrap_or(usual) {
+            fine @ 100..=600_000 => Ok(fine),
+            wrong => Err(invalid(field, format!("{wrong} is not from 100 to 600000"))),
+        };
+        let request_timeout_ms = milliseconds("request-timeout-ms", self.request_timeout_ms, 10_000)?;
+        let ntp_interval_ms = milliseconds("ntp-interval-ms", self.ntp_interval_ms, 64_000)?;
+        let probe_interval_ms = milliseconds("probe-interval-ms", self.probe_interval_ms, 5_000)?;
+        let ntp = ntp_servers(self.ntp.unwrap_or_else(|| vec![NTP_DEFAULT.to_string()]))?;
         let log = self.log.unwrap_or_else(|| "info".to_string());
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log) {
             return Err(invalid(
@@ -252,8 +281,43 @@ impl Settings {
             tls,
             log,
             request_timeout_ms,
+            ntp,
+            ntp_interval_ms,
+            probe_interval_ms,
         })
     }
+}
+
+/// The servers as `HOST:PORT`; none for `none`.
+fn ntp_servers(given: Vec<String>) -> Result<Vec<String>, ConfigError> {
+    let invalid = |reason: String| ConfigError::Invalid { field: "ntp", reason };
+    let given: Vec<&str> = given.iter().map(|server| server.trim()).collect();
+    if given == ["none"] {
+        return Ok(Vec::new());
+    }
+    if given.is_empty() || given.len() > NTP_SERVERS_MAX {
+        let reason = format!("{} servers; give 1 to {NTP_SERVERS_MAX}, or `none`", given.len());
+        return Err(invalid(reason));
+    }
+    let with_port = |server: &str| {
+        // An IPv6 address has colons of its own: it has a port only after brackets.
+        let bare_ipv6 = server.parse::<std::net::Ipv6Addr>().is_ok();
+        let whole = if bare_ipv6 {
+            format!("[{server}]:{NTP_PORT}")
+        } else if server.contains(':') && !server.ends_with(']') {
+            server.to_string()
+        } else {
+            format!("{server}:{NTP_PORT}")
+        };
+        let reason = || {
+            invalid(format!(
+                "{server:?} is not HOST or HOST:PORT, as in pool.ntp.org:123"
+            ))
+        };
+        check_address("ntp", &whole).map_err(|_| reason())?;
+        Ok(whole)
+    };
+    given.into_iter().map(with_port).collect()
 }
 
 fn check_address(field: &'static str, address: &str) -> Result<(), ConfigError> {
@@ -329,12 +393,39 @@ mod tests {
     }
 
     #[test]
+    fn ntp_servers_have_a_port_or_get_one() {
+        let with = |servers: &str| {
+            let args: Vec<&str> = GOOD.into_iter().chain(["--ntp", servers]).collect();
+            resolve(&args).map(|config| config.ntp)
+        };
+        assert_eq!(resolve(&GOOD).unwrap().ntp, ["pool.ntp.org:123"]);
+        assert_eq!(with("none").unwrap(), [""; 0]);
+        assert_eq!(
+            with("a, 10.0.0.1:1123,::1,[::1],[::1]:99").unwrap(),
+            ["a:123", "10.0.0.1:1123", "[::1]:123", "[::1]:123", "[::1]:99"]
+        );
+        assert!(
+            with("a,none:x")
+                .unwrap_err()
+                .contains("--ntp: \"none:x\" is not HOST")
+        );
+        assert!(with("").unwrap_err().contains("--ntp"));
+        assert!(with(&"a,".repeat(9)).unwrap_err().contains("1 to 8"));
+        let args: Vec<&str> = GOOD.into_iter().chain(["--probe-interval-ms", "5"]).collect();
+        assert!(
+            resolve(&args)
+                .unwrap_err()
+                .contains("--probe-interval-ms: 5 is not from 100")
+        );
+    }
+
+    #[test]
     fn flags_are_stronger_than_the_file_and_unknown_fields_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("node.toml");
         std::fs::write(
             &file,
-            "slot = 1\nhttp = \"127.0.0.1:8081\"\ndata = \"/from-file\"\n",
+            "slot = 1\nhttp = \"127.0.0.1:8081\"\ndata = \"/from-file\"\nntp = [\"a\", \"b:9\"]\n",
         )
         .unwrap();
         let file_name = file.to_str().unwrap();
@@ -348,6 +439,7 @@ mod tests {
         ])
         .unwrap();
         assert_eq!((config.slot, config.data.to_str().unwrap()), (1, "/from-flag"));
+        assert_eq!(config.ntp, ["a:123", "b:9"]);
         std::fs::write(&file, "slott = 1\n").unwrap();
         assert!(resolve(&["--config", file_name]).unwrap_err().contains("slott"));
     }
