@@ -165,11 +165,9 @@ impl HealthMonitor {
             .iter()
             .map(|member| node_report(&merged, *member))
             .collect();
-        let alone = nodes.len() == 1;
         HealthReport {
             node: self.own.slot,
-            healthy: problems.is_empty()
-                && (alone || nodes.iter().all(|node| node.state == MergedState::Healthy)),
+            healthy: problems.is_empty() && nodes.iter().all(|node| node.state == MergedState::Healthy),
             problems,
             partitions,
             clock_problems,
@@ -239,6 +237,8 @@ fn node_report(merged: &Merged, member: NodeId) -> NodeReport {
     let standing = merged.standing(member);
     let slots = |nodes: &[NodeId]| nodes.iter().map(|node| node.slot).collect::<Vec<u16>>();
     let state = match (standing.reached_by.len(), standing.not_reached_by.len()) {
+        // A cluster of one: it answers.
+        (0, 0) if merged.members().len() == 1 => MergedState::Healthy,
         (0, 0) => MergedState::Unknown,
         (0, _) => MergedState::Unhealthy,
         (_, 0) => MergedState::Healthy,
