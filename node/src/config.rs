@@ -19,6 +19,11 @@ const SCRUB_MIB_PER_S: u64 = 16;
 const SCRUB_INTERVAL_S: u64 = 60;
 /// Fetched per second unless told otherwise: what a gigabit carries.
 const RECOVERY_MIB_PER_S: u64 = 100;
+/// Asked for the time where nothing else is said.
+const NTP_DEFAULT: &str = "pool.ntp.org";
+const NTP_PORT: u16 = 123;
+/// Most NTP servers.
+const NTP_SERVERS_MAX: usize = 8;
 
 /// One node of a QuorumFS cluster: keeps a copy of every file, takes part in every decision.
 ///
@@ -89,6 +94,20 @@ pub struct Settings {
     /// At most how much missing content is fetched from other nodes per second, in MiB
     #[arg(long, env = "QUORUMFS_RECOVERY_MIB_PER_S", value_name = "MIB")]
     recovery_mib_per_s: Option<u64>,
+    /// NTP servers to compare this node's clock with, port 123 unless said (default: pool.ntp.org); `none` asks nobody
+    #[arg(
+        long,
+        env = "QUORUMFS_NTP",
+        value_name = "HOST[:PORT],…",
+        value_delimiter = ','
+    )]
+    ntp: Option<Vec<String>>,
+    /// How often they are asked, in milliseconds (default: 64000)
+    #[arg(long, env = "QUORUMFS_NTP_INTERVAL_MS", value_name = "MS", hide = true)]
+    ntp_interval_ms: Option<u64>,
+    /// How often the health of each other node is probed, in milliseconds (default: 5000)
+    #[arg(long, env = "QUORUMFS_PROBE_INTERVAL_MS", value_name = "MS")]
+    probe_interval_ms: Option<u64>,
     /// A TOML file with any of these settings (the names are the same, without the dashes in front)
     #[arg(long, env = "QUORUMFS_CONFIG", value_name = "FILE")]
     #[serde(skip)]
@@ -151,6 +170,12 @@ pub struct Config {
     pub scrub_interval_s: u64,
     /// At most how many bytes of missing content are fetched per second.
     pub recovery_bytes_per_s: u64,
+    /// NTP servers, `HOST:PORT`; none: nobody is asked.
+    pub ntp: Vec<String>,
+    /// How often they are asked, in milliseconds.
+    pub ntp_interval_ms: u64,
+    /// How often the other nodes are probed, in milliseconds.
+    pub probe_interval_ms: u64,
 }
 
 impl Settings {
@@ -190,6 +215,9 @@ impl Settings {
             scrub_mib_per_s: self.scrub_mib_per_s.or(file.scrub_mib_per_s),
             scrub_interval_s: self.scrub_interval_s.or(file.scrub_interval_s),
             recovery_mib_per_s: self.recovery_mib_per_s.or(file.recovery_mib_per_s),
+            ntp: self.ntp.or(file.ntp),
+            ntp_interval_ms: self.ntp_interval_ms.or(file.ntp_interval_ms),
+            probe_interval_ms: self.probe_interval_ms.or(file.probe_interval_ms),
             config: self.config,
         }
     }
@@ -286,6 +314,9 @@ impl Settings {
             RECOVERY_MIB_PER_S,
             1..=100_000,
         )?;
+        let ntp_interval_ms = within("ntp-interval-ms", self.ntp_interval_ms, 64_000, 100..=600_000)?;
+        let probe_interval_ms = within("probe-interval-ms", self.probe_interval_ms, 5_000, 100..=600_000)?;
+        let ntp = ntp_servers(self.ntp.unwrap_or_else(|| vec![NTP_DEFAULT.to_string()]))?;
         let log = self.log.unwrap_or_else(|| "info".to_string());
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log) {
             return Err(invalid(
@@ -308,6 +339,9 @@ impl Settings {
             scrub_bytes_per_s: scrub_mib_per_s << 20,
             scrub_interval_s,
             recovery_bytes_per_s: recovery_mib_per_s << 20,
+            ntp,
+            ntp_interval_ms,
+            probe_interval_ms,
         })
     }
 }
@@ -340,6 +374,38 @@ fn founding(members: Vec<String>, slot: u16) -> Result<(Vec<String>, String), Co
         return invalid("slot", reason);
     };
     Ok((members, own))
+}
+
+/// The servers as `HOST:PORT`; none for `none`.
+fn ntp_servers(given: Vec<String>) -> Result<Vec<String>, ConfigError> {
+    let invalid = |reason: String| ConfigError::Invalid { field: "ntp", reason };
+    let given: Vec<&str> = given.iter().map(|server| server.trim()).collect();
+    if given == ["none"] {
+        return Ok(Vec::new());
+    }
+    if given.is_empty() || given.len() > NTP_SERVERS_MAX {
+        let reason = format!("{} servers; give 1 to {NTP_SERVERS_MAX}, or `none`", given.len());
+        return Err(invalid(reason));
+    }
+    let with_port = |server: &str| {
+        // An IPv6 address has colons of its own: it has a port only after brackets.
+        let bare_ipv6 = server.parse::<std::net::Ipv6Addr>().is_ok();
+        let whole = if bare_ipv6 {
+            format!("[{server}]:{NTP_PORT}")
+        } else if server.contains(':') && !server.ends_with(']') {
+            server.to_string()
+        } else {
+            format!("{server}:{NTP_PORT}")
+        };
+        let reason = || {
+            invalid(format!(
+                "{server:?} is not HOST or HOST:PORT, as in pool.ntp.org:123"
+            ))
+        };
+        check_address("ntp", &whole).map_err(|_| reason())?;
+        Ok(whole)
+    };
+    given.into_iter().map(with_port).collect()
 }
 
 fn check_address(field: &'static str, address: &str) -> Result<(), ConfigError> {
@@ -421,12 +487,39 @@ mod tests {
     }
 
     #[test]
+    fn ntp_servers_have_a_port_or_get_one() {
+        let with = |servers: &str| {
+            let args: Vec<&str> = GOOD.into_iter().chain(["--ntp", servers]).collect();
+            resolve(&args).map(|config| config.ntp)
+        };
+        assert_eq!(resolve(&GOOD).unwrap().ntp, ["pool.ntp.org:123"]);
+        assert_eq!(with("none").unwrap(), [""; 0]);
+        assert_eq!(
+            with("a, 10.0.0.1:1123,::1,[::1],[::1]:99").unwrap(),
+            ["a:123", "10.0.0.1:1123", "[::1]:123", "[::1]:123", "[::1]:99"]
+        );
+        assert!(
+            with("a,none:x")
+                .unwrap_err()
+                .contains("--ntp: \"none:x\" is not HOST")
+        );
+        assert!(with("").unwrap_err().contains("--ntp"));
+        assert!(with(&"a,".repeat(9)).unwrap_err().contains("1 to 8"));
+        let args: Vec<&str> = GOOD.into_iter().chain(["--probe-interval-ms", "5"]).collect();
+        assert!(
+            resolve(&args)
+                .unwrap_err()
+                .contains("--probe-interval-ms: 5 is not from 100")
+        );
+    }
+
+    #[test]
     fn flags_are_stronger_than_the_file_and_unknown_fields_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("node.toml");
         std::fs::write(
             &file,
-            "slot = 1\nhttp = \"127.0.0.1:8081\"\ndata = \"/from-file\"\n",
+            "slot = 1\nhttp = \"127.0.0.1:8081\"\ndata = \"/from-file\"\nntp = [\"a\", \"b:9\"]\n",
         )
         .unwrap();
         let file_name = file.to_str().unwrap();
@@ -440,6 +533,7 @@ mod tests {
         ])
         .unwrap();
         assert_eq!((config.slot, config.data.to_str().unwrap()), (1, "/from-flag"));
+        assert_eq!(config.ntp, ["a:123", "b:9"]);
         std::fs::write(&file, "slott = 1\n").unwrap();
         assert!(resolve(&["--config", file_name]).unwrap_err().contains("slott"));
     }

@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use quorumfs_proto::{ClusterId, Member};
 
 use crate::cluster::bootstrap::{Invitation, WaitReason};
+use crate::cluster::health::HealthMonitor;
 use crate::cluster::identity::{DataFolder, Membership};
 use crate::cluster::leases::Leases;
 use crate::cluster::membership::Roster;
@@ -55,6 +56,8 @@ pub struct Parts {
     pub roster: Arc<Roster>,
     /// Knows which clients live.
     pub sessions: Arc<SessionKeeper>,
+    /// Knows who answers, and how this node's clock is.
+    pub health: Arc<HealthMonitor>,
 }
 
 impl Node {

@@ -24,6 +24,8 @@ use crate::api::peer::PeerService;
 use crate::api::rest::{self, ClientHandle, RestState};
 use crate::api::{admin, status};
 use crate::cluster::bootstrap::{find_membership, watch_for_strangers};
+use crate::cluster::clock::{ClockMonitor, StampClock};
+use crate::cluster::health::HealthMonitor;
 use crate::cluster::identity::DataFolder;
 use crate::cluster::leases::Leases;
 use crate::cluster::membership::Roster;
@@ -220,8 +222,23 @@ async fn run_parts(
         repair.clone(),
     );
     let roster = Roster::new(consensus.clone(), transport.clone());
-    let sessions = SessionKeeper::new(consensus.clone(), metadata.clone());
-    let writer = Writer::new(consensus.clone(), content.clone(), peers.clone(), space.clone());
+    let stamps = Arc::new(StampClock::new());
+    let clock = ClockMonitor::new(config.ntp.clone(), Duration::from_millis(config.ntp_interval_ms));
+    let health = HealthMonitor::new(
+        Duration::from_millis(config.probe_interval_ms),
+        consensus.clone(),
+        transport.clone(),
+        clock.clone(),
+        stamps.clone(),
+    );
+    let sessions = SessionKeeper::new(consensus.clone(), metadata.clone(), stamps.clone());
+    let writer = Writer::new(
+        consensus.clone(),
+        content.clone(),
+        peers.clone(),
+        space.clone(),
+        stamps,
+    );
     let reader = Reader::new(
         consensus.clone(),
         metadata.clone(),
@@ -234,6 +251,8 @@ async fn run_parts(
     tokio::spawn(space.clone().run());
     tokio::spawn(sessions.clone().run());
     tokio::spawn(roster.clone().run());
+    tokio::spawn(clock.run());
+    tokio::spawn(health.clone().run());
     tokio::spawn(recovery.clone().run());
     tokio::spawn(repair.clone().run());
     tokio::spawn(sweeper.clone().run());
@@ -261,6 +280,7 @@ async fn run_parts(
         leases: Leases::default(),
         roster,
         sessions,
+        health,
     };
     node.begin(parts);
     info!("node takes part in its cluster");
@@ -394,9 +414,9 @@ async fn serve_http(
 ) -> anyhow::Result<()> {
     let for_status = node.clone();
     let state = RestState {
-        client,
+        client: client.clone(),
         status: Arc::new(move || status::status(&for_status)),
-        admin: admin::router(node),
+        admin: admin::router(node).layer(axum::Extension(client)),
         request_timeout: Duration::from_millis(config.request_timeout_ms),
     };
     let stop = async move {

@@ -11,14 +11,15 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use quorumfs_proto::call::{Mutation, SessionState};
-use quorumfs_proto::{CallReply, ChunkBody, ChunkId, FsError, Member, NodeId, Refusal, SessionId, Timestamp};
+use quorumfs_proto::{CallReply, ChunkBody, ChunkId, FsError, Member, NodeId, Refusal, SessionId};
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
+use crate::cluster::clock::StampClock;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::{Consensus, ProposeError};
 use crate::content::{ContentError, ContentStore, PeerChunks, PushError, StoredChunk};
@@ -36,6 +37,7 @@ pub struct Writer {
     content: Arc<ContentStore>,
     peers: Arc<PeerChunks>,
     space: Arc<SpaceMonitor>,
+    stamps: Arc<StampClock>,
     holders: Mutex<Holders>,
 }
 
@@ -60,12 +62,14 @@ impl Writer {
         content: Arc<ContentStore>,
         peers: Arc<PeerChunks>,
         space: Arc<SpaceMonitor>,
+        stamps: Arc<StampClock>,
     ) -> Arc<Writer> {
         Arc::new(Writer {
             consensus,
             content,
             peers,
             space,
+            stamps,
             holders: Mutex::new(Holders::default()),
         })
     }
@@ -164,7 +168,7 @@ impl Writer {
     }
 
     async fn decide(&self, body: LogBody) -> Result<CallResult, ProposeError> {
-        let stamp = Timestamp::from(SystemTime::now());
+        let stamp = self.stamps.now();
         self.consensus.propose(LogCommand { stamp, body }).await
     }
 

@@ -104,6 +104,7 @@ struct Node {
     data: PathBuf,
     log: PathBuf,
     arguments: Vec<String>,
+    environment: Vec<(String, String)>,
     proxy: Option<Proxy>,
     process: Mutex<Option<ManagedProcess>>,
 }
@@ -118,6 +119,7 @@ pub struct ClusterBuilder<'a> {
     proxied: bool,
     data_folders: Vec<(usize, PathBuf)>,
     arguments: Vec<String>,
+    environment: Vec<(usize, String, String)>,
 }
 
 impl<'a> ClusterBuilder<'a> {
@@ -157,6 +159,12 @@ impl<'a> ClusterBuilder<'a> {
         self
     }
 
+    /// An environment variable for the node of this slot.
+    pub fn variable(mut self, slot: usize, name: &str, value: &str) -> Self {
+        self.environment.push((slot, name.to_string(), value.to_string()));
+        self
+    }
+
     /// The cluster, with no node running.
     pub fn build(self) -> Cluster<'a> {
         let listen: Vec<String> = (0..self.nodes).map(|_| self.sandbox.address()).collect();
@@ -179,6 +187,12 @@ impl<'a> ClusterBuilder<'a> {
                 data: given.unwrap_or_else(|| self.sandbox.path(&name)),
                 log: self.sandbox.log_path(&name),
                 arguments: self.arguments.clone(),
+                environment: self
+                    .environment
+                    .iter()
+                    .filter(|(of, _, _)| *of == slot)
+                    .map(|(_, name, value)| (name.clone(), value.clone()))
+                    .collect(),
                 proxy: self
                     .proxied
                     .then(|| Proxy::start(&members[index], &listen[index])),
@@ -228,6 +242,7 @@ impl<'a> Cluster<'a> {
             proxied: false,
             data_folders: Vec::new(),
             arguments: Vec::new(),
+            environment: Vec::new(),
         }
     }
 
@@ -286,6 +301,9 @@ impl<'a> Cluster<'a> {
             .arg(&node.data)
             .args(["--log", &log_level()])
             .args(&node.arguments)
+            // Weaker than an argument: a test that wants NTP says `--ntp`.
+            .env("QUORUMFS_NTP", "none")
+            .envs(node.environment.iter().cloned())
             .env("RUST_BACKTRACE", "1")
             .env("NO_COLOR", "1");
         if node.proxy.is_some() {

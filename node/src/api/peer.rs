@@ -374,4 +374,12 @@ impl Peer for PeerService {
             applied_index: parts.metadata.position().index,
         }))
     }
+
+    async fn probe(
+        &self,
+        request: Request<wire::ProbeRequest>,
+    ) -> Result<Response<wire::ProbeResponse>, Status> {
+        let health = self.admit(&request)?.health.clone();
+        Ok(Response::new(health.answer(request.into_inner()).await))
+    }
 }

@@ -30,8 +30,16 @@ pub fn status(node: &Node) -> Value {
     let content = parts.content.flush_counts();
     let living = living_sessions(parts).ok();
     let full = consensus.writable && !parts.space.quorum_has_room();
+    let unreached = match consensus.writable {
+        true => Vec::new(),
+        false => parts.health.unreached(),
+    };
     let reason = match &node.warning().or(consensus.reason) {
-        Some(reason) => Some(reason.clone()),
+        Some(reason) if unreached.is_empty() => Some(reason.clone()),
+        Some(reason) => Some(format!(
+            "{reason}; this node does not reach {}",
+            unreached.join(" and ")
+        )),
         None if full => Some("fewer than a quorum of nodes have room on their disks".to_string()),
         None => None,
     };
@@ -75,6 +83,7 @@ pub fn status(node: &Node) -> Value {
             "has_room": room.has_room,
         },
         "sessions": living,
+        "clock": parts.health.clock().report(),
     })
 }
 

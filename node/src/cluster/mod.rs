@@ -1,8 +1,11 @@
-//! The node as a member of a cluster: who it is, how the cluster is made and changed, who has room, whose sessions live.
+//! The node as a member of a cluster: who it is, how the cluster is made and changed, who has room, whose sessions live,
+//! who answers, what the time is.
 //!
 //! Stands on the consensus; knows nothing of the edges that serve it.
 
 pub mod bootstrap;
+pub mod clock;
+pub mod health;
 pub mod identity;
 pub mod leases;
 pub mod membership;

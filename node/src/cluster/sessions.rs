@@ -5,13 +5,14 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use quorumfs_proto::SessionId;
 use quorumfs_proto::limits::SESSION_TIMEOUT_MS;
-use quorumfs_proto::{SessionId, Timestamp};
 use tracing::{info, warn};
 
+use crate::cluster::clock::StampClock;
 use crate::consensus::Consensus;
 use crate::metadata::{Failure, LogBody, LogCommand, MetadataStore};
 
@@ -31,15 +32,21 @@ const RECLAIM_CONCURRENCY: usize = 16;
 pub struct SessionKeeper {
     consensus: Consensus,
     metadata: Arc<MetadataStore>,
+    stamps: Arc<StampClock>,
     heard: Mutex<HashMap<SessionId, Instant>>,
 }
 
 impl SessionKeeper {
     /// Knows of no session yet.
-    pub fn new(consensus: Consensus, metadata: Arc<MetadataStore>) -> Arc<SessionKeeper> {
+    pub fn new(
+        consensus: Consensus,
+        metadata: Arc<MetadataStore>,
+        stamps: Arc<StampClock>,
+    ) -> Arc<SessionKeeper> {
         Arc::new(SessionKeeper {
             consensus,
             metadata,
+            stamps,
             heard: Mutex::new(HashMap::new()),
         })
     }
@@ -74,7 +81,7 @@ impl SessionKeeper {
 
     async fn end_silent_sessions(&self, leading_since: Instant) -> Result<(), Failure> {
         let sessions = self.metadata.view()?.sessions()?;
-        let now = Timestamp::from(SystemTime::now());
+        let now = self.stamps.now();
         let timeout = Duration::from_millis(SESSION_TIMEOUT_MS);
         for (session, record) in sessions {
             if let Some(ended) = record.ended {
@@ -111,7 +118,7 @@ impl SessionKeeper {
 
     async fn propose(&self, body: LogBody) {
         let command = LogCommand {
-            stamp: Timestamp::from(SystemTime::now()),
+            stamp: self.stamps.now(),
             body,
         };
         if let Err(error) = self.consensus.propose(command).await {

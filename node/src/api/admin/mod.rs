@@ -3,6 +3,7 @@
 //! Each file has the routes of one subject; the handlers encode what the subject's own part of the node knows, and know
 //! nothing of how it comes to know it. Errors are those of the REST interface.
 
+mod health;
 mod membership;
 mod recovery;
 mod repair;
@@ -19,6 +20,7 @@ use crate::node::{Node, Parts};
 /// All of it, for `node`.
 pub fn router(node: Arc<Node>) -> Router {
     Router::new()
+        .merge(health::routes())
         .merge(membership::routes())
         .merge(recovery::routes())
         .merge(repair::routes())
@@ -28,8 +30,11 @@ pub fn router(node: Arc<Node>) -> Router {
 /// The body of a request, whatever it says it is: curl calls everything a form.
 fn json_body<T: DeserializeOwned>(body: &Bytes, example: &str) -> Result<T, ApiError> {
     serde_json::from_slice(body).map_err(|error| {
-        ApiError::bad_request("invalid_json", format!("the body is not what it must be: {error}"))
-            .hint(format!("send {example}"))
+        ApiError::bad_request(
+            "invalid_json",
+            format!("the body is not what it must be: {error}"),
+        )
+        .hint(format!("send {example}"))
     })
 }
 

@@ -182,6 +182,10 @@ impl Peer for TestPeer {
     ) -> Result<Response<NodeStatusResponse>, Status> {
         elsewhere()
     }
+
+    async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
+        elsewhere()
+    }
 }
 
 /// A peer and a way to it.

@@ -144,6 +144,10 @@ impl Peer for Service {
     ) -> Result<Response<NodeStatusResponse>, Status> {
         elsewhere()
     }
+
+    async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
+        elsewhere()
+    }
 }
 
 /// What a node is while it runs.

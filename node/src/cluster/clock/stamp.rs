@@ -1,0 +1,192 @@
+//! The clock that a leader stamps commands with: its own, unless that has leapt ahead of the others'.
+//!
+//! Applied time never runs backwards (the state machine takes the later of stamp and last stamp), so a single command
+//! stamped by a clock that is a year ahead would stop time for a year. So the wall clock is used only as far as it goes
+//! with the monotonic clock since it was last confirmed. Each round of probes compares it with the median of the others'
+//! clocks: within [`LEAP_MAX`] it is confirmed; ahead of that, the median is the anchor instead, and stamps go on from there
+//! with the monotonic clock. A clock that is behind does no harm that this could mend.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use parking_lot::Mutex;
+use quorumfs_proto::Timestamp;
+
+/// So far the wall clock may be ahead.
+const LEAP_MAX: Duration = Duration::from_secs(2);
+
+/// See the module.
+#[derive(Debug)]
+pub struct StampClock {
+    // Held for a comparison, on each command.
+    anchor: Mutex<Anchor>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Anchor {
+    wall: SystemTime,
+    at: Instant,
+    /// By how much the wall clock was ahead of the others', where that was too much.
+    ahead: Option<Duration>,
+}
+
+impl Anchor {
+    /// What the time is, by the anchor and the monotonic clock.
+    fn expected(&self, now: Instant) -> SystemTime {
+        let elapsed = now.saturating_duration_since(self.at);
+        self.wall.checked_add(elapsed).unwrap_or(self.wall)
+    }
+
+    fn stamp(&self, wall: SystemTime, now: Instant) -> SystemTime {
+        let expected = self.expected(now);
+        match wall.duration_since(expected) {
+            Ok(ahead) if ahead > LEAP_MAX => expected,
+            _ => wall,
+        }
+    }
+}
+
+impl Default for StampClock {
+    fn default() -> StampClock {
+        StampClock::new()
+    }
+}
+
+impl StampClock {
+    /// Trusts the wall clock as it is now, until the first comparison.
+    pub fn new() -> StampClock {
+        StampClock {
+            anchor: Mutex::new(Anchor {
+                wall: SystemTime::now(),
+                at: Instant::now(),
+                ahead: None,
+            }),
+        }
+    }
+
+    /// What to stamp a command with.
+    pub fn now(&self) -> Timestamp {
+        let anchor = *self.anchor.lock();
+        Timestamp::from(anchor.stamp(SystemTime::now(), Instant::now()))
+    }
+
+    /// By how much the wall clock was ahead of the others' at the last comparison, where that was too much.
+    pub fn ahead(&self) -> Option<Duration> {
+        self.anchor.lock().ahead
+    }
+
+    /// Compares `wall`, this node's clock at `now`, with the others' clocks at the same moment. Answers whether the
+    /// clock is trusted now and was not before, or the other way round.
+    pub fn compare(&self, wall: SystemTime, now: Instant, others: Vec<SystemTime>) -> bool {
+        let mut anchor = self.anchor.lock();
+        let before = anchor.ahead.is_some();
+        *anchor = match ahead_of_median(wall, others) {
+            Some((ahead, median)) if ahead > LEAP_MAX => Anchor {
+                wall: median,
+                at: now,
+                ahead: Some(ahead),
+            },
+            _ => Anchor {
+                wall,
+                at: now,
+                ahead: None,
+            },
+        };
+        before != anchor.ahead.is_some()
+    }
+}
+
+/// By how much `wall` is ahead of the median of the others, and the median; `None` if it is not ahead, or there are no
+/// others. Of an even number the later of the two in the middle counts: half of the others and this node are a majority.
+fn ahead_of_median(wall: SystemTime, mut others: Vec<SystemTime>) -> Option<(Duration, SystemTime)> {
+    others.sort_unstable();
+    let median = *others.get(others.len() / 2)?;
+    Some((wall.duration_since(median).ok()?, median))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+    const SECOND: Duration = Duration::from_secs(1);
+
+    struct Story {
+        clock: StampClock,
+        wall: SystemTime,
+        now: Instant,
+    }
+
+    impl Story {
+        fn begin() -> Story {
+            let clock = StampClock::new();
+            let Anchor { wall, at: now, .. } = *clock.anchor.lock();
+            Story { clock, wall, now }
+        }
+
+        /// What is stamped `after` the beginning, by a wall clock that is then `ahead` of the right time.
+        fn stamp(&self, after: Duration, ahead: Duration) -> SystemTime {
+            let anchor = *self.clock.anchor.lock();
+            anchor.stamp(self.wall + after + ahead, self.now + after)
+        }
+
+        /// The others have the right time.
+        fn compare(&self, after: Duration, ahead: Duration, others: usize) -> bool {
+            let right = self.wall + after;
+            self.clock
+                .compare(right + ahead, self.now + after, vec![right; others])
+        }
+    }
+
+    #[test]
+    fn a_leap_is_not_stamped_from_the_first_command_on_nor_after_the_comparison() {
+        let story = Story::begin();
+        assert_eq!(
+            story.stamp(SECOND, SECOND),
+            story.wall + 2 * SECOND,
+            "a little is not a leap"
+        );
+        assert_eq!(story.stamp(10 * SECOND, HOUR), story.wall + 10 * SECOND);
+        assert!(story.compare(11 * SECOND, HOUR, 2), "told");
+        assert_eq!(story.clock.ahead(), Some(HOUR));
+        assert_eq!(story.stamp(12 * SECOND, HOUR), story.wall + 12 * SECOND);
+        assert!(!story.compare(16 * SECOND, HOUR, 2), "told once");
+        assert_eq!(story.stamp(99 * SECOND, HOUR), story.wall + 99 * SECOND);
+        assert!(story.compare(100 * SECOND, Duration::ZERO, 2), "mended");
+        assert_eq!(story.clock.ahead(), None);
+    }
+
+    #[test]
+    fn a_leap_that_the_others_made_too_is_trusted_after_the_comparison() {
+        let story = Story::begin();
+        let leapt = story.wall + HOUR;
+        assert!(!story.clock.compare(leapt, story.now, vec![leapt, story.wall]));
+        assert_eq!(story.stamp(SECOND, HOUR), story.wall + HOUR + SECOND);
+    }
+
+    #[test]
+    fn a_clock_that_was_wrong_from_the_start_is_found_by_the_comparison() {
+        let story = Story::begin();
+        let right = story.wall - HOUR;
+        assert!(story.clock.compare(story.wall, story.now, vec![right; 2]));
+        assert_eq!(story.stamp(SECOND, Duration::ZERO), right + SECOND);
+    }
+
+    #[test]
+    fn a_clock_that_is_behind_or_alone_is_used_as_it_is() {
+        let story = Story::begin();
+        let later = story.wall + HOUR;
+        assert!(!story.clock.compare(story.wall, story.now, vec![later; 2]));
+        assert_eq!(story.stamp(SECOND, Duration::ZERO), story.wall + SECOND);
+        assert!(!story.compare(2 * SECOND, HOUR, 0), "nobody to compare with");
+        assert_eq!(story.stamp(3 * SECOND, HOUR), story.wall + HOUR + 3 * SECOND);
+    }
+
+    #[test]
+    fn one_that_is_far_behind_does_not_draw_the_others_back() {
+        let wall = SystemTime::now();
+        let (ahead, _) = ahead_of_median(wall, vec![wall - HOUR, wall]).unwrap();
+        assert_eq!(ahead, Duration::ZERO);
+        let four = vec![wall - HOUR, wall - HOUR, wall, wall];
+        assert_eq!(ahead_of_median(wall, four).unwrap().0, Duration::ZERO);
+    }
+}
