@@ -3,8 +3,10 @@
 //! Each file has the routes of one subject; the handlers encode what the subject's own part of the node knows, and know
 //! nothing of how it comes to know it. Errors are those of the REST interface.
 
+mod dashboard;
 mod health;
 mod membership;
+mod nodes;
 mod recovery;
 mod repair;
 
@@ -20,8 +22,10 @@ use crate::node::{Node, Parts};
 /// All of it, for `node`.
 pub fn router(node: Arc<Node>) -> Router {
     Router::new()
+        .merge(dashboard::routes())
         .merge(health::routes())
         .merge(membership::routes())
+        .merge(nodes::routes())
         .merge(recovery::routes())
         .merge(repair::routes())
         .with_state(node)

@@ -1,0 +1,31 @@
+//! `/`: the page that people look at. All of it is in one file beside this one; it asks this node's own endpoints and
+//! nobody else.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
+use axum::response::IntoResponse;
+use axum::routing::get;
+
+use crate::node::Node;
+
+const PAGE: &str = include_str!("dashboard.html");
+/// Whatever a file's name says, the page loads and runs nothing but itself.
+const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
+                      img-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'";
+
+pub(super) fn routes() -> Router<Arc<Node>> {
+    Router::new().route("/", get(page))
+}
+
+async fn page() -> impl IntoResponse {
+    (
+        [
+            (CONTENT_TYPE, "text/html; charset=utf-8"),
+            (CONTENT_SECURITY_POLICY, POLICY),
+            (CACHE_CONTROL, "no-cache"),
+        ],
+        PAGE,
+    )
+}
