@@ -271,8 +271,8 @@ impl Consensus {
         }
     }
 
-    /// openraft stops by itself when storage fails, and where it panics; that must not go unnoticed. Asked for now and
-    /// then: to hear of every change of its metrics would cost each call something, and a panic is not among them.
+    /// openraft stops by itself when storage fails, and where it panics; that must not go unnoticed. Asked again and
+    /// again: to hear of every change of its metrics would cost each call something, and a panic is not among them.
     async fn note_stop(self) {
         loop {
             match self.0.raft.with_raft_state(|_| ()).await {
