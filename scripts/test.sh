@@ -18,7 +18,7 @@ step() { printf '\n=== %s (%s)\n' "$*" "$(date +%T)"; }
 # Commands that the tests use, each with its Debian package.
 install_missing() {
   local missing=() entry
-  for entry in cc:gcc rsync:rsync strace:strace setfattr:attr curl:curl tar:tar cmp:diffutils setpriv:util-linux python3:python3 chronyd:chrony; do
+  for entry in cc:gcc rsync:rsync strace:strace setfattr:attr curl:curl tar:tar cmp:diffutils setpriv:util-linux python3:python3 chronyd:chrony faketime:faketime; do
     command -v "${entry%%:*}" >/dev/null || missing+=("${entry##*:}")
   done
   [ ${#missing[@]} = 0 ] && return

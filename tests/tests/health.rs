@@ -3,16 +3,16 @@
 use std::fs;
 use std::net::UdpSocket;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use quorumfs_tests::environment::wait_for;
+use quorumfs_tests::environment::{Finally, wait_for};
 use quorumfs_tests::process::ManagedProcess;
 use quorumfs_tests::proxy::{Fault, Victim};
-use quorumfs_tests::{Cluster, Sandbox, shell, wait_until};
+use quorumfs_tests::{Cluster, Mount, Sandbox, shell, wait_until};
 use serde_json::Value;
 
 /// Probes this often, tests of what is found need not wait long.
@@ -23,6 +23,8 @@ const JUDGED_LIMIT: Duration = Duration::from_secs(20);
 const TOLD_LIMIT: Duration = Duration::from_secs(10);
 /// For what needs a few quick rounds.
 const ROUNDS_LIMIT: Duration = Duration::from_secs(20);
+/// So often a leader is tried whose leadership moves on.
+const LEAP_ATTEMPTS_MAX: usize = 3;
 
 fn health(cluster: &Cluster, slot: usize) -> Value {
     cluster.http(slot).get("/health/status").expect(&[200]).json()
@@ -236,13 +238,26 @@ fn partitions_are_named_with_their_direction_by_every_node() {
     let sandbox = Sandbox::light("health-partition");
     let cluster = Cluster::builder(&sandbox).proxied().arguments(&QUICK).start();
     wait_healthy(&cluster, ROUNDS_LIMIT);
-    let (leader, followers) = (cluster.leader(), cluster.followers());
+    let followers = cluster.followers();
     let (a, b) = (followers[0], followers[1]);
+    let third = cluster
+        .slots()
+        .find(|slot| !followers.contains(slot))
+        .expect("three nodes");
     let all_say = |what: &dyn Fn(&[String]) -> bool| {
         for slot in cluster.slots() {
-            wait_for(&format!("node {slot} sees it"), ROUNDS_LIMIT, || {
-                what(&texts(&health(&cluster, slot)["partitions"]))
-            });
+            let begun = Instant::now();
+            loop {
+                let report = health(&cluster, slot);
+                if what(&texts(&report["partitions"])) {
+                    break;
+                }
+                assert!(
+                    begun.elapsed() < ROUNDS_LIMIT,
+                    "node {slot} does not see it: {report}"
+                );
+                std::thread::sleep(Duration::from_millis(50));
+            }
         }
     };
     // What a calls of b does not arrive.
@@ -253,14 +268,14 @@ fn partitions_are_named_with_their_direction_by_every_node() {
     cuts(a, b);
     let words = format!("one-way partition: node {b} reaches node {a}, but node {a} does not reach node {b}");
     all_say(&|partitions| partitions == [words.clone()]);
-    let report = health(&cluster, leader);
+    let report = health(&cluster, third);
     assert_eq!(entry(&report, "nodes", b)["state"], "disputed", "{report}");
     println!("{words}");
     // And the other way too.
     cuts(b, a);
     let (low, high) = (a.min(b), a.max(b));
     let words =
-        format!("node {low} and node {high} do not reach each other, though node {leader} reaches both");
+        format!("node {low} and node {high} do not reach each other, though node {third} reaches both");
     all_say(&|partitions| partitions.len() == 1 && partitions[0].starts_with(&words));
     println!("{words}");
     assert_eq!(
@@ -361,7 +376,9 @@ fn clocks_are_compared_with_ntp_servers_right_wrong_and_none() {
         })
     });
     assert!(clock(1)["reason"].as_str().expect("a reason").contains(&server));
-    assert_eq!(not_ready(&cluster, 1), None);
+    wait_for("ready all the same", TOLD_LIMIT, || {
+        not_ready(&cluster, 1).is_none()
+    });
     cluster.http(2).post("/upload/without", "time").expect(&[201]);
 
     // A real server.
@@ -434,7 +451,7 @@ fn faketime_library() -> String {
     found.to_str().expect("UTF-8").to_string()
 }
 
-/// Waits, makes a directory in `mount`, and answers how far its time of change is ahead of this machine's, in seconds.
+/// Makes a directory in a mount, and answers how far its time of change is ahead of this machine's, in seconds.
 fn stamped_ahead(folder: &Path) -> i64 {
     fs::create_dir(folder).expect("mkdir");
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
@@ -466,43 +483,51 @@ fn a_leader_whose_clock_leaps_ahead_does_not_stamp_with_it() {
     wait_healthy(&cluster, ROUNDS_LIMIT);
     assert!(stamped_ahead(&mount.path("before")).abs() <= 1);
 
+    // If leadership moves meanwhile (the machine is loaded), nothing was tested of the one that leapt.
+    let tested = (0..LEAP_ATTEMPTS_MAX).any(|attempt| a_leap(&cluster, &mount, attempt, &shift));
+    assert!(tested, "leadership moved each time");
+}
+
+/// What a leap of the leader's clock does, forwards and back; answers whether it led throughout.
+fn a_leap(cluster: &Cluster, mount: &Mount, attempt: usize, shift: &impl Fn(usize) -> PathBuf) -> bool {
+    let make = |name: &str| mount.path(format!("{name}-{attempt}"));
     let leader = cluster.leader();
-    fs::write(shift(leader), "+3600\n").expect("write the shift");
+    let set_shift = |shift_s: &str| fs::write(shift(leader), shift_s).expect("write the shift");
+    let _in_the_end = Finally(|| set_shift("+0\n"));
+    set_shift("+3600\n");
     // From the first command on, before any probe could tell.
-    let ahead = stamped_ahead(&mount.path("at-once"));
+    let ahead = stamped_ahead(&make("at-once"));
     assert!(ahead.abs() <= 2, "stamped {ahead} s ahead");
     let problem = wait_until("health names the clock", ROUNDS_LIMIT, || {
-        let problems = texts(&health(&cluster, leader)["clock_problems"]);
+        let problems = texts(&health(cluster, leader)["clock_problems"]);
         problems
             .into_iter()
             .find(|problem| problem.contains("does not stamp"))
     });
     println!("{problem}");
     cluster.wait_log(leader, &["does not stamp commands with it"], ROUNDS_LIMIT);
-    let other = cluster.followers()[0];
+    let other = cluster.slots().find(|slot| *slot != leader).expect("three nodes");
     wait_for("the others name it too", ROUNDS_LIMIT, || {
-        let begins = format!("the clock of node {leader} is 3600.");
-        let words = texts(&health(&cluster, other)["problems"]);
-        let named =
-            |word: &String| word.starts_with(&begins) || word.starts_with(&begins.replace("3600", "3599"));
+        let begins = [3599, 3600].map(|ahead_s| format!("the clock of node {leader} is {ahead_s}."));
+        let words = texts(&health(cluster, other)["problems"]);
+        let named = |word: &String| begins.iter().any(|begins| word.starts_with(begins));
         words.iter().any(named)
     });
-    let ahead = stamped_ahead(&mount.path("later"));
+    let ahead = stamped_ahead(&make("later"));
     assert!(ahead.abs() <= 2, "stamped {ahead} s ahead");
-    assert_eq!(cluster.leader(), leader, "it leads still, or nothing was tested");
 
     // Mended: as before. And backwards, stamps go on from the last.
-    fs::write(shift(leader), "+0\n").expect("write the shift");
-    wait_healthy(&cluster, ROUNDS_LIMIT);
-    assert!(stamped_ahead(&mount.path("mended")).abs() <= 1);
-    let before = fs::metadata(mount.path("mended")).expect("stat");
-    fs::write(shift(leader), "-3600\n").expect("write the shift");
-    fs::create_dir(mount.path("backwards")).expect("mkdir");
-    let after = fs::metadata(mount.path("backwards")).expect("stat");
+    set_shift("+0\n");
+    wait_healthy(cluster, ROUNDS_LIMIT);
+    assert!(stamped_ahead(&make("mended")).abs() <= 1);
+    let before = fs::metadata(make("mended")).expect("stat");
+    set_shift("-3600\n");
+    fs::create_dir(make("backwards")).expect("mkdir");
+    let after = fs::metadata(make("backwards")).expect("stat");
     let stamp = |metadata: &fs::Metadata| (metadata.ctime(), metadata.ctime_nsec());
     assert!(
         stamp(&after) > stamp(&before),
         "time runs on: {before:?} {after:?}"
     );
-    assert_eq!(cluster.leader(), leader, "it leads still, or nothing was tested");
+    cluster.leader() == leader
 }

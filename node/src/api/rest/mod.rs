@@ -11,6 +11,7 @@
 //! | `DELETE /upload/{path}` | removes a file, a link, an empty directory: 204 |
 //! | `GET /files` | lists files: 200 and a JSON array |
 //! | `GET /recovery/status` | how much content this node lacks, counted now: 200 and a JSON object |
+//! | `GET /health/status`, `/healthz`, `/readyz` | who answers whom; whether it lives, and can serve now: 200 or 503 |
 //! | `GET /status` | what the node says of itself: 200 and a JSON object, with a quorum or without |
 //!
 //! What users can rely on:

@@ -217,10 +217,13 @@ mod tests {
         }
     }
 
-    /// Views of three nodes; `(observer, age in seconds, [(subject, `+` or `-`, for how many seconds)])`.
-    fn merged(views: &[(u16, u64, &[(u16, char, u64)])]) -> Merged {
+    /// Of whom, `+` or `-`, for how many seconds.
+    type Told = (u16, char, u64);
+
+    /// Views of three nodes: who, how many seconds ago, what.
+    fn merged(views: &[(u16, u64, &[Told])]) -> Merged {
         let views = views.iter().map(|(observer, age, beliefs)| {
-            let belief = |(subject, state, lasts): &(u16, char, u64)| Belief {
+            let belief = |(subject, state, lasts): &Told| Belief {
                 subject: node(*subject),
                 state: match state {
                     '+' => HealthState::Healthy,
