@@ -4,12 +4,12 @@
 //! Knows nothing of what the settings do.
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use serde::Deserialize;
 
-use crate::transport::TlsFiles;
+use crate::transport::{ClusterSecret, TlsFiles};
 
 /// Highest slot number, and so the most members ever configured.
 const SLOT_MAX: u16 = 255;
@@ -78,6 +78,9 @@ pub struct Settings {
     /// At most how much missing content is fetched from other nodes per second, in MiB
     #[arg(long, env = "QUORUMFS_RECOVERY_MIB_PER_S", value_name = "MIB")]
     recovery_mib_per_s: Option<u64>,
+    /// A file with the cluster's secret, the same for every node: who shows it may use /replicate and /delete-content
+    #[arg(long, env = "QUORUMFS_SECRET_FILE", value_name = "FILE")]
+    secret_file: Option<PathBuf>,
     /// A TOML file with any of these settings (the names are the same, without the dashes in front)
     #[arg(long, env = "QUORUMFS_CONFIG", value_name = "FILE")]
     #[serde(skip)]
@@ -135,6 +138,8 @@ pub struct Config {
     pub scrub_interval_s: u64,
     /// At most how many bytes of missing content are fetched per second.
     pub recovery_bytes_per_s: u64,
+    /// What opens the internal endpoints; nothing does where there is none.
+    pub secret: Option<ClusterSecret>,
 }
 
 impl Config {
@@ -179,6 +184,7 @@ impl Settings {
             scrub_mib_per_s: self.scrub_mib_per_s.or(file.scrub_mib_per_s),
             scrub_interval_s: self.scrub_interval_s.or(file.scrub_interval_s),
             recovery_mib_per_s: self.recovery_mib_per_s.or(file.recovery_mib_per_s),
+            secret_file: self.secret_file.or(file.secret_file),
             config: self.config,
         }
     }
@@ -286,6 +292,7 @@ impl Settings {
             RECOVERY_MIB_PER_S,
             1..=100_000,
         )?;
+        let secret = self.secret_file.as_deref().map(read_secret).transpose()?;
         let log = self.log.unwrap_or_else(|| "info".to_string());
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log) {
             return Err(invalid(
@@ -306,8 +313,24 @@ impl Settings {
             scrub_bytes_per_s: scrub_mib_per_s << 20,
             scrub_interval_s,
             recovery_bytes_per_s: recovery_mib_per_s << 20,
+            secret,
         })
     }
+}
+
+fn read_secret(path: &Path) -> Result<ClusterSecret, ConfigError> {
+    let fail = |reason: String| ConfigError::Invalid {
+        field: "secret-file",
+        reason,
+    };
+    let content = std::fs::read(path).map_err(|e| fail(format!("{}: {e}", path.display())))?;
+    ClusterSecret::new(&content).ok_or_else(|| {
+        fail(format!(
+            "{} has less than {} bytes; `openssl rand -hex 32` makes a good secret",
+            path.display(),
+            ClusterSecret::BYTES_MIN
+        ))
+    })
 }
 
 fn check_address(field: &'static str, address: &str) -> Result<(), ConfigError> {
@@ -383,6 +406,15 @@ mod tests {
                 .unwrap_err()
                 .contains("--scrub-mib-per-s: 0 is not from 1")
         );
+        let dir = tempfile::tempdir().unwrap();
+        let secret = dir.path().join("secret");
+        let with_secret = [&GOOD[..], &["--secret-file", secret.to_str().unwrap()]].concat();
+        assert!(resolve(&with_secret).unwrap_err().contains("--secret-file"));
+        std::fs::write(&secret, "too short\n").unwrap();
+        assert!(resolve(&with_secret).unwrap_err().contains("less than 16 bytes"));
+        std::fs::write(&secret, "0123456789abcdef\n").unwrap();
+        let secret = resolve(&with_secret).unwrap().secret.unwrap();
+        assert!(secret.is(b"0123456789abcdef") && !secret.is(b"0123456789abcdee"));
         assert!(with(5, "0.0.0.0:8082").contains("insecure-plaintext"));
         assert!(resolve(&GOOD[..6]).unwrap_err().contains("--data is not set"));
         assert!(resolve(&["--nonsense"]).unwrap_err().contains("--nonsense"));

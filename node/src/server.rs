@@ -198,7 +198,7 @@ async fn run_parts(
     tokio::spawn(recovery.clone().run());
     tokio::spawn(repair.clone().run());
     tokio::spawn(sweeper.clone().run());
-    tokio::spawn(hand_on_effects(applied, recovery.clone(), sweeper));
+    tokio::spawn(hand_on_effects(applied, recovery.clone(), sweeper.clone()));
     tokio::spawn(open_client(config.clone(), client_tls, client));
     tokio::spawn(watch_for_strangers(
         config.clone(),
@@ -218,6 +218,7 @@ async fn run_parts(
         reader,
         recovery,
         repair,
+        sweeper,
         space,
         leases: Leases::default(),
         sessions,
@@ -356,7 +357,7 @@ async fn serve_http(
     let state = RestState {
         client,
         status: Arc::new(move || status::status(&for_status)),
-        admin: admin::router(node),
+        admin: admin::router(node, config.secret.clone()),
         request_timeout: Duration::from_millis(config.request_timeout_ms),
     };
     let stop = async move {

@@ -271,12 +271,20 @@ fn p7_verifying_a_file_tells_and_repairs() {
 fn p7_what_no_node_has_a_good_copy_of_is_named() {
     let sandbox = Sandbox::light("repair-unrepairable");
     let mut random = Random::announced();
-    let cluster = Cluster::builder(&sandbox).arguments(&BUSY_SCRUB).start();
+    // A busy scrub would repair the first copy while the second is being damaged.
+    let cluster = Cluster::builder(&sandbox).arguments(&IDLE_SCRUB).start();
     let files = upload(&cluster, 1, "deep/down", (0..5).map(|_| 100 << 10), &mut random);
     cluster.wait_at_rest();
     for slot in cluster.slots() {
         damage(&cluster, slot, &files[3], 5000);
     }
+    let asked = json!({ "file_path": files[3].0 }).to_string();
+    let verdict: Value = cluster
+        .http(2)
+        .post("/repair/verify", asked)
+        .expect(&[200])
+        .json();
+    assert_eq!(verdict["state"], "damaged", "{verdict}");
     for slot in cluster.slots() {
         let status = wait_until("it is named", Duration::from_secs(30), || {
             let status = ask(&cluster, slot, "/repair/status");
@@ -434,7 +442,6 @@ fn p7_deleting_files_gives_room_back() {
     for n in (0..count).filter(|n| n % 10 != 0) {
         fs::remove_file(folder.join(format!("{n}"))).expect("remove");
     }
-    // A slow writer: what it has put and not yet named must live.
     let began = Instant::now();
     for slot in cluster.slots() {
         let was = before[slot - 1];

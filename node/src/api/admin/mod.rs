@@ -3,6 +3,7 @@
 //! Each file has the routes of one subject; the handlers encode what the subject's own part of the node knows, and know
 //! nothing of how it comes to know it. Errors are those of the REST interface.
 
+mod internal;
 mod recovery;
 mod repair;
 
@@ -12,10 +13,12 @@ use axum::Router;
 
 use crate::api::rest::error::ApiError;
 use crate::node::{Node, Parts};
+use crate::transport::ClusterSecret;
 
-/// All of it, for `node`.
-pub fn router(node: Arc<Node>) -> Router {
+/// All of it, for `node`; `secret` is what the internal endpoints ask for.
+pub fn router(node: Arc<Node>, secret: Option<ClusterSecret>) -> Router {
     Router::new()
+        .merge(internal::routes(secret))
         .merge(recovery::routes())
         .merge(repair::routes())
         .with_state(node)
