@@ -251,6 +251,7 @@ impl Recovery {
                     self.ledger.lock().walk_found(*id, record.length);
                 }
             }
+            self.fetch_soon.notify_one();
         }
         self.ledger.lock().walk_ends(named, view.named_change());
         Ok(named.chunks)
