@@ -4,12 +4,12 @@
 //! Knows nothing of what the settings do.
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use serde::Deserialize;
 
-use crate::transport::TlsFiles;
+use crate::transport::{ClusterSecret, TlsFiles};
 
 /// Highest slot number, and so the most members ever configured.
 const SLOT_MAX: u16 = 255;
@@ -108,6 +108,9 @@ pub struct Settings {
     /// How often the health of each other node is probed, in milliseconds (default: 5000)
     #[arg(long, env = "QUORUMFS_PROBE_INTERVAL_MS", value_name = "MS")]
     probe_interval_ms: Option<u64>,
+    /// A file with the cluster's secret, the same for every node: who shows it may use /replicate and /delete-content
+    #[arg(long, env = "QUORUMFS_SECRET_FILE", value_name = "FILE")]
+    secret_file: Option<PathBuf>,
     /// A TOML file with any of these settings (the names are the same, without the dashes in front)
     #[arg(long, env = "QUORUMFS_CONFIG", value_name = "FILE")]
     #[serde(skip)]
@@ -176,6 +179,15 @@ pub struct Config {
     pub ntp_interval_ms: u64,
     /// How often the other nodes are probed, in milliseconds.
     pub probe_interval_ms: u64,
+    /// What opens the internal endpoints; nothing does where there is none.
+    pub secret: Option<ClusterSecret>,
+}
+
+impl Config {
+    /// This node's gRPC address as others reach it.
+    pub fn grpc(&self) -> &str {
+        &self.members[usize::from(self.slot) - 1]
+    }
 }
 
 impl Settings {
@@ -218,6 +230,7 @@ impl Settings {
             ntp: self.ntp.or(file.ntp),
             ntp_interval_ms: self.ntp_interval_ms.or(file.ntp_interval_ms),
             probe_interval_ms: self.probe_interval_ms.or(file.probe_interval_ms),
+            secret_file: self.secret_file.or(file.secret_file),
             config: self.config,
         }
     }
@@ -317,6 +330,7 @@ impl Settings {
         let ntp_interval_ms = within("ntp-interval-ms", self.ntp_interval_ms, 64_000, 100..=600_000)?;
         let probe_interval_ms = within("probe-interval-ms", self.probe_interval_ms, 5_000, 100..=600_000)?;
         let ntp = ntp_servers(self.ntp.unwrap_or_else(|| vec![NTP_DEFAULT.to_string()]))?;
+        let secret = self.secret_file.as_deref().map(read_secret).transpose()?;
         let log = self.log.unwrap_or_else(|| "info".to_string());
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log) {
             return Err(invalid(
@@ -342,6 +356,7 @@ impl Settings {
             ntp,
             ntp_interval_ms,
             probe_interval_ms,
+            secret,
         })
     }
 }
@@ -406,6 +421,22 @@ fn ntp_servers(given: Vec<String>) -> Result<Vec<String>, ConfigError> {
         Ok(whole)
     };
     given.into_iter().map(with_port).collect()
+}
+
+/// The cluster's secret, as it stands in a file.
+fn read_secret(path: &Path) -> Result<ClusterSecret, ConfigError> {
+    let fail = |reason: String| ConfigError::Invalid {
+        field: "secret-file",
+        reason,
+    };
+    let content = std::fs::read(path).map_err(|e| fail(format!("{}: {e}", path.display())))?;
+    ClusterSecret::new(&content).ok_or_else(|| {
+        fail(format!(
+            "{} has less than {} bytes; `openssl rand -hex 32` makes a good secret",
+            path.display(),
+            ClusterSecret::BYTES_MIN
+        ))
+    })
 }
 
 fn check_address(field: &'static str, address: &str) -> Result<(), ConfigError> {
@@ -481,6 +512,15 @@ mod tests {
                 .unwrap_err()
                 .contains("--scrub-mib-per-s: 0 is not from 1")
         );
+        let dir = tempfile::tempdir().unwrap();
+        let secret = dir.path().join("secret");
+        let with_secret = [&GOOD[..], &["--secret-file", secret.to_str().unwrap()]].concat();
+        assert!(resolve(&with_secret).unwrap_err().contains("--secret-file"));
+        std::fs::write(&secret, "too short\n").unwrap();
+        assert!(resolve(&with_secret).unwrap_err().contains("less than 16 bytes"));
+        std::fs::write(&secret, "0123456789abcdef\n").unwrap();
+        let secret = resolve(&with_secret).unwrap().secret.unwrap();
+        assert!(secret.is(b"0123456789abcdef") && !secret.is(b"0123456789abcdee"));
         assert!(with(5, "0.0.0.0:8082").contains("insecure-plaintext"));
         assert!(resolve(&GOOD[..6]).unwrap_err().contains("--data is not set"));
         assert!(resolve(&["--nonsense"]).unwrap_err().contains("--nonsense"));

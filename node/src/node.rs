@@ -17,6 +17,7 @@ use crate::consensus::Consensus;
 use crate::content::ContentStore;
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::Repair;
+use crate::healing::sweep::Sweeper;
 use crate::metadata::MetadataStore;
 use crate::read::Reader;
 use crate::write::Writer;
@@ -48,6 +49,8 @@ pub struct Parts {
     pub recovery: Arc<Recovery>,
     /// Verifies what is held and makes bad copies anew.
     pub repair: Arc<Repair>,
+    /// Frees what is dead.
+    pub sweeper: Arc<Sweeper>,
     /// Knows who has room.
     pub space: Arc<SpaceMonitor>,
     /// Knows who may answer from what it knows.

@@ -256,7 +256,7 @@ async fn run_parts(
     tokio::spawn(recovery.clone().run());
     tokio::spawn(repair.clone().run());
     tokio::spawn(sweeper.clone().run());
-    tokio::spawn(hand_on_effects(applied, recovery.clone(), sweeper));
+    tokio::spawn(hand_on_effects(applied, recovery.clone(), sweeper.clone()));
     tokio::spawn(open_client(config.clone(), client_tls, client));
     tokio::spawn(watch_for_strangers(
         config.clone(),
@@ -276,6 +276,7 @@ async fn run_parts(
         reader,
         recovery,
         repair,
+        sweeper,
         space,
         leases: Leases::default(),
         roster,
@@ -416,7 +417,7 @@ async fn serve_http(
     let state = RestState {
         client: client.clone(),
         status: Arc::new(move || status::status(&for_status)),
-        admin: admin::router(node).layer(axum::Extension(client)),
+        admin: admin::router(node, config.secret.clone()).layer(axum::Extension(client)),
         request_timeout: Duration::from_millis(config.request_timeout_ms),
     };
     let stop = async move {

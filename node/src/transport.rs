@@ -12,7 +12,8 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use quorumfs_proto::limits::MESSAGE_BYTES_MAX;
 use quorumfs_proto::wire::peer_client::PeerClient;
-use quorumfs_proto::{Addresses, ClusterId};
+use quorumfs_proto::{Addresses, ClusterId, Sha256};
+use subtle::ConstantTimeEq as _;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -142,5 +143,31 @@ impl Transport {
         let channel = endpoint.connect_lazy();
         channels.insert(key, channel.clone());
         Ok(channel)
+    }
+}
+
+/// What those know who may use the internal endpoints of REST: the content of a file that every node is given.
+#[derive(Clone)]
+pub struct ClusterSecret(Sha256);
+
+impl ClusterSecret {
+    /// Fewer bytes can be guessed.
+    pub const BYTES_MIN: usize = 16;
+
+    /// The content of a file, without the white space around it; `None` where that is too short.
+    pub fn new(content: &[u8]) -> Option<ClusterSecret> {
+        let content = content.trim_ascii();
+        (content.len() >= ClusterSecret::BYTES_MIN).then(|| ClusterSecret(Sha256::of(content)))
+    }
+
+    /// Whether `shown` is the secret. How long it takes tells nothing of where they differ.
+    pub fn is(&self, shown: &[u8]) -> bool {
+        self.0.0.ct_eq(&Sha256::of(shown).0).into()
+    }
+}
+
+impl std::fmt::Debug for ClusterSecret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ClusterSecret(…)")
     }
 }

@@ -142,6 +142,16 @@ impl Http {
         self.try_post(path, body).unwrap_or_else(|e| panic!("{e}"))
     }
 
+    /// POST with more headers.
+    #[track_caller]
+    pub fn post_with(&self, path: &str, headers: &[(&str, &str)], body: impl Into<Vec<u8>>) -> Reply {
+        let mut request = self.client.post(self.url(path)).body(body.into());
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        Self::send(request).unwrap_or_else(|e| panic!("POST {path}: {e}"))
+    }
+
     /// POST, to a node that may not be there.
     pub fn try_post(&self, path: &str, body: impl Into<Vec<u8>>) -> Result<Reply, String> {
         let request = self.client.post(self.url(path)).body(body.into());

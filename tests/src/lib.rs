@@ -32,6 +32,7 @@
 pub mod cluster;
 pub mod damage;
 pub mod environment;
+pub mod healing;
 pub mod http;
 pub mod mount;
 pub mod posix;

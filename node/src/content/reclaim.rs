@@ -101,6 +101,9 @@ impl ContentStore {
         self.writer.fault.check()?;
         let _one_at_a_time = self.reclaim.lock();
         let removed = self.index.take_aside(ids);
+        if removed.is_empty() {
+            return Ok(0);
+        }
         self.release(removed)
     }
 

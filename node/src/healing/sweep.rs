@@ -38,6 +38,23 @@ const REWRITE_BYTES_PER_S: u64 = 16 << 20;
 /// Chunks looked over between two barriers.
 const PAGE_CHUNKS: usize = 4096;
 
+/// Why content was not deleted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DeleteError {
+    /// There is none.
+    #[error("it is not held here")]
+    NotHeld,
+    /// Files name it.
+    #[error("files name this chunk: its content stays")]
+    Referenced,
+    /// Whoever put it lives and may still name it.
+    #[error("no file names this chunk yet, but the client that put it still may")]
+    MayBeNamed,
+    /// It cannot be known, or the disk says no.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
 /// See the module.
 pub struct Sweeper {
     consensus: Consensus,
@@ -83,6 +100,33 @@ impl Sweeper {
             tokio::time::sleep(Duration::from_millis(GATHER_MS)).await;
             let dead = std::mem::take(&mut *self.queue.lock());
             self.discard(dead).await;
+        }
+    }
+
+    /// Drops this node's copy of a chunk, if it is dead; answers how many bytes of disk came back.
+    pub async fn delete(&self, id: ChunkId) -> Result<u64, DeleteError> {
+        let unavailable = |reason: String| DeleteError::Unavailable(reason);
+        // Looked at before the barrier: whatever session put it, its opening is in the view that judges it.
+        if !self.content.contains(id) {
+            return Err(DeleteError::NotHeld);
+        }
+        self.repair.come_up_to_date().await.map_err(unavailable)?;
+        let view = self
+            .metadata
+            .view()
+            .map_err(|fault| unavailable(fault.to_string()))?;
+        match (view.chunk(id), is_dead(&view, id)) {
+            (Ok(Some(_)), _) => return Err(DeleteError::Referenced),
+            (Ok(None), Ok(false)) => return Err(DeleteError::MayBeNamed),
+            (Ok(None), Ok(true)) => {}
+            (Err(fault), _) | (_, Err(fault)) => return Err(unavailable(fault.to_string())),
+        }
+        let content = self.content.clone();
+        let discarded = tokio::task::spawn_blocking(move || content.discard(&[id])).await;
+        match discarded {
+            Ok(Ok(bytes)) => Ok(bytes),
+            Ok(Err(error)) => Err(unavailable(error.to_string())),
+            Err(panic) => Err(unavailable(panic.to_string())),
         }
     }
 

@@ -5,6 +5,7 @@
 
 mod dashboard;
 mod health;
+mod internal;
 mod membership;
 mod nodes;
 mod recovery;
@@ -18,14 +19,16 @@ use serde::de::DeserializeOwned;
 
 use crate::api::rest::error::ApiError;
 use crate::node::{Node, Parts};
+use crate::transport::ClusterSecret;
 
-/// All of it, for `node`.
-pub fn router(node: Arc<Node>) -> Router {
+/// All of it, for `node`; `secret` is what the internal endpoints ask for.
+pub fn router(node: Arc<Node>, secret: Option<ClusterSecret>) -> Router {
     Router::new()
         .merge(dashboard::routes())
         .merge(health::routes())
         .merge(membership::routes())
         .merge(nodes::routes())
+        .merge(internal::routes(secret))
         .merge(recovery::routes())
         .merge(repair::routes())
         .with_state(node)

@@ -81,6 +81,8 @@ struct Missing {
     /// Fetches that failed.
     failures: u32,
     fetching: bool,
+    /// Whether it was put before all others, since the last attempt.
+    preferred: bool,
 }
 
 /// The books.
@@ -112,8 +114,9 @@ impl Ledger {
 
     /// `id` should be here and is not.
     pub fn add(&mut self, id: ChunkId, length: u32, when: When) {
-        if self.missing.contains_key(&id) {
-            if when == When::First {
+        if let Some(missing) = self.missing.get_mut(&id) {
+            // Once, however many ask for it.
+            if when == When::First && !std::mem::replace(&mut missing.preferred, true) {
                 self.ready.push_front(id);
             }
             return;
@@ -128,6 +131,7 @@ impl Ledger {
                 length,
                 failures: 0,
                 fetching: false,
+                preferred: when == When::First,
             },
         );
         self.missing_amount.add(length);
@@ -164,6 +168,7 @@ impl Ledger {
                 && !missing.fetching
             {
                 missing.fetching = true;
+                missing.preferred = false;
                 return Ok((id, missing.length));
             }
         }

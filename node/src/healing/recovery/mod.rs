@@ -11,6 +11,7 @@
 
 mod fetch;
 pub mod ledger;
+mod offer;
 mod status;
 
 use std::collections::{BTreeSet, HashMap};
@@ -31,6 +32,7 @@ use crate::consensus::{AppliedEffects, Consensus};
 use crate::content::{ContentStore, PeerChunks};
 use crate::metadata::{Failure, MetadataStore};
 
+pub use self::offer::{OfferError, Offered};
 pub use self::status::{PassKind, PassReport, RecoveryStatus, SyncReport};
 
 /// A chunk named by an apply is mostly on its way from the leader; it is fetched only if it has not come by then.
@@ -249,6 +251,7 @@ impl Recovery {
                     self.ledger.lock().walk_found(*id, record.length);
                 }
             }
+            self.fetch_soon.notify_one();
         }
         self.ledger.lock().walk_ends(named, view.named_change());
         Ok(named.chunks)

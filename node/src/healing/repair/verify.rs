@@ -159,7 +159,10 @@ impl Repair {
         shown: &str,
         from: u64,
     ) -> Result<FileVerdict, VerifyError> {
-        self.come_up_to_date().await;
+        // A file that was just made must not be unknown; without a leader, what this node knows must do.
+        if let Err(reason) = self.come_up_to_date().await {
+            debug!(reason, "verifying a file as this node knows it");
+        }
         let repair = Arc::clone(self);
         let wanted = tokio::task::spawn_blocking(move || repair.chunks_of(&path, from))
             .await
@@ -295,9 +298,9 @@ impl Repair {
         }
     }
 
-    /// Waits until this node has applied what the leader has now, or a while: a file that was just made must not be
-    /// unknown. Without a leader, what this node knows must do.
-    async fn come_up_to_date(&self) {
+    /// Waits until this node has applied what the leader has now. Says why not, where it takes more than a few seconds
+    /// or there is no leader.
+    pub async fn come_up_to_date(&self) -> Result<(), String> {
         let reach = async {
             let consensus = &self.parts.consensus;
             if consensus.is_leader() {
@@ -320,10 +323,9 @@ impl Repair {
             }
             Ok(())
         };
-        let reached = tokio::time::timeout(Duration::from_millis(UP_TO_DATE_MS), reach).await;
-        if !matches!(reached, Ok(Ok(()))) {
-            debug!(?reached, "verifying a file as this node knows it");
-        }
+        tokio::time::timeout(Duration::from_millis(UP_TO_DATE_MS), reach)
+            .await
+            .unwrap_or_else(|_| Err(format!("this node does not catch up within {UP_TO_DATE_MS} ms")))
     }
 }
 
