@@ -90,6 +90,17 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
+    /// Both together.
+    pub fn merged(&self, other: &Snapshot) -> Snapshot {
+        Snapshot {
+            count: self.count + other.count,
+            sum: self.sum.wrapping_add(other.sum),
+            max: self.max.max(other.max),
+            // All have the same buckets.
+            buckets: self.buckets.wrapping_add(&other.buckets).unwrap_or_else(|_| self.buckets.clone()),
+        }
+    }
+
     /// How many values.
     pub fn count(&self) -> u64 {
         self.count
@@ -188,6 +199,9 @@ mod tests {
         assert_eq!(snapshot.quantile(1.0), 1_000_000, "never above the largest");
         let below = snapshot.count_up_to(500_000);
         assert!((48_000..=50_000).contains(&below), "{below}");
+        let twice = snapshot.merged(&snapshot);
+        assert_eq!((twice.count(), twice.max()), (200_000, 1_000_000));
+        assert_eq!(twice.quantile(0.5), snapshot.quantile(0.5));
         let latency = snapshot.latency();
         assert!(latency.p50_us <= latency.p90_us && latency.p90_us <= latency.p99_us);
         assert!(latency.p99_us <= latency.max_us);

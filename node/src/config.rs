@@ -13,6 +13,8 @@ use crate::transport::TlsFiles;
 
 /// Highest slot number, and so the most members ever configured.
 const SLOT_MAX: u16 = 255;
+/// How often the log sums up what was done, unless told otherwise.
+const METRICS_SUMMARY_S: u64 = 300;
 
 /// One node of a QuorumFS cluster: keeps a copy of every file, takes part in every decision.
 ///
@@ -63,6 +65,9 @@ pub struct Settings {
     /// How long a REST request waits for a quorum before it is answered 503, in milliseconds
     #[arg(long, env = "QUORUMFS_REQUEST_TIMEOUT_MS", value_name = "MS")]
     request_timeout_ms: Option<u64>,
+    /// How often a line in the log sums up what was done, where something was, in seconds
+    #[arg(long, env = "QUORUMFS_METRICS_SUMMARY_S", value_name = "S")]
+    metrics_summary_s: Option<u64>,
     /// A TOML file with any of these settings (the names are the same, without the dashes in front)
     #[arg(long, env = "QUORUMFS_CONFIG", value_name = "FILE")]
     #[serde(skip)]
@@ -114,6 +119,8 @@ pub struct Config {
     pub log: String,
     /// How long a REST request waits for a quorum, in milliseconds.
     pub request_timeout_ms: u64,
+    /// How often a line in the log sums up what was done, in seconds.
+    pub metrics_summary_s: u64,
 }
 
 impl Config {
@@ -155,6 +162,7 @@ impl Settings {
             insecure_plaintext: self.insecure_plaintext.or(file.insecure_plaintext),
             log: self.log.or(file.log),
             request_timeout_ms: self.request_timeout_ms.or(file.request_timeout_ms),
+            metrics_summary_s: self.metrics_summary_s.or(file.metrics_summary_s),
             config: self.config,
         }
     }
@@ -235,6 +243,13 @@ impl Settings {
                 format!("{request_timeout_ms} is not from 100 to 600000"),
             ));
         }
+        let metrics_summary_s = self.metrics_summary_s.unwrap_or(METRICS_SUMMARY_S);
+        if !(1..=86_400).contains(&metrics_summary_s) {
+            return Err(invalid(
+                "metrics-summary-s",
+                format!("{metrics_summary_s} is not from 1 to 86400"),
+            ));
+        }
         let log = self.log.unwrap_or_else(|| "info".to_string());
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log) {
             return Err(invalid(
@@ -252,6 +267,7 @@ impl Settings {
             tls,
             log,
             request_timeout_ms,
+            metrics_summary_s,
         })
     }
 }

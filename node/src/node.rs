@@ -9,6 +9,7 @@ use quorumfs_proto::{ClusterId, Member};
 use crate::cluster::bootstrap::WaitReason;
 use crate::cluster::identity::{DataFolder, Membership};
 use crate::cluster::leases::Leases;
+use crate::cluster::metrics::Metrics;
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::Consensus;
@@ -23,6 +24,7 @@ pub struct Node {
     own: Member,
     folder: DataFolder,
     waiting_for: WaitReason,
+    metrics: Arc<Metrics>,
     parts: OnceLock<Parts>,
 }
 
@@ -57,6 +59,7 @@ impl Node {
             own,
             folder,
             waiting_for: WaitReason::default(),
+            metrics: Arc::default(),
             parts: OnceLock::new(),
         }
     }
@@ -84,6 +87,11 @@ impl Node {
     /// Who this node is.
     pub fn own(&self) -> &Member {
         &self.own
+    }
+
+    /// What it does, counted.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
     }
 
     /// The cluster this node's folder belongs to.

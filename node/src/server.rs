@@ -22,10 +22,12 @@ use tracing::{error, info};
 use crate::api::fs::FileSystemService;
 use crate::api::peer::PeerService;
 use crate::api::rest::{self, ClientHandle, RestState};
+use crate::api::http_metrics::counted;
 use crate::api::{admin, status};
 use crate::cluster::bootstrap::{find_membership, watch_for_strangers};
 use crate::cluster::identity::DataFolder;
 use crate::cluster::leases::Leases;
+use crate::cluster::metrics::kinds::REST_DESCRIPTION;
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::config::Config;
@@ -75,6 +77,11 @@ pub async fn serve(
     let transport = Arc::new(Transport::new(client_tls.clone()));
     let node = Arc::new(Node::new(own, folder));
 
+    tokio::spawn(
+        node.metrics()
+            .clone()
+            .run(Duration::from_secs(config.metrics_summary_s)),
+    );
     let (stop, stopped) = watch::channel(false);
     let (client, client_handle) = watch::channel(ClientHandle::Connecting {
         reason: "the node is starting".to_string(),
@@ -161,7 +168,13 @@ async fn run_parts(
     );
     let sweeper = Sweeper::new(consensus.clone(), metadata.clone(), content.clone());
     let sessions = SessionKeeper::new(consensus.clone(), metadata.clone());
-    let writer = Writer::new(consensus.clone(), content.clone(), peers.clone(), space.clone());
+    let writer = Writer::new(
+        consensus.clone(),
+        content.clone(),
+        peers.clone(),
+        space.clone(),
+        node.metrics().clone(),
+    );
     let reader = Reader::new(
         consensus.clone(),
         metadata.clone(),
@@ -260,7 +273,7 @@ async fn open_client(
     loop {
         let options = ClientOptions {
             addresses: addresses.clone(),
-            description: format!("REST of node {} at {}", config.slot, config.http),
+            description: format!("{REST_DESCRIPTION} {} at {}", config.slot, config.http),
             call_timeout: Some(Duration::from_millis(config.request_timeout_ms)),
             tls: tls.clone(),
             ..ClientOptions::default()
@@ -334,13 +347,13 @@ async fn serve_http(
     let state = RestState {
         client,
         status: Arc::new(move || status::status(&for_status)),
-        admin: admin::router(node),
+        admin: admin::router(node.clone()),
         request_timeout: Duration::from_millis(config.request_timeout_ms),
     };
     let stop = async move {
         let _ = stopped.wait_for(|stop| *stop).await;
     };
-    if let Err(failed) = axum::serve(listener, rest::router(state))
+    if let Err(failed) = axum::serve(listener, counted(rest::router(state), &node))
         .with_graceful_shutdown(stop)
         .await
     {

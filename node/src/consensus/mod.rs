@@ -22,6 +22,7 @@ mod fatal;
 mod flusher;
 mod log;
 mod maintenance;
+mod meters;
 mod network;
 mod options;
 mod service;
@@ -35,7 +36,7 @@ mod wal;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use openraft::async_runtime::WatchReceiver;
@@ -51,6 +52,7 @@ use self::barrier::Barrier;
 use self::fatal::FatalSignal;
 use self::flusher::Flusher;
 use self::log::LogStore;
+use self::meters::Meters;
 use self::network::NetworkFactory;
 use self::snapshot::SnapshotTraffic;
 use self::state_machine::StateMachine;
@@ -61,6 +63,7 @@ use crate::transport::Transport;
 
 pub use self::fatal::FatalError;
 pub use self::log::LogStatus;
+pub use self::meters::ConsensusMeasured;
 pub use self::options::{ConsensusOptions, Timings};
 pub use self::state_machine::AppliedEffects;
 pub use self::status::{ConsensusStatus, Role};
@@ -181,7 +184,7 @@ struct Inner {
     heard_of_leader: Arc<Mutex<Option<Instant>>>,
     /// Whether commands that take space are admitted.
     has_room: AtomicBool,
-    effects_dropped: Arc<AtomicU64>,
+    meters: Arc<Meters>,
     /// One snapshot is received at a time.
     receiving: tokio::sync::Mutex<()>,
     options: ConsensusOptions,
@@ -214,14 +217,14 @@ impl Consensus {
         let age_max = Duration::from_millis(options.flush_age_ms);
         let flusher = Flusher::start(metadata.clone(), content, log.clone(), fatal.clone(), age_max)?;
         let traffic = SnapshotTraffic::new(options.hold_log_bytes_max);
-        let effects_dropped = Arc::new(AtomicU64::new(0));
+        let meters = Arc::new(Meters::default());
         let machine = StateMachine::new(
             metadata.clone(),
             flusher.clone(),
             log.clone(),
             traffic.clone(),
             effects,
-            effects_dropped.clone(),
+            meters.clone(),
             fatal.clone(),
         )?;
         let id = VoterId(options.id);
@@ -246,7 +249,7 @@ impl Consensus {
             recovered: AtomicBool::new(false),
             heard_of_leader: Arc::default(),
             has_room: AtomicBool::new(true),
-            effects_dropped,
+            meters,
             receiving: tokio::sync::Mutex::new(()),
             options,
             tasks: Mutex::new(Vec::new()),

@@ -10,7 +10,8 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use futures::{Stream, StreamExt};
 use openraft::storage::{ApplyResponder, EntryResponder, RaftStateMachine};
@@ -21,6 +22,7 @@ use tokio::sync::mpsc;
 use super::fatal::{FatalError, FatalSignal};
 use super::flusher::Flusher;
 use super::log::LogStore;
+use super::meters::Meters;
 use super::snapshot::{Builder, SnapshotData, SnapshotTraffic, held_snapshot};
 use super::types::{Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::content::StoredChunk;
@@ -62,7 +64,7 @@ pub struct StateMachine {
     log: LogStore,
     traffic: SnapshotTraffic,
     effects: mpsc::Sender<AppliedEffects>,
-    effects_dropped: Arc<AtomicU64>,
+    meters: Arc<Meters>,
     fatal: FatalSignal,
     membership: StoredMembership,
 }
@@ -92,7 +94,7 @@ impl StateMachine {
         log: LogStore,
         traffic: SnapshotTraffic,
         effects: mpsc::Sender<AppliedEffects>,
-        effects_dropped: Arc<AtomicU64>,
+        meters: Arc<Meters>,
         fatal: FatalSignal,
     ) -> Result<StateMachine, codec::DecodeError> {
         let (_, membership) = decode_position(&metadata.position())?;
@@ -102,13 +104,15 @@ impl StateMachine {
             log,
             traffic,
             effects,
-            effects_dropped,
+            meters,
             fatal,
             membership,
         })
     }
 
     fn apply_batch(&mut self, entries: Vec<EntryResponder<TypeConfig>>) -> Result<(), FatalError> {
+        let began = Instant::now();
+        let entries_count = entries.len() as u64;
         self.flusher.wait_for_room()?;
         let mut consequences = Consequences::default();
         let mut batch = self.metadata.begin();
@@ -146,6 +150,10 @@ impl StateMachine {
                 membership: Some(codec::encode(&self.membership)),
             });
             self.follow_up(last.index, consequences);
+            self.meters.applies.record_duration(began.elapsed());
+            self.meters
+                .entries_applied
+                .fetch_add(entries_count, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -179,7 +187,7 @@ impl StateMachine {
 
     fn tell(&self, effects: AppliedEffects) {
         if self.effects.try_send(effects).is_err() {
-            self.effects_dropped.fetch_add(1, Ordering::Relaxed);
+            self.meters.effects_dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
 

@@ -1,5 +1,7 @@
 //! What a node says about its part in the consensus.
 
+use std::sync::atomic::Ordering;
+
 use openraft::ServerState;
 use openraft::async_runtime::Instant as _;
 use quorumfs_proto::{Member, NodeId};
@@ -85,7 +87,7 @@ impl Consensus {
             purged: metrics.purged.map(|id| id.index),
             log: self.0.log.status(),
             overlay_bytes: self.0.metadata.overlay_bytes(),
-            effects_dropped: self.0.effects_dropped.load(super::Ordering::Relaxed),
+            effects_dropped: self.0.meters.effects_dropped.load(Ordering::Relaxed),
             barrier_rounds: self.0.barrier.rounds(),
             writable: reason.is_none(),
             reason,

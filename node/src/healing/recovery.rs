@@ -55,7 +55,7 @@ struct Queue {
 }
 
 /// How far the healing is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, utoipa::ToSchema)]
 pub struct RecoveryStatus {
     /// Whether chunks are being fetched or compared now.
     pub running: bool,

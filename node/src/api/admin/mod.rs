@@ -3,6 +3,8 @@
 //! Each file has the routes of one subject; the handlers encode what the subject's own part of the node knows, and know
 //! nothing of how it comes to know it. Errors are those of the REST interface.
 
+mod metrics;
+mod openapi;
 mod recovery;
 
 use std::sync::Arc;
@@ -14,7 +16,11 @@ use crate::node::{Node, Parts};
 
 /// All of it, for `node`.
 pub fn router(node: Arc<Node>) -> Router {
-    Router::new().merge(recovery::routes()).with_state(node)
+    Router::new()
+        .merge(metrics::routes())
+        .merge(openapi::routes())
+        .merge(recovery::routes())
+        .with_state(node)
 }
 
 /// What the node is made of; 503 before it is.
