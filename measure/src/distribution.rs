@@ -97,7 +97,10 @@ impl Snapshot {
             sum: self.sum.wrapping_add(other.sum),
             max: self.max.max(other.max),
             // All have the same buckets.
-            buckets: self.buckets.wrapping_add(&other.buckets).unwrap_or_else(|_| self.buckets.clone()),
+            buckets: self
+                .buckets
+                .wrapping_add(&other.buckets)
+                .unwrap_or_else(|_| self.buckets.clone()),
         }
     }
 

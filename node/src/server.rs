@@ -20,9 +20,9 @@ use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tracing::{error, info};
 
 use crate::api::fs::FileSystemService;
+use crate::api::http_metrics::counted;
 use crate::api::peer::PeerService;
 use crate::api::rest::{self, ClientHandle, RestState};
-use crate::api::http_metrics::counted;
 use crate::api::{admin, status};
 use crate::cluster::bootstrap::{find_membership, watch_for_strangers};
 use crate::cluster::identity::DataFolder;

@@ -106,7 +106,9 @@ pub(super) async fn metrics(
             ([(CONTENT_TYPE, exposition::CONTENT_TYPE)], text).into_response()
         }
     };
-    response.headers_mut().insert(VARY, HeaderValue::from_static("accept"));
+    response
+        .headers_mut()
+        .insert(VARY, HeaderValue::from_static("accept"));
     Ok(response)
 }
 
@@ -191,13 +193,19 @@ mod tests {
     fn scrapers_get_text_and_people_json() {
         assert_eq!(wanted(None, &[]), Some(Format::Json));
         assert_eq!(wanted(None, &["*/*"]), Some(Format::Json));
-        assert_eq!(wanted(None, &["text/html,application/json;q=0.9,*/*"]), Some(Format::Json));
+        assert_eq!(
+            wanted(None, &["text/html,application/json;q=0.9,*/*"]),
+            Some(Format::Json)
+        );
         assert_eq!(wanted(None, &["text/plain"]), Some(Format::Prometheus));
         // Prometheus itself.
         let scraper =
             "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.4,*/*;q=0.1";
         assert_eq!(wanted(None, &[scraper]), Some(Format::Prometheus));
-        assert_eq!(wanted(Some("prometheus"), &["application/json"]), Some(Format::Prometheus));
+        assert_eq!(
+            wanted(Some("prometheus"), &["application/json"]),
+            Some(Format::Prometheus)
+        );
         assert_eq!(wanted(Some("json"), &["text/plain"]), Some(Format::Json));
         assert_eq!(wanted(Some("xml"), &[]), None);
     }

@@ -116,9 +116,15 @@ mod tests {
     #[test]
     fn every_route_is_described_and_nothing_else() {
         let mut routes = BTreeSet::new();
-        routes_in(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src/api"), &mut routes);
+        routes_in(
+            &Path::new(env!("CARGO_MANIFEST_DIR")).join("src/api"),
+            &mut routes,
+        );
         routes.retain(|route| !BARE.contains(&route.as_str()));
-        assert!(routes.contains("/files") && routes.contains("/upload/{path}"), "{routes:?}");
+        assert!(
+            routes.contains("/files") && routes.contains("/upload/{path}"),
+            "{routes:?}"
+        );
         let described: BTreeSet<String> = document().paths.paths.into_keys().collect();
         let missing: Vec<_> = routes.difference(&described).collect();
         assert!(missing.is_empty(), "served, and not described: {missing:?}");
@@ -139,7 +145,11 @@ mod tests {
         }
         assert!(names.values().all(|count| *count == 1), "{names:?}");
         let text = serde_json::to_string(&document).unwrap();
-        for expected in ["\"head_upload_path\"", "\"hint\"", "\"#/components/schemas/ErrorBody\""] {
+        for expected in [
+            "\"head_upload_path\"",
+            "\"hint\"",
+            "\"#/components/schemas/ErrorBody\"",
+        ] {
             assert!(text.contains(expected), "no {expected}");
         }
     }

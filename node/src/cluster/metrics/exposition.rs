@@ -348,11 +348,7 @@ fn node(families: &mut Families, report: &MetricsReport) {
             "Bytes of the log's files.",
             raft.log_bytes as f64,
         ),
-        (
-            "quorumfs_content_chunks",
-            "Chunks held.",
-            content.chunks as f64,
-        ),
+        ("quorumfs_content_chunks", "Chunks held.", content.chunks as f64),
         (
             "quorumfs_content_bytes",
             "Bytes of the chunks held.",
@@ -388,11 +384,7 @@ fn node(families: &mut Families, report: &MetricsReport) {
         families.gauge(name, help, value);
     }
     let counters: [(&str, &str, u64); 5] = [
-        (
-            "quorumfs_raft_flushes_total",
-            "Flushes of the log.",
-            raft.flushes,
-        ),
+        ("quorumfs_raft_flushes_total", "Flushes of the log.", raft.flushes),
         (
             "quorumfs_raft_entries_flushed_total",
             "Entries made durable.",

@@ -40,132 +40,98 @@ impl Origin {
     }
 }
 
-/// What is done to files. One command may do several; each counts, and takes as long as the command.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum OperationKind {
-    Create,
-    CreateUnlinked,
-    Mkdir,
-    Symlink,
-    Mknod,
-    Link,
-    Delete,
-    Rmdir,
-    Rename,
-    SetAttributes,
-    Write,
-    Append,
-    SetXattr,
-    RemoveXattr,
-    Release,
-    Lookup,
-    GetAttributes,
-    List,
-    ReadLink,
-    GetXattr,
-    ListXattrs,
-    Extents,
-    Space,
-    Read,
-    PutChunk,
-    Session,
+/// Defines an enum whose values have a name for machines and a meaning for people, and the list of all of them in the
+/// order of their numbers.
+macro_rules! kinds {
+    ($(#[$about:meta])* $kind:ident { $($variant:ident $name:literal $meaning:literal,)* }) => {
+        $(#[$about])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum $kind {
+            $(#[doc = $meaning] $variant,)*
+        }
+
+        impl $kind {
+            /// All of them, by index.
+            pub const ALL: [$kind; [$($name),*].len()] = [$($kind::$variant),*];
+
+            /// As it is shown.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $($kind::$variant => $name,)*
+                }
+            }
+
+            /// What it is, for people.
+            pub fn meaning(self) -> &'static str {
+                match self {
+                    $($kind::$variant => $meaning,)*
+                }
+            }
+        }
+    };
+}
+
+kinds! {
+    /// What is done to files. One command may do several; each counts, and takes as long as the command.
+    OperationKind {
+        Create "create" "files made by name, or opened because they were there",
+        CreateUnlinked "create_unlinked" "files made without a name (REST uploads under way)",
+        Mkdir "mkdir" "directories made",
+        Symlink "symlink" "symbolic links made",
+        Mknod "mknod" "pipes, sockets' names and devices made",
+        Link "link" "names added (REST uploads appear so)",
+        Delete "delete" "names of files removed",
+        Rmdir "rmdir" "directories removed",
+        Rename "rename" "names moved",
+        SetAttributes "setattr" "attributes or sizes changed",
+        Write "write" "extents put into files; bytes: what they cover",
+        Append "append" "extents added at the end of files",
+        SetXattr "setxattr" "extended attributes set",
+        RemoveXattr "removexattr" "extended attributes removed",
+        Release "release" "unlinked files let go of",
+        Lookup "lookup" "names and paths looked up",
+        GetAttributes "getattr" "attributes asked for",
+        List "list" "pieces of directory listings",
+        ReadLink "readlink" "symbolic links read",
+        GetXattr "getxattr" "extended attributes read",
+        ListXattrs "listxattr" "extended attributes listed",
+        Extents "extents" "files opened: where their bytes are",
+        Space "statfs" "free space asked for",
+        Read "read" "ranges of chunks read; bytes: what was sent",
+        PutChunk "put_chunk" "chunks brought; bytes: their payload, each once",
+        Session "session" "sessions opened, kept alive, closed",
+    }
+}
+
+kinds! {
+    /// Why nothing was decided; the client comes again.
+    RefusalKind {
+        NotLeader "not_leader" "this node does not lead",
+        Unavailable "unavailable" "nobody can decide now",
+        PutAgain "put_again" "chunks are not known to be on a quorum, and are to be put again",
+        UnknownSession "unknown_session" "the session is not known or has ended",
+        StaleSequence "stale_sequence" "a later call of the lane was decided already",
+        Invalid "invalid" "the call is out of bounds",
+    }
+}
+
+kinds! {
+    /// What an HTTP request is about: the method and the first part of its path.
+    Endpoint {
+        Upload "upload" "files stored",
+        Download "download" "files read",
+        Delete "delete" "files removed",
+        List "list" "files listed",
+        Status "status" "the node's status",
+        Metrics "metrics" "metrics",
+        Health "health" "health",
+        Recovery "recovery" "recovery",
+        Repair "repair" "repair",
+        Other "other" "all else",
+    }
 }
 
 impl OperationKind {
-    /// All of them, by index.
-    pub const ALL: [OperationKind; 26] = [
-        OperationKind::Create,
-        OperationKind::CreateUnlinked,
-        OperationKind::Mkdir,
-        OperationKind::Symlink,
-        OperationKind::Mknod,
-        OperationKind::Link,
-        OperationKind::Delete,
-        OperationKind::Rmdir,
-        OperationKind::Rename,
-        OperationKind::SetAttributes,
-        OperationKind::Write,
-        OperationKind::Append,
-        OperationKind::SetXattr,
-        OperationKind::RemoveXattr,
-        OperationKind::Release,
-        OperationKind::Lookup,
-        OperationKind::GetAttributes,
-        OperationKind::List,
-        OperationKind::ReadLink,
-        OperationKind::GetXattr,
-        OperationKind::ListXattrs,
-        OperationKind::Extents,
-        OperationKind::Space,
-        OperationKind::Read,
-        OperationKind::PutChunk,
-        OperationKind::Session,
-    ];
-
-    /// As it is shown.
-    pub fn name(self) -> &'static str {
-        match self {
-            OperationKind::Create => "create",
-            OperationKind::CreateUnlinked => "create_unlinked",
-            OperationKind::Mkdir => "mkdir",
-            OperationKind::Symlink => "symlink",
-            OperationKind::Mknod => "mknod",
-            OperationKind::Link => "link",
-            OperationKind::Delete => "delete",
-            OperationKind::Rmdir => "rmdir",
-            OperationKind::Rename => "rename",
-            OperationKind::SetAttributes => "setattr",
-            OperationKind::Write => "write",
-            OperationKind::Append => "append",
-            OperationKind::SetXattr => "setxattr",
-            OperationKind::RemoveXattr => "removexattr",
-            OperationKind::Release => "release",
-            OperationKind::Lookup => "lookup",
-            OperationKind::GetAttributes => "getattr",
-            OperationKind::List => "list",
-            OperationKind::ReadLink => "readlink",
-            OperationKind::GetXattr => "getxattr",
-            OperationKind::ListXattrs => "listxattr",
-            OperationKind::Extents => "extents",
-            OperationKind::Space => "statfs",
-            OperationKind::Read => "read",
-            OperationKind::PutChunk => "put_chunk",
-            OperationKind::Session => "session",
-        }
-    }
-
-    /// What it does, for people.
-    pub fn meaning(self) -> &'static str {
-        match self {
-            OperationKind::Create => "files made by name, or opened because they were there",
-            OperationKind::CreateUnlinked => "files made without a name (REST uploads under way)",
-            OperationKind::Mkdir => "directories made",
-            OperationKind::Symlink => "symbolic links made",
-            OperationKind::Mknod => "pipes, sockets' names and devices made",
-            OperationKind::Link => "names added (REST uploads appear so)",
-            OperationKind::Delete => "names of files removed",
-            OperationKind::Rmdir => "directories removed",
-            OperationKind::Rename => "names moved",
-            OperationKind::SetAttributes => "attributes or sizes changed",
-            OperationKind::Write => "extents put into files; bytes: what they cover",
-            OperationKind::Append => "extents added at the end of files",
-            OperationKind::SetXattr => "extended attributes set",
-            OperationKind::RemoveXattr => "extended attributes removed",
-            OperationKind::Release => "unlinked files let go of",
-            OperationKind::Lookup => "names and paths looked up",
-            OperationKind::GetAttributes => "attributes asked for",
-            OperationKind::List => "pieces of directory listings",
-            OperationKind::ReadLink => "symbolic links read",
-            OperationKind::GetXattr => "extended attributes read",
-            OperationKind::ListXattrs => "extended attributes listed",
-            OperationKind::Extents => "files opened: where their bytes are",
-            OperationKind::Space => "free space asked for",
-            OperationKind::Read => "ranges of chunks read; bytes: what was sent",
-            OperationKind::PutChunk => "chunks brought; bytes: their payload, each once",
-            OperationKind::Session => "sessions opened, kept alive, closed",
-        }
-    }
-
     /// What an operation of a command is.
     pub fn of_operation(operation: &Operation) -> OperationKind {
         use quorumfs_proto::command::NewKind;
@@ -174,10 +140,9 @@ impl OperationKind {
                 NewKind::File => OperationKind::Create,
                 NewKind::Directory => OperationKind::Mkdir,
                 NewKind::Symlink(_) => OperationKind::Symlink,
-                NewKind::Fifo
-                | NewKind::Socket
-                | NewKind::CharacterDevice(_)
-                | NewKind::BlockDevice(_) => OperationKind::Mknod,
+                NewKind::Fifo | NewKind::Socket | NewKind::CharacterDevice(_) | NewKind::BlockDevice(_) => {
+                    OperationKind::Mknod
+                }
             },
             Operation::CreateUnlinked { .. } => OperationKind::CreateUnlinked,
             Operation::Link { .. } => OperationKind::Link,
@@ -208,40 +173,7 @@ impl OperationKind {
     }
 }
 
-/// Why nothing was decided; the client comes again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RefusalKind {
-    NotLeader,
-    Unavailable,
-    PutAgain,
-    UnknownSession,
-    StaleSequence,
-    Invalid,
-}
-
 impl RefusalKind {
-    /// All of them, by index.
-    pub const ALL: [RefusalKind; 6] = [
-        RefusalKind::NotLeader,
-        RefusalKind::Unavailable,
-        RefusalKind::PutAgain,
-        RefusalKind::UnknownSession,
-        RefusalKind::StaleSequence,
-        RefusalKind::Invalid,
-    ];
-
-    /// As it is shown.
-    pub fn name(self) -> &'static str {
-        match self {
-            RefusalKind::NotLeader => "not_leader",
-            RefusalKind::Unavailable => "unavailable",
-            RefusalKind::PutAgain => "put_again",
-            RefusalKind::UnknownSession => "unknown_session",
-            RefusalKind::StaleSequence => "stale_sequence",
-            RefusalKind::Invalid => "invalid",
-        }
-    }
-
     /// Of a reply that is one.
     pub fn of_reply(reply: &CallReply) -> Option<RefusalKind> {
         let CallReply::Refused(refusal) = reply else {
@@ -258,52 +190,7 @@ impl RefusalKind {
     }
 }
 
-/// What an HTTP request is about: the method and the first part of its path.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Endpoint {
-    Upload,
-    Download,
-    Delete,
-    List,
-    Status,
-    Metrics,
-    Health,
-    Recovery,
-    Repair,
-    Other,
-}
-
 impl Endpoint {
-    /// All of them, by index.
-    pub const ALL: [Endpoint; 10] = [
-        Endpoint::Upload,
-        Endpoint::Download,
-        Endpoint::Delete,
-        Endpoint::List,
-        Endpoint::Status,
-        Endpoint::Metrics,
-        Endpoint::Health,
-        Endpoint::Recovery,
-        Endpoint::Repair,
-        Endpoint::Other,
-    ];
-
-    /// As it is shown.
-    pub fn name(self) -> &'static str {
-        match self {
-            Endpoint::Upload => "upload",
-            Endpoint::Download => "download",
-            Endpoint::Delete => "delete",
-            Endpoint::List => "list",
-            Endpoint::Status => "status",
-            Endpoint::Metrics => "metrics",
-            Endpoint::Health => "health",
-            Endpoint::Recovery => "recovery",
-            Endpoint::Repair => "repair",
-            Endpoint::Other => "other",
-        }
-    }
-
     /// Of a request.
     pub fn of_request(method: &str, path: &str) -> Endpoint {
         let first = path.trim_start_matches('/').split('/').next().unwrap_or_default();
@@ -350,7 +237,10 @@ mod tests {
         assert_eq!(Endpoint::of_request("PUT", "/upload/a/b"), Endpoint::Upload);
         assert_eq!(Endpoint::of_request("HEAD", "/upload/a"), Endpoint::Download);
         assert_eq!(Endpoint::of_request("DELETE", "/upload/a"), Endpoint::Delete);
-        assert_eq!(Endpoint::of_request("GET", "/metrics/tradeoffs"), Endpoint::Metrics);
+        assert_eq!(
+            Endpoint::of_request("GET", "/metrics/tradeoffs"),
+            Endpoint::Metrics
+        );
         assert_eq!(Endpoint::of_request("GET", "/nothing"), Endpoint::Other);
         assert_eq!(
             Origin::of_description("REST of node 2 at 127.0.0.1:8082"),

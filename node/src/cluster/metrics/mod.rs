@@ -166,7 +166,10 @@ impl Metrics {
     /// The requests of one endpoint, and how many were answered with each of [`STATUS_CLASSES`].
     pub fn http_requests(&self, endpoint: Endpoint) -> (&Tally, [u64; 4]) {
         let tally = &self.http[endpoint as usize];
-        let classes = tally.classes.each_ref().map(|class| class.load(Ordering::Relaxed));
+        let classes = tally
+            .classes
+            .each_ref()
+            .map(|class| class.load(Ordering::Relaxed));
         (&tally.tally, classes)
     }
 

@@ -447,7 +447,10 @@ fn content(content: &ContentStore) -> ContentReport {
 
 /// Voters of the newest configuration.
 pub fn voters(consensus: &Consensus) -> usize {
-    consensus.voter_sets().last().map_or(1, |voters| voters.len().max(1))
+    consensus
+        .voter_sets()
+        .last()
+        .map_or(1, |voters| voters.len().max(1))
 }
 
 fn ratio(of: u64, to: u64) -> Option<f64> {

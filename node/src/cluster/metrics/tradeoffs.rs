@@ -287,7 +287,9 @@ fn reckon(inputs: &Inputs, now: Choice, choice: Choice, name: &str, how: &str) -
             } else {
                 Source::Estimated
             },
-            basis: "the node with the least room decides, since each holds everything; nodes of the same size".to_string(),
+            basis:
+                "the node with the least room decides, since each holds everything; nodes of the same size"
+                    .to_string(),
         },
     }
 }
@@ -355,17 +357,12 @@ fn measured(snapshot: &Snapshot, what: &str) -> LatencyFigure {
 }
 
 /// `figure` as if `change(quantile, ns)` had been done to it.
-fn changed(
-    figure: LatencyFigure,
-    basis: &str,
-    change: impl Fn(f64, u64) -> Option<u64>,
-) -> LatencyFigure {
+fn changed(figure: LatencyFigure, basis: &str, change: impl Fn(f64, u64) -> Option<u64>) -> LatencyFigure {
     if figure.source == Source::Unknown {
         return figure;
     }
-    let apply = |quantile, micros: Option<u64>| {
-        Some(change(quantile, micros? * NANOS_PER_MICRO)? / NANOS_PER_MICRO)
-    };
+    let apply =
+        |quantile, micros: Option<u64>| Some(change(quantile, micros? * NANOS_PER_MICRO)? / NANOS_PER_MICRO);
     let (p50_us, p99_us) = (apply(0.50, figure.p50_us), apply(0.99, figure.p99_us));
     if p50_us.is_none() || p99_us.is_none() {
         return LatencyFigure::unknown(format!(
@@ -553,7 +550,8 @@ fn notes(inputs: &Inputs) -> Vec<String> {
     ];
     if inputs.commits.count() < SAMPLES_MIN || inputs.to_quorum.count() < SAMPLES_MIN {
         notes.push(
-            "Little was written through this node since it started; ask the leader, or after some work.".to_string(),
+            "Little was written through this node since it started; ask the leader, or after some work."
+                .to_string(),
         );
     }
     notes

@@ -58,10 +58,7 @@ fn time_to_a_quorum_is_an_order_statistic_of_the_copies() {
     // The slower of two: by 200 + 1000 sqrt(1/2).
     near(time(3, 3, 0.5), 200.0 + 1000.0 * 0.5f64.sqrt());
     assert!(time(1, 1, 0.5) <= 104, "only this node's own disk");
-    assert!(
-        time(3, 1, 0.99) <= 104,
-        "the own disk is the quickest of all"
-    );
+    assert!(time(3, 1, 0.99) <= 104, "the own disk is the quickest of all");
     assert!(time(3, 2, 0.5) < time(3, 2, 0.99));
     // The second of four is later than the first of two, of even ones: 2/5 against 1/3.
     assert!(time(5, 3, 0.5) > time(3, 2, 0.5));
@@ -79,7 +76,11 @@ fn the_present_is_measured_and_the_others_are_estimated() {
     assert_eq!(present.tolerates.down_for_writes, 1);
     assert_eq!(present.tolerates.lost_for_ever, 1);
     for setting in &tradeoffs.alternatives {
-        let figures = [&setting.chunk_write, &setting.metadata_read, &setting.content_read];
+        let figures = [
+            &setting.chunk_write,
+            &setting.metadata_read,
+            &setting.content_read,
+        ];
         for figure in figures {
             assert_eq!(figure.source, Source::Estimated, "{}", setting.name);
             assert!(figure.p50_us <= figure.p99_us, "{}: {figure:?}", setting.name);
@@ -97,10 +98,16 @@ fn more_nodes_tolerate_more_and_cost_more() {
     assert_eq!(five.space_factor.value, Some(5.0));
     assert!(five.small_write.p50_us > tradeoffs.present.small_write.p50_us);
     let all = find(&tradeoffs, "acknowledged by all nodes");
-    assert_eq!((all.tolerates.down_for_writes, all.tolerates.lost_for_ever), (0, 2));
+    assert_eq!(
+        (all.tolerates.down_for_writes, all.tolerates.lost_for_ever),
+        (0, 2)
+    );
     assert!(all.chunk_write.p50_us > tradeoffs.present.chunk_write.p50_us);
     let one = find(&tradeoffs, "acknowledged by one node");
-    assert_eq!((one.tolerates.down_for_writes, one.tolerates.lost_for_ever), (1, 0));
+    assert_eq!(
+        (one.tolerates.down_for_writes, one.tolerates.lost_for_ever),
+        (1, 0)
+    );
     let alone = find(&tradeoffs, "1 node");
     assert_eq!(alone.tolerates.down_for_reads, 0);
 }
@@ -146,7 +153,12 @@ fn what_was_not_measured_is_unknown() {
         assert_eq!(setting.small_write.p50_us, None);
         assert_eq!(setting.space_factor.source, Source::Known);
     }
-    assert!(tradeoffs.notes.iter().any(|note| note.contains("Little was written")));
+    assert!(
+        tradeoffs
+            .notes
+            .iter()
+            .any(|note| note.contains("Little was written"))
+    );
     assert!(tradeoffs.advice.len() >= 4, "advice does not need measurements");
 }
 
