@@ -87,7 +87,7 @@ fn sources(folder: &str) -> Vec<(PathBuf, String)> {
 }
 
 fn all_sources() -> Vec<(PathBuf, String)> {
-    ["proto", "node", "mount", "tests"]
+    ["proto", "measure", "node", "mount", "tests"]
         .into_iter()
         .flat_map(sources)
         .collect()

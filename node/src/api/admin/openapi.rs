@@ -139,7 +139,7 @@ mod tests {
         for item in document.paths.paths.values_mut() {
             for (_, operation) in operations(item) {
                 *names.entry(operation.operation_id.clone().unwrap()).or_default() += 1;
-                assert!(operation.summary.is_some(), "{operation:?}");
+                assert!(operation.summary.is_some(), "{:?}", operation.operation_id);
                 assert!(!operation.responses.responses.is_empty());
             }
         }

@@ -371,7 +371,8 @@ fn changed(figure: LatencyFigure, basis: &str, change: impl Fn(f64, u64) -> Opti
     }
     LatencyFigure {
         p50_us,
-        p99_us,
+        // Each quantile is changed by its own; they stay in order.
+        p99_us: p99_us.max(p50_us),
         source: Source::Estimated,
         basis: format!("{}; {basis}", figure.basis),
     }

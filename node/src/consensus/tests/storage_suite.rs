@@ -1,7 +1,6 @@
 //! openraft's own suite over the log and the state machine, on disk.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use openraft::StorageError;
@@ -60,7 +59,7 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, Guard> for OnDisk {
             log.clone(),
             SnapshotTraffic::new(1 << 30),
             effects,
-            Arc::new(AtomicU64::new(0)),
+            Arc::default(),
             fatal,
         );
         let guard = Guard {
