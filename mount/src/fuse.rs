@@ -39,13 +39,14 @@ use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{Attributes, SymlinkTarget};
 
-use crate::fs::{Cluster, OpenFlags, Opened};
+use crate::fs::{Cluster, Opened};
+use crate::statistics::{ATTRIBUTE, Verb};
 use answer::{
     GENERATION, answer_attr, answer_entries, answer_entry, answer_names, answer_ok, answer_space,
     answer_xattr, open_flags,
 };
 use convert::SetAttrFields;
-use edge::name_bytes;
+use edge::{name_bytes, opening};
 
 pub use edge::FuseEdge;
 pub use session::serve_kernel;
@@ -58,14 +59,6 @@ const BACKGROUND_REQUESTS_MAX: u16 = 128;
 /// How much of a listing is asked for at once. fuser does not tell how much room the kernel offers: as much
 /// as the C library, 32 KiB, or, by an older kernel, a page.
 const LISTING_BYTES: usize = 32 << 10;
-
-/// How `caller_uid` opens a file.
-fn opening(flags: i32, caller_uid: u32) -> OpenFlags {
-    OpenFlags {
-        privileges: convert::privileges_of(caller_uid),
-        ..OpenFlags::from(flags)
-    }
-}
 
 impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
@@ -94,7 +87,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
         self.serve(
-            reply,
+            (Verb::Lookup, reply),
             move |fs| async move { fs.lookup(parent?, &name).await },
             answer_entry(self.view.clone()),
         );
@@ -103,7 +96,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     fn getattr(&self, _request: &Request, inode: INodeNo, handle: Option<FileHandle>, reply: ReplyAttr) {
         let inode = self.cluster_inode(inode);
         self.serve(
-            reply,
+            (Verb::GetAttributes, reply),
             move |fs| async move { fs.attributes(inode?, handle.map(u64::from)).await },
             answer_attr(self.view.clone()),
         );
@@ -138,7 +131,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         let changes = convert::attribute_changes(fields, request.uid());
         let inode = self.cluster_inode(inode);
         self.serve(
-            reply,
+            (Verb::SetAttributes, reply),
             move |fs| async move { fs.set_attributes(inode?, handle.map(u64::from), changes).await },
             answer_attr(self.view.clone()),
         );
@@ -147,7 +140,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     fn readlink(&self, _request: &Request, inode: INodeNo, reply: ReplyData) {
         let inode = self.cluster_inode(inode);
         self.serve(
-            reply,
+            (Verb::ReadLink, reply),
             move |fs| async move { fs.read_link(inode?).await },
             |reply, target: SymlinkTarget| reply.data(target.as_bytes()),
         );
@@ -163,7 +156,14 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         rdev: u32,
         reply: ReplyEntry,
     ) {
-        self.make(request, parent, name, convert::node_kind(mode, rdev), mode, reply);
+        self.make(
+            request,
+            parent,
+            name,
+            convert::node_kind(mode, rdev),
+            mode,
+            (Verb::Mknod, reply),
+        );
     }
 
     fn mkdir(
@@ -175,18 +175,32 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         _umask: u32,
         reply: ReplyEntry,
     ) {
-        self.make(request, parent, name, Ok(NewKind::Directory), mode, reply);
+        self.make(
+            request,
+            parent,
+            name,
+            Ok(NewKind::Directory),
+            mode,
+            (Verb::Mkdir, reply),
+        );
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
         let target = SymlinkTarget::new(Bytes::copy_from_slice(target.as_os_str().as_bytes()));
-        self.make(request, parent, name, target.map(NewKind::Symlink), 0o777, reply);
+        self.make(
+            request,
+            parent,
+            name,
+            target.map(NewKind::Symlink),
+            0o777,
+            (Verb::Symlink, reply),
+        );
     }
 
     fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
         self.serve(
-            reply,
+            (Verb::Unlink, reply),
             move |fs| async move { fs.unlink(parent?, &name).await },
             answer_ok,
         );
@@ -195,7 +209,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
         self.serve(
-            reply,
+            (Verb::Rmdir, reply),
             move |fs| async move { fs.remove_directory(parent?, &name).await },
             answer_ok,
         );
@@ -214,7 +228,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         let (from_parent, from_name) = (self.cluster_inode(from_parent), name_bytes(from_name));
         let (to_parent, to_name) = (self.cluster_inode(to_parent), name_bytes(to_name));
         self.serve(
-            reply,
+            (Verb::Rename, reply),
             move |fs| async move {
                 let mode = convert::rename_mode(flags)?;
                 fs.rename(from_parent?, &from_name, to_parent?, &to_name, mode)
@@ -231,7 +245,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
             name_bytes(name),
         );
         self.serve(
-            reply,
+            (Verb::Link, reply),
             move |fs| async move { fs.link(inode?, parent?, &name).await },
             answer_entry(self.view.clone()),
         );
@@ -241,7 +255,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         let inode = self.cluster_inode(inode);
         let flags = opening(flags.0, request.uid());
         self.serve(
-            reply,
+            (Verb::Open, reply),
             move |fs| async move { fs.open(inode?, flags).await },
             |reply, opened: Opened| reply.opened(FileHandle(opened.handle), open_flags(&opened)),
         );
@@ -261,7 +275,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         let (uid, gid, mode) = (request.uid(), request.gid(), convert::permissions(mode));
         let (view, flags) = (self.view.clone(), opening(flags, request.uid()));
         self.serve(
-            reply,
+            (Verb::Create, reply),
             move |fs| async move { fs.create(parent?, &name, mode, uid, gid, flags).await },
             move |reply, (attributes, opened): (Attributes, Opened)| {
                 let handle = FileHandle(opened.handle);
@@ -282,8 +296,9 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.serve(
-            reply,
+        self.serve_moving(
+            (Verb::Read, reply),
+            |bytes: &Bytes| bytes.len() as u64,
             move |fs| async move { fs.read(handle.0, offset, size).await },
             |reply, bytes: Bytes| reply.data(&bytes),
         );
@@ -304,8 +319,9 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         let data = Bytes::copy_from_slice(data);
         if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
             // A shared mapping's pages; whoever changed them is not known any more.
-            return self.serve(
-                reply,
+            return self.serve_moving(
+                (Verb::Write, reply),
+                |written: &u32| u64::from(*written),
                 move |fs| async move { fs.write_back(handle.0, offset, data).await },
                 |reply, written: u32| reply.written(written),
             );
@@ -315,8 +331,9 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         } else {
             Privileges::Keep
         };
-        self.serve(
-            reply,
+        self.serve_moving(
+            (Verb::Write, reply),
+            |written: &u32| u64::from(*written),
             move |fs| async move { fs.write(handle.0, offset, data, privileges).await },
             |reply, written: u32| reply.written(written),
         );
@@ -331,7 +348,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         reply: ReplyEmpty,
     ) {
         self.serve(
-            reply,
+            (Verb::Flush, reply),
             move |fs| async move { fs.flush(handle.0).await },
             answer_ok,
         );
@@ -346,7 +363,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         reply: ReplyEmpty,
     ) {
         self.serve(
-            reply,
+            (Verb::Fsync, reply),
             move |fs| async move { fs.fsync(handle.0).await },
             answer_ok,
         );
@@ -363,7 +380,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         reply: ReplyEmpty,
     ) {
         self.serve(
-            reply,
+            (Verb::Release, reply),
             move |fs| async move { fs.release(handle.0).await },
             answer_ok,
         );
@@ -372,7 +389,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     fn opendir(&self, _request: &Request, inode: INodeNo, _flags: fuser::OpenFlags, reply: ReplyOpen) {
         let inode = self.cluster_inode(inode);
         self.serve(
-            reply,
+            (Verb::OpenDirectory, reply),
             move |fs| async move { fs.open_directory(inode?).await },
             |reply, handle: u64| reply.opened(FileHandle(handle), FopenFlags::empty()),
         );
@@ -388,7 +405,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     ) {
         let view = self.view.clone();
         self.serve(
-            reply,
+            (Verb::ReadDirectory, reply),
             move |fs| async move {
                 fs.read_directory(handle.0, offset, EntryDetail::Name, LISTING_BYTES)
                     .await
@@ -407,7 +424,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     ) {
         let view = self.view.clone();
         self.serve(
-            reply,
+            (Verb::ReadDirectory, reply),
             move |fs| async move {
                 fs.read_directory(handle.0, offset, EntryDetail::Attributes, LISTING_BYTES)
                     .await
@@ -425,7 +442,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         reply: ReplyEmpty,
     ) {
         self.serve(
-            reply,
+            (Verb::ReleaseDirectory, reply),
             move |fs| async move { fs.release_directory(handle.0) },
             answer_ok,
         );
@@ -441,14 +458,18 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     ) {
         let inode = self.cluster_inode(inode);
         self.serve(
-            reply,
+            (Verb::FsyncDirectory, reply),
             move |fs| async move { fs.fsync_directory(inode?).await },
             answer_ok,
         );
     }
 
     fn statfs(&self, _request: &Request, _inode: INodeNo, reply: ReplyStatfs) {
-        self.serve(reply, |fs| async move { fs.space().await }, answer_space);
+        self.serve(
+            (Verb::Space, reply),
+            |fs| async move { fs.space().await },
+            answer_space,
+        );
     }
 
     fn setxattr(
@@ -464,7 +485,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         let (inode, name) = (self.cluster_inode(inode), convert::xattr_name(name.as_bytes()));
         let value = Bytes::copy_from_slice(value);
         self.serve(
-            reply,
+            (Verb::SetXattr, reply),
             move |fs| async move {
                 let mode = convert::xattr_mode(flags)?;
                 fs.set_xattr(inode?, name?.as_bytes(), value, mode).await
@@ -474,9 +495,12 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     }
 
     fn getxattr(&self, _request: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        if inode == INodeNo::ROOT && name == ATTRIBUTE {
+            return self.tell_statistics(size, reply);
+        }
         let (inode, name) = (self.cluster_inode(inode), convert::xattr_name(name.as_bytes()));
         self.serve(
-            reply,
+            (Verb::GetXattr, reply),
             move |fs| async move { fs.get_xattr(inode?, name?.as_bytes()).await },
             answer_xattr(size),
         );
@@ -485,7 +509,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     fn listxattr(&self, _request: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
         let inode = self.cluster_inode(inode);
         self.serve(
-            reply,
+            (Verb::ListXattrs, reply),
             move |fs| async move {
                 let names = fs.list_xattrs(inode?).await?;
                 Ok(Bytes::from(convert::joined_xattr_names(&names)))
@@ -497,7 +521,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     fn removexattr(&self, _request: &Request, inode: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let (inode, name) = (self.cluster_inode(inode), convert::xattr_name(name.as_bytes()));
         self.serve(
-            reply,
+            (Verb::RemoveXattr, reply),
             move |fs| async move { fs.remove_xattr(inode?, name?.as_bytes()).await },
             answer_ok,
         );

@@ -229,6 +229,15 @@ async fn start(
         request.kernel_cache,
         tokio::runtime::Handle::current(),
     );
+    let (counted, statistics) = (Arc::downgrade(&filesystem), Arc::clone(edge.statistics()));
+    client.set_statistics_source(move || {
+        let filesystem = counted.upgrade();
+        let filesystem = filesystem.as_ref();
+        statistics.told(
+            filesystem.map_or_else(Default::default, |fs| fs.cache_statistics()),
+            filesystem.map_or(0, |fs| fs.dirty_bytes()),
+        )
+    });
     let access = request.access.unwrap_or(if nix::unistd::geteuid().is_root() {
         Access::Everyone
     } else {

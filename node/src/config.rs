@@ -24,6 +24,8 @@ const NTP_DEFAULT: &str = "pool.ntp.org";
 const NTP_PORT: u16 = 123;
 /// Most NTP servers.
 const NTP_SERVERS_MAX: usize = 8;
+/// How often the log sums up what was done, unless told otherwise.
+const METRICS_SUMMARY_S: u64 = 300;
 
 /// One node of a QuorumFS cluster: keeps a copy of every file, takes part in every decision.
 ///
@@ -111,6 +113,9 @@ pub struct Settings {
     /// A file with the cluster's secret, the same for every node: who shows it may use /replicate and /delete-content
     #[arg(long, env = "QUORUMFS_SECRET_FILE", value_name = "FILE")]
     secret_file: Option<PathBuf>,
+    /// How often a line in the log sums up what was done, where something was, in seconds
+    #[arg(long, env = "QUORUMFS_METRICS_SUMMARY_S", value_name = "S")]
+    metrics_summary_s: Option<u64>,
     /// A TOML file with any of these settings (the names are the same, without the dashes in front)
     #[arg(long, env = "QUORUMFS_CONFIG", value_name = "FILE")]
     #[serde(skip)]
@@ -181,13 +186,8 @@ pub struct Config {
     pub probe_interval_ms: u64,
     /// What opens the internal endpoints; nothing does where there is none.
     pub secret: Option<ClusterSecret>,
-}
-
-impl Config {
-    /// This node's gRPC address as others reach it.
-    pub fn grpc(&self) -> &str {
-        &self.members[usize::from(self.slot) - 1]
-    }
+    /// How often a line in the log sums up what was done, in seconds.
+    pub metrics_summary_s: u64,
 }
 
 impl Settings {
@@ -231,6 +231,7 @@ impl Settings {
             ntp_interval_ms: self.ntp_interval_ms.or(file.ntp_interval_ms),
             probe_interval_ms: self.probe_interval_ms.or(file.probe_interval_ms),
             secret_file: self.secret_file.or(file.secret_file),
+            metrics_summary_s: self.metrics_summary_s.or(file.metrics_summary_s),
             config: self.config,
         }
     }
@@ -331,6 +332,12 @@ impl Settings {
         let probe_interval_ms = within("probe-interval-ms", self.probe_interval_ms, 5_000, 100..=600_000)?;
         let ntp = ntp_servers(self.ntp.unwrap_or_else(|| vec![NTP_DEFAULT.to_string()]))?;
         let secret = self.secret_file.as_deref().map(read_secret).transpose()?;
+        let metrics_summary_s = within(
+            "metrics-summary-s",
+            self.metrics_summary_s,
+            METRICS_SUMMARY_S,
+            1..=86_400,
+        )?;
         let log = self.log.unwrap_or_else(|| "info".to_string());
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log) {
             return Err(invalid(
@@ -357,6 +364,7 @@ impl Settings {
             ntp_interval_ms,
             probe_interval_ms,
             secret,
+            metrics_summary_s,
         })
     }
 }

@@ -11,6 +11,7 @@ use crate::cluster::health::HealthMonitor;
 use crate::cluster::identity::{DataFolder, Membership};
 use crate::cluster::leases::Leases;
 use crate::cluster::membership::Roster;
+use crate::cluster::metrics::Metrics;
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::Consensus;
@@ -28,6 +29,7 @@ pub struct Node {
     folder: DataFolder,
     waiting_for: WaitReason,
     invitation: Invitation,
+    metrics: Arc<Metrics>,
     parts: OnceLock<Parts>,
 }
 
@@ -71,6 +73,7 @@ impl Node {
             folder,
             waiting_for: WaitReason::default(),
             invitation: Invitation::default(),
+            metrics: Arc::default(),
             parts: OnceLock::new(),
         }
     }
@@ -103,6 +106,11 @@ impl Node {
     /// Who this node is.
     pub fn own(&self) -> &Member {
         &self.own
+    }
+
+    /// What it does, counted.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
     }
 
     /// The cluster this node's folder belongs to.

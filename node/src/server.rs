@@ -20,6 +20,7 @@ use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tracing::{error, info};
 
 use crate::api::fs::FileSystemService;
+use crate::api::http_metrics::counted;
 use crate::api::peer::PeerService;
 use crate::api::rest::{self, ClientHandle, RestState};
 use crate::api::{admin, status};
@@ -29,6 +30,7 @@ use crate::cluster::health::HealthMonitor;
 use crate::cluster::identity::DataFolder;
 use crate::cluster::leases::Leases;
 use crate::cluster::membership::Roster;
+use crate::cluster::metrics::kinds::REST_DESCRIPTION;
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::config::Config;
@@ -89,6 +91,11 @@ pub async fn serve(
     let transport = Arc::new(Transport::new(client_tls.clone()));
     let node = Arc::new(Node::new(own, folder));
 
+    tokio::spawn(
+        node.metrics()
+            .clone()
+            .run(Duration::from_secs(config.metrics_summary_s)),
+    );
     let (stop, stopped) = watch::channel(false);
     let (client, client_handle) = watch::channel(ClientHandle::Connecting {
         reason: "the node is starting".to_string(),
@@ -238,6 +245,7 @@ async fn run_parts(
         peers.clone(),
         space.clone(),
         stamps,
+        node.metrics().clone(),
     );
     let reader = Reader::new(
         consensus.clone(),
@@ -343,7 +351,7 @@ async fn open_client(
     loop {
         let options = ClientOptions {
             addresses: addresses.clone(),
-            description: format!("REST of node {} at {}", config.slot, config.http),
+            description: format!("{REST_DESCRIPTION} {} at {}", config.slot, config.http),
             call_timeout: Some(Duration::from_millis(config.request_timeout_ms)),
             tls: tls.clone(),
             ..ClientOptions::default()
@@ -417,13 +425,13 @@ async fn serve_http(
     let state = RestState {
         client: client.clone(),
         status: Arc::new(move || status::status(&for_status)),
-        admin: admin::router(node, config.secret.clone()).layer(axum::Extension(client)),
+        admin: admin::router(node.clone(), config.secret.clone()).layer(axum::Extension(client)),
         request_timeout: Duration::from_millis(config.request_timeout_ms),
     };
     let stop = async move {
         let _ = stopped.wait_for(|stop| *stop).await;
     };
-    if let Err(failed) = axum::serve(listener, rest::router(state))
+    if let Err(failed) = axum::serve(listener, counted(rest::router(state), &node))
         .with_graceful_shutdown(stop)
         .await
     {

@@ -11,15 +11,19 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use quorumfs_measure::Ending;
 use quorumfs_proto::call::{Mutation, SessionState};
 use quorumfs_proto::{CallReply, ChunkBody, ChunkId, FsError, Member, NodeId, Refusal, SessionId};
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
 use crate::cluster::clock::StampClock;
+use crate::cluster::metrics::Metrics;
+use crate::cluster::metrics::replication::{CopyPlace, Journey};
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::{Consensus, ProposeError};
 use crate::content::{ContentError, ContentStore, PeerChunks, PushError, StoredChunk};
@@ -38,6 +42,7 @@ pub struct Writer {
     peers: Arc<PeerChunks>,
     space: Arc<SpaceMonitor>,
     stamps: Arc<StampClock>,
+    metrics: Arc<Metrics>,
     holders: Mutex<Holders>,
 }
 
@@ -63,6 +68,7 @@ impl Writer {
         peers: Arc<PeerChunks>,
         space: Arc<SpaceMonitor>,
         stamps: Arc<StampClock>,
+        metrics: Arc<Metrics>,
     ) -> Arc<Writer> {
         Arc::new(Writer {
             consensus,
@@ -70,6 +76,7 @@ impl Writer {
             peers,
             space,
             stamps,
+            metrics,
             holders: Mutex::new(Holders::default()),
         })
     }
@@ -83,7 +90,12 @@ impl Writer {
             return Err(PutError::NoSpace);
         }
         let id = chunk.id;
-        let mut copies = self.make_copies(chunk);
+        let members = self.consensus.members();
+        let journey = self
+            .metrics
+            .replication
+            .begin(chunk.payload.len() as u64, members.len());
+        let mut copies = self.make_copies(chunk, members, &journey);
         let voter_sets = self.consensus.voter_sets();
         let term = self.consensus.term();
         let enough = async {
@@ -109,8 +121,9 @@ impl Writer {
                 Err(PutError::Unavailable(format!(
                     "no quorum stored it in {QUORUM_TIMEOUT_MS} ms"
                 )))
-            })?;
-        self.holders.lock().remember(id, term, holders);
+            });
+        journey.answered(Ending::of(&holders));
+        self.holders.lock().remember(id, term, holders?);
         Ok(())
     }
 
@@ -169,30 +182,45 @@ impl Writer {
 
     async fn decide(&self, body: LogBody) -> Result<CallResult, ProposeError> {
         let stamp = self.stamps.now();
-        self.consensus.propose(LogCommand { stamp, body }).await
+        let inline_bytes = match &body {
+            LogBody::Call(mutation) => mutation.command.inline_bytes() as u64,
+            _ => 0,
+        };
+        let began = Instant::now();
+        let decided = self.consensus.propose(LogCommand { stamp, body }).await;
+        let ending = Ending::of(&decided);
+        self.metrics.commits.record(ending, 0, began.elapsed());
+        if inline_bytes > 0 && ending == Ending::Done {
+            let counted = &self.metrics.replication.inline_bytes;
+            counted.fetch_add(inline_bytes, Ordering::Relaxed);
+        }
+        decided
     }
 
     /// Copies the chunk to this node and to all others at once; tells of each as it is done.
-    fn make_copies(&self, chunk: StoredChunk) -> mpsc::Receiver<(NodeId, Result<(), CopyError>)> {
+    fn make_copies(
+        &self,
+        chunk: StoredChunk,
+        members: Vec<Member>,
+        journey: &Arc<Journey>,
+    ) -> mpsc::Receiver<(NodeId, Result<(), CopyError>)> {
         let own = self.consensus.id();
-        let others: Vec<Member> = self
-            .consensus
-            .members()
-            .into_iter()
-            .filter(|member| member.id != own)
-            .collect();
+        let others: Vec<Member> = members.into_iter().filter(|member| member.id != own).collect();
         // Room for every answer: no copy ever waits for who listens.
         let (tell, copies) = mpsc::channel(others.len() + 1);
         for member in others {
             let (peers, chunk, tell) = (self.peers.clone(), chunk.clone(), tell.clone());
+            let journey = Arc::clone(journey);
             tokio::spawn(async move {
                 let result = peers.push(&member, &chunk).await.map_err(CopyError::Peer);
+                journey.copied(CopyPlace::Peer, Ending::of(&result));
                 let _ = tell.send((member.id, result)).await;
             });
         }
-        let content = self.content.clone();
+        let (content, journey) = (self.content.clone(), Arc::clone(journey));
         tokio::spawn(async move {
             let result = content.put(chunk).await.map_err(CopyError::Own);
+            journey.copied(CopyPlace::Own, Ending::of(&result));
             let _ = tell.send((own, result)).await;
         });
         copies

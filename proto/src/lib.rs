@@ -27,6 +27,7 @@ pub mod member;
 pub mod name;
 pub mod outcome;
 pub mod query;
+pub mod statistics;
 
 /// Generated from `proto/*.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used)]

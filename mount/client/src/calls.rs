@@ -5,7 +5,7 @@
 use bytes::Bytes;
 use quorumfs_proto::codec;
 use quorumfs_proto::wire::file_system_client::FileSystemClient;
-use quorumfs_proto::wire::{CallRequest, CallResponse};
+use quorumfs_proto::wire::{CallRequest, CallResponse, ClientStatistics};
 use quorumfs_proto::{Call, CallReply, Refusal, limits};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
@@ -94,10 +94,14 @@ impl LeaderLink<Calls> {
     /// Sends an encoded call until the leader decides; `None` when the client is being closed. Never answers
     /// `NotLeader` or `Unavailable`.
     pub(crate) async fn decide(&self, call: Bytes) -> Option<Decided> {
-        let request = CallRequest {
+        self.deliver(CallRequest {
             call,
             ..CallRequest::default()
-        };
+        })
+        .await
+    }
+
+    async fn deliver(&self, request: CallRequest) -> Option<Decided> {
         match self.call(request).await {
             Delivery::Reply(Received::Decoded(reply), sends) => Some(Decided { reply, sends }),
             Delivery::Reply(Received::Encoded(reply), sends) => Some(Decided {
@@ -106,6 +110,20 @@ impl LeaderLink<Calls> {
             }),
             Delivery::Unavailable(..) | Delivery::Closed => None,
         }
+    }
+
+    /// As [`LeaderLink::ask`], and tells what this client has done so far.
+    pub(crate) async fn ask_telling(
+        &self,
+        call: &Call,
+        statistics: Option<ClientStatistics>,
+    ) -> Option<CallReply> {
+        let request = CallRequest {
+            call: codec::encode(call),
+            statistics,
+            ..CallRequest::default()
+        };
+        self.deliver(request).await.map(|decided| decided.reply)
     }
 
     /// As [`LeaderLink::decide`], for a call that is not kept.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use quorumfs_proto::statistics::ClientStatistics;
 use quorumfs_proto::{
     Answer, Call, CallReply, ChunkId, ClusterId, Command, FsError, InodeNumber, Outcome, Query, Refusal,
     SessionId,
@@ -281,6 +282,12 @@ impl Client {
         handler: impl Fn(&[InodeNumber]) -> Vec<InodeNumber> + Send + Sync + 'static,
     ) {
         self.inner.keeper.set_unlinked_handler(Arc::new(handler));
+    }
+
+    /// `source` tells what this client has done so far; it is sent with every keep-alive, for the cluster's metrics. It
+    /// must not block.
+    pub fn set_statistics_source(&self, source: impl Fn() -> ClientStatistics + Send + Sync + 'static) {
+        self.inner.keeper.set_statistics_source(Arc::new(source));
     }
 
     /// Ends the session, so that what it held is free at once. Calls under way and later ones end as

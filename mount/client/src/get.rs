@@ -106,6 +106,7 @@ impl Getter {
         if length == 0 {
             return Ok(Bytes::new());
         }
+        let (session, _) = self.cluster.lease().claim();
         let _share = self.budget.share(length as usize).await;
         let began = Instant::now();
         let mut backoff = Backoff::new();
@@ -113,7 +114,7 @@ impl Getter {
             let mut round = Round::default();
             for reader in self.readers_in_order() {
                 round.nodes += 1;
-                match reader.fetch(id, offset, length).await {
+                match reader.fetch(session, id, offset, length).await {
                     Ok(bytes) => return Ok(bytes),
                     Err(Missed::NotFound) => round.not_found += 1,
                     Err(Missed::Damaged(reason)) => {
@@ -212,9 +213,22 @@ impl NodeReader {
     }
 
     /// One attempt, verified.
-    async fn fetch(self: &Arc<Self>, id: ChunkId, offset: u32, length: u32) -> Result<Bytes, Missed> {
+    async fn fetch(
+        self: &Arc<Self>,
+        session: u64,
+        id: ChunkId,
+        offset: u32,
+        length: u32,
+    ) -> Result<Bytes, Missed> {
         let sent_at = Instant::now();
-        let result = match self.exchange(id, offset, length, sent_at).await {
+        let request = GetChunkRequest {
+            call_id: 0,
+            chunk: Some(id.into()),
+            offset,
+            length,
+            session,
+        };
+        let result = match self.exchange(request, sent_at).await {
             Ok(answer) => open_answer(answer, offset, length),
             Err(reason) => Err(Missed::Failed(reason)),
         };
@@ -230,9 +244,7 @@ impl NodeReader {
 
     async fn exchange(
         self: &Arc<Self>,
-        id: ChunkId,
-        offset: u32,
-        length: u32,
+        mut request: GetChunkRequest,
         sent_at: Instant,
     ) -> Result<GetChunkResponse, String> {
         let (sender, mut answer) = oneshot::channel();
@@ -244,12 +256,7 @@ impl NodeReader {
             };
             let call_id = state.next_call_id;
             state.next_call_id += 1;
-            let request = GetChunkRequest {
-                call_id,
-                chunk: Some(id.into()),
-                offset,
-                length,
-            };
+            request.call_id = call_id;
             outbound
                 .try_send(request)
                 .map_err(|_| String::from("its stream is full or gone"))?;

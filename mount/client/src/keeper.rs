@@ -1,4 +1,4 @@
-//! Keeps the session: says that it lives, opens a new one when it was lost, and lets go of unlinked inodes that
+//! Keeps the session: says that it lives (and what the client has done so far), opens a new one when it was lost, and lets go of unlinked inodes that
 //! nobody here has open.
 
 use std::sync::Arc;
@@ -7,6 +7,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use quorumfs_proto::call::SessionState;
 use quorumfs_proto::limits::KEEP_ALIVE_INTERVAL_MS;
+use quorumfs_proto::statistics::ClientStatistics;
 use quorumfs_proto::{Call, CallReply, Command, InodeNumber, Operation, Refusal};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
@@ -17,10 +18,14 @@ use crate::mutation::Mutator;
 /// Tells which of these inodes are not open here.
 type UnlinkedHandler = dyn Fn(&[InodeNumber]) -> Vec<InodeNumber> + Send + Sync;
 
+/// Tells what this client has done so far.
+type StatisticsSource = dyn Fn() -> ClientStatistics + Send + Sync;
+
 /// The background life of a session.
 pub(crate) struct Keeper {
     mutator: Arc<Mutator>,
     unlinked: Mutex<Option<Arc<UnlinkedHandler>>>,
+    statistics: Mutex<Option<Arc<StatisticsSource>>>,
 }
 
 impl Keeper {
@@ -28,11 +33,16 @@ impl Keeper {
         Keeper {
             mutator,
             unlinked: Mutex::new(None),
+            statistics: Mutex::new(None),
         }
     }
 
     pub(crate) fn set_unlinked_handler(&self, handler: Arc<UnlinkedHandler>) {
         *self.unlinked.lock() = Some(handler);
+    }
+
+    pub(crate) fn set_statistics_source(&self, source: Arc<StatisticsSource>) {
+        *self.statistics.lock() = Some(source);
     }
 
     /// Runs until the client is closed.
@@ -52,7 +62,9 @@ impl Keeper {
                 _ = ticks.tick() => {
                     let epoch = self.mutator.sessions.current();
                     let call = Call::KeepAlive { session: epoch.session };
-                    match self.mutator.calls.ask(&call).await {
+                    let source = self.statistics.lock().clone();
+                    let statistics = source.map(|source| (&source()).into());
+                    match self.mutator.calls.ask_telling(&call, statistics).await {
                         None => return,
                         Some(CallReply::Session(state)) => {
                             if release.as_ref().is_none_or(JoinHandle::is_finished) {

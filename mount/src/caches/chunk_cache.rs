@@ -9,12 +9,14 @@
 
 use std::future::Future;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::{Bytes, BytesMut};
 use futures::future::try_join_all;
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
+use quorumfs_proto::statistics::CacheStatistics;
 use quorumfs_proto::{ChunkId, FsError};
 
 use crate::readahead::Pattern;
@@ -54,6 +56,8 @@ impl Weighter<(ChunkId, Span), Bytes> for ByBytes {
 /// The cache.
 #[derive(Debug)]
 pub struct ChunkCache {
+    looks: AtomicU64,
+    fetches: AtomicU64,
     entries: Cache<(ChunkId, Span), Bytes, ByBytes>,
 }
 
@@ -68,12 +72,25 @@ impl ChunkCache {
             .build()
             .expect("both capacities are given");
         ChunkCache {
+            looks: AtomicU64::new(0),
+            fetches: AtomicU64::new(0),
             entries: Cache::with_options(
                 options,
                 ByBytes,
                 DefaultHashBuilder::default(),
                 DefaultLifecycle::default(),
             ),
+        }
+    }
+
+    /// How often what was wanted was here, how often it was fetched, and how much is here. Who shares another's fetch
+    /// found it here.
+    pub fn statistics(&self) -> CacheStatistics {
+        let misses = self.fetches.load(Ordering::Relaxed);
+        CacheStatistics {
+            hits: self.looks.load(Ordering::Relaxed).saturating_sub(misses),
+            misses,
+            bytes: self.entries.weight(),
         }
     }
 
@@ -95,6 +112,7 @@ impl ChunkCache {
         if let Some(whole) = self.entries.get(&(chunk, Span::Whole))
             && whole.len() >= range.end as usize
         {
+            self.looks.fetch_add(1, Ordering::Relaxed);
             return Ok(whole.slice(range.start as usize..range.end as usize));
         }
         if pattern == Pattern::Sequential || used_to <= BLOCK_FETCH_BYTES {
@@ -135,8 +153,12 @@ impl ChunkCache {
             Span::Block(number) => number * BLOCK_FETCH_BYTES,
         };
         let in_entry = (range.start - start) as usize..(range.end - start) as usize;
+        self.looks.fetch_add(1, Ordering::Relaxed);
         for _ in 0..SHORT_ENTRIES_MAX {
-            let fetched = async { fetch(start, end - start).await };
+            let fetched = async {
+                self.fetches.fetch_add(1, Ordering::Relaxed);
+                fetch(start, end - start).await
+            };
             let bytes = self.entries.get_or_insert_async(&key, fetched).await?;
             if bytes.len() >= in_entry.end {
                 return Ok(bytes.slice(in_entry));

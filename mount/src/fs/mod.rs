@@ -39,6 +39,7 @@ use futures::future::{BoxFuture, Shared};
 use futures::stream::{self, StreamExt as _};
 use parking_lot::Mutex;
 use quorumfs_proto::query::{Answer, Space};
+use quorumfs_proto::statistics::CacheStatistics;
 use quorumfs_proto::{Attributes, Command, FsError, InodeNumber, Operation, Outcome, Query};
 use tokio::sync::Semaphore;
 
@@ -164,6 +165,16 @@ impl<C: Cluster> Filesystem<C> {
     /// The directory that is mounted.
     pub fn root(&self) -> InodeNumber {
         self.options.root
+    }
+
+    /// How the cache of chunks does.
+    pub fn cache_statistics(&self) -> CacheStatistics {
+        self.chunks.statistics()
+    }
+
+    /// Bytes that programs wrote and the cluster does not have yet.
+    pub fn dirty_bytes(&self) -> u64 {
+        self.dirty.bytes()
     }
 
     /// Space and counts of the cluster.

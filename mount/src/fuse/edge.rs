@@ -5,18 +5,20 @@ use std::os::unix::ffi::OsStrExt;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use fuser::{Errno, INodeNo, ReplyEntry, Request};
+use fuser::{Errno, INodeNo, ReplyEntry, ReplyXattr, Request};
+use quorumfs_measure::Ending;
 use quorumfs_proto::command::{NewInode, NewKind};
 use quorumfs_proto::{FsError, InodeNumber};
 
-use super::answer::{View, answer_entry};
+use super::answer::{View, answer_entry, answer_xattr};
 use super::convert;
 use super::inode_map::InodeMap;
 use crate::errno::errno;
-use crate::fs::{Cluster, Filesystem};
+use crate::fs::{Cluster, Filesystem, OpenFlags};
+use crate::statistics::{Statistics, Verb, attribute_value};
 
 /// A reply that can be an error. Dropped without an answer it says EIO.
 pub trait Refuse: Send + 'static {
@@ -56,6 +58,7 @@ pub struct FuseEdge<C: Cluster> {
     filesystem: Arc<Filesystem<C>>,
     pub(super) view: View,
     runtime: tokio::runtime::Handle,
+    statistics: Arc<Statistics>,
 }
 
 impl<C: Cluster> FuseEdge<C> {
@@ -79,7 +82,22 @@ impl<C: Cluster> FuseEdge<C> {
                 cache: Arc::new(kept),
             },
             runtime,
+            statistics: Arc::default(),
         }
+    }
+
+    /// What is counted of the requests.
+    pub fn statistics(&self) -> &Arc<Statistics> {
+        &self.statistics
+    }
+
+    /// Tells [`ATTRIBUTE`](crate::statistics::ATTRIBUTE).
+    pub(super) fn tell_statistics(&self, room_bytes: u32, reply: ReplyXattr) {
+        let filesystem = &self.filesystem;
+        let told = self
+            .statistics
+            .told(filesystem.cache_statistics(), filesystem.dirty_bytes());
+        answer_xattr(room_bytes)(reply, attribute_value(&told).into());
     }
 
     /// What the cluster calls the kernel's `inode`.
@@ -90,18 +108,39 @@ impl<C: Cluster> FuseEdge<C> {
     /// Runs `work` and gives its result to `answer`, its error to the kernel.
     pub(super) fn serve<Reply, Work, Running, Value>(
         &self,
-        reply: Reply,
+        request: (Verb, Reply),
         work: Work,
         answer: impl FnOnce(Reply, Value) + Send + 'static,
     ) where
         Reply: Refuse,
         Work: FnOnce(Arc<Filesystem<C>>) -> Running,
         Running: Future<Output = Result<Value, FsError>> + Send + 'static,
-        Value: Send,
+        Value: Send + 'static,
     {
+        self.serve_moving(request, |_| 0, work, answer);
+    }
+
+    /// As [`FuseEdge::serve`], for what moves content: `moved` tells how many bytes.
+    pub(super) fn serve_moving<Reply, Work, Running, Value>(
+        &self,
+        (verb, reply): (Verb, Reply),
+        moved: fn(&Value) -> u64,
+        work: Work,
+        answer: impl FnOnce(Reply, Value) + Send + 'static,
+    ) where
+        Reply: Refuse,
+        Work: FnOnce(Arc<Filesystem<C>>) -> Running,
+        Running: Future<Output = Result<Value, FsError>> + Send + 'static,
+        Value: Send + 'static,
+    {
+        let began = Instant::now();
         let running = work(Arc::clone(&self.filesystem));
+        let statistics = Arc::clone(&self.statistics);
         run(&self.runtime, async move {
-            match running.await {
+            let done = running.await;
+            let bytes = done.as_ref().map_or(0, moved);
+            statistics.record(verb, Ending::of(&done), bytes, began.elapsed());
+            match done {
                 Ok(value) => answer(reply, value),
                 Err(error) => reply.refuse(errno(error)),
             }
@@ -116,7 +155,7 @@ impl<C: Cluster> FuseEdge<C> {
         name: &OsStr,
         kind: Result<NewKind, FsError>,
         mode: u32,
-        reply: ReplyEntry,
+        reply: (Verb, ReplyEntry),
     ) {
         let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
         let (uid, gid) = (request.uid(), request.gid());
@@ -133,6 +172,14 @@ impl<C: Cluster> FuseEdge<C> {
             },
             answer_entry(self.view.clone()),
         );
+    }
+}
+
+/// How `caller_uid` opens a file.
+pub(super) fn opening(flags: i32, caller_uid: u32) -> OpenFlags {
+    OpenFlags {
+        privileges: convert::privileges_of(caller_uid),
+        ..OpenFlags::from(flags)
     }
 }
 

@@ -6,9 +6,11 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
+use quorumfs_measure::Ending;
 use quorumfs_proto::call::SessionState;
 use quorumfs_proto::wire::file_system_server::FileSystem;
 use quorumfs_proto::{Call, CallReply, Refusal, SessionId, codec, wire};
@@ -18,6 +20,8 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, error};
 
 use crate::cluster::leases::Grant;
+use crate::cluster::metrics::CountedCommand;
+use crate::cluster::metrics::kinds::{OperationKind, Origin};
 use crate::content::wire::{get_response, range_asked, stored_chunk};
 use crate::metadata::Failure;
 use crate::node::{Node, Parts};
@@ -94,11 +98,11 @@ impl FileSystem for FileSystemService {
         request: Request<Streaming<wire::CallRequest>>,
     ) -> Result<Response<Self::CallsStream>, Status> {
         let node = self.node.clone();
-        let answer = move |request: wire::CallRequest| {
+        let answer = move |mut request: wire::CallRequest| {
             let node = node.clone();
             async move {
                 let (reply, grant) = match codec::decode::<Call>(&request.call) {
-                    Ok(call) => carry_out(&node, call, &request).await,
+                    Ok(call) => measured(&node, call, &mut request).await,
                     Err(error) => {
                         let reason = error.to_string();
                         (CallReply::Refused(Refusal::Invalid { reason }), Grant::Nothing)
@@ -125,7 +129,20 @@ impl FileSystem for FileSystemService {
         let node = self.node.clone();
         let answer = move |request: wire::PutChunkRequest| {
             let node = node.clone();
-            async move { put_chunk(&node, request).await }
+            async move {
+                let (began, bytes) = (Instant::now(), request.payload.len() as u64);
+                let session = request.chunk.as_ref().map_or(0, |chunk| chunk.session);
+                let response = put_chunk(&node, request).await;
+                count_chunk(
+                    &node,
+                    OperationKind::PutChunk,
+                    session,
+                    response.status(),
+                    bytes,
+                    began,
+                );
+                response
+            }
         };
         Ok(Response::new(answer_stream(
             request.into_inner(),
@@ -142,16 +159,11 @@ impl FileSystem for FileSystemService {
         let answer = move |request: wire::GetChunkRequest| {
             let node = node.clone();
             async move {
-                let call_id = request.call_id;
-                let Some(parts) = node.parts() else {
-                    return chunk_refused(call_id, wire::ChunkStatus::Unavailable, node.not_ready());
-                };
-                match range_asked(&request) {
-                    Ok((id, offset, length)) => {
-                        get_response(call_id, parts.reader.chunk(id, offset, length).await)
-                    }
-                    Err(malformed) => chunk_refused(call_id, malformed.status(), malformed.to_string()),
-                }
+                let (began, session) = (Instant::now(), request.session);
+                let response = get_chunk(&node, &request).await;
+                let (status, bytes) = (response.status(), response.payload.len() as u64);
+                count_chunk(&node, OperationKind::Read, session, status, bytes, began);
+                response
             }
         };
         Ok(Response::new(answer_stream(
@@ -181,6 +193,96 @@ impl FileSystem for FileSystemService {
             },
         };
         Ok(Response::new(answer))
+    }
+}
+
+/// Carries out a call and counts it.
+async fn measured(node: &Node, call: Call, request: &mut wire::CallRequest) -> (CallReply, Grant) {
+    enum Counted {
+        Command(CountedCommand),
+        Query(OperationKind),
+        Session,
+    }
+    let (session, counted) = match &call {
+        Call::Mutate(mutation) => (
+            mutation.request.session,
+            Counted::Command(CountedCommand::of(&mutation.command)),
+        ),
+        Call::Query(query) => (
+            SessionId(request.session),
+            Counted::Query(OperationKind::of_query(query)),
+        ),
+        Call::OpenSession { session, description } => {
+            node.metrics().opened(*session, description);
+            (*session, Counted::Session)
+        }
+        Call::KeepAlive { session } | Call::CloseSession { session } => (*session, Counted::Session),
+    };
+    let is_close = matches!(call, Call::CloseSession { .. });
+    let began = Instant::now();
+    let statistics = request.statistics.take();
+    let (reply, grant) = carry_out(node, call, request).await;
+    let took = began.elapsed();
+    let metrics = node.metrics();
+    let origin = origin_of(node, session);
+    match counted {
+        Counted::Command(counted) => metrics.command(origin, counted, &reply, took),
+        Counted::Query(kind) => metrics.query(origin, kind, &reply, took),
+        Counted::Session => {
+            metrics.session(origin, &reply, took);
+            if is_close {
+                metrics.mounts.closed(session);
+            } else if let (CallReply::Session(_), Some(statistics)) = (&reply, statistics) {
+                let description = description_of(node, session).unwrap_or_default();
+                metrics.mounts.heard(session, description, statistics.into());
+            }
+        }
+    }
+    (reply, grant)
+}
+
+/// Whether a session is a mount's or a node's; asked of the metadata once for each.
+fn origin_of(node: &Node, session: SessionId) -> Origin {
+    let describe = || match session.0 {
+        // Peers, and programs older than the field, do not say who asks.
+        0 => None,
+        _ => description_of(node, session),
+    };
+    node.metrics().origin(session, describe)
+}
+
+fn description_of(node: &Node, session: SessionId) -> Option<String> {
+    let view = node.parts()?.metadata.view().ok()?;
+    // What cannot be read is not known; whoever needs it says so.
+    Some(view.session(session).ok()??.description)
+}
+
+fn count_chunk(
+    node: &Node,
+    kind: OperationKind,
+    session: u64,
+    status: wire::ChunkStatus,
+    bytes: u64,
+    began: Instant,
+) {
+    let ending = match status {
+        wire::ChunkStatus::Ok => Ending::Done,
+        _ => Ending::Failed,
+    };
+    let origin = origin_of(node, SessionId(session));
+    node.metrics()
+        .operation(origin, kind)
+        .record(ending, bytes, began.elapsed());
+}
+
+async fn get_chunk(node: &Node, request: &wire::GetChunkRequest) -> wire::GetChunkResponse {
+    let call_id = request.call_id;
+    let Some(parts) = node.parts() else {
+        return chunk_refused(call_id, wire::ChunkStatus::Unavailable, node.not_ready());
+    };
+    match range_asked(request) {
+        Ok((id, offset, length)) => get_response(call_id, parts.reader.chunk(id, offset, length).await),
+        Err(malformed) => chunk_refused(call_id, malformed.status(), malformed.to_string()),
     }
 }
 

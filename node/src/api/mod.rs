@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod fs;
+pub mod http_metrics;
 pub mod peer;
 pub mod rest;
 pub mod status;

@@ -45,7 +45,7 @@ pub struct ClockBelief {
 }
 
 /// What is known of this node's clock; for `/status` and `/health/status`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct ClockReport {
     /// `off`: no server is to be asked. `unsynchronized`: none has answered, or not for long. `synchronized`.
     /// `skewed`: over a second off.

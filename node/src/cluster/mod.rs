@@ -1,5 +1,5 @@
 //! The node as a member of a cluster: who it is, how the cluster is made and changed, who has room, whose sessions live,
-//! who answers, what the time is.
+//! who answers, what the time is, what it does and how well.
 //!
 //! Stands on the consensus; knows nothing of the edges that serve it.
 
@@ -9,5 +9,6 @@ pub mod health;
 pub mod identity;
 pub mod leases;
 pub mod membership;
+pub mod metrics;
 pub mod sessions;
 pub mod space;

@@ -17,6 +17,7 @@ use futures::{Stream, StreamExt};
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use openraft::{OptionalSend, OptionalSync};
 use parking_lot::{Condvar, Mutex};
+use quorumfs_measure::Snapshot;
 use quorumfs_proto::codec;
 use serde::Serialize;
 use tokio::sync::{Notify, oneshot};
@@ -140,6 +141,12 @@ impl LogStore {
             reserve_held: counters.reserve_held.load(Ordering::Relaxed),
             disk_full: counters.disk_full.load(Ordering::Relaxed),
         }
+    }
+
+    /// How long flushes took (nanoseconds), and how many entries each made durable.
+    pub fn flush_distributions(&self) -> (Snapshot, Snapshot) {
+        let counters = &self.0.shared.counters;
+        (counters.flush_times.snapshot(), counters.flush_entries.snapshot())
     }
 
     /// The longest flush since the last call, the one under way included.

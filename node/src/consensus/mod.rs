@@ -22,6 +22,7 @@ mod fatal;
 mod flusher;
 mod log;
 mod maintenance;
+mod meters;
 mod network;
 mod options;
 mod service;
@@ -51,6 +52,7 @@ use self::barrier::Barrier;
 use self::fatal::FatalSignal;
 use self::flusher::Flusher;
 use self::log::LogStore;
+use self::meters::Meters;
 use self::network::NetworkFactory;
 use self::snapshot::SnapshotTraffic;
 use self::state_machine::{EffectCounts, StateMachine};
@@ -61,6 +63,7 @@ use crate::transport::Transport;
 
 pub use self::fatal::FatalError;
 pub use self::log::LogStatus;
+pub use self::meters::ConsensusMeasured;
 pub use self::options::{ConsensusOptions, Timings};
 pub use self::state_machine::AppliedEffects;
 pub use self::status::{ConsensusStatus, Role};
@@ -198,6 +201,7 @@ struct Inner {
     /// Whether commands that take space are admitted.
     has_room: AtomicBool,
     effect_counts: Arc<EffectCounts>,
+    meters: Arc<Meters>,
     /// One snapshot is received at a time.
     receiving: tokio::sync::Mutex<()>,
     options: ConsensusOptions,
@@ -231,6 +235,7 @@ impl Consensus {
         let flusher = Flusher::start(metadata.clone(), content, log.clone(), fatal.clone(), age_max)?;
         let traffic = SnapshotTraffic::new(options.hold_log_bytes_max);
         let effect_counts = Arc::new(EffectCounts::default());
+        let meters = Arc::new(Meters::default());
         let machine = StateMachine::new(
             metadata.clone(),
             flusher.clone(),
@@ -238,6 +243,7 @@ impl Consensus {
             traffic.clone(),
             effects,
             effect_counts.clone(),
+            meters.clone(),
             fatal.clone(),
         )?;
         let id = VoterId(options.id);
@@ -263,6 +269,7 @@ impl Consensus {
             heard_of_leader: Arc::default(),
             has_room: AtomicBool::new(true),
             effect_counts,
+            meters,
             receiving: tokio::sync::Mutex::new(()),
             options,
             tasks: Mutex::new(Vec::new()),

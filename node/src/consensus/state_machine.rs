@@ -11,6 +11,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use futures::{Stream, StreamExt};
 use openraft::storage::{ApplyResponder, EntryResponder, RaftStateMachine};
@@ -21,6 +22,7 @@ use tokio::sync::mpsc;
 use super::fatal::{FatalError, FatalSignal};
 use super::flusher::Flusher;
 use super::log::LogStore;
+use super::meters::Meters;
 use super::snapshot::{Builder, SnapshotData, SnapshotTraffic, held_snapshot};
 use super::types::{Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::content::StoredChunk;
@@ -72,6 +74,7 @@ pub struct StateMachine {
     traffic: SnapshotTraffic,
     effects: mpsc::Sender<AppliedEffects>,
     effect_counts: Arc<EffectCounts>,
+    meters: Arc<Meters>,
     fatal: FatalSignal,
     membership: StoredMembership,
 }
@@ -102,6 +105,7 @@ impl StateMachine {
         traffic: SnapshotTraffic,
         effects: mpsc::Sender<AppliedEffects>,
         effect_counts: Arc<EffectCounts>,
+        meters: Arc<Meters>,
         fatal: FatalSignal,
     ) -> Result<StateMachine, codec::DecodeError> {
         let (_, membership) = decode_position(&metadata.position())?;
@@ -112,12 +116,15 @@ impl StateMachine {
             traffic,
             effects,
             effect_counts,
+            meters,
             fatal,
             membership,
         })
     }
 
     fn apply_batch(&mut self, entries: Vec<EntryResponder<TypeConfig>>) -> Result<(), FatalError> {
+        let began = Instant::now();
+        let entries_count = entries.len() as u64;
         self.flusher.wait_for_room()?;
         let mut consequences = Consequences::default();
         let mut batch = self.metadata.begin();
@@ -155,6 +162,10 @@ impl StateMachine {
                 membership: Some(codec::encode(&self.membership)),
             });
             self.follow_up(last.index, consequences);
+            self.meters.applies.record_duration(began.elapsed());
+            self.meters
+                .entries_applied
+                .fetch_add(entries_count, Ordering::Relaxed);
         }
         Ok(())
     }

@@ -263,6 +263,7 @@ impl PeerChunks {
             chunk: Some(id.into()),
             offset,
             length,
+            session: 0,
         };
         let answer = lines
             .fetch

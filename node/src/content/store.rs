@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use quick_cache::sync::Cache;
+use quorumfs_measure::Snapshot;
 use quorumfs_proto::chunk::blocks_match;
 use quorumfs_proto::limits::BLOCK_BYTES;
 use quorumfs_proto::{ChunkId, Sha256};
@@ -256,6 +257,11 @@ impl ContentStore {
             flushes: self.writer.flushes(),
             puts: self.io_thread.puts(),
         }
+    }
+
+    /// How long flushes took, in nanoseconds.
+    pub fn flush_times(&self) -> Snapshot {
+        self.writer.flush_times()
     }
 
     /// Room on the disk. Blocks.

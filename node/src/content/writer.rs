@@ -14,8 +14,10 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use parking_lot::Mutex;
+use quorumfs_measure::{Distribution, Snapshot};
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 
 use super::chunk::{Space, StoredChunk};
@@ -95,6 +97,7 @@ pub struct Writer {
     changes: AtomicU64,
     flushed_changes: AtomicU64,
     flushes: AtomicU64,
+    flush_times: Distribution,
 }
 
 impl Writer {
@@ -122,6 +125,7 @@ impl Writer {
             changes: AtomicU64::new(0),
             flushed_changes: AtomicU64::new(0),
             flushes: AtomicU64::new(0),
+            flush_times: Distribution::new(),
         }
     }
 
@@ -173,6 +177,11 @@ impl Writer {
         self.flushes.load(Ordering::Relaxed)
     }
 
+    /// How long flushes of the segment that is being written took, in nanoseconds.
+    pub fn flush_times(&self) -> Snapshot {
+        self.flush_times.snapshot()
+    }
+
     /// Puts everything that was appended before the call on disk, and seals what is full. Called by one thread.
     pub fn flush(&self) -> Result<(), Stopped> {
         self.fault.check()?;
@@ -195,7 +204,9 @@ impl Writer {
             }
         }
         if let Some(active) = active {
+            let began = Instant::now();
             self.fault.flush(&active.file, &active.segment.path)?;
+            self.flush_times.record_duration(began.elapsed());
             self.flushes.fetch_add(1, Ordering::Relaxed);
             active.segment.set_flushed(active.end);
         }

@@ -19,7 +19,14 @@ pub(super) fn routes() -> Router<Arc<Node>> {
     Router::new().route("/", get(page))
 }
 
-async fn page() -> impl IntoResponse {
+/// The dashboard.
+#[utoipa::path(
+    get,
+    path = "/",
+    tag = "node",
+    responses((status = 200, description = "A page for people", content_type = "text/html", body = String))
+)]
+pub(super) async fn page() -> impl IntoResponse {
     (
         [
             (CONTENT_TYPE, "text/html; charset=utf-8"),

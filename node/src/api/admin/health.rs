@@ -13,7 +13,7 @@ use tokio::sync::watch;
 
 use super::parts;
 use crate::api::rest::ClientHandle;
-use crate::api::rest::error::ApiError;
+use crate::api::rest::error::{ApiError, ErrorBody};
 use crate::cluster::health::HealthReport;
 use crate::node::Node;
 
@@ -25,30 +25,56 @@ pub(super) fn routes() -> Router<Arc<Node>> {
 }
 
 /// What `GET /healthz` answers, as long as the process serves.
-#[derive(Clone, Copy, Debug, Serialize)]
-struct Alive {
+#[derive(Clone, Copy, Debug, Serialize, utoipa::ToSchema)]
+pub(super) struct Alive {
     /// Always true.
     alive: bool,
 }
 
 /// What `GET /readyz` answers when the node is ready.
-#[derive(Clone, Copy, Debug, Serialize)]
-struct Ready {
+#[derive(Clone, Copy, Debug, Serialize, utoipa::ToSchema)]
+pub(super) struct Ready {
     /// Always true; a node that is not ready answers 503 with a `message` that says why.
     ready: bool,
 }
 
-async fn status(State(node): State<Arc<Node>>) -> Result<Json<HealthReport>, ApiError> {
+/// Who answers whom and how fast, and whose clock is right; what is wrong, in words.
+#[utoipa::path(
+    get,
+    path = "/health/status",
+    tag = "node",
+    responses(
+        (status = 200, description = "As this node sees it, and as all see it", body = HealthReport),
+        (status = 503, description = "The node has not begun", body = ErrorBody),
+    )
+)]
+pub(super) async fn status(State(node): State<Arc<Node>>) -> Result<Json<HealthReport>, ApiError> {
     Ok(Json(parts(&node)?.health.report()))
 }
 
-async fn alive() -> Json<Alive> {
+/// Whether the process serves.
+#[utoipa::path(
+    get,
+    path = "/healthz",
+    tag = "node",
+    responses((status = 200, description = "It does", body = Alive))
+)]
+pub(super) async fn alive() -> Json<Alive> {
     Json(Alive { alive: true })
 }
 
 /// Whether this node can serve reads and writes now: 200, or 503 with the reason. Not what was so a while ago: the leader
 /// is asked, and asks a quorum, within 2 s.
-async fn ready(
+#[utoipa::path(
+    get,
+    path = "/readyz",
+    tag = "node",
+    responses(
+        (status = 200, description = "It can", body = Ready),
+        (status = 503, description = "It cannot, and why", body = ErrorBody),
+    )
+)]
+pub(super) async fn ready(
     State(node): State<Arc<Node>>,
     Extension(client): Extension<watch::Receiver<ClientHandle>>,
 ) -> Response {

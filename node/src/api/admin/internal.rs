@@ -20,7 +20,7 @@ use quorumfs_proto::{ChunkId, SessionId, Sha256};
 use serde::Serialize;
 
 use super::parts;
-use crate::api::rest::error::ApiError;
+use crate::api::rest::error::{ApiError, ErrorBody};
 use crate::healing::recovery::{OfferError, Offered};
 use crate::healing::sweep::DeleteError;
 use crate::node::Node;
@@ -30,8 +30,8 @@ use crate::transport::ClusterSecret;
 const SHA256_HEADER: &str = "x-content-sha256";
 
 /// What became of a copy that was offered.
-#[derive(Debug, Serialize)]
-struct Replicated {
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+pub(super) struct Replicated {
     /// The chunk.
     chunk: String,
     /// Its bytes.
@@ -41,8 +41,8 @@ struct Replicated {
 }
 
 /// What became of content that was to be deleted.
-#[derive(Debug, Serialize)]
-struct Deleted {
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+pub(super) struct Deleted {
     /// The chunk.
     chunk: String,
     /// Bytes of disk given back at once; the rest comes back with the segment.
@@ -92,7 +92,29 @@ async fn require_secret(
 }
 
 /// Takes a copy of a chunk that files name and that is missing here.
-async fn replicate(
+#[utoipa::path(
+    post,
+    path = "/replicate/{name}",
+    tag = "internal",
+    params(
+        ("name" = String, Path, description = "The chunk, as /repair/verify prints it"),
+        ("x-content-sha256" = String, Header, description = "SHA-256 of the body, in hexadecimal"),
+    ),
+    request_body(content = Vec<u8>, content_type = "application/octet-stream"),
+    responses(
+        (status = 200, description = "It was here", body = Replicated),
+        (status = 201, description = "It is stored", body = Replicated),
+        (status = 400, description = "No chunk's name, or the digest differs", body = ErrorBody),
+        (status = 401, description = "No secret was shown", body = ErrorBody),
+        (status = 403, description = "It is not the cluster's secret, or there is none", body = ErrorBody),
+        (status = 404, description = "No file names it", body = ErrorBody),
+        (status = 409, description = "The chunk has other content", body = ErrorBody),
+        (status = 413, description = "Longer than a chunk", body = ErrorBody),
+        (status = 503, description = "The node has not begun", body = ErrorBody),
+        (status = 507, description = "The disk is full", body = ErrorBody),
+    )
+)]
+pub(super) async fn replicate(
     State(node): State<Arc<Node>>,
     Path(name): Path<String>,
     headers: HeaderMap,
@@ -126,7 +148,22 @@ async fn replicate(
 }
 
 /// Drops this node's copy of a chunk that no file names and none can name any more.
-async fn delete_content(
+#[utoipa::path(
+    post,
+    path = "/delete-content/{name}",
+    tag = "internal",
+    params(("name" = String, Path, description = "The chunk, as /repair/verify prints it")),
+    responses(
+        (status = 200, description = "It is gone from this node", body = Deleted),
+        (status = 400, description = "No chunk's name", body = ErrorBody),
+        (status = 401, description = "No secret was shown", body = ErrorBody),
+        (status = 403, description = "It is not the cluster's secret, or there is none", body = ErrorBody),
+        (status = 404, description = "It is not here", body = ErrorBody),
+        (status = 409, description = "Files name it, or may still come to", body = ErrorBody),
+        (status = 503, description = "The node has not begun", body = ErrorBody),
+    )
+)]
+pub(super) async fn delete_content(
     State(node): State<Arc<Node>>,
     Path(name): Path<String>,
 ) -> Result<Json<Deleted>, ApiError> {

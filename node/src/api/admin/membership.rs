@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tonic::Code;
 
 use super::{json_body, parts};
-use crate::api::rest::error::ApiError;
+use crate::api::rest::error::{ApiError, ErrorBody};
 use crate::node::Node;
 use crate::transport::{Peer, Purpose};
 
@@ -28,8 +28,8 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(300);
 const LEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One member.
-#[derive(Debug, Serialize)]
-struct MemberView {
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+pub(super) struct MemberView {
     /// Its number in the cluster.
     slot: u16,
     /// The random id of its data folder, in hexadecimal.
@@ -45,8 +45,8 @@ struct MemberView {
 }
 
 /// All members.
-#[derive(Debug, Serialize)]
-struct MembershipView {
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+pub(super) struct MembershipView {
     /// By slot.
     members: Vec<MemberView>,
     /// How many of the voters may fail at once.
@@ -54,17 +54,17 @@ struct MembershipView {
 }
 
 /// Whom to take in.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
-struct Addition {
+pub(super) struct Addition {
     /// `HOST:PORT` of the gRPC service of a node that waits to belong to a cluster.
     grpc_address: String,
 }
 
 /// Whom to take out.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
-struct Removal {
+pub(super) struct Removal {
     /// Their numbers in the cluster; together, in one change.
     slots: BTreeSet<u16>,
 }
@@ -76,7 +76,17 @@ pub(super) fn routes() -> Router<Arc<Node>> {
         .route("/membership/remove", post(remove))
 }
 
-async fn show(State(node): State<Arc<Node>>) -> Result<Json<MembershipView>, ApiError> {
+/// Who belongs to the cluster.
+#[utoipa::path(
+    get,
+    path = "/membership",
+    tag = "membership",
+    responses(
+        (status = 200, description = "All members, by slot", body = MembershipView),
+        (status = 503, description = "The node has not begun", body = ErrorBody),
+    )
+)]
+pub(super) async fn show(State(node): State<Arc<Node>>) -> Result<Json<MembershipView>, ApiError> {
     view(&node).map(Json)
 }
 
@@ -102,8 +112,22 @@ fn view(node: &Node) -> Result<MembershipView, ApiError> {
     })
 }
 
-/// 202: the node is a learner, and becomes a voter by itself when it has everything.
-async fn add(
+/// Takes in a node that waits to belong to a cluster.
+///
+/// It becomes a voter by itself when it has everything, and when with it the number of voters stays odd.
+#[utoipa::path(
+    post,
+    path = "/membership/add",
+    tag = "membership",
+    request_body = Addition,
+    responses(
+        (status = 202, description = "It is a learner", body = MembershipView),
+        (status = 400, description = "No JSON object as it must be", body = ErrorBody),
+        (status = 409, description = "It must not be", body = ErrorBody),
+        (status = 503, description = "No leader, or no node at the address", body = ErrorBody),
+    )
+)]
+pub(super) async fn add(
     State(node): State<Arc<Node>>,
     body: Bytes,
 ) -> Result<(StatusCode, Json<MembershipView>), ApiError> {
@@ -121,8 +145,25 @@ async fn add(
     Ok((StatusCode::ACCEPTED, Json(view(&node)?)))
 }
 
-/// 200: they are out, those that remain hold everything, and they may be stopped.
-async fn remove(State(node): State<Arc<Node>>, body: Bytes) -> Result<Json<MembershipView>, ApiError> {
+/// Takes members out, together.
+///
+/// When it is answered, those that remain hold everything, and the others may be stopped.
+#[utoipa::path(
+    post,
+    path = "/membership/remove",
+    tag = "membership",
+    request_body = Removal,
+    responses(
+        (status = 200, description = "They are out", body = MembershipView),
+        (status = 400, description = "No JSON object as it must be", body = ErrorBody),
+        (status = 409, description = "It must not be", body = ErrorBody),
+        (status = 503, description = "No leader, or those that remain are not whole", body = ErrorBody),
+    )
+)]
+pub(super) async fn remove(
+    State(node): State<Arc<Node>>,
+    body: Bytes,
+) -> Result<Json<MembershipView>, ApiError> {
     let Removal { slots } = json_body(&body, r#"{"slots": [4, 5]}"#)?;
     if slots.is_empty() {
         return Err(ApiError::bad_request(

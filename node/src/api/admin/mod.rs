@@ -7,7 +7,9 @@ mod dashboard;
 mod health;
 mod internal;
 mod membership;
+mod metrics;
 mod nodes;
+mod openapi;
 mod recovery;
 mod repair;
 
@@ -27,7 +29,9 @@ pub fn router(node: Arc<Node>, secret: Option<ClusterSecret>) -> Router {
         .merge(dashboard::routes())
         .merge(health::routes())
         .merge(membership::routes())
+        .merge(metrics::routes())
         .merge(nodes::routes())
+        .merge(openapi::routes())
         .merge(internal::routes(secret))
         .merge(recovery::routes())
         .merge(repair::routes())

@@ -10,7 +10,7 @@ use quorumfs_proto::{Member, wire};
 use serde::Serialize;
 
 use super::parts;
-use crate::api::rest::error::ApiError;
+use crate::api::rest::error::{ApiError, ErrorBody};
 use crate::node::{Node, Parts};
 use crate::transport::Purpose;
 
@@ -18,8 +18,8 @@ use crate::transport::Purpose;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// One member.
-#[derive(Debug, Serialize)]
-struct NodeView {
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+pub(super) struct NodeView {
     /// Its number in the cluster.
     slot: u16,
     /// Where it serves HTTP.
@@ -35,8 +35,8 @@ struct NodeView {
 }
 
 /// What a node says of itself.
-#[derive(Debug, Serialize)]
-struct NodeSays {
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+pub(super) struct NodeSays {
     /// Bytes that its disk can hold.
     capacity_bytes: u64,
     /// Bytes of it that content may still take.
@@ -57,7 +57,17 @@ pub(super) fn routes() -> Router<Arc<Node>> {
     Router::new().route("/nodes", get(nodes))
 }
 
-async fn nodes(State(node): State<Arc<Node>>) -> Result<Json<Vec<NodeView>>, ApiError> {
+/// Every member as it says itself that it is.
+#[utoipa::path(
+    get,
+    path = "/nodes",
+    tag = "membership",
+    responses(
+        (status = 200, description = "All members, by slot", body = Vec<NodeView>),
+        (status = 503, description = "The node has not begun", body = ErrorBody),
+    )
+)]
+pub(super) async fn nodes(State(node): State<Arc<Node>>) -> Result<Json<Vec<NodeView>>, ApiError> {
     let parts = parts(&node)?;
     let leader = parts.consensus.leader().map(|leader| leader.id);
     let voters = parts.consensus.voters();

@@ -12,7 +12,7 @@ use quorumfs_proto::{FsError, Name};
 use serde::Deserialize;
 
 use super::parts;
-use crate::api::rest::error::ApiError;
+use crate::api::rest::error::{ApiError, ErrorBody};
 use crate::healing::repair::RepairStatus;
 use crate::healing::repair::verify::{FileVerdict, VerifyError};
 use crate::node::Node;
@@ -23,7 +23,7 @@ const BODY_BYTES_MAX: usize = 64 << 10;
 const PATH_BYTES_MAX: usize = 4096;
 
 /// What is to be verified.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 struct VerifyRequest {
     /// The file's path from the root, names with `/` between them; a `/` in front is allowed.
@@ -41,7 +41,16 @@ pub(super) fn routes() -> Router<Arc<Node>> {
 }
 
 /// What was verified on this node, what was found, and how far the scrub is.
-async fn status(State(node): State<Arc<Node>>) -> Result<Json<RepairStatus>, ApiError> {
+#[utoipa::path(
+    get,
+    path = "/repair/status",
+    tag = "healing",
+    responses(
+        (status = 200, description = "What the scrub did and found", body = RepairStatus),
+        (status = 503, description = "The node has not begun", body = ErrorBody),
+    )
+)]
+pub(super) async fn status(State(node): State<Arc<Node>>) -> Result<Json<RepairStatus>, ApiError> {
     let repair = Arc::clone(&parts(&node)?.repair);
     let status = tokio::task::spawn_blocking(move || repair.status()).await;
     status
@@ -50,7 +59,21 @@ async fn status(State(node): State<Arc<Node>>) -> Result<Json<RepairStatus>, Api
 }
 
 /// Has every node read its copies of a file from disk, repairs what is bad, and tells both.
-async fn verify(
+#[utoipa::path(
+    post,
+    path = "/repair/verify",
+    tag = "healing",
+    request_body = VerifyRequest,
+    responses(
+        (status = 200, description = "Each node's verdict on each chunk, and what was repaired", body = FileVerdict),
+        (status = 400, description = "No JSON object as it must be, or no path", body = ErrorBody),
+        (status = 404, description = "There is no such file", body = ErrorBody),
+        (status = 409, description = "It is no regular file", body = ErrorBody),
+        (status = 413, description = "The body is too long", body = ErrorBody),
+        (status = 503, description = "The node has not begun, or the metadata cannot be read", body = ErrorBody),
+    )
+)]
+pub(super) async fn verify(
     State(node): State<Arc<Node>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<FileVerdict>, ApiError> {

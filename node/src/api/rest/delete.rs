@@ -9,7 +9,7 @@ use quorumfs_proto::{Command, FileKind, FsError, InodeNumber, OperationResult, O
 
 use super::Service;
 use super::calls::{Calls, verdict};
-use super::error::ApiError;
+use super::error::{ApiError, ErrorBody};
 use super::path::{FilePath, encode_path};
 use super::places::{self, shown};
 use super::upload::refuse_if_match;
@@ -17,6 +17,21 @@ use super::upload::refuse_if_match;
 /// How often the path is looked at again because what lies there changed its kind meanwhile.
 const ATTEMPTS_MAX: usize = 8;
 
+/// Remove a file, a link or an empty directory.
+#[utoipa::path(
+    delete,
+    path = "/upload/{path}",
+    tag = "files",
+    params(("path" = String, Path, description = "Names, percent-encoded, with slashes between them")),
+    responses(
+        (status = 204, description = "It is gone"),
+        (status = 400, description = "A path that cannot be", body = ErrorBody),
+        (status = 404, description = "Nothing has the name", body = ErrorBody),
+        (status = 409, description = "A directory that is not empty, or a link on the way", body = ErrorBody),
+        (status = 501, description = "If-Match is not supported here", body = ErrorBody),
+        (status = 503, description = "No quorum in time", body = ErrorBody),
+    )
+)]
 pub(super) async fn delete(
     State(service): State<Arc<Service>>,
     request: Request,

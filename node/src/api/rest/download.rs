@@ -17,7 +17,7 @@ use super::Service;
 use super::calls::{Calls, ExtentsPage, verdict};
 use super::conditional::{self, Verdict};
 use super::content::Content;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorBody};
 use super::open_inodes::HeldInode;
 use super::path::FilePath;
 use super::places;
@@ -28,6 +28,30 @@ use super::times;
 const LOOKS_MAX: usize = 20;
 const LOOK_PAUSE_MS: u64 = 5;
 
+/// A file, or a part of it.
+///
+/// One version of it, the one of its `ETag`; or the connection breaks off. `/upload/{path}` answers the same.
+#[utoipa::path(
+    method(get, head),
+    path = "/download/{path}",
+    tag = "files",
+    params(
+        ("path" = String, Path, description = "Names, percent-encoded, with slashes between them"),
+        ("Range" = Option<String>, Header, description = "One range of bytes"),
+        ("If-None-Match" = Option<String>, Header, description = "ETags that are known"),
+    ),
+    responses(
+        (status = 200, description = "All of it", body = Vec<u8>, content_type = "application/octet-stream"),
+        (status = 206, description = "The range", body = Vec<u8>, content_type = "application/octet-stream"),
+        (status = 304, description = "It has not changed"),
+        (status = 400, description = "A path or header that cannot be", body = ErrorBody),
+        (status = 404, description = "Nothing has the name", body = ErrorBody),
+        (status = 409, description = "It is not a file", body = ErrorBody),
+        (status = 412, description = "It is another version", body = ErrorBody),
+        (status = 416, description = "The range lies outside", body = ErrorBody),
+        (status = 503, description = "No quorum in time", body = ErrorBody),
+    )
+)]
 pub(super) async fn download(
     State(service): State<Arc<Service>>,
     request: Request,

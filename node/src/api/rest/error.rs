@@ -8,6 +8,8 @@ use axum::http::StatusCode;
 use axum::http::header::{HeaderName, HeaderValue, RETRY_AFTER};
 use axum::response::{IntoResponse, Response};
 use quorumfs_proto::FsError;
+use serde::Serialize;
+use utoipa::ToSchema;
 
 /// After how long a client that was told 503 should try again: an election and its calls are over by then.
 const RETRY_AFTER_S: u64 = 2;
@@ -69,12 +71,28 @@ impl ApiError {
     }
 }
 
+/// What every failed request is answered with.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(in crate::api) struct ErrorBody {
+    /// For programs: it never changes its meaning.
+    #[schema(example = "not_found")]
+    code: &'static str,
+    /// What is wrong with this request, for people.
+    message: String,
+    /// What to do about it, where there is something.
+    hint: Option<String>,
+}
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         if self.status == StatusCode::INTERNAL_SERVER_ERROR {
             tracing::error!(code = self.code, message = %self.message, "HTTP request failed");
         }
-        let body = serde_json::json!({ "code": self.code, "message": self.message, "hint": self.hint });
+        let body = ErrorBody {
+            code: self.code,
+            message: self.message,
+            hint: self.hint,
+        };
         let mut response = (self.status, Json(body)).into_response();
         response.headers_mut().extend(self.headers);
         response

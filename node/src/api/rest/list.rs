@@ -11,12 +11,14 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
 use quorumfs_proto::{FileKind, FsError, InodeNumber};
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::json;
+use utoipa::ToSchema;
 
 use super::Service;
 use super::calls::{Calls, verdict};
 use super::conditional::etag;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorBody};
 use super::path::{ListPrefix, display, encode_path, joined, percent_decoded};
 use super::places::kind_name;
 use super::times::rfc3339;
@@ -28,6 +30,58 @@ const LIMIT_MAX: usize = 10_000;
 /// Where the next page begins: the last path seen, percent-encoded.
 const NEXT_AFTER: HeaderName = HeaderName::from_static("x-next-after");
 
+/// One entry of a listing.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct FileEntry {
+    /// Its path from the root, without a slash in front; what is not UTF-8 is replaced.
+    path: String,
+    /// `file`, `directory`, `symlink`, …
+    kind: &'static str,
+    /// Its length in bytes.
+    size: u64,
+    /// When its content last changed (RFC 3339).
+    mtime: String,
+    /// The twelve bits of its mode, in octal.
+    mode: String,
+    /// Its owner.
+    uid: u32,
+    /// Its group.
+    gid: u32,
+    /// How many names it has.
+    links: u32,
+    /// Its number.
+    inode: u64,
+    /// Of this version, for files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    etag: Option<String>,
+    /// Its path, percent-encoded, where it is not UTF-8.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path_encoded: Option<String>,
+}
+
+/// List files, sorted by their paths.
+///
+/// There is a next page if, and only if, there is a `Link` header with `rel="next"`.
+#[utoipa::path(
+    get,
+    path = "/files",
+    tag = "files",
+    params(
+        ("prefix" = Option<String>, Query, description = "Any beginning of a path"),
+        ("limit" = Option<u32>, Query, description = "1 to 10,000; 1,000 unless said", minimum = 1, maximum = 10_000),
+        ("after" = Option<String>, Query, description = "Only paths after this one"),
+        ("recursive" = Option<bool>, Query, description = "Whether directories are gone into; they are unless said"),
+        ("kind" = Option<String>, Query, description = "`all`, or some of `file,directory,symlink,…`"),
+    ),
+    responses(
+        (status = 200, description = "A page", body = Vec<FileEntry>, headers(
+            ("Link" = Option<String>, description = "The next page"),
+            ("X-Next-After" = Option<String>, description = "Its `after`"),
+        )),
+        (status = 400, description = "A parameter that cannot be", body = ErrorBody),
+        (status = 503, description = "No quorum in time", body = ErrorBody),
+    )
+)]
 pub(super) async fn list(
     State(service): State<Arc<Service>>,
     request: Request,
@@ -51,7 +105,7 @@ pub(super) async fn list(
         question.depth,
         Instant::now() + service.request_timeout,
     );
-    let mut page: Vec<Value> = Vec::new();
+    let mut page: Vec<FileEntry> = Vec::new();
     let mut last = Vec::new();
     let next = loop {
         match walk.next().await? {
@@ -85,26 +139,23 @@ async fn find_directory(calls: &Calls, prefix: &ListPrefix) -> Result<Option<Ino
     }
 }
 
-fn described(found: &Found) -> Value {
+fn described(found: &Found) -> FileEntry {
     let attributes = &found.attributes;
-    let mut entry = json!({
-        "path": display(&found.path),
-        "kind": kind_name(attributes.kind),
-        "size": attributes.size,
-        "mtime": rfc3339(attributes.mtime),
-        "mode": format!("{:04o}", attributes.mode),
-        "uid": attributes.uid,
-        "gid": attributes.gid,
-        "links": attributes.links,
-        "inode": attributes.inode.0,
-    });
-    if attributes.kind == FileKind::File {
-        entry["etag"] = etag(attributes).into();
+    FileEntry {
+        path: display(&found.path).to_string(),
+        kind: kind_name(attributes.kind),
+        size: attributes.size,
+        mtime: rfc3339(attributes.mtime),
+        mode: format!("{:04o}", attributes.mode),
+        uid: attributes.uid,
+        gid: attributes.gid,
+        links: attributes.links,
+        inode: attributes.inode.0,
+        etag: (attributes.kind == FileKind::File).then(|| etag(attributes)),
+        path_encoded: std::str::from_utf8(&found.path)
+            .is_err()
+            .then(|| encode_path(&found.path)),
     }
-    if std::str::from_utf8(&found.path).is_err() {
-        entry["path_encoded"] = encode_path(&found.path).into();
-    }
-    entry
 }
 
 /// What is to be listed.

@@ -42,6 +42,7 @@ mod calls;
 mod conditional;
 mod content;
 mod delete;
+pub(in crate::api) mod described;
 mod download;
 pub(in crate::api) mod error;
 mod idempotency;
@@ -227,6 +228,15 @@ fn path_of(uri: &Uri) -> &str {
     path.split_once('/').map_or("", |(_, path)| path)
 }
 
+/// What the node says of itself.
+///
+/// Who it is, who leads, whether it can write and if not why; with a quorum or without.
+#[utoipa::path(
+    get,
+    path = "/status",
+    tag = "node",
+    responses((status = 200, description = "The node's status", body = Value))
+)]
 async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
     let mut status = (service.status)();
     if let ClientHandle::Connecting { reason } = &*service.client.borrow() {

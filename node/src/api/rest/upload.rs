@@ -9,11 +9,14 @@ use axum::http::header::{
 };
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
+use quorumfs_proto::Sha256;
 use quorumfs_proto::limits::FILE_BYTES_MAX;
+use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::Service;
 use super::conditional;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorBody};
 use super::idempotency::{KEY_BYTES_MAX, Lookup, Subject, UnderWay};
 use super::path::{FilePath, display};
 use super::store::{Replace, Stored, Upload};
@@ -22,6 +25,54 @@ const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Says that the answer is the one that the first upload with this key got.
 const IDEMPOTENCY_REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 
+/// What was stored.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct StoredFile {
+    /// Its path from the root, without a slash in front; what is not UTF-8 is replaced.
+    path: String,
+    /// Its length in bytes.
+    size: u64,
+    /// Its number.
+    inode: u64,
+    /// Of this version.
+    etag: String,
+    /// Of its bytes, in hexadecimal, where it was computed on the way.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sha256: Option<String>,
+    /// Its path, percent-encoded, where it is not UTF-8.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path_encoded: Option<String>,
+}
+
+/// Store the body as a file.
+///
+/// It appears at once and whole, or not at all; missing directories are made; a file of that name is replaced.
+#[utoipa::path(
+    method(post, put),
+    path = "/upload/{path}",
+    tag = "files",
+    params(
+        ("path" = String, Path, description = "Names, percent-encoded, with slashes between them"),
+        ("If-None-Match" = Option<String>, Header, description = "`*`: only if nothing has the name"),
+        ("Idempotency-Key" = Option<String>, Header, description = "Answers a repeated upload as the first"),
+    ),
+    request_body(content = Vec<u8>, content_type = "application/octet-stream", description = "The file's bytes"),
+    responses(
+        (status = 201, description = "Stored on a quorum", body = StoredFile, headers(
+            ("ETag" = String, description = "Of this version"),
+            ("Location" = String, description = "Where to download it"),
+        )),
+        (status = 400, description = "A path or header that cannot be", body = ErrorBody),
+        (status = 409, description = "Something is in the way", body = ErrorBody),
+        (status = 412, description = "Something has the name", body = ErrorBody),
+        (status = 413, description = "Larger than a file can be", body = ErrorBody),
+        (status = 415, description = "A multipart form", body = ErrorBody),
+        (status = 422, description = "The key was used for another upload", body = ErrorBody),
+        (status = 501, description = "If-Match is not supported here", body = ErrorBody),
+        (status = 503, description = "No quorum in time", body = ErrorBody),
+        (status = 507, description = "The disks are full", body = ErrorBody),
+    )
+)]
 pub(super) async fn upload(
     State(service): State<Arc<Service>>,
     request: Request,
@@ -81,19 +132,15 @@ pub(super) async fn upload(
 fn created(path: &FilePath, stored: &Stored) -> Response {
     let bytes = path.to_bytes();
     let tag = conditional::etag(&stored.attributes);
-    let mut body = serde_json::json!({
-        "path": display(&bytes),
-        "size": stored.attributes.size,
-        "inode": stored.attributes.inode.0,
-        "etag": tag,
-    });
-    if let Some(sha256) = stored.sha256 {
-        let hex: String = sha256.0.iter().map(|byte| format!("{byte:02x}")).collect();
-        body["sha256"] = hex.into();
-    }
-    if std::str::from_utf8(&bytes).is_err() {
-        body["path_encoded"] = path.encoded().into();
-    }
+    let hex = |sha256: Sha256| sha256.0.iter().map(|byte| format!("{byte:02x}")).collect();
+    let body = StoredFile {
+        path: display(&bytes).to_string(),
+        size: stored.attributes.size,
+        inode: stored.attributes.inode.0,
+        etag: tag.clone(),
+        sha256: stored.sha256.map(hex),
+        path_encoded: std::str::from_utf8(&bytes).is_err().then(|| path.encoded()),
+    };
     let headers = [(ETAG, tag), (LOCATION, format!("/download/{}", path.encoded()))];
     (StatusCode::CREATED, headers, Json(body)).into_response()
 }

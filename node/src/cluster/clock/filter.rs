@@ -81,7 +81,7 @@ pub fn best_estimate(estimates: Vec<Estimate>) -> Option<Estimate> {
 }
 
 /// How a node's clock is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ClockState {
     /// No NTP server is to be asked.

@@ -15,7 +15,7 @@ const WINDOW_PROBES: usize = 256;
 const REASON_BYTES_MAX: usize = 200;
 
 /// What a node thinks of a peer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum HealthState {
     /// Not decided yet.

@@ -14,7 +14,7 @@ use crate::cluster::clock::{ClockBelief, ClockReport, ClockState, unix_ms_ago, w
 const CLOCK_APART_MAX: Duration = Duration::from_secs(1);
 
 /// What `GET /health/status` answers.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct HealthReport {
     /// The slot of the node that answers.
     pub node: u16,
@@ -39,7 +39,7 @@ pub struct HealthReport {
 }
 
 /// What this node's probes of one other found.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct PeerReport {
     /// Its slot.
     pub slot: u16,
@@ -72,7 +72,7 @@ pub struct PeerReport {
 }
 
 /// Response times of the latest probes that were answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct ResponseReport {
     /// How many are counted; at most 256.
     pub count: usize,
@@ -85,7 +85,7 @@ pub struct ResponseReport {
 }
 
 /// A member as all see it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct NodeReport {
     /// Its slot.
     pub slot: u16,
@@ -101,7 +101,7 @@ pub struct NodeReport {
 }
 
 /// What all believe of a node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum MergedState {
     /// All who say something reach it.
@@ -115,7 +115,7 @@ pub enum MergedState {
 }
 
 /// What a node says of its clock.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct ClockSummary {
     /// As in `clock`.
     pub state: ClockState,
@@ -126,7 +126,7 @@ pub struct ClockSummary {
 }
 
 /// What one node believes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct ViewReport {
     /// The slot of who believes it.
     pub observer: u16,
@@ -137,7 +137,7 @@ pub struct ViewReport {
 }
 
 /// What one node believes of one other.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct BeliefReport {
     /// The slot of whom it is about.
     pub slot: u16,

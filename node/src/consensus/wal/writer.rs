@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use openraft::storage::IOFlushed;
 use parking_lot::{Condvar, Mutex};
+use quorumfs_measure::Distribution;
 use quorumfs_proto::codec;
 use tokio::sync::{Notify, oneshot};
 
@@ -91,6 +92,10 @@ pub struct Counters {
     pub flushes: AtomicU64,
     /// Entries in them.
     pub entries_flushed: AtomicU64,
+    /// How long flushes took, in nanoseconds.
+    pub flush_times: Distribution,
+    /// Entries in each flush that had any.
+    pub flush_entries: Distribution,
     /// Milliseconds since `epoch` at which the flush under way began, plus one; 0 if there is none.
     flush_began: AtomicU64,
     /// The longest flush that ended since it was last asked for.
@@ -235,7 +240,9 @@ impl Writer {
         self.when_room(|| self.open.file.write_all_at(&batch, self.open.offset))
             .map_err(io_error("write log file"))?;
         self.shared.counters.flush_begins();
+        let began = Instant::now();
         let flushed = self.open.file.sync_data();
+        self.shared.counters.flush_times.record_duration(began.elapsed());
         self.shared.counters.flush_ends();
         flushed.map_err(io_error("flush log file"))?;
         self.open.offset += batch.len() as u64;
@@ -373,6 +380,9 @@ impl Writer {
         counters
             .entries_flushed
             .fetch_add(places.len() as u64, Ordering::Relaxed);
+        if !places.is_empty() {
+            counters.flush_entries.record(places.len() as u64);
+        }
         for queued in operations {
             match queued.operation {
                 Operation::Append { flushed, .. } => flushed.io_completed(Ok(())),

@@ -47,7 +47,7 @@ impl Amount {
 }
 
 /// Why everything named must be compared with everything held.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum WalkReason {
     /// The node has just begun.

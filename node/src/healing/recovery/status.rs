@@ -16,7 +16,7 @@ const FILES_NAMED_MAX: usize = 10;
 const CATCH_UP_TICK_MS: u64 = 2;
 
 /// What a pass looks at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum PassKind {
     /// All that the metadata names.
@@ -26,7 +26,7 @@ pub enum PassKind {
 }
 
 /// A pass that has ended.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct PassReport {
     /// What it looked at.
     pub kind: PassKind,
@@ -43,7 +43,7 @@ pub struct PassReport {
 }
 
 /// What asking for a pass has begun.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct SyncReport {
     /// Whether a pass begins because of this request.
     pub started: bool,
@@ -56,7 +56,7 @@ pub struct SyncReport {
 }
 
 /// How far the healing is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct RecoveryStatus {
     /// Whether chunks are being fetched or compared now.
     pub running: bool,

@@ -13,7 +13,7 @@ use super::Repair;
 const FILES_NAMED_MAX: usize = 100;
 
 /// Something that went wrong.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct LastError {
     /// When, in milliseconds since 1970.
     pub unix_ms: u64,
@@ -22,7 +22,7 @@ pub struct LastError {
 }
 
 /// What was verified, what was found, and how far the scrub is.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, utoipa::ToSchema)]
 pub struct RepairStatus {
     /// Whether the scrub reads now; between its passes it rests.
     pub running: bool,

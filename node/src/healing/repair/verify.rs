@@ -51,7 +51,7 @@ impl From<Failure> for VerifyError {
 }
 
 /// How a file stands as a whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FileState {
     /// Every member has a good copy of every chunk.
@@ -65,7 +65,7 @@ pub enum FileState {
 }
 
 /// How a copy is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum CopyState {
     /// It has the SHA-256 that the metadata names.
@@ -79,7 +79,7 @@ pub enum CopyState {
 }
 
 /// What a node said of its copies.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct NodeVerdict {
     /// The node.
     pub slot: u16,
@@ -98,7 +98,7 @@ pub struct NodeVerdict {
 }
 
 /// A node's copy of a chunk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct CopyVerdict {
     /// The node.
     pub slot: u16,
@@ -111,7 +111,7 @@ pub struct CopyVerdict {
 }
 
 /// A chunk of the file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct ChunkVerdict {
     /// Its id.
     pub chunk: String,
@@ -124,7 +124,7 @@ pub struct ChunkVerdict {
 }
 
 /// What verifying a file showed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct FileVerdict {
     /// The path, as it was asked.
     pub file_path: String,

@@ -1,0 +1,149 @@
+//! What a mount does, counted: the kernel's requests by verb.
+//!
+//! Recorded by the edge towards the kernel; told to users (the extended attribute [`ATTRIBUTE`] of the mount's root) and
+//! to the cluster (with the keep-alives). Recording is a few atomic additions, see [`quorumfs_measure`].
+
+use std::time::{Duration, Instant};
+
+use quorumfs_measure::{Ending, Tally};
+use quorumfs_proto::statistics::{CacheStatistics, ClientStatistics, VerbStatistics};
+
+/// The extended attribute of a mount's root that tells its statistics, as JSON. It is not listed, so that copies of
+/// the tree do not take it along.
+pub const ATTRIBUTE: &str = "user.quorumfs.statistics";
+
+/// The attribute's value is filled up with spaces to a multiple of this: programs first ask how long it is, and it must
+/// not grow before they ask for it.
+const PADDED_TO_BYTES: usize = 8 << 10;
+
+macro_rules! verbs {
+    ($($verb:ident $name:literal,)*) => {
+        /// What the kernel asks for.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Verb {
+            $(#[doc = $name] $verb,)*
+        }
+
+        impl Verb {
+            /// All of them, by index.
+            pub const ALL: [Verb; [$($name),*].len()] = [$(Verb::$verb),*];
+
+            /// As it is shown.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Verb::$verb => $name,)*
+                }
+            }
+        }
+    };
+}
+
+verbs! {
+    Lookup "lookup",
+    GetAttributes "getattr",
+    SetAttributes "setattr",
+    ReadLink "readlink",
+    Mknod "mknod",
+    Mkdir "mkdir",
+    Symlink "symlink",
+    Unlink "unlink",
+    Rmdir "rmdir",
+    Rename "rename",
+    Link "link",
+    Open "open",
+    Create "create",
+    Read "read",
+    Write "write",
+    Flush "flush",
+    Fsync "fsync",
+    Release "release",
+    OpenDirectory "opendir",
+    ReadDirectory "readdir",
+    ReleaseDirectory "releasedir",
+    FsyncDirectory "fsyncdir",
+    Space "statfs",
+    SetXattr "setxattr",
+    GetXattr "getxattr",
+    ListXattrs "listxattr",
+    RemoveXattr "removexattr",
+}
+
+/// The counters of a mount. Some 250 KiB.
+#[derive(Debug)]
+pub struct Statistics {
+    began: Instant,
+    verbs: Vec<Tally>,
+}
+
+impl Default for Statistics {
+    fn default() -> Statistics {
+        Statistics {
+            began: Instant::now(),
+            verbs: Verb::ALL.iter().map(|_| Tally::default()).collect(),
+        }
+    }
+}
+
+impl Statistics {
+    /// A request was answered, and moved `bytes` of content.
+    pub fn record(&self, verb: Verb, ending: Ending, bytes: u64, duration: Duration) {
+        self.verbs[verb as usize].record(ending, bytes, duration);
+    }
+
+    /// All of it, as it is now; verbs that never came are left out.
+    pub fn told(&self, cache: CacheStatistics, dirty_bytes: u64) -> ClientStatistics {
+        let row = |verb: &Verb| {
+            let tally = &self.verbs[*verb as usize];
+            (tally.count() > 0).then(|| {
+                let snapshot = tally.snapshot();
+                VerbStatistics {
+                    verb: verb.name().to_string(),
+                    count: snapshot.durations.count(),
+                    failures: snapshot.failures,
+                    bytes: snapshot.bytes,
+                    latency: snapshot.durations.latency(),
+                }
+            })
+        };
+        ClientStatistics {
+            uptime_s: self.began.elapsed().as_secs(),
+            verbs: Verb::ALL.iter().filter_map(row).collect(),
+            cache,
+            dirty_bytes,
+        }
+    }
+}
+
+/// The value of [`ATTRIBUTE`]: JSON, spaces, a line feed.
+pub fn attribute_value(statistics: &ClientStatistics) -> Vec<u8> {
+    // It has no maps with keys that are no strings, so it can be written.
+    let mut value = serde_json::to_vec(statistics).unwrap_or_default();
+    let padded = (value.len() + 1).next_multiple_of(PADDED_TO_BYTES);
+    value.resize(padded - 1, b' ');
+    value.push(b'\n');
+    value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_attribute_is_json_of_what_was_counted() {
+        let statistics = Statistics::default();
+        for (index, verb) in Verb::ALL.into_iter().enumerate() {
+            assert_eq!(verb as usize, index);
+            statistics.record(verb, Ending::Done, 0, Duration::from_secs(1000));
+        }
+        statistics.record(Verb::Read, Ending::Done, 4096, Duration::from_micros(3));
+        statistics.record(Verb::Read, Ending::Failed, 0, Duration::from_micros(3));
+        let told = statistics.told(CacheStatistics::default(), 12);
+        let value = attribute_value(&told);
+        assert_eq!(value.len(), PADDED_TO_BYTES, "with every verb it still fits");
+        let parsed: ClientStatistics = serde_json::from_slice(&value).unwrap();
+        assert_eq!(parsed, told);
+        let read = parsed.verbs.iter().find(|row| row.verb == "read").unwrap();
+        assert_eq!((read.count, read.failures, read.bytes), (3, 1, 4096));
+        assert_eq!(parsed.dirty_bytes, 12);
+    }
+}

@@ -1,0 +1,458 @@
+//! `GET /metrics` as Prometheus reads it: exposition format 0.0.4, encoded by the `prometheus` crate.
+//!
+//! Base units (seconds, bytes), counters end in `_total`. Histograms have fixed bounds; a value within 1/32 of a bound
+//! may be counted in the next bucket.
+
+use std::sync::atomic::Ordering;
+
+use prometheus::TextEncoder;
+use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
+use quorumfs_measure::{Snapshot, Tally};
+
+use super::Metrics;
+use super::kinds::{Endpoint, OperationKind, Origin, RefusalKind};
+use super::report::{MetricsReport, Sources};
+
+const NANOS_PER_SECOND: f64 = 1e9;
+
+/// Upper bounds of durations, in nanoseconds: from what memory answers to what a time-out ends.
+const BOUNDS_NS: [u64; 19] = [
+    10_000,
+    25_000,
+    50_000,
+    100_000,
+    250_000,
+    500_000,
+    1_000_000,
+    2_500_000,
+    5_000_000,
+    10_000_000,
+    25_000_000,
+    50_000_000,
+    100_000_000,
+    250_000_000,
+    500_000_000,
+    1_000_000_000,
+    2_500_000_000,
+    10_000_000_000,
+    60_000_000_000,
+];
+/// Upper bounds of entries in a flush.
+const BOUNDS_ENTRIES: [u64; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024];
+
+/// The content type of [`text`].
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// Everything, as Prometheus' text. Fails only where a metric has no value at all, which is a defect.
+pub fn text(metrics: &Metrics, sources: Sources<'_>) -> Result<String, prometheus::Error> {
+    let report = MetricsReport::gather(metrics, sources);
+    let measured = sources.consensus.measured();
+    let mut families = Families::default();
+    operations(&mut families, metrics);
+    http(&mut families, metrics);
+    replication(&mut families, metrics, &report);
+    node(&mut families, &report);
+    let plain: [(&str, &str, &Snapshot); 2] = [
+        (
+            "quorumfs_raft_flush_duration_seconds",
+            "How long flushes of the log took.",
+            &measured.flush_times,
+        ),
+        (
+            "quorumfs_raft_apply_duration_seconds",
+            "How long batches of entries took to apply.",
+            &measured.applies,
+        ),
+    ];
+    for (name, help, snapshot) in plain {
+        families.histogram(name, help, vec![duration(&[], snapshot)]);
+    }
+    let flushes = sources.content.flush_times();
+    families.histogram(
+        "quorumfs_content_flush_duration_seconds",
+        "How long flushes of the content store took.",
+        vec![duration(&[], &flushes)],
+    );
+    families.histogram(
+        "quorumfs_raft_flush_entries",
+        "Entries made durable by one flush of the log.",
+        vec![histogram(&[], &measured.flush_entries, &BOUNDS_ENTRIES, 1.0)],
+    );
+    let mut text = String::new();
+    // A family without a metric (nothing of the kind happened yet) cannot be encoded, and is left out.
+    families.0.retain(|family| !family.get_metric().is_empty());
+    TextEncoder::new().encode_utf8(&families.0, &mut text)?;
+    Ok(text)
+}
+
+#[derive(Default)]
+struct Families(Vec<MetricFamily>);
+
+impl Families {
+    fn add(&mut self, kind: MetricType, name: &str, help: &str, metrics: Vec<Metric>) {
+        let mut family = MetricFamily::default();
+        family.set_name(name.to_string());
+        family.set_help(help.to_string());
+        family.set_field_type(kind);
+        family.set_metric(metrics);
+        self.0.push(family);
+    }
+
+    fn counter(&mut self, name: &str, help: &str, metrics: Vec<Metric>) {
+        self.add(MetricType::COUNTER, name, help, metrics);
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: f64) {
+        let mut gauge = Gauge::default();
+        gauge.set_value(value);
+        self.add(MetricType::GAUGE, name, help, vec![Metric::from_gauge(gauge)]);
+    }
+
+    fn histogram(&mut self, name: &str, help: &str, metrics: Vec<Metric>) {
+        self.add(MetricType::HISTOGRAM, name, help, metrics);
+    }
+}
+
+type Labels<'a> = &'a [(&'a str, &'a str)];
+
+fn labelled(labels: Labels<'_>) -> Metric {
+    let pairs = labels.iter().map(|(name, value)| {
+        let mut pair = LabelPair::default();
+        pair.set_name((*name).to_string());
+        pair.set_value((*value).to_string());
+        pair
+    });
+    Metric::from_label(pairs.collect())
+}
+
+fn counter(labels: Labels<'_>, value: u64) -> Metric {
+    let mut counter = Counter::default();
+    counter.set_value(value as f64);
+    let mut metric = labelled(labels);
+    metric.set_counter(counter);
+    metric
+}
+
+fn duration(labels: Labels<'_>, snapshot: &Snapshot) -> Metric {
+    histogram(labels, snapshot, &BOUNDS_NS, NANOS_PER_SECOND)
+}
+
+fn histogram(labels: Labels<'_>, snapshot: &Snapshot, bounds: &[u64], unit: f64) -> Metric {
+    let buckets = bounds.iter().map(|bound| {
+        let mut bucket = Bucket::default();
+        bucket.set_upper_bound(*bound as f64 / unit);
+        bucket.set_cumulative_count(snapshot.count_up_to(*bound));
+        bucket
+    });
+    let mut histogram = Histogram::default();
+    histogram.set_bucket(buckets.collect());
+    histogram.set_sample_count(snapshot.count());
+    histogram.set_sample_sum(snapshot.sum() as f64 / unit);
+    let mut metric = labelled(labels);
+    metric.set_histogram(histogram);
+    metric
+}
+
+fn operations(families: &mut Families, metrics: &Metrics) {
+    let (mut counts, mut failures, mut bytes, mut durations) = (vec![], vec![], vec![], vec![]);
+    for origin in Origin::ALL {
+        for kind in OperationKind::ALL {
+            let tally: &Tally = metrics.operation(origin, kind);
+            if tally.count() == 0 {
+                continue;
+            }
+            let labels = [("kind", kind.name()), ("origin", origin.name())];
+            let snapshot = tally.snapshot();
+            counts.push(counter(&labels, snapshot.durations.count()));
+            failures.push(counter(&labels, snapshot.failures));
+            bytes.push(counter(&labels, snapshot.bytes));
+            durations.push(duration(&labels, &snapshot.durations));
+        }
+    }
+    families.counter(
+        "quorumfs_operations_total",
+        "Operations on files, by kind and by who wanted them.",
+        counts,
+    );
+    families.counter(
+        "quorumfs_operation_failures_total",
+        "Operations that were answered with an error.",
+        failures,
+    );
+    families.counter(
+        "quorumfs_operation_bytes_total",
+        "Bytes of content that operations moved.",
+        bytes,
+    );
+    families.histogram(
+        "quorumfs_operation_duration_seconds",
+        "How long this node took over operations.",
+        durations,
+    );
+    let refusals = RefusalKind::ALL.into_iter().map(|kind| {
+        let labels = [("reason", kind.name())];
+        counter(&labels, metrics.refusals(kind))
+    });
+    families.counter(
+        "quorumfs_refusals_total",
+        "Calls that were not decided here.",
+        refusals.collect(),
+    );
+}
+
+fn http(families: &mut Families, metrics: &Metrics) {
+    let (mut counts, mut bytes, mut durations) = (vec![], vec![], vec![]);
+    for endpoint in Endpoint::ALL {
+        let (tally, classes) = metrics.http_requests(endpoint);
+        if tally.count() == 0 {
+            continue;
+        }
+        for (class, count) in super::STATUS_CLASSES.into_iter().zip(classes) {
+            let labels = [("endpoint", endpoint.name()), ("status", class)];
+            counts.push(counter(&labels, count));
+        }
+        let labels = [("endpoint", endpoint.name())];
+        let snapshot = tally.snapshot();
+        bytes.push(counter(&labels, snapshot.bytes));
+        durations.push(duration(&labels, &snapshot.durations));
+    }
+    families.counter(
+        "quorumfs_http_requests_total",
+        "HTTP requests, by endpoint and by the hundred of the status.",
+        counts,
+    );
+    families.counter(
+        "quorumfs_http_bytes_total",
+        "Bytes of the bodies of uploads, and of the answers to all else.",
+        bytes,
+    );
+    families.histogram(
+        "quorumfs_http_request_duration_seconds",
+        "From a request's head to the end of its answer.",
+        durations,
+    );
+}
+
+fn replication(families: &mut Families, metrics: &Metrics, report: &MetricsReport) {
+    let counted = &metrics.replication;
+    let (own, peer) = (counted.own_copies.snapshot(), counted.peer_copies.snapshot());
+    let brought = counted.to_quorum.snapshot();
+    let places = [("own", &own), ("peer", &peer)];
+    let one = |value: u64| vec![counter(&[], value)];
+    families.counter(
+        "quorumfs_replication_chunks_total",
+        "Chunks that clients brought here.",
+        one(brought.durations.count()),
+    );
+    families.counter(
+        "quorumfs_replication_chunk_failures_total",
+        "Chunks that did not reach a quorum.",
+        one(brought.failures),
+    );
+    families.counter(
+        "quorumfs_replication_bytes_total",
+        "Bytes of chunks that reached a quorum, each counted once.",
+        one(brought.bytes),
+    );
+    families.counter(
+        "quorumfs_replication_inline_bytes_total",
+        "Bytes of content that came inside commands.",
+        one(counted.inline_bytes.load(Ordering::Relaxed)),
+    );
+    families.counter(
+        "quorumfs_replication_copied_bytes_total",
+        "Bytes of copies made, by where.",
+        places
+            .map(|(place, copies)| counter(&[("place", place)], copies.bytes))
+            .into(),
+    );
+    families.counter(
+        "quorumfs_replication_copy_failures_total",
+        "Copies that could not be made, by where.",
+        places
+            .map(|(place, copies)| counter(&[("place", place)], copies.failures))
+            .into(),
+    );
+    families.histogram(
+        "quorumfs_replication_copy_duration_seconds",
+        "Time until one node had a chunk on disk, by where.",
+        places
+            .map(|(place, copies)| duration(&[("place", place)], &copies.durations))
+            .into(),
+    );
+    families.histogram(
+        "quorumfs_replication_quorum_duration_seconds",
+        "Time until a quorum had a chunk on disk.",
+        vec![duration(&[], &brought.durations)],
+    );
+    families.histogram(
+        "quorumfs_replication_all_duration_seconds",
+        "Time until all nodes had a chunk on disk.",
+        vec![duration(&[], &counted.to_all.snapshot())],
+    );
+    if let Some(factor) = report.replication.overhead_factor {
+        families.gauge(
+            "quorumfs_replication_overhead_ratio",
+            "Bytes copied for each byte brought.",
+            factor,
+        );
+    }
+    families.histogram(
+        "quorumfs_raft_commit_duration_seconds",
+        "From a command's proposal to its result.",
+        vec![duration(&[], &metrics.commits.snapshot().durations)],
+    );
+    families.counter(
+        "quorumfs_raft_commit_failures_total",
+        "Commands that came to no decision here.",
+        one(metrics.commits.failures()),
+    );
+}
+
+fn node(families: &mut Families, report: &MetricsReport) {
+    let (raft, content, space) = (&report.raft, &report.content, &report.space);
+    let gauges: [(&str, &str, f64); 15] = [
+        (
+            "quorumfs_uptime_seconds",
+            "For how long this node has run.",
+            report.uptime_s as f64,
+        ),
+        (
+            "quorumfs_raft_is_leader",
+            "1 where this node leads.",
+            f64::from(u8::from(report.is_leader)),
+        ),
+        ("quorumfs_raft_term", "The node's term.", raft.term as f64),
+        (
+            "quorumfs_raft_voters",
+            "Voters in the present configuration.",
+            raft.voters as f64,
+        ),
+        (
+            "quorumfs_raft_last_index",
+            "Index of the last entry in the log.",
+            raft.last_index.unwrap_or_default() as f64,
+        ),
+        (
+            "quorumfs_raft_committed_index",
+            "Index up to which entries are known to be committed.",
+            raft.committed_index.unwrap_or_default() as f64,
+        ),
+        (
+            "quorumfs_raft_applied_index",
+            "Index up to which entries have taken effect here.",
+            raft.applied_index.unwrap_or_default() as f64,
+        ),
+        (
+            "quorumfs_raft_log_bytes",
+            "Bytes of the log's files.",
+            raft.log_bytes as f64,
+        ),
+        ("quorumfs_content_chunks", "Chunks held.", content.chunks as f64),
+        (
+            "quorumfs_content_bytes",
+            "Bytes of the chunks held.",
+            content.bytes as f64,
+        ),
+        (
+            "quorumfs_metadata_overlay_bytes",
+            "Bytes of metadata that are not in the database yet.",
+            report.caches.overlay_bytes as f64,
+        ),
+        (
+            "quorumfs_space_capacity_bytes",
+            "Bytes of this node's filesystem.",
+            space.capacity_bytes as f64,
+        ),
+        (
+            "quorumfs_space_available_bytes",
+            "Bytes that content may still take.",
+            space.available_bytes as f64,
+        ),
+        (
+            "quorumfs_mounts",
+            "Mounts that this node was told of lately.",
+            report.mounts.len() as f64,
+        ),
+        (
+            "quorumfs_mount_cache_bytes",
+            "Bytes in the caches of these mounts.",
+            report.caches.mount_bytes as f64,
+        ),
+    ];
+    for (name, help, value) in gauges {
+        families.gauge(name, help, value);
+    }
+    let counters: [(&str, &str, u64); 5] = [
+        ("quorumfs_raft_flushes_total", "Flushes of the log.", raft.flushes),
+        (
+            "quorumfs_raft_entries_flushed_total",
+            "Entries made durable.",
+            raft.entries_flushed,
+        ),
+        (
+            "quorumfs_raft_entries_applied_total",
+            "Entries applied since the node started.",
+            raft.entries_applied,
+        ),
+        (
+            "quorumfs_content_puts_total",
+            "Chunks acknowledged as durable on this node.",
+            content.puts,
+        ),
+        (
+            "quorumfs_content_flushes_total",
+            "Flushes of the content store.",
+            content.flushes,
+        ),
+    ];
+    for (name, help, value) in counters {
+        families.counter(name, help, vec![counter(&[], value)]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use quorumfs_measure::{Distribution, Ending};
+    use std::time::Duration;
+
+    #[test]
+    fn counts_become_samples_with_labels_and_rising_buckets() {
+        let metrics = Metrics::new();
+        let tally = metrics.operation(Origin::Rest, OperationKind::Create);
+        for micros in [100, 200, 3_000, 900_000] {
+            tally.record(Ending::Done, 10, Duration::from_micros(micros));
+        }
+        let mut families = Families::default();
+        operations(&mut families, &metrics);
+        families.0.retain(|family| !family.get_metric().is_empty());
+        let mut text = String::new();
+        TextEncoder::new().encode_utf8(&families.0, &mut text).unwrap();
+        let has = |line: &str| assert!(text.lines().any(|found| found == line), "no {line} in:\n{text}");
+        has("# TYPE quorumfs_operations_total counter");
+        has("quorumfs_operations_total{kind=\"create\",origin=\"rest\"} 4");
+        has("quorumfs_operation_bytes_total{kind=\"create\",origin=\"rest\"} 40");
+        has("quorumfs_operation_duration_seconds_bucket{kind=\"create\",origin=\"rest\",le=\"0.0005\"} 2");
+        has("quorumfs_operation_duration_seconds_bucket{kind=\"create\",origin=\"rest\",le=\"+Inf\"} 4");
+        has("quorumfs_operation_duration_seconds_count{kind=\"create\",origin=\"rest\"} 4");
+        has("quorumfs_refusals_total{reason=\"not_leader\"} 0");
+    }
+
+    #[test]
+    fn a_histogram_counts_in_its_unit() {
+        let distribution = Distribution::new();
+        [1, 1, 3, 20, 5000]
+            .into_iter()
+            .for_each(|value| distribution.record(value));
+        let metric = histogram(&[], &distribution.snapshot(), &BOUNDS_ENTRIES, 1.0);
+        let counts: Vec<u64> = metric
+            .get_histogram()
+            .get_bucket()
+            .iter()
+            .map(|bucket| bucket.cumulative_count())
+            .collect();
+        assert_eq!(counts, [2, 2, 3, 3, 3, 4, 4, 4, 4, 4]);
+        assert_eq!(metric.get_histogram().get_sample_count(), 5);
+    }
+}

@@ -1,0 +1,251 @@
+//! What is told apart: kinds of operations, where they come from, why calls are refused, what HTTP is asked for.
+//!
+//! Each is an enum with a fixed list, so that recording finds its counter by an index.
+
+use quorumfs_proto::{CallReply, Operation, Query, Refusal};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+/// Begins the description of a session that carries REST requests; all others are mounts.
+pub const REST_DESCRIPTION: &str = "REST of node";
+
+/// Who wants an operation done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Origin {
+    /// A mount.
+    Mount,
+    /// A node, for an HTTP client.
+    Rest,
+}
+
+impl Origin {
+    /// All of them, by index.
+    pub const ALL: [Origin; 2] = [Origin::Mount, Origin::Rest];
+
+    /// As it is shown.
+    pub fn name(self) -> &'static str {
+        match self {
+            Origin::Mount => "mount",
+            Origin::Rest => "rest",
+        }
+    }
+
+    /// From what a session says of itself.
+    pub fn of_description(description: &str) -> Origin {
+        match description.starts_with(REST_DESCRIPTION) {
+            true => Origin::Rest,
+            false => Origin::Mount,
+        }
+    }
+}
+
+/// Defines an enum whose values have a name for machines and a meaning for people, and the list of all of them in the
+/// order of their numbers.
+macro_rules! kinds {
+    ($(#[$about:meta])* $kind:ident { $($variant:ident $name:literal $meaning:literal,)* }) => {
+        $(#[$about])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum $kind {
+            $(#[doc = $meaning] $variant,)*
+        }
+
+        impl $kind {
+            /// All of them, by index.
+            pub const ALL: [$kind; [$($name),*].len()] = [$($kind::$variant),*];
+
+            /// As it is shown.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $($kind::$variant => $name,)*
+                }
+            }
+
+            /// What it is, for people.
+            pub fn meaning(self) -> &'static str {
+                match self {
+                    $($kind::$variant => $meaning,)*
+                }
+            }
+        }
+    };
+}
+
+kinds! {
+    /// What is done to files. One command may do several; each counts, and takes as long as the command.
+    OperationKind {
+        Create "create" "files made by name, or opened because they were there",
+        CreateUnlinked "create_unlinked" "files made without a name (REST uploads under way)",
+        Mkdir "mkdir" "directories made",
+        Symlink "symlink" "symbolic links made",
+        Mknod "mknod" "pipes, sockets' names and devices made",
+        Link "link" "names added (REST uploads appear so)",
+        Delete "delete" "names of files removed",
+        Rmdir "rmdir" "directories removed",
+        Rename "rename" "names moved",
+        SetAttributes "setattr" "attributes or sizes changed",
+        Write "write" "extents put into files; bytes: what they cover",
+        Append "append" "extents added at the end of files",
+        SetXattr "setxattr" "extended attributes set",
+        RemoveXattr "removexattr" "extended attributes removed",
+        Release "release" "unlinked files let go of",
+        Lookup "lookup" "names and paths looked up",
+        GetAttributes "getattr" "attributes asked for",
+        List "list" "pieces of directory listings",
+        ReadLink "readlink" "symbolic links read",
+        GetXattr "getxattr" "extended attributes read",
+        ListXattrs "listxattr" "extended attributes listed",
+        Extents "extents" "files opened: where their bytes are",
+        Space "statfs" "free space asked for",
+        Read "read" "ranges of chunks read; bytes: what was sent",
+        PutChunk "put_chunk" "chunks brought; bytes: their payload, each once",
+        Session "session" "sessions opened, kept alive, closed",
+    }
+}
+
+kinds! {
+    /// Why nothing was decided; the client comes again.
+    RefusalKind {
+        NotLeader "not_leader" "this node does not lead",
+        Unavailable "unavailable" "nobody can decide now",
+        PutAgain "put_again" "chunks are not known to be on a quorum, and are to be put again",
+        UnknownSession "unknown_session" "the session is not known or has ended",
+        StaleSequence "stale_sequence" "a later call of the lane was decided already",
+        Invalid "invalid" "the call is out of bounds",
+    }
+}
+
+kinds! {
+    /// What an HTTP request is about: the method and the first part of its path.
+    Endpoint {
+        Upload "upload" "files stored",
+        Download "download" "files read",
+        Delete "delete" "files removed",
+        List "list" "files listed",
+        Status "status" "the node's status",
+        Metrics "metrics" "metrics",
+        Health "health" "health",
+        Recovery "recovery" "recovery",
+        Repair "repair" "repair",
+        Other "other" "all else",
+    }
+}
+
+impl OperationKind {
+    /// What an operation of a command is.
+    pub fn of_operation(operation: &Operation) -> OperationKind {
+        use quorumfs_proto::command::NewKind;
+        match operation {
+            Operation::Create { inode, .. } => match inode.kind {
+                NewKind::File => OperationKind::Create,
+                NewKind::Directory => OperationKind::Mkdir,
+                NewKind::Symlink(_) => OperationKind::Symlink,
+                NewKind::Fifo | NewKind::Socket | NewKind::CharacterDevice(_) | NewKind::BlockDevice(_) => {
+                    OperationKind::Mknod
+                }
+            },
+            Operation::CreateUnlinked { .. } => OperationKind::CreateUnlinked,
+            Operation::Link { .. } => OperationKind::Link,
+            Operation::Unlink { .. } => OperationKind::Delete,
+            Operation::RemoveDirectory { .. } => OperationKind::Rmdir,
+            Operation::Rename { .. } => OperationKind::Rename,
+            Operation::SetAttributes { .. } => OperationKind::SetAttributes,
+            Operation::Write { .. } => OperationKind::Write,
+            Operation::Append { .. } => OperationKind::Append,
+            Operation::SetXattr { .. } => OperationKind::SetXattr,
+            Operation::RemoveXattr { .. } => OperationKind::RemoveXattr,
+            Operation::ReleaseUnlinked { .. } => OperationKind::Release,
+        }
+    }
+
+    /// What a query is.
+    pub fn of_query(query: &Query) -> OperationKind {
+        match query {
+            Query::Lookup { .. } | Query::Resolve { .. } => OperationKind::Lookup,
+            Query::Attributes { .. } => OperationKind::GetAttributes,
+            Query::ReadDirectory { .. } => OperationKind::List,
+            Query::ReadLink { .. } => OperationKind::ReadLink,
+            Query::GetXattr { .. } => OperationKind::GetXattr,
+            Query::ListXattrs { .. } => OperationKind::ListXattrs,
+            Query::Extents { .. } => OperationKind::Extents,
+            Query::Space => OperationKind::Space,
+        }
+    }
+}
+
+impl RefusalKind {
+    /// Of a reply that is one.
+    pub fn of_reply(reply: &CallReply) -> Option<RefusalKind> {
+        let CallReply::Refused(refusal) = reply else {
+            return None;
+        };
+        Some(match refusal {
+            Refusal::NotLeader { .. } => RefusalKind::NotLeader,
+            Refusal::Unavailable { .. } => RefusalKind::Unavailable,
+            Refusal::PutAgain { .. } => RefusalKind::PutAgain,
+            Refusal::UnknownSession => RefusalKind::UnknownSession,
+            Refusal::StaleSequence => RefusalKind::StaleSequence,
+            Refusal::Invalid { .. } => RefusalKind::Invalid,
+        })
+    }
+}
+
+impl Endpoint {
+    /// Of a request.
+    pub fn of_request(method: &str, path: &str) -> Endpoint {
+        let first = path.trim_start_matches('/').split('/').next().unwrap_or_default();
+        match (first, method) {
+            ("upload", "POST" | "PUT") => Endpoint::Upload,
+            ("upload", "DELETE") => Endpoint::Delete,
+            ("upload" | "download", "GET" | "HEAD") => Endpoint::Download,
+            ("files", _) => Endpoint::List,
+            ("status", _) => Endpoint::Status,
+            ("metrics", _) => Endpoint::Metrics,
+            ("health" | "healthz" | "readyz", _) => Endpoint::Health,
+            ("recovery", _) => Endpoint::Recovery,
+            ("repair", _) => Endpoint::Repair,
+            _ => Endpoint::Other,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn each_list_is_in_the_order_of_its_enum_and_names_are_unique() {
+        for (index, kind) in OperationKind::ALL.into_iter().enumerate() {
+            assert_eq!(kind as usize, index);
+        }
+        for (index, kind) in RefusalKind::ALL.into_iter().enumerate() {
+            assert_eq!(kind as usize, index);
+        }
+        for (index, endpoint) in Endpoint::ALL.into_iter().enumerate() {
+            assert_eq!(endpoint as usize, index);
+        }
+        for (index, origin) in Origin::ALL.into_iter().enumerate() {
+            assert_eq!(origin as usize, index);
+        }
+        let names: BTreeSet<&str> = OperationKind::ALL.iter().map(|kind| kind.name()).collect();
+        assert_eq!(names.len(), OperationKind::ALL.len());
+    }
+
+    #[test]
+    fn requests_and_sessions_are_told_apart() {
+        assert_eq!(Endpoint::of_request("PUT", "/upload/a/b"), Endpoint::Upload);
+        assert_eq!(Endpoint::of_request("HEAD", "/upload/a"), Endpoint::Download);
+        assert_eq!(Endpoint::of_request("DELETE", "/upload/a"), Endpoint::Delete);
+        assert_eq!(
+            Endpoint::of_request("GET", "/metrics/tradeoffs"),
+            Endpoint::Metrics
+        );
+        assert_eq!(Endpoint::of_request("GET", "/nothing"), Endpoint::Other);
+        assert_eq!(
+            Origin::of_description("REST of node 2 at 127.0.0.1:8082"),
+            Origin::Rest
+        );
+        assert_eq!(Origin::of_description("mount on host:/mnt"), Origin::Mount);
+    }
+}

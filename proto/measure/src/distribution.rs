@@ -1,0 +1,261 @@
+//! Values and their quantiles.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use histogram::{AtomicHistogram, Histogram};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// Each power of two is divided into so many (as a power of two) buckets: a value is known to 1/32.
+const GROUPING_POWER: u8 = 5;
+/// Values are below two to this power; larger ones count as the largest. In nanoseconds: 18 minutes.
+const VALUE_POWER_MAX: u8 = 40;
+const VALUE_MAX: u64 = (1 << VALUE_POWER_MAX) - 1;
+
+const NANOS_PER_MICRO: u64 = 1_000;
+
+/// Values recorded from any thread. Some 9 KiB.
+#[derive(Debug)]
+pub struct Distribution {
+    buckets: AtomicHistogram,
+    count: AtomicU64,
+    sum: AtomicU64,
+    max: AtomicU64,
+}
+
+impl Default for Distribution {
+    fn default() -> Distribution {
+        Distribution::new()
+    }
+}
+
+impl Distribution {
+    /// Nothing recorded.
+    pub fn new() -> Distribution {
+        let buckets = AtomicHistogram::new(GROUPING_POWER, VALUE_POWER_MAX);
+        Distribution {
+            buckets: buckets.expect("the powers are within the crate's bounds"),
+            count: AtomicU64::new(0),
+            sum: AtomicU64::new(0),
+            max: AtomicU64::new(0),
+        }
+    }
+
+    /// One value.
+    pub fn record(&self, value: u64) {
+        // Only a value out of bounds is refused, and this one is not.
+        let _ = self.buckets.increment(value.min(VALUE_MAX));
+        self.count.fetch_add(1, Ordering::Relaxed);
+        self.sum.fetch_add(value, Ordering::Relaxed);
+        if value > self.max.load(Ordering::Relaxed) {
+            self.max.fetch_max(value, Ordering::Relaxed);
+        }
+    }
+
+    /// One duration, as nanoseconds.
+    pub fn record_duration(&self, duration: Duration) {
+        self.record(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX));
+    }
+
+    /// How many values there were.
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// Their sum; wraps beyond 2^64 (in nanoseconds: 584 years).
+    pub fn sum(&self) -> u64 {
+        self.sum.load(Ordering::Relaxed)
+    }
+
+    /// All of it, as it is now.
+    pub fn snapshot(&self) -> Snapshot {
+        let buckets = self.buckets.load();
+        Snapshot {
+            count: buckets.as_slice().iter().sum(),
+            sum: self.sum(),
+            max: self.max.load(Ordering::Relaxed),
+            buckets,
+        }
+    }
+}
+
+/// A distribution at one moment.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    count: u64,
+    sum: u64,
+    max: u64,
+    buckets: Histogram,
+}
+
+impl Snapshot {
+    /// Both together.
+    pub fn merged(&self, other: &Snapshot) -> Snapshot {
+        Snapshot {
+            count: self.count + other.count,
+            sum: self.sum.wrapping_add(other.sum),
+            max: self.max.max(other.max),
+            // All have the same buckets.
+            buckets: self
+                .buckets
+                .wrapping_add(&other.buckets)
+                .unwrap_or_else(|_| self.buckets.clone()),
+        }
+    }
+
+    /// How many values.
+    pub fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// Their sum.
+    pub fn sum(&self) -> u64 {
+        self.sum
+    }
+
+    /// The largest; 0 if there is none.
+    pub fn max(&self) -> u64 {
+        self.max
+    }
+
+    /// Their mean; 0 if there is none.
+    pub fn mean(&self) -> f64 {
+        match self.count {
+            0 => 0.0,
+            count => self.sum as f64 / count as f64,
+        }
+    }
+
+    /// A value that a part `quantile` (0 to 1) of the values does not exceed, at most 1/32 too large; 0 if there are
+    /// none. Never above [`Snapshot::max`].
+    pub fn quantile(&self, quantile: f64) -> u64 {
+        let wanted = (self.count as f64 * quantile.clamp(0.0, 1.0)).ceil().max(1.0) as u64;
+        let mut seen = 0;
+        for bucket in &self.buckets {
+            seen += bucket.count();
+            if seen >= wanted {
+                return bucket.end().min(self.max);
+            }
+        }
+        self.max
+    }
+
+    /// How many values are at most `value`; those of its own bucket (1/32 around it) are left out.
+    pub fn count_up_to(&self, value: u64) -> u64 {
+        let below = |bucket: &histogram::Bucket| bucket.end() <= value;
+        self.buckets
+            .iter()
+            .take_while(below)
+            .map(|bucket| bucket.count())
+            .sum()
+    }
+
+    /// As a latency, where the values are nanoseconds.
+    pub fn latency(&self) -> Latency {
+        let micros = |nanos: u64| nanos / NANOS_PER_MICRO;
+        Latency {
+            mean_us: self.mean() as u64 / NANOS_PER_MICRO,
+            p50_us: micros(self.quantile(0.50)),
+            p90_us: micros(self.quantile(0.90)),
+            p99_us: micros(self.quantile(0.99)),
+            max_us: micros(self.max),
+        }
+    }
+}
+
+/// How long something takes, in microseconds; all 0 where it never happened. Quantiles are known to about 3 %.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Latency {
+    /// On average.
+    pub mean_us: u64,
+    /// Half of them take no longer.
+    pub p50_us: u64,
+    /// Nine in ten take no longer.
+    pub p90_us: u64,
+    /// 99 in a hundred take no longer.
+    pub p99_us: u64,
+    /// The longest.
+    pub max_us: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    #[test]
+    fn quantiles_are_within_a_thirtysecond_and_in_order() {
+        let distribution = Distribution::new();
+        (1..=100_000).for_each(|value| distribution.record(value * 10));
+        let snapshot = distribution.snapshot();
+        assert_eq!(snapshot.count(), 100_000);
+        assert_eq!(snapshot.max(), 1_000_000);
+        assert!((snapshot.mean() - 500_005.0).abs() < 1.0);
+        for (quantile, exact) in [(0.5, 500_000.0), (0.9, 900_000.0), (0.99, 990_000.0), (1.0, 1e6)] {
+            let found = snapshot.quantile(quantile) as f64;
+            assert!(
+                found >= exact && found <= exact * (1.0 + 1.0 / 32.0),
+                "{quantile}: {found}"
+            );
+        }
+        assert_eq!(snapshot.quantile(1.0), 1_000_000, "never above the largest");
+        let below = snapshot.count_up_to(500_000);
+        assert!((48_000..=50_000).contains(&below), "{below}");
+        let twice = snapshot.merged(&snapshot);
+        assert_eq!((twice.count(), twice.max()), (200_000, 1_000_000));
+        assert_eq!(twice.quantile(0.5), snapshot.quantile(0.5));
+        let latency = snapshot.latency();
+        assert!(latency.p50_us <= latency.p90_us && latency.p90_us <= latency.p99_us);
+        assert!(latency.p99_us <= latency.max_us);
+    }
+
+    #[test]
+    fn extremes_are_kept_and_nothing_is_nothing() {
+        let distribution = Distribution::new();
+        assert_eq!(distribution.snapshot().latency(), Latency::default());
+        assert_eq!(distribution.snapshot().quantile(0.5), 0);
+        distribution.record(0);
+        assert_eq!(distribution.snapshot().quantile(0.5), 0);
+        distribution.record(u64::MAX);
+        assert_eq!(distribution.snapshot().count(), 2);
+        assert_eq!(distribution.snapshot().max(), u64::MAX);
+        assert!(distribution.snapshot().quantile(0.99) >= VALUE_MAX / 2);
+    }
+
+    #[test]
+    fn no_value_is_lost_between_threads() {
+        let distribution = Distribution::new();
+        std::thread::scope(|scope| {
+            for thread in 0..4u64 {
+                let distribution = &distribution;
+                scope.spawn(move || (0..50_000).for_each(|value| distribution.record(value + thread)));
+            }
+        });
+        assert_eq!(distribution.snapshot().count(), 200_000);
+        assert_eq!(distribution.count(), 200_000);
+        let one: u64 = (0..50_000).sum();
+        assert_eq!(distribution.sum(), 4 * one + 50_000 * (1 + 2 + 3));
+        assert_eq!(distribution.snapshot().max(), 50_002);
+    }
+
+    /// What one record costs, printed; the bound is only there to notice a lock or an allocation.
+    #[test]
+    fn recording_takes_nanoseconds() {
+        const EVENTS: u32 = 1_000_000;
+        let distribution = Distribution::new();
+        let start = Instant::now();
+        for event in 0..u64::from(EVENTS) {
+            distribution.record(std::hint::black_box(event * 7919 % 3_000_000));
+        }
+        let each = start.elapsed() / EVENTS;
+        let start = Instant::now();
+        for _ in 0..EVENTS {
+            let began = Instant::now();
+            distribution.record_duration(std::hint::black_box(began.elapsed()));
+        }
+        let timed = start.elapsed() / EVENTS;
+        println!("record: {each:?}, with its two looks at the clock: {timed:?}");
+        assert!(timed < Duration::from_micros(5), "{timed:?}");
+    }
+}
