@@ -271,7 +271,7 @@ impl Consensus {
         }
     }
 
-    /// openraft stops by itself when storage fails, and where it panics; that must not go unnoticed. Asked for now and
+    /// openraft stops by itself when storage fails, and where it panics; that must not go unnoticed. Asked every now and
     /// then: to hear of every change of its metrics would cost each call something, and a panic is not among them.
     async fn note_stop(self) {
         loop {
