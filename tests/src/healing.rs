@@ -59,6 +59,8 @@ pub fn upload(
     files
 }
 
+/// The files are served by this node as they were written.
+/// That a node serves these files as they were written.
 #[track_caller]
 pub fn assert_served(cluster: &Cluster, slot: usize, files: &[SeededFile]) {
     for (name, seed, length) in files {

@@ -6,6 +6,15 @@ use quorumfs_measure::{Distribution, Snapshot};
 
 use super::Consensus;
 
+/// How many [`AppliedEffects`](super::AppliedEffects) there were.
+#[derive(Debug, Default)]
+pub struct EffectCounts {
+    /// Sent.
+    pub told: AtomicU64,
+    /// Passed over because the receiver was slow.
+    pub dropped: AtomicU64,
+}
+
 /// Shared by the state machine and those who ask.
 #[derive(Debug, Default)]
 pub struct Meters {
@@ -13,6 +22,8 @@ pub struct Meters {
     pub applies: Distribution,
     /// Entries in them.
     pub entries_applied: AtomicU64,
+    /// What those who look after content were told.
+    pub effects: EffectCounts,
 }
 
 /// How the consensus does, since the start of the node.

@@ -55,7 +55,7 @@ use self::log::LogStore;
 use self::meters::Meters;
 use self::network::NetworkFactory;
 use self::snapshot::SnapshotTraffic;
-use self::state_machine::{EffectCounts, StateMachine};
+use self::state_machine::StateMachine;
 use self::types::{TypeConfig, VoterId, member};
 use crate::content::ContentStore;
 use crate::metadata::{CallResult, LogBody, LogCommand, MetadataStore};
@@ -200,7 +200,6 @@ struct Inner {
     heard_of_leader: Arc<Mutex<Option<Instant>>>,
     /// Whether commands that take space are admitted.
     has_room: AtomicBool,
-    effect_counts: Arc<EffectCounts>,
     meters: Arc<Meters>,
     /// One snapshot is received at a time.
     receiving: tokio::sync::Mutex<()>,
@@ -234,7 +233,6 @@ impl Consensus {
         let age_max = Duration::from_millis(options.flush_age_ms);
         let flusher = Flusher::start(metadata.clone(), content, log.clone(), fatal.clone(), age_max)?;
         let traffic = SnapshotTraffic::new(options.hold_log_bytes_max);
-        let effect_counts = Arc::new(EffectCounts::default());
         let meters = Arc::new(Meters::default());
         let machine = StateMachine::new(
             metadata.clone(),
@@ -242,7 +240,6 @@ impl Consensus {
             log.clone(),
             traffic.clone(),
             effects,
-            effect_counts.clone(),
             meters.clone(),
             fatal.clone(),
         )?;
@@ -268,7 +265,6 @@ impl Consensus {
             recovered: AtomicBool::new(false),
             heard_of_leader: Arc::default(),
             has_room: AtomicBool::new(true),
-            effect_counts,
             meters,
             receiving: tokio::sync::Mutex::new(()),
             options,
@@ -468,7 +464,7 @@ impl Consensus {
 
     /// How many [`AppliedEffects`] were sent, and how many passed over because their receiver was slow.
     pub fn effects_sent_and_dropped(&self) -> (u64, u64) {
-        let counts = &self.0.effect_counts;
+        let counts = &self.0.meters.effects;
         (
             counts.told.load(Ordering::Acquire),
             counts.dropped.load(Ordering::Acquire),

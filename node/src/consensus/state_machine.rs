@@ -10,7 +10,7 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use futures::{Stream, StreamExt};
@@ -57,15 +57,6 @@ pub enum AppliedEffects {
     },
 }
 
-/// How many [`AppliedEffects`] there were.
-#[derive(Debug, Default)]
-pub struct EffectCounts {
-    /// Sent.
-    pub told: AtomicU64,
-    /// Passed over because the receiver was slow.
-    pub dropped: AtomicU64,
-}
-
 /// See the module.
 pub struct StateMachine {
     metadata: Arc<MetadataStore>,
@@ -73,7 +64,6 @@ pub struct StateMachine {
     log: LogStore,
     traffic: SnapshotTraffic,
     effects: mpsc::Sender<AppliedEffects>,
-    effect_counts: Arc<EffectCounts>,
     meters: Arc<Meters>,
     fatal: FatalSignal,
     membership: StoredMembership,
@@ -104,7 +94,6 @@ impl StateMachine {
         log: LogStore,
         traffic: SnapshotTraffic,
         effects: mpsc::Sender<AppliedEffects>,
-        effect_counts: Arc<EffectCounts>,
         meters: Arc<Meters>,
         fatal: FatalSignal,
     ) -> Result<StateMachine, codec::DecodeError> {
@@ -115,7 +104,6 @@ impl StateMachine {
             log,
             traffic,
             effects,
-            effect_counts,
             meters,
             fatal,
             membership,
@@ -199,8 +187,8 @@ impl StateMachine {
 
     fn tell(&self, effects: AppliedEffects) {
         match self.effects.try_send(effects) {
-            Ok(()) => self.effect_counts.told.fetch_add(1, Ordering::Release),
-            Err(_) => self.effect_counts.dropped.fetch_add(1, Ordering::Release),
+            Ok(()) => self.meters.effects.told.fetch_add(1, Ordering::Release),
+            Err(_) => self.meters.effects.dropped.fetch_add(1, Ordering::Release),
         };
     }
 

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 const SLACK_MS: u64 = 100;
 /// Over how long a [`RateMeter`] looks back.
 const RATE_WINDOW_MS: u64 = 5_000;
+/// The least it divides by: what has just begun has no rate yet.
+const RATE_SPAN_MS_MIN: u64 = 1_000;
 /// Bounds what a meter remembers: what comes within less than this is one entry.
 const RATE_STEP_MS: u64 = 100;
 
@@ -64,7 +66,7 @@ impl RateMeter {
         let bytes: u64 = self.steps.iter().map(|(_, bytes)| bytes).sum();
         let over = now
             .saturating_duration_since(*first)
-            .max(Duration::from_millis(RATE_STEP_MS));
+            .max(Duration::from_millis(RATE_SPAN_MS_MIN));
         (bytes as f64 / over.as_secs_f64()) as u64
     }
 

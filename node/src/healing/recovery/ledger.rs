@@ -175,7 +175,7 @@ impl Ledger {
         Err(self.delayed.first().map(|(due, _)| *due))
     }
 
-    /// No node that could be reached gave it: again later. `everywhere`: all nodes answered, so it is lost for now.
+    /// No node that could be reached gave it: again later. `everywhere`: all nodes answered, so it is lost.
     pub fn postpone(&mut self, id: ChunkId, now: Instant, everywhere: bool) {
         let Some(missing) = self.missing.get_mut(&id) else {
             return;
@@ -203,7 +203,7 @@ impl Ledger {
         }
     }
 
-    /// Those that are left alone for now, the first `max`.
+    /// The first `max` of those that are left alone a little longer.
     pub fn delayed(&self, max: usize) -> Vec<ChunkId> {
         self.delayed.iter().take(max).map(|(_, id)| *id).collect()
     }

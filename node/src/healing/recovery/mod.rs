@@ -257,7 +257,7 @@ impl Recovery {
         Ok(named.chunks)
     }
 
-    /// Takes what has arrived by itself off the list; looks at `max` of those that are left alone for now.
+    /// Takes what has arrived by itself off the list; looks at the first `max` that are left alone a little longer.
     fn settle_arrived(&self, max: usize) -> u64 {
         let delayed = self.ledger.lock().delayed(max);
         for id in delayed.iter().filter(|id| self.content.contains(**id)) {

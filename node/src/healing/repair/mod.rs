@@ -223,7 +223,7 @@ impl Repair {
                 });
                 let (rest, bytes) = slice.await.map_err(|panic| panic.to_string())??;
                 page = rest;
-                // The bytes were read already; what they cost is waited for now.
+                // The bytes were read already; the time they may take is waited out afterwards.
                 pacer.take(Instant::now(), bytes);
                 tokio::time::sleep(pacer.take(Instant::now(), 0)).await;
                 if saved.elapsed() >= Duration::from_millis(SAVE_INTERVAL_MS) {
