@@ -64,6 +64,7 @@ pub struct Recovery {
     fetched_bytes: AtomicU64,
     effects_handled: AtomicU64,
     last_pass: Mutex<Option<PassReport>>,
+    last_complete_pass: Mutex<Option<PassReport>>,
     names: NameFinder,
 }
 
@@ -94,6 +95,7 @@ impl Recovery {
             fetched_bytes: AtomicU64::new(0),
             effects_handled: AtomicU64::new(0),
             last_pass: Mutex::new(None),
+            last_complete_pass: Mutex::new(None),
         })
     }
 
@@ -150,11 +152,11 @@ impl Recovery {
         let already_running = self.walking.load(Ordering::Acquire) || ledger.walk_wanted().is_some();
         if !already_running {
             ledger.want_walk(WalkReason::Requested);
+            self.pass_soon.notify_one();
         }
         // Whatever waits for another attempt gets it now.
         ledger.hurry();
         drop(ledger);
-        self.pass_soon.notify_one();
         self.fetch_soon.notify_one();
         SyncReport {
             started: !already_running,
@@ -221,7 +223,7 @@ impl Recovery {
                 "content is missing on this node; fetching it"
             );
         }
-        *self.last_pass.lock() = Some(PassReport {
+        let report = PassReport {
             kind: match reason {
                 Some(_) => PassKind::Complete,
                 None => PassKind::Changes,
@@ -231,7 +233,11 @@ impl Recovery {
             duration_ms: began.elapsed().as_millis() as u64,
             chunks_looked_at: looked_at,
             chunks_missing: missing.chunks,
-        });
+        };
+        if report.kind == PassKind::Complete {
+            *self.last_complete_pass.lock() = Some(report.clone());
+        }
+        *self.last_pass.lock() = Some(report);
         self.fetch_soon.notify_one();
         Ok(())
     }

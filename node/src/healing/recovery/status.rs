@@ -93,6 +93,8 @@ pub struct RecoveryStatus {
     pub seconds_to_go: Option<u64>,
     /// The last pass that ended.
     pub last_pass: Option<PassReport>,
+    /// The last pass over all that is named.
+    pub last_complete_pass: Option<PassReport>,
 }
 
 impl Recovery {
@@ -129,6 +131,7 @@ impl Recovery {
             seconds_to_go: (bytes_per_s > 0 && missing.bytes > 0)
                 .then(|| missing.bytes.div_ceil(bytes_per_s)),
             last_pass: self.last_pass.lock().clone(),
+            last_complete_pass: self.last_complete_pass.lock().clone(),
         }
     }
 
