@@ -24,7 +24,7 @@ members() { slots | while read -r n; do grpc "$n"; done | paste -sd, -; }
 # The process id of node $1, if it runs: a number left by an earlier boot may be another program's by now.
 pid_of() {
   local pid; pid=$(cat "$data/node-$1.pid" 2>/dev/null) || return 1
-  tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -qF -- "$data/node-$1 " && echo "$pid"
+  { tr '\0' ' ' <"/proc/$pid/cmdline"; } 2>/dev/null | grep -qF -- "$data/node-$1 " && echo "$pid"
 }
 # The process ids of our mount.
 mount_pids() { pgrep -f "^[^ ]*quorumfs-mount .* $mount( |\$)" || true; }
