@@ -211,6 +211,7 @@ fn changes_that_cannot_be_are_refused_in_words() {
         assert!(reply.text().contains(says), "{path} {body}: {}", reply.text());
     };
     refused("/membership/remove", "{", 400, "not what it must be");
+    refused("/membership/remove", &" ".repeat(100 << 10), 413, "length limit");
     refused("/membership/remove", r#"{"slots": []}"#, 400, "at least one");
     refused(
         "/membership/remove",

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -124,14 +125,15 @@ fn view(node: &Node) -> Result<MembershipView, ApiError> {
         (status = 202, description = "It is a learner", body = MembershipView),
         (status = 400, description = "No JSON object as it must be", body = ErrorBody),
         (status = 409, description = "It must not be", body = ErrorBody),
+        (status = 413, description = "The body is too long", body = ErrorBody),
         (status = 503, description = "No leader, or no node at the address", body = ErrorBody),
     )
 )]
 pub(super) async fn add(
     State(node): State<Arc<Node>>,
-    body: Bytes,
+    body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<MembershipView>), ApiError> {
-    let Addition { grpc_address } = json_body(&body, r#"{"grpc_address": "HOST:PORT"}"#)?;
+    let Addition { grpc_address } = json_body(body, r#"{"grpc_address": "HOST:PORT"}"#)?;
     let ask = |mut leader: Peer| {
         let request = wire::AddMemberRequest {
             grpc_address: grpc_address.clone(),
@@ -157,14 +159,15 @@ pub(super) async fn add(
         (status = 200, description = "They are out", body = MembershipView),
         (status = 400, description = "No JSON object as it must be", body = ErrorBody),
         (status = 409, description = "It must not be", body = ErrorBody),
+        (status = 413, description = "The body is too long", body = ErrorBody),
         (status = 503, description = "No leader, or those that remain are not whole", body = ErrorBody),
     )
 )]
 pub(super) async fn remove(
     State(node): State<Arc<Node>>,
-    body: Bytes,
+    body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<MembershipView>, ApiError> {
-    let Removal { slots } = json_body(&body, r#"{"slots": [4, 5]}"#)?;
+    let Removal { slots } = json_body(body, r#"{"slots": [4, 5]}"#)?;
     if slots.is_empty() {
         return Err(ApiError::bad_request(
             "no_slots",

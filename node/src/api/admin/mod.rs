@@ -16,12 +16,18 @@ mod repair;
 use std::sync::Arc;
 
 use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::extract::rejection::BytesRejection;
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 
 use crate::api::rest::error::ApiError;
 use crate::node::{Node, Parts};
 use crate::transport::ClusterSecret;
+
+/// Most bytes of a request's body; a route that takes more says so itself. Room for a path of 4,096 bytes, every one of
+/// them escaped, and some more.
+const BODY_BYTES_MAX: usize = 64 << 10;
 
 /// All of it, for `node`; `secret` is what the internal endpoints ask for.
 pub fn router(node: Arc<Node>, secret: Option<ClusterSecret>) -> Router {
@@ -35,12 +41,16 @@ pub fn router(node: Arc<Node>, secret: Option<ClusterSecret>) -> Router {
         .merge(internal::routes(secret))
         .merge(recovery::routes())
         .merge(repair::routes())
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .with_state(node)
 }
 
 /// The body of a request, whatever it says it is: curl calls everything a form.
-fn json_body<T: DeserializeOwned>(body: &Bytes, example: &str) -> Result<T, ApiError> {
-    serde_json::from_slice(body).map_err(|error| {
+fn json_body<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>, example: &str) -> Result<T, ApiError> {
+    let body = body.map_err(|rejected| {
+        ApiError::new(rejected.status(), "body_refused", rejected.body_text()).hint(format!("send {example}"))
+    })?;
+    serde_json::from_slice(&body).map_err(|error| {
         ApiError::bad_request(
             "invalid_json",
             format!("the body is not what it must be: {error}"),

@@ -3,22 +3,20 @@
 use std::sync::Arc;
 
 use axum::body::Bytes;
-use axum::extract::rejection::{BytesRejection, JsonRejection};
-use axum::extract::{DefaultBodyLimit, State};
+use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use quorumfs_proto::{FsError, Name};
 use serde::Deserialize;
 
-use super::parts;
+use super::{json_body, parts};
 use crate::api::rest::error::{ApiError, ErrorBody};
 use crate::healing::repair::RepairStatus;
 use crate::healing::repair::verify::{FileVerdict, VerifyError};
 use crate::node::Node;
 
-/// A path of 4,096 bytes, every one of them escaped, and some more.
-const BODY_BYTES_MAX: usize = 64 << 10;
 /// Most bytes of a path (PATH_MAX of Linux).
 const PATH_BYTES_MAX: usize = 4096;
 
@@ -34,10 +32,9 @@ struct VerifyRequest {
 }
 
 pub(super) fn routes() -> Router<Arc<Node>> {
-    Router::new().route("/repair/status", get(status)).route(
-        "/repair/verify",
-        post(verify).layer(DefaultBodyLimit::max(BODY_BYTES_MAX)),
-    )
+    Router::new()
+        .route("/repair/status", get(status))
+        .route("/repair/verify", post(verify))
 }
 
 /// What was verified on this node, what was found, and how far the scrub is.
@@ -77,12 +74,7 @@ pub(super) async fn verify(
     State(node): State<Arc<Node>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<FileVerdict>, ApiError> {
-    let body = body.map_err(|rejected| {
-        ApiError::new(rejected.status(), "body_refused", rejected.body_text())
-            .hint("a JSON object {\"file_path\": \"…\"}")
-    })?;
-    // Whatever the Content-Type says: curl's default is not that of JSON.
-    let Json(asked) = Json::<VerifyRequest>::from_bytes(&body).map_err(malformed)?;
+    let asked: VerifyRequest = json_body(body, r#"{"file_path": "docs/letter.txt"}"#)?;
     let path = names(&asked.file_path)?;
     let verified = parts(&node)?
         .repair
@@ -101,11 +93,6 @@ pub(super) async fn verify(
         VerifyError::Fault(fault) => ApiError::unavailable(fault.to_string()),
         VerifyError::Internal(reason) => ApiError::internal(reason),
     })
-}
-
-fn malformed(rejected: JsonRejection) -> ApiError {
-    ApiError::bad_request("invalid_json", rejected.body_text())
-        .hint("a JSON object {\"file_path\": \"docs/letter.txt\"}; \"from\" may say from which offset on")
 }
 
 /// The names of a path. Nothing is resolved: `.` and `..` are refused.
