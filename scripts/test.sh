@@ -26,9 +26,17 @@ install_missing() {
   step "installing ${missing[*]}"
   { apt-get update -qq && apt-get install -y -qq "${missing[@]}"; } >/dev/null
 }
-# Conformance suites from crates.io, once.
+# Conformance suites from crates.io and PyPI, once.
 install_tools() {
   local tool
+  if ! PATH=$PATH:$target/tools/bin command -v schemathesis >/dev/null; then
+    step "installing schemathesis"
+    python3 -c 'import ensurepip' 2>/dev/null || apt-get install -y -qq python3-venv >/dev/null
+    python3 -m venv "$target/tools/python"
+    "$target/tools/python/bin/pip" install --quiet --disable-pip-version-check schemathesis==4.32.5
+    mkdir -p "$target/tools/bin"
+    ln -sf ../python/bin/schemathesis "$target/tools/bin/schemathesis"
+  fi
   for tool in pjdfstest fsx; do
     PATH=$PATH:$target/tools/bin:/tmp/peers/cargo/bin command -v "$tool" >/dev/null && continue
     step "installing $tool"

@@ -17,6 +17,8 @@ const SLOT_MAX: u16 = 255;
 const SCRUB_MIB_PER_S: u64 = 16;
 /// Between the beginnings of two passes of verifying.
 const SCRUB_INTERVAL_S: u64 = 60;
+/// How often everything held is looked over unless another interval is given, in seconds.
+const SWEEP_INTERVAL_S: u64 = 60;
 /// Fetched per second unless told otherwise: what a gigabit carries.
 const RECOVERY_MIB_PER_S: u64 = 100;
 /// Asked for the time where nothing else is said.
@@ -93,6 +95,9 @@ pub struct Settings {
     /// How long after the beginning of one pass of verifying the next begins, in seconds
     #[arg(long, env = "QUORUMFS_SCRUB_INTERVAL_S", value_name = "S")]
     scrub_interval_s: Option<u64>,
+    /// How often all that is kept is looked over for what no file names, in seconds
+    #[arg(long, env = "QUORUMFS_SWEEP_INTERVAL_S", value_name = "S")]
+    sweep_interval_s: Option<u64>,
     /// At most how much missing content is fetched from other nodes per second, in MiB
     #[arg(long, env = "QUORUMFS_RECOVERY_MIB_PER_S", value_name = "MIB")]
     recovery_mib_per_s: Option<u64>,
@@ -176,6 +181,8 @@ pub struct Config {
     pub scrub_bytes_per_s: u64,
     /// From the beginning of one pass of verifying to that of the next, in seconds.
     pub scrub_interval_s: u64,
+    /// How often all that is kept is looked over for what no file names, in seconds.
+    pub sweep_interval_s: u64,
     /// At most how many bytes of missing content are fetched per second.
     pub recovery_bytes_per_s: u64,
     /// NTP servers, `HOST:PORT`; none: nobody is asked.
@@ -226,6 +233,7 @@ impl Settings {
             request_timeout_ms: self.request_timeout_ms.or(file.request_timeout_ms),
             scrub_mib_per_s: self.scrub_mib_per_s.or(file.scrub_mib_per_s),
             scrub_interval_s: self.scrub_interval_s.or(file.scrub_interval_s),
+            sweep_interval_s: self.sweep_interval_s.or(file.sweep_interval_s),
             recovery_mib_per_s: self.recovery_mib_per_s.or(file.recovery_mib_per_s),
             ntp: self.ntp.or(file.ntp),
             ntp_interval_ms: self.ntp_interval_ms.or(file.ntp_interval_ms),
@@ -322,6 +330,12 @@ impl Settings {
             SCRUB_INTERVAL_S,
             1..=86_400,
         )?;
+        let sweep_interval_s = within(
+            "sweep-interval-s",
+            self.sweep_interval_s,
+            SWEEP_INTERVAL_S,
+            1..=86_400,
+        )?;
         let recovery_mib_per_s = within(
             "recovery-mib-per-s",
             self.recovery_mib_per_s,
@@ -359,6 +373,7 @@ impl Settings {
             request_timeout_ms,
             scrub_bytes_per_s: scrub_mib_per_s << 20,
             scrub_interval_s,
+            sweep_interval_s,
             recovery_bytes_per_s: recovery_mib_per_s << 20,
             ntp,
             ntp_interval_ms,
@@ -447,11 +462,15 @@ fn read_secret(path: &Path) -> Result<ClusterSecret, ConfigError> {
     })
 }
 
-fn check_address(field: &'static str, address: &str) -> Result<(), ConfigError> {
-    let fine = address.rsplit_once(':').is_some_and(|(host, port)| {
+/// Whether `address` is `HOST:PORT`.
+pub fn is_host_and_port(address: &str) -> bool {
+    address.rsplit_once(':').is_some_and(|(host, port)| {
         !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0) && !host.contains(['/', ' ', '@'])
-    });
-    if fine {
+    })
+}
+
+fn check_address(field: &'static str, address: &str) -> Result<(), ConfigError> {
+    if is_host_and_port(address) {
         return Ok(());
     }
     let reason = format!("{address:?} is not HOST:PORT, as in 127.0.0.1:3030");
@@ -475,114 +494,4 @@ fn listen_address(field: &'static str, address: &str) -> Result<SocketAddr, Conf
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn resolve(args: &[&str]) -> Result<Config, String> {
-        let settings =
-            Settings::try_parse_from(["quorumfs-node"].iter().chain(args)).map_err(|e| e.to_string())?;
-        settings.resolve().map_err(|e| e.to_string())
-    }
-
-    const GOOD: [&str; 8] = [
-        "--slot",
-        "2",
-        "--members",
-        "127.0.0.1:3030,127.0.0.1:3031,127.0.0.1:3032",
-        "--http",
-        "127.0.0.1:8082",
-        "--data",
-        "/d",
-    ];
-
-    #[test]
-    fn a_whole_set_is_taken() {
-        let config = resolve(&GOOD).unwrap();
-        assert_eq!(config.grpc, "127.0.0.1:3031");
-        assert_eq!(config.listen_http, "127.0.0.1:8082".parse().unwrap());
-    }
-
-    #[test]
-    fn errors_name_the_field_and_what_would_be_right() {
-        let with = |at: usize, value: &'static str| {
-            let mut args = GOOD;
-            args[at] = value;
-            resolve(&args).unwrap_err()
-        };
-        assert!(with(1, "4").contains("--slot: 4 is not a place"));
-        assert!(with(1, "0").contains("from 1 to 3"));
-        assert!(with(3, "127.0.0.1:3030,127.0.0.1:3031").contains("1, 3, 5 or 7"));
-        assert!(with(3, "127.0.0.1:3030,127.0.0.1:3030,127.0.0.1:3032").contains("named twice"));
-        assert!(with(3, "nonsense").contains("HOST:PORT"));
-        let idle = [&GOOD[..], &["--scrub-mib-per-s", "0"]].concat();
-        assert!(
-            resolve(&idle)
-                .unwrap_err()
-                .contains("--scrub-mib-per-s: 0 is not from 1")
-        );
-        let dir = tempfile::tempdir().unwrap();
-        let secret = dir.path().join("secret");
-        let with_secret = [&GOOD[..], &["--secret-file", secret.to_str().unwrap()]].concat();
-        assert!(resolve(&with_secret).unwrap_err().contains("--secret-file"));
-        std::fs::write(&secret, "too short\n").unwrap();
-        assert!(resolve(&with_secret).unwrap_err().contains("less than 16 bytes"));
-        std::fs::write(&secret, "0123456789abcdef\n").unwrap();
-        let secret = resolve(&with_secret).unwrap().secret.unwrap();
-        assert!(secret.is(b"0123456789abcdef") && !secret.is(b"0123456789abcdee"));
-        assert!(with(5, "0.0.0.0:8082").contains("insecure-plaintext"));
-        assert!(resolve(&GOOD[..6]).unwrap_err().contains("--data is not set"));
-        assert!(resolve(&["--nonsense"]).unwrap_err().contains("--nonsense"));
-    }
-
-    #[test]
-    fn ntp_servers_have_a_port_or_get_one() {
-        let with = |servers: &str| {
-            let args: Vec<&str> = GOOD.into_iter().chain(["--ntp", servers]).collect();
-            resolve(&args).map(|config| config.ntp)
-        };
-        assert_eq!(resolve(&GOOD).unwrap().ntp, ["pool.ntp.org:123"]);
-        assert_eq!(with("none").unwrap(), [""; 0]);
-        assert_eq!(
-            with("a, 10.0.0.1:1123,::1,[::1],[::1]:99").unwrap(),
-            ["a:123", "10.0.0.1:1123", "[::1]:123", "[::1]:123", "[::1]:99"]
-        );
-        assert!(
-            with("a,none:x")
-                .unwrap_err()
-                .contains("--ntp: \"none:x\" is not HOST")
-        );
-        assert!(with("").unwrap_err().contains("--ntp"));
-        assert!(with(&"a,".repeat(9)).unwrap_err().contains("1 to 8"));
-        let args: Vec<&str> = GOOD.into_iter().chain(["--probe-interval-ms", "5"]).collect();
-        assert!(
-            resolve(&args)
-                .unwrap_err()
-                .contains("--probe-interval-ms: 5 is not from 100")
-        );
-    }
-
-    #[test]
-    fn flags_are_stronger_than_the_file_and_unknown_fields_are_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("node.toml");
-        std::fs::write(
-            &file,
-            "slot = 1\nhttp = \"127.0.0.1:8081\"\ndata = \"/from-file\"\nntp = [\"a\", \"b:9\"]\n",
-        )
-        .unwrap();
-        let file_name = file.to_str().unwrap();
-        let config = resolve(&[
-            "--config",
-            file_name,
-            "--members",
-            "127.0.0.1:3030",
-            "--data",
-            "/from-flag",
-        ])
-        .unwrap();
-        assert_eq!((config.slot, config.data.to_str().unwrap()), (1, "/from-flag"));
-        assert_eq!(config.ntp, ["a:123", "b:9"]);
-        std::fs::write(&file, "slott = 1\n").unwrap();
-        assert!(resolve(&["--config", file_name]).unwrap_err().contains("slott"));
-    }
-}
+mod tests;

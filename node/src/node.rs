@@ -12,6 +12,7 @@ use crate::cluster::identity::{DataFolder, Membership};
 use crate::cluster::leases::Leases;
 use crate::cluster::membership::Roster;
 use crate::cluster::metrics::Metrics;
+use crate::cluster::placement::Placement;
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::Consensus;
@@ -53,6 +54,8 @@ pub struct Parts {
     pub repair: Arc<Repair>,
     /// Frees what is dead.
     pub sweeper: Arc<Sweeper>,
+    /// Knows who holds what.
+    pub placement: Arc<Placement>,
     /// Knows who has room.
     pub space: Arc<SpaceMonitor>,
     /// Knows who may answer from what it knows.

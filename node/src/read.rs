@@ -12,6 +12,7 @@ use quorumfs_proto::query::Space;
 use quorumfs_proto::{Answer, CallReply, ChunkId, Query, Refusal};
 use tracing::{error, warn};
 
+use crate::cluster::placement::Placement;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::{BarrierError, Consensus};
 use crate::content::{ChunkRange, ContentError, ContentStore, PeerChunks};
@@ -21,37 +22,25 @@ use crate::metadata::{Failure, MetadataStore, StorageFault};
 
 /// The path every read takes.
 pub struct Reader {
-    consensus: Consensus,
-    metadata: Arc<MetadataStore>,
-    content: Arc<ContentStore>,
-    peers: Arc<PeerChunks>,
-    recovery: Arc<Recovery>,
-    repair: Arc<Repair>,
-    space: Arc<SpaceMonitor>,
+    /// Who leads.
+    pub consensus: Consensus,
+    /// What is where.
+    pub metadata: Arc<MetadataStore>,
+    /// What is here.
+    pub content: Arc<ContentStore>,
+    /// What others have.
+    pub peers: Arc<PeerChunks>,
+    /// Who should have what.
+    pub placement: Arc<Placement>,
+    /// Hears of what is missing.
+    pub recovery: Arc<Recovery>,
+    /// Hears of what is bad.
+    pub repair: Arc<Repair>,
+    /// Knows how much fits.
+    pub space: Arc<SpaceMonitor>,
 }
 
 impl Reader {
-    /// Joins the parts.
-    pub fn new(
-        consensus: Consensus,
-        metadata: Arc<MetadataStore>,
-        content: Arc<ContentStore>,
-        peers: Arc<PeerChunks>,
-        recovery: Arc<Recovery>,
-        repair: Arc<Repair>,
-        space: Arc<SpaceMonitor>,
-    ) -> Arc<Reader> {
-        Arc::new(Reader {
-            consensus,
-            metadata,
-            content,
-            peers,
-            recovery,
-            repair,
-            space,
-        })
-    }
-
     /// Answers a query with everything in it that was acknowledged before it came (P5).
     pub async fn query(&self, query: &Query) -> CallReply {
         if !self.consensus.is_leader() {
@@ -125,13 +114,7 @@ impl Reader {
     }
 
     async fn fetch_from_peers(&self, id: ChunkId, offset: u32, length: u32) -> Option<ChunkRange> {
-        let own = self.consensus.id();
-        for member in self
-            .consensus
-            .members()
-            .into_iter()
-            .filter(|member| member.id != own)
-        {
+        for member in self.placement.sources(id) {
             match self.peers.fetch(&member, id, offset, length).await {
                 Ok(range) => return Some(range),
                 Err(error) => {

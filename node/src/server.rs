@@ -31,6 +31,7 @@ use crate::cluster::identity::DataFolder;
 use crate::cluster::leases::Leases;
 use crate::cluster::membership::Roster;
 use crate::cluster::metrics::kinds::REST_DESCRIPTION;
+use crate::cluster::placement::Placement;
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::config::Config;
@@ -199,12 +200,19 @@ async fn run_parts(
     }
 
     let peers = Arc::new(PeerChunks::new(transport.clone()));
-    let space = SpaceMonitor::new(consensus.clone(), content.clone(), transport.clone());
+    let placement = Placement::new(consensus.clone(), metadata.clone());
+    let space = SpaceMonitor::new(
+        consensus.clone(),
+        content.clone(),
+        placement.clone(),
+        transport.clone(),
+    );
     let recovery = Recovery::new(
         consensus.clone(),
         metadata.clone(),
         content.clone(),
         peers.clone(),
+        placement.clone(),
         config.recovery_bytes_per_s,
     );
     let repair = Repair::new(
@@ -213,6 +221,7 @@ async fn run_parts(
             metadata: metadata.clone(),
             content: content.clone(),
             peers: peers.clone(),
+            placement: placement.clone(),
             recovery: recovery.clone(),
             transport: transport.clone(),
         },
@@ -223,12 +232,12 @@ async fn run_parts(
         },
     );
     let sweeper = Sweeper::new(
-        consensus.clone(),
         metadata.clone(),
         content.clone(),
         repair.clone(),
+        Duration::from_secs(config.sweep_interval_s),
     );
-    let roster = Roster::new(consensus.clone(), transport.clone());
+    let roster = Roster::new(consensus.clone(), placement.clone(), transport.clone());
     let stamps = Arc::new(StampClock::new());
     let clock = ClockMonitor::new(config.ntp.clone(), Duration::from_millis(config.ntp_interval_ms));
     let health = HealthMonitor::new(
@@ -243,19 +252,22 @@ async fn run_parts(
         consensus.clone(),
         content.clone(),
         peers.clone(),
+        placement.clone(),
         space.clone(),
         stamps,
         node.metrics().clone(),
     );
-    let reader = Reader::new(
-        consensus.clone(),
-        metadata.clone(),
-        content.clone(),
+    let reader = Arc::new(Reader {
+        consensus: consensus.clone(),
+        metadata: metadata.clone(),
+        content: content.clone(),
         peers,
-        recovery.clone(),
-        repair.clone(),
-        space.clone(),
-    );
+        placement: placement.clone(),
+        recovery: recovery.clone(),
+        repair: repair.clone(),
+        space: space.clone(),
+    });
+    tokio::spawn(placement.clone().run());
     tokio::spawn(space.clone().run());
     tokio::spawn(sessions.clone().run());
     tokio::spawn(roster.clone().run());
@@ -285,6 +297,7 @@ async fn run_parts(
         recovery,
         repair,
         sweeper,
+        placement,
         space,
         leases: Leases::default(),
         roster,
@@ -424,7 +437,8 @@ async fn serve_http(
     let for_status = node.clone();
     let state = RestState {
         client: client.clone(),
-        status: Arc::new(move || status::status(&for_status)),
+        // Numbers, names and lists: nothing that JSON could not say.
+        status: Arc::new(move || serde_json::json!(status::status(&for_status))),
         admin: admin::router(node.clone(), config.secret.clone()).layer(axum::Extension(client)),
         request_timeout: Duration::from_millis(config.request_timeout_ms),
     };

@@ -1,7 +1,8 @@
 //! THE write path: content to f + 1 voters, then the command to the log.
 //!
-//! 1. [`Writer::put_chunk`] stores a chunk here and, at the same time, pushes it to every member. It answers when a
-//!    majority of every active configuration has it on disk, and remembers who does.
+//! 1. [`Writer::put_chunk`] copies a chunk to all nodes that should hold it at once, this one among them or not. It
+//!    answers when a majority of every active configuration has it on disk, and remembers who does. Where a node
+//!    that should hold it fails or is slow, another takes a copy in its stead.
 //! 2. [`Writer::mutate`] takes a command that names such chunks. It proposes it only if this node, in its present
 //!    term, knows a quorum of holders for each (P2); where it does not (it has just become leader), it asks the peers,
 //!    and what they do not vouch for the client puts again.
@@ -24,6 +25,7 @@ use tracing::{debug, warn};
 use crate::cluster::clock::StampClock;
 use crate::cluster::metrics::Metrics;
 use crate::cluster::metrics::replication::{CopyPlace, Journey};
+use crate::cluster::placement::Placement;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::{Consensus, ProposeError};
 use crate::content::{ContentError, ContentStore, PeerChunks, PushError, StoredChunk};
@@ -31,6 +33,10 @@ use crate::metadata::{CallResult, LogBody, LogCommand};
 
 /// How long a chunk may take to reach a quorum before the client is told to put it again.
 const QUORUM_TIMEOUT_MS: u64 = 10_000;
+/// With no quorum after so long, all nodes that are left take a copy.
+const STAND_IN_AFTER_MS: u64 = 500;
+/// For how long a node that failed or was slow is not counted on, where others can take its copies.
+const SUSPECT_MS: u64 = 5_000;
 /// Chunks whose holders are remembered between their put and their command; beyond it the oldest are forgotten and
 /// the peers are asked instead. 64 Ki chunks are 64 GiB under way.
 const HOLDERS_REMEMBERED_MAX: usize = 64 << 10;
@@ -40,10 +46,13 @@ pub struct Writer {
     consensus: Consensus,
     content: Arc<ContentStore>,
     peers: Arc<PeerChunks>,
+    placement: Arc<Placement>,
     space: Arc<SpaceMonitor>,
     stamps: Arc<StampClock>,
     metrics: Arc<Metrics>,
     holders: Mutex<Holders>,
+    /// Nodes that did not take a copy in time, and when.
+    suspects: Mutex<HashMap<NodeId, Instant>>,
 }
 
 /// Why a chunk is not on a quorum.
@@ -66,6 +75,7 @@ impl Writer {
         consensus: Consensus,
         content: Arc<ContentStore>,
         peers: Arc<PeerChunks>,
+        placement: Arc<Placement>,
         space: Arc<SpaceMonitor>,
         stamps: Arc<StampClock>,
         metrics: Arc<Metrics>,
@@ -74,10 +84,12 @@ impl Writer {
             consensus,
             content,
             peers,
+            placement,
             space,
             stamps,
             metrics,
             holders: Mutex::new(Holders::default()),
+            suspects: Mutex::default(),
         })
     }
 
@@ -90,31 +102,13 @@ impl Writer {
             return Err(PutError::NoSpace);
         }
         let id = chunk.id;
-        let members = self.consensus.members();
+        let term = self.consensus.term();
+        let (places, stand_ins) = self.who_takes(id);
         let journey = self
             .metrics
             .replication
-            .begin(chunk.payload.len() as u64, members.len());
-        let mut copies = self.make_copies(chunk, members, &journey);
-        let voter_sets = self.consensus.voter_sets();
-        let term = self.consensus.term();
-        let enough = async {
-            let mut holders = BTreeSet::new();
-            let mut refusals = Vec::new();
-            while let Some((node, result)) = copies.recv().await {
-                match result {
-                    Ok(()) => {
-                        holders.insert(node);
-                        if is_quorum(&holders, &voter_sets) {
-                            return Ok(holders);
-                        }
-                    }
-                    Err(refusal) => refusals.push((node, refusal)),
-                }
-            }
-            Err(self.judge(&refusals))
-        };
-        // The copies still being made when this returns go on without anyone waiting; recovery makes what fails.
+            .begin(chunk.payload.len() as u64, places.len());
+        let enough = self.copy_to_quorum(chunk, places, stand_ins, &journey);
         let holders = tokio::time::timeout(Duration::from_millis(QUORUM_TIMEOUT_MS), enough)
             .await
             .unwrap_or_else(|_| {
@@ -125,6 +119,93 @@ impl Writer {
         journey.answered(Ending::of(&holders));
         self.holders.lock().remember(id, term, holders?);
         Ok(())
+    }
+
+    /// The nodes that should hold a new chunk, and those that can stand in for them, best first.
+    fn who_takes(&self, id: ChunkId) -> (Vec<Member>, VecDeque<Member>) {
+        let members = self.consensus.members();
+        let picture = self.placement.picture();
+        let Some(layout) = picture.newest().filter(|_| !picture.is_everywhere()) else {
+            return (members, VecDeque::new());
+        };
+        let mut expected = picture.places(id);
+        let suspects = {
+            let mut suspects = self.suspects.lock();
+            suspects.retain(|_, since| since.elapsed() < Duration::from_millis(SUSPECT_MS));
+            suspects.clone()
+        };
+        let (sound, suspected): (Vec<NodeId>, Vec<NodeId>) = layout
+            .ranked(id)
+            .into_iter()
+            .partition(|node| !suspects.contains_key(node));
+        // Recovery gives a node that was passed over its copy when it is back.
+        expected.retain(|node| !suspects.contains_key(node));
+        expected.extend(sound.iter().take(layout.copies()));
+        let stand_ins = sound
+            .into_iter()
+            .chain(suspected)
+            .filter(|node| !expected.contains(node));
+        let member = |node: NodeId| members.iter().find(|member| member.id == node).cloned();
+        let stand_ins = stand_ins.filter_map(member).collect();
+        (expected.into_iter().filter_map(member).collect(), stand_ins)
+    }
+
+    /// Copies the chunk to `places`, and to `stand_ins` as far as it must; answers who has it, when they are a quorum.
+    /// The copies still being made then go on without anyone waiting; recovery makes what fails.
+    async fn copy_to_quorum(
+        &self,
+        chunk: StoredChunk,
+        places: Vec<Member>,
+        mut stand_ins: VecDeque<Member>,
+        journey: &Arc<Journey>,
+    ) -> Result<BTreeSet<NodeId>, PutError> {
+        let voter_sets = self.consensus.voter_sets();
+        // Room for every answer: no copy ever waits for who listens.
+        let (tell, mut copies) = mpsc::channel((places.len() + stand_ins.len()).max(1));
+        let mut open = BTreeSet::new();
+        let copy_to = |member: Member, open: &mut BTreeSet<NodeId>| {
+            open.insert(member.id);
+            self.make_copy(chunk.clone(), member, journey, tell.clone());
+        };
+        places.into_iter().for_each(|member| copy_to(member, &mut open));
+        let slow = tokio::time::sleep(Duration::from_millis(STAND_IN_AFTER_MS));
+        tokio::pin!(slow);
+        let mut holders = BTreeSet::new();
+        let mut refusals = Vec::new();
+        while !open.is_empty() {
+            let copied = tokio::select! {
+                copied = copies.recv() => copied,
+                () = &mut slow, if !stand_ins.is_empty() => {
+                    let now = Instant::now();
+                    self.suspects.lock().extend(open.iter().map(|node| (*node, now)));
+                    for member in stand_ins.drain(..) {
+                        journey.goes_on_to_another();
+                        copy_to(member, &mut open);
+                    }
+                    continue;
+                }
+            };
+            // `tell` is at hand, so the channel is never closed.
+            let Some((node, result)) = copied else { break };
+            open.remove(&node);
+            match result {
+                Ok(()) => {
+                    holders.insert(node);
+                    if is_quorum(&holders, &voter_sets) {
+                        return Ok(holders);
+                    }
+                }
+                Err(refusal) => {
+                    refusals.push((node, refusal));
+                    if let Some(member) = stand_ins.pop_front() {
+                        self.suspects.lock().insert(node, Instant::now());
+                        journey.goes_on_to_another();
+                        copy_to(member, &mut open);
+                    }
+                }
+            }
+        }
+        Err(self.judge(&refusals))
     }
 
     /// Carries out a mutation once, however often it arrives.
@@ -171,6 +252,11 @@ impl Writer {
         self.propose(LogBody::OpenSession { session, description }).await
     }
 
+    /// Has each chunk kept on so many nodes, where there are so many.
+    pub async fn set_replicas(&self, replicas: u8) -> CallReply {
+        self.propose(LogBody::SetReplicas { replicas }).await
+    }
+
     /// Ends a session.
     pub async fn end_session(&self, session: SessionId) -> CallReply {
         self.propose(LogBody::EndSession { session }).await
@@ -197,33 +283,30 @@ impl Writer {
         decided
     }
 
-    /// Copies the chunk to this node and to all others at once; tells of each as it is done.
-    fn make_copies(
+    /// Begins to copy the chunk to `member`; tells when it is done.
+    fn make_copy(
         &self,
         chunk: StoredChunk,
-        members: Vec<Member>,
+        member: Member,
         journey: &Arc<Journey>,
-    ) -> mpsc::Receiver<(NodeId, Result<(), CopyError>)> {
-        let own = self.consensus.id();
-        let others: Vec<Member> = members.into_iter().filter(|member| member.id != own).collect();
-        // Room for every answer: no copy ever waits for who listens.
-        let (tell, copies) = mpsc::channel(others.len() + 1);
-        for member in others {
-            let (peers, chunk, tell) = (self.peers.clone(), chunk.clone(), tell.clone());
-            let journey = Arc::clone(journey);
+        tell: mpsc::Sender<(NodeId, Result<(), CopyError>)>,
+    ) {
+        let journey = Arc::clone(journey);
+        if member.id == self.consensus.id() {
+            let content = self.content.clone();
+            tokio::spawn(async move {
+                let result = content.put(chunk).await.map_err(CopyError::Own);
+                journey.copied(CopyPlace::Own, Ending::of(&result));
+                let _ = tell.send((member.id, result)).await;
+            });
+        } else {
+            let peers = self.peers.clone();
             tokio::spawn(async move {
                 let result = peers.push(&member, &chunk).await.map_err(CopyError::Peer);
                 journey.copied(CopyPlace::Peer, Ending::of(&result));
                 let _ = tell.send((member.id, result)).await;
             });
         }
-        let (content, journey) = (self.content.clone(), Arc::clone(journey));
-        tokio::spawn(async move {
-            let result = content.put(chunk).await.map_err(CopyError::Own);
-            journey.copied(CopyPlace::Own, Ending::of(&result));
-            let _ = tell.send((own, result)).await;
-        });
-        copies
     }
 
     /// What the client is told when too few copies were made.

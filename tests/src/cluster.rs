@@ -93,6 +93,10 @@ pub struct RecoveryStatus {
     pub named_chunks: u64,
     /// Chunks fetched from others since the node started.
     pub fetched_chunks: u64,
+    /// Chunks here that are for others to hold.
+    pub surplus_chunks: u64,
+    /// On how many nodes each chunk is kept.
+    pub copies: u64,
 }
 
 /// One node: what it is started with, and its process while it runs.
@@ -515,7 +519,8 @@ impl<'a> Cluster<'a> {
 
     fn is_whole(&self, slot: usize, goal: Option<u64>) -> Result<(), String> {
         let (status, recovery) = (self.status(slot)?, self.recovery_status(slot)?);
-        match status.applied_index >= goal && recovery.missing_chunks == 0 {
+        let as_it_should = recovery.missing_chunks == 0 && recovery.surplus_chunks == 0;
+        match status.applied_index >= goal && as_it_should {
             true => Ok(()),
             false => Err(format!(
                 "applied {:?} of {goal:?}, {recovery:?}",

@@ -107,6 +107,27 @@ pub fn wait_for(what: &str, limit: Duration, mut look: impl FnMut() -> bool) {
     wait_until(what, limit, || look().then_some(()));
 }
 
+/// Where `scripts/test.sh` installs a tool, or wherever it is in the PATH. `None` where it is missing and need not be
+/// there.
+pub fn tool(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut folders = vec![
+        target_folder().join("tools/bin"),
+        PathBuf::from("/tmp/peers/cargo/bin"),
+    ];
+    folders.extend(std::env::split_paths(&path));
+    let found = folders
+        .into_iter()
+        .map(|folder| folder.join(name))
+        .find(|path| path.is_file());
+    if found.is_none() {
+        let required = std::env::var("QUORUMFS_TEST_TOOLS").is_ok_and(|value| value == "required");
+        assert!(!required, "{name} is missing: scripts/test.sh installs it");
+        eprintln!("SKIPPED: {name} is missing: scripts/test.sh installs it");
+    }
+    found
+}
+
 /// Runs its closure when dropped: what must happen in the end, even if a check in between panics (a helper thread that
 /// is never told to stop would keep the test from ever failing).
 #[derive(Debug)]

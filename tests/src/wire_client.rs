@@ -3,12 +3,14 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use quorumfs_proto::call::{Call, CallReply, Mutation, Refusal};
+use quorumfs_proto::chunk::block_crcs;
 use quorumfs_proto::codec::{decode, encode};
 use quorumfs_proto::command::{Command, Operation};
 use quorumfs_proto::wire;
 use quorumfs_proto::wire::file_system_client::FileSystemClient;
-use quorumfs_proto::{Answer, Lane, Query, RequestId, SessionId};
+use quorumfs_proto::{Answer, ChunkBody, ChunkId, Lane, NewChunk, Query, RequestId, SessionId, Sha256};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -82,6 +84,74 @@ impl WireClient {
             CallReply::Answer(Ok(answer)) => answer,
             other => panic!("a query was answered {other:?}"),
         }
+    }
+
+    /// Puts a chunk of this session and names it nowhere.
+    #[track_caller]
+    pub fn put_chunk(&self, counter: u64, payload: &[u8]) -> NewChunk {
+        let id = ChunkId {
+            session: self.session,
+            counter,
+        };
+        let sha256 = Sha256::of(payload);
+        let request = wire::PutChunkRequest {
+            call_id: 1,
+            chunk: Some(id.into()),
+            sha256: Bytes::copy_from_slice(&sha256.0),
+            payload: Bytes::copy_from_slice(payload),
+            block_crcs: block_crcs(payload),
+        };
+        let put = |address: &str| {
+            let exchange = async {
+                let mut client = FileSystemClient::connect(format!("http://{address}"))
+                    .await
+                    .map_err(|e| e.to_string())?;
+                let (sender, requests) = mpsc::channel(1);
+                sender.send(request.clone()).await.map_err(|e| e.to_string())?;
+                let answers = client.put_chunks(ReceiverStream::new(requests)).await;
+                let answer = answers
+                    .map_err(|e| e.to_string())?
+                    .into_inner()
+                    .message()
+                    .await
+                    .map_err(|e| e.to_string())?;
+                let answer = answer.ok_or("the stream ended")?;
+                match answer.status() {
+                    wire::ChunkStatus::Ok => Ok(()),
+                    status => Err(format!("{status:?} {}", answer.detail)),
+                }
+            };
+            let limited = async { tokio::time::timeout(CALL_LIMIT, exchange).await };
+            self.runtime
+                .block_on(limited)
+                .unwrap_or_else(|_| Err(format!("no answer within {CALL_LIMIT:?}")))
+        };
+        let refusals: Vec<String> = self
+            .addresses
+            .iter()
+            .map_while(|address| put(address).err())
+            .collect();
+        assert!(
+            refusals.len() < self.addresses.len(),
+            "nobody took a chunk: {refusals:?}"
+        );
+        NewChunk {
+            id,
+            length: payload.len() as u32,
+            sha256,
+            body: ChunkBody::Stored,
+        }
+    }
+
+    /// Ends the session: what it put and did not name, nobody names any more.
+    #[track_caller]
+    pub fn close(&self) {
+        let session = self.session;
+        let reply = self.decided(&Call::CloseSession { session });
+        assert!(
+            matches!(reply, CallReply::Session(_)),
+            "close a session: {reply:?}"
+        );
     }
 
     /// Sends `call` to one node, once; an error where no answer came back.

@@ -2,10 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
 use std::process::Command;
 
-use quorumfs_tests::environment::target_folder;
+use quorumfs_tests::environment::tool;
 use quorumfs_tests::{Cluster, Random, Sandbox};
 
 /// Cases of pjdfstest that fail, each with its reason. One that passes must be taken from the list.
@@ -29,30 +28,6 @@ entries = [["nobody", "nogroup"], ["daemon", "daemon"]]
 /// fsx' own weights leave out what a filesystem gets wrong most easily. Not punch_hole: fallocate(2) is not there yet, so
 /// that answers EOPNOTSUPP, and fsx stops at it.
 const FSX_CONFIGURATION: &str = "[weights]\ncopy_file_range = 1\nposix_fallocate = 1\n";
-
-/// Where `scripts/test.sh` installs the tool, or wherever it is in the PATH. `None` where it is missing and need not
-/// be there.
-fn tool(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut folders = vec![
-        target_folder().join("tools/bin"),
-        PathBuf::from("/tmp/peers/cargo/bin"),
-    ];
-    folders.extend(std::env::split_paths(&path));
-    let found = folders
-        .into_iter()
-        .map(|folder| folder.join(name))
-        .find(|path| path.is_file());
-    if found.is_none() {
-        let required = std::env::var("QUORUMFS_TEST_TOOLS").is_ok_and(|value| value == "required");
-        assert!(
-            !required,
-            "{name} is missing: cargo install {name} --root target/tools"
-        );
-        eprintln!("SKIPPED: {name} is missing: cargo install {name} --root target/tools");
-    }
-    found
-}
 
 #[test]
 fn pjdfstest_finds_nothing_new() {

@@ -230,8 +230,9 @@ const KINDS: [Kind; 6] = [
     },
     Kind {
         what: "link",
-        prepare: make_old,
-        call: |folder, n| fs::hard_link(old(folder, n), new(folder, n)),
+        // One file with many names: what is lost is to be the answer to the link, not to a preparation.
+        prepare: |folder, n| if n == 1 { make_old(folder, n) } else { Ok(()) },
+        call: |folder, n| fs::hard_link(old(folder, 1), new(folder, n)),
         happened: |folder, n| new(folder, n).is_file(),
     },
     Kind {
@@ -271,7 +272,7 @@ fn lose_answers(
     wanted: usize,
     random: &mut Random,
 ) {
-    const ROUNDS_MAX: usize = 60;
+    const ROUNDS_MAX: usize = 150;
     let below = format!("{}-{loss:?}", kind.what.replace(' ', "-"));
     fs::create_dir(mount.path(&below)).expect("mkdir");
     let (folder, seen) = (mount.path(&below), observer.path(&below));

@@ -222,11 +222,12 @@ fn changes_that_cannot_be_are_refused_in_words() {
     refused("/membership/remove", r#"{"slots": [2]}"#, 409, "2 voters");
     refused("/membership/remove", r#"{"slots": [1, 2, 3]}"#, 409, "0 voters");
     refused("/membership/add", r#"{"address": "x"}"#, 400, "grpc_address");
+    refused("/membership/add", r#"{"grpc_address": ""}"#, 400, "HOST:PORT");
     let nobody = sandbox.address();
     refused(
         "/membership/add",
         &format!(r#"{{"grpc_address": "{nobody}"}}"#),
-        503,
+        422,
         "no node could be asked",
     );
     // A member that lives is no news.

@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use quorumfs_proto::wire::peer_server::Peer;
-use quorumfs_proto::{ChunkId, ClusterId, Member, wire};
+use quorumfs_proto::{CallReply, ChunkId, ClusterId, Member, NodeId, Refusal, wire};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::fs::{AnswerStream, answer_stream, chunk_refused};
 use crate::cluster::identity::Membership;
 use crate::cluster::membership::RosterError;
+use crate::consensus::BarrierError;
 use crate::content::peers::VERIFY_IDS_MAX;
 use crate::content::wire::{get_response, put_response, range_asked, stored_chunk};
 use crate::content::{ContentError, Verdict};
@@ -67,6 +68,7 @@ fn leader_of(error: RosterError) -> Result<String, Status> {
         RosterError::NotLeader(leader) => Ok(leader.map(|member| member.addresses.grpc).unwrap_or_default()),
         RosterError::Refused(reason) => Err(Status::failed_precondition(reason)),
         RosterError::Unavailable(reason) => Err(Status::unavailable(reason)),
+        RosterError::NobodyThere(reason) => Err(Status::not_found(reason)),
     }
 }
 
@@ -185,12 +187,40 @@ impl Peer for PeerService {
         }))
     }
 
+    async fn set_replicas(
+        &self,
+        request: Request<wire::SetReplicasRequest>,
+    ) -> Result<Response<wire::SetReplicasResponse>, Status> {
+        let parts = self.admit(&request)?;
+        let replicas = u8::try_from(request.get_ref().replicas)
+            .map_err(|_| Status::invalid_argument("more than 255 replicas"))?;
+        let leader = match parts.writer.set_replicas(replicas).await {
+            CallReply::Refused(Refusal::NotLeader { leader }) => Some(leader.unwrap_or_default()),
+            CallReply::Refused(Refusal::Unavailable { reason }) => return Err(Status::unavailable(reason)),
+            CallReply::Refused(refusal) => return Err(Status::internal(format!("{refusal:?}"))),
+            CallReply::Outcome(_) | CallReply::Session(_) | CallReply::Answer(_) => None,
+        };
+        Ok(Response::new(wire::SetReplicasResponse {
+            not_leader: leader.is_some(),
+            leader: leader.unwrap_or_default(),
+        }))
+    }
+
     async fn content_complete(
         &self,
         request: Request<wire::ContentCompleteRequest>,
     ) -> Result<Response<wire::ContentCompleteResponse>, Status> {
         let parts = self.admit(&request)?;
-        let looked = completeness(parts.metadata.clone(), parts.content.clone()).await;
+        let voters = request.into_inner().voters.into_iter().map(|voter| {
+            let slot = u16::try_from(voter.slot).map_err(|_| Status::invalid_argument("slot above 65535"))?;
+            Ok(NodeId {
+                slot,
+                incarnation: voter.incarnation,
+            })
+        });
+        let layout = parts.placement.intend(voters.collect::<Result<_, Status>>()?);
+        let own = parts.consensus.id();
+        let looked = completeness(parts.metadata.clone(), parts.content.clone(), layout, own).await;
         let found = looked.map_err(|fault| Status::unavailable(fault.to_string()))?;
         Ok(Response::new(wire::ContentCompleteResponse {
             complete: found.missing == 0,
@@ -315,11 +345,12 @@ impl Peer for PeerService {
                 "at most {HELD_ASKED_MAX} chunks may be asked about at once"
             )));
         }
-        let held = chunks
-            .iter()
-            .map(|id| parts.content.holds(ChunkId::from(*id)))
-            .collect();
-        Ok(Response::new(wire::HeldChunksResponse { held }))
+        let holds = |id: &wire::ChunkId| parts.content.holds(ChunkId::from(*id));
+        let (placement_epoch, held) = parts.placement.answer(|| chunks.iter().map(holds).collect());
+        Ok(Response::new(wire::HeldChunksResponse {
+            held,
+            placement_epoch,
+        }))
     }
 
     async fn verify_chunks(
@@ -353,6 +384,18 @@ impl Peer for PeerService {
         };
         Ok(Response::new(wire::VerifyChunksResponse {
             verdicts: verdicts.into_iter().map(answer).collect(),
+        }))
+    }
+
+    async fn read_index(
+        &self,
+        request: Request<wire::ReadIndexRequest>,
+    ) -> Result<Response<wire::ReadIndexResponse>, Status> {
+        let parts = self.admit(&request)?;
+        let refused = |error: BarrierError| Status::unavailable(error.to_string());
+        parts.consensus.barrier().await.map_err(refused)?;
+        Ok(Response::new(wire::ReadIndexResponse {
+            index: parts.metadata.position().index,
         }))
     }
 

@@ -5,8 +5,9 @@
 //! wait until there are so many that the number of voters stays odd (an even one tolerates no more failures than the odd
 //! one below it), and become voters together.
 //!
-//! Invariants: a change of voters is proposed only if, of the new voters, f + 1 at least hold all content that was named
-//! a moment before; openraft lets one change happen at a time. Only the leader does any of it; what it began the
+//! Invariants: a change of voters is proposed only if so many of the new voters hold all that they are to hold then, and
+//! that was named a moment before, that f + 1 of them have each chunk, or if no chunk has fewer copies after it than
+//! before; openraft lets one change happen at a time. Only the leader does any of it; what it began the
 //! next leader finds in the membership and goes on with.
 //!
 //! Knows nothing of how a node finds out what it holds.
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant};
 use quorumfs_proto::{Member, NodeId, wire};
 use tracing::{debug, info, warn};
 
+use super::placement::{Layout, Placement};
 use crate::consensus::{Consensus, MembershipError};
 use crate::transport::{Peer, Purpose, Transport};
 
@@ -46,6 +48,9 @@ pub enum RosterError {
     /// Not now; it may be later.
     #[error("{0}")]
     Unavailable(String),
+    /// The node that is meant does not answer.
+    #[error("{0}")]
+    NobodyThere(String),
 }
 
 impl From<MembershipError> for RosterError {
@@ -60,6 +65,7 @@ impl From<MembershipError> for RosterError {
 /// See the module.
 pub struct Roster {
     consensus: Consensus,
+    placement: Arc<Placement>,
     transport: Arc<Transport>,
     /// One change by hand at a time, so that two do not each count on what the other takes away.
     changing: tokio::sync::Mutex<()>,
@@ -67,9 +73,10 @@ pub struct Roster {
 
 impl Roster {
     /// Does nothing by itself before [`Roster::run`].
-    pub fn new(consensus: Consensus, transport: Arc<Transport>) -> Arc<Roster> {
+    pub fn new(consensus: Consensus, placement: Arc<Placement>, transport: Arc<Transport>) -> Arc<Roster> {
         Arc::new(Roster {
             consensus,
+            placement,
             transport,
             changing: tokio::sync::Mutex::new(()),
         })
@@ -119,7 +126,7 @@ impl Roster {
     pub async fn invite(&self, address: &str) -> Result<Member, RosterError> {
         self.must_lead()?;
         let found = self.who_is_at(address).await.map_err(|reason| {
-            RosterError::Unavailable(format!("no node could be asked at {address}: {reason}"))
+            RosterError::NobodyThere(format!("no node could be asked at {address}: {reason}"))
         })?;
         let members = self.take_in(&found).await?;
         let invitation = wire::InviteRequest {
@@ -202,7 +209,11 @@ impl Roster {
             match self.promote().await {
                 Ok(()) => told.clear(),
                 Err(RosterError::NotLeader(_)) => {}
-                Err(RosterError::Refused(reason) | RosterError::Unavailable(reason)) => {
+                Err(
+                    RosterError::Refused(reason)
+                    | RosterError::Unavailable(reason)
+                    | RosterError::NobodyThere(reason),
+                ) => {
                     if reason != told {
                         warn!(reason, "learners cannot become voters yet");
                         told = reason;
@@ -223,14 +234,23 @@ impl Roster {
             return Ok(());
         }
         let _turn = self.changing.lock().await;
-        let mut whole = Vec::new();
+        let mut near = Vec::new();
         for learner in learners {
             let lag = self.consensus.lag_of(learner.id);
             if lag.is_none_or(|entries| entries > LAG_ENTRIES_MAX) {
                 debug!(node = %learner.id, ?lag, "a learner is behind");
-                continue;
+            } else {
+                near.push(learner);
             }
-            match self.missing_on(learner).await {
+        }
+        // What they prepare for: that all who have the log come in together, as far as the number stays odd.
+        let near_ids: Vec<NodeId> = near.iter().map(|learner| learner.id).collect();
+        let Some(aim) = next_voters(&voters, &near_ids) else {
+            return Ok(());
+        };
+        let mut whole = Vec::new();
+        for learner in near.into_iter().filter(|learner| aim.contains(&learner.id)) {
+            match self.missing_on(learner, &aim).await {
                 Ok(0) => whole.push(learner.id),
                 Ok(missing) => debug!(node = %learner.id, missing, "a learner lacks content"),
                 Err(reason) => debug!(node = %learner.id, reason, "a learner does not say what it holds"),
@@ -239,12 +259,26 @@ impl Roster {
         let Some(next) = next_voters(&voters, &whole) else {
             return Ok(());
         };
-        let holders = self.holders(&members, &next).await;
-        if holders.len() <= next.len() / 2 {
+        if next != aim {
+            // Who is whole for another set of voters is asked again about this one.
+            let holders = self.holders(&members, &next).await;
+            whole.retain(|learner| holders.contains(learner) || !next.contains(learner));
+            if next_voters(&voters, &whole).as_ref() != Some(&next) {
+                return Ok(());
+            }
+        }
+        // In the place of an earlier incarnation a whole node only adds copies: nobody else's matter. (Another slot may be
+        // empty for good, and this one must not have to wait for it.)
+        let only_replaces = slots_of(&voters) == slots_of(&next);
+        let holders = match only_replaces {
+            true => next.clone(),
+            false => self.holders(&members, &next).await,
+        };
+        if holders.len() < self.holders_needed(&next) {
             return Err(RosterError::Unavailable(format!(
-                "of the new voters only {} hold all content, and {} must",
+                "of the new voters only {} hold all that they should, and {} must",
                 holders.len(),
-                next.len() / 2 + 1
+                self.holders_needed(&next)
             )));
         }
         self.consensus.change_voters(next.clone()).await?;
@@ -275,7 +309,13 @@ impl Roster {
         }
     }
 
-    /// Returns when f + 1 of `voters` hold all content.
+    /// How many of `voters` must hold all that they should among these, for each chunk to be on f + 1.
+    fn holders_needed(&self, voters: &BTreeSet<NodeId>) -> usize {
+        let layout = Layout::new(voters.clone(), self.placement.replicas());
+        voters.len() - layout.incomplete_max()
+    }
+
+    /// Returns when so many of `voters` hold what they should that f + 1 have each chunk.
     async fn wait_for_holders(
         &self,
         members: &[Member],
@@ -284,24 +324,24 @@ impl Roster {
         let deadline = Instant::now() + Duration::from_millis(REMOVAL_TIMEOUT_MS);
         loop {
             let holders = self.holders(members, voters).await;
-            if holders.len() > voters.len() / 2 {
+            let needed = self.holders_needed(voters);
+            if holders.len() >= needed {
                 return Ok(());
             }
             if Instant::now() >= deadline {
                 return Err(RosterError::Unavailable(format!(
-                    "of the nodes that remain only {:?} hold all content, and {} must",
-                    slots_of(&holders),
-                    voters.len() / 2 + 1
+                    "of the nodes that remain only {:?} hold all that they should, and {needed} must",
+                    slots_of(&holders)
                 )));
             }
             tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
         }
     }
 
-    /// Which of `voters` hold all content.
+    /// Which of `voters` hold all that they should among these.
     async fn holders(&self, members: &[Member], voters: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
         let asked = members.iter().filter(|member| voters.contains(&member.id));
-        let answers = asked.map(|member| async { (member.id, self.missing_on(member).await) });
+        let answers = asked.map(|member| async { (member.id, self.missing_on(member, voters).await) });
         let answers = futures::future::join_all(answers).await;
         answers
             .into_iter()
@@ -310,11 +350,19 @@ impl Roster {
             .collect()
     }
 
-    /// How many chunks `member` lacks, this node itself asked like any other.
-    async fn missing_on(&self, member: &Member) -> Result<u64, String> {
+    /// How many chunks `member` lacks that it should hold among `voters`, this node itself asked like any other. It
+    /// fetches them from now on.
+    async fn missing_on(&self, member: &Member, voters: &BTreeSet<NodeId>) -> Result<u64, String> {
+        let voter = |id: &NodeId| wire::Voter {
+            slot: id.slot.into(),
+            incarnation: id.incarnation,
+        };
+        let request = wire::ContentCompleteRequest {
+            voters: voters.iter().map(voter).collect(),
+        };
         let ask = async {
             let mut peer = self.peer_of(member, Purpose::Control)?;
-            let answer = peer.content_complete(wire::ContentCompleteRequest {}).await;
+            let answer = peer.content_complete(request).await;
             let answer = answer
                 .map_err(|status| status.message().to_string())?
                 .into_inner();

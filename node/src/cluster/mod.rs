@@ -1,4 +1,4 @@
-//! The node as a member of a cluster: who it is, how the cluster is made and changed, who has room, whose sessions live,
+//! The node as a member of a cluster: who it is, how the cluster is made and changed, who has room and who holds what, whose sessions live,
 //! who answers, what the time is, what it does and how well.
 //!
 //! Stands on the consensus; knows nothing of the edges that serve it.
@@ -10,5 +10,6 @@ pub mod identity;
 pub mod leases;
 pub mod membership;
 pub mod metrics;
+pub mod placement;
 pub mod sessions;
 pub mod space;

@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use quorumfs_proto::{Member, NodeId, wire};
 use tracing::{info, warn};
 
+use super::placement::Placement;
 use crate::consensus::Consensus;
 use crate::content::ContentStore;
 use crate::transport::{Purpose, Transport};
@@ -40,6 +41,7 @@ pub struct Room {
 pub struct SpaceMonitor {
     consensus: Consensus,
     content: Arc<ContentStore>,
+    placement: Arc<Placement>,
     transport: Arc<Transport>,
     own: Mutex<Room>,
     peers: Mutex<HashMap<NodeId, (Instant, Room)>>,
@@ -50,6 +52,7 @@ impl SpaceMonitor {
     pub fn new(
         consensus: Consensus,
         content: Arc<ContentStore>,
+        placement: Arc<Placement>,
         transport: Arc<Transport>,
     ) -> Arc<SpaceMonitor> {
         let own = Mutex::new(Room {
@@ -60,6 +63,7 @@ impl SpaceMonitor {
         let monitor = SpaceMonitor {
             consensus,
             content,
+            placement,
             transport,
             own,
             peers: Mutex::new(HashMap::new()),
@@ -103,9 +107,14 @@ impl SpaceMonitor {
         })
     }
 
-    /// Bytes the cluster can hold, and those still free: each is what a quorum can take, as each chunk lies on all.
+    /// Bytes the cluster can hold, and those still free: what the smallest node can take, times the nodes for each copy.
     pub fn cluster_bytes(&self) -> (u64, u64) {
         let own = self.own();
+        let picture = self.placement.picture();
+        let (nodes, copies) = picture.newest().map_or((1, 1), |layout| {
+            (layout.voters().len() as u64, layout.copies() as u64)
+        });
+        let of_cluster = |bytes: u64| (u128::from(bytes) * u128::from(nodes) / u128::from(copies)) as u64;
         let mut rooms: Vec<Room> = self.peers.lock().values().map(|(_, room)| *room).collect();
         rooms.push(own);
         let capacity = rooms
@@ -118,7 +127,7 @@ impl SpaceMonitor {
             .map(|room| room.available_bytes)
             .min()
             .unwrap_or(own.available_bytes);
-        (capacity, available)
+        (of_cluster(capacity), of_cluster(available))
     }
 
     fn full_nodes(&self) -> BTreeSet<NodeId> {

@@ -65,7 +65,7 @@ pub use self::fatal::FatalError;
 pub use self::log::LogStatus;
 pub use self::meters::ConsensusMeasured;
 pub use self::options::{ConsensusOptions, Timings};
-pub use self::state_machine::AppliedEffects;
+pub use self::state_machine::{AppliedEffects, voters_at};
 pub use self::status::{ConsensusStatus, Role};
 pub use self::wal::{WalError, WalOptions};
 
@@ -522,7 +522,8 @@ fn takes_space(command: &LogCommand) -> bool {
         LogBody::EndSession { .. }
         | LogBody::ForgetSession { .. }
         | LogBody::ReclaimUnlinked { .. }
-        | LogBody::Refuse { .. } => false,
+        | LogBody::Refuse { .. }
+        | LogBody::SetReplicas { .. } => false,
     }
 }
 

@@ -7,6 +7,7 @@
 //! Applying is synchronous and may wait for the disk (the overlay is full): it runs where it does not hold
 //! the runtime up.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use std::time::Instant;
 use futures::{Stream, StreamExt};
 use openraft::storage::{ApplyResponder, EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
-use quorumfs_proto::{ChunkId, codec};
+use quorumfs_proto::{ChunkId, NodeId, codec};
 use tokio::sync::mpsc;
 
 use super::fatal::{FatalError, FatalSignal};
@@ -45,7 +46,7 @@ pub enum AppliedEffects {
     Entries {
         /// The last of them.
         index: u64,
-        /// Chunks that should be held.
+        /// Chunks that files name now, those that rode inside (which are held) too.
         named: Vec<ChunkId>,
         /// Chunks that nobody names any more.
         dead: Vec<ChunkId>,
@@ -131,6 +132,7 @@ impl StateMachine {
                         .apply(log_id.index, command)
                         .map_err(|fault| self.fatal.raise("apply a command", fault))?;
                     for chunk in applied.effects.inline {
+                        consequences.named.push(chunk.id);
                         let chunk = StoredChunk::computed(chunk.id, chunk.sha256, chunk.payload);
                         self.flusher.store(chunk)?;
                     }
@@ -232,6 +234,15 @@ pub fn decode_position(position: &Position) -> Result<(Option<LogId>, StoredMemb
     let log_id = position.log_id.as_deref().map(codec::decode).transpose()?;
     let membership = position.membership.as_deref().map(codec::decode).transpose()?;
     Ok((log_id, membership.unwrap_or_default()))
+}
+
+/// The voters of the membership in a position, and since which index: one set, or two while they change.
+pub fn voters_at(position: &Position) -> Result<(u64, Vec<BTreeSet<NodeId>>), codec::DecodeError> {
+    let (_, stored) = decode_position(position)?;
+    let since = stored.log_id().as_ref().map_or(0, |log_id| log_id.index);
+    let sets = stored.membership().get_joint_config().iter();
+    let sets = sets.map(|set| set.iter().map(|id| id.0).collect());
+    Ok((since, sets.collect()))
 }
 
 /// Does `work`, which may wait for a disk, without holding up other tasks.

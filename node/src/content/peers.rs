@@ -37,7 +37,7 @@ const PERMIT_BYTES: usize = 1 << 10;
 /// A peer that answers nothing for so long while calls wait is taken to be lost. Far above a slow disk's flush.
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most ids in one question: well below the largest message.
-const HELD_IDS_MAX: usize = 1 << 16;
+pub const HELD_IDS_MAX: usize = 1 << 16;
 /// How long one such question may take: the answer comes from memory.
 const HELD_TIMEOUT_MS: u64 = 5_000;
 
@@ -323,29 +323,38 @@ impl PeerChunks {
 
     /// For each of `ids` whether `at` has it on disk.
     pub async fn held(&self, at: &Member, ids: &[ChunkId]) -> Result<Vec<bool>, HeldError> {
+        let mut held = Vec::with_capacity(ids.len());
+        for page in ids.chunks(HELD_IDS_MAX) {
+            held.extend(self.held_under_epoch(at, page).await?.1);
+        }
+        Ok(held)
+    }
+
+    /// For each of up to [`HELD_IDS_MAX`] chunks whether `at` has it on disk, and the epoch of placement under which it
+    /// says so.
+    pub async fn held_under_epoch(
+        &self,
+        at: &Member,
+        ids: &[ChunkId],
+    ) -> Result<(u64, Vec<bool>), HeldError> {
         let failed = |reason: String| HeldError { peer: at.id, reason };
         let mut peer = self
             .transport
             .peer(&at.addresses, Purpose::Control)
             .map_err(|error| failed(error.to_string()))?;
-        let mut held = Vec::with_capacity(ids.len());
-        for page in ids.chunks(HELD_IDS_MAX) {
-            let mut request = tonic::Request::new(HeldChunksRequest {
-                chunks: page.iter().map(|id| (*id).into()).collect(),
-            });
-            request.set_timeout(Duration::from_millis(HELD_TIMEOUT_MS));
-            let answer =
-                tokio::time::timeout(Duration::from_millis(HELD_TIMEOUT_MS), peer.held_chunks(request))
-                    .await
-                    .map_err(|_| failed(format!("no answer for {HELD_TIMEOUT_MS} ms")))?
-                    .map_err(|status| failed(format!("{}: {}", status.code(), status.message())))?
-                    .into_inner();
-            if answer.held.len() != page.len() {
-                return Err(failed("it answered about other chunks".to_string()));
-            }
-            held.extend(answer.held);
+        let mut request = tonic::Request::new(HeldChunksRequest {
+            chunks: ids.iter().map(|id| (*id).into()).collect(),
+        });
+        request.set_timeout(Duration::from_millis(HELD_TIMEOUT_MS));
+        let answer = tokio::time::timeout(Duration::from_millis(HELD_TIMEOUT_MS), peer.held_chunks(request))
+            .await
+            .map_err(|_| failed(format!("no answer for {HELD_TIMEOUT_MS} ms")))?
+            .map_err(|status| failed(format!("{}: {}", status.code(), status.message())))?
+            .into_inner();
+        if answer.held.len() != ids.len() {
+            return Err(failed("it answered about other chunks".to_string()));
         }
-        Ok(held)
+        Ok((answer.placement_epoch, answer.held))
     }
 
     /// Has `at` read up to [`VERIFY_IDS_MAX`] chunks from its disk; it repairs what is bad by itself.

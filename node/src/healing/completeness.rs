@@ -1,10 +1,12 @@
-//! Whether this node holds everything that it should: asked before a node becomes a voter, and before one leaves.
+//! Whether this node holds everything that it would have to among certain voters: asked before a node becomes a voter,
+//! and before one leaves.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use quorumfs_proto::ChunkId;
+use quorumfs_proto::{ChunkId, NodeId};
 
+use crate::cluster::placement::Layout;
 use crate::content::ContentStore;
 use crate::metadata::{Failure, MetadataStore};
 
@@ -26,15 +28,18 @@ pub struct Completeness {
     pub missing: u64,
 }
 
-/// Looks at everything that is named now, and waits a little for what is not here. Under a steady load there always is
+/// Looks at everything that is named now and that `own` holds by `layout`, and waits a little for what is not here. Under a steady load there always is
 /// something on its way, so "nothing is missing at this moment" would never be true; this asks whether all that was
 /// named at one index has come.
 pub async fn completeness(
     metadata: Arc<MetadataStore>,
     content: Arc<ContentStore>,
+    layout: Layout,
+    own: NodeId,
 ) -> Result<Completeness, Failure> {
     let (listed, held) = (metadata.clone(), content.clone());
-    let looked = tokio::task::spawn_blocking(move || missing_now(&listed, &held)).await;
+    let lacks = move |id: ChunkId| !held.holds(id) && layout.is_place(id, own);
+    let looked = tokio::task::spawn_blocking(move || missing_now(&listed, lacks)).await;
     let (through_index, mut missing) = match looked {
         Ok(looked) => looked?,
         Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
@@ -57,14 +62,17 @@ pub async fn completeness(
     })
 }
 
-fn missing_now(metadata: &MetadataStore, content: &ContentStore) -> Result<(u64, Vec<ChunkId>), Failure> {
+fn missing_now(
+    metadata: &MetadataStore,
+    lacks: impl Fn(ChunkId) -> bool,
+) -> Result<(u64, Vec<ChunkId>), Failure> {
     let view = metadata.view()?;
     let (mut missing, mut after) = (Vec::new(), None);
     loop {
         let page = view.chunks_after(after, PAGE_CHUNKS)?;
         let Some((last, _)) = page.last() else { break };
         after = Some(*last);
-        missing.extend(page.iter().map(|(id, _)| *id).filter(|id| !content.holds(*id)));
+        missing.extend(page.iter().map(|(id, _)| *id).filter(|id| lacks(*id)));
         if missing.len() > AWAITED_CHUNKS_MAX {
             break;
         }

@@ -2,7 +2,8 @@
 //!
 //! When an apply takes a chunk's last reference away the chunk is dead for ever, and [`Sweeper::dead`] hears of it. What
 //! was missed (the node died in between, a client never named what it put) a slow pass finds: a chunk is dead if
-//! the metadata does not name it and its session has ended or has moved its low-water mark past it. No clock decides,
+//! the metadata does not name it and its session has ended or has moved its low-water mark past it, as far as a node knows
+//! that has seen everything acknowledged before it looked (else a session it has not heard of would be a dead one). No clock decides,
 //! so what a slow writer has put and not yet named stays, however slow it is.
 //!
 //! Segments of small records of which little lives are rewritten, at a bounded rate: their dead share pages with the
@@ -17,7 +18,6 @@ use tokio::sync::Notify;
 use tracing::{debug, info, warn};
 
 use super::repair::Repair;
-use crate::consensus::Consensus;
 use crate::content::{ContentError, ContentStore, Rewritten};
 use crate::metadata::{Failure, MetadataStore, View};
 
@@ -27,8 +27,6 @@ const GATHER_MS: u64 = 1_000;
 const QUEUE_CHUNKS_MAX: usize = 1 << 20;
 /// Chunks freed in one go: punching 1 MiB takes half a millisecond, and reads go on in between.
 const BATCH_CHUNKS: usize = 256;
-/// How long after start, and then how often, everything held is looked over.
-const PASS_INTERVAL_MS: u64 = 60_000;
 /// How often it is looked whether segments are sparse.
 const REWRITE_INTERVAL_MS: u64 = 10_000;
 /// Bytes of records moved in one go, in which dead content waits; a segment is moved as a whole.
@@ -57,10 +55,11 @@ pub enum DeleteError {
 
 /// See the module.
 pub struct Sweeper {
-    consensus: Consensus,
     metadata: Arc<MetadataStore>,
     content: Arc<ContentStore>,
     repair: Arc<Repair>,
+    /// How long after start, and then how often, everything held is looked over.
+    interval: Duration,
     queue: Mutex<Vec<ChunkId>>,
     added: Notify,
 }
@@ -68,16 +67,16 @@ pub struct Sweeper {
 impl Sweeper {
     /// Nothing is done before [`Sweeper::run`].
     pub fn new(
-        consensus: Consensus,
         metadata: Arc<MetadataStore>,
         content: Arc<ContentStore>,
         repair: Arc<Repair>,
+        interval: Duration,
     ) -> Arc<Sweeper> {
         Arc::new(Sweeper {
-            consensus,
             metadata,
             content,
             repair,
+            interval,
             queue: Mutex::default(),
             added: Notify::new(),
         })
@@ -181,7 +180,7 @@ impl Sweeper {
 
     async fn run_passes(self: Arc<Self>) {
         loop {
-            tokio::time::sleep(Duration::from_millis(PASS_INTERVAL_MS)).await;
+            tokio::time::sleep(self.interval).await;
             match self.pass().await {
                 Ok(0) => {}
                 Ok(found) => info!(chunks = found, "chunks that no file names were freed"),
@@ -199,10 +198,7 @@ impl Sweeper {
             let page = self.content.ids_after(after, PAGE_CHUNKS);
             let Some(last) = page.last() else { return Ok(freed) };
             after = Some(*last);
-            self.consensus
-                .barrier()
-                .await
-                .map_err(|error| error.to_string())?;
+            self.repair.come_up_to_date().await?;
             let view = self.metadata.view().map_err(|fault| fault.to_string())?;
             let mut dead = Vec::new();
             for id in page {

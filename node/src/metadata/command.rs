@@ -59,6 +59,11 @@ pub enum LogBody {
         /// What its client is told.
         verdict: FsError,
     },
+    /// On how many nodes each chunk is kept, from now on.
+    SetReplicas {
+        /// How many; what the number of voters asks for at the least is kept whatever this says.
+        replicas: u8,
+    },
 }
 
 /// What applying an entry answers; equal on every node.
@@ -126,6 +131,7 @@ impl fmt::Display for LogCommand {
             LogBody::EndSession { session } => write!(f, "end session {session}"),
             LogBody::ForgetSession { session } => write!(f, "forget session {session}"),
             LogBody::ReclaimUnlinked { inode, .. } => write!(f, "reclaim inode {inode}"),
+            LogBody::SetReplicas { replicas } => write!(f, "keep {replicas} copies"),
         }
     }
 }

@@ -46,5 +46,5 @@ pub use fault::{Failure, StorageFault};
 pub use names::{ChunkFiles, NamedFile};
 pub use snapshot::{Installation, Row, Snapshot};
 pub use store::{MetadataOptions, MetadataStore, NamedChange, Position};
-pub use tables::{ChunkRecord, SessionRecord};
+pub use tables::{ChunkRecord, Replicas, SessionRecord};
 pub use view::View;

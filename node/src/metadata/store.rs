@@ -26,7 +26,7 @@ use super::files::{
 };
 use super::overlay::{Base, Direction, KeyRange, Layers, Overlay};
 use super::snapshot::{Installation, Snapshot};
-use super::tables::{FORMAT, Format, InodeRecord, Inodes, Meta, MetaRecord, Rows, Sessions, Table};
+use super::tables::{FORMAT, Format, InodeRecord, Inodes, Meta, MetaRecord, Replicas, Rows, Sessions, Table};
 use super::view::View;
 
 /// Default bound of the active overlay: a flush of it takes a second or so.
@@ -89,6 +89,7 @@ pub(super) struct Summary {
     pub(super) position: Position,
     pub(super) last_stamp: Timestamp,
     pub(super) feature_level: u32,
+    pub(super) replicas: Replicas,
     pub(super) next_inode: u64,
     pub(super) inode_count: u64,
     /// Sessions that have not ended, with their chunks' low-water marks.
@@ -110,6 +111,7 @@ impl Summary {
             position: position_of(&meta),
             last_stamp: meta.last_stamp,
             feature_level: meta.feature_level,
+            replicas: meta.replicas,
             next_inode: meta.next_inode,
             inode_count: meta.inode_count,
             living,
@@ -124,6 +126,7 @@ impl Summary {
             membership: self.position.membership.clone(),
             last_stamp: self.last_stamp,
             feature_level: self.feature_level,
+            replicas: self.replicas,
             next_inode: self.next_inode,
             inode_count: self.inode_count,
         }
@@ -222,6 +225,12 @@ impl MetadataStore {
     /// Up to where views see.
     pub fn position(&self) -> Position {
         self.state.lock().summary.position.clone()
+    }
+
+    /// As [`MetadataStore::position`], with the number of copies that holds there.
+    pub fn position_and_replicas(&self) -> (Position, Replicas) {
+        let state = self.state.lock();
+        (state.summary.position.clone(), state.summary.replicas)
     }
 
     /// Up to where the database holds everything durably.
@@ -469,6 +478,7 @@ fn first_rows() -> Overlay {
         membership: None,
         last_stamp: Timestamp::default(),
         feature_level: 1,
+        replicas: Replicas::DEFAULT,
         next_inode: InodeNumber::ROOT.0 + 1,
         inode_count: 1,
     };

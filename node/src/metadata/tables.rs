@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::command::CallResult;
 
 /// The version of the tables as a whole; kept in the first row of `meta`.
-pub(super) const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 2;
 
 /// The smallest cookie of an entry: 0 begins a listing, 1 and 2 are `.` and `..`.
 const COOKIE_MIN: u64 = 3;
@@ -342,6 +342,23 @@ fn unpair(key: &[u8]) -> Option<(u64, u64)> {
     ))
 }
 
+/// On how many nodes each chunk is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replicas {
+    /// How many, where there are so many nodes.
+    pub count: u8,
+    /// Since which log index; 0: always.
+    pub since_index: u64,
+}
+
+impl Replicas {
+    /// As long as nobody has said otherwise.
+    pub const DEFAULT: Replicas = Replicas {
+        count: 3,
+        since_index: 0,
+    };
+}
+
 /// The state as a whole, at one log index.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct MetaRecord {
@@ -351,6 +368,8 @@ pub(super) struct MetaRecord {
     /// The effective time of the last command.
     pub(super) last_stamp: Timestamp,
     pub(super) feature_level: u32,
+    /// On how many nodes each chunk is kept.
+    pub(super) replicas: Replicas,
     /// The number of the next inode that is made.
     pub(super) next_inode: u64,
     /// Rows of `inodes`.

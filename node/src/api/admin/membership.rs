@@ -1,4 +1,4 @@
-//! `/membership`: who belongs to the cluster; takes nodes in and out.
+//! `/membership`: who belongs to the cluster and on how many content is kept; takes nodes in and out.
 //!
 //! Any node takes a change and passes it to the leader, after a change of leader to the next.
 
@@ -18,6 +18,7 @@ use tonic::Code;
 
 use super::{json_body, parts};
 use crate::api::rest::error::{ApiError, ErrorBody};
+use crate::config::is_host_and_port;
 use crate::node::Node;
 use crate::transport::{Peer, Purpose};
 
@@ -25,6 +26,8 @@ use crate::transport::{Peer, Purpose};
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(150);
 /// Between two tries while leadership moves.
 const RETRY_INTERVAL: Duration = Duration::from_millis(300);
+/// As many as there may be members.
+const REPLICAS_MAX: u8 = 9;
 /// How long a change is tried while no leader takes it.
 const LEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -52,6 +55,10 @@ pub(super) struct MembershipView {
     members: Vec<MemberView>,
     /// How many of the voters may fail at once.
     failures_tolerated: usize,
+    /// On how many nodes each chunk is to be kept, where there are so many.
+    replicas: u8,
+    /// On how many nodes each chunk is kept: `replicas`, but a majority of the voters at the least.
+    copies: usize,
 }
 
 /// Whom to take in.
@@ -60,6 +67,15 @@ pub(super) struct MembershipView {
 pub(super) struct Addition {
     /// `HOST:PORT` of the gRPC service of a node that waits to belong to a cluster.
     grpc_address: String,
+}
+
+/// On how many nodes to keep content.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ReplicasWanted {
+    /// 1 to 9; a majority of the voters is kept at the least.
+    #[schema(minimum = 1, maximum = 9)]
+    replicas: u8,
 }
 
 /// Whom to take out.
@@ -75,6 +91,7 @@ pub(super) fn routes() -> Router<Arc<Node>> {
         .route("/membership", get(show))
         .route("/membership/add", post(add))
         .route("/membership/remove", post(remove))
+        .route("/membership/replicas", post(set_replicas))
 }
 
 /// Who belongs to the cluster.
@@ -92,7 +109,8 @@ pub(super) async fn show(State(node): State<Arc<Node>>) -> Result<Json<Membershi
 }
 
 fn view(node: &Node) -> Result<MembershipView, ApiError> {
-    let consensus = &parts(node)?.consensus;
+    let parts = parts(node)?;
+    let consensus = &parts.consensus;
     let voters = consensus.voters();
     let mut members: Vec<MemberView> = consensus
         .members()
@@ -110,6 +128,8 @@ fn view(node: &Node) -> Result<MembershipView, ApiError> {
     Ok(MembershipView {
         members,
         failures_tolerated: voters.len().saturating_sub(1) / 2,
+        replicas: parts.placement.replicas(),
+        copies: parts.placement.copies(),
     })
 }
 
@@ -126,7 +146,8 @@ fn view(node: &Node) -> Result<MembershipView, ApiError> {
         (status = 400, description = "No JSON object as it must be", body = ErrorBody),
         (status = 409, description = "It must not be", body = ErrorBody),
         (status = 413, description = "The body is too long", body = ErrorBody),
-        (status = 503, description = "No leader, or no node at the address", body = ErrorBody),
+        (status = 422, description = "No node answers at the address", body = ErrorBody),
+        (status = 503, description = "No leader", body = ErrorBody),
     )
 )]
 pub(super) async fn add(
@@ -134,6 +155,12 @@ pub(super) async fn add(
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<MembershipView>), ApiError> {
     let Addition { grpc_address } = json_body(body, r#"{"grpc_address": "HOST:PORT"}"#)?;
+    if !is_host_and_port(&grpc_address) {
+        return Err(ApiError::bad_request(
+            "invalid_address",
+            format!("grpc_address {grpc_address:?} is not HOST:PORT, as in 127.0.0.1:3030"),
+        ));
+    }
     let ask = |mut leader: Peer| {
         let request = wire::AddMemberRequest {
             grpc_address: grpc_address.clone(),
@@ -187,6 +214,51 @@ pub(super) async fn remove(
     view(&node).map(Json)
 }
 
+/// Sets on how many nodes each chunk is kept.
+///
+/// Copies are made, or let go where others have them, after it is answered; `/recovery/status` tells how far that is.
+#[utoipa::path(
+    post,
+    path = "/membership/replicas",
+    tag = "membership",
+    request_body = ReplicasWanted,
+    responses(
+        (status = 200, description = "It is so from now on", body = MembershipView),
+        (status = 400, description = "No JSON object as it must be", body = ErrorBody),
+        (status = 413, description = "The body is too long", body = ErrorBody),
+        (status = 503, description = "No leader", body = ErrorBody),
+    )
+)]
+pub(super) async fn set_replicas(
+    State(node): State<Arc<Node>>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<MembershipView>, ApiError> {
+    let ReplicasWanted { replicas } = json_body(body, r#"{"replicas": 3}"#)?;
+    if !(1..=REPLICAS_MAX).contains(&replicas) {
+        return Err(ApiError::bad_request(
+            "replicas_out_of_bounds",
+            format!("replicas is {replicas}; it must be 1 to {REPLICAS_MAX}"),
+        ));
+    }
+    let ask = |mut leader: Peer| {
+        let request = wire::SetReplicasRequest {
+            replicas: replicas.into(),
+        };
+        async move {
+            let answer = leader.set_replicas(request).await?.into_inner();
+            Ok(answer.not_leader)
+        }
+    };
+    of_the_leader(&node, ask).await?;
+    // The leader has applied it; this node shows it as soon as it has.
+    let parts = parts(&node)?;
+    let give_up = Instant::now() + LEADER_TIMEOUT;
+    while parts.placement.replicas() != replicas && Instant::now() < give_up {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    view(&node).map(Json)
+}
+
 /// Asks whoever leads, until one who does has answered. `ask` says whether it asked the wrong one.
 async fn of_the_leader<Ask, Asking>(node: &Node, ask: Ask) -> Result<(), ApiError>
 where
@@ -207,6 +279,14 @@ where
                 Ok(Ok(true)) => reason = "leadership is moving".to_string(),
                 Ok(Err(status)) if status.code() == Code::FailedPrecondition => {
                     return Err(ApiError::conflict("membership_refused", status.message()));
+                }
+                Ok(Err(status)) if status.code() == Code::NotFound => {
+                    return Err(ApiError::new(
+                        StatusCode::UNPROCESSABLE_ENTITY,
+                        "no_node_there",
+                        status.message(),
+                    )
+                    .hint("start it with --join and the address of a member, and name its gRPC address"));
                 }
                 Ok(Err(status)) => reason = status.message().to_string(),
                 Err(_) => return Err(ApiError::unavailable("the leader did not answer in time")),

@@ -135,6 +135,7 @@ fn sources(parts: &Parts) -> Sources<'_> {
         consensus: &parts.consensus,
         content: &parts.content,
         space: &parts.space,
+        placement: &parts.placement,
     }
 }
 
@@ -148,7 +149,8 @@ fn inputs(metrics: &Metrics, parts: &Parts) -> Inputs {
         OperationKind::Extents,
     ];
     Inputs {
-        copies: voters(&parts.consensus),
+        nodes: voters(&parts.consensus),
+        replicas: parts.placement.replicas(),
         inline_bytes_max: INLINE_BYTES_MAX,
         commits: metrics.commits.snapshot().durations,
         log_flushes: measured.flush_times,

@@ -31,6 +31,7 @@ use crate::node::Node;
         super::internal::replicate,
         super::membership::add,
         super::membership::remove,
+        super::membership::set_replicas,
         super::membership::show,
         super::nodes::nodes,
         super::recovery::status,

@@ -80,6 +80,8 @@ use idempotency::Idempotency;
 use open_inodes::{OpenInodes, RemovedInodes};
 use store::Stored;
 
+use super::status::{StatusClient, StatusReport};
+
 /// How long a request waits for a quorum, unless told otherwise.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -235,16 +237,15 @@ fn path_of(uri: &Uri) -> &str {
     get,
     path = "/status",
     tag = "node",
-    responses((status = 200, description = "The node's status", body = Value))
+    responses((status = 200, description = "The node's status", body = StatusReport))
 )]
 async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
     let mut status = (service.status)();
-    if let ClientHandle::Connecting { reason } = &*service.client.borrow() {
-        // No REST request can be served, whatever the rest of the node thinks of itself.
-        status["client"] = json!({ "connected": false, "reason": reason });
-    } else {
-        status["client"] = json!({ "connected": true });
-    }
+    let obstacle = match &*service.client.borrow() {
+        ClientHandle::Connecting { reason } => Some(reason.clone()),
+        ClientHandle::Ready(_) => None,
+    };
+    status["client"] = json!(StatusClient::new(obstacle));
     Json(status)
 }
 

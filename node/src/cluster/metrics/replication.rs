@@ -71,6 +71,11 @@ impl Journey {
         }
     }
 
+    /// One node more is to have it: it stands in for another.
+    pub fn goes_on_to_another(&self) {
+        self.left.fetch_add(1, Ordering::AcqRel);
+    }
+
     /// The client is answered: it is on a quorum, or could not be brought there.
     pub fn answered(&self, ending: Ending) {
         self.replication

@@ -10,6 +10,7 @@ use super::kinds::{Endpoint, OperationKind, Origin, RefusalKind};
 use super::mounts::MountRow;
 use super::window::Rate;
 use super::{Metrics, STATUS_CLASSES};
+use crate::cluster::placement::Placement;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::{Consensus, Role};
 use crate::content::ContentStore;
@@ -253,6 +254,8 @@ pub struct Sources<'a> {
     pub content: &'a ContentStore,
     /// Who has room.
     pub space: &'a SpaceMonitor,
+    /// Who holds what.
+    pub placement: &'a Placement,
 }
 
 impl MetricsReport {
@@ -293,7 +296,7 @@ impl MetricsReport {
                 .into_iter()
                 .filter_map(|endpoint| http_row(metrics, endpoint, http_rates[endpoint as usize]))
                 .collect(),
-            replication: replication(metrics, sources.consensus),
+            replication: replication(metrics, sources.consensus, sources.placement.copies()),
             raft: raft(metrics, sources.consensus),
             content: content(sources.content),
             caches: CachesReport {
@@ -382,14 +385,14 @@ fn throughput(rates: &[Rate]) -> Throughput {
     }
 }
 
-fn replication(metrics: &Metrics, consensus: &Consensus) -> ReplicationReport {
+fn replication(metrics: &Metrics, consensus: &Consensus, copies: usize) -> ReplicationReport {
     let counted = &metrics.replication;
     let brought = counted.to_quorum.snapshot();
     let (own, peer) = (counted.own_copies.snapshot(), counted.peer_copies.snapshot());
     let copied_bytes = own.bytes + peer.bytes;
     let voters = voters(consensus);
     ReplicationReport {
-        copies: consensus.members().len(),
+        copies,
         quorum: voters / 2 + 1,
         chunks: brought.durations.count(),
         failures: brought.failures,

@@ -12,9 +12,13 @@
 //!
 //! It knows nothing of how things are measured or shown.
 
+mod advice;
+
 use quorumfs_measure::Snapshot;
 use serde::Serialize;
 use utoipa::ToSchema;
+
+use self::advice::{advice, notes};
 
 /// With fewer values than this nothing is concluded.
 const SAMPLES_MIN: u64 = 20;
@@ -27,8 +31,10 @@ const SEARCH_STEPS: u32 = 20;
 /// What was measured; times in nanoseconds.
 #[derive(Clone, Debug)]
 pub struct Inputs {
-    /// Voters, each of which holds everything.
-    pub copies: usize,
+    /// Voters.
+    pub nodes: usize,
+    /// On how many of them each chunk is to lie, where there are so many.
+    pub replicas: u8,
     /// Largest content that rides inside a command, in bytes.
     pub inline_bytes_max: u32,
     /// From a command's proposal to its result.
@@ -73,7 +79,9 @@ pub struct Tradeoffs {
 pub struct Setting {
     /// In a few words.
     pub name: String,
-    /// Nodes that hold everything.
+    /// Nodes that vote.
+    pub nodes: usize,
+    /// Nodes that hold each chunk.
     pub copies: usize,
     /// Nodes that must have a write on disk before it is acknowledged.
     pub quorum: usize,
@@ -170,42 +178,67 @@ pub struct Advice {
 /// A setting before it is reckoned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Choice {
+    nodes: usize,
     copies: usize,
     quorum: usize,
     flush: bool,
     inline_bytes_max: u32,
 }
 
-fn majority(copies: usize) -> usize {
-    copies / 2 + 1
+impl Choice {
+    /// How many nodes' worth of content the cluster holds.
+    fn spread(self) -> f64 {
+        self.nodes as f64 / self.copies as f64
+    }
+}
+
+fn majority(nodes: usize) -> usize {
+    nodes / 2 + 1
+}
+
+/// As [`crate::cluster::placement::Layout`] has it.
+fn copies_among(nodes: usize, replicas: u8) -> usize {
+    usize::from(replicas).max(majority(nodes)).min(nodes)
 }
 
 /// What `inputs` mean for the present setting and for others.
 pub fn analyse(inputs: &Inputs) -> Tradeoffs {
     let now = Choice {
-        copies: inputs.copies,
-        quorum: majority(inputs.copies),
+        nodes: inputs.nodes,
+        copies: copies_among(inputs.nodes, inputs.replicas),
+        quorum: majority(inputs.nodes),
         flush: true,
         inline_bytes_max: inputs.inline_bytes_max,
     };
     let present = reckon(inputs, now, now, "as it is", "this is how the cluster runs");
     let mut alternatives = Vec::new();
-    for copies in [1, 3, 5, 7].into_iter().filter(|copies| *copies != now.copies) {
+    for nodes in [1, 3, 5, 7].into_iter().filter(|nodes| *nodes != now.nodes) {
         let choice = Choice {
-            copies,
-            quorum: majority(copies),
+            nodes,
+            copies: copies_among(nodes, inputs.replicas),
+            quorum: majority(nodes),
             ..now
         };
         let how = "change the members of the cluster; the list in --members founds it";
-        let name = match copies {
+        let name = match nodes {
             1 => "1 node".to_string(),
-            _ => format!("{copies} nodes"),
+            _ => format!("{nodes} nodes"),
         };
         alternatives.push(reckon(inputs, now, choice, &name, how));
     }
-    if now.copies > 1 {
+    for replicas in 1..=u8::try_from(now.nodes).unwrap_or(u8::MAX) {
+        let copies = copies_among(now.nodes, replicas);
+        if copies == now.copies || copies != usize::from(replicas) {
+            continue;
+        }
+        let how = format!("POST /membership/replicas with {{\"replicas\": {replicas}}}");
+        let name = format!("each chunk on {copies} nodes");
+        alternatives.push(reckon(inputs, now, Choice { copies, ..now }, &name, &how));
+    }
+    if now.nodes > 1 {
         let all = Choice {
-            quorum: now.copies,
+            quorum: now.nodes,
+            copies: now.nodes,
             ..now
         };
         let how = "not offered: one node that is down would stop all writes";
@@ -235,7 +268,12 @@ pub fn analyse(inputs: &Inputs) -> Tradeoffs {
 }
 
 fn reckon(inputs: &Inputs, now: Choice, choice: Choice, name: &str, how: &str) -> Setting {
-    let Choice { copies, quorum, .. } = choice;
+    let Choice {
+        nodes,
+        copies,
+        quorum,
+        ..
+    } = choice;
     let commit = commit_latency(inputs, now, choice);
     let to_quorum = quorum_latency(inputs, now, choice);
     let is_inline = SMALL_FILE_BYTES <= choice.inline_bytes_max;
@@ -251,17 +289,18 @@ fn reckon(inputs: &Inputs, now: Choice, choice: Choice, name: &str, how: &str) -
             },
         }
     };
-    let writes_per_copy = if is_inline { 2.0 } else { 1.0 };
+    let small_writes = if is_inline { nodes + copies } else { copies };
     Setting {
         name: name.to_string(),
+        nodes,
         copies,
         quorum,
         flush: choice.flush,
         inline_bytes_max: choice.inline_bytes_max,
         how: how.to_string(),
         tolerates: Tolerance {
-            down_for_writes: copies - quorum.max(majority(copies)),
-            down_for_reads: copies - majority(copies),
+            down_for_writes: nodes - quorum.max(majority(nodes)),
+            down_for_reads: nodes - majority(nodes),
             lost_for_ever: quorum - 1,
             power_loss_everywhere: choice.flush,
         },
@@ -271,31 +310,31 @@ fn reckon(inputs: &Inputs, now: Choice, choice: Choice, name: &str, how: &str) -
         content_read: is_measured(&inputs.content_reads, "ranges of chunks"),
         space_factor: space_factor(inputs, now, choice),
         small_write_factor: Figure {
-            value: Some(copies as f64 * writes_per_copy),
+            value: Some(small_writes as f64),
             unit: "factor",
             source: Source::Known,
             basis: match is_inline {
-                true => format!("{copies} nodes write it to their log and then to their content"),
+                true => format!("{nodes} nodes write it to their log, and {copies} keep it in their content"),
                 false => format!("{copies} nodes write it to their content"),
             },
         },
         available: Figure {
-            value: Some(inputs.available_bytes as f64),
+            value: Some(inputs.available_bytes as f64 * choice.spread() / now.spread()),
             unit: "bytes",
             source: if choice == now {
                 Source::Measured
             } else {
                 Source::Estimated
             },
-            basis:
-                "the node with the least room decides, since each holds everything; nodes of the same size"
-                    .to_string(),
+            basis: format!(
+                "the node with the least room decides, since each holds {copies} parts of {nodes}; nodes of the same size"
+            ),
         },
     }
 }
 
 fn space_factor(inputs: &Inputs, now: Choice, choice: Choice) -> Figure {
-    if choice.copies == now.copies && inputs.brought_bytes > 0 {
+    if (choice.nodes, choice.copies) == (now.nodes, now.copies) && inputs.brought_bytes > 0 {
         let factor = inputs.copied_bytes as f64 / inputs.brought_bytes as f64;
         return Figure {
             value: Some(factor),
@@ -311,7 +350,7 @@ fn space_factor(inputs: &Inputs, now: Choice, choice: Choice) -> Figure {
         value: Some(choice.copies as f64),
         unit: "factor",
         source: Source::Known,
-        basis: format!("{} nodes hold everything", choice.copies),
+        basis: format!("{} of {} nodes hold each chunk", choice.copies, choice.nodes),
     }
 }
 
@@ -380,16 +419,16 @@ fn changed(figure: LatencyFigure, basis: &str, change: impl Fn(f64, u64) -> Opti
 
 fn commit_latency(inputs: &Inputs, now: Choice, choice: Choice) -> LatencyFigure {
     let figure = measured(&inputs.commits, "commits");
-    let figure = if (choice.copies, choice.quorum) == (now.copies, now.quorum) {
+    let figure = if (choice.nodes, choice.quorum) == (now.nodes, now.quorum) {
         figure
     } else {
         let basis = format!(
             "changed as the time to {} of {} is to that of {} of {}",
-            choice.quorum, choice.copies, now.quorum, now.copies
+            choice.quorum, choice.nodes, now.quorum, now.nodes
         );
         changed(figure, &basis, |quantile, ns| {
-            let before = quorum_time(inputs, now.copies, now.quorum, quantile)?;
-            let after = quorum_time(inputs, choice.copies, choice.quorum, quantile)?;
+            let before = quorum_time(inputs, now.nodes, now.quorum, quantile)?;
+            let after = quorum_time(inputs, choice.nodes, choice.quorum, quantile)?;
             Some((ns as f64 * after as f64 / before.max(1) as f64) as u64)
         })
     };
@@ -461,101 +500,6 @@ fn at_least(all: usize, wanted: usize, each: f64) -> f64 {
         }
     }
     exactly.iter().skip(wanted).sum()
-}
-
-fn shown(figure: &LatencyFigure) -> String {
-    match (figure.p50_us, figure.p99_us) {
-        (Some(p50), Some(p99)) => format!("p50 {p50} µs, p99 {p99} µs"),
-        _ => "not known yet".to_string(),
-    }
-}
-
-fn advice(inputs: &Inputs, present: &Setting, alternatives: &[Setting]) -> Vec<Advice> {
-    let with_copies = |copies: Option<usize>| alternatives.iter().find(|s| Some(s.copies) == copies);
-    let mut advice = Vec::new();
-    let from_to = |what: &str, from: &LatencyFigure, to: &LatencyFigure| {
-        format!("{what}: {} instead of {}", shown(to), shown(from))
-    };
-    let more = [3, 5, 7].into_iter().find(|copies| *copies > present.copies);
-    if let Some(more) = with_copies(more) {
-        advice.push(Advice {
-            wish: "more failures tolerated".to_string(),
-            change: format!("{} nodes instead of {}", more.copies, present.copies),
-            gain: format!(
-                "{} instead of {} nodes may be down or lost for ever",
-                more.tolerates.down_for_writes, present.tolerates.down_for_writes
-            ),
-            cost: format!(
-                "{} times the disk instead of {}; {}",
-                more.copies,
-                present.copies,
-                from_to("small writes", &present.small_write, &more.small_write)
-            ),
-        });
-    }
-    let fewer = [5, 3, 1].into_iter().find(|copies| *copies < present.copies);
-    if let Some(fewer) = with_copies(fewer) {
-        advice.push(Advice {
-            wish: "less disk for each byte".to_string(),
-            change: format!("{} nodes instead of {}", fewer.copies, present.copies),
-            gain: format!("{} times the disk instead of {}", fewer.copies, present.copies),
-            cost: format!(
-                "only {} instead of {} nodes may be down or lost for ever",
-                fewer.tolerates.down_for_writes, present.tolerates.down_for_writes
-            ),
-        });
-    }
-    if inputs.log_flushes.count() >= SAMPLES_MIN && inputs.commits.count() >= SAMPLES_MIN {
-        let flush = inputs.log_flushes.quantile(0.5);
-        let percent = (100 * flush / inputs.commits.quantile(0.5).max(1)).min(100);
-        let flush_us = flush / NANOS_PER_MICRO;
-        advice.push(match percent {
-            40.. => Advice {
-                wish: "faster small writes".to_string(),
-                change: "disks that flush faster (with protection against loss of power), for the data folders"
-                    .to_string(),
-                gain: format!("up to {percent} % of a commit: a flush of the log takes {flush_us} µs (measured)"),
-                cost: "hardware; nothing is given up".to_string(),
-            },
-            _ => Advice {
-                wish: "faster small writes".to_string(),
-                change: "a faster network between the nodes, or faster processors".to_string(),
-                gain: format!("the flush of the log is only {percent} % of a commit ({flush_us} µs, measured): the rest is network and work"),
-                cost: "hardware; nothing is given up".to_string(),
-            },
-        });
-    }
-    advice.push(Advice {
-        wish: "programs that wait less for writes".to_string(),
-        change: "mount with -o durability=fsync".to_string(),
-        gain: "close and namespace calls return once they are ordered; fsync still waits until a quorum has flushed"
-            .to_string(),
-        cost: "a loss of power can take the last second of what was not fsynced, as with a local filesystem".to_string(),
-    });
-    advice.push(Advice {
-        wish: "more reads at once".to_string(),
-        change: "more nodes, or more memory for the mounts' caches".to_string(),
-        gain: "every node serves content; what a mount has cached it reads without any".to_string(),
-        cost: "disk for each node; names and attributes still come from the leader".to_string(),
-    });
-    advice
-}
-
-fn notes(inputs: &Inputs) -> Vec<String> {
-    let mut notes = vec![
-        "Latencies are of the node that answers, without the client's network.".to_string(),
-        "Estimates for other numbers of nodes take nodes as independent and as fast as those measured; a leader that \
-         sends to more nodes also works more, which they leave out."
-            .to_string(),
-        "Sums of 99th percentiles are upper bounds.".to_string(),
-    ];
-    if inputs.commits.count() < SAMPLES_MIN || inputs.to_quorum.count() < SAMPLES_MIN {
-        notes.push(
-            "Little was written through this node since it started; ask the leader, or after some work."
-                .to_string(),
-        );
-    }
-    notes
 }
 
 #[cfg(test)]

@@ -115,7 +115,10 @@ impl Peer for TestPeer {
     ) -> Result<Response<HeldChunksResponse>, Status> {
         let chunks = request.into_inner().chunks;
         let held = chunks.into_iter().map(|id| self.store.holds(id.into())).collect();
-        Ok(Response::new(HeldChunksResponse { held }))
+        Ok(Response::new(HeldChunksResponse {
+            held,
+            placement_epoch: 1,
+        }))
     }
 
     async fn hello(&self, _: Request<HelloRequest>) -> Result<Response<HelloResponse>, Status> {
@@ -161,6 +164,18 @@ impl Peer for TestPeer {
         &self,
         _: Request<wire::RemoveMembersRequest>,
     ) -> Result<Response<wire::RemoveMembersResponse>, Status> {
+        elsewhere()
+    }
+    async fn read_index(
+        &self,
+        _: Request<wire::ReadIndexRequest>,
+    ) -> Result<Response<wire::ReadIndexResponse>, Status> {
+        elsewhere()
+    }
+    async fn set_replicas(
+        &self,
+        _: Request<wire::SetReplicasRequest>,
+    ) -> Result<Response<wire::SetReplicasResponse>, Status> {
         elsewhere()
     }
     async fn content_complete(

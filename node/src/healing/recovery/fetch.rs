@@ -33,8 +33,8 @@ const SILENT_MS: u64 = 5_000;
 enum Fetched {
     /// It is here.
     Here,
-    /// No file names it any more.
-    Dead,
+    /// No file names it any more, or it is for other nodes to hold.
+    NotWanted,
     /// All nodes answered, and none has a good copy.
     Nowhere,
     /// Some answered.
@@ -105,7 +105,7 @@ impl Recovery {
     fn settle(&self, id: ChunkId, fetched: &Fetched) {
         let mut ledger = self.ledger.lock();
         match fetched {
-            Fetched::Here | Fetched::Dead => ledger.settled(id),
+            Fetched::Here | Fetched::NotWanted => ledger.settled(id),
             Fetched::Nowhere => ledger.postpone(id, Instant::now(), true),
             Fetched::Unknown | Fetched::NotNow => ledger.postpone(id, Instant::now(), false),
         }
@@ -119,6 +119,9 @@ impl Recovery {
         if self.content.contains(id) {
             return Fetched::Here;
         }
+        if !self.placement.should_hold(id) {
+            return Fetched::NotWanted;
+        }
         let record = match self
             .metadata
             .view()
@@ -126,7 +129,7 @@ impl Recovery {
             .and_then(|view| view.chunk(id))
         {
             Ok(Some(record)) => record,
-            Ok(None) => return Fetched::Dead,
+            Ok(None) => return Fetched::NotWanted,
             Err(fault) => {
                 warn!(chunk = %id, %fault, "cannot look up a missing chunk");
                 return Fetched::NotNow;
@@ -190,13 +193,7 @@ impl Recovery {
 
     /// The other members in the order in which to ask them for `id`.
     fn sources(&self, id: ChunkId) -> Vec<Member> {
-        let own = self.consensus.id();
-        let mut others = self.consensus.members();
-        others.retain(|member| member.id != own);
-        if !others.is_empty() {
-            let first = (id.counter % others.len() as u64) as usize;
-            others.rotate_left(first);
-        }
+        let mut others = self.placement.sources(id);
         let mut silent = self.silent.lock();
         silent.retain(|_, since| since.elapsed() < Duration::from_millis(SILENT_MS));
         others.sort_by_key(|member| silent.contains_key(&member.id));

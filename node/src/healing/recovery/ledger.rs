@@ -58,8 +58,10 @@ pub enum WalkReason {
     EffectsDropped,
     /// The content store has lost chunks that cannot be named.
     ContentLost,
-    /// More was missing than is kept in mind.
+    /// More was missing, or too much, than is kept in mind.
     MoreMissing,
+    /// Other chunks should be here than before.
+    PlacementChanged,
     /// An administrator asked.
     Requested,
 }

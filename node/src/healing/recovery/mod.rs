@@ -1,4 +1,5 @@
-//! Recovery: what the metadata names and this node lacks is fetched from the others.
+//! Recovery: what the metadata names and this node lacks is fetched from the others, and what it holds for nobody's need
+//! is let go.
 //!
 //! Applies say which chunks are named ([`Recovery::applied`]), reads and the scrub which are bad
 //! ([`Recovery::wanted`]); so what is missing is known without looking at all that is stored. Every 30 s a pass looks
@@ -7,12 +8,13 @@
 //!
 //! Nothing is kept across restarts: what was fetched is held, and the walk at the start finds the rest.
 //!
-//! [`ledger`] keeps the books, `fetch` does the fetching.
+//! [`ledger`] keeps the books, `fetch` does the fetching, `surplus` lets go.
 
 mod fetch;
 pub mod ledger;
 mod offer;
 mod status;
+mod surplus;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -25,9 +27,11 @@ use tokio::sync::Notify;
 use tracing::{info, warn};
 
 use self::ledger::{Amount, Ledger, WalkReason, When};
+use self::surplus::Surplus;
 use super::names::NameFinder;
 use super::pace::{Pacer, RateMeter};
 use super::unix_ms;
+use crate::cluster::placement::Placement;
 use crate::consensus::{AppliedEffects, Consensus};
 use crate::content::{ContentStore, PeerChunks};
 use crate::metadata::{Failure, MetadataStore};
@@ -50,8 +54,10 @@ pub struct Recovery {
     metadata: Arc<MetadataStore>,
     content: Arc<ContentStore>,
     peers: Arc<PeerChunks>,
+    placement: Arc<Placement>,
     // Locked for one entry or a page of them; never during I/O.
     ledger: Mutex<Ledger>,
+    surplus: Surplus,
     pace: Mutex<Pacer>,
     rate: Mutex<RateMeter>,
     /// Nodes that did not answer, and when: they are asked last for a while.
@@ -75,6 +81,7 @@ impl Recovery {
         metadata: Arc<MetadataStore>,
         content: Arc<ContentStore>,
         peers: Arc<PeerChunks>,
+        placement: Arc<Placement>,
         bytes_per_s: u64,
     ) -> Arc<Recovery> {
         Arc::new(Recovery {
@@ -83,7 +90,9 @@ impl Recovery {
             metadata,
             content,
             peers,
+            placement,
             ledger: Mutex::new(Ledger::new()),
+            surplus: Surplus::default(),
             pace: Mutex::new(Pacer::new(bytes_per_s)),
             rate: Mutex::default(),
             silent: Mutex::default(),
@@ -99,8 +108,11 @@ impl Recovery {
         })
     }
 
-    /// This chunk should be here and is not: fetch it now, if a file names it. Blocks for a look at the metadata.
+    /// This chunk is not here: fetch it now, if it should be and a file names it. Blocks for a look at the metadata.
     pub fn wanted(&self, id: ChunkId) {
+        if !self.placement.should_hold(id) {
+            return;
+        }
         match self.length_if_named(id) {
             Ok(Some(length)) => {
                 self.ledger.lock().add(id, length, When::First);
@@ -119,7 +131,17 @@ impl Recovery {
         match effects {
             AppliedEffects::Entries { named, dead, .. } => {
                 let due = Instant::now() + Duration::from_millis(ARRIVAL_GRACE_MS);
-                for id in named.iter().filter(|id| !self.content.contains(**id)) {
+                let picture = self.placement.picture();
+                for id in named {
+                    let wanted = picture.should_hold(*id, self.consensus.id());
+                    match (self.content.contains(*id), wanted) {
+                        (true, true) | (false, false) => continue,
+                        (true, false) => {
+                            self.surplus.add(*id);
+                            continue;
+                        }
+                        (false, true) => {}
+                    }
                     match self.length_if_named(*id) {
                         Ok(Some(length)) => self.ledger.lock().add(*id, length, When::At(due)),
                         Ok(None) => {}
@@ -174,7 +196,24 @@ impl Recovery {
     /// Fetches and compares, for ever.
     pub async fn run(self: Arc<Self>) {
         tokio::spawn(self.clone().run_passes());
+        tokio::spawn(self.clone().run_letting_go());
+        tokio::spawn(self.clone().follow_placement());
         fetch::run(self).await;
+    }
+
+    /// Where other chunks should be here than before, all that is named is looked at.
+    async fn follow_placement(self: Arc<Self>) {
+        let mut changes = self.placement.changes();
+        while changes.changed().await.is_ok() {
+            changes.mark_unchanged();
+            let mut ledger = self.ledger.lock();
+            ledger.want_walk(WalkReason::PlacementChanged);
+            // What is not wanted any more shows when its turn comes.
+            ledger.hurry();
+            drop(ledger);
+            self.pass_soon.notify_one();
+            self.fetch_soon.notify_one();
+        }
     }
 
     async fn run_passes(self: Arc<Self>) {
@@ -245,16 +284,20 @@ impl Recovery {
     /// Compares everything named with everything held; answers how many are named.
     fn walk(&self) -> Result<u64, Failure> {
         let view = self.metadata.view()?;
+        let own = self.consensus.id();
         let mut named = Amount::default();
         let mut after = None;
         loop {
+            let picture = self.placement.picture();
             let page = view.chunks_after(after, PAGE_CHUNKS)?;
             let Some((last, _)) = page.last() else { break };
             after = Some(*last);
             for (id, record) in &page {
                 named.add(record.length);
-                if !self.content.contains(*id) {
-                    self.ledger.lock().walk_found(*id, record.length);
+                match (self.content.contains(*id), picture.should_hold(*id, own)) {
+                    (false, true) => self.ledger.lock().walk_found(*id, record.length),
+                    (true, false) => self.surplus.add(*id),
+                    (true, true) | (false, false) => {}
                 }
             }
             self.fetch_soon.notify_one();

@@ -65,7 +65,7 @@ pub struct RecoveryStatus {
     pub counted: bool,
     /// Inodes in use: files, directories and all others.
     pub total_files: u64,
-    /// Those of which no content is missing here; null where it is not known which files the missing chunks belong to.
+    /// Those of which no content that should be here is missing; null where it is not known which files the missing chunks belong to.
     pub local_files: Option<u64>,
     /// Chunks that the metadata names.
     pub named_chunks: u64,
@@ -75,7 +75,11 @@ pub struct RecoveryStatus {
     pub held_chunks: u64,
     /// Bytes of them.
     pub held_bytes: u64,
-    /// Chunks named but not held.
+    /// On how many nodes each chunk is kept.
+    pub copies: usize,
+    /// Chunks held that are for other nodes to hold; they are let go once those do (at most 262144 are counted).
+    pub surplus_chunks: u64,
+    /// Chunks named that should be held here and are not.
     pub missing_chunks: u64,
     /// Bytes of them.
     pub missing_bytes: u64,
@@ -121,6 +125,8 @@ impl Recovery {
             named_bytes: named.unwrap_or_default().bytes,
             held_chunks,
             held_bytes,
+            copies: self.placement.copies(),
+            surplus_chunks: self.surplus.count(),
             missing_chunks: missing.chunks,
             missing_bytes: missing.bytes,
             lost_chunks: lost,

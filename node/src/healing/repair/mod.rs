@@ -6,7 +6,7 @@
 //!
 //! A copy that is said to be bad is looked at once more. If it is, it is held no more from that moment, recovery
 //! fetches another, and only when that is on disk does the bad one go. So every bad copy is counted once, whoever finds
-//! it, and ends in exactly one of three ways: repaired, obsolete (no file names the chunk any more), or still under
+//! it, and ends in exactly one of three ways: repaired, obsolete (no file names the chunk any more, or it is for others to hold), or still under
 //! repair; the latter are unrepairable as long as every node has answered and none has a good copy.
 //!
 //! Knows nothing of HTTP or of who reads.
@@ -32,6 +32,7 @@ use super::pace::Pacer;
 use super::recovery::Recovery;
 use super::recovery::ledger::WalkReason;
 use super::unix_ms;
+use crate::cluster::placement::Placement;
 use crate::consensus::Consensus;
 use crate::content::{ContentError, ContentStore, PeerChunks, Quarantined};
 use crate::metadata::{ChunkRecord, MetadataStore};
@@ -71,6 +72,8 @@ pub struct RepairParts {
     pub content: Arc<ContentStore>,
     /// What others have.
     pub peers: Arc<PeerChunks>,
+    /// Who should have what.
+    pub placement: Arc<Placement>,
     /// Fetches what was put aside.
     pub recovery: Arc<Recovery>,
     /// The way to the leader, to learn how far the log goes.
@@ -333,7 +336,7 @@ impl Repair {
             if self.parts.content.holds(id) {
                 repaired.push(id);
             } else if let Ok(view) = self.parts.metadata.view()
-                && matches!(view.chunk(id), Ok(None))
+                && (matches!(view.chunk(id), Ok(None)) || !self.parts.placement.should_hold(id))
             {
                 obsolete.push(id);
             }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
-use quorumfs_proto::{Attributes, ChunkId, FsError, InodeNumber, Member, Name};
+use quorumfs_proto::{Attributes, ChunkId, FsError, InodeNumber, Member, Name, NodeId};
 use serde::Serialize;
 use tracing::debug;
 
@@ -54,7 +54,7 @@ impl From<Failure> for VerifyError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FileState {
-    /// Every member has a good copy of every chunk.
+    /// Every member has a good copy of every chunk that it should hold.
     Healthy,
     /// Some copies were bad or missing; good ones have been written.
     Repaired,
@@ -72,6 +72,8 @@ pub enum CopyState {
     Healthy,
     /// There is none.
     Missing,
+    /// There is none, and other nodes are to hold this chunk.
+    Elsewhere,
     /// It differs.
     Corrupt,
     /// It could not be looked at: the node did not answer, or is stopping.
@@ -168,16 +170,19 @@ impl Repair {
             .await
             .map_err(|panic| VerifyError::Internal(panic.to_string()))??;
         let members = self.parts.consensus.members();
+        let picture = self.parts.placement.picture();
+        let belongs = |id: ChunkId, node: NodeId| picture.should_hold(id, node);
         let ids: Vec<ChunkId> = wanted.chunks.iter().map(|(id, _, _)| *id).collect();
         let said = join_all(members.iter().map(|member| self.ask(member, &ids))).await;
-        let repaired = join_all(
-            members
+        let repaired = join_all(members.iter().zip(&said).map(|(member, verdicts)| {
+            let awaited = ids
                 .iter()
-                .zip(&said)
-                .map(|(member, verdicts)| self.wait_for_repairs(member, &ids, verdicts)),
-        )
+                .zip(verdicts)
+                .filter(|(id, _)| belongs(**id, member.id));
+            self.wait_for_repairs(member, awaited)
+        }))
         .await;
-        Ok(file_verdict(shown, &wanted, &members, &said, &repaired))
+        Ok(file_verdict(shown, &wanted, &members, &said, &repaired, belongs))
     }
 
     /// Verifies this node's copies, and repairs what is bad. Blocking work is done elsewhere.
@@ -224,17 +229,14 @@ impl Repair {
         verdicts
     }
 
-    /// Which of the copies that were not healthy are so now, after a while if need be.
+    /// Which of the copies that were said not to be healthy are so now, after a while if need be.
     async fn wait_for_repairs(
         self: &Arc<Self>,
         member: &Member,
-        ids: &[ChunkId],
-        verdicts: &[Verdict],
+        said: impl Iterator<Item = (&ChunkId, &Verdict)>,
     ) -> BTreeMap<ChunkId, bool> {
         let bad = |verdict: &Verdict| matches!(verdict, Verdict::Missing | Verdict::Corrupt(_));
-        let mut repaired: BTreeMap<ChunkId, bool> = ids
-            .iter()
-            .zip(verdicts)
+        let mut repaired: BTreeMap<ChunkId, bool> = said
             .filter(|(_, verdict)| bad(verdict))
             .map(|(id, _)| (*id, false))
             .collect();
@@ -298,8 +300,8 @@ impl Repair {
         }
     }
 
-    /// Waits until this node has applied what the leader has now. Says why not, where it takes more than a few seconds
-    /// or there is no leader.
+    /// Waits until this node has applied everything that was acknowledged before the call. Says why not, where that takes
+    /// more than a few seconds or no quorum confirms who leads.
     pub async fn come_up_to_date(&self) -> Result<(), String> {
         let reach = async {
             let consensus = &self.parts.consensus;
@@ -312,12 +314,8 @@ impl Repair {
                 .transport
                 .peer(&leader.addresses, Purpose::Control)
                 .map_err(|error| error.to_string())?;
-            let request = quorumfs_proto::wire::NodeStatusRequest {};
-            let status = peer
-                .node_status(request)
-                .await
-                .map_err(|status| status.to_string())?;
-            let goal = status.into_inner().applied_index;
+            let answer = peer.read_index(quorumfs_proto::wire::ReadIndexRequest {}).await;
+            let goal = answer.map_err(|status| status.to_string())?.into_inner().index;
             while self.parts.metadata.position().index < goal {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
@@ -335,6 +333,7 @@ fn file_verdict(
     members: &[Member],
     said: &[Vec<Verdict>],
     repaired: &[BTreeMap<ChunkId, bool>],
+    belongs: impl Fn(ChunkId, NodeId) -> bool,
 ) -> FileVerdict {
     let mut nodes: Vec<NodeVerdict> = members
         .iter()
@@ -355,8 +354,10 @@ fn file_verdict(
         let mut good = 0;
         for (((member, verdicts), repaired), node) in members.iter().zip(said).zip(repaired).zip(&mut nodes) {
             let repaired = repaired.get(id).copied().unwrap_or(false);
+            let belongs = belongs(*id, member.id);
             let (state, detail) = match &verdicts[at] {
                 Verdict::Healthy => (CopyState::Healthy, None),
+                Verdict::Missing if !belongs => (CopyState::Elsewhere, None),
                 Verdict::Missing => (CopyState::Missing, None),
                 Verdict::Corrupt(what) => (CopyState::Corrupt, Some(what.clone())),
                 Verdict::Unknown(why) => (CopyState::Unknown, Some(why.clone())),
@@ -364,6 +365,7 @@ fn file_verdict(
             match state {
                 CopyState::Healthy => node.healthy += 1,
                 CopyState::Missing => node.missing += 1,
+                CopyState::Elsewhere => {}
                 CopyState::Corrupt => node.corrupt += 1,
                 CopyState::Unknown => {
                     node.unknown += 1;
@@ -372,8 +374,9 @@ fn file_verdict(
             }
             let is_good = state == CopyState::Healthy || repaired;
             node.repaired += u64::from(repaired);
-            not_healthy += u64::from(state != CopyState::Healthy);
-            not_repaired += u64::from(!is_good);
+            // A bad copy that was for other nodes to hold is gone, and no other comes.
+            not_healthy += u64::from(!matches!(state, CopyState::Healthy | CopyState::Elsewhere));
+            not_repaired += u64::from(belongs && !is_good);
             good += u64::from(is_good);
             copies.push(CopyVerdict {
                 slot: member.id.slot,
@@ -455,18 +458,28 @@ mod tests {
 
     #[test]
     fn a_file_is_as_good_as_its_worst_chunk() {
-        let members = [member(1), member(2)];
+        let members = [member(1), member(2), member(3)];
         let wanted = wanted(2);
         let (first, healthy) = (wanted.chunks[0].0, Verdict::Healthy);
         let corrupt = Verdict::Corrupt("a block".into());
         let unknown = Verdict::Unknown("down".into());
         let judge = |second: [Verdict; 2], of_first: &Verdict, repaired: bool| {
-            let said = [vec![of_first.clone(), healthy.clone()], second.to_vec()];
-            let repaired = [BTreeMap::new(), BTreeMap::from([(first, repaired)])];
-            file_verdict("f", &wanted, &members, &said, &repaired)
+            let third = vec![Verdict::Missing, Verdict::Missing];
+            let said = [vec![of_first.clone(), healthy.clone()], second.to_vec(), third];
+            let repaired = [
+                BTreeMap::new(),
+                BTreeMap::from([(first, repaired)]),
+                BTreeMap::new(),
+            ];
+            file_verdict("f", &wanted, &members, &said, &repaired, |_, node| node.slot < 3)
         };
         let fine = judge([healthy.clone(), healthy.clone()], &healthy, false);
-        assert_eq!(fine.state, FileState::Healthy);
+        assert_eq!(
+            fine.state,
+            FileState::Healthy,
+            "the third is to hold nothing of it"
+        );
+        assert_eq!(fine.chunks[0].copies[2].state, CopyState::Elsewhere);
         let repaired = judge([corrupt.clone(), healthy.clone()], &healthy, true);
         assert_eq!(repaired.state, FileState::Repaired);
         assert_eq!((repaired.nodes[1].corrupt, repaired.nodes[1].repaired), (1, 1));

@@ -21,7 +21,7 @@ use super::command::{Applied, CallResult, Effects, LogBody, LogCommand};
 use super::fault::{Failure, StorageFault};
 use super::overlay::{Cell, Direction, KeyRange, Layers};
 use super::store::{MetadataStore, Position, Summary};
-use super::tables::{LaneRecord, Lanes, Meta, RowKey, RowOf, Rows, Table};
+use super::tables::{LaneRecord, Lanes, Meta, Replicas, RowKey, RowOf, Rows, Table};
 use transaction::Transaction;
 
 /// How many extents (or pins, or extended attributes) one command may free beyond those it overwrites; what is more is
@@ -152,6 +152,13 @@ impl<'store> Batch<'store> {
                     result: CallResult::Done,
                     effects,
                 })
+            }
+            LogBody::SetReplicas { replicas } => {
+                self.writer.summary.replicas = Replicas {
+                    count: *replicas,
+                    since_index: index,
+                };
+                Ok(without_effects(CallResult::Done))
             }
         }
     }

@@ -14,7 +14,8 @@ fn micros(values: impl IntoIterator<Item = u64>) -> Snapshot {
 /// Three nodes; own copies always take 100 µs, others 200 to 1199 µs evenly.
 fn inputs() -> Inputs {
     Inputs {
-        copies: 3,
+        nodes: 3,
+        replicas: 3,
         inline_bytes_max: 32 << 10,
         commits: micros((0..1000).map(|n| 300 + n / 10)),
         log_flushes: micros((0..1000).map(|_| 200)),
@@ -95,7 +96,13 @@ fn more_nodes_tolerate_more_and_cost_more() {
     let (five, seven) = (find(&tradeoffs, "5 nodes"), find(&tradeoffs, "7 nodes"));
     assert_eq!((five.quorum, five.tolerates.down_for_writes), (3, 2));
     assert_eq!((seven.quorum, seven.tolerates.lost_for_ever), (4, 3));
-    assert_eq!(five.space_factor.value, Some(5.0));
+    assert_eq!(
+        five.space_factor.value,
+        Some(3.0),
+        "three copies are a majority of five"
+    );
+    assert_eq!(seven.space_factor.value, Some(4.0));
+    assert!(five.available.value > tradeoffs.present.available.value);
     assert!(five.small_write.p50_us > tradeoffs.present.small_write.p50_us);
     let all = find(&tradeoffs, "acknowledged by all nodes");
     assert_eq!(
@@ -110,6 +117,26 @@ fn more_nodes_tolerate_more_and_cost_more() {
     );
     let alone = find(&tradeoffs, "1 node");
     assert_eq!(alone.tolerates.down_for_reads, 0);
+}
+
+#[test]
+fn where_there_are_more_nodes_than_copies_the_copies_can_be_chosen() {
+    let five = Inputs {
+        nodes: 5,
+        replicas: 5,
+        ..inputs()
+    };
+    let tradeoffs = analyse(&five);
+    assert_eq!((tradeoffs.present.nodes, tradeoffs.present.copies), (5, 5));
+    let fewer = find(&tradeoffs, "each chunk on 3 nodes");
+    assert_eq!((fewer.quorum, fewer.tolerates), (3, tradeoffs.present.tolerates));
+    assert!(fewer.available.value > tradeoffs.present.available.value);
+    assert!(fewer.how.contains("/membership/replicas"));
+    let less_disk = tradeoffs
+        .advice
+        .iter()
+        .find(|advice| advice.wish.starts_with("less disk"));
+    assert_eq!(less_disk.map(|advice| &advice.change), Some(&fewer.how));
 }
 
 #[test]

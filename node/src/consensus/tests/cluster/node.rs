@@ -125,6 +125,18 @@ impl Peer for Service {
     ) -> Result<Response<wire::RemoveMembersResponse>, Status> {
         elsewhere()
     }
+    async fn read_index(
+        &self,
+        _: Request<wire::ReadIndexRequest>,
+    ) -> Result<Response<wire::ReadIndexResponse>, Status> {
+        elsewhere()
+    }
+    async fn set_replicas(
+        &self,
+        _: Request<wire::SetReplicasRequest>,
+    ) -> Result<Response<wire::SetReplicasResponse>, Status> {
+        elsewhere()
+    }
     async fn content_complete(
         &self,
         _: Request<wire::ContentCompleteRequest>,
