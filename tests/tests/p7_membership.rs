@@ -58,6 +58,11 @@ fn p7_a_wiped_node_comes_back_by_itself_and_is_whole_again() {
         }
         cluster.wait_voters(&[1, 2, 3], CHANGE_LIMIT);
         let took = start.elapsed();
+        let recovery = cluster.recovery_status(wiped).expect("recovery status");
+        assert!(
+            recovery.missing_chunks == 0 && recovery.held_chunks >= count,
+            "it votes and is not whole: {recovery:?}"
+        );
         eprintln!(
             "measured: a wiped node is a voter with all content after {took:?}: {} MiB, {:.0} MB/s",
             count,

@@ -15,7 +15,7 @@ use crate::consensus::BarrierError;
 use crate::content::peers::VERIFY_IDS_MAX;
 use crate::content::wire::{get_response, put_response, range_asked, stored_chunk};
 use crate::content::{ContentError, Verdict};
-use crate::healing::completeness::completeness;
+use crate::healing::completeness::{Asked, completeness};
 use crate::node::{Node, Parts};
 use crate::read::task_failed;
 use crate::transport::CLUSTER_KEY;
@@ -211,7 +211,11 @@ impl Peer for PeerService {
         request: Request<wire::ContentCompleteRequest>,
     ) -> Result<Response<wire::ContentCompleteResponse>, Status> {
         let parts = self.admit(&request)?;
-        let voters = request.into_inner().voters.into_iter().map(|voter| {
+        let wire::ContentCompleteRequest {
+            voters,
+            through_index,
+        } = request.into_inner();
+        let voters = voters.into_iter().map(|voter| {
             let slot = u16::try_from(voter.slot).map_err(|_| Status::invalid_argument("slot above 65535"))?;
             Ok(NodeId {
                 slot,
@@ -219,8 +223,12 @@ impl Peer for PeerService {
             })
         });
         let layout = parts.placement.intend(voters.collect::<Result<_, Status>>()?);
-        let own = parts.consensus.id();
-        let looked = completeness(parts.metadata.clone(), parts.content.clone(), layout, own).await;
+        let asked = Asked {
+            layout,
+            own: parts.consensus.id(),
+            through_index,
+        };
+        let looked = completeness(parts.metadata.clone(), parts.content.clone(), asked).await;
         let found = looked.map_err(|fault| Status::unavailable(fault.to_string()))?;
         Ok(Response::new(wire::ContentCompleteResponse {
             complete: found.missing == 0,

@@ -359,6 +359,8 @@ impl Roster {
         };
         let request = wire::ContentCompleteRequest {
             voters: voters.iter().map(voter).collect(),
+            // A node that has yet to apply what names content lacks none that it knows of.
+            through_index: self.consensus.status().committed.unwrap_or(0),
         };
         let ask = async {
             let mut peer = self.peer_of(member, Purpose::Control)?;

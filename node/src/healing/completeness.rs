@@ -28,15 +28,41 @@ pub struct Completeness {
     pub missing: u64,
 }
 
+/// What completeness is asked of.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    /// Who holds what.
+    pub layout: Layout,
+    /// Of whom it is asked.
+    pub own: NodeId,
+    /// The log index up to which what is named counts at the least.
+    pub through_index: u64,
+}
+
 /// Looks at everything that is named now and that `own` holds by `layout`, and waits a little for what is not here. Under a steady load there always is
 /// something on its way, so "nothing is missing at this moment" would never be true; this asks whether all that was
 /// named at one index has come.
 pub async fn completeness(
     metadata: Arc<MetadataStore>,
     content: Arc<ContentStore>,
-    layout: Layout,
-    own: NodeId,
+    asked: Asked,
 ) -> Result<Completeness, Failure> {
+    let Asked {
+        layout,
+        own,
+        through_index,
+    } = asked;
+    let deadline = Instant::now() + Duration::from_millis(PATIENCE_MS);
+    while metadata.position().index < through_index {
+        if Instant::now() >= deadline {
+            // It is not known what is missing, but it is not nothing.
+            return Ok(Completeness {
+                through_index: metadata.position().index,
+                missing: 1,
+            });
+        }
+        tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
+    }
     let (listed, held) = (metadata.clone(), content.clone());
     let lacks = move |id: ChunkId| !held.holds(id) && layout.is_place(id, own);
     let looked = tokio::task::spawn_blocking(move || missing_now(&listed, lacks)).await;
