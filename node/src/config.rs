@@ -19,6 +19,8 @@ const SCRUB_MIB_PER_S: u64 = 16;
 const SCRUB_INTERVAL_S: u64 = 60;
 /// How often everything held is looked over unless another interval is given, in seconds.
 const SWEEP_INTERVAL_S: u64 = 60;
+/// How often metadata is compared unless another interval is given, in seconds. It reads all of it.
+const AUDIT_INTERVAL_S: u64 = 6 * 3600;
 /// Fetched per second unless told otherwise: what a gigabit carries.
 const RECOVERY_MIB_PER_S: u64 = 100;
 /// Asked for the time where nothing else is said.
@@ -98,6 +100,9 @@ pub struct Settings {
     /// How often all that is kept is looked over for what no file names, in seconds
     #[arg(long, env = "QUORUMFS_SWEEP_INTERVAL_S", value_name = "S")]
     sweep_interval_s: Option<u64>,
+    /// How often all nodes compare their metadata, in seconds
+    #[arg(long, env = "QUORUMFS_AUDIT_INTERVAL_S", value_name = "S")]
+    audit_interval_s: Option<u64>,
     /// At most how much missing content is fetched from other nodes per second, in MiB
     #[arg(long, env = "QUORUMFS_RECOVERY_MIB_PER_S", value_name = "MIB")]
     recovery_mib_per_s: Option<u64>,
@@ -183,6 +188,8 @@ pub struct Config {
     pub scrub_interval_s: u64,
     /// How often all that is kept is looked over for what no file names, in seconds.
     pub sweep_interval_s: u64,
+    /// How often all nodes compare their metadata, in seconds.
+    pub audit_interval_s: u64,
     /// At most how many bytes of missing content are fetched per second.
     pub recovery_bytes_per_s: u64,
     /// NTP servers, `HOST:PORT`; none: nobody is asked.
@@ -234,6 +241,7 @@ impl Settings {
             scrub_mib_per_s: self.scrub_mib_per_s.or(file.scrub_mib_per_s),
             scrub_interval_s: self.scrub_interval_s.or(file.scrub_interval_s),
             sweep_interval_s: self.sweep_interval_s.or(file.sweep_interval_s),
+            audit_interval_s: self.audit_interval_s.or(file.audit_interval_s),
             recovery_mib_per_s: self.recovery_mib_per_s.or(file.recovery_mib_per_s),
             ntp: self.ntp.or(file.ntp),
             ntp_interval_ms: self.ntp_interval_ms.or(file.ntp_interval_ms),
@@ -336,6 +344,12 @@ impl Settings {
             SWEEP_INTERVAL_S,
             1..=86_400,
         )?;
+        let audit_interval_s = within(
+            "audit-interval-s",
+            self.audit_interval_s,
+            AUDIT_INTERVAL_S,
+            1..=31_536_000,
+        )?;
         let recovery_mib_per_s = within(
             "recovery-mib-per-s",
             self.recovery_mib_per_s,
@@ -374,6 +388,7 @@ impl Settings {
             scrub_bytes_per_s: scrub_mib_per_s << 20,
             scrub_interval_s,
             sweep_interval_s,
+            audit_interval_s,
             recovery_bytes_per_s: recovery_mib_per_s << 20,
             ntp,
             ntp_interval_ms,

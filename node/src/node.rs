@@ -17,6 +17,7 @@ use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::Consensus;
 use crate::content::ContentStore;
+use crate::healing::audit::Auditor;
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::Repair;
 use crate::healing::sweep::Sweeper;
@@ -52,6 +53,8 @@ pub struct Parts {
     pub recovery: Arc<Recovery>,
     /// Verifies what is held and makes bad copies anew.
     pub repair: Arc<Repair>,
+    /// Compares the metadata of all nodes.
+    pub auditor: Arc<Auditor>,
     /// Frees what is dead.
     pub sweeper: Arc<Sweeper>,
     /// Knows who holds what.

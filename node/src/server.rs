@@ -26,6 +26,7 @@ use crate::api::rest::{self, ClientHandle, RestState};
 use crate::api::{admin, status};
 use crate::cluster::bootstrap::{find_membership, watch_for_strangers};
 use crate::cluster::clock::{ClockMonitor, StampClock};
+use crate::cluster::features;
 use crate::cluster::health::HealthMonitor;
 use crate::cluster::identity::DataFolder;
 use crate::cluster::leases::Leases;
@@ -37,6 +38,7 @@ use crate::cluster::space::SpaceMonitor;
 use crate::config::Config;
 use crate::consensus::{AppliedEffects, Consensus, ConsensusError, ConsensusOptions};
 use crate::content::{ContentOptions, ContentStore, PeerChunks};
+use crate::healing::audit::Auditor;
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::{Repair, RepairOptions, RepairParts};
 use crate::healing::sweep::Sweeper;
@@ -60,11 +62,23 @@ const DRAIN_TIMEOUT_MS: u64 = 2_000;
 const LOG_FOLDER: &str = "wal";
 const METADATA_FILE: &str = "metadata.redb";
 
-/// The node has lost what it had promised to remember. What is left of it was set aside and it has a new incarnation:
-/// started again, it asks its cluster to take it in, with the content that it kept.
+/// The node has lost what it had promised to remember, or its metadata is not what it should be. What is left of it was
+/// set aside and it has a new incarnation: started again, it asks its cluster to take it in, with the content that it kept.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}; what is left was set aside, and the node takes part as a new one")]
-pub struct Renounced(ConsensusError);
+pub enum Renounced {
+    /// The log is damaged or gone.
+    #[error("{0}; what is left was set aside, and the node takes part as a new one")]
+    Log(ConsensusError),
+    /// A majority has other metadata.
+    #[error(
+        "the metadata at entry {index} differs from that of a majority; it was set aside, and the node takes part as a \
+         new one"
+    )]
+    State {
+        /// Where they were compared.
+        index: u64,
+    },
+}
 
 /// Runs a node on these listeners until `shutdown` is done, or until it must stop because its disk failed.
 pub async fn serve(
@@ -186,7 +200,7 @@ async fn run_parts(
     let consensus = match consensus {
         Ok(consensus) => consensus,
         Err(error) if error.costs_incarnation() && (config.members.len() > 1 || !config.founds) => {
-            return Err(Renounced(error).into());
+            return Err(Renounced::Log(error).into());
         }
         Err(error) => return Err(error).context("start consensus"),
     };
@@ -237,7 +251,12 @@ async fn run_parts(
         repair.clone(),
         Duration::from_secs(config.sweep_interval_s),
     );
-    let roster = Roster::new(consensus.clone(), placement.clone(), transport.clone());
+    let roster = Roster::new(
+        consensus.clone(),
+        metadata.clone(),
+        placement.clone(),
+        transport.clone(),
+    );
     let stamps = Arc::new(StampClock::new());
     let clock = ClockMonitor::new(config.ntp.clone(), Duration::from_millis(config.ntp_interval_ms));
     let health = HealthMonitor::new(
@@ -248,6 +267,19 @@ async fn run_parts(
         stamps.clone(),
     );
     let sessions = SessionKeeper::new(consensus.clone(), metadata.clone(), stamps.clone());
+    let auditor = Auditor::new(
+        consensus.clone(),
+        metadata.clone(),
+        transport.clone(),
+        stamps.clone(),
+        Duration::from_secs(config.audit_interval_s),
+    );
+    tokio::spawn(features::run(
+        consensus.clone(),
+        metadata.clone(),
+        transport.clone(),
+        stamps.clone(),
+    ));
     let writer = Writer::new(
         consensus.clone(),
         content.clone(),
@@ -275,6 +307,7 @@ async fn run_parts(
     tokio::spawn(health.clone().run());
     tokio::spawn(recovery.clone().run());
     tokio::spawn(repair.clone().run());
+    tokio::spawn(auditor.clone().run());
     tokio::spawn(sweeper.clone().run());
     tokio::spawn(hand_on_effects(applied, recovery.clone(), sweeper.clone()));
     tokio::spawn(open_client(config.clone(), client_tls, client));
@@ -286,7 +319,7 @@ async fn run_parts(
         node.waiting_for().clone(),
     ));
 
-    let (consensus_fault, content_fault) = (consensus.clone(), content.clone());
+    let (consensus_fault, content_fault, audited) = (consensus.clone(), content.clone(), auditor.clone());
     let parts = Parts {
         cluster: membership.cluster,
         consensus,
@@ -296,6 +329,7 @@ async fn run_parts(
         reader,
         recovery,
         repair,
+        auditor,
         sweeper,
         placement,
         space,
@@ -310,6 +344,7 @@ async fn run_parts(
     let reason = tokio::select! {
         reason = consensus_fault.fatal() => reason.to_string(),
         reason = content_fault.fatal() => reason.to_string(),
+        index = audited.contradicted() => return Err(Renounced::State { index }.into()),
     };
     anyhow::bail!("the node stops because its disk failed: {reason}")
 }

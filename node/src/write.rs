@@ -254,6 +254,13 @@ impl Writer {
 
     /// Has each chunk kept on so many nodes, where there are so many.
     pub async fn set_replicas(&self, replicas: u8) -> CallReply {
+        // Below, it would be without effect.
+        const FEATURE_LEVEL_MIN: u32 = 2;
+        if self.placement.feature_level() < FEATURE_LEVEL_MIN {
+            return CallReply::Refused(Refusal::Unavailable {
+                reason: "not all members are known to place content yet".to_string(),
+            });
+        }
         self.propose(LogBody::SetReplicas { replicas }).await
     }
 

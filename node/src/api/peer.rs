@@ -11,11 +11,12 @@ use tonic::{Request, Response, Status, Streaming};
 use super::fs::{AnswerStream, answer_stream, chunk_refused};
 use crate::cluster::identity::Membership;
 use crate::cluster::membership::RosterError;
-use crate::consensus::BarrierError;
+use crate::consensus::{BarrierError, ProposeError};
 use crate::content::peers::VERIFY_IDS_MAX;
 use crate::content::wire::{get_response, put_response, range_asked, stored_chunk};
 use crate::content::{ContentError, Verdict};
 use crate::healing::completeness::{Asked, completeness};
+use crate::metadata::FEATURE_LEVEL;
 use crate::node::{Node, Parts};
 use crate::read::task_failed;
 use crate::transport::CLUSTER_KEY;
@@ -89,6 +90,7 @@ impl Peer for PeerService {
             cluster_id,
             empty: self.node.folder().is_fresh(),
             members: members.into_iter().map(Into::into).collect(),
+            feature_level: FEATURE_LEVEL,
         }))
     }
 
@@ -109,7 +111,7 @@ impl Peer for PeerService {
             )));
         }
         let member = member_of(request.node)?;
-        let joined = parts.roster.take_in(&member).await;
+        let joined = parts.roster.take_in(&member, request.feature_level).await;
         let (not_leader, leader, members) = match joined {
             Ok(members) => (false, String::new(), members),
             Err(error) => {
@@ -395,6 +397,28 @@ impl Peer for PeerService {
         }))
     }
 
+    async fn state_digest(
+        &self,
+        request: Request<wire::StateDigestRequest>,
+    ) -> Result<Response<wire::StateDigestResponse>, Status> {
+        let digest = self.admit(&request)?.auditor.digest_at(request.get_ref().index);
+        Ok(Response::new(wire::StateDigestResponse {
+            sha256: digest.map_or_else(Bytes::new, |digest| Bytes::copy_from_slice(&digest.0)),
+        }))
+    }
+
+    async fn begin_audit(
+        &self,
+        request: Request<wire::BeginAuditRequest>,
+    ) -> Result<Response<wire::BeginAuditResponse>, Status> {
+        let not_leader = match self.admit(&request)?.auditor.begin().await {
+            Ok(()) => false,
+            Err(ProposeError::NotLeader { .. }) => true,
+            Err(error) => return Err(Status::unavailable(error.to_string())),
+        };
+        Ok(Response::new(wire::BeginAuditResponse { not_leader }))
+    }
+
     async fn read_index(
         &self,
         request: Request<wire::ReadIndexRequest>,
@@ -423,6 +447,7 @@ impl Peer for PeerService {
             chunk_bytes_held: recovery.held_bytes,
             chunks_missing: recovery.missing_chunks,
             applied_index: parts.metadata.position().index,
+            feature_level: FEATURE_LEVEL,
         }))
     }
 

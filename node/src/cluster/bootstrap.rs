@@ -26,6 +26,7 @@ use tracing::{error, info, warn};
 
 use super::identity::{DataFolder, IdentityError, Membership};
 use crate::config::Config;
+use crate::metadata::FEATURE_LEVEL;
 use crate::transport::{Purpose, Transport};
 
 /// How often the members are asked.
@@ -204,6 +205,7 @@ async fn join(
             let request = wire::JoinRequest {
                 node: Some(own.clone().into()),
                 cluster_id: bytes::Bytes::copy_from_slice(&cluster.0),
+                feature_level: FEATURE_LEVEL,
             };
             let answer = peer.join(request).await;
             answer

@@ -21,6 +21,7 @@ use tracing::{debug, info, warn};
 
 use super::placement::{Layout, Placement};
 use crate::consensus::{Consensus, MembershipError};
+use crate::metadata::MetadataStore;
 use crate::transport::{Peer, Purpose, Transport};
 
 /// How often the leader looks whether learners can become voters.
@@ -65,6 +66,7 @@ impl From<MembershipError> for RosterError {
 /// See the module.
 pub struct Roster {
     consensus: Consensus,
+    metadata: Arc<MetadataStore>,
     placement: Arc<Placement>,
     transport: Arc<Transport>,
     /// One change by hand at a time, so that two do not each count on what the other takes away.
@@ -73,9 +75,15 @@ pub struct Roster {
 
 impl Roster {
     /// Does nothing by itself before [`Roster::run`].
-    pub fn new(consensus: Consensus, placement: Arc<Placement>, transport: Arc<Transport>) -> Arc<Roster> {
+    pub fn new(
+        consensus: Consensus,
+        metadata: Arc<MetadataStore>,
+        placement: Arc<Placement>,
+        transport: Arc<Transport>,
+    ) -> Arc<Roster> {
         Arc::new(Roster {
             consensus,
+            metadata,
             placement,
             transport,
             changing: tokio::sync::Mutex::new(()),
@@ -83,8 +91,19 @@ impl Roster {
     }
 
     /// Takes `member` in as a learner; answers all members. Harmless when repeated.
-    pub async fn take_in(&self, member: &Member) -> Result<Vec<Member>, RosterError> {
+    /// `knows` is the feature level of its program.
+    pub async fn take_in(&self, member: &Member, knows: u32) -> Result<Vec<Member>, RosterError> {
         self.must_lead()?;
+        let view = self.metadata.view();
+        let level = view
+            .map_err(|fault| RosterError::Unavailable(fault.to_string()))?
+            .feature_level();
+        if knows < level {
+            return Err(RosterError::Refused(format!(
+                "the program of node {} knows feature level {knows}, and the cluster is at {level}: use a newer one",
+                member.id.slot
+            )));
+        }
         let _turn = self.changing.lock().await;
         let members = self.consensus.members();
         if members.iter().any(|known| known.id == member.id) {
@@ -102,7 +121,8 @@ impl Roster {
             if !same_slot {
                 continue;
             }
-            if self.who_is_at(&known.addresses.grpc).await.map(|found| found.id) == Ok(known.id) {
+            let found = self.who_is_at(&known.addresses.grpc).await;
+            if found.map(|(found, _)| found.id) == Ok(known.id) {
                 return Err(RosterError::Refused(format!(
                     "slot {} is in use by the node at {}, which answers; give the new node a slot of its own",
                     known.id.slot, known.addresses.grpc
@@ -125,10 +145,10 @@ impl Roster {
     /// Takes in the node that waits at `address`, and tells it.
     pub async fn invite(&self, address: &str) -> Result<Member, RosterError> {
         self.must_lead()?;
-        let found = self.who_is_at(address).await.map_err(|reason| {
+        let (found, knows) = self.who_is_at(address).await.map_err(|reason| {
             RosterError::NobodyThere(format!("no node could be asked at {address}: {reason}"))
         })?;
-        let members = self.take_in(&found).await?;
+        let members = self.take_in(&found, knows).await?;
         let invitation = wire::InviteRequest {
             node: Some(found.clone().into()),
             cluster_id: bytes::Bytes::copy_from_slice(&self.consensus.cluster().0),
@@ -375,7 +395,8 @@ impl Roster {
             .unwrap_or_else(|_| Err("no answer".to_string()))
     }
 
-    async fn who_is_at(&self, address: &str) -> Result<Member, String> {
+    /// Who answers at `address`, and what feature level its program knows.
+    async fn who_is_at(&self, address: &str) -> Result<(Member, u32), String> {
         let ask = async {
             let mut peer = self
                 .transport
@@ -389,8 +410,12 @@ impl Roster {
                 .hello(request)
                 .await
                 .map_err(|status| status.message().to_string())?;
-            let node = answer.into_inner().node.ok_or("it does not say who it is")?;
-            Member::try_from(node).map_err(|error| error.to_string())
+            let wire::HelloResponse {
+                node, feature_level, ..
+            } = answer.into_inner();
+            let node = node.ok_or("it does not say who it is")?;
+            let member = Member::try_from(node).map_err(|error| error.to_string())?;
+            Ok((member, feature_level))
         };
         tokio::time::timeout(Duration::from_millis(HELLO_TIMEOUT_MS), ask)
             .await

@@ -5,6 +5,7 @@
 
 pub mod bootstrap;
 pub mod clock;
+pub mod features;
 pub mod health;
 pub mod identity;
 pub mod leases;

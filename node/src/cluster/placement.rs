@@ -235,6 +235,11 @@ impl Placement {
         self.metadata.position_and_replicas().1.count
     }
 
+    /// What all members' programs know; 0 where it cannot be looked up.
+    pub fn feature_level(&self) -> u32 {
+        self.metadata.view().map_or(0, |view| view.feature_level())
+    }
+
     /// On how many nodes each chunk is kept.
     pub fn copies(&self) -> usize {
         self.picture().newest().map_or(1, Layout::copies)

@@ -55,10 +55,10 @@ use self::log::LogStore;
 use self::meters::Meters;
 use self::network::NetworkFactory;
 use self::snapshot::SnapshotTraffic;
-use self::state_machine::StateMachine;
+use self::state_machine::{Outlets, StateMachine};
 use self::types::{TypeConfig, VoterId, member};
 use crate::content::ContentStore;
-use crate::metadata::{CallResult, LogBody, LogCommand, MetadataStore};
+use crate::metadata::{CallResult, LogBody, LogCommand, MetadataStore, View};
 use crate::transport::Transport;
 
 pub use self::fatal::FatalError;
@@ -201,6 +201,8 @@ struct Inner {
     /// Whether commands that take space are admitted.
     has_room: AtomicBool,
     meters: Arc<Meters>,
+    /// The state at the last entry that asked for a comparison, until somebody takes it.
+    audited: Arc<Mutex<Option<View>>>,
     /// One snapshot is received at a time.
     receiving: tokio::sync::Mutex<()>,
     options: ConsensusOptions,
@@ -234,12 +236,17 @@ impl Consensus {
         let flusher = Flusher::start(metadata.clone(), content, log.clone(), fatal.clone(), age_max)?;
         let traffic = SnapshotTraffic::new(options.hold_log_bytes_max);
         let meters = Arc::new(Meters::default());
+        let audited = Arc::default();
+        let outlets = Outlets {
+            effects,
+            audited: Arc::clone(&audited),
+        };
         let machine = StateMachine::new(
             metadata.clone(),
             flusher.clone(),
             log.clone(),
             traffic.clone(),
-            effects,
+            outlets,
             meters.clone(),
             fatal.clone(),
         )?;
@@ -266,6 +273,7 @@ impl Consensus {
             heard_of_leader: Arc::default(),
             has_room: AtomicBool::new(true),
             meters,
+            audited,
             receiving: tokio::sync::Mutex::new(()),
             options,
             tasks: Mutex::new(Vec::new()),
@@ -471,6 +479,16 @@ impl Consensus {
         )
     }
 
+    /// The state at the last [`LogBody::Audit`], once; whoever takes it drops it soon, since it keeps old pages in use.
+    pub fn take_audited(&self) -> Option<View> {
+        self.0.audited.lock().take()
+    }
+
+    /// Whether there is one to take.
+    pub fn has_audited(&self) -> bool {
+        self.0.audited.lock().is_some()
+    }
+
     /// Whether the log has room for commands that take space.
     pub fn has_room(&self) -> bool {
         self.0.has_room.load(Ordering::Relaxed)
@@ -523,7 +541,9 @@ fn takes_space(command: &LogCommand) -> bool {
         | LogBody::ForgetSession { .. }
         | LogBody::ReclaimUnlinked { .. }
         | LogBody::Refuse { .. }
-        | LogBody::SetReplicas { .. } => false,
+        | LogBody::SetReplicas { .. }
+        | LogBody::RaiseFeatureLevel { .. }
+        | LogBody::Audit => false,
     }
 }
 

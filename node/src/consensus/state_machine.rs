@@ -17,6 +17,7 @@ use std::time::Instant;
 use futures::{Stream, StreamExt};
 use openraft::storage::{ApplyResponder, EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
+use parking_lot::Mutex;
 use quorumfs_proto::{ChunkId, NodeId, codec};
 use tokio::sync::mpsc;
 
@@ -27,7 +28,7 @@ use super::meters::Meters;
 use super::snapshot::{Builder, SnapshotData, SnapshotTraffic, held_snapshot};
 use super::types::{Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::content::StoredChunk;
-use crate::metadata::{CallResult, LogCommand, MetadataStore, Position, Snapshot};
+use crate::metadata::{CallResult, LogBody, LogCommand, MetadataStore, Position, Snapshot, View};
 
 /// Most entries published at once: the first of them waits for the last.
 const BATCH_ENTRIES_MAX: usize = 1024;
@@ -58,13 +59,21 @@ pub enum AppliedEffects {
     },
 }
 
+/// Where applying leaves what others look after.
+pub struct Outlets {
+    /// For who looks after content.
+    pub effects: mpsc::Sender<AppliedEffects>,
+    /// The state at the last entry that asked for a comparison, for who takes it.
+    pub audited: Arc<Mutex<Option<View>>>,
+}
+
 /// See the module.
 pub struct StateMachine {
     metadata: Arc<MetadataStore>,
     flusher: Arc<Flusher>,
     log: LogStore,
     traffic: SnapshotTraffic,
-    effects: mpsc::Sender<AppliedEffects>,
+    outlets: Outlets,
     meters: Arc<Meters>,
     fatal: FatalSignal,
     membership: StoredMembership,
@@ -94,7 +103,7 @@ impl StateMachine {
         flusher: Arc<Flusher>,
         log: LogStore,
         traffic: SnapshotTraffic,
-        effects: mpsc::Sender<AppliedEffects>,
+        outlets: Outlets,
         meters: Arc<Meters>,
         fatal: FatalSignal,
     ) -> Result<StateMachine, codec::DecodeError> {
@@ -104,7 +113,7 @@ impl StateMachine {
             flusher,
             log,
             traffic,
-            effects,
+            outlets,
             meters,
             fatal,
             membership,
@@ -118,6 +127,8 @@ impl StateMachine {
         let mut consequences = Consequences::default();
         let mut batch = self.metadata.begin();
         let mut last = None;
+        // An audit ends its batch, so what is published then is the state at that very entry.
+        let is_audit = entries.last().is_some_and(|(entry, _)| asks_for_audit(entry));
         for (entry, responder) in entries {
             let log_id = entry.log_id;
             last = Some(log_id);
@@ -151,6 +162,13 @@ impl StateMachine {
                 log_id: Some(codec::encode(&last)),
                 membership: Some(codec::encode(&self.membership)),
             });
+            if is_audit {
+                let view = self
+                    .metadata
+                    .view()
+                    .map_err(|fault| self.fatal.raise("look at the state", fault))?;
+                *self.outlets.audited.lock() = Some(view);
+            }
             self.follow_up(last.index, consequences);
             self.meters.applies.record_duration(began.elapsed());
             self.meters
@@ -188,7 +206,7 @@ impl StateMachine {
     }
 
     fn tell(&self, effects: AppliedEffects) {
-        match self.effects.try_send(effects) {
+        match self.outlets.effects.try_send(effects) {
             Ok(()) => self.meters.effects.told.fetch_add(1, Ordering::Release),
             Err(_) => self.meters.effects.dropped.fetch_add(1, Ordering::Release),
         };
@@ -254,8 +272,14 @@ fn blocking<T>(work: impl FnOnce() -> T) -> T {
     }
 }
 
+fn asks_for_audit(entry: &Entry) -> bool {
+    let EntryPayload::Normal(command) = &entry.payload else {
+        return false;
+    };
+    matches!(command.body, LogBody::Audit)
+}
+
 fn content_bytes(entry: &Entry) -> usize {
-    use crate::metadata::LogBody;
     match &entry.payload {
         EntryPayload::Normal(LogCommand {
             body: LogBody::Call(mutation),
@@ -288,7 +312,11 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 };
                 let entry = entry.map_err(|error| self.fatal.raise("read the log to apply it", error))?;
                 bytes += content_bytes(&entry.0);
+                let ends_batch = asks_for_audit(&entry.0);
                 batch.push(entry);
+                if ends_batch {
+                    break;
+                }
             }
             if batch.is_empty() {
                 continue;

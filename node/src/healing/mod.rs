@@ -1,6 +1,7 @@
 //! What a node does so that nobody has to: missing content is fetched, bad copies are found and made anew, dead content
 //! is freed.
 
+pub mod audit;
 pub mod completeness;
 pub mod names;
 pub mod pace;

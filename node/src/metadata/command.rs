@@ -64,7 +64,19 @@ pub enum LogBody {
         /// How many; what the number of voters asks for at the least is kept whatever this says.
         replicas: u8,
     },
+    /// All members know what belongs to this level: from now on it may be applied. A program that does not know it stops
+    /// here, with a reason, rather than apply something else than the others.
+    RaiseFeatureLevel {
+        /// One of those up to [`FEATURE_LEVEL`].
+        level: u32,
+    },
+    /// Every node keeps a view of the state at this entry, so that it can be compared with the others'.
+    Audit,
 }
+
+/// What this program knows. 1: everything up to [`LogBody::Refuse`]. 2: [`LogBody::SetReplicas`], [`LogBody::Audit`], and a
+/// root directory whose times are not those of 1970.
+pub const FEATURE_LEVEL: u32 = 2;
 
 /// What applying an entry answers; equal on every node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -132,6 +144,8 @@ impl fmt::Display for LogCommand {
             LogBody::ForgetSession { session } => write!(f, "forget session {session}"),
             LogBody::ReclaimUnlinked { inode, .. } => write!(f, "reclaim inode {inode}"),
             LogBody::SetReplicas { replicas } => write!(f, "keep {replicas} copies"),
+            LogBody::RaiseFeatureLevel { level } => write!(f, "raise the feature level to {level}"),
+            LogBody::Audit => f.write_str("compare the state"),
         }
     }
 }

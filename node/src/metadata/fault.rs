@@ -36,6 +36,14 @@ pub enum StorageFault {
         /// Ours.
         known: u32,
     },
+    /// The cluster uses what a newer program does.
+    #[error("the cluster's feature level is {found}, and this program knows {known}: use a newer program")]
+    UnknownFeatures {
+        /// The cluster's.
+        found: u32,
+        /// Ours.
+        known: u32,
+    },
     /// What was received is not a snapshot.
     #[error("the snapshot is not usable: {reason}")]
     BadSnapshot {

@@ -27,6 +27,7 @@
 
 mod apply;
 mod command;
+mod digest;
 mod fault;
 mod files;
 mod listing;
@@ -41,7 +42,7 @@ mod view;
 mod tests;
 
 pub use apply::{Batch, COMMAND_FREED_EXTENTS_MAX};
-pub use command::{Applied, CallResult, Effects, InlineChunk, LogBody, LogCommand};
+pub use command::{Applied, CallResult, Effects, FEATURE_LEVEL, InlineChunk, LogBody, LogCommand};
 pub use fault::{Failure, StorageFault};
 pub use names::{ChunkFiles, NamedFile};
 pub use snapshot::{Installation, Row, Snapshot};

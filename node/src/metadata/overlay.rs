@@ -254,6 +254,17 @@ impl Layers {
             row
         }))
     }
+
+    /// Shows all rows of `table` as they lie there, in the order of their keys.
+    pub(super) fn for_each_row(
+        &self,
+        table: Table,
+        mut visit: impl FnMut(&[u8], &[u8]) -> Result<(), StorageFault>,
+    ) -> Result<(), StorageFault> {
+        let mut scan = Scan::new(self, table, &KeyRange::prefix(&[]), Direction::Up)?;
+        while scan.next_row(&mut visit)?.is_some() {}
+        Ok(())
+    }
 }
 
 fn decode_row<R: Rows>(key: &[u8], value: &[u8]) -> Result<RowOf<R>, StorageFault> {
@@ -333,7 +344,7 @@ impl<'a> Scan<'a> {
     /// The next row that is not removed, passed through `decode`.
     fn next_row<T>(
         &mut self,
-        decode: impl Fn(&[u8], &[u8]) -> Result<T, StorageFault>,
+        mut decode: impl FnMut(&[u8], &[u8]) -> Result<T, StorageFault>,
     ) -> Result<Option<T>, StorageFault> {
         loop {
             let comes_first = |one: &[u8], other: &[u8]| match self.direction {

@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 use quorumfs_proto::{Attributes, FileKind, InodeNumber, SessionId, Timestamp, codec};
 use redb::ReadableDatabase as _;
 
-use super::apply::{Batch, Writer};
+use super::apply::{Batch, Writer, check_feature_level};
 use super::fault::StorageFault;
 use super::files::{
     INSTALLATION, directory_of, path_beside, remove_leftover, remove_unfinished_installations,
@@ -100,6 +100,7 @@ pub(super) struct Summary {
 impl Summary {
     fn load(layers: &Layers) -> Result<Summary, StorageFault> {
         let meta = read_meta(layers)?;
+        check_feature_level(meta.feature_level)?;
         let mut living = OrdMap::new();
         for row in layers.scan::<Sessions>(KeyRange::prefix(&[]), Direction::Up)? {
             let (session, record) = row?;

@@ -16,8 +16,8 @@ use super::fault::Failure;
 use super::overlay::{Direction, KeyRange, Layers};
 use super::store::{NamedChange, Position, Summary};
 use super::tables::{
-    ChunkRecord, Chunks, DirentKey, Dirents, Extents, InodeRecord, Inodes, Pins, Reclaimable, Rows as _,
-    SessionRecord, Sessions, Symlinks, Xattrs,
+    ChunkRecord, Chunks, DirentKey, Dirents, Extents, InodeRecord, Inodes, Pins, Reclaimable, Replicas,
+    Rows as _, SessionRecord, Sessions, Symlinks, Xattrs,
 };
 
 /// How many cut-off extents one answer passes over before it says up to where it got.
@@ -334,6 +334,18 @@ impl View {
     /// What `apply` may do: raised once all members know it.
     pub fn feature_level(&self) -> u32 {
         self.summary.feature_level
+    }
+
+    /// What of `meta` follows from the log: time, feature level, copies, numbers of inodes.
+    pub(super) fn counters(&self) -> (Timestamp, u32, Replicas, u64, u64) {
+        let summary = &self.summary;
+        (
+            summary.last_stamp,
+            summary.feature_level,
+            summary.replicas,
+            summary.next_inode,
+            summary.inode_count,
+        )
     }
 
     /// Inodes in use, those without a name too.

@@ -260,7 +260,7 @@ pub(super) async fn set_replicas(
 }
 
 /// Asks whoever leads, until one who does has answered. `ask` says whether it asked the wrong one.
-async fn of_the_leader<Ask, Asking>(node: &Node, ask: Ask) -> Result<(), ApiError>
+pub(super) async fn of_the_leader<Ask, Asking>(node: &Node, ask: Ask) -> Result<(), ApiError>
 where
     Ask: Fn(Peer) -> Asking,
     Asking: Future<Output = Result<bool, tonic::Status>>,

@@ -36,6 +36,8 @@ use crate::node::Node;
         super::nodes::nodes,
         super::recovery::status,
         super::recovery::sync,
+        super::repair::audit,
+        super::repair::begin_audit,
         super::repair::status,
         super::repair::verify,
         super::metrics::metrics,

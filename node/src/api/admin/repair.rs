@@ -8,14 +8,17 @@ use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use quorumfs_proto::{FsError, Name};
+use quorumfs_proto::{FsError, Name, wire};
 use serde::Deserialize;
 
+use super::membership::of_the_leader;
 use super::{json_body, parts};
 use crate::api::rest::error::{ApiError, ErrorBody};
+use crate::healing::audit::AuditReport;
 use crate::healing::repair::RepairStatus;
 use crate::healing::repair::verify::{FileVerdict, VerifyError};
 use crate::node::Node;
+use crate::transport::Peer;
 
 /// Most bytes of a path (PATH_MAX of Linux).
 const PATH_BYTES_MAX: usize = 4096;
@@ -35,6 +38,7 @@ pub(super) fn routes() -> Router<Arc<Node>> {
     Router::new()
         .route("/repair/status", get(status))
         .route("/repair/verify", post(verify))
+        .route("/repair/audit", get(audit).post(begin_audit))
 }
 
 /// What was verified on this node, what was found, and how far the scrub is.
@@ -53,6 +57,41 @@ pub(super) async fn status(State(node): State<Arc<Node>>) -> Result<Json<RepairS
     status
         .map(Json)
         .map_err(|panicked| ApiError::internal(panicked.to_string()))
+}
+
+/// How this node's metadata compared with the others' when that was last asked.
+#[utoipa::path(
+    get,
+    path = "/repair/audit",
+    tag = "healing",
+    responses(
+        (status = 200, description = "The last comparison; null before the first", body = Option<AuditReport>),
+        (status = 503, description = "The node has not begun", body = ErrorBody),
+    )
+)]
+pub(super) async fn audit(State(node): State<Arc<Node>>) -> Result<Json<Option<AuditReport>>, ApiError> {
+    Ok(Json(parts(&node)?.auditor.report()))
+}
+
+/// Has all nodes compare their metadata.
+///
+/// One that a majority contradicts makes its own anew.
+#[utoipa::path(
+    post,
+    path = "/repair/audit",
+    tag = "healing",
+    responses(
+        (status = 202, description = "They do; GET tells what came of it"),
+        (status = 503, description = "No leader, or not all members can", body = ErrorBody),
+    )
+)]
+pub(super) async fn begin_audit(State(node): State<Arc<Node>>) -> Result<StatusCode, ApiError> {
+    let ask = |mut leader: Peer| async move {
+        let answer = leader.begin_audit(wire::BeginAuditRequest {}).await?.into_inner();
+        Ok(answer.not_leader)
+    };
+    of_the_leader(&node, ask).await?;
+    Ok(StatusCode::ACCEPTED)
 }
 
 /// Has every node read its copies of a file from disk, repairs what is bad, and tells both.

@@ -10,7 +10,7 @@ use crate::consensus::fatal::FatalSignal;
 use crate::consensus::flusher::Flusher;
 use crate::consensus::log::LogStore;
 use crate::consensus::snapshot::SnapshotTraffic;
-use crate::consensus::state_machine::StateMachine;
+use crate::consensus::state_machine::{Outlets, StateMachine};
 use crate::consensus::types::TypeConfig;
 use crate::consensus::wal::WalOptions;
 use crate::content::{ContentOptions, ContentStore};
@@ -53,12 +53,16 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, Guard> for OnDisk {
         let age_max = Duration::from_secs(60);
         let flusher = Flusher::start(metadata.clone(), content, log.clone(), fatal.clone(), age_max).unwrap();
         let (effects, _) = tokio::sync::mpsc::channel(1);
+        let outlets = Outlets {
+            effects,
+            audited: Arc::default(),
+        };
         let machine = StateMachine::new(
             metadata,
             flusher.clone(),
             log.clone(),
             SnapshotTraffic::new(1 << 30),
-            effects,
+            outlets,
             Arc::default(),
             fatal,
         );

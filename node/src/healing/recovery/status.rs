@@ -117,7 +117,10 @@ impl Recovery {
         let walking = self.walking.load(Ordering::Acquire);
         let bytes_per_s = self.rate.lock().bytes_per_s(Instant::now());
         RecoveryStatus {
-            running: walking || self.fetching.load(Ordering::Acquire) > 0,
+            // Between two fetches, as the bound on their pace has it, none is under way.
+            running: walking
+                || self.fetching.load(Ordering::Acquire) > 0
+                || (missing.chunks > 0 && bytes_per_s > 0),
             counted: named.is_some() && !walking && !walk_wanted,
             total_files,
             local_files: (missing.chunks == 0).then_some(total_files),

@@ -15,13 +15,13 @@ mod transaction;
 use std::sync::Arc;
 
 use quorumfs_proto::limits::LANES_MAX;
-use quorumfs_proto::{FsError, Outcome, RequestId, codec};
+use quorumfs_proto::{FsError, InodeNumber, Outcome, RequestId, Timestamp, codec};
 
-use super::command::{Applied, CallResult, Effects, LogBody, LogCommand};
+use super::command::{Applied, CallResult, Effects, FEATURE_LEVEL, LogBody, LogCommand};
 use super::fault::{Failure, StorageFault};
 use super::overlay::{Cell, Direction, KeyRange, Layers};
 use super::store::{MetadataStore, Position, Summary};
-use super::tables::{LaneRecord, Lanes, Meta, Replicas, RowKey, RowOf, Rows, Table};
+use super::tables::{Inodes, LaneRecord, Lanes, Meta, Replicas, RowKey, RowOf, Rows, Table};
 use transaction::Transaction;
 
 /// How many extents (or pins, or extended attributes) one command may free beyond those it overwrites; what is more is
@@ -80,6 +80,24 @@ impl Writer {
     fn set(&mut self, table: Table, key: RowKey, cell: Cell) {
         let previous = Arc::make_mut(&mut self.layers.active).set(table, key.clone(), cell);
         self.journal.push(Change { table, key, previous });
+    }
+
+    /// The root directory is made before there is a time; it gets one as soon as all members can give it.
+    fn give_root_its_times(&mut self, now: Timestamp) -> Result<(), StorageFault> {
+        let Some(mut root) = self.get::<Inodes>(&InodeNumber::ROOT)? else {
+            return Err(StorageFault::inconsistent("there is no root directory"));
+        };
+        let times = [
+            &mut root.attributes.atime,
+            &mut root.attributes.mtime,
+            &mut root.attributes.ctime,
+            &mut root.attributes.birth_time,
+        ];
+        for time in times.into_iter().filter(|time| **time == Timestamp::default()) {
+            *time = now;
+        }
+        self.put::<Inodes>(&InodeNumber::ROOT, &root);
+        Ok(())
     }
 
     fn mark(&self) -> Mark {
@@ -154,12 +172,25 @@ impl<'store> Batch<'store> {
                 })
             }
             LogBody::SetReplicas { replicas } => {
-                self.writer.summary.replicas = Replicas {
-                    count: *replicas,
-                    since_index: index,
-                };
+                // Below level 2 some node might not do this: then no node does.
+                if self.writer.summary.feature_level >= 2 {
+                    self.writer.summary.replicas = Replicas {
+                        count: *replicas,
+                        since_index: index,
+                    };
+                }
                 Ok(without_effects(CallResult::Done))
             }
+            LogBody::RaiseFeatureLevel { level } => {
+                check_feature_level(*level)?;
+                let before = self.writer.summary.feature_level;
+                self.writer.summary.feature_level = before.max(*level);
+                if before < 2 && *level >= 2 {
+                    self.writer.give_root_its_times(now)?;
+                }
+                Ok(without_effects(CallResult::Done))
+            }
+            LogBody::Audit => Ok(without_effects(CallResult::Done)),
         }
     }
 
@@ -208,6 +239,17 @@ impl<'store> Batch<'store> {
             result: record.result,
             effects,
         })
+    }
+}
+
+/// A program must not go on with a state of which it does not know what belongs to it.
+pub(super) fn check_feature_level(level: u32) -> Result<(), StorageFault> {
+    match level <= FEATURE_LEVEL {
+        true => Ok(()),
+        false => Err(StorageFault::UnknownFeatures {
+            found: level,
+            known: FEATURE_LEVEL,
+        }),
     }
 }
 

@@ -1,7 +1,8 @@
 //! Tests of the whole part: `against_model` compares random histories with a simple model, `stories` tells of single
-//! rules, `pace` measures.
+//! rules, `levels` of what is gated and compared, `pace` measures.
 
 mod against_model;
+mod levels;
 mod model;
 mod pace;
 mod stories;

@@ -125,6 +125,18 @@ impl Peer for Service {
     ) -> Result<Response<wire::RemoveMembersResponse>, Status> {
         elsewhere()
     }
+    async fn state_digest(
+        &self,
+        _: Request<wire::StateDigestRequest>,
+    ) -> Result<Response<wire::StateDigestResponse>, Status> {
+        elsewhere()
+    }
+    async fn begin_audit(
+        &self,
+        _: Request<wire::BeginAuditRequest>,
+    ) -> Result<Response<wire::BeginAuditResponse>, Status> {
+        elsewhere()
+    }
     async fn read_index(
         &self,
         _: Request<wire::ReadIndexRequest>,

@@ -1,0 +1,323 @@
+//! Audits: all nodes compare their metadata, and one that differs from a majority makes its own anew.
+//!
+//! Applying the same log must give the same state everywhere; a fault of memory, of a disk behind its checksums, or of a
+//! program would make a node answer wrong for ever. From time to time the leader logs an entry at which every node keeps a
+//! view; each digests it at its leisure, asks the other voters for their digests, and knows by itself where it stands.
+//!
+//! A node that a majority contradicts sets log and metadata aside and takes part as a new incarnation, which gets its
+//! state from the others by a snapshot and keeps its content. Where no majority agrees nobody does anything but say so.
+//!
+//! Knows nothing of how a node is made anew.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::future::join_all;
+use parking_lot::Mutex;
+use quorumfs_proto::{Member, NodeId, Sha256, wire};
+use serde::Serialize;
+use tokio::sync::watch;
+use tracing::{debug, error, warn};
+
+use super::unix_ms;
+use crate::cluster::clock::StampClock;
+use crate::consensus::{Consensus, ProposeError};
+use crate::metadata::{LogBody, LogCommand, MetadataStore, StorageFault, View};
+use crate::transport::{Purpose, Transport};
+
+/// How often it is looked whether there is something to digest.
+const LOOK_INTERVAL_MS: u64 = 200;
+/// Digests that others may still ask for.
+const DIGESTS_KEPT: usize = 4;
+/// How often the others are asked, as long as they have not answered.
+const ASK_INTERVAL_MS: u64 = 500;
+/// How long they are asked: they may be slower, or away.
+const ASK_MS_MAX: u64 = 600_000;
+/// How long one may take to answer: from memory.
+const ANSWER_TIMEOUT_MS: u64 = 2_000;
+/// The feature level at which audits begin.
+const FEATURE_LEVEL_MIN: u32 = 2;
+
+/// How an audit ended for this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum AuditOutcome {
+    /// A majority of the voters has the same metadata.
+    Agreed,
+    /// A majority has other metadata, all alike: this node makes its own anew.
+    Contradicted,
+    /// No majority has the same: too few answered, or the nodes differ among themselves.
+    Undecided,
+}
+
+/// One audit, as this node saw it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+pub struct AuditReport {
+    /// The log entry at which all were compared.
+    pub index: u64,
+    /// The SHA-256 of this node's metadata there, in hexadecimal.
+    pub sha256: String,
+    /// How it ended; null while the others are asked.
+    pub outcome: Option<AuditOutcome>,
+    /// Slots of voters with the same metadata.
+    pub same: Vec<u16>,
+    /// Slots of voters with other metadata.
+    pub different: Vec<u16>,
+    /// When this was, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// How long digesting took, in milliseconds.
+    pub digest_ms: u64,
+}
+
+/// See the module.
+pub struct Auditor {
+    consensus: Consensus,
+    metadata: Arc<MetadataStore>,
+    transport: Arc<Transport>,
+    stamps: Arc<StampClock>,
+    interval: Duration,
+    digests: Mutex<VecDeque<(u64, Sha256)>>,
+    last: Mutex<Option<AuditReport>>,
+    contradicted: watch::Sender<Option<u64>>,
+}
+
+impl Auditor {
+    /// The leader has everyone compared every `interval`. Nothing is done before [`Auditor::run`].
+    pub fn new(
+        consensus: Consensus,
+        metadata: Arc<MetadataStore>,
+        transport: Arc<Transport>,
+        stamps: Arc<StampClock>,
+        interval: Duration,
+    ) -> Arc<Auditor> {
+        Arc::new(Auditor {
+            consensus,
+            metadata,
+            transport,
+            stamps,
+            interval,
+            digests: Mutex::default(),
+            last: Mutex::default(),
+            contradicted: watch::Sender::new(None),
+        })
+    }
+
+    /// The digest of this node's metadata at entry `index`, if it is known.
+    pub fn digest_at(&self, index: u64) -> Option<Sha256> {
+        let digests = self.digests.lock();
+        digests
+            .iter()
+            .find(|(at, _)| *at == index)
+            .map(|(_, digest)| *digest)
+    }
+
+    /// The last audit.
+    pub fn report(&self) -> Option<AuditReport> {
+        self.last.lock().clone()
+    }
+
+    /// Has all nodes compared now; for the leader.
+    pub async fn begin(&self) -> Result<(), ProposeError> {
+        let unavailable = |reason: String| ProposeError::Unavailable { reason };
+        let view = self.metadata.view();
+        let level = view
+            .map_err(|fault| unavailable(fault.to_string()))?
+            .feature_level();
+        if level < FEATURE_LEVEL_MIN {
+            return Err(unavailable(
+                "not all members are known to take part in audits yet".to_string(),
+            ));
+        }
+        let command = LogCommand {
+            stamp: self.stamps.now(),
+            body: LogBody::Audit,
+        };
+        self.consensus.propose(command).await.map(drop)
+    }
+
+    /// Ends once a majority has contradicted this node; says at which entry.
+    pub async fn contradicted(&self) -> u64 {
+        let mut heard = self.contradicted.subscribe();
+        let found = heard.wait_for(Option::is_some).await.map(|index| *index);
+        match found {
+            Ok(Some(index)) => index,
+            // The sender lives as long as this does.
+            Ok(None) | Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Begins audits where this node leads, and takes part in all, for ever.
+    pub async fn run(self: Arc<Self>) {
+        tokio::spawn(self.clone().run_comparing());
+        let mut last = Instant::now();
+        loop {
+            tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
+            if !self.consensus.is_leader() || last.elapsed() < self.interval {
+                continue;
+            }
+            last = Instant::now();
+            if let Err(error) = self.begin().await {
+                debug!(%error, "no audit this time");
+            }
+        }
+    }
+
+    async fn run_comparing(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
+            let Some(view) = self.consensus.take_audited() else {
+                continue;
+            };
+            let (index, began) = (view.index(), Instant::now());
+            let digest = match tokio::task::spawn_blocking(move || digest(&view)).await {
+                Ok(Ok(digest)) => digest,
+                Ok(Err(fault)) => {
+                    error!(%fault, "the metadata cannot be compared");
+                    continue;
+                }
+                Err(panic) => {
+                    error!(%panic, "the metadata cannot be compared");
+                    continue;
+                }
+            };
+            {
+                let mut digests = self.digests.lock();
+                digests.push_back((index, digest));
+                if digests.len() > DIGESTS_KEPT {
+                    digests.pop_front();
+                }
+            }
+            *self.last.lock() = Some(AuditReport {
+                index,
+                sha256: hexadecimal(digest),
+                outcome: None,
+                same: Vec::new(),
+                different: Vec::new(),
+                unix_ms: unix_ms(),
+                digest_ms: began.elapsed().as_millis() as u64,
+            });
+            self.compare(index, digest).await;
+        }
+    }
+
+    /// Asks the other voters until it is clear where this node stands.
+    async fn compare(&self, index: u64, own: Sha256) {
+        let began = Instant::now();
+        let mut answers = BTreeMap::from([(self.consensus.id(), own)]);
+        loop {
+            let voters = self.consensus.voters();
+            let mut open = self.consensus.members();
+            open.retain(|member| voters.contains(&member.id) && !answers.contains_key(&member.id));
+            let asked = open.iter().map(|member| self.ask(member, index));
+            for (member, answer) in open.iter().zip(join_all(asked).await) {
+                answers.extend(answer.map(|digest| (member.id, digest)));
+            }
+            // Whoever left counts no more; a learner compares itself and does not count for others.
+            answers.retain(|node, _| voters.contains(node) || *node == self.consensus.id());
+            let outcome = judge(&answers, own, voters.len());
+            let all_answered = voters.iter().all(|voter| answers.contains_key(voter));
+            let is_over = all_answered || began.elapsed() >= Duration::from_millis(ASK_MS_MAX);
+            let slots = |same: bool| -> Vec<u16> {
+                let alike = answers.iter().filter(|(_, digest)| (**digest == own) == same);
+                alike.map(|(node, _)| node.slot).collect()
+            };
+            if let Some(report) = self.last.lock().as_mut() {
+                (report.same, report.different) = (slots(true), slots(false));
+                report.outcome = (is_over || outcome == AuditOutcome::Agreed).then_some(outcome);
+            }
+            if is_over {
+                self.conclude(index, outcome, &slots(false));
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(ASK_INTERVAL_MS)).await;
+            // A newer audit is worth more.
+            if self.consensus.has_audited() {
+                return;
+            }
+        }
+    }
+
+    fn conclude(&self, index: u64, outcome: AuditOutcome, different: &[u16]) {
+        match outcome {
+            AuditOutcome::Agreed if different.is_empty() => debug!(index, "all metadata is alike"),
+            AuditOutcome::Agreed => warn!(index, ?different, "nodes have other metadata than the majority"),
+            AuditOutcome::Undecided => {
+                warn!(
+                    index,
+                    ?different,
+                    "it is not known whether all metadata is alike: no majority agrees"
+                );
+            }
+            AuditOutcome::Contradicted => {
+                error!(
+                    index,
+                    ?different,
+                    "this node's metadata differs from that of a majority: it is set aside and made anew"
+                );
+                self.contradicted.send_replace(Some(index));
+            }
+        }
+    }
+
+    async fn ask(&self, member: &Member, index: u64) -> Option<Sha256> {
+        let mut peer = self.transport.peer(&member.addresses, Purpose::Control).ok()?;
+        let asked = peer.state_digest(wire::StateDigestRequest { index });
+        let answer = tokio::time::timeout(Duration::from_millis(ANSWER_TIMEOUT_MS), asked).await;
+        let digest = answer.ok()?.ok()?.into_inner().sha256;
+        digest.as_ref().try_into().ok().map(Sha256)
+    }
+}
+
+/// Where a node whose digest is `own` stands among `voters` voters.
+fn judge(answers: &BTreeMap<NodeId, Sha256>, own: Sha256, voters: usize) -> AuditOutcome {
+    let has_majority = |digest: Sha256| {
+        let alike = answers.values().filter(|other| **other == digest);
+        alike.count() > voters / 2
+    };
+    if has_majority(own) {
+        AuditOutcome::Agreed
+    } else if answers.values().any(|digest| has_majority(*digest)) {
+        AuditOutcome::Contradicted
+    } else {
+        AuditOutcome::Undecided
+    }
+}
+
+/// Half of the time is left to others.
+fn digest(view: &View) -> Result<Sha256, StorageFault> {
+    let mut since = Instant::now();
+    view.digest(|| {
+        std::thread::sleep(since.elapsed());
+        since = Instant::now();
+    })
+}
+
+fn hexadecimal(digest: Sha256) -> String {
+    digest.0.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_majority_decides_and_nothing_less() {
+        let digest = |of: &str| Sha256::of(of.as_bytes());
+        let said = |digests: &[&str]| -> BTreeMap<NodeId, Sha256> {
+            let nodes = digests.iter().zip(1u16..).map(|(of, slot)| {
+                let node = NodeId { slot, incarnation: 1 };
+                (node, digest(of))
+            });
+            nodes.collect()
+        };
+        let judge = |digests: &[&str], voters| judge(&said(digests), digest(digests[0]), voters);
+        assert_eq!(judge(&["a", "a", "a"], 3), AuditOutcome::Agreed);
+        assert_eq!(judge(&["a", "a", "b"], 3), AuditOutcome::Agreed);
+        assert_eq!(judge(&["a", "b", "b"], 3), AuditOutcome::Contradicted);
+        assert_eq!(judge(&["a", "b", "c"], 3), AuditOutcome::Undecided);
+        assert_eq!(judge(&["a", "b"], 3), AuditOutcome::Undecided);
+        assert_eq!(judge(&["a", "b", "b"], 5), AuditOutcome::Undecided);
+        assert_eq!(judge(&["a"], 1), AuditOutcome::Agreed);
+    }
+}

@@ -1,0 +1,38 @@
+//! The digest of a state: equal on all nodes whose states are, whatever lies in overlays and whatever on disk.
+//!
+//! All rows count, as they are encoded, in the order of tables and keys. Of `meta`, which also holds what the consensus
+//! layer wrote there, the counters count.
+
+use quorumfs_proto::{Sha256, codec};
+use sha2::Digest as _;
+
+use super::fault::StorageFault;
+use super::tables::Table;
+use super::view::View;
+
+/// Rows between two pauses.
+const PAUSE_ROWS: u64 = 2_000;
+
+impl View {
+    /// The SHA-256 of the state. Reads all of it: `pause` is called again and again, and may take its time.
+    pub fn digest(&self, mut pause: impl FnMut()) -> Result<Sha256, StorageFault> {
+        let mut hasher = sha2::Sha256::new();
+        hasher.update(codec::encode(&self.counters()));
+        let mut rows = 0u64;
+        for table in Table::ALL.into_iter().filter(|table| *table != Table::Meta) {
+            self.layers.for_each_row(table, |key, value| {
+                hasher.update([table.number()]);
+                for part in [key, value] {
+                    hasher.update((part.len() as u64).to_le_bytes());
+                    hasher.update(part);
+                }
+                rows += 1;
+                if rows.is_multiple_of(PAUSE_ROWS) {
+                    pause();
+                }
+                Ok(())
+            })?;
+        }
+        Ok(Sha256(hasher.finalize().into()))
+    }
+}
