@@ -3,11 +3,13 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::Cluster;
 use crate::damage::{files_below, find_bytes, flip};
+use crate::environment::{wait_for, wait_until};
 use crate::random::{Content, Random};
 
 /// A file: its path, and the seed and length of its content.
@@ -59,7 +61,33 @@ pub fn upload(
     files
 }
 
-/// The files are served by this node as they were written.
+/// Has all nodes compare their metadata, and waits until each says that all have the same.
+#[track_caller]
+pub fn assert_same_metadata(cluster: &Cluster) {
+    const LIMIT: Duration = Duration::from_secs(30);
+    let slots = cluster.running();
+    let report = |slot: usize| ask(cluster, slot, "/repair/audit");
+    let earlier = report(slots[0])["index"].as_u64().unwrap_or_default();
+    // As long as not all are known to be able to, it is refused; a leader notices that within a second or two.
+    wait_for("all can compare", LIMIT, || {
+        cluster.http(slots[0]).post("/repair/audit", "").status == 202
+    });
+    let digest = |slot: &usize| {
+        wait_until(
+            &format!("node {slot} knows that it has the same metadata"),
+            LIMIT,
+            || {
+                let report = report(*slot);
+                let is_new = report["index"].as_u64().is_some_and(|index| index > earlier);
+                let same = report["same"].as_array().map_or(0, Vec::len);
+                (is_new && same == slots.len()).then(|| report["sha256"].clone())
+            },
+        )
+    };
+    let digests: Vec<Value> = slots.iter().map(digest).collect();
+    assert!(digests.windows(2).all(|pair| pair[0] == pair[1]), "{digests:?}");
+}
+
 /// That a node serves these files as they were written.
 #[track_caller]
 pub fn assert_served(cluster: &Cluster, slot: usize, files: &[SeededFile]) {

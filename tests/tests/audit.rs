@@ -3,29 +3,13 @@
 use std::path::Path;
 use std::time::Duration;
 
-use quorumfs_tests::environment::{wait_for, wait_until};
+use quorumfs_tests::environment::wait_for;
+use quorumfs_tests::healing::assert_same_metadata;
 use quorumfs_tests::{Cluster, Sandbox};
 use redb::{ReadableDatabase as _, ReadableTable as _};
-use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(60);
 const DIRENTS: redb::TableDefinition<&[u8], &[u8]> = redb::TableDefinition::new("dirents");
-
-/// Has all compared, and answers what each says once it knows.
-fn audit(cluster: &Cluster, through: usize) -> Vec<Value> {
-    let report = |slot: usize| -> Value { cluster.http(slot).get("/repair/audit").expect(&[200]).json() };
-    let earlier = report(through)["index"].as_u64().unwrap_or_default();
-    cluster.http(through).post("/repair/audit", "").expect(&[202]);
-    let known = |slot: usize| {
-        wait_until(&format!("node {slot} knows how it compares"), LIMIT, || {
-            let report = report(slot);
-            let is_new = report["index"].as_u64().is_some_and(|index| index > earlier);
-            let all = report["same"].as_array().map_or(0, Vec::len) == 3;
-            (is_new && report["outcome"] == "agreed" && all).then_some(report)
-        })
-    };
-    cluster.slots().map(known).collect()
-}
 
 /// Takes a row out of a node's names, as no apply would. False: it is not on disk yet.
 fn forget_name(database: &Path, name: &str) -> bool {
@@ -59,16 +43,7 @@ fn p7_a_node_with_other_metadata_than_the_majority_makes_it_anew() {
         std::fs::write(mount.path(format!("file-{n}")), format!("content {n}")).expect("write");
     }
     std::fs::write(mount.path("file-to-forget"), vec![7; 100_000]).expect("write");
-    wait_for("all members know that the others can compare", LIMIT, || {
-        cluster.http(1).post("/repair/audit", "").status == 202
-    });
-    let reports = audit(&cluster, 1);
-    assert!(
-        reports
-            .iter()
-            .all(|report| report["sha256"] == reports[0]["sha256"]),
-        "{reports:#?}"
-    );
+    assert_same_metadata(&cluster);
 
     // What was applied goes to disk a little later.
     let wrong = cluster.followers()[0];
@@ -97,7 +72,7 @@ fn p7_a_node_with_other_metadata_than_the_majority_makes_it_anew() {
     });
     cluster.wait_voters(&[1, 2, 3], LIMIT);
     cluster.wait_at_rest();
-    audit(&cluster, other);
+    assert_same_metadata(&cluster);
     let recovery = cluster.recovery_status(wrong).expect("recovery status");
     assert_eq!(recovery.fetched_chunks, 0, "it kept its content: {recovery:?}");
     // It counts again: with it and one other everything is there.

@@ -15,6 +15,7 @@ use quorumfs_proto::{
     Answer, ChunkBody, ChunkId, FsError, InodeNumber, Name, NewChunk, OperationResult, Piece, Query, Sha256,
 };
 use quorumfs_tests::environment::Finally;
+use quorumfs_tests::healing::assert_same_metadata;
 use quorumfs_tests::proxy::{Fault, Victim};
 use quorumfs_tests::wire_client::WireClient;
 use quorumfs_tests::{Cluster, Mount, Random, Sandbox};
@@ -356,6 +357,7 @@ fn p4_a_call_whose_answer_is_lost_succeeds_and_is_done_once() {
     }
     observer.unmount();
     mount.unmount();
+    assert_same_metadata(&cluster);
 }
 
 #[test]
@@ -369,4 +371,5 @@ fn p4_a_call_whose_leader_dies_between_commit_and_answer_succeeds_and_is_done_on
     }
     observer.unmount();
     mount.unmount();
+    assert_same_metadata(&cluster);
 }

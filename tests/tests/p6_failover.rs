@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use quorumfs_tests::environment::{Finally, pause_max, wait_for};
+use quorumfs_tests::healing::assert_same_metadata;
 use quorumfs_tests::mount::MountOptions;
 use quorumfs_tests::prober::Prober;
 use quorumfs_tests::random::Content;
@@ -103,6 +104,7 @@ fn p6_three_kills_of_the_leader_under_load_go_unnoticed() {
     });
     mount.unmount();
     cluster.wait_at_rest();
+    assert_same_metadata(&cluster);
 }
 
 #[test]
@@ -122,6 +124,7 @@ fn p6_a_leader_stopped_for_ten_seconds_goes_unnoticed() {
     });
     mount.unmount();
     cluster.wait_at_rest();
+    assert_same_metadata(&cluster);
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use quorumfs_tests::damage::{files_below, find_bytes, flip};
 use quorumfs_tests::environment::Finally;
+use quorumfs_tests::healing::assert_same_metadata;
 use quorumfs_tests::random::Content;
 use quorumfs_tests::{Cluster, Random, Sandbox, scaled};
 
@@ -205,6 +206,7 @@ fn p7_one_three_five_three_nodes_under_load() {
         }
     }
     mount.unmount();
+    assert_same_metadata(&cluster);
 }
 
 #[test]

@@ -349,14 +349,21 @@ impl Peer for PeerService {
         request: Request<wire::HeldChunksRequest>,
     ) -> Result<Response<wire::HeldChunksResponse>, Status> {
         let parts = self.admit(&request)?;
-        let chunks = request.get_ref().chunks.as_slice();
+        let (content, placement) = (parts.content.clone(), parts.placement.clone());
+        let chunks = request.into_inner().chunks;
         if chunks.len() > HELD_ASKED_MAX {
             return Err(Status::invalid_argument(format!(
                 "at most {HELD_ASKED_MAX} chunks may be asked about at once"
             )));
         }
-        let holds = |id: &wire::ChunkId| parts.content.holds(ChunkId::from(*id));
-        let (placement_epoch, held) = parts.placement.answer(|| chunks.iter().map(holds).collect());
+        // While content is let go, which may wait for the disk, nothing is answered: not on a runtime thread.
+        let answered = tokio::task::spawn_blocking(move || {
+            let holds = |id: &wire::ChunkId| content.holds(ChunkId::from(*id));
+            placement.answer(|| chunks.iter().map(holds).collect())
+        });
+        let (placement_epoch, held) = answered
+            .await
+            .map_err(|failed| Status::internal(failed.to_string()))?;
         Ok(Response::new(wire::HeldChunksResponse {
             held,
             placement_epoch,
