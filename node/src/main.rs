@@ -2,17 +2,22 @@
 
 use std::os::unix::process::CommandExt as _;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser as _;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use quorumfs_node::config::{Config, Settings};
-use quorumfs_node::server::{self, Renounced};
+use quorumfs_node::server::{self, StartAgain};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::error;
+use tracing::{error, warn};
 
 /// The exit code for settings that cannot be (EX_USAGE of sysexits.h, as clap's own 2 is for unknown flags).
 const EXIT_USAGE: u8 = 2;
+
+/// How long tasks may take to end, once all that matters has.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 
 fn main() -> ExitCode {
     let config = match Settings::parse().resolve() {
@@ -26,14 +31,15 @@ fn main() -> ExitCode {
         .with_env_filter(tracing_subscriber::EnvFilter::new(&config.log))
         .with_writer(std::io::stderr)
         .init();
+    raise_open_files_limit();
     match run(config) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(renounced) if renounced.is::<Renounced>() => {
-            error!("{renounced:#}");
+        Err(again) if again.is::<StartAgain>() => {
+            error!("{again:#}");
             // In the same process, so that whoever watches over it need not start it again; with everything that was
             // open closed.
-            let mut again = std::process::Command::new("/proc/self/exe");
-            let failed = again.args(std::env::args_os().skip(1)).exec();
+            let mut command = std::process::Command::new("/proc/self/exe");
+            let failed = command.args(std::env::args_os().skip(1)).exec();
             error!(%failed, "cannot start again");
             ExitCode::FAILURE
         }
@@ -55,7 +61,21 @@ fn run(config: Config) -> anyhow::Result<()> {
         runtime.worker_threads((cores / 2).max(1));
     }
     let runtime = runtime.enable_all().build().context("start the runtime")?;
-    runtime.block_on(run_until_told(config))
+    let ended = runtime.block_on(run_until_told(config));
+    // Work that blocks (a look at all content, a log that waits for room) is not waited for: what it leaves behind is what a
+    // crash leaves.
+    runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
+    ended
+}
+
+/// The soft limit of open files is 1024 for the sake of select(2), which is not used here; connections, the log and the
+/// segments of the content store can be more (getrlimit(2)).
+fn raise_open_files_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(errno) = raised {
+        warn!(%errno, "the limit of open files stays as it is");
+    }
 }
 
 async fn run_until_told(config: Config) -> anyhow::Result<()> {

@@ -96,9 +96,9 @@ impl Reader {
         };
         match &reason {
             ContentError::NotFound { .. } => {}
-            ContentError::Corrupt { .. } | ContentError::Io { .. } => {
-                self.repair.found_bad(id, reason.to_string()).await;
-            }
+            bad if bad.is_bad_copy() => self.repair.found_bad(id, reason.to_string()).await,
+            // Nothing is known of the copy; another's serves.
+            ContentError::Io { .. } => warn!(chunk = %id, %reason, "a copy cannot be read; another serves"),
             _ => return Err(reason),
         }
         let found = self.fetch_from_peers(id, offset, length).await;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use futures::FutureExt as _;
 use quorumfs_client::{Client, ClientOptions};
 use quorumfs_proto::limits::MESSAGE_BYTES_MAX;
 use quorumfs_proto::wire::file_system_server::FileSystemServer;
@@ -17,8 +18,9 @@ use quorumfs_proto::{Addresses, Member};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
+use crate::api::connections::Bounded;
 use crate::api::fs::FileSystemService;
 use crate::api::http_metrics::counted;
 use crate::api::peer::PeerService;
@@ -37,7 +39,7 @@ use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::config::Config;
 use crate::consensus::{AppliedEffects, Consensus, ConsensusError, ConsensusOptions};
-use crate::content::{ContentOptions, ContentStore, PeerChunks};
+use crate::content::{ContentOptions, ContentStore, PeerChunks, Stopped};
 use crate::healing::audit::Auditor;
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::{Repair, RepairOptions, RepairParts};
@@ -58,12 +60,28 @@ const EFFECTS_QUEUED_MAX: usize = 4096;
 /// How long open requests may take to end after a shutdown was asked for.
 const DRAIN_TIMEOUT_MS: u64 = 2_000;
 
+/// HTTP connections at once: more than requests are served at once, and few beside the files that a process may open.
+const HTTP_CONNECTIONS_MAX: usize = 1024;
+/// How often a node that has no log yet looks whether it has one.
+const TOOK_PART_INTERVAL_MS: u64 = 250;
+
 /// The parts of the data folder that go together: either has promises in it that the other completes.
 const LOG_FOLDER: &str = "wal";
 const METADATA_FILE: &str = "metadata.redb";
 
-/// The node has lost what it had promised to remember, or its metadata is not what it should be. What is left of it was
-/// set aside and it has a new incarnation: started again, it asks its cluster to take it in, with the content that it kept.
+/// The node cannot go on as it is, but can begin again: in the same process, so that whoever watches over it need not.
+#[derive(Debug, thiserror::Error)]
+pub enum StartAgain {
+    /// What it had promised to remember is lost, or its metadata is not what it should be. What is left was set aside and it has
+    /// a new incarnation: it asks its cluster to take it in, with the content that it kept.
+    #[error(transparent)]
+    AsNew(#[from] Renounced),
+    /// Content was taken away under it. It is who it was, and fetches what it lacks.
+    #[error("{0}; the node starts again with what is left")]
+    WithLessContent(Stopped),
+}
+
+/// Why the node gives its incarnation up.
 #[derive(Debug, thiserror::Error)]
 pub enum Renounced {
     /// The log is damaged or gone.
@@ -132,11 +150,13 @@ pub async fn serve(
             Ok(())
         }
         result = run => match result {
-            Err(error) if error.is::<Renounced>() => {
-                node.folder().renounce(&[LOG_FOLDER, METADATA_FILE])?;
+            Err(error) => {
+                if let Some(StartAgain::AsNew(_)) = error.downcast_ref() {
+                    node.folder().renounce(&[LOG_FOLDER, METADATA_FILE])?;
+                }
                 Err(error)
             }
-            result => result,
+            ended => ended,
         },
         result = grpc_server => Err(anyhow::anyhow!("the gRPC service ended: {result:?}")),
         result = http_server => Err(anyhow::anyhow!("the HTTP service ended: {result:?}")),
@@ -189,6 +209,7 @@ async fn run_parts(
         .context("ask for the size of the disk")?
         .capacity_bytes;
     options.wal.file_bytes = log_file_bytes(capacity_bytes);
+    options.had_log = node.folder().took_part();
     let consensus = Consensus::start(
         options,
         metadata.clone(),
@@ -200,7 +221,7 @@ async fn run_parts(
     let consensus = match consensus {
         Ok(consensus) => consensus,
         Err(error) if error.costs_incarnation() && (config.members.len() > 1 || !config.founds) => {
-            return Err(Renounced::Log(error).into());
+            return Err(StartAgain::AsNew(Renounced::Log(error)).into());
         }
         Err(error) => return Err(error).context("start consensus"),
     };
@@ -213,6 +234,7 @@ async fn run_parts(
         found(&consensus, membership.founders.clone()).await?;
     }
 
+    tokio::spawn(note_took_part(node.clone(), consensus.clone()));
     let peers = Arc::new(PeerChunks::new(transport.clone()));
     let placement = Placement::new(consensus.clone(), metadata.clone());
     let space = SpaceMonitor::new(
@@ -343,9 +365,15 @@ async fn run_parts(
     // A failed flush is never retried: what the disk holds is not known any more (design, Rule flush).
     let reason = tokio::select! {
         reason = consensus_fault.fatal() => reason.to_string(),
-        reason = content_fault.fatal() => reason.to_string(),
-        index = audited.contradicted() => return Err(Renounced::State { index }.into()),
+        stopped = content_fault.fatal() => stopped.to_string(),
+        index = audited.contradicted() => return Err(StartAgain::AsNew(Renounced::State { index }).into()),
     };
+    // Where content cannot be flushed, the consensus stops too, and may be heard first.
+    if let Some(stopped) = content_fault.fatal().now_or_never()
+        && stopped.files_gone
+    {
+        return Err(StartAgain::WithLessContent(stopped).into());
+    }
     anyhow::bail!("the node stops because its disk failed: {reason}")
 }
 
@@ -365,6 +393,20 @@ async fn found(consensus: &Consensus, founders: Vec<Member>) -> anyhow::Result<(
         // Another founder was quicker, and its first entries are here.
         Ok(()) | Err(ConsensusError::Initialize(_)) => Ok(()),
         Err(error) => Err(error).context("make the cluster"),
+    }
+}
+
+/// Once there is a log, the folder says so: found without it later, the node knows that it has forgotten its promises.
+async fn note_took_part(node: Arc<Node>, consensus: Consensus) {
+    while !node.folder().took_part() {
+        if !consensus.is_empty() {
+            let folder = node.clone();
+            let noted = tokio::task::spawn_blocking(move || folder.folder().note_took_part()).await;
+            if let Ok(Err(failed)) = noted {
+                warn!(%failed, "cannot note that this node has a log");
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(TOOK_PART_INTERVAL_MS)).await;
     }
 }
 
@@ -480,6 +522,7 @@ async fn serve_http(
     let stop = async move {
         let _ = stopped.wait_for(|stop| *stop).await;
     };
+    let listener = Bounded::new(listener, HTTP_CONNECTIONS_MAX);
     if let Err(failed) = axum::serve(listener, counted(rest::router(state), &node))
         .with_graceful_shutdown(stop)
         .await

@@ -274,7 +274,7 @@ impl Writer {
     }
 
     async fn decide(&self, body: LogBody) -> Result<CallResult, ProposeError> {
-        let stamp = self.stamps.now();
+        let stamp = self.stamps.stamp().await;
         let inline_bytes = match &body {
             LogBody::Call(mutation) => mutation.command.inline_bytes() as u64,
             _ => 0,

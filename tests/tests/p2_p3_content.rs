@@ -6,7 +6,7 @@ use std::time::Duration;
 use quorumfs_tests::damage::{find_bytes, flip};
 use quorumfs_tests::environment::wait_for;
 use quorumfs_tests::tree::{self, TreeSize};
-use quorumfs_tests::{Cluster, Random, Sandbox, posix, shell};
+use quorumfs_tests::{Cluster, Random, Sandbox, healing, posix, shell};
 
 #[test]
 fn p2_every_node_holds_every_named_chunk_and_any_two_serve_everything() {
@@ -135,15 +135,25 @@ fn p3_when_every_copy_is_corrupt_reading_fails_and_says_so() {
         .expect(&[201]);
     cluster.wait_at_rest();
     for slot in cluster.slots() {
-        for (file, at) in find_bytes(cluster.data_folder(slot), &content[8192..12288]) {
+        let copies = find_bytes(cluster.data_folder(slot), &content[8192..12288]);
+        assert!(!copies.is_empty(), "node {slot} holds no copy");
+        for (file, at) in copies {
             flip(&file, at + 77);
         }
     }
     posix::drop_caches();
     let mount = cluster.mount_with(quorumfs_tests::mount::MountOptions::options("timeout=10"));
-    match fs::read(mount.path("file")) {
-        Ok(read) => assert!(read == content, "a wrong byte was served"),
-        Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}"),
+    let error = fs::read(mount.path("file")).expect_err("no copy is good");
+    assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
+    for slot in cluster.slots() {
+        wait_for(
+            "the loss is told with the file's name",
+            Duration::from_secs(90),
+            || {
+                let status = healing::ask(&cluster, slot, "/repair/status");
+                status["unrepairable_files"].to_string().contains("file")
+            },
+        );
     }
     // What is whole can still be read.
     fs::write(mount.path("other"), "whole").expect("write");

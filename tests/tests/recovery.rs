@@ -54,6 +54,40 @@ fn p7_a_node_without_its_content_folder_is_made_whole() {
 }
 
 #[test]
+fn p7_content_deleted_under_a_running_node_comes_back_and_the_node_stays_who_it_is() {
+    let sandbox = Sandbox::light("repair-live");
+    let mut random = Random::announced();
+    let cluster = Cluster::start(&sandbox);
+    let mut files = upload(&cluster, 1, "before", (0..8).map(|_| 3 << 20), &mut random);
+    cluster.wait_at_rest();
+    let hurt = cluster.followers()[0];
+    let incarnation = || {
+        let members = cluster.membership(cluster.leader()).expect("membership");
+        let member = members.into_iter().find(|member| member.slot == hurt);
+        member.expect("it is a member").incarnation
+    };
+    let before = incarnation();
+    fs::remove_dir_all(content_folder(&cluster, hurt)).expect("delete the content");
+    // What comes now goes to a file that has no name any more: it does not count as held there.
+    files.extend(upload(&cluster, 1, "after", (0..4).map(|_| 3 << 20), &mut random));
+    cluster.wait_log(
+        hurt,
+        &["was removed while it was in use"],
+        Duration::from_secs(60),
+    );
+    wait_for("it is whole again", Duration::from_secs(60), || {
+        cluster
+            .recovery_status(hurt)
+            .is_ok_and(|status| status.missing_chunks == 0 && status.held_chunks == status.named_chunks)
+    });
+    assert_eq!(incarnation(), before);
+    let gone = hurt % 3 + 1;
+    cluster.kill(gone);
+    cluster.leader();
+    assert_served(&cluster, hurt, &files);
+}
+
+#[test]
 fn p7_a_pass_can_be_asked_for_and_costs_nothing_when_nothing_changed() {
     let sandbox = Sandbox::light("repair-sync");
     let mut random = Random::announced();

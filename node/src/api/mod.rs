@@ -1,6 +1,7 @@
 //! The edges: each decodes, calls, encodes; nothing else.
 
 pub mod admin;
+pub mod connections;
 pub mod fs;
 pub mod http_metrics;
 pub mod peer;

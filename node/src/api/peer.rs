@@ -11,10 +11,11 @@ use tonic::{Request, Response, Status, Streaming};
 use super::fs::{AnswerStream, answer_stream, chunk_refused};
 use crate::cluster::identity::Membership;
 use crate::cluster::membership::RosterError;
+use crate::cluster::metrics::report::Throughput;
 use crate::consensus::{BarrierError, ProposeError};
+use crate::content::Verdict;
 use crate::content::peers::VERIFY_IDS_MAX;
 use crate::content::wire::{get_response, put_response, range_asked, stored_chunk};
-use crate::content::{ContentError, Verdict};
 use crate::healing::completeness::{Asked, completeness};
 use crate::metadata::FEATURE_LEVEL;
 use crate::node::{Node, Parts};
@@ -329,7 +330,9 @@ impl Peer for PeerService {
                 };
                 let range = tokio::task::spawn_blocking(move || content.read(id, offset, length)).await;
                 let range = range.unwrap_or_else(|failed| Err(task_failed(failed)));
-                if let Err(bad @ (ContentError::Corrupt { .. } | ContentError::Io { .. })) = &range {
+                if let Err(bad) = &range
+                    && bad.is_bad_copy()
+                {
                     // Who asked goes to another node; this one must not stay as it is.
                     let reason = bad.to_string();
                     tokio::spawn(async move { repair.found_bad(id, reason).await });
@@ -445,6 +448,7 @@ impl Peer for PeerService {
         let parts = self.admit(&request)?;
         let room = parts.space.own();
         let recovery = parts.recovery.status();
+        let now = Throughput::gather(self.node.metrics());
         Ok(Response::new(wire::NodeStatusResponse {
             node: Some(self.node.own().clone().into()),
             capacity_bytes: room.capacity_bytes,
@@ -455,6 +459,11 @@ impl Peer for PeerService {
             chunks_missing: recovery.missing_chunks,
             applied_index: parts.metadata.position().index,
             feature_level: FEATURE_LEVEL,
+            operations_per_s: now.operations_per_s,
+            read_bytes_per_s: now.read_bytes_per_s,
+            written_bytes_per_s: now.written_bytes_per_s,
+            commit_p50_us: now.commit_latency.p50_us,
+            commit_p99_us: now.commit_latency.p99_us,
         }))
     }
 

@@ -57,7 +57,7 @@ pub async fn run(
             continue;
         }
         let command = LogCommand {
-            stamp: stamps.now(),
+            stamp: stamps.stamp().await,
             body: LogBody::RaiseFeatureLevel { level },
         };
         match consensus.propose(command).await {

@@ -17,6 +17,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
 use parking_lot::Mutex;
 use quorumfs_proto::{Member, NodeId, wire};
 use tokio::time::MissedTickBehavior;
@@ -35,6 +37,8 @@ pub use self::report::HealthReport;
 const PROBE_TIMEOUT_MS: u64 = 2_000;
 /// How long the leader may take to make sure that it leads: shorter, so that its own reason arrives.
 const CONFIRM_TIMEOUT_MS: u64 = 1_500;
+/// How often a node whose clock was not compared yet looks whether it leads.
+const FIRST_COMPARISON_INTERVAL_MS: u64 = 50;
 /// What was heard counts for so many rounds of probes.
 const FRESH_ROUNDS: u32 = 3;
 
@@ -89,6 +93,7 @@ impl HealthMonitor {
 
     /// Probes again and again, for ever.
     pub async fn run(self: Arc<Self>) {
+        tokio::spawn(self.clone().compare_clocks_before_stamping());
         let mut rounds = tokio::time::interval(self.interval);
         rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -118,17 +123,48 @@ impl HealthMonitor {
         known.heard.retain(|id, _| is_member(id));
     }
 
-    async fn probe_and_record(&self, member: Member) {
+    /// A node that leads before its rounds of probes have heard of a majority's clocks asks for them at once: commands
+    /// wait for that. Says nothing of anybody's health.
+    async fn compare_clocks_before_stamping(self: Arc<Self>) {
+        while !self.stamps.is_compared() {
+            if self.consensus.is_leader() {
+                let asked = self.others().into_iter().map(|member| {
+                    let monitor = self.clone();
+                    async move {
+                        let answer = monitor.ask_for_clock(&member).await.ok()?;
+                        Some((member, answer.1))
+                    }
+                });
+                let mut asked: FuturesUnordered<_> = asked.collect();
+                while !self.compare_clocks()
+                    && let Some(answer) = asked.next().await
+                {
+                    if let Some((member, wall)) = answer {
+                        let mut known = self.known.lock();
+                        let peer = known.peers.entry(member.id).or_insert_with(|| Peer::new(&member));
+                        peer.wall = Some(wall);
+                    }
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(FIRST_COMPARISON_INTERVAL_MS)).await;
+        }
+    }
+
+    /// One probe: how long it took, and what the other's clock showed when.
+    async fn ask_for_clock(&self, member: &Member) -> Result<(Duration, (SystemTime, Instant)), String> {
         let begun = Instant::now();
-        let outcome = self.ask(&member, Leadership::DoNotConfirm).await;
+        let answer = self.ask(member, Leadership::DoNotConfirm).await?;
         let now = Instant::now();
-        let outcome = outcome.map(|answer| {
-            self.learn(&answer.views);
-            // Its clock was read about halfway.
-            let halfway = begun + (now - begun) / 2;
-            let wall = u64::try_from(answer.wall_clock_ns).unwrap_or_default();
-            (now - begun, (UNIX_EPOCH + Duration::from_nanos(wall), halfway))
-        });
+        self.learn(&answer.views);
+        // Its clock was read about halfway.
+        let halfway = begun + (now - begun) / 2;
+        let wall = u64::try_from(answer.wall_clock_ns).unwrap_or_default();
+        Ok((now - begun, (UNIX_EPOCH + Duration::from_nanos(wall), halfway)))
+    }
+
+    async fn probe_and_record(&self, member: Member) {
+        let outcome = self.ask_for_clock(&member).await;
+        let now = Instant::now();
         let change = {
             let mut known = self.known.lock();
             let peer = known.peers.entry(member.id).or_insert_with(|| Peer::new(&member));
@@ -332,9 +368,13 @@ impl HealthMonitor {
         clocks.collect()
     }
 
-    fn compare_clocks(&self) {
+    /// Answers whether there was ever a comparison with a majority.
+    fn compare_clocks(&self) -> bool {
         let (wall, now) = (SystemTime::now(), Instant::now());
-        let others = self.clocks_of_others(now).into_values().collect();
+        let others: Vec<SystemTime> = self.clocks_of_others(now).into_values().collect();
+        // Half of the others and this node are a majority.
+        let members = self.consensus.members().len();
+        let is_majority = members > 0 && others.len() * 2 + 1 >= members;
         if self.stamps.compare(wall, now, others) {
             match self.stamps.ahead() {
                 Some(ahead) => warn!(
@@ -344,6 +384,10 @@ impl HealthMonitor {
                 None => info!("this node's clock goes with the others' again: it stamps commands with it"),
             }
         }
+        if is_majority {
+            self.stamps.note_compared();
+        }
+        self.stamps.is_compared()
     }
 }
 

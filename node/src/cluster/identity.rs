@@ -67,10 +67,36 @@ struct IdentityFile {
     /// Whether the folder was another incarnation's before; such a node joins, it never makes a cluster.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     reborn: bool,
+    /// Whether this incarnation has had a log: one that is empty later has lost what it promised.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    took_part: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     cluster: Option<String>,
+    /// What the incarnation before left behind and is not set aside yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    leaves_behind: Option<Remains>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     members: Vec<MemberEntry>,
+}
+
+/// What an incarnation that gave itself up left in the folder.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Remains {
+    /// Names in the folder.
+    names: Vec<String>,
+    /// The folder in it that they are moved to.
+    to: String,
+}
+
+/// What the identity file says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Identity {
+    id: NodeId,
+    reborn: bool,
+    took_part: bool,
+    leaves_behind: Option<Remains>,
+    membership: Option<Membership>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -97,8 +123,8 @@ pub struct Membership {
 pub struct DataFolder {
     path: PathBuf,
     id: NodeId,
-    reborn: bool,
-    membership: Mutex<Option<Membership>>,
+    // Locked to look, and while the file is written.
+    identity: Mutex<Identity>,
     _lock: nix::fcntl::Flock<File>,
 }
 
@@ -125,7 +151,7 @@ impl DataFolder {
             .map_err(|_| IdentityError::InUse(path.to_path_buf()))?;
 
         let file_path = path.join(IDENTITY_FILE);
-        let (id, reborn, membership) = match std::fs::read_to_string(&file_path) {
+        let mut identity = match std::fs::read_to_string(&file_path) {
             Ok(text) => parse(&text).map_err(|reason| IdentityError::Malformed {
                 path: file_path.clone(),
                 reason,
@@ -139,25 +165,27 @@ impl DataFolder {
                         return Err(IdentityError::NoIdentity(path.to_path_buf()));
                     }
                 }
-                let incarnation = rand::random_range(1..=u64::MAX);
-                let id = NodeId { slot, incarnation };
-                write(path, id, false, None).map_err(io("write identity in", path))?;
-                (id, false, None)
+                let identity = Identity::new(slot);
+                write(path, &identity).map_err(io("write identity in", path))?;
+                identity
             }
             Err(error) => return Err(io("read", &file_path)(error)),
         };
-        if id.slot != slot {
+        if identity.id.slot != slot {
             return Err(IdentityError::OtherSlot {
                 path: path.to_path_buf(),
-                found: id.slot,
+                found: identity.id.slot,
                 wanted: slot,
             });
         }
+        if let Some(remains) = identity.leaves_behind.take() {
+            set_aside(path, &remains)?;
+            write(path, &identity).map_err(io("write identity in", path))?;
+        }
         Ok(DataFolder {
             path: path.to_path_buf(),
-            id,
-            reborn,
-            membership: Mutex::new(membership),
+            id: identity.id,
+            identity: Mutex::new(identity),
             _lock: lock,
         })
     }
@@ -174,68 +202,119 @@ impl DataFolder {
 
     /// Whether it holds nothing: no earlier incarnation's content, and no cluster's.
     pub fn is_fresh(&self) -> bool {
-        !self.reborn && self.membership.lock().is_none()
+        let identity = self.identity.lock();
+        !identity.reborn && identity.membership.is_none()
     }
 
-    /// Gives the incarnation up, for what it had promised to remember is lost: sets `lost` (names in the folder) aside
-    /// and writes a new identity that belongs to no cluster. Content stays. Nothing else may use the folder; open it
+    /// Whether this incarnation has had a log ([`DataFolder::note_took_part`]).
+    pub fn took_part(&self) -> bool {
+        self.identity.lock().took_part
+    }
+
+    /// This incarnation has a log now. Durable when it returns.
+    pub fn note_took_part(&self) -> Result<(), IdentityError> {
+        self.change(|identity| identity.took_part = true)
+    }
+
+    /// Gives the incarnation up, for what it had promised to remember is lost: writes a new identity that belongs to no
+    /// cluster, and sets `lost` (names in the folder) aside. Content stays. Nothing else may use the folder; open it
     /// anew afterwards.
     ///
+    /// The identity goes first: whatever happens in between, nobody finds the old one without its log, and votes. What is
+    /// not set aside then is when the folder is opened next.
+    ///
     /// # Errors
-    /// Where the disk says no; what was moved before is aside, and the node may try again.
+    /// Where the disk says no; the node may try again.
     pub fn renounce(&self, lost: &[&str]) -> Result<(), IdentityError> {
-        let io = |what, at: &Path| {
-            let at = at.to_path_buf();
-            move |source| IdentityError::Io {
-                what,
-                path: at,
-                source,
-            }
+        let remains = Remains {
+            names: lost.iter().map(|name| name.to_string()).collect(),
+            to: format!("damaged-{:016x}", self.id.incarnation),
         };
-        let aside = self.path.join(format!("damaged-{:016x}", self.id.incarnation));
-        std::fs::create_dir_all(&aside).map_err(io("make", &aside))?;
-        for name in lost {
-            let from = self.path.join(name);
-            match std::fs::rename(&from, aside.join(name)) {
-                Ok(()) => {}
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(error) => return Err(io("set aside", &from)(error)),
-            }
-        }
-        let incarnation = rand::random_range(1..=u64::MAX);
-        let slot = self.id.slot;
-        write(&self.path, NodeId { slot, incarnation }, true, None)
-            .map_err(io("write identity in", &self.path))
+        let next = Identity {
+            reborn: true,
+            leaves_behind: Some(remains),
+            ..Identity::new(self.id.slot)
+        };
+        self.change(|identity| *identity = next)
     }
 
     /// The cluster it belongs to; `None`: it never held a vote or a log entry.
     pub fn membership(&self) -> Option<Membership> {
-        self.membership.lock().clone()
+        self.identity.lock().membership.clone()
     }
 
     /// Binds the folder to a cluster for ever, durably.
     pub fn bind(&self, membership: Membership) -> Result<(), IdentityError> {
-        let mut held = self.membership.lock();
-        write(&self.path, self.id, self.reborn, Some(&membership)).map_err(|source| IdentityError::Io {
+        self.change(|identity| identity.membership = Some(membership))
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Identity)) -> Result<(), IdentityError> {
+        let mut identity = self.identity.lock();
+        let mut next = identity.clone();
+        change(&mut next);
+        write(&self.path, &next).map_err(|source| IdentityError::Io {
             what: "write identity in",
             path: self.path.clone(),
             source,
         })?;
-        *held = Some(membership);
+        *identity = next;
         Ok(())
     }
+}
+
+impl Identity {
+    /// One that nothing is known of yet.
+    fn new(slot: u16) -> Identity {
+        let incarnation = rand::random_range(1..=u64::MAX);
+        Identity {
+            id: NodeId { slot, incarnation },
+            reborn: false,
+            took_part: false,
+            leaves_behind: None,
+            membership: None,
+        }
+    }
+}
+
+/// Moves what is left of an earlier incarnation out of the way; what is not there was moved before. Durable when it
+/// returns.
+fn set_aside(folder: &Path, remains: &Remains) -> Result<(), IdentityError> {
+    let io = |what, path: &Path| {
+        let path = path.to_path_buf();
+        move |source| IdentityError::Io { what, path, source }
+    };
+    let to = folder.join(&remains.to);
+    std::fs::create_dir_all(&to).map_err(io("make", &to))?;
+    for name in &remains.names {
+        let from = folder.join(name);
+        match std::fs::rename(&from, to.join(name)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(io("set aside", &from)(error));
+            }
+            _ => {}
+        }
+    }
+    for changed in [&to, folder] {
+        File::open(changed)
+            .and_then(|changed| changed.sync_all())
+            .map_err(io("flush", changed))?;
+    }
+    Ok(())
 }
 
 fn temporary_name() -> String {
     format!("{IDENTITY_FILE}.new")
 }
 
-fn write(folder: &Path, id: NodeId, reborn: bool, membership: Option<&Membership>) -> std::io::Result<()> {
+fn write(folder: &Path, identity: &Identity) -> std::io::Result<()> {
+    let membership = identity.membership.as_ref();
     let file = IdentityFile {
         version: FOLDER_VERSION,
-        slot: id.slot,
-        incarnation: format!("{:016x}", id.incarnation),
-        reborn,
+        slot: identity.id.slot,
+        incarnation: format!("{:016x}", identity.id.incarnation),
+        reborn: identity.reborn,
+        took_part: identity.took_part,
+        leaves_behind: identity.leaves_behind.clone(),
         cluster: membership.map(|m| m.cluster.to_string()),
         members: membership
             .map(|m| m.founders.iter().map(entry_of).collect())
@@ -259,7 +338,7 @@ fn entry_of(member: &Member) -> MemberEntry {
     }
 }
 
-fn parse(text: &str) -> Result<(NodeId, bool, Option<Membership>), String> {
+fn parse(text: &str) -> Result<Identity, String> {
     let file: IdentityFile = toml::from_str(text).map_err(|e| e.to_string())?;
     if file.version != FOLDER_VERSION {
         return Err(format!(
@@ -272,8 +351,15 @@ fn parse(text: &str) -> Result<(NodeId, bool, Option<Membership>), String> {
         slot: file.slot,
         incarnation: number(&file.incarnation)?,
     };
+    let mut identity = Identity {
+        id,
+        reborn: file.reborn,
+        took_part: file.took_part,
+        leaves_behind: file.leaves_behind,
+        membership: None,
+    };
     let Some(cluster) = file.cluster else {
-        return Ok((id, file.reborn, None));
+        return Ok(identity);
     };
     let cluster =
         ClusterId::from_hex(&cluster).ok_or_else(|| format!("cluster {cluster:?} is not 32 hex digits"))?;
@@ -290,7 +376,8 @@ fn parse(text: &str) -> Result<(NodeId, bool, Option<Membership>), String> {
             },
         });
     }
-    Ok((id, file.reborn, Some(Membership { cluster, founders })))
+    identity.membership = Some(Membership { cluster, founders });
+    Ok(identity)
 }
 
 #[cfg(test)]
@@ -350,14 +437,29 @@ mod tests {
         }
         folder.renounce(&["wal", "metadata.redb"]).unwrap();
         drop(folder);
+        // Killed here, it is another already, and what it leaves behind is set aside by who opens the folder next.
+        let text = std::fs::read_to_string(dir.path().join(IDENTITY_FILE)).unwrap();
+        let written = parse(&text).unwrap();
+        assert_ne!(written.id, first);
+        assert!(written.leaves_behind.is_some());
+        assert!(dir.path().join("wal").exists());
         let reborn = DataFolder::open(dir.path(), 1).unwrap();
         assert_ne!(reborn.id(), first);
         assert_eq!(reborn.membership(), None);
+        assert!(!reborn.took_part());
         assert!(!reborn.is_fresh(), "it must not make a cluster");
         assert!(dir.path().join("content/file").exists());
         assert!(!dir.path().join("wal").exists());
         let aside = dir.path().join(format!("damaged-{:016x}", first.incarnation));
         assert_eq!(std::fs::read_to_string(aside.join("wal/file")).unwrap(), "wal");
+        // Once: a log of its own is left where it is.
+        let second = reborn.id();
+        reborn.note_took_part().unwrap();
+        std::fs::create_dir(dir.path().join("wal")).unwrap();
+        drop(reborn);
+        let again = DataFolder::open(dir.path(), 1).unwrap();
+        assert_eq!((again.id(), again.took_part()), (second, true));
+        assert!(dir.path().join("wal").exists());
     }
 
     #[test]

@@ -118,7 +118,7 @@ impl SessionKeeper {
 
     async fn propose(&self, body: LogBody) {
         let command = LogCommand {
-            stamp: self.stamps.now(),
+            stamp: self.stamps.stamp().await,
             body,
         };
         if let Err(error) = self.consensus.propose(command).await {

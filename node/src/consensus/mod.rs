@@ -79,6 +79,9 @@ const ADMISSION_UNIT_BYTES: usize = 1 << 10;
 /// Why consensus cannot start on this node.
 #[derive(Debug, thiserror::Error)]
 pub enum ConsensusError {
+    /// The log and the metadata are gone, and so is its vote. The node must take part under a new incarnation.
+    #[error("the log and the metadata are gone")]
+    AllLost,
     /// The log cannot be opened. [`WalError::DamagedBelowWatermark`] costs the node its incarnation.
     #[error(transparent)]
     Log(#[from] WalError),
@@ -110,7 +113,7 @@ impl ConsensusError {
     /// Whether the node has forgotten what it promised, so that it must not take part as whom it was.
     pub fn costs_incarnation(&self) -> bool {
         match self {
-            ConsensusError::LogLost { .. } => true,
+            ConsensusError::LogLost { .. } | ConsensusError::AllLost => true,
             ConsensusError::Log(error) => matches!(
                 error,
                 WalError::DamagedBelowWatermark { .. }
@@ -231,6 +234,9 @@ impl Consensus {
         let durable = metadata.durable_position();
         if durable.log_id.is_some() && log.is_empty() {
             return Err(ConsensusError::LogLost { index: durable.index });
+        }
+        if options.had_log && log.is_empty() {
+            return Err(ConsensusError::AllLost);
         }
         let age_max = Duration::from_millis(options.flush_age_ms);
         let flusher = Flusher::start(metadata.clone(), content, log.clone(), fatal.clone(), age_max)?;

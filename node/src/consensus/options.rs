@@ -45,6 +45,8 @@ pub struct ConsensusOptions {
     pub cluster: ClusterId,
     /// Where the log lies.
     pub directory: PathBuf,
+    /// Whether this incarnation has had a log: then an empty one is a lost one.
+    pub had_log: bool,
     /// How the log is kept.
     pub wal: WalOptions,
     /// Elections.
@@ -74,6 +76,7 @@ impl ConsensusOptions {
             id,
             cluster,
             directory,
+            had_log: false,
             wal: WalOptions::default(),
             timings: Timings::default(),
             admission_bytes_max: 64 << 20,

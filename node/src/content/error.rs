@@ -79,12 +79,15 @@ pub enum ContentError {
     },
 }
 
-/// A flush has failed: what the store answers from then on.
+/// A flush has failed, or files are gone: what the store answers from then on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{reason}")]
 pub struct Stopped {
     /// The first failure.
     pub reason: Arc<str>,
+    /// Somebody took files away from under the running store. The disk may be well: opened anew, the store holds what is
+    /// left.
+    pub files_gone: bool,
 }
 
 impl Stopped {
@@ -92,17 +95,49 @@ impl Stopped {
     pub(super) fn because(action: &str, path: &Path, source: &io::Error) -> Stopped {
         Stopped {
             reason: format!("cannot {action} {}: {source}", path.display()).into(),
+            files_gone: false,
+        }
+    }
+
+    /// `path` was taken away.
+    pub(super) fn gone(path: &Path) -> Stopped {
+        Stopped {
+            reason: format!("{} was removed while it was in use", path.display()).into(),
+            files_gone: true,
         }
     }
 }
 
 impl From<Stopped> for ContentError {
-    fn from(Stopped { reason }: Stopped) -> ContentError {
+    fn from(Stopped { reason, .. }: Stopped) -> ContentError {
         ContentError::Fatal { reason }
     }
 }
 
+/// What a disk or a filesystem says of data that it cannot give: EUCLEAN and EBADMSG are checksums of ext4, XFS and btrfs
+/// that do not match, ENODATA and EILSEQ a sector that the medium does not give back (errno(3), Linux block/blk-core.c).
+const MEDIUM_ERRORS: [i32; 6] = [
+    libc::EIO,
+    libc::EUCLEAN,
+    libc::EBADMSG,
+    libc::ENODATA,
+    libc::EILSEQ,
+    libc::EREMOTEIO,
+];
+
 impl ContentError {
+    /// Whether it says that the copy is bad. Any other failure to read it (too many open files, no memory, no permission)
+    /// says nothing of the copy, which may be the last good one.
+    pub fn is_bad_copy(&self) -> bool {
+        match self {
+            ContentError::Corrupt { .. } => true,
+            ContentError::Io { source, .. } => source
+                .raw_os_error()
+                .is_some_and(|errno| MEDIUM_ERRORS.contains(&errno)),
+            _ => false,
+        }
+    }
+
     /// An I/O error with its context; a full disk is [`ContentError::NoSpace`] wherever it shows.
     pub(super) fn io(action: &'static str, path: &Path, source: io::Error) -> ContentError {
         match source.kind() {

@@ -1,10 +1,12 @@
-//! The first failed flush: remembered for ever, told to who asks.
+//! The first failed flush, or the first file found to be gone: remembered for ever, told to who asks.
 //!
 //! Invariant: after a failure no flush is tried again and none is reported as done. The kernel may have dropped the
-//! pages that it could not write, and would report success the second time.
+//! pages that it could not write, and would report success the second time. What is in a file without a name is gone
+//! with this process, so a flush of such a file is no success either.
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 #[cfg(test)]
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -48,7 +50,16 @@ impl Fault {
     /// Flushes `file`.
     pub fn flush(&self, file: &File, path: &Path) -> Result<(), Stopped> {
         self.check()?;
-        self.remember("flush", path, self.sync_data(file))
+        self.remember("flush", path, self.sync_data(file))?;
+        match file.metadata() {
+            Ok(metadata) if metadata.nlink() == 0 => Err(self.files_gone(path)),
+            _ => Ok(()),
+        }
+    }
+
+    /// A file in use is not there any more.
+    pub fn files_gone(&self, path: &Path) -> Stopped {
+        self.stop(|| Stopped::gone(path))
     }
 
     /// Flushes a folder whose entries have changed.
@@ -62,12 +73,18 @@ impl Fault {
             // Another thread's flush may have failed meanwhile: nothing is reported as done after that.
             return self.check();
         };
+        Err(self.stop(|| Stopped::because(action, path, &source)))
+    }
+
+    /// Stops for `reason`, if this is the first; answers what the first was.
+    fn stop(&self, reason: impl FnOnce() -> Stopped) -> Stopped {
+        let mut answer = None;
         self.first.send_if_modified(|first| {
             let is_first = first.is_none();
-            first.get_or_insert_with(|| Stopped::because(action, path, &source));
+            answer = Some(first.get_or_insert_with(reason).clone());
             is_first
         });
-        self.check()
+        answer.expect("set by the closure, which is always called")
     }
 
     fn sync_data(&self, file: &File) -> io::Result<()> {

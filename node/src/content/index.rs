@@ -256,6 +256,11 @@ impl Index {
         inner.no_longer_live(&gone)
     }
 
+    /// Whether `segment` is one of its segments.
+    pub fn has_segment(&self, segment: &Segment) -> bool {
+        self.inner.read().segments.contains_key(&segment.sequence)
+    }
+
     /// Whether a record that was set aside lies in `segment`.
     pub fn has_aside(&self, segment: &Segment) -> bool {
         let inner = self.inner.read();

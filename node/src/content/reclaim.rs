@@ -85,7 +85,7 @@ impl ContentStore {
         match self.verify(id) {
             Ok((sha256, _)) if named.is_none_or(|named| named == sha256) => return Ok(Quarantined::Healthy),
             Err(ContentError::NotFound { .. }) => return Ok(Quarantined::NotHeld),
-            Err(error @ ContentError::Fatal { .. }) => return Err(error),
+            Err(error) if !error.is_bad_copy() => return Err(error),
             Ok(_) | Err(_) => {}
         }
         let gone = self.index.set_aside(id, place, ASIDE_BYTES_MAX);
@@ -255,9 +255,14 @@ impl ContentStore {
             {
                 continue;
             }
-            let bytes = allocated_bytes(&segment)?;
-            std::fs::remove_file(&segment.path)
-                .map_err(|source| ContentError::io("remove", &segment.path, source))?;
+            let bytes = allocated_bytes(&segment).unwrap_or(0);
+            match std::fs::remove_file(&segment.path) {
+                Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(ContentError::io("remove", &segment.path, source));
+                }
+                // Gone is what it was to be.
+                _ => {}
+            }
             self.forget_file(&segment);
             removal.segments += 1;
             removal.freed_bytes += bytes;

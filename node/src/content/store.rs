@@ -4,7 +4,7 @@
 //! - [`ContentStore::put`] and [`ContentStore::sync`] return when the disk has it, and [`ContentStore::holds`] speaks
 //!   only of what the disk has.
 //! - No byte leaves that was not verified against its CRC, and against a header that names its chunk.
-//! - Nothing but a failed flush makes the store unusable; a full disk does not.
+//! - Nothing but a failed flush, or files taken away from under it, makes the store unusable; a full disk does not.
 
 use std::fs::File;
 use std::io;
@@ -22,7 +22,7 @@ use quorumfs_proto::limits::BLOCK_BYTES;
 use quorumfs_proto::{ChunkId, Sha256};
 
 use super::chunk::{ChunkRange, Space, StoredChunk};
-use super::error::ContentError;
+use super::error::{ContentError, Stopped};
 use super::index::{Index, Place};
 use super::io_thread::IoThread;
 use super::record::{Mark, RecordHeader, SEGMENT_HEADER_BYTES};
@@ -241,6 +241,11 @@ impl ContentStore {
         self.index.contains(id)
     }
 
+    /// How long `id` is, if it is here.
+    pub fn length(&self, id: ChunkId) -> Option<u32> {
+        self.index.get(id).map(|(place, _)| place.length)
+    }
+
     /// Up to `max` ids above `after`, ascending; with those that are appended and not yet flushed.
     pub fn ids_after(&self, after: Option<ChunkId>, max: usize) -> Vec<ChunkId> {
         self.index.ids_after(after, max)
@@ -269,17 +274,34 @@ impl ContentStore {
         self.writer.space()
     }
 
-    /// Resolves when a flush has failed, with the reason: the node must stop.
-    pub fn fatal(&self) -> impl Future<Output = Arc<str>> + Send + use<> {
+    /// Looks whether the files are all there, which who works with open files does not see; stops the store where they are
+    /// not. Blocks.
+    pub fn check_files(&self) -> Result<(), ContentError> {
+        self.writer.fault.check()?;
+        for segment in self.index.segments() {
+            match std::fs::symlink_metadata(&segment.path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => self.is_gone(&segment)?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The file of `segment` is not there: it is in order only where the store itself has removed it.
+    fn is_gone(&self, segment: &Segment) -> Result<(), ContentError> {
+        if segment.is_removed() || !self.index.has_segment(segment) {
+            return Ok(());
+        }
+        Err(self.writer.fault.files_gone(&segment.path).into())
+    }
+
+    /// Resolves when the store has stopped, with the reason: the node must stop.
+    pub fn fatal(&self) -> impl Future<Output = Stopped> + Send + use<> {
         let mut first = self.writer.fault.subscribe();
         async move {
-            let reason = first
-                .wait_for(Option::is_some)
-                .await
-                .ok()
-                .and_then(|stopped| stopped.as_ref().map(|stopped| Arc::clone(&stopped.reason)));
-            match reason {
-                Some(reason) => reason,
+            let stopped = first.wait_for(Option::is_some).await.ok();
+            match stopped.and_then(|stopped| stopped.clone()) {
+                Some(stopped) => stopped,
                 // The store is gone without a failure: there will be none.
                 None => std::future::pending().await,
             }
@@ -363,7 +385,13 @@ impl ContentStore {
                 .write(true)
                 .open(&segment.path)
                 .map(Arc::new)
-                .map_err(|source| ContentError::io("open", &segment.path, source))
+                .map_err(|source| match source.kind() {
+                    io::ErrorKind::NotFound => self
+                        .is_gone(segment)
+                        .err()
+                        .unwrap_or_else(|| ContentError::io("open", &segment.path, source)),
+                    _ => ContentError::io("open", &segment.path, source),
+                })
         })?;
         // The segment may have gone while its file was opened: an open file would keep its room.
         if segment.is_removed() {

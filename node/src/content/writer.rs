@@ -319,8 +319,13 @@ impl Writer {
             .min(self.options.segment_bytes)
             .max(least);
         let sequence = tail.next_sequence;
-        let (segment, file, capacity) =
-            Segment::create(&self.directory, sequence, rand::random(), wanted, least)?;
+        let created = Segment::create(&self.directory, sequence, rand::random(), wanted, least);
+        let (segment, file, capacity) = created.map_err(|error| match error {
+            ContentError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                self.fault.files_gone(&self.directory).into()
+            }
+            error => error,
+        })?;
         tail.next_sequence += 1;
         tail.folder_changed = true;
         let segment = Arc::new(segment);

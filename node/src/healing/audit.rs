@@ -130,7 +130,7 @@ impl Auditor {
             ));
         }
         let command = LogCommand {
-            stamp: self.stamps.now(),
+            stamp: self.stamps.stamp().await,
             body: LogBody::Audit,
         };
         self.consensus.propose(command).await.map(drop)

@@ -104,6 +104,21 @@ impl Snapshot {
         }
     }
 
+    /// What came after `earlier`, an older snapshot of the same distribution. Its largest value is known to 1/32.
+    pub fn since(&self, earlier: &Snapshot) -> Snapshot {
+        let buckets = self
+            .buckets
+            .checked_sub(&earlier.buckets)
+            .unwrap_or_else(|_| self.buckets.clone());
+        let largest = buckets.iter().filter(|bucket| bucket.count() > 0).last();
+        Snapshot {
+            count: buckets.as_slice().iter().sum(),
+            sum: self.sum.wrapping_sub(earlier.sum),
+            max: largest.map_or(0, |bucket| bucket.end().min(self.max)),
+            buckets,
+        }
+    }
+
     /// How many values.
     pub fn count(&self) -> u64 {
         self.count
@@ -183,6 +198,23 @@ pub struct Latency {
 mod tests {
     use super::*;
     use std::time::Instant;
+
+    #[test]
+    fn what_came_since_is_told_apart_from_what_was_before() {
+        let distribution = Distribution::new();
+        (0..1000).for_each(|_| distribution.record(100));
+        let before = distribution.snapshot();
+        (0..10).for_each(|_| distribution.record(5_000));
+        let lately = distribution.snapshot().since(&before);
+        assert_eq!((lately.count(), lately.mean()), (10, 5_000.0));
+        assert!((5_000..5_200).contains(&lately.quantile(0.5)));
+        assert!((5_000..5_200).contains(&lately.max()));
+        let nothing = distribution.snapshot().since(&distribution.snapshot());
+        assert_eq!(
+            (nothing.count(), nothing.max(), nothing.quantile(0.99)),
+            (0, 0, 0)
+        );
+    }
 
     #[test]
     fn quantiles_are_within_a_thirtysecond_and_in_order() {

@@ -6,8 +6,8 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::header::{
-    ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderValue, LAST_MODIFIED,
-    X_CONTENT_TYPE_OPTIONS,
+    ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, HeaderValue,
+    LAST_MODIFIED, X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::{HeaderMap, Method, StatusCode};
 use axum::response::Response;
@@ -146,6 +146,16 @@ fn describe(headers: &mut HeaderMap, path: &FilePath, attributes: &Attributes, s
     headers.insert(CONTENT_TYPE, ascii(media_type.to_string()));
     // The type is a guess from the name; a browser must not make a page of what is not called one.
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    // Nor run what somebody stored here as if it were a page of this node, which may command the cluster.
+    if may_have_scripts(&media_type) {
+        headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static("sandbox"));
+    }
+}
+
+/// Whether a browser would run scripts in it: web pages, and XML with SVG among it.
+fn may_have_scripts(media_type: &mime_guess::Mime) -> bool {
+    let subtype = media_type.subtype();
+    subtype == "html" || subtype == "xml" || media_type.suffix().is_some_and(|suffix| suffix == "xml")
 }
 
 fn validators(headers: &mut HeaderMap, attributes: &Attributes) {

@@ -49,6 +49,7 @@ mod idempotency;
 mod incoming;
 mod list;
 mod open_inodes;
+mod origin;
 mod path;
 mod places;
 mod range;
@@ -163,6 +164,7 @@ pub fn router(state: RestState) -> Router {
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::disable())
+        .layer(axum::middleware::from_fn(origin::refuse_other_sites))
         .layer(CatchPanicLayer::custom(panicked))
 }
 

@@ -54,7 +54,7 @@ pub(super) struct StoredFile {
     params(
         ("path" = String, Path, description = "Names, percent-encoded, with slashes between them"),
         ("If-None-Match" = Option<String>, Header, description = "`*`: only if nothing has the name"),
-        ("Idempotency-Key" = Option<String>, Header, description = "Answers a repeated upload as the first"),
+        ("Idempotency-Key" = Option<String>, Header, description = "Answers an upload that is repeated at the same node as the first; a node that starts anew has forgotten it (If-None-Match: * has not)"),
     ),
     request_body(content = Vec<u8>, content_type = "application/octet-stream", description = "The file's bytes"),
     responses(

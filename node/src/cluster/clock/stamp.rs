@@ -5,20 +5,28 @@
 //! with the monotonic clock since it was last confirmed. Each round of probes compares it with the median of the others'
 //! clocks: within [`LEAP_MAX`] it is confirmed; ahead of that, the median is the anchor instead, and stamps go on from there
 //! with the monotonic clock. A clock that is behind does no harm that this could mend.
+//!
+//! A clock may be wrong from the start, and a node that has just started may lead before its first round of probes: its
+//! first stamps wait a moment for a comparison with a majority ([`StampClock::stamp`]).
 
 use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
 use quorumfs_proto::Timestamp;
+use tokio::sync::watch;
 
 /// So far the wall clock may be ahead.
 const LEAP_MAX: Duration = Duration::from_secs(2);
+/// So long a stamp waits for the first comparison. Who leads was voted for by a majority a moment ago, which answers.
+const FIRST_COMPARISON_WAIT: Duration = Duration::from_secs(1);
 
 /// See the module.
 #[derive(Debug)]
 pub struct StampClock {
     // Held for a comparison, on each command.
     anchor: Mutex<Anchor>,
+    /// Whether there was a comparison with a majority.
+    compared: watch::Sender<bool>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -60,10 +68,32 @@ impl StampClock {
                 at: Instant::now(),
                 ahead: None,
             }),
+            compared: watch::Sender::new(false),
         }
     }
 
-    /// What to stamp a command with.
+    /// What to stamp a command with. Waits for the first comparison, but not longer than a second.
+    pub async fn stamp(&self) -> Timestamp {
+        if !self.is_compared() {
+            let mut compared = self.compared.subscribe();
+            let _ =
+                tokio::time::timeout(FIRST_COMPARISON_WAIT, compared.wait_for(|compared| *compared)).await;
+        }
+        self.now()
+    }
+
+    /// Whether there was a comparison with a majority.
+    pub fn is_compared(&self) -> bool {
+        *self.compared.borrow()
+    }
+
+    /// There was one.
+    pub fn note_compared(&self) {
+        self.compared
+            .send_if_modified(|compared| !std::mem::replace(compared, true));
+    }
+
+    /// What the time is.
     pub fn now(&self) -> Timestamp {
         let anchor = *self.anchor.lock();
         Timestamp::from(anchor.stamp(SystemTime::now(), Instant::now()))
@@ -179,6 +209,24 @@ mod tests {
         assert_eq!(story.stamp(SECOND, Duration::ZERO), story.wall + SECOND);
         assert!(!story.compare(2 * SECOND, HOUR, 0), "nobody to compare with");
         assert_eq!(story.stamp(3 * SECOND, HOUR), story.wall + HOUR + 3 * SECOND);
+    }
+
+    #[tokio::test]
+    async fn the_first_stamps_wait_for_the_first_comparison() {
+        let clock = StampClock::new();
+        let began = Instant::now();
+        clock.stamp().await;
+        assert!(began.elapsed() >= FIRST_COMPARISON_WAIT, "nobody answers");
+        let hour_back = SystemTime::now() - HOUR;
+        let (stamp, ()) = tokio::join!(clock.stamp(), async {
+            tokio::time::sleep(FIRST_COMPARISON_WAIT / 20).await;
+            clock.compare(SystemTime::now(), Instant::now(), vec![hour_back; 2]);
+            clock.note_compared();
+        });
+        assert!(stamp < Timestamp::from(SystemTime::now() - HOUR / 2));
+        let began = Instant::now();
+        clock.stamp().await;
+        assert!(began.elapsed() < FIRST_COMPARISON_WAIT / 2);
     }
 
     #[test]

@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
-use quorumfs_measure::{Ending, Tally};
+use quorumfs_measure::{Ending, Snapshot, Tally};
 use quorumfs_proto::{CallReply, Command, SessionId};
 
 use kinds::{Endpoint, OperationKind, Origin, RefusalKind};
@@ -51,7 +51,9 @@ pub struct Metrics {
     /// What mounts say of themselves.
     pub mounts: Mounts,
     origins: RwLock<HashMap<SessionId, Origin>>,
-    window: Mutex<Window>,
+    window: Mutex<Window<Vec<window::Totals>>>,
+    /// Of [`Metrics::commits`].
+    commit_window: Mutex<Window<Snapshot>>,
 }
 
 /// HTTP requests of one endpoint.
@@ -85,6 +87,7 @@ impl Metrics {
             mounts: Mounts::default(),
             origins: RwLock::default(),
             window: Mutex::default(),
+            commit_window: Mutex::default(),
         }
     }
 
@@ -207,8 +210,11 @@ impl Metrics {
     }
 
     fn sample(&self) {
-        let sample = self.totals();
-        self.window.lock().add(Instant::now(), sample);
+        let now = Instant::now();
+        self.window.lock().add(now, self.totals());
+        self.commit_window
+            .lock()
+            .add(now, self.commits.snapshot().durations);
     }
 
     /// Counts, failures and bytes of each kind of operation, then of each endpoint.
@@ -219,6 +225,13 @@ impl Metrics {
             .chain(http)
             .map(window::Totals::of)
             .collect()
+    }
+
+    /// How long the commands of the last seconds took.
+    fn commits_lately(&self) -> Snapshot {
+        self.commit_window
+            .lock()
+            .lately(&self.commits.snapshot().durations)
     }
 
     /// What each kind of operation, then each endpoint, did per second lately, and over how long that was taken.

@@ -63,6 +63,22 @@ pub struct Throughput {
     pub written_bytes_per_s: f64,
     /// HTTP requests.
     pub http_requests_per_s: f64,
+    /// How long the commands took that were decided through this node.
+    pub commit_latency: Latency,
+}
+
+impl Throughput {
+    /// What goes on on this node now.
+    pub fn gather(metrics: &Metrics) -> Throughput {
+        let (window, rates) = metrics.rates();
+        let (operation_rates, http_rates) = rates.split_at(Origin::ALL.len() * OperationKind::ALL.len());
+        Throughput {
+            window_s: window.as_secs_f64(),
+            http_requests_per_s: http_rates.iter().map(|rate| rate.count_per_s).sum(),
+            commit_latency: metrics.commits_lately().latency(),
+            ..throughput(operation_rates)
+        }
+    }
 }
 
 /// One kind of operation.
@@ -261,7 +277,7 @@ pub struct Sources<'a> {
 impl MetricsReport {
     /// Everything, as it is now.
     pub fn gather(metrics: &Metrics, sources: Sources<'_>) -> MetricsReport {
-        let (window, rates) = metrics.rates();
+        let (_, rates) = metrics.rates();
         let kinds = OperationKind::ALL.len();
         let (operation_rates, http_rates) = rates.split_at(Origin::ALL.len() * kinds);
         let mut operations = Vec::new();
@@ -271,11 +287,6 @@ impl MetricsReport {
                 operations.extend(operation_row(metrics, origin, kind, rate));
             }
         }
-        let throughput = Throughput {
-            window_s: window.as_secs_f64(),
-            http_requests_per_s: http_rates.iter().map(|rate| rate.count_per_s).sum(),
-            ..throughput(operation_rates)
-        };
         let mounts = metrics.mounts.rows();
         let own = sources.space.own();
         MetricsReport {
@@ -283,7 +294,7 @@ impl MetricsReport {
             uptime_s: metrics.uptime().as_secs(),
             is_leader: sources.consensus.is_leader(),
             leader_slot: sources.consensus.leader().map(|leader| leader.id.slot),
-            throughput,
+            throughput: Throughput::gather(metrics),
             operations,
             refusals: RefusalKind::ALL
                 .into_iter()

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use quorumfs_measure::Tally;
+use quorumfs_measure::{Snapshot, Tally};
 
 /// Over how long "now" is taken.
 const WINDOW_MS: u64 = 10_000;
@@ -37,15 +37,23 @@ pub struct Rate {
 }
 
 /// The last samples, oldest first.
-#[derive(Debug, Default)]
-pub struct Window {
-    samples: VecDeque<(Instant, Vec<Totals>)>,
+#[derive(Debug)]
+pub struct Window<Sample> {
+    samples: VecDeque<(Instant, Sample)>,
 }
 
-impl Window {
+impl<Sample> Default for Window<Sample> {
+    fn default() -> Window<Sample> {
+        Window {
+            samples: VecDeque::new(),
+        }
+    }
+}
+
+impl<Sample> Window<Sample> {
     /// One more sample; those that no window begins with any more go.
-    pub fn add(&mut self, at: Instant, totals: Vec<Totals>) {
-        self.samples.push_back((at, totals));
+    pub fn add(&mut self, at: Instant, sample: Sample) {
+        self.samples.push_back((at, sample));
         let window = Duration::from_millis(WINDOW_MS);
         // One at or before the window's beginning is kept.
         while self.samples.len() > SAMPLES_MAX
@@ -57,7 +65,19 @@ impl Window {
             self.samples.pop_front();
         }
     }
+}
 
+impl Window<Snapshot> {
+    /// What came since the oldest sample.
+    pub fn lately(&self, now: &Snapshot) -> Snapshot {
+        match self.samples.front() {
+            Some((_, before)) => now.since(before),
+            None => now.clone(),
+        }
+    }
+}
+
+impl Window<Vec<Totals>> {
     /// From the oldest sample (or the beginning, when all counted nothing) to `now`.
     pub fn rates(&self, began: Instant, now: Instant, totals: &[Totals]) -> (Duration, Vec<Rate>) {
         let (since, before) = match self.samples.front() {

@@ -82,7 +82,7 @@ impl WalDirectory {
     /// Makes names durable.
     pub fn sync(&self) -> Result<(), WalError> {
         File::open(&self.path)
-            .and_then(|directory| directory.sync_all())
+            .and_then(|directory| directory.sync_all().map_err(io::Error::other))
             .map_err(io_error("flush directory", &self.path))
     }
 
@@ -104,9 +104,14 @@ impl WalDirectory {
             result => result,
         };
         let file = file.map_err(io_error("create log file", &path))?;
-        file.write_all_at(&batch, 0)
-            .map_err(io_error("write log file", &path))?;
-        file.sync_all().map_err(io_error("flush log file", &path))?;
+        if let Err(error) = file.write_all_at(&batch, 0) {
+            // Where allocating is no promise (ZFS), the disk may be full all the same: who tries again begins anew.
+            let _ = std::fs::remove_file(&path);
+            return Err(io_error("write log file", &path)(error));
+        }
+        // A flush that failed is not tried again, whatever it failed of: not as a full disk, which is waited out.
+        let flushed = file.sync_all().map_err(io::Error::other);
+        flushed.map_err(io_error("flush log file", &path))?;
         self.sync()?;
         Ok(OpenFile {
             sequence,

@@ -171,6 +171,52 @@ async fn many_puts_share_a_flush() {
 }
 
 #[tokio::test]
+async fn what_is_put_after_the_files_were_taken_away_is_not_acknowledged() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, _) = open(folder.path());
+    store.put(chunk(1, 1000)).await.unwrap();
+    store.check_files().unwrap();
+    std::fs::remove_dir_all(folder.path()).unwrap();
+    assert!(matches!(
+        store.put(chunk(2, 1000)).await,
+        Err(ContentError::Fatal { .. })
+    ));
+    assert!(store.fatal().await.files_gone);
+    assert!(!store.holds(id(2)));
+    drop(store);
+    // Opened anew it begins with nothing.
+    let (store, report) = open(folder.path());
+    assert_eq!(report.chunks, 0);
+    store.put(chunk(1, 1000)).await.unwrap();
+    std::fs::remove_dir_all(folder.path()).unwrap();
+    assert!(matches!(store.check_files(), Err(ContentError::Fatal { .. })));
+    assert!(store.fatal().await.files_gone);
+}
+
+#[test]
+fn only_what_the_medium_says_of_a_copy_makes_it_a_bad_one() {
+    let failed = |errno| {
+        ContentError::io(
+            "read",
+            "segment".as_ref(),
+            std::io::Error::from_raw_os_error(errno),
+        )
+    };
+    for errno in [libc::EIO, libc::EUCLEAN, libc::ENODATA] {
+        assert!(failed(errno).is_bad_copy(), "{errno}");
+    }
+    for errno in [
+        libc::EMFILE,
+        libc::ENFILE,
+        libc::ENOMEM,
+        libc::EACCES,
+        libc::ENOENT,
+    ] {
+        assert!(!failed(errno).is_bad_copy(), "{errno}");
+    }
+}
+
+#[tokio::test]
 async fn after_a_failed_flush_nothing_is_acknowledged_any_more() {
     let folder = tempfile::tempdir().unwrap();
     let (store, _) = open(folder.path());
@@ -206,7 +252,7 @@ async fn after_a_failed_flush_nothing_is_acknowledged_any_more() {
     assert!(matches!(store.read_whole(id(1)), Err(ContentError::Fatal { .. })));
     assert!(!store.holds(id(2)) && !store.holds(id(3)));
     let reason = told.await.unwrap();
-    assert!(reason.contains("cannot flush"), "{reason}");
+    assert!(reason.reason.contains("cannot flush"), "{reason}");
     drop(store);
 
     // What had reached the disk is there for the next process.

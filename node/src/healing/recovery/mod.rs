@@ -234,6 +234,9 @@ impl Recovery {
     /// Looks at what is missing or, where something may have been missed, at all that is named. Blocking.
     fn pass(&self) -> Result<(), Failure> {
         let (began, began_unix_ms) = (Instant::now(), unix_ms());
+        if let Err(error) = self.content.check_files() {
+            warn!(%error, "content was taken away");
+        }
         let dropped = self.consensus.effects_sent_and_dropped().1;
         let reason = {
             let mut ledger = self.ledger.lock();

@@ -63,7 +63,7 @@ pub struct RecoveryStatus {
     /// Whether everything named has been compared with everything held; until then the other numbers are what is known
     /// so far.
     pub counted: bool,
-    /// Inodes in use: files, directories and all others.
+    /// Files, directories and all others; not the root.
     pub total_files: u64,
     /// Those of which no content that should be here is missing; null where it is not known which files the missing chunks belong to.
     pub local_files: Option<u64>,
@@ -107,7 +107,7 @@ impl Recovery {
         let (held_chunks, held_bytes) = self.content.counts();
         let view = self.metadata.view().ok();
         let now = view.as_ref().map(|view| view.named_change());
-        let total_files = view.map_or(0, |view| view.inode_count());
+        let total_files = view.map_or(0, |view| view.inode_count().saturating_sub(1));
         let (named, missing, lost, walk_wanted) = {
             let ledger = self.ledger.lock();
             let named = now.and_then(|now| ledger.named(now));

@@ -42,6 +42,8 @@ pub use self::status::{LastError, RepairStatus};
 
 /// Bad copies that are followed until they are made anew; more are repaired all the same, but found by recovery alone.
 const UNDER_REPAIR_MAX: usize = 64 << 10;
+/// Passes that end at a copy that cannot be read, before it is passed over until the next coverage.
+const READ_ATTEMPTS_MAX: u32 = 3;
 /// Chunks listed at a time.
 const PAGE_CHUNKS: usize = 1024;
 /// Bytes verified between two looks at the time.
@@ -103,6 +105,8 @@ struct State {
     repaired: u64,
     obsolete: u64,
     last_error: Option<LastError>,
+    /// The copy that could not be read, and how many passes ended at it.
+    unreadable: Option<(ChunkId, u32)>,
 }
 
 /// What looking at the copy of a chunk on this node's disk showed.
@@ -114,8 +118,8 @@ enum Looked {
     Missing,
     /// It is bad.
     Bad(String),
-    /// The store has stopped.
-    Stopped(String),
+    /// It could not be read, which says nothing of it: too many files are open, or the store has stopped.
+    Unknown(String),
 }
 
 impl Repair {
@@ -248,6 +252,8 @@ impl Repair {
                 break;
             }
             done += 1;
+            // Bad ones count as well: a disk that gives many of them must not be worn harder than a good one.
+            bytes += self.parts.content.length(*id).map_or(0, u64::from);
             let length = match self.look_at(*id) {
                 Looked::Healthy(length) => length,
                 Looked::Missing => 0,
@@ -255,13 +261,30 @@ impl Repair {
                     self.found_bad_blocking(*id, &reason);
                     0
                 }
-                Looked::Stopped(reason) => return Err(reason),
+                Looked::Unknown(reason) => self
+                    .is_to_be_passed_over(*id, &reason)
+                    .then_some(0)
+                    .ok_or(reason)?,
             };
-            bytes += u64::from(length);
             self.state.lock().coverage.looked_at(*id, length);
         }
         page.drain(..done);
         Ok(bytes)
+    }
+
+    /// A copy could not be read. The pass ends and the next begins with it again, but not for ever.
+    fn is_to_be_passed_over(&self, id: ChunkId, reason: &str) -> bool {
+        let mut state = self.state.lock();
+        let attempts = match state.unreadable {
+            Some((before, attempts)) if before == id => attempts + 1,
+            _ => 1,
+        };
+        state.unreadable = Some((id, attempts));
+        state.last_error = Some(LastError {
+            unix_ms: unix_ms(),
+            message: format!("chunk {id} cannot be read: {reason}"),
+        });
+        attempts >= READ_ATTEMPTS_MAX
     }
 
     /// Reads the copy of `id` from disk. Blocking.
@@ -279,8 +302,8 @@ impl Repair {
                 Looked::Healthy(length)
             }
             Err(ContentError::NotFound { .. }) => Looked::Missing,
-            Err(ContentError::Fatal { reason }) => Looked::Stopped(reason.to_string()),
-            Err(error) => Looked::Bad(error.to_string()),
+            Err(error) if error.is_bad_copy() => Looked::Bad(error.to_string()),
+            Err(error) => Looked::Unknown(error.to_string()),
         }
     }
 

@@ -200,7 +200,7 @@ impl Repair {
                     repair.found_bad_blocking(*id, &reason);
                     Verdict::Corrupt(reason)
                 }
-                Looked::Stopped(reason) => Verdict::Unknown(reason),
+                Looked::Unknown(reason) => Verdict::Unknown(reason),
             };
             ids.iter().map(look).collect()
         });
