@@ -8,7 +8,9 @@
 //! - Every request is answered exactly once. A panic in a handler answers EIO (fuser's replies do so when
 //!   they are dropped) and takes no thread with it.
 //! - The kernel keeps names and attributes for as long as the mount option says (by default it asks each
-//!   time), and a file's pages only if the filesystem says at open that they are still right.
+//!   time), and a file's pages only if the filesystem says at open that they are still right. While a file is open
+//!   it drops them when it is told another size than its own. FUSE_EXPLICIT_INVAL_DATA would keep them: the zeros
+//!   behind the old end would be read as bytes of the file.
 //!
 //! Lookups are not counted: inode numbers are never used twice and the filesystem keeps nothing per inode
 //! that is not bounded otherwise, so FORGET has nothing to do, also not for what READDIRPLUS looked up.
@@ -68,8 +70,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
             | InitFlags::FUSE_READDIRPLUS_AUTO
             | InitFlags::FUSE_CACHE_SYMLINKS
             | InitFlags::FUSE_HANDLE_KILLPRIV_V2
-            | InitFlags::FUSE_EXPORT_SUPPORT
-            | InitFlags::FUSE_EXPLICIT_INVAL_DATA;
+            | InitFlags::FUSE_EXPORT_SUPPORT;
         // An old kernel lacks some: the mount is slower there, not wrong.
         if let Err(missing) = config.add_capabilities(wanted) {
             tracing::info!(?missing, "the kernel's FUSE is old");

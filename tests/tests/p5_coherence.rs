@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read as _, Write as _};
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 
 use quorumfs_tests::{Cluster, Random, Sandbox};
 
@@ -95,6 +95,51 @@ fn p5_what_is_flushed_is_seen_by_who_has_the_file_open_elsewhere() {
             expected.len() as u64
         );
     }
+    here.unmount();
+    there.unmount();
+}
+
+#[test]
+fn p5_a_file_that_stays_open_shows_what_another_mount_wrote() {
+    let sandbox = Sandbox::light("p5-same-descriptor");
+    let cluster = Cluster::start(&sandbox);
+    let (here, there) = (cluster.mount(), cluster.mount());
+    let mut expected = b"line 0\n".to_vec();
+    fs::write(there.path("log"), &expected).expect("write");
+    let reader = File::open(here.path("log")).expect("open");
+    let seen_by = |reader: &File| {
+        // The size first: as `tail -f` does, and so that the kernel knows it when it is asked for the bytes.
+        let mut bytes = vec![b'?'; reader.metadata().expect("fstat").len() as usize];
+        reader.read_exact_at(&mut bytes, 0).expect("read");
+        String::from_utf8(bytes).expect("text")
+    };
+    assert_eq!(seen_by(&reader).as_bytes(), expected, "it is in the cache now");
+    for line in 1..30 {
+        let line = format!("line {line}\n");
+        expected.extend_from_slice(line.as_bytes());
+        let mut writer = OpenOptions::new()
+            .append(true)
+            .open(there.path("log"))
+            .expect("open");
+        assert_eq!(writer.write(line.as_bytes()).expect("append"), line.len());
+        drop(writer);
+        assert_eq!(seen_by(&reader).as_bytes(), expected);
+    }
+    // Of the same size: seen from the next open on (close-to-open), and then by who has it open as well.
+    expected.make_ascii_uppercase();
+    let writer = OpenOptions::new()
+        .write(true)
+        .open(there.path("log"))
+        .expect("open");
+    writer.write_all_at(&expected, 0).expect("overwrite");
+    drop(writer);
+    let fresh = File::open(here.path("log")).expect("open");
+    assert_eq!(seen_by(&fresh).as_bytes(), expected);
+    assert_eq!(seen_by(&reader).as_bytes(), expected);
+    // Shorter, and longer again.
+    fs::write(there.path("log"), "cut").expect("write");
+    assert_eq!(seen_by(&reader), "cut");
+    drop((reader, fresh));
     here.unmount();
     there.unmount();
 }

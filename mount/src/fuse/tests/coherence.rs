@@ -1,0 +1,76 @@
+//! What the kernel keeps must be what the file is: pages, names and attributes under changes of this mount and others.
+
+use quorumfs_proto::statistics::ClientStatistics;
+
+use super::*;
+use crate::statistics::Verb;
+
+/// How many requests of this kind `mount` has answered, and how many of them with an error.
+fn requests(mount: &TestMount, verb: Verb) -> (u64, u64) {
+    let mut value = vec![0u8; 64 << 10];
+    let (path, room) = (c_path(&mount.path("")), value.len());
+    let name = c"user.quorumfs.statistics";
+    let length = unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), room) };
+    value.truncate(usize::try_from(length).unwrap());
+    let told: ClientStatistics = serde_json::from_slice(&value).unwrap();
+    let of_verb = told.verbs.iter().find(|row| row.verb == verb.name());
+    of_verb.map_or((0, 0), |row| (row.count, row.failures))
+}
+
+/// All that `file` holds, by its own word of how much that is.
+fn whole(file: &File) -> Vec<u8> {
+    let mut bytes = vec![b'?'; file.metadata().unwrap().len() as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+#[test]
+fn pages_are_dropped_when_another_mount_changed_the_size() {
+    if !can_mount() {
+        return;
+    }
+    let reference = Reference::new();
+    let (one, other) = (mount(&reference, 1), mount(&reference, 2));
+    fs::write(other.path("log"), "0123456789").unwrap();
+    let open = File::open(one.path("log")).unwrap();
+    assert_eq!(whole(&open), b"0123456789");
+    let mut append = File::options().append(true).open(other.path("log")).unwrap();
+    append.write_all(b"abcdefghij").unwrap();
+    assert_eq!(whole(&open), b"0123456789abcdefghij");
+    append.set_len(3).unwrap();
+    append.write_all(b"xyz").unwrap();
+    assert_eq!(whole(&open), b"012xyz");
+    drop((open, append));
+    one.unmount();
+    other.unmount();
+}
+
+#[test]
+fn own_writes_do_not_cost_the_kernel_its_pages() {
+    if !can_mount() {
+        return;
+    }
+    let reference = Reference::new();
+    let mount = mount(&reference, 1);
+    fs::write(mount.path("file"), pattern(1 << 20)).unwrap();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(mount.path("file"))
+        .unwrap();
+    assert_eq!(whole(&file).len(), 1 << 20);
+    let before = requests(&mount, Verb::Read);
+    // Longer by whole pages, so that none has to be read first.
+    for round in 0..10u64 {
+        file.write_all_at(&pattern(4096), (1 << 20) + round * 4096)
+            .unwrap();
+        file.metadata().unwrap();
+        file.sync_all().unwrap();
+        let mut page = [0; 4096];
+        file.read_exact_at(&mut page, 8192).unwrap();
+        assert_eq!(page[..], pattern(1 << 20)[8192..12_288]);
+    }
+    assert_eq!(requests(&mount, Verb::Read), before);
+    drop(file);
+    mount.unmount();
+}
