@@ -145,6 +145,47 @@ fn p5_a_file_that_stays_open_shows_what_another_mount_wrote() {
 }
 
 #[test]
+fn p5_a_listing_does_not_bring_back_what_was_before() {
+    const FILES: usize = 1500;
+    let sandbox = Sandbox::light("p5-listing");
+    let cluster = Cluster::start(&sandbox);
+    let mount = cluster.mount();
+    let name = |number: usize| mount.path(format!("file-{number:04}"));
+    (0..FILES).for_each(|number| fs::write(name(number), "x").expect("write"));
+    let mut listing = fs::read_dir(mount.directory()).expect("list");
+    // Looked at, so that the kernel asks for attributes with the names.
+    let mut look = |count: usize| {
+        let entries = listing.by_ref().take(count);
+        entries
+            .map(|entry| entry.expect("list").path().metadata().is_ok())
+            .count()
+    };
+    assert_eq!(look(10), 10);
+    for number in 0..FILES {
+        if number % 2 == 0 {
+            fs::remove_file(name(number)).expect("unlink");
+        } else {
+            fs::write(name(number), "longer").expect("write");
+        }
+    }
+    while look(100) > 0 {
+        for number in (0..FILES).step_by(7) {
+            let found = fs::read(name(number)).ok();
+            let expected = (number % 2 == 1).then(|| b"longer".to_vec());
+            assert_eq!(found, expected, "file {number}");
+        }
+    }
+    for number in 0..FILES {
+        let size = name(number)
+            .symlink_metadata()
+            .map(|metadata| metadata.len())
+            .ok();
+        assert_eq!(size, (number % 2 == 1).then_some(6), "file {number}");
+    }
+    mount.unmount();
+}
+
+#[test]
 fn p5_appends_of_two_mounts_are_all_kept_whole() {
     let sandbox = Sandbox::light("p5-append");
     let cluster = Cluster::start(&sandbox);
