@@ -87,8 +87,11 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// Creates a regular file, or takes the existing one unless `flags` say exclusive, and opens it. `mode` is without
-    /// the bits of the umask.
+    /// Creates a regular file and opens it. `mode` is without the bits of the umask.
+    ///
+    /// Where there is one by now (of another mount, since the name was looked up) it answers [`FsError::Exists`] if
+    /// `flags` say exclusive and else [`FsError::Stale`]: the kernel allowed a creation, so nobody has checked whether
+    /// the program may open or truncate what is there. It looks the name up again then, and asks for an open.
     pub async fn create(
         &self,
         parent: InodeNumber,
@@ -108,25 +111,13 @@ impl<C: Cluster> Filesystem<C> {
                 uid,
                 gid,
             },
-            existing: if flags.exclusive {
-                IfExists::Refuse
-            } else {
-                IfExists::Open
-            },
+            existing: IfExists::Refuse,
         };
-        let outcome = self.mutate(create).await?;
-        let (attributes, created) = entry_of(&outcome)?;
-        if !created {
-            let inode = attributes.inode;
-            let opened = self.open(inode, flags).await?;
-            let attributes = self
-                .open
-                .find(inode)
-                .and_then(|node| node.state.lock().attributes());
-            return attributes
-                .map(|attributes| (attributes, opened))
-                .ok_or(FsError::Io);
-        }
+        let made = self.mutate(create).await.map_err(|error| match error {
+            FsError::Exists if !flags.exclusive => FsError::Stale,
+            other => other,
+        });
+        let (attributes, _) = entry_of(&made?)?;
         let node = self.open.hold(attributes.inode);
         {
             let mut state = node.state.lock();

@@ -1,10 +1,11 @@
 //! What the kernel above takes for granted: that an answer is as new as it claims, and that what it left to us is done.
 
-use quorumfs_proto::InodeNumber;
 use quorumfs_proto::query::EntryDetail;
+use quorumfs_proto::{FsError, InodeNumber};
 
 use super::reference::Reference;
 use super::support::{close, create, mount, write};
+use crate::fs::OpenFlags;
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
 
@@ -53,4 +54,25 @@ async fn attributes_of_a_listing_are_as_new_as_the_request() {
     for item in rest {
         assert_eq!(item.attributes.unwrap().size, 5, "{:?}", item.name);
     }
+}
+
+#[tokio::test]
+async fn what_exists_already_is_not_opened_by_a_create() {
+    let reference = Reference::new();
+    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let (_, handle) = create(&other, "file").await;
+    write(&other, handle, 0, b"precious").await;
+    close(&other, handle).await;
+    let before = reference.commands.lock().len();
+    for (flags, expected) in [
+        (libc::O_CREAT | libc::O_RDWR | libc::O_TRUNC, FsError::Stale),
+        (libc::O_CREAT | libc::O_RDWR | libc::O_EXCL, FsError::Exists),
+    ] {
+        let created = fs
+            .create(ROOT, b"file", 0o644, 0, 0, OpenFlags::from(flags))
+            .await;
+        assert_eq!(created.map(|_| ()), Err(expected));
+    }
+    assert_eq!(reference.commands.lock().len(), before, "nothing was cut off");
+    assert_eq!(fs.lookup(ROOT, b"file").await.unwrap().size, 8);
 }

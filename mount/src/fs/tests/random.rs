@@ -291,16 +291,18 @@ impl World {
         let mount = known.map_or(mount, |file| self.mount_for(file, mount));
         let fs = Arc::clone(&self.mounts[mount]);
         let open_flags = OpenFlags::from(flags | libc::O_RDWR);
-        let handle = if flags & libc::O_CREAT != 0 {
-            match fs.create(ROOT, &spelled(name), 0o644, 0, 0, open_flags).await {
-                Ok((_, opened)) => opened.handle,
-                Err(error) => {
-                    assert_eq!(error, FsError::Exists);
-                    assert!(known.is_some() && open_flags.exclusive);
-                    return;
-                }
-            }
+        let created = match flags & libc::O_CREAT {
+            0 => Err(FsError::Stale),
+            _ => fs.create(ROOT, &spelled(name), 0o644, 0, 0, open_flags).await,
+        };
+        let handle = if let Ok((_, opened)) = created {
+            opened.handle
+        } else if created == Err(FsError::Exists) {
+            assert!(known.is_some() && open_flags.exclusive);
+            return;
         } else {
+            // Without O_CREAT, or what the kernel does when it finds that there is something to open.
+            assert_eq!(created, Err(FsError::Stale));
             match fs.lookup(ROOT, &spelled(name)).await {
                 Ok(found) => fs.open(found.inode, open_flags).await.unwrap().handle,
                 Err(error) => {

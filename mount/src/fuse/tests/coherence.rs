@@ -74,3 +74,35 @@ fn own_writes_do_not_cost_the_kernel_its_pages() {
     drop(file);
     mount.unmount();
 }
+
+#[test]
+fn a_file_that_another_mount_makes_meanwhile_is_opened() {
+    if !can_mount() {
+        return;
+    }
+    let reference = Reference::new();
+    let (one, other) = (mount(&reference, 1), mount(&reference, 2));
+    let rounds: u64 = 200;
+    // Both make each file at about the same moment. Whoever is second opens the first one's.
+    std::thread::scope(|scope| {
+        for mount in [&one, &other] {
+            scope.spawn(move || {
+                for round in 0..rounds {
+                    let name = mount.path(&format!("{round}"));
+                    let mut file = File::options().append(true).create(true).open(name).unwrap();
+                    file.write_all(b"x").unwrap();
+                }
+            });
+        }
+    });
+    let raced: u64 = [&one, &other]
+        .map(|mount| requests(mount, Verb::Create).1)
+        .iter()
+        .sum();
+    eprintln!("{raced} of {rounds} creations found a file");
+    for round in 0..rounds {
+        assert_eq!(fs::read(one.path(&format!("{round}"))).unwrap(), b"xx");
+    }
+    one.unmount();
+    other.unmount();
+}
