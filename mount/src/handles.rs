@@ -15,6 +15,7 @@ use quorumfs_proto::command::Privileges;
 use quorumfs_proto::{Attributes, FsError, InodeNumber, Timestamp};
 
 use crate::caches::extent_cache::ExtentCache;
+use crate::caches::page_versions::Dropping;
 use crate::readahead::Readahead;
 use crate::write_buffer::WriteBuffer;
 
@@ -134,6 +135,8 @@ pub struct OpenFile<Put> {
     pub flags: OpenFlags,
     /// How it is read.
     pub readahead: Mutex<Readahead>,
+    /// What its first request shows to have taken place.
+    pub dropping: Mutex<Option<Dropping>>,
     failures_seen: Mutex<u64>,
 }
 
@@ -230,7 +233,7 @@ impl<Put> OpenFiles<Put> {
     }
 
     /// Makes a hold into a handle.
-    pub fn add(&self, node: Arc<OpenInode<Put>>, flags: OpenFlags) -> Handle {
+    pub fn add(&self, node: Arc<OpenInode<Put>>, flags: OpenFlags, dropping: Option<Dropping>) -> Handle {
         let failures = node.state.lock().failures.0;
         let mut tables = self.tables.lock();
         tables.last_handle += 1;
@@ -239,6 +242,7 @@ impl<Put> OpenFiles<Put> {
             node,
             flags,
             readahead: Mutex::default(),
+            dropping: Mutex::new(dropping),
             failures_seen: Mutex::new(failures),
         };
         tables.files.insert(handle, Arc::new(file));

@@ -7,8 +7,9 @@ use quorumfs_proto::limits::FILE_BYTES_MAX;
 use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber, Name, Operation, Query};
 
 use super::namespace::entry_of;
-use super::{Cluster, Durability, Filesystem, Handle, Node, OpenFlags};
-use crate::handles::Scope;
+use super::{Cluster, Durability, Filesystem, Handle, Node, OpenFlags, Put};
+use crate::caches::page_versions::Dropping;
+use crate::handles::{OpenFile, Scope};
 
 /// Extents that come with an open: all of most files, and no burden for those that are opened for a look at their end.
 const PIECES_AT_OPEN_MAX: u32 = 64;
@@ -32,7 +33,7 @@ impl<C: Cluster> Filesystem<C> {
         }
         let node = self.open.hold(inode);
         match self.open_held(&node, flags).await {
-            Ok(keep_cache) => Ok(self.opened(node, flags, keep_cache)),
+            Ok(dropping) => Ok(self.opened(node, flags, dropping)),
             Err(error) => {
                 self.open.let_go(&node);
                 Err(error)
@@ -40,8 +41,8 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// Answers whether caches above may be kept.
-    async fn open_held(&self, node: &Node<C>, flags: OpenFlags) -> Result<bool, FsError> {
+    /// Answers whether caches above must be dropped.
+    async fn open_held(&self, node: &Node<C>, flags: OpenFlags) -> Result<Option<Dropping>, FsError> {
         if flags.truncate {
             self.truncate_at_open(node, flags.privileges).await?;
         } else if flags.read {
@@ -79,12 +80,21 @@ impl<C: Cluster> Filesystem<C> {
         self.commit_with(node, cut).await.map(|_| ())
     }
 
-    fn opened(&self, node: Node<C>, flags: OpenFlags, keep_cache: bool) -> Opened {
+    fn opened(&self, node: Node<C>, flags: OpenFlags, dropping: Option<Dropping>) -> Opened {
         Opened {
-            handle: self.open.add(node, flags),
+            handle: self.open.add(node, flags, dropping),
             direct_io: flags.append,
-            keep_cache,
+            keep_cache: dropping.is_none(),
         }
+    }
+
+    /// The file of a handle that a request came on: so its open has taken place above, whatever it was to drop there.
+    pub(super) fn used(&self, handle: Handle) -> Result<Arc<OpenFile<Put<C>>>, FsError> {
+        let file = self.open.get(handle)?;
+        if let Some(dropping) = file.dropping.lock().take() {
+            self.pages.dropped(file.node.inode, dropping);
+        }
+        Ok(file)
     }
 
     /// Creates a regular file and opens it. `mode` is without the bits of the umask.
@@ -126,14 +136,14 @@ impl<C: Cluster> Filesystem<C> {
                 .extents
                 .store(attributes.content_version, 0..FILE_BYTES_MAX, Vec::new());
         }
-        self.pages.opened(attributes.inode, attributes.content_version);
-        Ok((attributes, self.opened(node, flags, true)))
+        self.pages.created(attributes.inode, attributes.content_version);
+        Ok((attributes, self.opened(node, flags, None)))
     }
 
     /// A program closes one of its descriptors: what was written is committed (or, by `durability=fsync`, handed
     /// over), and a failure that no fsync reported is.
     pub async fn flush(self: &Arc<Self>, handle: Handle) -> Result<(), FsError> {
-        let file = self.open.get(handle)?;
+        let file = self.used(handle)?;
         if !file.flags.write {
             return Ok(());
         }
@@ -159,7 +169,7 @@ impl<C: Cluster> Filesystem<C> {
     /// What was written to the file, by anybody on this mount, is on f + 1 disks when this returns. There is no cheaper
     /// form for data only.
     pub async fn fsync(&self, handle: Handle) -> Result<(), FsError> {
-        let file = self.open.get(handle)?;
+        let file = self.used(handle)?;
         let committed = self.commit(&file.node, Scope::Everything).await;
         file.take_failure().and(committed)
     }

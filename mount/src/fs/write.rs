@@ -27,7 +27,7 @@ impl<C: Cluster> Filesystem<C> {
         privileges: Privileges,
     ) -> Result<u32, FsError> {
         self.writable()?;
-        let file = self.open.get(handle)?;
+        let file = self.used(handle)?;
         if !file.flags.write {
             return Err(FsError::NotPermitted);
         }
@@ -59,7 +59,7 @@ impl<C: Cluster> Filesystem<C> {
         mut data: Bytes,
     ) -> Result<u32, FsError> {
         self.writable()?;
-        let file = self.open.get(handle)?;
+        let file = self.used(handle)?;
         let length = u32::try_from(data.len()).map_err(|_| FsError::InvalidArgument)?;
         let size = file
             .node

@@ -4,7 +4,7 @@ use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{FsError, InodeNumber};
 
 use super::reference::Reference;
-use super::support::{close, create, mount, write};
+use super::support::{close, create, mount, read_write, write};
 use crate::fs::OpenFlags;
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
@@ -75,4 +75,32 @@ async fn what_exists_already_is_not_opened_by_a_create() {
     }
     assert_eq!(reference.commands.lock().len(), before, "nothing was cut off");
     assert_eq!(fs.lookup(ROOT, b"file").await.unwrap().size, 8);
+}
+
+#[tokio::test]
+async fn pages_are_kept_only_once_older_ones_are_surely_dropped() {
+    let reference = Reference::new();
+    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let (inode, handle) = create(&fs, "file").await;
+    write(&fs, handle, 0, b"one").await;
+    close(&fs, handle).await;
+    let older = fs.open(inode, read_write()).await.unwrap();
+    assert!(older.keep_cache);
+    let writer = other.open(inode, read_write()).await.unwrap().handle;
+    write(&other, writer, 0, b"two").await;
+    close(&other, writer).await;
+    let first = fs.open(inode, read_write()).await.unwrap();
+    assert!(!first.keep_cache);
+    // The kernel may not have the first answer yet, and still have the pages from before.
+    let second = fs.open(inode, read_write()).await.unwrap();
+    assert!(!second.keep_cache);
+    fs.read(older.handle, 0, 10).await.unwrap();
+    let third = fs.open(inode, read_write()).await.unwrap();
+    assert!(!third.keep_cache, "a request of an older handle says nothing");
+    fs.read(second.handle, 0, 10).await.unwrap();
+    let fourth = fs.open(inode, read_write()).await.unwrap();
+    assert!(fourth.keep_cache, "it has opened the second, and dropped them");
+    for opened in [older, first, second, third, fourth] {
+        close(&fs, opened.handle).await;
+    }
 }
