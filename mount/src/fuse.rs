@@ -36,7 +36,7 @@ use fuser::{
     ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
     ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use quorumfs_proto::command::{NewKind, Privileges};
+use quorumfs_proto::command::NewKind;
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{Attributes, SymlinkTarget};
@@ -313,7 +313,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         offset: u64,
         data: &[u8],
         write_flags: WriteFlags,
-        _flags: fuser::OpenFlags,
+        flags: fuser::OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
@@ -327,15 +327,11 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
                 |reply, written: u32| reply.written(written),
             );
         }
-        let privileges = if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) {
-            Privileges::Drop
-        } else {
-            Privileges::Keep
-        };
+        let (place, privileges) = convert::write_terms(offset, flags.0, write_flags);
         self.serve_moving(
             (Verb::Write, reply),
             |written: &u32| u64::from(*written),
-            move |fs| async move { fs.write(handle.0, offset, data, privileges).await },
+            move |fs| async move { fs.write(handle.0, place, data, privileges).await },
             |reply, written: u32| reply.written(written),
         );
     }

@@ -1,11 +1,13 @@
 //! What the kernel above takes for granted: that an answer is as new as it claims, and that what it left to us is done.
 
+use bytes::Bytes;
+use quorumfs_proto::command::Privileges;
 use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{FsError, InodeNumber};
 
 use super::reference::Reference;
 use super::support::{close, create, mount, read_write, write};
-use crate::fs::OpenFlags;
+use crate::fs::{OpenFlags, Place};
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
 
@@ -103,4 +105,33 @@ async fn pages_are_kept_only_once_older_ones_are_surely_dropped() {
     for opened in [older, first, second, third, fourth] {
         close(&fs, opened.handle).await;
     }
+}
+
+#[tokio::test]
+async fn each_write_says_whether_it_appends() {
+    let reference = Reference::new();
+    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let (inode, handle) = create(&fs, "log").await;
+    write(&fs, handle, 0, b"0123").await;
+    close(&fs, handle).await;
+    let appending = OpenFlags::from(libc::O_RDWR | libc::O_APPEND);
+    let append = fs.open(inode, appending).await.unwrap();
+    let plain = fs.open(inode, read_write()).await.unwrap();
+    assert!(append.direct_io && !plain.direct_io);
+    let elsewhere = other.open(inode, appending).await.unwrap().handle;
+    write(&other, elsewhere, 0, b"45").await;
+    for (handle, place, bytes) in [
+        (append.handle, Place::At(1), &b"x"[..]),
+        (plain.handle, Place::End(4), b"67"),
+        (append.handle, Place::End(4), b"8"),
+    ] {
+        let bytes = Bytes::from_static(bytes);
+        let length = bytes.len() as u32;
+        let written = fs.write(handle, place, bytes, Privileges::Keep).await;
+        assert_eq!(written, Ok(length));
+    }
+    let all = fs.read(plain.handle, 0, 100).await.unwrap();
+    assert_eq!(all, b"0x2345678"[..]);
+    close(&fs, append.handle).await;
+    close(&fs, plain.handle).await;
 }

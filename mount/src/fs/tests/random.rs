@@ -13,6 +13,7 @@ use quorumfs_proto::command::{AttributeChanges, Privileges, RenameMode};
 use quorumfs_proto::{FsError, InodeNumber};
 
 use super::reference::{Connection, Reference};
+use super::support::place;
 use crate::fs::{Filesystem, FsOptions, Handle, OpenFlags};
 use crate::handles::Scope;
 
@@ -188,7 +189,12 @@ impl World {
                 let Some(open) = self.open.get(handle) else { return };
                 let fs = &self.mounts[open.mount];
                 let written = fs
-                    .write(open.handle, offset, Bytes::from(data.clone()), Privileges::Keep)
+                    .write(
+                        open.handle,
+                        place(fs, open.handle, offset),
+                        Bytes::from(data.clone()),
+                        Privileges::Keep,
+                    )
                     .await;
                 assert_eq!(written, Ok(length as u32));
                 let bytes = &mut self.files[open.file];

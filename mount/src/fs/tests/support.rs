@@ -7,9 +7,17 @@ use quorumfs_proto::InodeNumber;
 use quorumfs_proto::command::Privileges;
 
 use super::reference::{Connection, Reference};
-use crate::fs::{Filesystem, FsOptions, Handle, OpenFlags};
+use crate::fs::{Filesystem, FsOptions, Handle, OpenFlags, Place};
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
+
+/// Where the kernel says that a write goes, as long as nobody changed the flags that the file was opened with.
+pub fn place(fs: &Filesystem<Connection>, handle: Handle, offset: u64) -> Place {
+    match fs.open.get(handle) {
+        Ok(file) if file.flags.append => Place::End(offset),
+        _ => Place::At(offset),
+    }
+}
 
 pub(super) fn mount(reference: &Arc<Reference>, session: u64) -> Arc<Filesystem<Connection>> {
     mount_with(reference, session, FsOptions::default())
@@ -46,7 +54,12 @@ pub(super) async fn create(fs: &Arc<Filesystem<Connection>>, name: &str) -> (Ino
 
 pub(super) async fn write(fs: &Arc<Filesystem<Connection>>, handle: Handle, offset: u64, data: &[u8]) {
     let written = fs
-        .write(handle, offset, Bytes::copy_from_slice(data), Privileges::Keep)
+        .write(
+            handle,
+            place(fs, handle, offset),
+            Bytes::copy_from_slice(data),
+            Privileges::Keep,
+        )
         .await;
     assert_eq!(written, Ok(data.len() as u32));
 }

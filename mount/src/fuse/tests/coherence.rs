@@ -76,6 +76,39 @@ fn own_writes_do_not_cost_the_kernel_its_pages() {
 }
 
 #[test]
+fn appending_can_be_set_and_cleared_while_a_file_is_open() {
+    if !can_mount() {
+        return;
+    }
+    use std::os::fd::AsRawFd;
+    let reference = Reference::new();
+    let (one, other) = (mount(&reference, 1), mount(&reference, 2));
+    let open = |append: bool| {
+        let mut options = File::options();
+        options.read(true).write(true).append(append).create(true);
+        options.open(one.path("log")).unwrap()
+    };
+    let set = |file: &File, flags: i32| {
+        check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) }).unwrap()
+    };
+    let (mut append, mut plain) = (open(true), open(false));
+    append.write_all(b"0123").unwrap();
+    set(&append, 0);
+    append.write_all_at(b"x", 1).unwrap();
+    assert_eq!(whole(&plain), b"0x23");
+    let mut elsewhere = File::options().append(true).open(other.path("log")).unwrap();
+    elsewhere.write_all(b"45").unwrap();
+    set(&plain, libc::O_APPEND);
+    plain.write_all(b"67").unwrap();
+    plain.sync_all().unwrap();
+    assert_eq!(whole(&plain), b"0x234567");
+    assert_eq!(fs::read(other.path("log")).unwrap(), b"0x234567");
+    drop((append, plain, elsewhere));
+    one.unmount();
+    other.unmount();
+}
+
+#[test]
 fn a_file_that_another_mount_makes_meanwhile_is_opened() {
     if !can_mount() {
         return;
