@@ -70,7 +70,9 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
             | InitFlags::FUSE_READDIRPLUS_AUTO
             | InitFlags::FUSE_CACHE_SYMLINKS
             | InitFlags::FUSE_HANDLE_KILLPRIV_V2
-            | InitFlags::FUSE_EXPORT_SUPPORT;
+            | InitFlags::FUSE_EXPORT_SUPPORT
+            // O_APPEND handles pass the kernel's pages by, but programs may map them all the same.
+            | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
         // An old kernel lacks some: the mount is slower there, not wrong.
         if let Err(missing) = config.add_capabilities(wanted) {
             tracing::info!(?missing, "the kernel's FUSE is old");

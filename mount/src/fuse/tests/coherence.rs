@@ -109,6 +109,48 @@ fn appending_can_be_set_and_cleared_while_a_file_is_open() {
 }
 
 #[test]
+fn a_file_that_is_open_for_appending_can_be_mapped() {
+    if !can_mount() {
+        return;
+    }
+    let mount = mount(&Reference::new(), 1);
+    fs::write(mount.path("file"), pattern(5000)).unwrap();
+    let path = c_path(&mount.path("file"));
+    // In a process of its own, see `a_shared_mapping_is_written_back_and_never_makes_the_file_longer`.
+    let failed_call = in_child(|| unsafe {
+        let file = libc::open(path.as_ptr(), libc::O_RDWR | libc::O_APPEND);
+        let memory = libc::mmap(
+            std::ptr::null_mut(),
+            8192,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+            file,
+            0,
+        );
+        if file < 0 || memory == libc::MAP_FAILED {
+            return 1;
+        }
+        let bytes = memory.cast::<u8>();
+        if bytes.add(4999).read() != (4999 % 251) as u8 {
+            return 2;
+        }
+        if libc::write(file, c"new".as_ptr().cast(), 3) != 3 {
+            return 3;
+        }
+        if bytes.add(5000).read() != b'n' || bytes.add(5002).read() != b'w' {
+            return 4;
+        }
+        bytes.write(254);
+        libc::munmap(memory, 8192)
+    });
+    assert_eq!(failed_call, 0);
+    let bytes = fs::read(mount.path("file")).unwrap();
+    assert_eq!(bytes.len(), 5003);
+    assert_eq!((bytes[0], bytes[1], &bytes[5000..]), (254, 1, &b"new"[..]));
+    mount.unmount();
+}
+
+#[test]
 fn a_file_that_another_mount_makes_meanwhile_is_opened() {
     if !can_mount() {
         return;
