@@ -89,6 +89,8 @@ pub struct InodeState<Put> {
     pub mtime: Option<Timestamp>,
     /// Whether the next flush drops privileges.
     pub privileges: Privileges,
+    /// Whether the command under way does.
+    pub privileges_sent: Privileges,
     /// When the oldest unsealed byte was written.
     pub dirty_since: Option<Instant>,
     /// The background commit that is queued.
@@ -122,7 +124,22 @@ impl<Put> InodeState<Put> {
                 attributes.ctime = attributes.ctime.max(mtime);
             }
         }
+        if [self.privileges, self.privileges_sent].contains(&Privileges::Drop) {
+            attributes.mode = without_privileges(attributes.mode);
+            attributes.has_capability = false;
+        }
         Some(attributes)
+    }
+}
+
+/// What a write leaves of a file's mode, as the cluster has it: set-group-id stays where the group may not execute.
+fn without_privileges(mode: u16) -> u16 {
+    const SET_USER_ID: u16 = 0o4000;
+    const SET_GROUP_ID: u16 = 0o2000;
+    const GROUP_EXECUTE: u16 = 0o0010;
+    match mode & GROUP_EXECUTE {
+        0 => mode & !SET_USER_ID,
+        _ => mode & !(SET_USER_ID | SET_GROUP_ID),
     }
 }
 
@@ -196,6 +213,7 @@ impl<Put> OpenFiles<Put> {
                     extents: ExtentCache::default(),
                     mtime: None,
                     privileges: Privileges::Keep,
+                    privileges_sent: Privileges::Keep,
                     dirty_since: None,
                     queued: None,
                     handed_over: false,

@@ -1,12 +1,12 @@
 //! What the kernel above takes for granted: that an answer is as new as it claims, and that what it left to us is done.
 
 use bytes::Bytes;
-use quorumfs_proto::command::Privileges;
+use quorumfs_proto::command::{AttributeChanges, Privileges};
 use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{FsError, InodeNumber};
 
 use super::reference::Reference;
-use super::support::{close, create, mount, read_write, write};
+use super::support::{ageless, close, create, mount, mount_with, read_write, write};
 use crate::fs::{OpenFlags, Place};
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
@@ -134,4 +134,44 @@ async fn each_write_says_whether_it_appends() {
     assert_eq!(all, b"0x2345678"[..]);
     close(&fs, append.handle).await;
     close(&fs, plain.handle).await;
+}
+
+#[tokio::test]
+async fn privileges_that_a_write_takes_are_not_seen_again() {
+    let reference = Reference::new();
+    let fs = mount_with(&reference, 1, ageless());
+    let (inode, handle) = create(&fs, "program").await;
+    let set = AttributeChanges {
+        mode: Some(0o6755),
+        ..AttributeChanges::default()
+    };
+    fs.set_attributes(inode, None, set.clone()).await.unwrap();
+    let mode = async || fs.attributes(inode, None).await.unwrap().mode;
+    fs.write(
+        handle,
+        Place::At(0),
+        Bytes::from_static(b"by root"),
+        Privileges::Keep,
+    )
+    .await
+    .unwrap();
+    assert_eq!(mode().await, 0o6755);
+    let other = Bytes::from_static(b"by somebody");
+    fs.write(handle, Place::At(0), other, Privileges::Drop)
+        .await
+        .unwrap();
+    assert_eq!(mode().await, 0o755, "not committed yet");
+    let flush = tokio::spawn({
+        let fs = fs.clone();
+        async move { fs.flush(handle).await }
+    });
+    while !flush.is_finished() {
+        assert_eq!(mode().await, 0o755, "on its way");
+        tokio::task::yield_now().await;
+    }
+    flush.await.unwrap().unwrap();
+    assert_eq!(mode().await, 0o755);
+    fs.set_attributes(inode, None, set).await.unwrap();
+    assert_eq!(mode().await, 0o6755, "set again");
+    fs.release(handle).await.unwrap();
 }
