@@ -8,7 +8,9 @@
 //! - Every request is answered exactly once. A panic in a handler answers EIO (fuser's replies do so when
 //!   they are dropped) and takes no thread with it.
 //! - The kernel keeps names and attributes for as long as the mount option says (by default it asks each
-//!   time), and a file's pages only if the filesystem says at open that they are still right.
+//!   time), and a file's pages only if the filesystem says at open that they are still right. While a file is open
+//!   it drops them when it is told another size than its own. FUSE_EXPLICIT_INVAL_DATA would keep them: the zeros
+//!   behind the old end would be read as bytes of the file.
 //!
 //! Lookups are not counted: inode numbers are never used twice and the filesystem keeps nothing per inode
 //! that is not bounded otherwise, so FORGET has nothing to do, also not for what READDIRPLUS looked up.
@@ -34,7 +36,7 @@ use fuser::{
     ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
     ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use quorumfs_proto::command::{NewKind, Privileges};
+use quorumfs_proto::command::NewKind;
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{Attributes, SymlinkTarget};
@@ -69,7 +71,8 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
             | InitFlags::FUSE_CACHE_SYMLINKS
             | InitFlags::FUSE_HANDLE_KILLPRIV_V2
             | InitFlags::FUSE_EXPORT_SUPPORT
-            | InitFlags::FUSE_EXPLICIT_INVAL_DATA;
+            // O_APPEND handles pass the kernel's pages by, but programs may map them all the same.
+            | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
         // An old kernel lacks some: the mount is slower there, not wrong.
         if let Err(missing) = config.add_capabilities(wanted) {
             tracing::info!(?missing, "the kernel's FUSE is old");
@@ -312,7 +315,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         offset: u64,
         data: &[u8],
         write_flags: WriteFlags,
-        _flags: fuser::OpenFlags,
+        flags: fuser::OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
@@ -326,15 +329,11 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
                 |reply, written: u32| reply.written(written),
             );
         }
-        let privileges = if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) {
-            Privileges::Drop
-        } else {
-            Privileges::Keep
-        };
+        let (place, privileges) = convert::write_terms(offset, flags.0, write_flags);
         self.serve_moving(
             (Verb::Write, reply),
             |written: &u32| u64::from(*written),
-            move |fs| async move { fs.write(handle.0, offset, data, privileges).await },
+            move |fs| async move { fs.write(handle.0, place, data, privileges).await },
             |reply, written: u32| reply.written(written),
         );
     }

@@ -15,6 +15,7 @@ use quorumfs_proto::command::Privileges;
 use quorumfs_proto::{Attributes, FsError, InodeNumber, Timestamp};
 
 use crate::caches::extent_cache::ExtentCache;
+use crate::caches::page_versions::Dropping;
 use crate::readahead::Readahead;
 use crate::write_buffer::WriteBuffer;
 
@@ -88,6 +89,8 @@ pub struct InodeState<Put> {
     pub mtime: Option<Timestamp>,
     /// Whether the next flush drops privileges.
     pub privileges: Privileges,
+    /// Whether the command under way does.
+    pub privileges_sent: Privileges,
     /// When the oldest unsealed byte was written.
     pub dirty_since: Option<Instant>,
     /// The background commit that is queued.
@@ -121,7 +124,22 @@ impl<Put> InodeState<Put> {
                 attributes.ctime = attributes.ctime.max(mtime);
             }
         }
+        if [self.privileges, self.privileges_sent].contains(&Privileges::Drop) {
+            attributes.mode = without_privileges(attributes.mode);
+            attributes.has_capability = false;
+        }
         Some(attributes)
+    }
+}
+
+/// What a write leaves of a file's mode, as the cluster has it: set-group-id stays where the group may not execute.
+fn without_privileges(mode: u16) -> u16 {
+    const SET_USER_ID: u16 = 0o4000;
+    const SET_GROUP_ID: u16 = 0o2000;
+    const GROUP_EXECUTE: u16 = 0o0010;
+    match mode & GROUP_EXECUTE {
+        0 => mode & !SET_USER_ID,
+        _ => mode & !(SET_USER_ID | SET_GROUP_ID),
     }
 }
 
@@ -134,6 +152,8 @@ pub struct OpenFile<Put> {
     pub flags: OpenFlags,
     /// How it is read.
     pub readahead: Mutex<Readahead>,
+    /// What its first request shows to have taken place.
+    pub dropping: Mutex<Option<Dropping>>,
     failures_seen: Mutex<u64>,
 }
 
@@ -193,6 +213,7 @@ impl<Put> OpenFiles<Put> {
                     extents: ExtentCache::default(),
                     mtime: None,
                     privileges: Privileges::Keep,
+                    privileges_sent: Privileges::Keep,
                     dirty_since: None,
                     queued: None,
                     handed_over: false,
@@ -230,7 +251,7 @@ impl<Put> OpenFiles<Put> {
     }
 
     /// Makes a hold into a handle.
-    pub fn add(&self, node: Arc<OpenInode<Put>>, flags: OpenFlags) -> Handle {
+    pub fn add(&self, node: Arc<OpenInode<Put>>, flags: OpenFlags, dropping: Option<Dropping>) -> Handle {
         let failures = node.state.lock().failures.0;
         let mut tables = self.tables.lock();
         tables.last_handle += 1;
@@ -239,6 +260,7 @@ impl<Put> OpenFiles<Put> {
             node,
             flags,
             readahead: Mutex::default(),
+            dropping: Mutex::new(dropping),
             failures_seen: Mutex::new(failures),
         };
         tables.files.insert(handle, Arc::new(file));

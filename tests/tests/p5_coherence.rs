@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read as _, Write as _};
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 
 use quorumfs_tests::{Cluster, Random, Sandbox};
 
@@ -97,6 +97,92 @@ fn p5_what_is_flushed_is_seen_by_who_has_the_file_open_elsewhere() {
     }
     here.unmount();
     there.unmount();
+}
+
+#[test]
+fn p5_a_file_that_stays_open_shows_what_another_mount_wrote() {
+    let sandbox = Sandbox::light("p5-same-descriptor");
+    let cluster = Cluster::start(&sandbox);
+    let (here, there) = (cluster.mount(), cluster.mount());
+    let mut expected = b"line 0\n".to_vec();
+    fs::write(there.path("log"), &expected).expect("write");
+    let reader = File::open(here.path("log")).expect("open");
+    let seen_by = |reader: &File| {
+        // The size first: as `tail -f` does, and so that the kernel knows it when it is asked for the bytes.
+        let mut bytes = vec![b'?'; reader.metadata().expect("fstat").len() as usize];
+        reader.read_exact_at(&mut bytes, 0).expect("read");
+        String::from_utf8(bytes).expect("text")
+    };
+    assert_eq!(seen_by(&reader).as_bytes(), expected, "it is in the cache now");
+    for line in 1..30 {
+        let line = format!("line {line}\n");
+        expected.extend_from_slice(line.as_bytes());
+        let mut writer = OpenOptions::new()
+            .append(true)
+            .open(there.path("log"))
+            .expect("open");
+        assert_eq!(writer.write(line.as_bytes()).expect("append"), line.len());
+        drop(writer);
+        assert_eq!(seen_by(&reader).as_bytes(), expected);
+    }
+    // Of the same size: seen from the next open on (close-to-open), and then by who has it open as well.
+    expected.make_ascii_uppercase();
+    let writer = OpenOptions::new()
+        .write(true)
+        .open(there.path("log"))
+        .expect("open");
+    writer.write_all_at(&expected, 0).expect("overwrite");
+    drop(writer);
+    let fresh = File::open(here.path("log")).expect("open");
+    assert_eq!(seen_by(&fresh).as_bytes(), expected);
+    assert_eq!(seen_by(&reader).as_bytes(), expected);
+    // Shorter, and longer again.
+    fs::write(there.path("log"), "cut").expect("write");
+    assert_eq!(seen_by(&reader), "cut");
+    drop((reader, fresh));
+    here.unmount();
+    there.unmount();
+}
+
+#[test]
+fn p5_a_listing_does_not_bring_back_what_was_before() {
+    const FILES: usize = 1500;
+    let sandbox = Sandbox::light("p5-listing");
+    let cluster = Cluster::start(&sandbox);
+    let mount = cluster.mount();
+    let name = |number: usize| mount.path(format!("file-{number:04}"));
+    (0..FILES).for_each(|number| fs::write(name(number), "x").expect("write"));
+    let mut listing = fs::read_dir(mount.directory()).expect("list");
+    // Looked at, so that the kernel asks for attributes with the names.
+    let mut look = |count: usize| {
+        let entries = listing.by_ref().take(count);
+        entries
+            .map(|entry| entry.expect("list").path().metadata().is_ok())
+            .count()
+    };
+    assert_eq!(look(10), 10);
+    for number in 0..FILES {
+        if number % 2 == 0 {
+            fs::remove_file(name(number)).expect("unlink");
+        } else {
+            fs::write(name(number), "longer").expect("write");
+        }
+    }
+    while look(100) > 0 {
+        for number in (0..FILES).step_by(7) {
+            let found = fs::read(name(number)).ok();
+            let expected = (number % 2 == 1).then(|| b"longer".to_vec());
+            assert_eq!(found, expected, "file {number}");
+        }
+    }
+    for number in 0..FILES {
+        let size = name(number)
+            .symlink_metadata()
+            .map(|metadata| metadata.len())
+            .ok();
+        assert_eq!(size, (number % 2 == 1).then_some(6), "file {number}");
+    }
+    mount.unmount();
 }
 
 #[test]

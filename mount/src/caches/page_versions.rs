@@ -1,48 +1,95 @@
 //! Which version of each file's content the kernel (or whoever caches above us) has seen.
 //!
-//! Owes: at open, whether what is cached above may be kept. Invariant: a version is remembered only if every byte
-//! cached above is of that version. Bounded by count; what falls out only costs a cache above us its pages.
+//! Owes: at open, whether what is cached above may be kept. Invariant: a version is settled only if every byte cached
+//! above is of that version. That an open was told to drop what is cached is not enough: until its answer has arrived
+//! the old bytes are still there, and a second open must not be told to keep them. The first request on the handle shows
+//! that it has. Bounded by count; what falls out only costs a cache above us its pages.
 
-use quick_cache::sync::Cache;
+use parking_lot::Mutex;
+use quick_cache::unsync::Cache;
 use quorumfs_proto::InodeNumber;
 
 /// Files remembered: some 2 MiB at most.
 const FILES_MAX: usize = 32_768;
 
-/// Versions by file.
+/// Numbers the opens that drop what is cached above.
+pub type Dropping = u64;
+
+/// What is cached above of one file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Pages {
+    version: u64,
+    /// The open that first drops what is of another version, as long as nothing shows that it has.
+    dropping: Option<Dropping>,
+}
+
+/// Versions by file. The lock is held for a look-up.
 #[derive(Debug)]
 pub struct PageVersions {
-    versions: Cache<InodeNumber, u64>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    files: Cache<InodeNumber, Pages>,
+    last: Dropping,
 }
 
 impl Default for PageVersions {
     fn default() -> PageVersions {
         PageVersions {
-            versions: Cache::new(FILES_MAX),
+            state: Mutex::new(State {
+                files: Cache::new(FILES_MAX),
+                last: 0,
+            }),
         }
     }
 }
 
 impl PageVersions {
-    /// A file was opened at `version`: whether pages cached earlier are of that version.
-    pub fn opened(&self, inode: InodeNumber, version: u64) -> bool {
-        let known = self.versions.get(&inode) == Some(version);
-        if !known {
-            self.versions.insert(inode, version);
+    /// A file was opened at `version`. `None`: pages cached earlier are of that version. Else they must be dropped, and
+    /// [`PageVersions::dropped`] is to be told the number once a request shows that they were.
+    pub fn opened(&self, inode: InodeNumber, version: u64) -> Option<Dropping> {
+        let mut state = self.state.lock();
+        if let Some(known) = state.files.get(&inode)
+            && known.version == version
+        {
+            return known.dropping;
         }
-        known
+        state.last += 1;
+        let dropping = Some(state.last);
+        state.files.insert(inode, Pages { version, dropping });
+        dropping
+    }
+
+    /// A file was made at `version`: nothing of it is cached yet.
+    pub fn created(&self, inode: InodeNumber, version: u64) {
+        let dropping = None;
+        let pages = Pages { version, dropping };
+        self.state.lock().files.insert(inode, pages);
+    }
+
+    /// The open that was given this number, or another one with it, has taken place above.
+    pub fn dropped(&self, inode: InodeNumber, dropping: Dropping) {
+        if let Some(mut pages) = self.state.lock().files.get_mut(&inode)
+            && pages.dropping == Some(dropping)
+        {
+            pages.dropping = None;
+        }
     }
 
     /// This mount itself moved the content from `before` to `after`, and pages above have the change.
     pub fn changed_here(&self, inode: InodeNumber, before: u64, after: u64) {
-        if self.versions.get(&inode) == Some(before) {
-            self.versions.insert(inode, after);
+        if let Some(mut pages) = self.state.lock().files.get_mut(&inode)
+            && pages.version == before
+        {
+            pages.version = after;
         }
     }
 
     /// Pages above may lack a change.
     pub fn forget(&self, inode: InodeNumber) {
-        self.versions.remove(&inode);
+        self.state.lock().files.remove(&inode);
     }
 }
 
@@ -54,13 +101,42 @@ mod tests {
     fn pages_are_kept_only_over_changes_made_here() {
         let versions = PageVersions::default();
         let file = InodeNumber(7);
-        assert!(!versions.opened(file, 1), "never seen");
-        assert!(versions.opened(file, 1));
+        let first = versions.opened(file, 1).expect("never seen");
+        versions.dropped(file, first);
+        assert_eq!(versions.opened(file, 1), None);
         versions.changed_here(file, 1, 2);
-        assert!(versions.opened(file, 2));
+        assert_eq!(versions.opened(file, 2), None);
         versions.changed_here(file, 3, 4);
-        assert!(!versions.opened(file, 4), "version 3 was made by somebody else");
+        let fourth = versions
+            .opened(file, 4)
+            .expect("version 3 was made by somebody else");
+        versions.dropped(file, fourth);
         versions.forget(file);
-        assert!(!versions.opened(file, 4));
+        assert!(versions.opened(file, 4).is_some());
+    }
+
+    #[test]
+    fn pages_are_kept_only_after_the_older_ones_are_gone() {
+        let versions = PageVersions::default();
+        let file = InodeNumber(7);
+        let first = versions.opened(file, 1);
+        assert_eq!(versions.opened(file, 1), first, "the first may not have arrived");
+        versions.changed_here(file, 1, 2);
+        assert_eq!(
+            versions.opened(file, 2),
+            first,
+            "what was there before is not gone by that"
+        );
+        let second = versions.opened(file, 3);
+        versions.dropped(file, first.unwrap());
+        assert_eq!(
+            versions.opened(file, 3),
+            second,
+            "that one dropped what was there before version 3"
+        );
+        versions.dropped(file, second.unwrap());
+        assert_eq!(versions.opened(file, 3), None);
+        versions.created(InodeNumber(8), 1);
+        assert_eq!(versions.opened(InodeNumber(8), 1), None);
     }
 }

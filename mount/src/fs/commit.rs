@@ -174,14 +174,18 @@ impl<C: Cluster> Filesystem<C> {
                 [] => Privileges::Keep,
                 _ => std::mem::replace(&mut state.privileges, Privileges::Keep),
             };
+            state.privileges_sent = privileges;
             (state.mtime, privileges)
         };
         let sent = self
             .send_write(node, packs, chunks, (mtime, privileges), operation)
             .await;
+        let mut state = node.state.lock();
+        state.privileges_sent = Privileges::Keep;
         if sent.is_err() && privileges == Privileges::Drop {
-            node.state.lock().privileges = Privileges::Drop;
+            state.privileges = Privileges::Drop;
         }
+        drop(state);
         sent
     }
 

@@ -2,7 +2,10 @@
 //!
 //! Invariants: an offset is the cookie of the entry before; "." has 1, ".." has 2, the cluster's entries have 3 and
 //! more, and keep theirs as long as they exist. So an entry that exists throughout a listing is told exactly once,
-//! whatever comes and goes meanwhile. A directory handle holds one page of the cluster's answer at a time.
+//! whatever comes and goes meanwhile. A directory handle holds one page of names at a time.
+//!
+//! Rule: attributes are told as they are after the request came, never from a page of an earlier one. Whoever is told
+//! takes them for new: the kernel would keep an old size or a removed name for as long as a lease lasts.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,7 +22,7 @@ const DOT_COOKIE: u64 = 1;
 /// The cookie of "..".
 const DOT_DOT_COOKIE: u64 = 2;
 
-/// Bytes of entries asked for at once: a thousand or so with their attributes.
+/// Bytes of names asked for at once: some thousands.
 const PAGE_BYTES: u32 = 256 << 10;
 
 /// What an entry takes in a caller's buffer beside its name, without and with attributes (the larger of what
@@ -27,6 +30,10 @@ const PAGE_BYTES: u32 = 256 << 10;
 const ITEM_OVERHEAD_BYTES: usize = 24;
 const DETAILED_ITEM_OVERHEAD_BYTES: usize = 152;
 const NAME_PADDING_BYTES: usize = 8;
+
+/// An entry with attributes takes a little less of the cluster's answer than of a caller's buffer. So much less is asked
+/// for, as what does not fit was fetched in vain.
+const ASKED_EIGHTHS: usize = 7;
 
 /// One entry of a listing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,16 +57,14 @@ struct Page {
     entries: Vec<DirectoryEntry>,
     /// Whether there are none behind it.
     end: bool,
-    detailed: bool,
 }
 
 impl Page {
     /// Where in the page the entries after `cookie` begin, if the page tells what comes next.
-    fn position(&self, cookie: u64, detail: EntryDetail) -> Option<usize> {
-        let detailed_enough = self.detailed || detail == EntryDetail::Name;
+    fn position(&self, cookie: u64) -> Option<usize> {
         let at = self.entries.partition_point(|entry| entry.cookie <= cookie);
         let tells = self.after <= cookie && (at < self.entries.len() || self.end);
-        (detailed_enough && tells).then_some(at)
+        tells.then_some(at)
     }
 }
 
@@ -67,7 +72,7 @@ impl Page {
 struct OpenDirectory {
     inode: InodeNumber,
     parent: InodeNumber,
-    /// Held while a page is fetched: readers of one handle take turns.
+    /// Names. Held while they are fetched: readers of one handle take turns.
     page: tokio::sync::Mutex<Option<Page>>,
 }
 
@@ -134,32 +139,46 @@ impl<C: Cluster> Filesystem<C> {
                 return listing.finish();
             }
         }
-        let mut page = directory.page.lock().await;
+        let mut names = directory.page.lock().await;
         if offset == 0 {
-            *page = None;
+            *names = None;
         }
         let mut after = if offset <= DOT_DOT_COOKIE { 0 } else { offset };
+        if detail == EntryDetail::Attributes {
+            drop(names);
+            let asked_bytes = u32::try_from(listing.bytes_left / 8 * ASKED_EIGHTHS).unwrap_or(u32::MAX);
+            let page = self
+                .directory_page(directory.inode, after, detail, asked_bytes)
+                .await?;
+            self.list(&mut listing, &page.entries);
+            return listing.finish();
+        }
         loop {
-            let at = page.as_ref().and_then(|page| page.position(after, detail));
-            let Some(at) = at else {
+            let at = names.as_ref().and_then(|page| page.position(after));
+            let (Some(page), Some(at)) = (names.as_ref(), at) else {
                 if listing.has_entries() {
                     return listing.finish(); // What is there is enough for one answer.
                 }
-                *page = Some(self.directory_page(directory.inode, after, detail).await?);
+                let fetched = self.directory_page(directory.inode, after, detail, PAGE_BYTES);
+                *names = Some(fetched.await?);
                 continue;
             };
-            let Some(page) = page.as_ref() else { continue };
-            for group in page.entries[at..].chunk_by(|a, b| a.cookie == b.cookie) {
-                // Entries of one cookie stay together: the caller can only go on behind all of them.
-                if !listing.add(group.iter().map(|entry| self.item(entry, detail)).collect()) {
-                    return listing.finish();
-                }
-                after = group[0].cookie;
-            }
-            if page.end {
+            let listed = self.list(&mut listing, &page.entries[at..]);
+            if listing.is_full || page.end {
                 return listing.finish();
             }
+            after = listed.unwrap_or(after);
         }
+    }
+
+    /// Adds as many of `entries` as fit and answers the cookie of the last. Those of one cookie stay together: the caller
+    /// can only go on behind all of them.
+    fn list(&self, listing: &mut Listing, entries: &[DirectoryEntry]) -> Option<u64> {
+        let groups = entries.chunk_by(|a, b| a.cookie == b.cookie);
+        groups
+            .take_while(|group| listing.add(group.iter().map(|entry| self.item(entry)).collect()))
+            .last()
+            .map(|group| group[0].cookie)
     }
 
     async fn directory_page(
@@ -167,43 +186,37 @@ impl<C: Cluster> Filesystem<C> {
         inode: InodeNumber,
         after: u64,
         detail: EntryDetail,
+        bytes_max: u32,
     ) -> Result<Page, FsError> {
         let query = Query::ReadDirectory {
             inode,
             after,
-            bytes_max: PAGE_BYTES,
+            bytes_max,
             detail,
         };
         match self.cluster.query(query).await {
-            Ok(Answer::Entries { entries, end }) if end || !entries.is_empty() => Ok(Page {
-                after,
-                entries,
-                end,
-                detailed: detail == EntryDetail::Attributes,
-            }),
+            Ok(Answer::Entries { entries, end }) if end || !entries.is_empty() => {
+                Ok(Page { after, entries, end })
+            }
             Ok(other) => Err(unexpected("ReadDirectory", &other)),
             // Removed while it was open: it is empty.
             Err(FsError::NotFound | FsError::Stale) => Ok(Page {
                 after,
                 end: true,
-                detailed: true,
                 ..Page::default()
             }),
             Err(error) => Err(error),
         }
     }
 
-    fn item(&self, entry: &DirectoryEntry, detail: EntryDetail) -> DirectoryItem {
-        let attributes = entry
-            .attributes
-            .as_ref()
-            .filter(|_| detail == EntryDetail::Attributes);
+    fn item(&self, entry: &DirectoryEntry) -> DirectoryItem {
+        let attributes = entry.attributes.clone();
         DirectoryItem {
             name: Bytes::from(entry.name.clone()),
             inode: entry.inode,
             kind: entry.kind,
             cookie: entry.cookie,
-            attributes: attributes.map(|attributes| self.present(attributes.clone())),
+            attributes: attributes.map(|attributes| self.present(attributes)),
         }
     }
 

@@ -47,6 +47,7 @@ pub use self::cluster::{Cluster, FreshContent};
 pub use self::directory::DirectoryItem;
 pub use self::leased::Leased;
 pub use self::open::Opened;
+pub use self::write::Place;
 pub use crate::handles::{Handle, OpenFlags};
 
 use self::directory::OpenDirectories;

@@ -7,8 +7,9 @@ use quorumfs_proto::limits::FILE_BYTES_MAX;
 use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber, Name, Operation, Query};
 
 use super::namespace::entry_of;
-use super::{Cluster, Durability, Filesystem, Handle, Node, OpenFlags};
-use crate::handles::Scope;
+use super::{Cluster, Durability, Filesystem, Handle, Node, OpenFlags, Put};
+use crate::caches::page_versions::Dropping;
+use crate::handles::{OpenFile, Scope};
 
 /// Extents that come with an open: all of most files, and no burden for those that are opened for a look at their end.
 const PIECES_AT_OPEN_MAX: u32 = 64;
@@ -32,7 +33,7 @@ impl<C: Cluster> Filesystem<C> {
         }
         let node = self.open.hold(inode);
         match self.open_held(&node, flags).await {
-            Ok(keep_cache) => Ok(self.opened(node, flags, keep_cache)),
+            Ok(dropping) => Ok(self.opened(node, flags, dropping)),
             Err(error) => {
                 self.open.let_go(&node);
                 Err(error)
@@ -40,8 +41,8 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// Answers whether caches above may be kept.
-    async fn open_held(&self, node: &Node<C>, flags: OpenFlags) -> Result<bool, FsError> {
+    /// Answers whether caches above must be dropped.
+    async fn open_held(&self, node: &Node<C>, flags: OpenFlags) -> Result<Option<Dropping>, FsError> {
         if flags.truncate {
             self.truncate_at_open(node, flags.privileges).await?;
         } else if flags.read {
@@ -79,16 +80,28 @@ impl<C: Cluster> Filesystem<C> {
         self.commit_with(node, cut).await.map(|_| ())
     }
 
-    fn opened(&self, node: Node<C>, flags: OpenFlags, keep_cache: bool) -> Opened {
+    fn opened(&self, node: Node<C>, flags: OpenFlags, dropping: Option<Dropping>) -> Opened {
         Opened {
-            handle: self.open.add(node, flags),
+            handle: self.open.add(node, flags, dropping),
             direct_io: flags.append,
-            keep_cache,
+            keep_cache: dropping.is_none(),
         }
     }
 
-    /// Creates a regular file, or takes the existing one unless `flags` say exclusive, and opens it. `mode` is without
-    /// the bits of the umask.
+    /// The file of a handle that a request came on: so its open has taken place above, whatever it was to drop there.
+    pub(super) fn used(&self, handle: Handle) -> Result<Arc<OpenFile<Put<C>>>, FsError> {
+        let file = self.open.get(handle)?;
+        if let Some(dropping) = file.dropping.lock().take() {
+            self.pages.dropped(file.node.inode, dropping);
+        }
+        Ok(file)
+    }
+
+    /// Creates a regular file and opens it. `mode` is without the bits of the umask.
+    ///
+    /// Where there is one by now (of another mount, since the name was looked up) it answers [`FsError::Exists`] if
+    /// `flags` say exclusive and else [`FsError::Stale`]: the kernel allowed a creation, so nobody has checked whether
+    /// the program may open or truncate what is there. It looks the name up again then, and asks for an open.
     pub async fn create(
         &self,
         parent: InodeNumber,
@@ -108,25 +121,13 @@ impl<C: Cluster> Filesystem<C> {
                 uid,
                 gid,
             },
-            existing: if flags.exclusive {
-                IfExists::Refuse
-            } else {
-                IfExists::Open
-            },
+            existing: IfExists::Refuse,
         };
-        let outcome = self.mutate(create).await?;
-        let (attributes, created) = entry_of(&outcome)?;
-        if !created {
-            let inode = attributes.inode;
-            let opened = self.open(inode, flags).await?;
-            let attributes = self
-                .open
-                .find(inode)
-                .and_then(|node| node.state.lock().attributes());
-            return attributes
-                .map(|attributes| (attributes, opened))
-                .ok_or(FsError::Io);
-        }
+        let made = self.mutate(create).await.map_err(|error| match error {
+            FsError::Exists if !flags.exclusive => FsError::Stale,
+            other => other,
+        });
+        let (attributes, _) = entry_of(&made?)?;
         let node = self.open.hold(attributes.inode);
         {
             let mut state = node.state.lock();
@@ -135,14 +136,14 @@ impl<C: Cluster> Filesystem<C> {
                 .extents
                 .store(attributes.content_version, 0..FILE_BYTES_MAX, Vec::new());
         }
-        self.pages.opened(attributes.inode, attributes.content_version);
-        Ok((attributes, self.opened(node, flags, true)))
+        self.pages.created(attributes.inode, attributes.content_version);
+        Ok((attributes, self.opened(node, flags, None)))
     }
 
     /// A program closes one of its descriptors: what was written is committed (or, by `durability=fsync`, handed
     /// over), and a failure that no fsync reported is.
     pub async fn flush(self: &Arc<Self>, handle: Handle) -> Result<(), FsError> {
-        let file = self.open.get(handle)?;
+        let file = self.used(handle)?;
         if !file.flags.write {
             return Ok(());
         }
@@ -168,7 +169,7 @@ impl<C: Cluster> Filesystem<C> {
     /// What was written to the file, by anybody on this mount, is on f + 1 disks when this returns. There is no cheaper
     /// form for data only.
     pub async fn fsync(&self, handle: Handle) -> Result<(), FsError> {
-        let file = self.open.get(handle)?;
+        let file = self.used(handle)?;
         let committed = self.commit(&file.node, Scope::Everything).await;
         file.take_failure().and(committed)
     }

@@ -44,7 +44,7 @@ struct Snapshot {
 impl<C: Cluster> Filesystem<C> {
     /// Reads up to `length` bytes at `offset`: fewer only at the end of the file.
     pub async fn read(self: &Arc<Self>, handle: Handle, offset: u64, length: u32) -> Result<Bytes, FsError> {
-        let file = self.open.get(handle)?;
+        let file = self.used(handle)?;
         if !file.flags.read {
             return Err(FsError::NotPermitted);
         }

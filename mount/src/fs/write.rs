@@ -1,4 +1,9 @@
 //! Writing: into the buffer, or, for O_APPEND, straight to the end of the file.
+//!
+//! Which of the two is the word of each write: fcntl(2) sets and clears O_APPEND of a file that is open. What is fixed
+//! at open is whether the kernel passes its pages by. Where a handle that was not opened so appends, the kernel has put
+//! the bytes where it thinks the end is. If that was somewhere else, its size is wrong too, and it drops the pages when
+//! it is told the right one.
 
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
@@ -16,22 +21,32 @@ use crate::write_buffer::Due;
 /// How often the chunk of one append is drawn anew after the cluster called it dead.
 const APPEND_RENEWALS_MAX: usize = 3;
 
+/// Where a write goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// There.
+    At(u64),
+    /// To the end of the file, wherever that is by then. (The kernel thinks there.)
+    End(u64),
+}
+
 impl<C: Cluster> Filesystem<C> {
-    /// Writes `data` at `offset` and answers its length. Of an O_APPEND handle the offset is passed over: the bytes go
-    /// to the end of the file (each MiB of them in one piece), and are committed when this returns.
+    /// Writes `data` and answers its length. What goes to the end of the file goes there in one piece (each MiB of it)
+    /// and is committed when this returns.
     pub async fn write(
         self: &Arc<Self>,
         handle: Handle,
-        offset: u64,
+        place: Place,
         data: Bytes,
         privileges: Privileges,
     ) -> Result<u32, FsError> {
         self.writable()?;
-        let file = self.open.get(handle)?;
+        let file = self.used(handle)?;
         if !file.flags.write {
             return Err(FsError::NotPermitted);
         }
         let length = u32::try_from(data.len()).map_err(|_| FsError::InvalidArgument)?;
+        let (Place::At(offset) | Place::End(offset)) = place;
         if offset
             .checked_add(u64::from(length))
             .is_none_or(|end| end > FILE_BYTES_MAX)
@@ -41,11 +56,14 @@ impl<C: Cluster> Filesystem<C> {
         if length == 0 {
             return Ok(0);
         }
-        if file.flags.append {
-            self.append(&file.node, data, privileges).await?;
-            return Ok(length);
+        match place {
+            Place::End(_) => self.append(&file.node, data, privileges).await?,
+            Place::At(_) => self.take(&file.node, offset, data, privileges).await,
         }
-        self.take(&file.node, offset, data, privileges).await;
+        if place == Place::At(offset) && file.flags.append {
+            // These bytes did not go through the caches above, where another handle may just have read what was there.
+            self.pages.forget(file.node.inode);
+        }
         Ok(length)
     }
 
@@ -59,7 +77,7 @@ impl<C: Cluster> Filesystem<C> {
         mut data: Bytes,
     ) -> Result<u32, FsError> {
         self.writable()?;
-        let file = self.open.get(handle)?;
+        let file = self.used(handle)?;
         let length = u32::try_from(data.len()).map_err(|_| FsError::InvalidArgument)?;
         let size = file
             .node

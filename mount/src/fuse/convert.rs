@@ -3,11 +3,11 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use fuser::{FileAttr, FileType, INodeNo, RenameFlags, TimeOrNow};
+use fuser::{FileAttr, FileType, INodeNo, RenameFlags, TimeOrNow, WriteFlags};
 use quorumfs_proto::command::{AttributeChanges, NewKind, Privileges, RenameMode, SetTime, XattrMode};
 use quorumfs_proto::{Attributes, FileKind, FsError, Timestamp, XattrName};
 
-use crate::fs::DirectoryItem;
+use crate::fs::{DirectoryItem, Place};
 
 /// What programs are told to read and write at a time. The C library sizes its buffers by it, and each of its
 /// writes is a request of its own, so larger is faster; it costs every open stream that much memory.
@@ -178,6 +178,22 @@ pub fn privileges_of(caller_uid: u32) -> Privileges {
         0 => Privileges::Keep,
         _ => Privileges::Drop,
     }
+}
+
+/// Where a WRITE goes and what becomes of the file's privileges. `open_flags` are those of the file as they are now, not
+/// as it was opened.
+pub fn write_terms(offset: u64, open_flags: i32, write_flags: WriteFlags) -> (Place, Privileges) {
+    let place = if open_flags & libc::O_APPEND == 0 {
+        Place::At(offset)
+    } else {
+        Place::End(offset)
+    };
+    let privileges = if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) {
+        Privileges::Drop
+    } else {
+        Privileges::Keep
+    };
+    (place, privileges)
 }
 
 /// renameat2(2)'s flags.

@@ -1,6 +1,8 @@
 //! The whole way from a program through the kernel to a cluster in memory. Needs root and `/dev/fuse`; where
 //! they are not, the tests say that they were skipped.
 
+mod coherence;
+
 use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs::{self, File, FileTimes};

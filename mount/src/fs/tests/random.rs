@@ -13,6 +13,7 @@ use quorumfs_proto::command::{AttributeChanges, Privileges, RenameMode};
 use quorumfs_proto::{FsError, InodeNumber};
 
 use super::reference::{Connection, Reference};
+use super::support::place;
 use crate::fs::{Filesystem, FsOptions, Handle, OpenFlags};
 use crate::handles::Scope;
 
@@ -188,7 +189,12 @@ impl World {
                 let Some(open) = self.open.get(handle) else { return };
                 let fs = &self.mounts[open.mount];
                 let written = fs
-                    .write(open.handle, offset, Bytes::from(data.clone()), Privileges::Keep)
+                    .write(
+                        open.handle,
+                        place(fs, open.handle, offset),
+                        Bytes::from(data.clone()),
+                        Privileges::Keep,
+                    )
                     .await;
                 assert_eq!(written, Ok(length as u32));
                 let bytes = &mut self.files[open.file];
@@ -291,16 +297,18 @@ impl World {
         let mount = known.map_or(mount, |file| self.mount_for(file, mount));
         let fs = Arc::clone(&self.mounts[mount]);
         let open_flags = OpenFlags::from(flags | libc::O_RDWR);
-        let handle = if flags & libc::O_CREAT != 0 {
-            match fs.create(ROOT, &spelled(name), 0o644, 0, 0, open_flags).await {
-                Ok((_, opened)) => opened.handle,
-                Err(error) => {
-                    assert_eq!(error, FsError::Exists);
-                    assert!(known.is_some() && open_flags.exclusive);
-                    return;
-                }
-            }
+        let created = match flags & libc::O_CREAT {
+            0 => Err(FsError::Stale),
+            _ => fs.create(ROOT, &spelled(name), 0o644, 0, 0, open_flags).await,
+        };
+        let handle = if let Ok((_, opened)) = created {
+            opened.handle
+        } else if created == Err(FsError::Exists) {
+            assert!(known.is_some() && open_flags.exclusive);
+            return;
         } else {
+            // Without O_CREAT, or what the kernel does when it finds that there is something to open.
+            assert_eq!(created, Err(FsError::Stale));
             match fs.lookup(ROOT, &spelled(name)).await {
                 Ok(found) => fs.open(found.inode, open_flags).await.unwrap().handle,
                 Err(error) => {

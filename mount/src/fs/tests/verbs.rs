@@ -5,58 +5,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use quorumfs_proto::command::{
-    AttributeChanges, NewInode, NewKind, Privileges, RenameMode, SetTime, XattrMode,
-};
+use quorumfs_proto::command::{AttributeChanges, NewInode, NewKind, RenameMode, SetTime, XattrMode};
 use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{FileKind, FsError, InodeNumber, Operation, SymlinkTarget, Timestamp};
 
 use super::reference::{Connection, Reference};
-use crate::fs::{Durability, Filesystem, FsOptions, Handle, OpenFlags};
+use super::support::{ageless, close, create, mount, mount_with, read_write, write};
+use crate::fs::{Durability, Filesystem, FsOptions, OpenFlags};
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
 const MIB: u64 = 1 << 20;
-
-fn mount(reference: &Arc<Reference>, session: u64) -> Arc<Filesystem<Connection>> {
-    mount_with(reference, session, FsOptions::default())
-}
-
-fn mount_with(reference: &Arc<Reference>, session: u64, options: FsOptions) -> Arc<Filesystem<Connection>> {
-    Filesystem::new(reference.connect(session), options)
-}
-
-/// Nothing is committed by age.
-fn ageless() -> FsOptions {
-    FsOptions {
-        dirty_age_ms: 3_600_000,
-        ..FsOptions::default()
-    }
-}
-
-fn read_write() -> OpenFlags {
-    OpenFlags::from(libc::O_RDWR)
-}
-
-async fn create(fs: &Arc<Filesystem<Connection>>, name: &str) -> (InodeNumber, Handle) {
-    let flags = read_write();
-    let (attributes, opened) = fs
-        .create(ROOT, name.as_bytes(), 0o644, 0, 0, flags)
-        .await
-        .unwrap();
-    (attributes.inode, opened.handle)
-}
-
-async fn write(fs: &Arc<Filesystem<Connection>>, handle: Handle, offset: u64, data: &[u8]) {
-    let written = fs
-        .write(handle, offset, Bytes::copy_from_slice(data), Privileges::Keep)
-        .await;
-    assert_eq!(written, Ok(data.len() as u32));
-}
-
-async fn close(fs: &Arc<Filesystem<Connection>>, handle: Handle) {
-    fs.flush(handle).await.unwrap();
-    fs.release(handle).await.unwrap();
-}
 
 async fn contents(fs: &Arc<Filesystem<Connection>>, name: &str) -> Vec<u8> {
     let found = fs.lookup(ROOT, name.as_bytes()).await.unwrap();

@@ -1,0 +1,177 @@
+//! What the kernel above takes for granted: that an answer is as new as it claims, and that what it left to us is done.
+
+use bytes::Bytes;
+use quorumfs_proto::command::{AttributeChanges, Privileges};
+use quorumfs_proto::query::EntryDetail;
+use quorumfs_proto::{FsError, InodeNumber};
+
+use super::reference::Reference;
+use super::support::{ageless, close, create, mount, mount_with, read_write, write};
+use crate::fs::{OpenFlags, Place};
+
+const ROOT: InodeNumber = InodeNumber::ROOT;
+
+#[tokio::test]
+async fn attributes_of_a_listing_are_as_new_as_the_request() {
+    let reference = Reference::new();
+    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let mut handles = Vec::new();
+    for at in 0..400 {
+        handles.push(create(&fs, &format!("{at:03}")).await.1);
+    }
+    let directory = fs.open_directory(ROOT).await.unwrap();
+    let detail = EntryDetail::Attributes;
+    let first = fs.read_directory(directory, 0, detail, 8 << 10).await.unwrap();
+    let told: Vec<&[u8]> = first.iter().map(|item| item.name.as_ref()).collect();
+    let (mut removed, mut grown) = (0, 0);
+    for (at, handle) in handles.iter().enumerate() {
+        let name = format!("{at:03}");
+        if told.contains(&name.as_bytes()) {
+            continue;
+        }
+        if at % 2 == 0 {
+            // By whom makes no difference.
+            let by = [&fs, &other][at / 2 % 2];
+            by.unlink(ROOT, name.as_bytes()).await.unwrap();
+            removed += 1;
+        } else {
+            write(&fs, *handle, 0, b"grown").await;
+            close(&fs, *handle).await;
+            grown += 1;
+        }
+    }
+    assert!(removed > 50 && grown > 50, "{removed} and {grown}");
+    let mut rest = Vec::new();
+    let mut offset = first.last().unwrap().cookie;
+    loop {
+        let page = fs
+            .read_directory(directory, offset, detail, 8 << 10)
+            .await
+            .unwrap();
+        let Some(last) = page.last() else { break };
+        offset = last.cookie;
+        rest.extend(page);
+    }
+    assert_eq!(rest.len(), grown);
+    for item in rest {
+        assert_eq!(item.attributes.unwrap().size, 5, "{:?}", item.name);
+    }
+}
+
+#[tokio::test]
+async fn what_exists_already_is_not_opened_by_a_create() {
+    let reference = Reference::new();
+    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let (_, handle) = create(&other, "file").await;
+    write(&other, handle, 0, b"precious").await;
+    close(&other, handle).await;
+    let before = reference.commands.lock().len();
+    for (flags, expected) in [
+        (libc::O_CREAT | libc::O_RDWR | libc::O_TRUNC, FsError::Stale),
+        (libc::O_CREAT | libc::O_RDWR | libc::O_EXCL, FsError::Exists),
+    ] {
+        let created = fs
+            .create(ROOT, b"file", 0o644, 0, 0, OpenFlags::from(flags))
+            .await;
+        assert_eq!(created.map(|_| ()), Err(expected));
+    }
+    assert_eq!(reference.commands.lock().len(), before, "nothing was cut off");
+    assert_eq!(fs.lookup(ROOT, b"file").await.unwrap().size, 8);
+}
+
+#[tokio::test]
+async fn pages_are_kept_only_once_older_ones_are_surely_dropped() {
+    let reference = Reference::new();
+    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let (inode, handle) = create(&fs, "file").await;
+    write(&fs, handle, 0, b"one").await;
+    close(&fs, handle).await;
+    let older = fs.open(inode, read_write()).await.unwrap();
+    assert!(older.keep_cache);
+    let writer = other.open(inode, read_write()).await.unwrap().handle;
+    write(&other, writer, 0, b"two").await;
+    close(&other, writer).await;
+    let first = fs.open(inode, read_write()).await.unwrap();
+    assert!(!first.keep_cache);
+    // The kernel may not have the first answer yet, and still have the pages from before.
+    let second = fs.open(inode, read_write()).await.unwrap();
+    assert!(!second.keep_cache);
+    fs.read(older.handle, 0, 10).await.unwrap();
+    let third = fs.open(inode, read_write()).await.unwrap();
+    assert!(!third.keep_cache, "a request of an older handle says nothing");
+    fs.read(second.handle, 0, 10).await.unwrap();
+    let fourth = fs.open(inode, read_write()).await.unwrap();
+    assert!(fourth.keep_cache, "it has opened the second, and dropped them");
+    for opened in [older, first, second, third, fourth] {
+        close(&fs, opened.handle).await;
+    }
+}
+
+#[tokio::test]
+async fn each_write_says_whether_it_appends() {
+    let reference = Reference::new();
+    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let (inode, handle) = create(&fs, "log").await;
+    write(&fs, handle, 0, b"0123").await;
+    close(&fs, handle).await;
+    let appending = OpenFlags::from(libc::O_RDWR | libc::O_APPEND);
+    let append = fs.open(inode, appending).await.unwrap();
+    let plain = fs.open(inode, read_write()).await.unwrap();
+    assert!(append.direct_io && !plain.direct_io);
+    let elsewhere = other.open(inode, appending).await.unwrap().handle;
+    write(&other, elsewhere, 0, b"45").await;
+    for (handle, place, bytes) in [
+        (append.handle, Place::At(1), &b"x"[..]),
+        (plain.handle, Place::End(4), b"67"),
+        (append.handle, Place::End(4), b"8"),
+    ] {
+        let bytes = Bytes::from_static(bytes);
+        let length = bytes.len() as u32;
+        let written = fs.write(handle, place, bytes, Privileges::Keep).await;
+        assert_eq!(written, Ok(length));
+    }
+    let all = fs.read(plain.handle, 0, 100).await.unwrap();
+    assert_eq!(all, b"0x2345678"[..]);
+    close(&fs, append.handle).await;
+    close(&fs, plain.handle).await;
+}
+
+#[tokio::test]
+async fn privileges_that_a_write_takes_are_not_seen_again() {
+    let reference = Reference::new();
+    let fs = mount_with(&reference, 1, ageless());
+    let (inode, handle) = create(&fs, "program").await;
+    let set = AttributeChanges {
+        mode: Some(0o6755),
+        ..AttributeChanges::default()
+    };
+    fs.set_attributes(inode, None, set.clone()).await.unwrap();
+    let mode = async || fs.attributes(inode, None).await.unwrap().mode;
+    fs.write(
+        handle,
+        Place::At(0),
+        Bytes::from_static(b"by root"),
+        Privileges::Keep,
+    )
+    .await
+    .unwrap();
+    assert_eq!(mode().await, 0o6755);
+    let other = Bytes::from_static(b"by somebody");
+    fs.write(handle, Place::At(0), other, Privileges::Drop)
+        .await
+        .unwrap();
+    assert_eq!(mode().await, 0o755, "not committed yet");
+    let flush = tokio::spawn({
+        let fs = fs.clone();
+        async move { fs.flush(handle).await }
+    });
+    while !flush.is_finished() {
+        assert_eq!(mode().await, 0o755, "on its way");
+        tokio::task::yield_now().await;
+    }
+    flush.await.unwrap().unwrap();
+    assert_eq!(mode().await, 0o755);
+    fs.set_attributes(inode, None, set).await.unwrap();
+    assert_eq!(mode().await, 0o6755, "set again");
+    fs.release(handle).await.unwrap();
+}
