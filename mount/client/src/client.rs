@@ -22,7 +22,7 @@ use crate::connector::{Connector, Purpose};
 use crate::get::Getter;
 use crate::keeper::Keeper;
 use crate::leader_link::{LeaderLink, Protocol};
-use crate::mutation::Mutator;
+use crate::mutation::{Abandoned, Mutator};
 use crate::put::Putter;
 use crate::session::Sessions;
 
@@ -167,6 +167,7 @@ impl Client {
             putter,
             sessions,
             runtime: tokio::runtime::Handle::current(),
+            abandoned: Abandoned::default(),
         });
         let keeper = Arc::new(Keeper::new(mutator.clone()));
         tokio::spawn({
@@ -224,9 +225,10 @@ impl Client {
     /// Changes metadata, once, however often it must be sent. `stored` are the chunks it names as stored; they are put
     /// again if a new leader asks for that.
     ///
-    /// Waits for a lane and while there is no leader. [`FsError::TimedOut`]: the change may still take effect, and is
-    /// seen to in the background. [`FsError::Io`]: the session was lost under way, or the client is closed, and
-    /// nobody knows. [`FsError::ChunkDead`]: make the chunks anew. Dropping the future is like a time-out.
+    /// Waits for a lane and while there is no leader. [`FsError::TimedOut`]: the change may have taken effect or not; that
+    /// is settled in the background, before any later change of this client is sent. [`FsError::Io`]: the session was
+    /// lost under way, or the client is closed, and nobody knows. [`FsError::ChunkDead`]: make the chunks anew. Dropping
+    /// the future is like a time-out.
     pub async fn mutate(&self, command: Command, stored: &[FreshChunk]) -> Result<Outcome, FsError> {
         self.bounded(self.inner.mutator.mutate(command, stored)).await
     }

@@ -8,8 +8,8 @@
 //! 2. [`Client::put_chunk`] sends it over the stream of chunks to the leader, and waits until f + 1 voters hold it (P2).
 //! 3. [`Client::mutate`] takes a lane, names the command by (session, lane, sequence) and sends it over the stream of
 //!    calls, again and again with the same name, wherever the leader is, until there is a verdict (P4, P6). A new
-//!    leader that is not sure of the chunks asks for them again first. A caller that gives up waiting leaves the rest to
-//!    the background.
+//!    leader that is not sure of the chunks asks for them again first. What a caller gives up waiting for is voided in
+//!    the background; until it is settled nothing else is sent, so that nothing later is overtaken by it.
 //!
 //! One read: [`Client::query`] asks the leader for extents; [`Client::get_chunk`] asks the node that answers best,
 //! then the next, for the bytes, and verifies them (P3).

@@ -3,6 +3,9 @@
 //! Owes: the command takes effect once, and its verdict is the cluster's; a caller that stops waiting leaves the
 //! resolution to the background, and the lane stays taken until then.
 //!
+//! A mutation that its caller has given up is *abandoned*: it is voided, and until that has a verdict no other is sent.
+//! So what a program was told has failed never takes effect after something that was acknowledged later (P1).
+//!
 //! Invariants: every sending of a mutation carries the same request id and the same bytes. A request id that was ever
 //! sent is used for nothing else, except to void it: a command that does nothing, under the same id, takes effect
 //! only if the other has not and never will; its answer tells which. A mutation whose outcome is unknown is never
@@ -19,6 +22,8 @@ use quorumfs_proto::{
     Call, CallReply, ChunkId, Command, FsError, Operation, OperationResult, Outcome, Refusal, codec,
 };
 use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::calls::{Calls, Decided};
 use crate::chunk::{Claim, FreshChunk};
@@ -35,6 +40,37 @@ pub(crate) struct Mutator {
     pub(crate) sessions: Sessions,
     /// Finishes what callers do not wait for.
     pub(crate) runtime: Handle,
+    pub(crate) abandoned: Abandoned,
+}
+
+/// How many mutations were sent, are not waited for any more and have no verdict yet. At most as many as there are
+/// lanes.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Abandoned(Arc<watch::Sender<usize>>);
+
+impl Abandoned {
+    /// Returns when there is none.
+    async fn resolved(&self) {
+        if *self.0.borrow() > 0 {
+            // The sender lives as long as self.
+            let _ = self.0.subscribe().wait_for(|count| *count == 0).await;
+        }
+    }
+
+    /// One more, until the answer is dropped.
+    fn one_more(&self) -> Unresolved {
+        self.0.send_modify(|count| *count += 1);
+        Unresolved(self.clone())
+    }
+}
+
+/// An abandoned mutation.
+struct Unresolved(Abandoned);
+
+impl Drop for Unresolved {
+    fn drop(&mut self) {
+        self.0.0.send_modify(|count| *count -= 1);
+    }
 }
 
 /// What became of a mutation.
@@ -55,6 +91,7 @@ impl Mutator {
         stored: &[FreshChunk],
     ) -> Result<Outcome, FsError> {
         loop {
+            self.abandoned.resolved().await;
             let epoch = self.sessions.alive().await;
             if command
                 .chunks
@@ -68,10 +105,13 @@ impl Mutator {
             let Some(lane) = epoch.lanes.take().await else {
                 continue;
             };
+            let given_up = CancellationToken::new();
             let resolution = Resolution::new(self.clone(), epoch, lane, command.clone(), stored.to_vec());
             let settled = Completing {
-                work: Some(Box::pin(resolution.run())),
+                work: Some(Box::pin(resolution.run(given_up.clone()))),
+                given_up,
                 runtime: self.runtime.clone(),
+                abandoned: self.abandoned.clone(),
             };
             match settled.await {
                 Settled::Verdict(verdict) => return verdict,
@@ -121,14 +161,29 @@ impl Resolution {
         }
     }
 
-    async fn run(self) -> Settled {
+    /// Until there is a verdict, or nobody can tell any more; from `abandoned` on by voiding the command.
+    async fn run(self, abandoned: CancellationToken) -> Settled {
         let sessions = &self.mutator.sessions;
         let mut call = self.call.clone();
         let mut given_up: Option<FsError> = None;
         let mut sends = 0;
         let mut backoff = Backoff::new();
         loop {
-            let Some(Decided { reply, sends: more }) = self.mutator.calls.decide(call.clone()).await else {
+            let decide = self.mutator.calls.decide(call.clone());
+            let decided = match given_up {
+                Some(_) => decide.await,
+                None => match abandoned.run_until_cancelled(decide).await {
+                    Some(decided) => decided,
+                    None => {
+                        // It may have been sent any number of times.
+                        sends += 2;
+                        given_up = Some(FsError::TimedOut);
+                        call = self.void();
+                        continue;
+                    }
+                },
+            };
+            let Some(Decided { reply, sends: more }) = decided else {
                 return Settled::Unknown;
             };
             sends += more;
@@ -144,12 +199,15 @@ impl Resolution {
                     });
                 }
                 (CallReply::Refused(Refusal::PutAgain { chunks }), None) => {
-                    match self.put_again(&chunks).await {
-                        Ok(()) => {
-                            backoff.pause().await;
-                            continue;
-                        }
-                        Err(error) => error,
+                    let put_again = async {
+                        self.put_again(&chunks).await?;
+                        backoff.pause().await;
+                        Ok(())
+                    };
+                    match abandoned.run_until_cancelled(put_again).await {
+                        Some(Ok(())) => continue,
+                        Some(Err(error)) => error,
+                        None => FsError::TimedOut,
                     }
                 }
                 (CallReply::Refused(Refusal::Invalid { reason }), None) => {
@@ -205,7 +263,10 @@ fn is_void(verdict: &Result<Outcome, FsError>) -> bool {
 /// Work that its caller may stop waiting for, but that is finished all the same.
 struct Completing<T: 'static> {
     work: Option<BoxFuture<'static, T>>,
+    /// Tells the work that its caller has.
+    given_up: CancellationToken,
     runtime: Handle,
+    abandoned: Abandoned,
 }
 
 impl<T> Future for Completing<T> {
@@ -224,7 +285,13 @@ impl<T> Future for Completing<T> {
 impl<T> Drop for Completing<T> {
     fn drop(&mut self) {
         if let Some(work) = self.work.take() {
-            self.runtime.spawn(async move { drop(work.await) });
+            // Counted before the caller hears that it waits no more, so that nothing it does then comes first.
+            let unresolved = self.abandoned.one_more();
+            self.given_up.cancel();
+            self.runtime.spawn(async move {
+                drop(work.await);
+                drop(unresolved);
+            });
         }
     }
 }

@@ -3,6 +3,7 @@
 // A test's helpers fail as tests do.
 #![allow(clippy::unwrap_used)]
 
+mod abandoned;
 mod calls;
 mod content;
 mod fake;

@@ -1,0 +1,110 @@
+//! Calls that their callers gave up: they are settled before anything later is sent (P1, P4).
+
+use std::time::Duration;
+
+use crate::calls::{assert_once_and_in_order, connect, created, first_mutation, make, received_requests, write};
+use crate::fake::{Act, Fake};
+use bytes::Bytes;
+use quorumfs_proto::{Call, CallReply, Command, FsError, Operation, Refusal};
+
+const MS: Duration = Duration::from_millis(1);
+
+fn unavailable() -> Act {
+    Act::Reply(CallReply::Refused(Refusal::Unavailable {
+        reason: String::from("no quorum"),
+    }))
+}
+
+fn is_of(call: &Call, command: &Command) -> bool {
+    matches!(call, Call::Mutate(mutation) if mutation.command == *command)
+}
+
+fn executed(fake: &Fake) -> Vec<Command> {
+    let world = fake.world.lock();
+    world
+        .executed
+        .iter()
+        .map(|mutation| mutation.command.clone())
+        .collect()
+}
+
+fn void() -> Command {
+    Command::single(Operation::ReleaseUnlinked { inodes: Vec::new() })
+}
+
+#[tokio::test]
+async fn a_timed_out_call_that_took_effect_is_settled_before_the_next_is_sent() {
+    let fake = Fake::start(1).await;
+    let client = connect(&fake, Some(300 * MS)).await;
+    fake.on_call(first_mutation(|| Act::DoAndSwallow));
+    assert_eq!(client.mutate(make("a"), &[]).await, Err(FsError::TimedOut));
+    created(client.mutate(make("b"), &[]).await);
+    assert_eq!(executed(&fake), [make("a"), make("b")]);
+    let requests = received_requests(&fake);
+    assert_eq!(requests[0], requests[1], "the void asks under the same name");
+    assert_once_and_in_order(&fake, 2);
+}
+
+#[tokio::test]
+async fn a_timed_out_call_that_was_lost_takes_effect_never() {
+    let fake = Fake::start(1).await;
+    let client = connect(&fake, Some(300 * MS)).await;
+    for name in ["a", "b"] {
+        fake.on_call(first_mutation(|| Act::Lose));
+        assert_eq!(client.mutate(make(name), &[]).await, Err(FsError::TimedOut));
+        created(client.mutate(make(name), &[]).await);
+    }
+    assert_eq!(executed(&fake), [void(), make("a"), void(), make("b")]);
+    assert_once_and_in_order(&fake, 4);
+}
+
+/// As while a cluster gets its quorum back: what was given up would be asked for again later than what came after it.
+#[tokio::test]
+async fn a_call_in_back_off_that_timed_out_is_not_sent_again() {
+    let fake = Fake::start(1).await;
+    let client = connect(&fake, Some(1_500 * MS)).await;
+    fake.on_call(|_, call| match is_of(call, &make("old")) {
+        true => unavailable(),
+        false => Act::Normal,
+    });
+    assert_eq!(client.mutate(make("old"), &[]).await, Err(FsError::TimedOut));
+    fake.on_call(|_, _| Act::Normal);
+    created(client.mutate(make("new"), &[]).await);
+    tokio::time::sleep(1_000 * MS).await;
+    assert_eq!(executed(&fake), [void(), make("new")]);
+}
+
+#[tokio::test]
+async fn as_long_as_nothing_is_decided_later_calls_time_out_unsent() {
+    let fake = Fake::start(1).await;
+    let client = connect(&fake, Some(300 * MS)).await;
+    fake.on_call(|_, call| match call {
+        Call::Mutate(_) => unavailable(),
+        _ => Act::Normal,
+    });
+    for name in ["a", "b", "c"] {
+        assert_eq!(client.mutate(make(name), &[]).await, Err(FsError::TimedOut));
+    }
+    fake.on_call(|_, _| Act::Normal);
+    created(client.mutate(make("d"), &[]).await);
+    assert_eq!(executed(&fake), [void(), make("d")], "two were never sent");
+}
+
+#[tokio::test]
+async fn a_call_that_was_given_up_puts_no_chunk_again() {
+    let fake = Fake::start(1).await;
+    let client = connect(&fake, Some(300 * MS)).await;
+    let chunk = client.new_chunk(Bytes::from(vec![7; 5000]));
+    client.put_chunk(&chunk).await.unwrap();
+    fake.world.lock().confirmed.clear();
+    // It must be put again, and that takes too long.
+    fake.on_put(|_, _| crate::fake::PutAct::Swallow);
+    let stored = [chunk.clone()];
+    assert_eq!(
+        client.mutate(write(chunk.stored()), &stored).await,
+        Err(FsError::TimedOut)
+    );
+    created(client.mutate(make("later"), &[]).await);
+    tokio::time::sleep(500 * MS).await;
+    assert_eq!(executed(&fake), [void(), make("later")]);
+}
