@@ -288,13 +288,21 @@ impl Peer for PeerService {
         &self,
         request: Request<Streaming<wire::PutChunkRequest>>,
     ) -> Result<Response<Self::PushChunksStream>, Status> {
-        let content = self.admit(&request)?.content.clone();
+        let parts = self.admit(&request)?;
+        let (content, recovery) = (parts.content.clone(), parts.recovery.clone());
         let answer = move |request: wire::PutChunkRequest| {
-            let content = content.clone();
+            let (content, recovery) = (content.clone(), recovery.clone());
             async move {
                 let call_id = request.call_id;
                 match stored_chunk(request) {
-                    Ok(chunk) => put_response(call_id, &content.put(chunk).await),
+                    Ok(chunk) => {
+                        let id = chunk.id;
+                        let put = content.put(chunk).await;
+                        if put.is_ok() {
+                            recovery.arrived(id).await;
+                        }
+                        put_response(call_id, &put)
+                    }
                     Err(malformed) => wire::PutChunkResponse {
                         call_id,
                         status: malformed.status().into(),

@@ -162,6 +162,29 @@ impl Recovery {
         self.effects_handled.fetch_add(1, Ordering::Release);
     }
 
+    /// A copy of `id` was pushed here. Where it stands in for another's and comes after the apply that names it, that
+    /// apply found nothing here to let go.
+    pub async fn arrived(self: &Arc<Self>, id: ChunkId) {
+        if self.placement.should_hold(id) {
+            return;
+        }
+        let recovery = Arc::clone(self);
+        let looked = tokio::task::spawn_blocking(move || recovery.length_if_named(id));
+        match looked.await {
+            Ok(Ok(Some(_))) => self.surplus.add(id),
+            // Its apply is yet to come and finds it here.
+            Ok(Ok(None)) => {}
+            Ok(Err(fault)) => {
+                warn!(chunk = %id, %fault, "cannot look up a chunk that was pushed here");
+                self.compare_soon(WalkReason::EffectsDropped);
+            }
+            Err(panic) => {
+                warn!(chunk = %id, %panic, "cannot look up a chunk that was pushed here");
+                self.compare_soon(WalkReason::EffectsDropped);
+            }
+        }
+    }
+
     /// Walk all that is named, now.
     pub fn compare_soon(&self, reason: WalkReason) {
         self.ledger.lock().want_walk(reason);
