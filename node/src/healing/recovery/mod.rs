@@ -71,6 +71,7 @@ pub struct Recovery {
     effects_handled: AtomicU64,
     last_pass: Mutex<Option<PassReport>>,
     last_complete_pass: Mutex<Option<PassReport>>,
+    complete_passes: AtomicU64,
     names: NameFinder,
 }
 
@@ -105,6 +106,7 @@ impl Recovery {
             effects_handled: AtomicU64::new(0),
             last_pass: Mutex::new(None),
             last_complete_pass: Mutex::new(None),
+            complete_passes: AtomicU64::new(0),
         })
     }
 
@@ -298,6 +300,7 @@ impl Recovery {
         };
         if report.kind == PassKind::Complete {
             *self.last_complete_pass.lock() = Some(report.clone());
+            self.complete_passes.fetch_add(1, Ordering::Release);
         }
         *self.last_pass.lock() = Some(report);
         self.fetch_soon.notify_one();
