@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::fs::{AnswerStream, answer_stream, chunk_refused};
 use crate::cluster::identity::Membership;
-use crate::cluster::membership::RosterError;
+use crate::cluster::membership::{Gone, Removal, RosterError};
 use crate::consensus::{BarrierError, ProposeError};
 use crate::content::peers::VERIFY_IDS_MAX;
 use crate::content::wire::{get_response, put_response, range_asked, stored_chunk};
@@ -179,14 +179,18 @@ impl Peer for PeerService {
         let slots = slots
             .collect::<Result<_, _>>()
             .map_err(|_| Status::invalid_argument("slot above 65535"))?;
-        let leader = match parts.roster.remove(&slots).await {
-            Ok(()) => None,
-            Err(error) => Some(leader_of(error)?),
+        let gone = match request.get_ref().repeated_request {
+            true => Gone::PassOver,
+            false => Gone::Refuse,
         };
-        Ok(Response::new(wire::RemoveMembersResponse {
-            not_leader: leader.is_some(),
-            leader: leader.unwrap_or_default(),
-        }))
+        let mut answer = wire::RemoveMembersResponse::default();
+        match parts.roster.remove(&slots, gone).await {
+            Ok(Removal::Done) => {}
+            Ok(Removal::Out(reason)) => (answer.pending, answer.out) = (reason, true),
+            Ok(Removal::Pending(reason)) => answer.pending = reason,
+            Err(error) => (answer.leader, answer.not_leader) = (leader_of(error)?, true),
+        }
+        Ok(Response::new(answer))
     }
 
     async fn set_replicas(
