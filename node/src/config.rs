@@ -17,7 +17,7 @@ const SLOT_MAX: u16 = 255;
 const SCRUB_MIB_PER_S: u64 = 16;
 /// Between the beginnings of two passes of verifying.
 const SCRUB_INTERVAL_S: u64 = 60;
-/// How often everything held is looked over unless another interval is given, in seconds.
+/// How often dead content is looked for unless another interval is given, in seconds.
 const SWEEP_INTERVAL_S: u64 = 60;
 /// How often metadata is compared unless another interval is given, in seconds. It reads all of it.
 const AUDIT_INTERVAL_S: u64 = 6 * 3600;
@@ -97,7 +97,7 @@ pub struct Settings {
     /// How long after the beginning of one pass of verifying the next begins, in seconds
     #[arg(long, env = "QUORUMFS_SCRUB_INTERVAL_S", value_name = "S")]
     scrub_interval_s: Option<u64>,
-    /// How often all that is kept is looked over for what no file names, in seconds
+    /// How often it is looked for content that no file names any more, in seconds
     #[arg(long, env = "QUORUMFS_SWEEP_INTERVAL_S", value_name = "S")]
     sweep_interval_s: Option<u64>,
     /// How often all nodes compare their metadata, in seconds
@@ -186,7 +186,7 @@ pub struct Config {
     pub scrub_bytes_per_s: u64,
     /// From the beginning of one pass of verifying to that of the next, in seconds.
     pub scrub_interval_s: u64,
-    /// How often all that is kept is looked over for what no file names, in seconds.
+    /// How often it is looked for content that no file names any more, in seconds.
     pub sweep_interval_s: u64,
     /// How often all nodes compare their metadata, in seconds.
     pub audit_interval_s: u64,

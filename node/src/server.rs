@@ -268,6 +268,7 @@ async fn run_parts(
         },
     );
     let sweeper = Sweeper::new(
+        consensus.clone(),
         metadata.clone(),
         content.clone(),
         repair.clone(),

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use quorumfs_tests::damage::{files_below, find_bytes, flip};
 use quorumfs_tests::environment::Finally;
-use quorumfs_tests::healing::assert_same_metadata;
+use quorumfs_tests::healing::{ask, assert_same_metadata, assert_served, upload};
 use quorumfs_tests::random::Content;
 use quorumfs_tests::{Cluster, Random, Sandbox, scaled};
+use serde_json::Value;
 
 /// How long a change of members may take.
 const CHANGE_LIMIT: Duration = Duration::from_secs(60);
@@ -207,6 +208,64 @@ fn p7_one_three_five_three_nodes_under_load() {
     }
     mount.unmount();
     assert_same_metadata(&cluster);
+}
+
+#[test]
+fn p7_a_removal_that_takes_long_goes_on_by_itself() {
+    let sandbox = Sandbox::light("p7-removal");
+    let mut random = Random::announced();
+    let cluster = Cluster::builder(&sandbox).nodes(5).start();
+    let files = upload(&cluster, 1, "f", (0..30).map(|_| 300_000), &mut random);
+    cluster.wait_at_rest();
+    let (leader, followers) = (cluster.leader(), cluster.followers());
+    let (away, leaving) = followers.split_at(2);
+    away.iter().for_each(|slot| cluster.kill(*slot));
+    // Of the three that are to remain only the leader can say that it holds everything.
+    let start = Instant::now();
+    let remove = || {
+        cluster
+            .http(leaving[0])
+            .post("/membership/remove", format!(r#"{{"slots": {leaving:?}}}"#))
+    };
+    let view: Value = remove().expect(&[202]).json();
+    eprintln!(
+        "measured: answered after {:?}: {}",
+        start.elapsed(),
+        view["removal"]
+    );
+    let says = |view: &Value, what: &str| view["removal"].as_str().is_some_and(|text| text.contains(what));
+    assert!(says(&view, "must") && says(&view, "ask again"), "{view}");
+    assert!(says(&ask(&cluster, leader, "/membership"), "must"));
+    // What cannot be does not take its place.
+    let refused = cluster
+        .http(leader)
+        .post("/membership/remove", format!(r#"{{"slots": [{}]}}"#, leaving[0]))
+        .expect(&[409]);
+    assert!(refused.text().contains("4 voters"), "{}", refused.text());
+    assert!(says(&ask(&cluster, leader, "/membership"), "must"));
+
+    away.iter().for_each(|slot| cluster.start_node(*slot));
+    let start = Instant::now();
+    let mut remain = vec![leader, away[0], away[1]];
+    remain.sort_unstable();
+    cluster.wait_voters(&remain, CHANGE_LIMIT);
+    eprintln!(
+        "measured: they are out {:?} after the others are back",
+        start.elapsed()
+    );
+    assert_eq!(ask(&cluster, leader, "/membership")["removal"], Value::Null);
+    leaving.iter().for_each(|slot| {
+        cluster.terminate(*slot);
+    });
+    cluster.wait_at_rest();
+    for slot in remain {
+        let recovery = cluster.recovery_status(slot).expect("recovery status");
+        assert!(
+            recovery.missing_chunks == 0 && recovery.held_chunks == recovery.named_chunks,
+            "node {slot}: {recovery:?}"
+        );
+        assert_served(&cluster, slot, &files);
+    }
 }
 
 #[test]

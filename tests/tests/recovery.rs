@@ -2,11 +2,17 @@
 //! deleted gives its room back.
 
 use std::fs;
+use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
+use quorumfs_proto::call::CallReply;
+use quorumfs_proto::command::{Command, IfExists, NewInode, NewKind, Operation, Privileges, Target};
+use quorumfs_proto::limits::COMMAND_CHUNKS_MAX;
+use quorumfs_proto::{ChunkBody, ChunkId, InodeNumber, Name, NewChunk, Piece, Sha256};
 use quorumfs_tests::environment::{wait_for, wait_until};
 use quorumfs_tests::healing::{ask, assert_served, content_folder, disk_bytes, number, upload};
 use quorumfs_tests::random::Content;
+use quorumfs_tests::wire_client::WireClient;
 use quorumfs_tests::{Cluster, Random, Sandbox, scaled};
 use serde_json::Value;
 
@@ -98,22 +104,19 @@ fn p7_a_pass_can_be_asked_for_and_costs_nothing_when_nothing_changed() {
         let status = ask(&cluster, slot, "/recovery/status");
         assert_eq!(number(&status, "named_chunks"), 20, "{status}");
         assert_eq!(number(&status, "named_bytes"), 20 * 50_000, "{status}");
-        let asked = |_| {
-            cluster
-                .http(slot)
-                .post("/recovery/sync", "")
-                .expect(&[202])
-                .json()
-        };
-        let answers: [Value; 3] = std::array::from_fn(asked);
-        for answer in answers {
-            assert_ne!(answer["started"], answer["already_running"], "{answer}");
-            assert_eq!(answer["began"], "complete", "{answer}");
-        }
+        let before = number(&ask(&cluster, slot, "/recovery/status"), "complete_passes");
+        let answer: Value = cluster
+            .http(slot)
+            .post("/recovery/sync", "")
+            .expect(&[202])
+            .json();
+        assert_eq!(answer["started"], true, "none is under way: {answer}");
         let status = wait_until("the pass is told", Duration::from_secs(10), || {
             let status = ask(&cluster, slot, "/recovery/status");
-            (status["last_complete_pass"]["reason"] == "requested").then_some(status)
+            (number(&status, "complete_passes") > before).then_some(status)
         });
+        assert_eq!(number(&status, "complete_passes"), before + 1, "{status}");
+        assert_eq!(status["last_complete_pass"]["reason"], "requested", "{status}");
         assert_eq!(
             number(&status["last_complete_pass"], "chunks_looked_at"),
             20,
@@ -143,6 +146,100 @@ fn p7_a_pass_can_be_asked_for_and_costs_nothing_when_nothing_changed() {
             number(&status, "named_chunks") == 22 && status["last_complete_pass"]["reason"] == "requested"
         });
     }
+}
+
+/// Makes files that name so many chunks of a byte each.
+fn name_many_chunks(cluster: &Cluster, chunks: u64) {
+    let client = WireClient::connect(&cluster.members());
+    let counters: Vec<u64> = (1..=chunks).collect();
+    for (n, counters) in (1..).zip(counters.chunks(COMMAND_CHUNKS_MAX)) {
+        let chunk = |counter: &u64| NewChunk {
+            id: ChunkId {
+                session: client.session(),
+                counter: *counter,
+            },
+            length: 1,
+            sha256: Sha256::of(b"x"),
+            body: ChunkBody::Inline(b"x".as_slice().into()),
+        };
+        let chunks: Vec<NewChunk> = counters.iter().map(chunk).collect();
+        let piece = |(file_offset, chunk): (u64, &NewChunk)| Piece {
+            file_offset,
+            length: 1,
+            chunk: chunk.id,
+            chunk_offset: 0,
+        };
+        let create = Operation::Create {
+            parent: Target::Inode(InodeNumber::ROOT),
+            name: Name::new(format!("many-{n}").into_bytes()).expect("a valid name"),
+            inode: NewInode {
+                kind: NewKind::File,
+                mode: 0o644,
+                uid: 0,
+                gid: 0,
+            },
+            existing: IfExists::Refuse,
+        };
+        let append = Operation::Append {
+            inode: Target::Created(0),
+            pieces: (0..).zip(&chunks).map(piece).collect(),
+            privileges: Privileges::Keep,
+        };
+        let command = Command {
+            chunks,
+            operations: vec![create, append],
+        };
+        let reply = client.mutate(&client.mutation(0, n, command));
+        assert!(matches!(reply, CallReply::Outcome(Ok(_))), "{reply:?}");
+    }
+    client.close();
+}
+
+#[test]
+fn p7_of_many_who_ask_for_a_pass_at_once_one_begins_it() {
+    /// So many that a pass takes longer than a request.
+    const CHUNKS: u64 = 100 * COMMAND_CHUNKS_MAX as u64;
+    const ASKING: usize = 8;
+    const REQUESTS_EACH: usize = 10;
+    let sandbox = Sandbox::light("repair-sync-once");
+    let cluster = Cluster::start(&sandbox);
+    name_many_chunks(&cluster, CHUNKS);
+    cluster.wait_at_rest();
+    let slot = cluster.followers()[0];
+    let status = || ask(&cluster, slot, "/recovery/status");
+    let before = number(&status(), "complete_passes");
+    let together = Barrier::new(ASKING);
+    let answers: Vec<Value> = std::thread::scope(|scope| {
+        let ask_often = || {
+            together.wait();
+            let request = |_| {
+                cluster
+                    .http(slot)
+                    .post("/recovery/sync", "")
+                    .expect(&[202])
+                    .json()
+            };
+            (0..REQUESTS_EACH).map(request).collect::<Vec<Value>>()
+        };
+        let asking: Vec<_> = (0..ASKING).map(|_| scope.spawn(ask_often)).collect();
+        let answers = asking.into_iter().map(|asking| asking.join().expect("ask"));
+        answers.flatten().collect()
+    });
+    let started = answers.iter().filter(|answer| answer["started"] == true).count();
+    eprintln!("measured: {} requests began {started} passes", answers.len());
+    assert!(started > 0 && started < answers.len(), "{answers:?}");
+    let after = wait_until("the passes end", Duration::from_secs(20), || {
+        let status = status();
+        (number(&status, "complete_passes") >= before + started as u64).then_some(status)
+    });
+    assert_eq!(
+        number(&after, "complete_passes"),
+        before + started as u64,
+        "a pass for each that began one, and no other: {after}"
+    );
+    let last = &after["last_complete_pass"];
+    assert_eq!(last["reason"], "requested", "{after}");
+    assert_eq!(number(last, "chunks_looked_at"), CHUNKS, "{after}");
 }
 
 #[test]

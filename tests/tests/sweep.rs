@@ -14,8 +14,9 @@ const CHUNK_BYTES: usize = 1 << 20;
 /// Node 1 looks over what it holds once an hour, the others every second.
 const LAZY: usize = 1;
 
-/// Makes a file and names `chunk` as its content.
-fn name_it(client: &WireClient, chunk: &NewChunk, name: &str) {
+/// Makes a file and names `chunk` as its content, in the session's commands `sequence` and the one after it; from then on
+/// the session names no chunk below `low_water` any more.
+fn name_it(client: &WireClient, chunk: &NewChunk, name: &str, sequence: u64, low_water: u64) {
     let create = Operation::Create {
         parent: Target::Inode(InodeNumber::ROOT),
         name: Name::new(bytes::Bytes::copy_from_slice(name.as_bytes())).expect("a valid name"),
@@ -27,7 +28,7 @@ fn name_it(client: &WireClient, chunk: &NewChunk, name: &str) {
         },
         existing: IfExists::Refuse,
     };
-    let reply = client.mutate(&client.operation(0, 1, create));
+    let reply = client.mutate(&client.operation(0, sequence, create));
     let CallReply::Outcome(Ok(outcome)) = reply else {
         panic!("create: {reply:?}")
     };
@@ -48,7 +49,9 @@ fn name_it(client: &WireClient, chunk: &NewChunk, name: &str) {
         chunks: vec![chunk.clone()],
         operations: vec![append],
     };
-    let reply = client.mutate(&client.mutation(0, 2, command));
+    let mut mutation = client.mutation(0, sequence + 1, command);
+    mutation.chunk_low_water = low_water;
+    let reply = client.mutate(&mutation);
     assert!(matches!(reply, CallReply::Outcome(Ok(_))), "{reply:?}");
 }
 
@@ -86,19 +89,33 @@ fn what_a_slow_writer_has_put_stays_until_its_session_has_ended() {
     }
     let refused = delete(2, &chunks[0]).expect(&[409]);
     assert!(refused.text().contains("still may"), "{}", refused.text());
-    name_it(&client, &chunks[0], "late");
+    name_it(&client, &chunks[0], "late", 1, 0);
     for slot in cluster.slots() {
         let reply = cluster.http(slot).get("/upload/late").expect(&[200]);
         assert!(reply.body == content, "node {slot} serves what was named late");
     }
 
-    // The session ends: what it did not name is freed by those that look, and by hand on the one that does not.
+    // The session lives and has moved past two that it did not name: they are freed, and what it may still name stays.
     let disk_before = disk_bytes(&content_folder(&cluster, 2));
+    name_it(&client, &chunks[3], "later", 3, 4);
+    let others_hold = |count: u64| held(2) == count && held(3) == count;
+    wait_for(
+        "the others free what can be named no more",
+        Duration::from_secs(20),
+        || others_hold(3),
+    );
+    let passes = Instant::now();
+    while passes.elapsed() < Duration::from_secs(4) {
+        assert!(others_hold(3), "a chunk that may still be named is gone");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+
+    // The session ends: what it did not name is freed by those that look, and by hand on the one that does not.
     client.close();
     wait_for(
         "the others free what nobody names",
         Duration::from_secs(20),
-        || held(2) == 1 && held(3) == 1,
+        || others_hold(2),
     );
     let freed = disk_before.saturating_sub(disk_bytes(&content_folder(&cluster, 2)));
     assert!(
@@ -106,7 +123,7 @@ fn what_a_slow_writer_has_put_stays_until_its_session_has_ended() {
         "only {freed} bytes of disk came back"
     );
     assert_eq!(held(LAZY), 5);
-    for chunk in &chunks[1..] {
+    for chunk in [&chunks[1], &chunks[2], &chunks[4]] {
         let reply = delete(LAZY, chunk).expect(&[200]);
         let deleted: serde_json::Value = reply.json();
         assert!(
@@ -117,7 +134,11 @@ fn what_a_slow_writer_has_put_stays_until_its_session_has_ended() {
     }
     let named = delete(LAZY, &chunks[0]).expect(&[409]);
     assert!(named.text().contains("files name"), "{}", named.text());
-    assert_eq!(held(LAZY), 1);
-    let reply = cluster.http(LAZY).get("/upload/late").expect(&[200]);
-    assert!(reply.body == content);
+    assert_eq!(held(LAZY), 2);
+    for name in ["late", "later"] {
+        for slot in cluster.slots() {
+            let reply = cluster.http(slot).get(&format!("/upload/{name}")).expect(&[200]);
+            assert!(reply.body == content, "node {slot} serves {name}");
+        }
+    }
 }

@@ -10,7 +10,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::fs::{AnswerStream, answer_stream, chunk_refused};
 use crate::cluster::identity::Membership;
-use crate::cluster::membership::RosterError;
+use crate::cluster::membership::{Gone, Removal, RosterError};
 use crate::cluster::metrics::report::Throughput;
 use crate::consensus::{BarrierError, ProposeError};
 use crate::content::Verdict;
@@ -180,14 +180,18 @@ impl Peer for PeerService {
         let slots = slots
             .collect::<Result<_, _>>()
             .map_err(|_| Status::invalid_argument("slot above 65535"))?;
-        let leader = match parts.roster.remove(&slots).await {
-            Ok(()) => None,
-            Err(error) => Some(leader_of(error)?),
+        let gone = match request.get_ref().repeated_request {
+            true => Gone::PassOver,
+            false => Gone::Refuse,
         };
-        Ok(Response::new(wire::RemoveMembersResponse {
-            not_leader: leader.is_some(),
-            leader: leader.unwrap_or_default(),
-        }))
+        let mut answer = wire::RemoveMembersResponse::default();
+        match parts.roster.remove(&slots, gone).await {
+            Ok(Removal::Done) => {}
+            Ok(Removal::Out(reason)) => (answer.pending, answer.out) = (reason, true),
+            Ok(Removal::Pending(reason)) => answer.pending = reason,
+            Err(error) => (answer.leader, answer.not_leader) = (leader_of(error)?, true),
+        }
+        Ok(Response::new(answer))
     }
 
     async fn set_replicas(
@@ -289,13 +293,21 @@ impl Peer for PeerService {
         &self,
         request: Request<Streaming<wire::PutChunkRequest>>,
     ) -> Result<Response<Self::PushChunksStream>, Status> {
-        let content = self.admit(&request)?.content.clone();
+        let parts = self.admit(&request)?;
+        let (content, recovery) = (parts.content.clone(), parts.recovery.clone());
         let answer = move |request: wire::PutChunkRequest| {
-            let content = content.clone();
+            let (content, recovery) = (content.clone(), recovery.clone());
             async move {
                 let call_id = request.call_id;
                 match stored_chunk(request) {
-                    Ok(chunk) => put_response(call_id, &content.put(chunk).await),
+                    Ok(chunk) => {
+                        let id = chunk.id;
+                        let put = content.put(chunk).await;
+                        if put.is_ok() {
+                            recovery.arrived(id).await;
+                        }
+                        put_response(call_id, &put)
+                    }
                     Err(malformed) => wire::PutChunkResponse {
                         call_id,
                         status: malformed.status().into(),

@@ -10,19 +10,27 @@
 //! before; openraft lets one change happen at a time. Only the leader does any of it; what it began the
 //! next leader finds in the membership and goes on with.
 //!
+//! [`removal`] takes nodes out.
+//!
 //! Knows nothing of how a node finds out what it holds.
 
-use std::collections::BTreeSet;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+mod removal;
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
 use quorumfs_proto::{Member, NodeId, wire};
 use tracing::{debug, info, warn};
 
+use self::removal::Aim;
 use super::placement::{Layout, Placement};
 use crate::consensus::{Consensus, MembershipError};
 use crate::metadata::MetadataStore;
 use crate::transport::{Peer, Purpose, Transport};
+
+pub use self::removal::{Gone, Removal};
 
 /// How often the leader looks whether learners can become voters.
 const LOOK_INTERVAL_MS: u64 = 500;
@@ -32,8 +40,6 @@ const LAG_ENTRIES_MAX: u64 = 1_024;
 const HELLO_TIMEOUT_MS: u64 = 1_500;
 /// How long a node may take to say what it holds: it looks through all chunks it should.
 const COMPLETE_TIMEOUT_MS: u64 = 60_000;
-/// How long a removal waits for those that remain to hold everything.
-const REMOVAL_TIMEOUT_MS: u64 = 60_000;
 /// Members at most: seven voters and one learner more than would make them nine.
 const MEMBERS_MAX: usize = 9;
 
@@ -71,6 +77,8 @@ pub struct Roster {
     transport: Arc<Transport>,
     /// One change by hand at a time, so that two do not each count on what the other takes away.
     changing: tokio::sync::Mutex<()>,
+    // Locked to look or to change it, never across an await.
+    removal: Mutex<Option<Aim>>,
 }
 
 impl Roster {
@@ -87,6 +95,7 @@ impl Roster {
             placement,
             transport,
             changing: tokio::sync::Mutex::new(()),
+            removal: Mutex::default(),
         })
     }
 
@@ -148,6 +157,12 @@ impl Roster {
         let (found, knows) = self.who_is_at(address).await.map_err(|reason| {
             RosterError::NobodyThere(format!("no node could be asked at {address}: {reason}"))
         })?;
+        if self.is_leaving(found.id.slot) {
+            self.end_removal(&RosterError::Refused(format!(
+                "node {} was asked to stay meanwhile",
+                found.id.slot
+            )));
+        }
         let members = self.take_in(&found, knows).await?;
         let invitation = wire::InviteRequest {
             node: Some(found.clone().into()),
@@ -174,52 +189,9 @@ impl Roster {
         }
     }
 
-    /// Takes the members in `slots` out; when it returns, those that remain hold everything, and the others may be
-    /// stopped.
-    pub async fn remove(&self, slots: &BTreeSet<u16>) -> Result<(), RosterError> {
-        self.must_lead()?;
-        let _turn = self.changing.lock().await;
-        let members = self.consensus.members();
-        if let Some(unknown) = slots
-            .iter()
-            .find(|slot| !members.iter().any(|m| m.id.slot == **slot))
-        {
-            return Err(RosterError::Refused(format!(
-                "there is no member in slot {unknown}"
-            )));
-        }
-        let voters = self.consensus.voters();
-        let leaving = |id: &NodeId| slots.contains(&id.slot);
-        let remaining: BTreeSet<NodeId> = voters.iter().copied().filter(|id| !leaving(id)).collect();
-        if remaining.len() != voters.len() {
-            if remaining.len().is_multiple_of(2) {
-                return Err(RosterError::Refused(format!(
-                    "that would leave {} voters; remove so many that 1, 3, 5 or 7 remain",
-                    remaining.len()
-                )));
-            }
-            if leaving(&self.consensus.id()) {
-                return Err(self.hand_on(&remaining).await);
-            }
-            self.wait_for_holders(&members, &remaining).await?;
-            info!(?slots, "nodes leave the cluster");
-            self.consensus.change_voters(remaining.clone()).await?;
-        }
-        let learners: BTreeSet<NodeId> = members
-            .iter()
-            .map(|member| member.id)
-            .filter(|id| leaving(id) && !voters.contains(id))
-            .collect();
-        if !learners.is_empty() {
-            self.consensus.remove_learners(learners).await?;
-        }
-        // What was decided between the look and the change may lie on one of those that remain, and they fetch it
-        // from each other.
-        self.wait_for_holders(&members, &remaining).await
-    }
-
-    /// Makes voters of learners that are whole, for ever, as long as this node leads.
+    /// Makes voters of learners that are whole, and takes out whom it was asked to, for ever, as long as this node leads.
     pub async fn run(self: Arc<Self>) {
+        tokio::spawn(self.clone().run_removals());
         let mut told = String::new();
         loop {
             tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
@@ -248,7 +220,7 @@ impl Roster {
         let members = self.consensus.members();
         let learners: Vec<&Member> = members
             .iter()
-            .filter(|member| !voters.contains(&member.id))
+            .filter(|member| !voters.contains(&member.id) && !self.is_leaving(member.id.slot))
             .collect();
         if learners.is_empty() {
             return Ok(());
@@ -313,60 +285,36 @@ impl Roster {
         }
     }
 
-    /// A leader that is to leave lets another do it.
-    async fn hand_on(&self, remaining: &BTreeSet<NodeId>) -> RosterError {
-        let nearest = remaining
-            .iter()
-            .min_by_key(|id| self.consensus.lag_of(**id).unwrap_or(u64::MAX));
-        let Some(to) = nearest.copied() else {
-            return RosterError::Refused("the last voter cannot be removed".to_string());
-        };
-        match self.consensus.transfer_leadership(to).await {
-            Ok(()) => {
-                RosterError::Unavailable("the leader is among them and hands leadership on".to_string())
-            }
-            Err(error) => RosterError::Unavailable(error.to_string()),
-        }
-    }
-
     /// How many of `voters` must hold all that they should among these, for each chunk to be on f + 1.
     fn holders_needed(&self, voters: &BTreeSet<NodeId>) -> usize {
         let layout = Layout::new(voters.clone(), self.placement.replicas());
         voters.len() - layout.incomplete_max()
     }
 
-    /// Returns when so many of `voters` hold what they should that f + 1 have each chunk.
-    async fn wait_for_holders(
+    /// Which of `voters` hold all that they should among these.
+    async fn holders(&self, members: &[Member], voters: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
+        let lacking = self.lacking(members, voters).await;
+        let whole = voters.iter().filter(|voter| !lacking.contains_key(voter));
+        whole.copied().collect()
+    }
+
+    /// Which of `voters` do not hold all that they should among these, and how much they lack; or why that is not known.
+    async fn lacking(
         &self,
         members: &[Member],
         voters: &BTreeSet<NodeId>,
-    ) -> Result<(), RosterError> {
-        let deadline = Instant::now() + Duration::from_millis(REMOVAL_TIMEOUT_MS);
-        loop {
-            let holders = self.holders(members, voters).await;
-            let needed = self.holders_needed(voters);
-            if holders.len() >= needed {
-                return Ok(());
-            }
-            if Instant::now() >= deadline {
-                return Err(RosterError::Unavailable(format!(
-                    "of the nodes that remain only {:?} hold all that they should, and {needed} must",
-                    slots_of(&holders)
-                )));
-            }
-            tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
-        }
-    }
-
-    /// Which of `voters` hold all that they should among these.
-    async fn holders(&self, members: &[Member], voters: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
-        let asked = members.iter().filter(|member| voters.contains(&member.id));
-        let answers = asked.map(|member| async { (member.id, self.missing_on(member, voters).await) });
-        let answers = futures::future::join_all(answers).await;
+    ) -> BTreeMap<NodeId, Result<u64, String>> {
+        let asked = voters.iter().map(|voter| async {
+            let missing = match members.iter().find(|member| member.id == *voter) {
+                Some(member) => self.missing_on(member, voters).await,
+                None => Err("it is no member".to_string()),
+            };
+            (*voter, missing)
+        });
+        let answers = futures::future::join_all(asked).await;
         answers
             .into_iter()
-            .filter(|(_, missing)| *missing == Ok(0))
-            .map(|(id, _)| id)
+            .filter(|(_, missing)| *missing != Ok(0))
             .collect()
     }
 

@@ -29,16 +29,16 @@ use crate::metadata::{MetadataStore, Position, Replicas};
 
 /// The fixed key of the weights: every node must weigh alike.
 const WEIGHT_KEY: [u8; 16] = *b"QuorumFS chunks.";
-/// How long what will come is prepared for, after it was last spoken of. A leader that can speak of it proposes it
-/// within seconds, or does not lead.
+/// How long what will come is prepared for, after it was last spoken of. The leader speaks of it every few seconds until
+/// it has come, or does not lead.
 const INTENTION_MS: u64 = 600_000;
-/// Intentions kept in mind: those of a leader and of the one before it.
-const INTENTIONS_MAX: usize = 4;
+/// Intentions kept in mind: those of a leader (two for its learners, one for a removal) and of the one before it.
+const INTENTIONS_MAX: usize = 6;
 /// How often it is seen whether anything has changed.
 const LOOK_INTERVAL_MS: u64 = 250;
 
 /// The places of chunks among some voters.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Layout {
     voters: BTreeSet<NodeId>,
     copies: usize,
@@ -116,7 +116,7 @@ pub struct Picture {
     pub epoch: u64,
     /// Of the voters: one, or two while they change; none before there is a cluster.
     in_force: Vec<Layout>,
-    /// What this node prepares for.
+    /// What this node prepares for beyond that, in an order of its own: of two pictures that say the same none is news.
     to_come: Vec<Layout>,
 }
 
@@ -166,12 +166,34 @@ struct Known {
 }
 
 impl Known {
+    /// These voters are intended until `expires`.
+    fn intend(&mut self, voters: BTreeSet<NodeId>, expires: Instant) {
+        match self.intended.iter_mut().find(|(known, _)| *known == voters) {
+            Some((_, until)) => *until = expires,
+            None => {
+                if self.intended.len() == INTENTIONS_MAX {
+                    // The one that was spoken of longest ago.
+                    self.intended.sort_by_key(|(_, until)| *until);
+                    self.intended.remove(0);
+                }
+                self.intended.push((voters, expires));
+            }
+        }
+        self.compose();
+    }
+
     /// Puts together what is stated and what is intended.
     fn compose(&mut self) {
         let mut picture = self.stated.clone();
         let replicas = self.replicas.count;
         let layout = |(voters, _): &(BTreeSet<NodeId>, Instant)| Layout::new(voters.clone(), replicas);
-        picture.to_come.extend(self.intended.iter().map(layout));
+        let Picture {
+            in_force, to_come, ..
+        } = &mut picture;
+        to_come.extend(self.intended.iter().map(layout));
+        to_come.retain(|layout| !in_force.contains(layout));
+        to_come.sort();
+        to_come.dedup();
         if *self.picture != picture {
             self.picture = Arc::new(picture);
         }
@@ -253,15 +275,7 @@ impl Placement {
     /// These will probably be the voters: from now on, for some minutes, this node prepares for it.
     pub fn intend(&self, voters: BTreeSet<NodeId>) -> Layout {
         let expires = Instant::now() + Duration::from_millis(INTENTION_MS);
-        {
-            let mut known = self.known.lock();
-            known.intended.retain(|(earlier, _)| *earlier != voters);
-            if known.intended.len() == INTENTIONS_MAX {
-                known.intended.remove(0);
-            }
-            known.intended.push((voters.clone(), expires));
-            known.compose();
-        }
+        self.known.lock().intend(voters.clone(), expires);
         self.tell();
         Layout::new(voters, self.replicas())
     }
@@ -437,6 +451,48 @@ mod tests {
             };
             assert_eq!(slots(&before), slots(&replaced));
         }
+    }
+
+    #[test]
+    fn what_is_intended_again_in_whatever_order_is_no_news() {
+        let now = Instant::now();
+        let at = |seconds| now + Duration::from_secs(seconds);
+        let stated = Picture {
+            epoch: 1,
+            in_force: vec![Layout::new(nodes(1..=3), 3)],
+            to_come: Vec::new(),
+        };
+        let mut known = Known {
+            membership: None,
+            replicas: Replicas {
+                count: 3,
+                since_index: 0,
+            },
+            picture: Arc::new(stated.clone()),
+            stated,
+            intended: Vec::new(),
+        };
+        let [five, four] = [nodes(1..=5), nodes(1..=4)];
+        known.intend(five.clone(), at(1));
+        known.intend(four.clone(), at(2));
+        let first = Arc::clone(&known.picture);
+        assert_eq!(first.to_come.len(), 2);
+        for second in 3..9 {
+            known.intend(five.clone(), at(second));
+            known.intend(four.clone(), at(second));
+            assert!(Arc::ptr_eq(&known.picture, &first), "nothing has changed");
+        }
+        assert!(known.intended.iter().all(|(_, until)| *until == at(8)));
+        // What is in force already asks for nothing more.
+        known.intend(nodes(1..=3), at(9));
+        assert!(Arc::ptr_eq(&known.picture, &first), "nothing has changed");
+        // Of too many the one that was spoken of longest ago is forgotten.
+        known.intend(five.clone(), at(10));
+        (1..)
+            .take(INTENTIONS_MAX)
+            .for_each(|slot| known.intend(nodes([slot, slot + 1]), at(11)));
+        assert_eq!(known.intended.len(), INTENTIONS_MAX);
+        assert!(!known.intended.iter().any(|(voters, _)| *voters == four));
     }
 
     #[test]

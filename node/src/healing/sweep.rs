@@ -1,25 +1,35 @@
 //! The sweeper: content that no file names is freed, never on a commit's path.
 //!
 //! When an apply takes a chunk's last reference away the chunk is dead for ever, and [`Sweeper::dead`] hears of it. What
-//! was missed (the node died in between, a client never named what it put) a slow pass finds: a chunk is dead if
-//! the metadata does not name it and its session has ended or has moved its low-water mark past it, as far as a node knows
+//! nobody tells of, a pass finds: a chunk is dead if the metadata does not name it and its session has ended or has
+//! moved its low-water mark past it, as far as a node knows
 //! that has seen everything acknowledged before it looked (else a session it has not heard of would be a dead one). No clock decides,
 //! so what a slow writer has put and not yet named stays, however slow it is.
+//!
+//! A pass looks only at what sessions have moved past since the last one ([`marks`]): what a client put and never named.
+//! Everything held is looked over where something may have been missed (the node has just begun, a snapshot came, the
+//! queue of effects or the one here was full, content could not be freed), and once an hour for copies that came when
+//! all that should have freed them was over. Looking is done in pages, with pauses, and never on a runtime thread.
 //!
 //! Segments of small records of which little lives are rewritten, at a bounded rate: their dead share pages with the
 //! living, so holes alone give little back. What is moved is whatever is held, named or not.
 
+mod marks;
+
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use quorumfs_proto::ChunkId;
 use tokio::sync::Notify;
 use tracing::{debug, info, warn};
 
+use self::marks::{ENDED, Marks, Progress, Stretch};
 use super::repair::Repair;
+use crate::consensus::Consensus;
 use crate::content::{ContentError, ContentStore, Rewritten};
-use crate::metadata::{Failure, MetadataStore, View};
+use crate::metadata::{Failure, MetadataStore, SessionRecord, View};
 
 /// How long dead chunks are gathered, so that they are punched together.
 const GATHER_MS: u64 = 1_000;
@@ -35,6 +45,12 @@ const REWRITE_SLICE_BYTES: u64 = 8 << 20;
 const REWRITE_BYTES_PER_S: u64 = 16 << 20;
 /// Chunks looked over between two barriers.
 const PAGE_CHUNKS: usize = 4096;
+/// After a page, this many times as long as it took: whatever is held, a quarter of one thread looks it over.
+const PAUSE_PER_PAGE: u32 = 3;
+/// How often everything is looked over though nothing is known to have been missed.
+const COMPLETE_INTERVAL: Duration = Duration::from_secs(3600);
+/// Dead chunks that are freed once more after the next pass; beyond it a copy that came late waits for a complete pass.
+const FREED_REMEMBERED_MAX: usize = 64 << 10;
 
 /// Why content was not deleted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -55,30 +71,61 @@ pub enum DeleteError {
 
 /// See the module.
 pub struct Sweeper {
+    consensus: Consensus,
     metadata: Arc<MetadataStore>,
     content: Arc<ContentStore>,
     repair: Arc<Repair>,
-    /// How long after start, and then how often, everything held is looked over.
+    /// How long after start, and then how often, a pass is made.
     interval: Duration,
     queue: Mutex<Vec<ChunkId>>,
     added: Notify,
+    freed: Mutex<Freed>,
+    /// How often dead chunks were left to a complete pass.
+    missed: AtomicU64,
+}
+
+/// Dead chunks that were freed: what was on its way here when they died may have come since.
+#[derive(Default)]
+struct Freed {
+    since_last_pass: Vec<ChunkId>,
+    before_it: Vec<ChunkId>,
+}
+
+/// Counts what may leave dead content of which nobody tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Misses {
+    effects_dropped: u64,
+    snapshots_installed: u64,
+    left_here: u64,
+}
+
+/// How far the passes are.
+#[derive(Default)]
+struct Passes {
+    progress: Progress,
+    /// When the last complete one began, and what had been missed by then.
+    complete: Option<(Instant, Misses)>,
 }
 
 impl Sweeper {
     /// Nothing is done before [`Sweeper::run`].
     pub fn new(
+        consensus: Consensus,
         metadata: Arc<MetadataStore>,
         content: Arc<ContentStore>,
         repair: Arc<Repair>,
         interval: Duration,
     ) -> Arc<Sweeper> {
         Arc::new(Sweeper {
+            consensus,
             metadata,
             content,
             repair,
             interval,
             queue: Mutex::default(),
             added: Notify::new(),
+            freed: Mutex::default(),
+            missed: AtomicU64::new(0),
         })
     }
 
@@ -86,6 +133,9 @@ impl Sweeper {
     pub fn dead(&self, ids: &[ChunkId]) {
         let mut queue = self.queue.lock();
         let room = QUEUE_CHUNKS_MAX - queue.len();
+        if ids.len() > room {
+            self.missed.fetch_add(1, Ordering::Relaxed);
+        }
         queue.extend_from_slice(&ids[..ids.len().min(room)]);
         self.added.notify_one();
     }
@@ -98,6 +148,11 @@ impl Sweeper {
             self.added.notified().await;
             tokio::time::sleep(Duration::from_millis(GATHER_MS)).await;
             let dead = std::mem::take(&mut *self.queue.lock());
+            {
+                let known = &mut self.freed.lock().since_last_pass;
+                let room = FREED_REMEMBERED_MAX - known.len();
+                known.extend_from_slice(&dead[..dead.len().min(room)]);
+            }
             self.discard(dead).await;
         }
     }
@@ -133,10 +188,14 @@ impl Sweeper {
         for batch in dead.chunks(BATCH_CHUNKS) {
             let (content, batch) = (self.content.clone(), batch.to_vec());
             match tokio::task::spawn_blocking(move || content.discard(&batch)).await {
-                Ok(Ok(bytes)) => debug!(bytes, "dead content freed"),
+                Ok(Ok(bytes)) => {
+                    debug!(bytes, "dead content freed");
+                    continue;
+                }
                 Ok(Err(error)) => warn!(%error, "dead content could not be freed; the next pass tries again"),
                 Err(panic) => warn!(%panic, "dead content could not be freed; the next pass tries again"),
             }
+            self.missed.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -179,36 +238,121 @@ impl Sweeper {
     }
 
     async fn run_passes(self: Arc<Self>) {
+        let mut passes = Passes::default();
         loop {
             tokio::time::sleep(self.interval).await;
-            match self.pass().await {
-                Ok(0) => {}
-                Ok(found) => info!(chunks = found, "chunks that no file names were freed"),
-                Err(reason) => debug!(reason, "sweeping waits"),
+            let came_late = self.free_what_came_late().await;
+            let freed = match self.pass(&mut passes).await {
+                Ok(freed) => came_late + freed,
+                Err(reason) => {
+                    debug!(reason, "sweeping waits");
+                    came_late
+                }
+            };
+            if freed > 0 {
+                info!(chunks = freed, "chunks that no file names were freed");
             }
         }
     }
 
-    /// Looks over everything held once; answers how many chunks were freed.
-    async fn pass(&self) -> Result<u64, String> {
-        let mut after = None;
+    /// Frees copies of dead chunks that came after these had been freed; answers how many there were.
+    async fn free_what_came_late(&self) -> u64 {
+        let mut ids = {
+            let mut freed = self.freed.lock();
+            let since = std::mem::take(&mut freed.since_last_pass);
+            std::mem::replace(&mut freed.before_it, since)
+        };
+        let content = self.content.clone();
+        let held = tokio::task::spawn_blocking(move || {
+            ids.retain(|id| content.contains(*id));
+            ids
+        });
+        // The next complete pass finds what a panic leaves.
+        let came_late = held.await.unwrap_or_default();
+        let count = came_late.len() as u64;
+        self.discard(came_late).await;
+        count
+    }
+
+    /// Looks over what sessions have moved past or, where something may have been missed, everything held; answers how
+    /// many chunks were freed.
+    async fn pass(&self, passes: &mut Passes) -> Result<u64, String> {
+        let began = Instant::now();
+        let (marks, misses) = self.marks_and_misses().await?;
+        let complete = passes
+            .complete
+            .is_none_or(|(began, missed_then)| missed_then != misses || began.elapsed() >= COMPLETE_INTERVAL);
+        let mut freed = 0;
+        if complete {
+            freed += self.look_over(Stretch::ALL).await?;
+            passes.progress.all_looked(marks);
+            // What is missed meanwhile is counted beyond these.
+            passes.complete = Some((began, misses));
+        } else {
+            for stretch in passes.progress.stretches(&marks) {
+                freed += self.look_over(stretch).await?;
+            }
+            passes.progress.looked(marks);
+        }
+        Ok(freed)
+    }
+
+    async fn marks_and_misses(&self) -> Result<(Marks, Misses), String> {
+        let effects_dropped = self.consensus.effects_sent_and_dropped().1;
+        let left_here = self.missed.load(Ordering::Relaxed);
+        let metadata = self.metadata.clone();
+        let looked = tokio::task::spawn_blocking(move || {
+            let view = metadata.view()?;
+            let misses = Misses {
+                effects_dropped,
+                snapshots_installed: view.named_change().generation,
+                left_here,
+            };
+            let mark = |(session, record): (_, SessionRecord)| match record.ended {
+                Some(_) => (session, ENDED),
+                None => (session, record.chunk_low_water),
+            };
+            Ok::<_, Failure>((view.sessions()?.into_iter().map(mark).collect(), misses))
+        });
+        in_words(looked.await)
+    }
+
+    /// Frees what is dead of what is held of `stretch`; answers how many chunks.
+    async fn look_over(&self, stretch: Stretch) -> Result<u64, String> {
+        let mut after = stretch.after;
         let mut freed = 0;
         loop {
             // Listed before the barrier: whatever session put these, its opening is in the view that judges them.
-            let page = self.content.ids_after(after, PAGE_CHUNKS);
+            let mut page = self.content.ids_after(after, PAGE_CHUNKS);
+            page.retain(|id| stretch.reaches(*id));
             let Some(last) = page.last() else { return Ok(freed) };
             after = Some(*last);
             self.repair.come_up_to_date().await?;
-            let view = self.metadata.view().map_err(|fault| fault.to_string())?;
-            let mut dead = Vec::new();
-            for id in page {
-                if is_dead(&view, id).map_err(|fault| fault.to_string())? {
-                    dead.push(id);
+            let (metadata, began) = (self.metadata.clone(), Instant::now());
+            let judged = tokio::task::spawn_blocking(move || {
+                let view = metadata.view()?;
+                let mut dead = Vec::new();
+                for id in page {
+                    if is_dead(&view, id)? {
+                        dead.push(id);
+                    }
                 }
-            }
+                Ok::<_, Failure>(dead)
+            });
+            let dead = in_words(judged.await)?;
+            let pause = began.elapsed() * PAUSE_PER_PAGE;
             freed += dead.len() as u64;
             self.discard(dead).await;
+            tokio::time::sleep(pause).await;
         }
+    }
+}
+
+fn in_words<T>(looked: Result<Result<T, Failure>, tokio::task::JoinError>) -> Result<T, String> {
+    match looked {
+        Ok(Ok(found)) => Ok(found),
+        Ok(Err(fault)) => Err(fault.to_string()),
+        Err(panic) => Err(panic.to_string()),
     }
 }
 

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::extract::State;
@@ -59,6 +60,9 @@ pub(super) struct MembershipView {
     replicas: u8,
     /// On how many nodes each chunk is kept: `replicas`, but a majority of the voters at the least.
     copies: usize,
+    /// Why a removal that was asked for is not done yet; null where there is none, and, but in the answer to who asked for
+    /// it, where this node does not lead.
+    removal: Option<String>,
 }
 
 /// Whom to take in.
@@ -130,6 +134,7 @@ fn view(node: &Node) -> Result<MembershipView, ApiError> {
         failures_tolerated: voters.len().saturating_sub(1) / 2,
         replicas: parts.placement.replicas(),
         copies: parts.placement.copies(),
+        removal: parts.roster.pending_removal(),
     })
 }
 
@@ -167,7 +172,7 @@ pub(super) async fn add(
         };
         async move {
             let answer = leader.add_member(request).await?.into_inner();
-            Ok(answer.not_leader)
+            Ok((!answer.not_leader).then_some(()))
         }
     };
     of_the_leader(&node, ask).await?;
@@ -176,7 +181,11 @@ pub(super) async fn add(
 
 /// Takes members out, together.
 ///
-/// When it is answered, those that remain hold everything, and the others may be stopped.
+/// Those that remain fetch what they will have to hold; then the others leave and may be stopped. 200: they are out, and
+/// where `removal` is not null those that remain still fetch what was written at the last moment (keep the folders of those
+/// that left until it is done). 202: that takes longer than the request waits. The leader goes on by itself, as long as it
+/// leads; ask again to see how far it is, and after a change of leader for it to go on. Another removal takes its place, and
+/// `/membership/add` of one of them ends it.
 #[utoipa::path(
     post,
     path = "/membership/remove",
@@ -184,16 +193,17 @@ pub(super) async fn add(
     request_body = Removal,
     responses(
         (status = 200, description = "They are out", body = MembershipView),
+        (status = 202, description = "They leave when those that remain hold everything", body = MembershipView),
         (status = 400, description = "No JSON object as it must be", body = ErrorBody),
         (status = 409, description = "It must not be", body = ErrorBody),
         (status = 413, description = "The body is too long", body = ErrorBody),
-        (status = 503, description = "No leader, or those that remain are not whole", body = ErrorBody),
+        (status = 503, description = "No leader", body = ErrorBody),
     )
 )]
 pub(super) async fn remove(
     State(node): State<Arc<Node>>,
     body: Result<Bytes, BytesRejection>,
-) -> Result<Json<MembershipView>, ApiError> {
+) -> Result<(StatusCode, Json<MembershipView>), ApiError> {
     let Removal { slots } = json_body(body, r#"{"slots": [4, 5]}"#)?;
     if slots.is_empty() {
         return Err(ApiError::bad_request(
@@ -201,17 +211,47 @@ pub(super) async fn remove(
             "slots is empty: name at least one",
         ));
     }
+    // A leader that was asked and did not say no may have done it, whatever became of its answer.
+    let asked_before = AtomicBool::new(false);
     let ask = |mut leader: Peer| {
         let request = wire::RemoveMembersRequest {
             slots: slots.iter().map(|slot| u32::from(*slot)).collect(),
+            repeated_request: asked_before.load(Ordering::Relaxed),
         };
+        let asked_before = &asked_before;
         async move {
-            let answer = leader.remove_members(request).await?.into_inner();
-            Ok(answer.not_leader)
+            let began = Instant::now();
+            let answer = leader
+                .remove_members(request)
+                .await
+                .map(|answer| answer.into_inner());
+            // Who does not lead says so at once, and has done nothing.
+            if answer.is_err() || began.elapsed() > RETRY_INTERVAL {
+                asked_before.store(true, Ordering::Relaxed);
+            }
+            let answer = answer?;
+            Ok((!answer.not_leader).then_some((answer.pending, answer.out)))
         }
     };
-    of_the_leader(&node, ask).await?;
-    view(&node).map(Json)
+    let (pending, out) = of_the_leader(&node, ask).await?;
+    let mut view = view(&node)?;
+    let status = match (pending.is_empty(), out) {
+        (true, _) => {
+            view.removal = None;
+            StatusCode::OK
+        }
+        (false, true) => {
+            view.removal = Some(format!("they are out; {pending}"));
+            StatusCode::OK
+        }
+        (false, false) => {
+            view.removal = Some(format!(
+                "{pending}. The leader goes on by itself; should another lead before it is done, ask again"
+            ));
+            StatusCode::ACCEPTED
+        }
+    };
+    Ok((status, Json(view)))
 }
 
 /// Sets on how many nodes each chunk is kept.
@@ -246,7 +286,7 @@ pub(super) async fn set_replicas(
         };
         async move {
             let answer = leader.set_replicas(request).await?.into_inner();
-            Ok(answer.not_leader)
+            Ok((!answer.not_leader).then_some(()))
         }
     };
     of_the_leader(&node, ask).await?;
@@ -259,24 +299,30 @@ pub(super) async fn set_replicas(
     view(&node).map(Json)
 }
 
-/// Asks whoever leads, until one who does has answered. `ask` says whether it asked the wrong one.
-pub(super) async fn of_the_leader<Ask, Asking>(node: &Node, ask: Ask) -> Result<(), ApiError>
+/// Asks whoever leads, until one who does has answered. `ask` answers nothing where it asked the wrong one.
+pub(super) async fn of_the_leader<Answer, Ask, Asking>(node: &Node, ask: Ask) -> Result<Answer, ApiError>
 where
     Ask: Fn(Peer) -> Asking,
-    Asking: Future<Output = Result<bool, tonic::Status>>,
+    Asking: Future<Output = Result<Option<Answer>, tonic::Status>>,
 {
     let parts = parts(node)?;
-    let give_up = Instant::now() + LEADER_TIMEOUT;
+    let mut give_up = Instant::now() + LEADER_TIMEOUT;
+    let give_up_at_last = Instant::now() + CHANGE_TIMEOUT;
     let mut reason = "no leader is known".to_string();
     while Instant::now() < give_up {
         let leader: Option<Member> = parts.consensus.leader();
         let peer = leader.map(|leader| parts.roster.peer_of(&leader, Purpose::Control));
+        let asked = Instant::now();
         match peer {
             None => {}
             Some(Err(error)) => reason = error,
             Some(Ok(peer)) => match tokio::time::timeout(CHANGE_TIMEOUT, ask(peer)).await {
-                Ok(Ok(false)) => return Ok(()),
-                Ok(Ok(true)) => reason = "leadership is moving".to_string(),
+                Ok(Ok(Some(answer))) => return Ok(answer),
+                Ok(Ok(None)) => {
+                    reason = "leadership is moving".to_string();
+                    // As long as one was at it, it was not looked for.
+                    give_up = give_up_at_last.min(give_up + asked.elapsed());
+                }
                 Ok(Err(status)) if status.code() == Code::FailedPrecondition => {
                     return Err(ApiError::conflict("membership_refused", status.message()));
                 }

@@ -88,7 +88,7 @@ pub(super) async fn audit(State(node): State<Arc<Node>>) -> Result<Json<Option<A
 pub(super) async fn begin_audit(State(node): State<Arc<Node>>) -> Result<StatusCode, ApiError> {
     let ask = |mut leader: Peer| async move {
         let answer = leader.begin_audit(wire::BeginAuditRequest {}).await?.into_inner();
-        Ok(answer.not_leader)
+        Ok((!answer.not_leader).then_some(()))
     };
     of_the_leader(&node, ask).await?;
     Ok(StatusCode::ACCEPTED)

@@ -71,6 +71,7 @@ pub struct Recovery {
     effects_handled: AtomicU64,
     last_pass: Mutex<Option<PassReport>>,
     last_complete_pass: Mutex<Option<PassReport>>,
+    complete_passes: AtomicU64,
     names: NameFinder,
 }
 
@@ -105,6 +106,7 @@ impl Recovery {
             effects_handled: AtomicU64::new(0),
             last_pass: Mutex::new(None),
             last_complete_pass: Mutex::new(None),
+            complete_passes: AtomicU64::new(0),
         })
     }
 
@@ -160,6 +162,29 @@ impl Recovery {
             AppliedEffects::Installed { .. } => self.compare_soon(WalkReason::SnapshotInstalled),
         }
         self.effects_handled.fetch_add(1, Ordering::Release);
+    }
+
+    /// A copy of `id` was pushed here. Where it stands in for another's and comes after the apply that names it, that
+    /// apply found nothing here to let go.
+    pub async fn arrived(self: &Arc<Self>, id: ChunkId) {
+        if self.placement.should_hold(id) {
+            return;
+        }
+        let recovery = Arc::clone(self);
+        let looked = tokio::task::spawn_blocking(move || recovery.length_if_named(id));
+        match looked.await {
+            Ok(Ok(Some(_))) => self.surplus.add(id),
+            // Its apply is yet to come and finds it here.
+            Ok(Ok(None)) => {}
+            Ok(Err(fault)) => {
+                warn!(chunk = %id, %fault, "cannot look up a chunk that was pushed here");
+                self.compare_soon(WalkReason::EffectsDropped);
+            }
+            Err(panic) => {
+                warn!(chunk = %id, %panic, "cannot look up a chunk that was pushed here");
+                self.compare_soon(WalkReason::EffectsDropped);
+            }
+        }
     }
 
     /// Walk all that is named, now.
@@ -278,6 +303,7 @@ impl Recovery {
         };
         if report.kind == PassKind::Complete {
             *self.last_complete_pass.lock() = Some(report.clone());
+            self.complete_passes.fetch_add(1, Ordering::Release);
         }
         *self.last_pass.lock() = Some(report);
         self.fetch_soon.notify_one();

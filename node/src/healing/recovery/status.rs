@@ -99,6 +99,8 @@ pub struct RecoveryStatus {
     pub last_pass: Option<PassReport>,
     /// The last pass over all that is named.
     pub last_complete_pass: Option<PassReport>,
+    /// How many of these there were since the node started.
+    pub complete_passes: u64,
 }
 
 impl Recovery {
@@ -141,6 +143,7 @@ impl Recovery {
                 .then(|| missing.bytes.div_ceil(bytes_per_s)),
             last_pass: self.last_pass.lock().clone(),
             last_complete_pass: self.last_complete_pass.lock().clone(),
+            complete_passes: self.complete_passes.load(Ordering::Acquire),
         }
     }
 
