@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use quorumfs_measure::Ending;
 use quorumfs_proto::call::{Mutation, SessionState};
+use quorumfs_proto::limits::SESSION_DESCRIPTION_BYTES_MAX;
 use quorumfs_proto::{CallReply, ChunkBody, ChunkId, FsError, Member, NodeId, Refusal, SessionId};
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
@@ -248,7 +249,9 @@ impl Writer {
     }
 
     /// Makes a session known.
-    pub async fn open_session(&self, session: SessionId, description: String) -> CallReply {
+    pub async fn open_session(&self, session: SessionId, mut description: String) -> CallReply {
+        // It is for people, and a full disk takes it too.
+        description.truncate(description.floor_char_boundary(SESSION_DESCRIPTION_BYTES_MAX));
         self.propose(LogBody::OpenSession { session, description }).await
     }
 

@@ -39,6 +39,9 @@ pub const COMMAND_BYTES_MAX: usize = (CHUNK_BYTES_MAX as usize) + (64 << 10);
 
 /// Lanes of one session: so many calls of one client can be under way at once.
 pub const LANES_MAX: u16 = 64;
+/// Most bytes of what a session is called; what is longer is cut.
+pub const SESSION_DESCRIPTION_BYTES_MAX: usize = 1024;
+
 
 /// Most hard links of one inode (as ext4).
 pub const LINKS_MAX: u32 = 65_000;
