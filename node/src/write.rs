@@ -212,7 +212,11 @@ impl Writer {
     /// Carries out a mutation once, however often it arrives.
     pub async fn mutate(&self, mutation: Mutation) -> CallReply {
         let session = mutation.request.session;
-        if let Err(error) = mutation.command.validate(session) {
+        let within_bounds = mutation
+            .command
+            .validate(session)
+            .and_then(|()| mutation.command.validate_bytes());
+        if let Err(error) = within_bounds {
             return CallReply::Refused(Refusal::Invalid {
                 reason: format!("the command is out of bounds: {error}"),
             });
