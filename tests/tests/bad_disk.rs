@@ -167,14 +167,34 @@ fn full_disks_are_enospc_and_deleting_makes_room_again() {
         let name = format!("file-{number}");
         Content::new(number, FILE_BYTES).assert_equals(File::open(at(number)).expect("open"), &name);
     }
-    // Whatever the failed write left may go too.
-    let _ = fs::remove_file(at(kept));
-    for number in 0..kept / 2 {
-        fs::remove_file(at(number)).expect("deleting works on a full disk");
+    // Every node says so, whichever leads.
+    for slot in cluster.slots() {
+        wait_for(
+            &format!("node {slot} says that nothing can be written"),
+            Duration::from_secs(10),
+            || {
+                cluster.http(slot).get("/readyz").status == 503
+                    && cluster.status(slot).is_ok_and(|status| !status.writable)
+            },
+        );
     }
+    // Whatever the failed write left may go too. Who comes anew can delete as well.
+    let _ = fs::remove_file(at(kept));
+    let newcomer = cluster.mount();
+    for number in 0..kept / 2 {
+        fs::remove_file(newcomer.path(format!("file-{number}"))).expect("deleting works on a full disk");
+    }
+    newcomer.unmount();
     wait_for("there is room again", Duration::from_secs(60), || {
         write_synced(&mount.path("again"), 77, FILE_BYTES).is_ok()
     });
+    for slot in cluster.slots() {
+        wait_for(
+            &format!("node {slot} is ready again"),
+            Duration::from_secs(10),
+            || cluster.http(slot).get("/readyz").status == 200,
+        );
+    }
     Content::new(77, FILE_BYTES).assert_equals(File::open(mount.path("again")).expect("open"), "again");
     for number in kept / 2..kept {
         Content::new(number, FILE_BYTES)
@@ -283,5 +303,36 @@ fn a_small_disk_full_of_small_files_takes_deletes_and_is_made_whole_by_itself() 
     }
     let recovery = cluster.recovery_status(3).expect("recovery status");
     assert!(recovery.held_chunks >= recovery.named_chunks, "{recovery:?}");
+    mount.unmount();
+}
+
+#[test]
+fn with_one_node_dead_and_another_full_writes_are_enospc() {
+    const FILE_BYTES: u64 = 8 << 20;
+    let sandbox = Sandbox::heavy("bad-dead-and-full");
+    let cluster = Cluster::builder(&sandbox)
+        .data_folder(2, small_disk(&sandbox, "disk", 512))
+        .start();
+    let mount = cluster.mount();
+    let at = |number: u64| mount.path(format!("file-{number}"));
+    for number in 0..60 {
+        write_synced(&at(number), number, FILE_BYTES).expect("two have room");
+    }
+    cluster.kill(3);
+    let began = std::time::Instant::now();
+    let error = (60..).find_map(|number| write_synced(&at(number), number, FILE_BYTES).err());
+    let error = error.expect("nobody takes a second copy");
+    eprintln!("after {:?}: {error}", began.elapsed());
+    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC), "{error}");
+    assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+    for number in 0..40 {
+        fs::remove_file(at(number)).expect("deleting works");
+    }
+    wait_for("there is room again", Duration::from_secs(60), || {
+        write_synced(&mount.path("again"), 77, FILE_BYTES).is_ok()
+    });
+    cluster.start_node(3);
+    cluster.wait_ready();
+    cluster.wait_at_rest();
     mount.unmount();
 }

@@ -455,6 +455,7 @@ impl Peer for PeerService {
             chunks_missing: recovery.missing_chunks,
             applied_index: parts.metadata.position().index,
             feature_level: FEATURE_LEVEL,
+            cluster_full: parts.consensus.is_leader() && !parts.space.quorum_has_room(),
         }))
     }
 
