@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use quorumfs_measure::Ending;
 use quorumfs_proto::call::{Mutation, SessionState};
+use quorumfs_proto::limits::SESSION_DESCRIPTION_BYTES_MAX;
 use quorumfs_proto::{CallReply, ChunkBody, ChunkId, FsError, Member, NodeId, Refusal, SessionId};
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
@@ -211,7 +212,11 @@ impl Writer {
     /// Carries out a mutation once, however often it arrives.
     pub async fn mutate(&self, mutation: Mutation) -> CallReply {
         let session = mutation.request.session;
-        if let Err(error) = mutation.command.validate(session) {
+        let within_bounds = mutation
+            .command
+            .validate(session)
+            .and_then(|()| mutation.command.validate_bytes());
+        if let Err(error) = within_bounds {
             return CallReply::Refused(Refusal::Invalid {
                 reason: format!("the command is out of bounds: {error}"),
             });
@@ -248,7 +253,9 @@ impl Writer {
     }
 
     /// Makes a session known.
-    pub async fn open_session(&self, session: SessionId, description: String) -> CallReply {
+    pub async fn open_session(&self, session: SessionId, mut description: String) -> CallReply {
+        // It is for people, and a full disk takes it too.
+        description.truncate(description.floor_char_boundary(SESSION_DESCRIPTION_BYTES_MAX));
         self.propose(LogBody::OpenSession { session, description }).await
     }
 

@@ -46,6 +46,12 @@ pub fn encode<T: Serialize>(value: &T) -> Bytes {
     Bytes::from(out)
 }
 
+/// How many bytes `value` takes in [`encode`]d form, without the version.
+pub fn encoded_bytes<T: Serialize>(value: &T) -> usize {
+    let size = postcard::ser_flavors::Size::default();
+    postcard::serialize_with_flavor(value, size).expect("counting bytes cannot fail")
+}
+
 /// Decodes what [`encode`] made. The bytes must be used up.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, DecodeError> {
     let what = std::any::type_name::<T>();

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::attributes::Timestamp;
 use crate::chunk::{ChunkBody, NewChunk, Piece};
+use crate::codec;
 use crate::error::FsError;
 use crate::ids::{InodeNumber, SessionId};
 use crate::limits;
@@ -69,6 +70,17 @@ impl Command {
             if !named {
                 return Err(FsError::InvalidArgument);
             }
+        }
+        Ok(())
+    }
+
+    /// Checks the bounds of what travels: an entry of the log must fit a message to the followers. Asked where a command
+    /// comes in and not, as [`Command::validate`], by who applies it: what is in the log was taken.
+    pub fn validate_bytes(&self) -> Result<(), FsError> {
+        if self.inline_bytes() > limits::INLINE_BYTES_MAX as usize
+            || codec::encoded_bytes(self) > limits::COMMAND_BYTES_MAX
+        {
+            return Err(FsError::TooBig);
         }
         Ok(())
     }
@@ -368,4 +380,105 @@ pub struct AttributeChanges {
     pub mtime: Option<SetTime>,
     /// Whether privileges are dropped: by chown always, by truncation when the caller is not privileged.
     pub privileges: Option<Privileges>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chunk::Sha256;
+    use crate::ids::ChunkId;
+
+    fn chunk(counter: u64, body: ChunkBody, length: u32) -> NewChunk {
+        NewChunk {
+            id: ChunkId {
+                session: SessionId(u64::MAX),
+                counter,
+            },
+            length,
+            sha256: Sha256([u8::MAX; 32]),
+            body,
+        }
+    }
+
+    fn piece(chunk: &NewChunk, at: u64, length: u32) -> Piece {
+        Piece {
+            file_offset: limits::FILE_BYTES_MAX - at - u64::from(length),
+            length,
+            chunk: chunk.id,
+            chunk_offset: 0,
+        }
+    }
+
+    fn write(pieces: Vec<Piece>) -> Operation {
+        Operation::Write {
+            inode: Target::Inode(InodeNumber(u64::MAX)),
+            pieces,
+            mtime: Some(Timestamp::default()),
+            privileges: Privileges::Drop,
+        }
+    }
+
+    fn set_xattr(bytes: usize) -> Operation {
+        Operation::SetXattr {
+            inode: Target::Inode(InodeNumber(1)),
+            name: XattrName::new(Bytes::from(vec![b'x'; limits::XATTR_NAME_BYTES_MAX])).unwrap(),
+            value: Bytes::from(vec![7; bytes]),
+            mode: XattrMode::Set,
+        }
+    }
+
+    #[test]
+    fn the_largest_command_of_a_client_has_a_quarter_of_the_bytes() {
+        // What a mount flushes with one command, and the operation that goes along.
+        let inline = ChunkBody::Inline(vec![7; limits::INLINE_BYTES_MAX as usize].into());
+        let mut chunks = vec![chunk(u64::MAX, inline, limits::INLINE_BYTES_MAX)];
+        for counter in 1..limits::COMMAND_CHUNKS_MAX as u64 {
+            chunks.push(chunk(
+                u64::MAX - counter,
+                ChunkBody::Stored,
+                limits::CHUNK_BYTES_MAX,
+            ));
+        }
+        let pieces = (0..limits::COMMAND_PIECES_MAX).map(|n| {
+            let chunk = &chunks[n % chunks.len()];
+            piece(chunk, n as u64, limits::INLINE_BYTES_MAX)
+        });
+        let largest = Command {
+            operations: vec![write(pieces.collect()), set_xattr(limits::XATTR_VALUE_BYTES_MAX)],
+            chunks,
+        };
+        assert_eq!(largest.validate(SessionId(u64::MAX)), Ok(()));
+        assert_eq!(largest.validate_bytes(), Ok(()));
+        let bytes = codec::encoded_bytes(&largest);
+        assert!(bytes <= limits::COMMAND_BYTES_MAX / 4, "{bytes} bytes");
+    }
+
+    #[test]
+    fn what_would_not_fit_a_message_is_refused() {
+        let many = Command {
+            chunks: Vec::new(),
+            operations: (0..20)
+                .map(|_| set_xattr(limits::XATTR_VALUE_BYTES_MAX))
+                .collect(),
+        };
+        assert_eq!(many.validate(SessionId(1)), Ok(()), "each is in bounds");
+        assert_eq!(many.validate_bytes(), Err(FsError::TooBig));
+
+        let length = limits::INLINE_BYTES_MAX / 2 + 1;
+        let halves = [1, 2].map(|counter| {
+            chunk(
+                counter,
+                ChunkBody::Inline(vec![7; length as usize].into()),
+                length,
+            )
+        });
+        let pieces = halves.iter().map(|chunk| piece(chunk, 0, length)).collect();
+        let mut inline = Command {
+            chunks: halves.to_vec(),
+            operations: vec![write(pieces)],
+        };
+        assert_eq!(inline.validate_bytes(), Err(FsError::TooBig));
+        inline.chunks.pop();
+        assert_eq!(inline.validate_bytes(), Ok(()));
+    }
 }

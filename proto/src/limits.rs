@@ -34,8 +34,13 @@ pub const COMMAND_PIECES_MAX: usize = 4096;
 /// Most new chunks that one command names.
 pub const COMMAND_CHUNKS_MAX: usize = 256;
 
-/// Most bytes of one encoded command: one inline append of 1 MiB and its overhead.
+/// Most bytes of one encoded command: the largest that clients make (content inside, all its pieces, names and an
+/// extended attribute) has a quarter of it. With as many bytes of other entries before it, as a message to a follower
+/// may have, it stays below [`MESSAGE_BYTES_MAX`].
 pub const COMMAND_BYTES_MAX: usize = (CHUNK_BYTES_MAX as usize) + (64 << 10);
+
+/// Most bytes of what a session is called; what is longer is cut.
+pub const SESSION_DESCRIPTION_BYTES_MAX: usize = 1024;
 
 /// Lanes of one session: so many calls of one client can be under way at once.
 pub const LANES_MAX: u16 = 64;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use quorumfs_tests::damage::{files_below, find_bytes, flip, last_used_byte};
 use quorumfs_tests::environment::wait_for;
+use quorumfs_tests::healing::{SeededFile, assert_same_metadata, assert_served};
 use quorumfs_tests::random::Content;
 use quorumfs_tests::{Cluster, Random, Sandbox, posix, shell};
 
@@ -166,14 +167,34 @@ fn full_disks_are_enospc_and_deleting_makes_room_again() {
         let name = format!("file-{number}");
         Content::new(number, FILE_BYTES).assert_equals(File::open(at(number)).expect("open"), &name);
     }
-    // Whatever the failed write left may go too.
-    let _ = fs::remove_file(at(kept));
-    for number in 0..kept / 2 {
-        fs::remove_file(at(number)).expect("deleting works on a full disk");
+    // Every node says so, whichever leads.
+    for slot in cluster.slots() {
+        wait_for(
+            &format!("node {slot} says that nothing can be written"),
+            Duration::from_secs(10),
+            || {
+                cluster.http(slot).get("/readyz").status == 503
+                    && cluster.status(slot).is_ok_and(|status| !status.writable)
+            },
+        );
     }
+    // Whatever the failed write left may go too. Who comes anew can delete as well.
+    let _ = fs::remove_file(at(kept));
+    let newcomer = cluster.mount();
+    for number in 0..kept / 2 {
+        fs::remove_file(newcomer.path(format!("file-{number}"))).expect("deleting works on a full disk");
+    }
+    newcomer.unmount();
     wait_for("there is room again", Duration::from_secs(60), || {
         write_synced(&mount.path("again"), 77, FILE_BYTES).is_ok()
     });
+    for slot in cluster.slots() {
+        wait_for(
+            &format!("node {slot} is ready again"),
+            Duration::from_secs(10),
+            || cluster.http(slot).get("/readyz").status == 200,
+        );
+    }
     Content::new(77, FILE_BYTES).assert_equals(File::open(mount.path("again")).expect("open"), "again");
     for number in kept / 2..kept {
         Content::new(number, FILE_BYTES)
@@ -215,5 +236,103 @@ fn one_full_disk_stops_nobody_and_is_made_whole_when_it_has_room() {
         recovery.held_chunks >= recovery.named_chunks && recovery.named_chunks > 0,
         "{recovery:?}"
     );
+    mount.unmount();
+}
+
+#[test]
+fn a_small_disk_full_of_small_files_takes_deletes_and_is_made_whole_by_itself() {
+    const LARGE_BYTES: u64 = 8 << 20;
+    const LARGE_FILES: u64 = 48;
+    // What rides inside commands: twice what waited in memory once, and more than the log has room for.
+    const SMALL_BYTES: u64 = 32 << 10;
+    const SMALL_FILES: u64 = 6_000;
+    const WRITERS: u64 = 4;
+    const KEPT: u64 = 50;
+    let sandbox = Sandbox::heavy("bad-small-follower");
+    let cluster = Cluster::builder(&sandbox)
+        .data_folder(3, small_disk(&sandbox, "disk", 512))
+        .start();
+    let mount = cluster.mount();
+    let large = |number: u64| mount.path(format!("large-{number}"));
+    let small = |number: u64| mount.path(format!("small-{number}"));
+    for number in 0..LARGE_FILES {
+        write_synced(&large(number), number, LARGE_BYTES).expect("the others have room");
+    }
+    let write_small = |from: u64, to: u64| {
+        std::thread::scope(|threads| {
+            for writer in 0..WRITERS {
+                threads.spawn(move || {
+                    for number in (from..to).filter(|number| number % WRITERS == writer) {
+                        write_synced(&small(number), number, SMALL_BYTES).expect("the others have room");
+                    }
+                });
+            }
+        });
+    };
+    write_small(0, SMALL_FILES / 2);
+    assert!(cluster.ended(3).is_none(), "{}", cluster.log(3));
+    // What only its log has it finds again.
+    cluster.restart(3);
+    write_small(SMALL_FILES / 2, SMALL_FILES);
+    let missing = cluster
+        .recovery_status(3)
+        .expect("recovery status")
+        .missing_chunks;
+    eprintln!("{missing} chunks found no room");
+    assert!(missing > 0, "the disk was not full");
+    let is_kept = |number: &u64| number % KEPT == 0;
+    for number in (0..SMALL_FILES).filter(|number| !is_kept(number)) {
+        fs::remove_file(small(number)).expect("deleting works");
+    }
+    for number in 1..LARGE_FILES {
+        fs::remove_file(large(number)).expect("deleting works");
+    }
+    // Nobody helps.
+    cluster.wait_at_rest();
+    wait_for("the small disk has room", Duration::from_secs(60), || {
+        cluster.http(3).get("/status").json::<serde_json::Value>()["space"]["has_room"] == true
+    });
+    assert!(cluster.ended(3).is_none(), "{}", cluster.log(3));
+    assert_same_metadata(&cluster);
+    let kept = (0..SMALL_FILES)
+        .filter(is_kept)
+        .map(|number| (format!("small-{number}"), number, SMALL_BYTES));
+    let kept: Vec<SeededFile> = kept.chain([("large-0".to_string(), 0, LARGE_BYTES)]).collect();
+    for slot in cluster.slots() {
+        assert_served(&cluster, slot, &kept);
+    }
+    let recovery = cluster.recovery_status(3).expect("recovery status");
+    assert!(recovery.held_chunks >= recovery.named_chunks, "{recovery:?}");
+    mount.unmount();
+}
+
+#[test]
+fn with_one_node_dead_and_another_full_writes_are_enospc() {
+    const FILE_BYTES: u64 = 8 << 20;
+    let sandbox = Sandbox::heavy("bad-dead-and-full");
+    let cluster = Cluster::builder(&sandbox)
+        .data_folder(2, small_disk(&sandbox, "disk", 512))
+        .start();
+    let mount = cluster.mount();
+    let at = |number: u64| mount.path(format!("file-{number}"));
+    for number in 0..60 {
+        write_synced(&at(number), number, FILE_BYTES).expect("two have room");
+    }
+    cluster.kill(3);
+    let began = std::time::Instant::now();
+    let error = (60..).find_map(|number| write_synced(&at(number), number, FILE_BYTES).err());
+    let error = error.expect("nobody takes a second copy");
+    eprintln!("after {:?}: {error}", began.elapsed());
+    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC), "{error}");
+    assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+    for number in 0..40 {
+        fs::remove_file(at(number)).expect("deleting works");
+    }
+    wait_for("there is room again", Duration::from_secs(60), || {
+        write_synced(&mount.path("again"), 77, FILE_BYTES).is_ok()
+    });
+    cluster.start_node(3);
+    cluster.wait_ready();
+    cluster.wait_at_rest();
     mount.unmount();
 }

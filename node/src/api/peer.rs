@@ -476,6 +476,7 @@ impl Peer for PeerService {
             written_bytes_per_s: now.written_bytes_per_s,
             commit_p50_us: now.commit_latency.p50_us,
             commit_p99_us: now.commit_latency.p99_us,
+            cluster_full: parts.consensus.is_leader() && !parts.space.quorum_has_room(),
         }))
     }
 

@@ -1,10 +1,15 @@
 //! Who has room (design, Rule space): the leader answers ENOSPC before it proposes when fewer than f + 1 voters do.
 //!
 //! Each node looks at its own disk, for content and for the log; a leader also asks the others, and one whose own disk
-//! is full while a quorum has room hands leadership on, since it cannot log what they could store. What was heard ages: a node that has not answered
-//! lately counts as having room, because it does not count towards a quorum of copies anyway.
+//! is full while a quorum has room hands leadership on, since it cannot log what they could store. A follower takes its
+//! leader's word for the whole.
+//!
+//! What was heard ages. A voter that has not answered lately has no room that anyone knows of: with one node dead and
+//! another full there is no quorum of copies, and that is ENOSPC. But it is so only where a quorum answers; too few
+//! voters alive is no matter of room, and calls wait (P6). In a leader's first seconds the silent have the benefit of
+//! the doubt.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,7 +24,7 @@ use crate::transport::{Purpose, Transport};
 
 /// How often disks are looked at and peers are asked.
 const LOOK_INTERVAL_MS: u64 = 500;
-/// How long what a peer said counts.
+/// How long what a peer said counts, and how long a new leader waits for it.
 const ANSWER_AGE_MS_MAX: u64 = 5_000;
 /// A node whose disk has less than this left for content, over what is kept free for deletes, takes no more.
 const ROOM_BYTES_MIN: u64 = 4 << 20;
@@ -37,6 +42,44 @@ pub struct Room {
     pub has_room: bool,
 }
 
+/// Whether there is room for what f + 1 voters must hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Judgement {
+    /// A quorum has it.
+    Room,
+    /// A quorum answers, and too few of it have room.
+    Full,
+    /// Too few answer to tell.
+    Unknown,
+}
+
+/// Of every active configuration a majority must hold what is written; `said` is whether they have room, of those that
+/// said so lately.
+fn judge(voter_sets: &[BTreeSet<NodeId>], said: &BTreeMap<NodeId, bool>) -> Judgement {
+    let majority = |counts: &dyn Fn(&NodeId) -> bool| {
+        let is_majority = |voters: &BTreeSet<NodeId>| {
+            let count = voters.iter().filter(|voter| counts(voter)).count();
+            count > voters.len() / 2
+        };
+        voter_sets.iter().all(is_majority)
+    };
+    if majority(&|voter| said.get(voter) == Some(&true)) {
+        Judgement::Room
+    } else if majority(&|voter| said.contains_key(voter)) {
+        Judgement::Full
+    } else {
+        Judgement::Unknown
+    }
+}
+
+/// What a leader said, when.
+#[derive(Clone, Copy, Debug)]
+struct LeaderWord {
+    leader: NodeId,
+    at: Instant,
+    is_full: bool,
+}
+
 /// What this node knows of everybody's room.
 pub struct SpaceMonitor {
     consensus: Consensus,
@@ -45,6 +88,10 @@ pub struct SpaceMonitor {
     transport: Arc<Transport>,
     own: Mutex<Room>,
     peers: Mutex<HashMap<NodeId, (Instant, Room)>>,
+    /// Since when this node, as leader, has asked the others.
+    asking_since: Mutex<Option<Instant>>,
+    /// As a follower.
+    leader_word: Mutex<Option<LeaderWord>>,
 }
 
 impl SpaceMonitor {
@@ -67,6 +114,8 @@ impl SpaceMonitor {
             transport,
             own,
             peers: Mutex::new(HashMap::new()),
+            asking_since: Mutex::new(None),
+            leader_word: Mutex::new(None),
         };
         monitor.look();
         Arc::new(monitor)
@@ -77,8 +126,12 @@ impl SpaceMonitor {
         loop {
             self.look();
             if self.consensus.is_leader() {
+                self.asking_since.lock().get_or_insert_with(Instant::now);
                 self.ask_peers().await;
                 self.hand_on_if_full().await;
+            } else {
+                *self.asking_since.lock() = None;
+                self.ask_leader().await;
             }
             tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
         }
@@ -98,13 +151,40 @@ impl SpaceMonitor {
         }
     }
 
-    /// Whether a quorum of every active configuration has room for more.
+    /// Whether nothing speaks against taking more: false where a quorum answers and too few of it have room.
     pub fn quorum_has_room(&self) -> bool {
-        let full = self.full_nodes();
-        self.consensus.voter_sets().iter().all(|voters| {
-            let with_room = voters.iter().filter(|voter| !full.contains(voter)).count();
-            with_room > voters.len() / 2
-        })
+        self.judgement() != Judgement::Full
+    }
+
+    fn judgement(&self) -> Judgement {
+        if !self.consensus.is_leader() {
+            let leader = self.consensus.leader().map(|member| member.id);
+            let word = *self.leader_word.lock();
+            return match word.filter(|word| Some(word.leader) == leader && is_fresh(word.at)) {
+                Some(word) if word.is_full => Judgement::Full,
+                _ => Judgement::Unknown,
+            };
+        }
+        let voter_sets = self.consensus.voter_sets();
+        let mut said: BTreeMap<NodeId, bool> = self
+            .heard_lately()
+            .map(|(id, room)| (id, room.has_room))
+            .collect();
+        said.insert(self.consensus.id(), self.own().has_room);
+        if self.asking_since.lock().is_none_or(is_fresh) {
+            for voter in voter_sets.iter().flatten() {
+                said.entry(*voter).or_insert(true);
+            }
+        }
+        judge(&voter_sets, &said)
+    }
+
+    /// What the others said, without what is old.
+    fn heard_lately(&self) -> impl Iterator<Item = (NodeId, Room)> {
+        let peers = self.peers.lock();
+        let fresh = peers.iter().filter(|(_, (at, _))| is_fresh(*at));
+        let fresh: Vec<(NodeId, Room)> = fresh.map(|(id, (_, room))| (*id, *room)).collect();
+        fresh.into_iter()
     }
 
     /// Bytes the cluster can hold, and those still free: what the smallest node can take, times the nodes for each copy.
@@ -115,7 +195,7 @@ impl SpaceMonitor {
             (layout.voters().len() as u64, layout.copies() as u64)
         });
         let of_cluster = |bytes: u64| (u128::from(bytes) * u128::from(nodes) / u128::from(copies)) as u64;
-        let mut rooms: Vec<Room> = self.peers.lock().values().map(|(_, room)| *room).collect();
+        let mut rooms: Vec<Room> = self.heard_lately().map(|(_, room)| room).collect();
         rooms.push(own);
         let capacity = rooms
             .iter()
@@ -128,22 +208,6 @@ impl SpaceMonitor {
             .min()
             .unwrap_or(own.available_bytes);
         (of_cluster(capacity), of_cluster(available))
-    }
-
-    fn full_nodes(&self) -> BTreeSet<NodeId> {
-        let mut full = BTreeSet::new();
-        if !self.own.lock().has_room {
-            full.insert(self.consensus.id());
-        }
-        let fresh = Duration::from_millis(ANSWER_AGE_MS_MAX);
-        let peers = self.peers.lock();
-        full.extend(
-            peers
-                .iter()
-                .filter(|(_, (at, room))| at.elapsed() < fresh && !room.has_room)
-                .map(|(id, _)| *id),
-        );
-        full
     }
 
     fn look(&self) {
@@ -175,20 +239,16 @@ impl SpaceMonitor {
     }
 
     async fn hand_on_if_full(&self) {
-        if self.own().has_room || !self.quorum_has_room() {
+        if self.own().has_room || self.judgement() != Judgement::Room {
             return;
         }
         let voters: BTreeSet<NodeId> = self.consensus.voter_sets().into_iter().flatten().collect();
-        let roomiest = {
-            let peers = self.peers.lock();
-            let with_room = peers
-                .iter()
-                .filter(|(id, (_, room))| room.has_room && voters.contains(id));
-            with_room
-                .max_by_key(|(_, (_, room))| room.available_bytes)
-                .map(|(id, _)| *id)
+        let with_room = self
+            .heard_lately()
+            .filter(|(id, room)| room.has_room && voters.contains(id));
+        let Some((to, _)) = with_room.max_by_key(|(_, room)| room.available_bytes) else {
+            return;
         };
-        let Some(to) = roomiest else { return };
         info!(to = to.slot, "this node's disk is full: handing leadership on");
         if let Err(error) = self.consensus.transfer_leadership(to).await {
             warn!(%error, "leadership could not be handed on; the next look tries again");
@@ -204,11 +264,32 @@ impl SpaceMonitor {
             .filter(|member| member.id != own);
         let answers = futures::future::join_all(others.map(|member| self.ask(member))).await;
         let mut peers = self.peers.lock();
-        peers.extend(answers.into_iter().flatten());
-        peers.retain(|_, (at, _)| at.elapsed() < Duration::from_millis(2 * ANSWER_AGE_MS_MAX));
+        for (id, status) in answers.into_iter().flatten() {
+            let room = Room {
+                capacity_bytes: status.capacity_bytes,
+                available_bytes: status.available_bytes,
+                has_room: status.has_room,
+            };
+            peers.insert(id, (Instant::now(), room));
+        }
+        peers.retain(|_, (at, _)| is_fresh(*at));
     }
 
-    async fn ask(&self, member: Member) -> Option<(NodeId, (Instant, Room))> {
+    async fn ask_leader(&self) {
+        self.peers.lock().retain(|_, (at, _)| is_fresh(*at));
+        let Some(leader) = self.consensus.leader() else {
+            return;
+        };
+        if let Some((leader, status)) = self.ask(leader).await {
+            *self.leader_word.lock() = Some(LeaderWord {
+                leader,
+                at: Instant::now(),
+                is_full: status.cluster_full,
+            });
+        }
+    }
+
+    async fn ask(&self, member: Member) -> Option<(NodeId, wire::NodeStatusResponse)> {
         let mut peer = self.transport.peer(&member.addresses, Purpose::Control).ok()?;
         let ask = peer.node_status(wire::NodeStatusRequest {});
         // A peer that is down is the health monitor's business, not worth a line here.
@@ -217,11 +298,64 @@ impl SpaceMonitor {
             .ok()?
             .ok()?
             .into_inner();
-        let room = Room {
-            capacity_bytes: status.capacity_bytes,
-            available_bytes: status.available_bytes,
-            has_room: status.has_room,
-        };
-        Some((member.id, (Instant::now(), room)))
+        Some((member.id, status))
+    }
+}
+
+fn is_fresh(at: Instant) -> bool {
+    at.elapsed() < Duration::from_millis(ANSWER_AGE_MS_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(slot: u16) -> NodeId {
+        NodeId { slot, incarnation: 7 }
+    }
+
+    fn voters(slots: &[u16]) -> BTreeSet<NodeId> {
+        slots.iter().map(|slot| node(*slot)).collect()
+    }
+
+    fn said(with_room: &[u16], full: &[u16]) -> BTreeMap<NodeId, bool> {
+        let with_room = with_room.iter().map(|slot| (node(*slot), true));
+        with_room
+            .chain(full.iter().map(|slot| (node(*slot), false)))
+            .collect()
+    }
+
+    #[test]
+    fn too_few_with_room_among_a_quorum_that_answers_is_full() {
+        let three = [voters(&[1, 2, 3])];
+        assert_eq!(judge(&three, &said(&[1, 2, 3], &[])), Judgement::Room);
+        assert_eq!(judge(&three, &said(&[1, 2], &[3])), Judgement::Room);
+        assert_eq!(judge(&three, &said(&[1], &[2, 3])), Judgement::Full);
+        assert_eq!(judge(&three, &said(&[1, 3], &[])), Judgement::Room, "one is dead");
+        assert_eq!(
+            judge(&three, &said(&[1], &[2])),
+            Judgement::Full,
+            "one is dead, one full: nobody else can take the second copy"
+        );
+        let five = [voters(&[1, 2, 3, 4, 5])];
+        assert_eq!(judge(&five, &said(&[1, 2], &[3])), Judgement::Full);
+        assert_eq!(judge(&five, &said(&[1, 2, 3], &[4])), Judgement::Room);
+    }
+
+    #[test]
+    fn without_a_quorum_that_answers_nobody_is_said_to_be_full() {
+        let three = [voters(&[1, 2, 3])];
+        assert_eq!(judge(&three, &said(&[1], &[])), Judgement::Unknown);
+        assert_eq!(judge(&three, &said(&[], &[1])), Judgement::Unknown);
+        let five = [voters(&[1, 2, 3, 4, 5])];
+        assert_eq!(judge(&five, &said(&[1], &[2])), Judgement::Unknown);
+    }
+
+    #[test]
+    fn every_active_configuration_needs_room() {
+        let joint = [voters(&[1, 2, 3]), voters(&[1, 4, 5])];
+        assert_eq!(judge(&joint, &said(&[1, 2, 4], &[])), Judgement::Room);
+        assert_eq!(judge(&joint, &said(&[1, 2], &[4])), Judgement::Full);
+        assert_eq!(judge(&joint, &said(&[1, 2, 3], &[])), Judgement::Unknown);
     }
 }

@@ -2,23 +2,42 @@
 //! then the content store, then redb. Only then may the log be purged.
 //!
 //! Runs when the overlay is half full, when something has waited for some seconds, and when a snapshot is
-//! wanted. Also keeps the chunks that came inside commands and found the disk full: until they are stored
-//! nothing beyond them is flushed, so the log keeps them.
+//! wanted.
+//!
+//! **On a full disk** neither applies nor flushes wait for content that came inside commands: on such a disk nothing
+//! makes room but deletes, and those lie behind it in the log. What the content store does not take is let go from
+//! memory and noted ([`Unstored`]); it still lies in the log, durably, and this node counts as one of the f + 1 that
+//! hold it for as long as it does. So the rule of order is kept in this form: redb may pass a chunk that is not stored,
+//! the purge may not ([`Flusher::purge_limit`]). From the log it is stored when there is room again; it leaves the books
+//! when it is, when it is dead, or when f + 1 other voters say that they have it on disk (`healing::recovery` asks
+//! them, since it fetches it from there when there is room). The books are kept in memory. Before redb passes what is in
+//! them a mark is put on the disk, and who starts with the mark there makes them again from what the log has.
+//!
+//! A snapshot that is installed empties the books. It is sent only to who is behind what f + 1 others have committed,
+//! and each of those stored what came inside, or has it in its log, or left it to f + 1 that stored it.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
+use quorumfs_proto::{ChunkBody, ChunkId};
 
 use super::fatal::{FatalError, FatalSignal};
 use super::log::LogStore;
+use super::types::Entry;
+use super::unstored::Unstored;
 use crate::content::{ContentError, ContentStore, StoredChunk};
-use crate::metadata::{MetadataStore, Position, StorageFault};
+use crate::metadata::{LogBody, LogCommand, MetadataStore, Position, StorageFault};
 
 /// How often the thread looks whether there is something to do.
 const TICK_MS: u64 = 250;
-/// Most bytes of chunks that wait for room on the disk: as much as an overlay, which waits as long.
-const UNSTORED_BYTES_MAX: usize = 64 << 20;
+/// While redb finds no room the overlay may grow to so many times its bound: the deletes that make room must be applied.
+const FULL_DISK_OVERLAYS: u64 = 4;
+/// Chunks stored between two flushes, out of the log.
+const UNSTORED_BATCH: usize = 128;
+/// The mark that redb may have passed what the log alone has.
+const UNSTORED_MARK: &str = "unstored";
 
 /// Why nothing was flushed.
 #[derive(Debug, thiserror::Error)]
@@ -45,8 +64,7 @@ struct Work {
     wanted: bool,
     stop: bool,
     full: bool,
-    unstored: Vec<StoredChunk>,
-    unstored_bytes: usize,
+    unstored: Unstored,
 }
 
 /// See the module.
@@ -57,6 +75,7 @@ pub struct Flusher {
     fatal: FatalSignal,
     age_max: Duration,
     overlay_bytes_max: u64,
+    unstored_mark: PathBuf,
     /// One flush, or the installation of a snapshot, at a time.
     serial: Mutex<()>,
     work: Mutex<Work>,
@@ -68,15 +87,23 @@ pub struct Flusher {
 }
 
 impl Flusher {
-    /// Starts the thread.
+    /// Starts the thread. `directory` is the log's. Blocking.
     pub fn start(
         metadata: Arc<MetadataStore>,
         content: Arc<ContentStore>,
         log: LogStore,
         fatal: FatalSignal,
         age_max: Duration,
+        directory: &Path,
     ) -> std::io::Result<Arc<Flusher>> {
         let overlay_bytes_max = metadata.options().overlay_bytes_max;
+        let unstored_mark = directory.join(UNSTORED_MARK);
+        let mut work = Work::default();
+        if unstored_mark.try_exists()? {
+            work.unstored = unstored_in_log(&metadata, &content, &log).map_err(std::io::Error::other)?;
+            let chunks = work.unstored.count();
+            tracing::info!(chunks, "content that found no room before is in the log");
+        }
         let flusher = Arc::new(Flusher {
             metadata,
             content,
@@ -84,8 +111,9 @@ impl Flusher {
             fatal,
             age_max,
             overlay_bytes_max,
+            unstored_mark,
             serial: Mutex::new(()),
-            work: Mutex::new(Work::default()),
+            work: Mutex::new(work),
             wake: Condvar::new(),
             done: Condvar::new(),
             thread: Mutex::new(None),
@@ -127,6 +155,10 @@ impl Flusher {
                 if work.stop {
                     return;
                 }
+            }
+            // It was raised where it happened.
+            if self.store_unstored().is_err() {
+                return;
             }
             if self.metadata.position() == self.metadata.durable_position() {
                 oldest = None;
@@ -178,12 +210,12 @@ impl Flusher {
         self.log
             .wait_flushed()
             .map_err(|error| self.fatal.raise("wait for the log", error))?;
-        self.store_unstored()?;
         match self.content.sync() {
             Ok(()) => {}
             Err(ContentError::NoSpace) => return Err(FlushError::NoSpace("content".to_string())),
             Err(error) => return Err(self.fatal.raise("flush content", error).into()),
         }
+        self.mark_unstored()?;
         match self.metadata.flush() {
             Ok(position) => Ok(position),
             Err(error @ StorageFault::NoSpace { .. }) => Err(FlushError::NoSpace(error.to_string())),
@@ -191,48 +223,100 @@ impl Flusher {
         }
     }
 
-    /// Stores `chunk`, which an applied command brought, now or when there is room.
-    pub fn store(&self, chunk: StoredChunk) -> Result<(), FatalError> {
-        match self.content.append(&chunk) {
+    /// Stores `chunk`, which the applied entry `index` brought; where there is no room, notes that the log has it.
+    pub fn store(&self, index: u64, chunk: &StoredChunk) -> Result<(), FatalError> {
+        match self.content.append(chunk) {
             Ok(()) => Ok(()),
             Err(ContentError::NoSpace) => {
-                let mut work = self.work.lock();
-                work.unstored_bytes += chunk.payload.len();
-                work.unstored.push(chunk);
+                self.work.lock().unstored.add(index, chunk.id);
                 Ok(())
             }
             Err(error) => Err(self.fatal.raise("store content that came with a command", error)),
         }
     }
 
-    fn store_unstored(&self) -> Result<(), FlushError> {
+    /// The log need not keep these any more: nobody names them, or others have them.
+    pub fn settle_unstored(&self, ids: &[ChunkId]) {
+        self.work.lock().unstored.settle(ids);
+    }
+
+    /// Up to `max` chunks after `after` that the log alone has here, with the entries that brought them.
+    pub fn unstored_after(&self, after: Option<(u64, ChunkId)>, max: usize) -> Vec<(u64, ChunkId)> {
+        self.work.lock().unstored.after(after, max)
+    }
+
+    /// Up to which entry the log may be purged, if it may be up to `upto` otherwise.
+    pub fn purge_limit(&self, upto: u64) -> Option<u64> {
+        self.work.lock().unstored.purge_limit(upto)
+    }
+
+    /// Stores what the log has, as far as there is room.
+    fn store_unstored(&self) -> Result<(), FatalError> {
+        // An installation purges the log and with it what would be read here.
+        let _serial = self.serial.lock();
         loop {
-            let Some(chunk) = self.work.lock().unstored.last().cloned() else {
+            let waiting = self.work.lock().unstored.after(None, UNSTORED_BATCH);
+            let mut stored = Vec::new();
+            for (index, id) in &waiting {
+                match self.store_from_log(*index, *id)? {
+                    Stored::Here | Stored::Gone => stored.push(*id),
+                    Stored::NoRoom => break,
+                }
+            }
+            if stored.is_empty() {
                 return Ok(());
-            };
-            match self.content.append(&chunk) {
-                Ok(()) => {}
-                Err(ContentError::NoSpace) => {
-                    return Err(FlushError::NoSpace("content that came with commands".to_string()));
-                }
-                Err(error) => {
-                    let doing = "store content that came with a command";
-                    return Err(self.fatal.raise(doing, error).into());
-                }
             }
-            let mut work = self.work.lock();
-            // Others only add, so what was last may not be any more.
-            if let Some(at) = work.unstored.iter().position(|waiting| waiting.id == chunk.id) {
-                let stored = work.unstored.swap_remove(at);
-                work.unstored_bytes -= stored.payload.len();
+            // Only what is on disk may go from the log.
+            match self.content.sync() {
+                Ok(()) => self.settle_unstored(&stored),
+                Err(ContentError::NoSpace) => return Ok(()),
+                Err(error) => return Err(self.fatal.raise("flush content", error)),
             }
+            if stored.len() < waiting.len() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn store_from_log(&self, index: u64, id: ChunkId) -> Result<Stored, FatalError> {
+        const DOING: &str = "store content that the log has";
+        if self.content.contains(id) {
+            return Ok(Stored::Here);
+        }
+        let entry = self.log.read_entry(index);
+        let entry = entry.map_err(|error| self.fatal.raise(DOING, error))?;
+        let Some(chunk) = entry.as_ref().and_then(|entry| inline_chunk(entry, id)) else {
+            return Ok(Stored::Gone);
+        };
+        match self.content.append(&chunk) {
+            Ok(()) => Ok(Stored::Here),
+            Err(ContentError::NoSpace) => Ok(Stored::NoRoom),
+            Err(error) => Err(self.fatal.raise(DOING, error)),
+        }
+    }
+
+    /// Sees to it that the mark is on the disk before redb passes what is in the books, and goes when they are empty.
+    fn mark_unstored(&self) -> Result<(), FlushError> {
+        let wanted = self.work.lock().unstored.count() > 0;
+        let marked = self.unstored_mark.exists();
+        let changed = match (wanted, marked) {
+            (true, false) => std::fs::File::create(&self.unstored_mark).and_then(|mark| mark.sync_all()),
+            (false, true) => std::fs::remove_file(&self.unstored_mark),
+            (true, true) | (false, false) => return Ok(()),
+        };
+        let changed = changed.and_then(|()| self.log.sync_directory());
+        match changed {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+                Err(FlushError::NoSpace("the mark of unstored content".to_string()))
+            }
+            Err(error) => Err(self.fatal.raise("mark that content is not stored", error).into()),
         }
     }
 
     /// Whether [`Flusher::wait_for_room`] would return at once.
     pub fn has_room(&self) -> bool {
-        let overlay_bytes = self.metadata.overlay_bytes();
-        overlay_bytes < self.overlay_bytes_max / 2 && self.work.lock().unstored_bytes < UNSTORED_BYTES_MAX / 2
+        self.metadata.overlay_bytes() < self.overlay_bytes_max / 2
     }
 
     /// Waits until the overlay has room for more. Blocking; for the thread that applies.
@@ -243,9 +327,8 @@ impl Flusher {
             }
             let overlay_bytes = self.metadata.overlay_bytes();
             let mut work = self.work.lock();
-            if (overlay_bytes < self.overlay_bytes_max && work.unstored_bytes < UNSTORED_BYTES_MAX)
-                || work.stop
-            {
+            let overlays = if work.full { FULL_DISK_OVERLAYS } else { 1 };
+            if overlay_bytes < overlays * self.overlay_bytes_max || work.stop {
                 if overlay_bytes >= self.overlay_bytes_max / 2 && !work.wanted {
                     work.wanted = true;
                     self.wake.notify_all();
@@ -264,9 +347,68 @@ impl Flusher {
     pub fn instead_of_flushing<T>(&self, install: impl FnOnce() -> T) -> T {
         let _serial = self.serial.lock();
         let result = install();
-        let mut work = self.work.lock();
-        work.unstored.clear();
-        work.unstored_bytes = 0;
+        self.work.lock().unstored.clear();
         result
+    }
+}
+
+/// What became of a chunk that the log has.
+enum Stored {
+    /// The content store has it, not yet flushed.
+    Here,
+    /// A snapshot that is about to be installed has taken it from the log.
+    Gone,
+    /// Nothing, for want of room.
+    NoRoom,
+}
+
+/// What of the content in the log redb has passed and the content store does not have. Blocking.
+fn unstored_in_log(
+    metadata: &MetadataStore,
+    content: &ContentStore,
+    log: &LogStore,
+) -> Result<Unstored, Box<dyn std::error::Error + Send + Sync>> {
+    let view = metadata.view()?;
+    let mut unstored = Unstored::default();
+    for index in log.range() {
+        // What redb has not passed is applied again.
+        if index > view.index() {
+            break;
+        }
+        let Some(entry) = log.read_entry(index)? else {
+            continue;
+        };
+        for id in inline_ids(&entry) {
+            if !content.contains(id) && view.chunk(id)?.is_some() {
+                unstored.add(index, id);
+            }
+        }
+    }
+    Ok(unstored)
+}
+
+fn command_of(entry: &Entry) -> Option<&quorumfs_proto::Command> {
+    match &entry.payload {
+        openraft::EntryPayload::Normal(LogCommand {
+            body: LogBody::Call(mutation),
+            ..
+        }) => Some(&mutation.command),
+        _ => None,
+    }
+}
+
+fn inline_ids(entry: &Entry) -> impl Iterator<Item = ChunkId> {
+    let chunks = command_of(entry).map_or(&[][..], |command| &command.chunks);
+    let inline = chunks
+        .iter()
+        .filter(|chunk| matches!(chunk.body, ChunkBody::Inline(_)));
+    inline.map(|chunk| chunk.id)
+}
+
+fn inline_chunk(entry: &Entry, id: ChunkId) -> Option<StoredChunk> {
+    let chunk = command_of(entry)?.chunks.iter().find(|chunk| chunk.id == id)?;
+    match &chunk.body {
+        ChunkBody::Inline(payload) => Some(StoredChunk::computed(id, chunk.sha256, payload.clone())),
+        ChunkBody::Stored => None,
     }
 }

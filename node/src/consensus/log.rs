@@ -7,7 +7,7 @@ use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, Range, RangeBounds};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
@@ -46,6 +46,7 @@ struct Handle {
     queue: mpsc::Sender<Queued>,
     thread: Mutex<Option<std::thread::JoinHandle<()>>>,
     unflushed_bytes_max: u64,
+    directory: PathBuf,
 }
 
 impl Drop for Handle {
@@ -92,6 +93,7 @@ pub struct LogStatus {
 impl LogStore {
     /// Opens the log in `directory`, or makes one. Blocking.
     pub fn open(directory: &Path, options: &WalOptions, fatal: FatalSignal) -> Result<LogStore, WalError> {
+        let path = directory.to_path_buf();
         let directory = WalDirectory::new(directory, options.file_bytes)?;
         let mut memory = LogMemory::new(options.cache_bytes_max);
         let open = directory.recover(&mut memory)?;
@@ -117,6 +119,7 @@ impl LogStore {
             queue,
             thread: Mutex::new(Some(thread)),
             unflushed_bytes_max: options.unflushed_bytes_max,
+            directory: path,
         })))
     }
 
@@ -162,6 +165,34 @@ impl LogStore {
     /// Up to which entry whole files can go; see [`LogMemory::purgeable`].
     pub fn purgeable(&self, snapshot: u64, keep_bytes: u64) -> Option<u64> {
         self.0.shared.memory.lock().purgeable(snapshot, keep_bytes)
+    }
+
+    /// The entries held.
+    pub fn range(&self) -> Range<u64> {
+        self.0.shared.memory.lock().range()
+    }
+
+    /// Entry `index`, if it is held. Blocking.
+    pub fn read_entry(&self, index: u64) -> io::Result<Option<Entry>> {
+        let found = self.0.shared.memory.lock().read(index..index + 1, u64::MAX);
+        found.first().map(read_held).transpose()
+    }
+
+    /// Makes what was made or removed in its directory durable. Blocking.
+    pub fn sync_directory(&self) -> io::Result<()> {
+        std::fs::File::open(&self.0.directory)?.sync_all()
+    }
+
+    /// Waits until half of what may wait to be flushed has room: a follower that takes no more from its leader before
+    /// goes on with the rest of its work, which may be what makes room on a full disk.
+    pub async fn half_room(&self) {
+        while self.0.shared.memory.lock().unflushed_bytes > self.0.unflushed_bytes_max / 2
+            && self.healthy().is_ok()
+        {
+            let room = self.0.shared.room.notified();
+            // The time-out bounds how late room is seen that came between the two.
+            let _ = tokio::time::timeout(Duration::from_millis(20), room).await;
+        }
     }
 
     /// Waits until all that has been appended so far is on stable storage. Blocking.

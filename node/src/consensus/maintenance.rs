@@ -11,6 +11,8 @@ use super::{Consensus, Ordering};
 const TICK: Duration = Duration::from_millis(200);
 /// A snapshot or a purge that was asked for is not asked for again before this has passed.
 const REQUEST_INTERVAL: Duration = Duration::from_secs(5);
+/// The same where the log's reserve is used up: behind a snapshot there is room.
+const PRESSED_REQUEST_INTERVAL: Duration = Duration::from_secs(1);
 /// Leadership is not handed on more often than this: where all disks are slow it would go in circles.
 const HAND_ON_INTERVAL: Duration = Duration::from_secs(30);
 /// Below so many log files' worth of free space commands that take space are refused.
@@ -67,7 +69,7 @@ impl Consensus {
     }
 
     /// Asks for a snapshot when the log has grown by many bytes since the last, and purges behind it, whole
-    /// files, by bytes.
+    /// files, by bytes. Where the disk is full and the reserve used up, as soon and as much as that gives room.
     async fn bound_log(&self, snapshot: &mut Last, purged: &mut u64) {
         let (taken, raft) = {
             let raft = &self.0.raft;
@@ -75,20 +77,38 @@ impl Consensus {
             let taken = metrics.borrow_watched().snapshot;
             (taken, raft)
         };
+        let status = self.0.log.status();
+        let is_pressed = status.disk_full || !status.reserve_held;
         let grown = self.0.log.bytes_after(taken.map(|id| id.index));
-        if grown > self.0.options.snapshot_log_bytes + self.0.options.wal.file_bytes
-            && snapshot.due(REQUEST_INTERVAL)
+        let is_large = grown > self.0.options.snapshot_log_bytes + self.0.options.wal.file_bytes;
+        let gives_room =
+            is_pressed && self.purgeable_behind(self.0.metadata.durable_position().index, 0) > *purged;
+        let is_behind = taken.map_or(0, |id| id.index) < self.0.metadata.durable_position().index;
+        if is_large && snapshot.due(REQUEST_INTERVAL)
+            || gives_room && is_behind && snapshot.due(PRESSED_REQUEST_INTERVAL)
         {
             // Errors here mean that openraft has stopped, which is said elsewhere.
             let _ = raft.trigger().snapshot().await;
         }
         let Some(taken) = taken else { return };
-        if let Some(upto) = self.0.log.purgeable(taken.index, self.0.options.keep_log_bytes)
-            && upto > *purged
-        {
+        let keep_bytes = if is_pressed {
+            0
+        } else {
+            self.0.options.keep_log_bytes
+        };
+        let upto = self.purgeable_behind(taken.index, keep_bytes);
+        if upto > *purged {
             *purged = upto;
             let _ = raft.trigger().purge_log(upto).await;
         }
+    }
+
+    /// Up to which entry whole files can go behind a snapshot of entry `index`, where `keep_bytes` stay and what the
+    /// content store found no room for; 0: none.
+    fn purgeable_behind(&self, index: u64, keep_bytes: u64) -> u64 {
+        let limit = self.0.flusher.purge_limit(index);
+        let upto = limit.and_then(|limit| self.0.log.purgeable(limit, keep_bytes));
+        upto.unwrap_or(0)
     }
 
     /// A leader whose disk is slow makes everyone wait; another voter that has all entries takes over.

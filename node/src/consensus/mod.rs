@@ -14,7 +14,7 @@
 //! ([`Consensus::fatal`]) or does not start ([`ConsensusError`]). Every queue is bounded in bytes: admission
 //! here, the log's unflushed bytes, the overlay.
 //!
-//! It does not know files, names or chunks, nor who proposes what and why.
+//! It does not know files or names, of chunks only those that ride inside commands, nor who proposes what and why.
 
 mod barrier;
 mod commit_only;
@@ -32,6 +32,7 @@ mod status;
 #[cfg(test)]
 mod tests;
 mod types;
+mod unstored;
 mod wal;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -43,8 +44,7 @@ use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, Fatal, ForwardToLeader, InitializeError, RaftError};
 use openraft::{Raft, RaftMetrics};
 use parking_lot::Mutex;
-use quorumfs_proto::{ClusterId, Member, NodeId, codec};
-use serde::Serialize;
+use quorumfs_proto::{ChunkId, ClusterId, Member, NodeId, codec};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
@@ -239,7 +239,13 @@ impl Consensus {
             return Err(ConsensusError::AllLost);
         }
         let age_max = Duration::from_millis(options.flush_age_ms);
-        let flusher = Flusher::start(metadata.clone(), content, log.clone(), fatal.clone(), age_max)?;
+        let flusher = {
+            let (metadata, log, fatal) = (metadata.clone(), log.clone(), fatal.clone());
+            let directory = options.directory.clone();
+            let start = move || Flusher::start(metadata, content, log, fatal, age_max, &directory);
+            let started = tokio::task::spawn_blocking(start).await;
+            started.map_err(std::io::Error::other)??
+        };
         let traffic = SnapshotTraffic::new(options.hold_log_bytes_max);
         let meters = Arc::new(Meters::default());
         let audited = Arc::default();
@@ -350,7 +356,8 @@ impl Consensus {
         if !self.has_room() && takes_space(&command) {
             return Err(ProposeError::NoSpace);
         }
-        let units = (encoded_bytes(&command) / ADMISSION_UNIT_BYTES + 1).min(self.0.admission_units as usize);
+        let units =
+            (codec::encoded_bytes(&command) / ADMISSION_UNIT_BYTES + 1).min(self.0.admission_units as usize);
         let admitted = self.0.admission.clone().acquire_many_owned(units as u32);
         let Ok(Ok(admitted)) = tokio::time::timeout(ADMISSION_TIMEOUT, admitted).await else {
             return Err(ProposeError::Busy);
@@ -495,6 +502,17 @@ impl Consensus {
         self.0.audited.lock().is_some()
     }
 
+    /// Up to `max` chunks after `after` that came inside commands and found this node's disk full, with the entries that
+    /// brought them: the log alone has them here and cannot be purged beyond them.
+    pub fn kept_by_log(&self, after: Option<(u64, ChunkId)>, max: usize) -> Vec<(u64, ChunkId)> {
+        self.0.flusher.unstored_after(after, max)
+    }
+
+    /// The log need not keep these chunks: f + 1 other voters have them on disk.
+    pub fn release_from_log(&self, ids: &[ChunkId]) {
+        self.0.flusher.settle_unstored(ids);
+    }
+
     /// Whether the log has room for commands that take space.
     pub fn has_room(&self) -> bool {
         self.0.has_room.load(Ordering::Relaxed)
@@ -538,12 +556,13 @@ impl Consensus {
     }
 }
 
-/// Whether `command` can make more be used than before.
+/// Whether `command` can make more be used than before, but for the some hundred bytes of a session: without one nobody
+/// who comes anew could delete.
 fn takes_space(command: &LogCommand) -> bool {
     match &command.body {
         LogBody::Call(mutation) => !mutation.command.frees_space(),
-        LogBody::OpenSession { .. } => true,
-        LogBody::EndSession { .. }
+        LogBody::OpenSession { .. }
+        | LogBody::EndSession { .. }
         | LogBody::ForgetSession { .. }
         | LogBody::ReclaimUnlinked { .. }
         | LogBody::Refuse { .. }
@@ -551,11 +570,6 @@ fn takes_space(command: &LogCommand) -> bool {
         | LogBody::RaiseFeatureLevel { .. }
         | LogBody::Audit => false,
     }
-}
-
-fn encoded_bytes<T: Serialize>(value: &T) -> usize {
-    let size = postcard::ser_flavors::Size::default();
-    postcard::serialize_with_flavor(value, size).expect("counting bytes cannot fail")
 }
 
 fn named_leader(forward: &ForwardToLeader<TypeConfig>) -> Option<Member> {

@@ -45,6 +45,14 @@ impl Consensus {
         let this = self.0.id;
         let refused: Arc<Mutex<Option<Status>>> = Arc::default();
         let refusal = refused.clone();
+        let log = self.0.log.clone();
+        let incoming = incoming.then(move |message| {
+            let log = log.clone();
+            async move {
+                log.half_room().await;
+                message
+            }
+        });
         let requests = incoming
             .map(move |message| body::<AppendEntriesRequest<TypeConfig>>(this, &message?))
             .scan(refused, |refused, request| {

@@ -47,7 +47,7 @@ pub enum AppliedEffects {
     Entries {
         /// The last of them.
         index: u64,
-        /// Chunks that files name now, those that rode inside (which are held) too.
+        /// Chunks that files name now, those that rode inside too (which are held, unless the disk is full).
         named: Vec<ChunkId>,
         /// Chunks that nobody names any more.
         dead: Vec<ChunkId>,
@@ -145,7 +145,7 @@ impl StateMachine {
                     for chunk in applied.effects.inline {
                         consequences.named.push(chunk.id);
                         let chunk = StoredChunk::computed(chunk.id, chunk.sha256, chunk.payload);
-                        self.flusher.store(chunk)?;
+                        self.flusher.store(log_id.index, &chunk)?;
                     }
                     consequences.named.extend(applied.effects.named);
                     consequences.dead.extend(applied.effects.dead);
@@ -182,6 +182,9 @@ impl StateMachine {
         let Consequences { named, dead, answers } = consequences;
         for (responder, result) in answers {
             responder.send(result);
+        }
+        if !dead.is_empty() {
+            self.flusher.settle_unstored(&dead);
         }
         if !(named.is_empty() && dead.is_empty()) {
             self.tell(AppliedEffects::Entries { index, named, dead });

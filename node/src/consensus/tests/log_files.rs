@@ -387,3 +387,47 @@ async fn a_full_disk_costs_the_reserve_then_waits_and_loses_nothing() {
     let log = open(&folder, &options).unwrap();
     assert_eq!(indexes(&entries(&log).await), (0..index).collect::<Vec<_>>());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn on_a_full_disk_a_purge_makes_room_for_what_waits_before_it() {
+    let Some(disk) = SmallDisk::mount() else {
+        println!("skipped: not allowed to mount");
+        return;
+    };
+    let folder = disk.0.path().join("log");
+    let options = WalOptions {
+        file_bytes: 32 << 10,
+        ..WalOptions::default()
+    };
+    let mut log = open(&folder, &options).unwrap();
+    let large = |index| entry(1, index, "l".repeat(8 << 10));
+    for index in 0..10 {
+        append(&log, vec![large(index)]).await;
+    }
+    let mut full = std::fs::File::create(disk.0.path().join("filler")).unwrap();
+    while std::io::Write::write_all(&mut full, &[1; 4096]).is_ok() {}
+    let mut index = 10;
+    let last = loop {
+        let (sender, flushed) = TypeConfig::oneshot();
+        let callback = openraft::storage::IOFlushed::signal(sender);
+        log.append([large(index)], callback).await.unwrap();
+        index += 1;
+        assert!(index < 30, "the disk is full");
+        let flushed = tokio::time::timeout(std::time::Duration::from_secs(1), flushed);
+        if flushed.await.is_err() {
+            break index - 1;
+        }
+    };
+    assert!(log.status().disk_full);
+    let upto = log.purgeable(last - 1, 0).unwrap();
+    // Behind what waits, as the log hears of it from a node that goes on.
+    log.purge(log_id(1, upto)).await.unwrap();
+    append(&log, vec![large(index)]).await;
+    assert!(!log.status().disk_full);
+    let left: Vec<u64> = (upto + 1..index + 1).collect();
+    assert_eq!(indexes(&entries(&log).await), left);
+    log.close();
+    drop(log);
+    let log = open(&folder, &options).unwrap();
+    assert_eq!(indexes(&entries(&log).await), left);
+}

@@ -44,3 +44,8 @@ fn vote(term: u64, node: u64) -> Vote {
 async fn append(log: &LogStore, entries: Vec<Entry>) {
     log.clone().blocking_append(entries).await.unwrap();
 }
+
+#[test]
+fn who_comes_anew_can_delete_on_a_full_disk() {
+    assert!(!super::takes_space(&open_session(1, "a mount")));
+}

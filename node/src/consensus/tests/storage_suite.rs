@@ -51,7 +51,16 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, Guard> for OnDisk {
         );
         let content = Arc::new(content.unwrap().0);
         let age_max = Duration::from_secs(60);
-        let flusher = Flusher::start(metadata.clone(), content, log.clone(), fatal.clone(), age_max).unwrap();
+        let directory = folder.path().join("log");
+        let flusher = Flusher::start(
+            metadata.clone(),
+            content,
+            log.clone(),
+            fatal.clone(),
+            age_max,
+            &directory,
+        )
+        .unwrap();
         let (effects, _) = tokio::sync::mpsc::channel(1);
         let outlets = Outlets {
             effects,

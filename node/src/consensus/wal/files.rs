@@ -8,7 +8,8 @@
 //!   crashed process left in the page cache is not known to be on the disk, and an fsync that follows a
 //!   failed one proves nothing.
 //! - The reserve is a preallocated file of the same size. When the disk is full it becomes the next log file,
-//!   so that what frees space can still be agreed on.
+//!   so that what frees space can still be agreed on. After it files are small: each that is purged is room for the
+//!   next. A part of the disk is left to the metadata, without whose flushes nothing is purged.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -39,6 +40,22 @@ pub struct Start {
 
 /// The `Start` record is within the first bytes of a file; so many are read to see it.
 const START_BYTES_MAX: u64 = 4096;
+
+/// A file's size once the disk has no room for a whole one and the reserve is used.
+const SMALL_FILE_BYTES: u64 = 4 << 20;
+/// What growth of the log leaves free on the disk, for the metadata …
+const LEFT_BYTES_MAX: u64 = 64 << 20;
+/// … but at most this part of it.
+const LEFT_PART_OF_CAPACITY: u64 = 32;
+
+/// What a new file is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// More log: something of the disk is left.
+    Growth,
+    /// That the log can be opened at all: it may take the last of the disk.
+    Opening,
+}
 
 /// The directory of the log.
 #[derive(Clone, Debug)]
@@ -88,22 +105,21 @@ impl WalDirectory {
 
     /// Begins file `sequence` with room for at least `bytes_min` after its start. `ErrorKind::StorageFull` if
     /// the disk is full and the reserve is used up.
-    pub fn create(&self, sequence: u64, start: &Start, bytes_min: u64) -> Result<OpenFile, WalError> {
+    pub fn create(
+        &self,
+        sequence: u64,
+        start: &Start,
+        bytes_min: u64,
+        purpose: Purpose,
+    ) -> Result<OpenFile, WalError> {
         let path = self.file_path(sequence);
         let mut batch = BatchWriter::new(sequence, 0, Vec::new());
         batch.record(Kind::Start, |out| out.extend_from_slice(&codec::encode(start)));
         let batch = batch.finish();
-        let capacity_bytes = self.file_bytes.max(batch.len() as u64 + bytes_min);
-        let file = match allocate(&path, capacity_bytes) {
-            Err(error) if error.kind() == ErrorKind::StorageFull && capacity_bytes == self.file_bytes => {
-                match std::fs::rename(self.reserve_path(), &path) {
-                    Ok(()) => OpenOptions::new().read(true).write(true).open(&path),
-                    Err(_) => Err(error),
-                }
-            }
-            result => result,
-        };
-        let file = file.map_err(io_error("create log file", &path))?;
+        let needed_bytes = batch.len() as u64 + bytes_min;
+        let (file, capacity_bytes) = self
+            .allocate_some(&path, needed_bytes, purpose)
+            .map_err(io_error("create log file", &path))?;
         if let Err(error) = file.write_all_at(&batch, 0) {
             // Where allocating is no promise (ZFS), the disk may be full all the same: who tries again begins anew.
             let _ = std::fs::remove_file(&path);
@@ -119,6 +135,41 @@ impl WalDirectory {
             offset: batch.len() as u64,
             capacity_bytes,
         })
+    }
+
+    /// A new file at `path`, or the reserve moved there, and its size: at least `needed_bytes`.
+    fn allocate_some(&self, path: &Path, needed_bytes: u64, purpose: Purpose) -> io::Result<(File, u64)> {
+        let is_full = |result: &io::Result<File>| {
+            let error = result.as_ref().err();
+            error.is_some_and(|error| error.kind() == ErrorKind::StorageFull)
+        };
+        let whole_bytes = self.file_bytes.max(needed_bytes);
+        let whole = self.allocate_leaving_room(path, whole_bytes);
+        if !is_full(&whole) {
+            return Ok((whole?, whole_bytes));
+        }
+        if needed_bytes <= self.file_bytes && std::fs::rename(self.reserve_path(), path).is_ok() {
+            let reserve = OpenOptions::new().read(true).write(true).open(path)?;
+            return Ok((reserve, self.file_bytes));
+        }
+        let small_bytes = SMALL_FILE_BYTES.min(self.file_bytes).max(needed_bytes);
+        let small = match purpose {
+            Purpose::Growth => self.allocate_leaving_room(path, small_bytes),
+            Purpose::Opening => allocate(path, small_bytes),
+        };
+        Ok((small?, small_bytes))
+    }
+
+    fn allocate_leaving_room(&self, path: &Path, bytes: u64) -> io::Result<File> {
+        // A disk that cannot be asked says no by itself.
+        if let Ok(stat) = nix::sys::statvfs::statvfs(&self.path) {
+            let unit = stat.fragment_size();
+            let left_bytes = (stat.blocks() * unit / LEFT_PART_OF_CAPACITY).min(LEFT_BYTES_MAX);
+            if stat.blocks_available() * unit < bytes + left_bytes {
+                return Err(ErrorKind::StorageFull.into());
+            }
+        }
+        allocate(path, bytes)
     }
 
     /// Removes file `sequence`, durably: were a later one gone and an earlier one not, opening would miss it.
@@ -137,7 +188,7 @@ impl WalDirectory {
         let unfinished = self.path.join("reserve.new");
         let made = match std::fs::remove_file(&unfinished) {
             Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-            _ => allocate(&unfinished, self.file_bytes),
+            _ => self.allocate_leaving_room(&unfinished, self.file_bytes),
         };
         let made = made
             .and_then(|file| file.sync_all())
@@ -225,7 +276,7 @@ impl WalDirectory {
             committed: memory.committed,
         };
         let sequence = sequences.last().map_or(1, |last| last + 1);
-        let open = self.create(sequence, &start, 0)?;
+        let open = self.create(sequence, &start, 0, Purpose::Opening)?;
         memory.files.insert(sequence, FileInfo::new(&open));
         Ok(open)
     }

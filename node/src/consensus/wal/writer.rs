@@ -5,7 +5,8 @@
 //! a flush.
 //!
 //! A write or flush that fails is not tried again: every waiter hears of it, and [`FatalSignal`] is raised. A
-//! full disk is no failure: the thread waits for room, and so do those who append.
+//! full disk is no failure: the thread waits for room, and so do those who append. A purge does not wait behind what
+//! waits for room, since it is what may make some: see [`Writer::purge_meanwhile`].
 
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
@@ -21,7 +22,7 @@ use quorumfs_proto::codec;
 use tokio::sync::{Notify, oneshot};
 
 use super::WalError;
-use super::files::{OpenFile, Start, WalDirectory};
+use super::files::{OpenFile, Purpose, Start, WalDirectory};
 use super::frame::{BatchWriter, Kind};
 use super::memory::{FileInfo, LogMemory, Place};
 use crate::consensus::fatal::{FatalError, FatalSignal};
@@ -33,6 +34,8 @@ const BATCH_BYTES_MAX: u64 = 4 << 20;
 /// After so long without work the end of the log is sealed (see [`Writer::seal`]) and the reserve looked
 /// after.
 const IDLE_MS: u64 = 1_000;
+/// What is left at the end of each file for purges that come while there is no room for another file.
+const END_BYTES: u64 = 512;
 /// How long the thread waits before it asks again whether a full disk has room.
 const FULL_RETRY_MS: u64 = 200;
 
@@ -226,8 +229,8 @@ impl Writer {
         let committed = self.shared.memory.lock().committed;
         let (mut batch, mut places) = self.encode(operations, committed);
         let room = self.open.capacity_bytes.saturating_sub(self.open.offset);
-        if batch.len() as u64 > room {
-            self.next_file(batch.len() as u64)?;
+        if batch.len() as u64 + END_BYTES > room {
+            self.next_file(batch.len() as u64 + END_BYTES, first_entry(operations))?;
             // The checksums cover the place, and the place is another now.
             self.buffer = batch;
             (batch, places) = self.encode(operations, committed);
@@ -300,26 +303,26 @@ impl Writer {
         (batch.finish(), places)
     }
 
-    /// Leaves the file and begins the next.
-    fn next_file(&mut self, bytes_min: u64) -> Result<(), WalError> {
+    /// Leaves the file and begins the next, for operations of which `first_entry` is the first entry.
+    fn next_file(&mut self, bytes_min: u64, first_entry: Option<u64>) -> Result<(), WalError> {
         let sequence = self.open.sequence + 1;
-        let start = Start {
-            previous_bytes: self.open.offset,
-            ..self.written.clone()
+        let next = loop {
+            let start = Start {
+                previous_bytes: self.open.offset,
+                ..self.written.clone()
+            };
+            match self
+                .directory
+                .create(sequence, &start, bytes_min, Purpose::Growth)
+            {
+                Err(WalError::Io { source, .. }) if source.kind() == ErrorKind::StorageFull => {
+                    self.wait_for_room();
+                    self.purge_meanwhile(first_entry)?;
+                }
+                created => break created?,
+            }
         };
-        let next = self.when_room(|| {
-            self.directory
-                .create(sequence, &start, bytes_min)
-                .map_err(|error| match error {
-                    WalError::Io { source, .. } => source,
-                    other => io::Error::other(other),
-                })
-        });
-        let next = next.map_err(|source| WalError::Io {
-            doing: "create log file",
-            path: self.directory.file_path(sequence),
-            source,
-        })?;
+        self.shared.counters.disk_full.store(false, Ordering::Relaxed);
         // Best effort: gives back what the old file was allocated and did not use.
         let _ = self.open.file.set_len(self.open.offset);
         let mut memory = self.shared.memory.lock();
@@ -333,16 +336,49 @@ impl Writer {
         Ok(())
     }
 
+    /// While the disk is full and operations wait whose first entry is `first_entry`: what may be purged of the entries
+    /// before it, all of which are written, is. The mark goes to the end of the file that is full.
+    fn purge_meanwhile(&mut self, first_entry: Option<u64>) -> Result<(), WalError> {
+        let purged = self.shared.memory.lock().purged;
+        let is_written = |upto: &LogId| first_entry.is_some_and(|first| upto.index < first);
+        let Some(upto) = purged.filter(|upto| purged > self.written.purged && is_written(upto)) else {
+            return Ok(());
+        };
+        let mut batch = BatchWriter::new(self.open.sequence, self.open.offset, Vec::new());
+        batch.record(Kind::Purge, |out| out.extend_from_slice(&codec::encode(&upto)));
+        let batch = batch.finish();
+        if self.open.offset + batch.len() as u64 > self.open.capacity_bytes {
+            return Ok(());
+        }
+        let path = self.directory.file_path(self.open.sequence);
+        let written = self.open.file.write_all_at(&batch, self.open.offset);
+        written
+            .and_then(|()| self.open.file.sync_data())
+            .map_err(|source| WalError::Io {
+                doing: "purge in log file",
+                path,
+                source,
+            })?;
+        self.open.offset += batch.len() as u64;
+        self.written.purged = purged;
+        self.sealed = false;
+        let purged_files = self.shared.memory.lock().purged_files(purged);
+        self.remove(purged_files);
+        Ok(())
+    }
+
+    fn wait_for_room(&self) {
+        if !self.shared.counters.disk_full.swap(true, Ordering::Relaxed) {
+            tracing::warn!("the disk is full and the log's reserve is used up: waiting for room");
+        }
+        std::thread::sleep(Duration::from_millis(FULL_RETRY_MS));
+    }
+
     /// Does `act`, again and again while the disk is full.
     fn when_room<T>(&self, act: impl Fn() -> io::Result<T>) -> io::Result<T> {
         loop {
             match act() {
-                Err(error) if error.kind() == ErrorKind::StorageFull => {
-                    if !self.shared.counters.disk_full.swap(true, Ordering::Relaxed) {
-                        tracing::warn!("the disk is full and the log's reserve is used up: waiting for room");
-                    }
-                    std::thread::sleep(Duration::from_millis(FULL_RETRY_MS));
-                }
+                Err(error) if error.kind() == ErrorKind::StorageFull => self.wait_for_room(),
                 result => {
                     self.shared.counters.disk_full.store(false, Ordering::Relaxed);
                     return result;
@@ -397,6 +433,7 @@ impl Writer {
     }
 
     fn remove(&mut self, files: Vec<u64>) {
+        let gives_room = !files.is_empty();
         for sequence in files {
             match self.directory.remove(sequence) {
                 Ok(()) => {
@@ -408,6 +445,10 @@ impl Writer {
                     return;
                 }
             }
+        }
+        // The reserve is the first to get the room: content would leave it none.
+        if gives_room && !self.shared.counters.reserve_held.load(Ordering::Relaxed) {
+            self.look_after_reserve();
         }
     }
 
@@ -446,6 +487,14 @@ impl Writer {
             self.sealed = self.open.file.write_all_at(&seal, self.open.offset).is_ok();
         }
     }
+}
+
+/// The first entry that `operations` append.
+fn first_entry(operations: &[Queued]) -> Option<u64> {
+    operations.iter().find_map(|queued| match &queued.operation {
+        Operation::Append { entries, .. } => entries.first().map(|entry| entry.log_id.index),
+        _ => None,
+    })
 }
 
 /// The encoding of [`codec::encode`], straight into the batch.

@@ -8,9 +8,11 @@
 //!
 //! Nothing is kept across restarts: what was fetched is held, and the walk at the start finds the rest.
 //!
-//! [`ledger`] keeps the books, `fetch` does the fetching, `surplus` lets go.
+//! [`ledger`] keeps the books, `fetch` does the fetching, `surplus` lets go. What came inside commands and found the
+//! disk full is missing too, but lies in the log, which is held up by it: `kept_by_log` relieves the log of it.
 
 mod fetch;
+mod kept_by_log;
 pub mod ledger;
 mod offer;
 mod status;
@@ -222,6 +224,7 @@ impl Recovery {
     pub async fn run(self: Arc<Self>) {
         tokio::spawn(self.clone().run_passes());
         tokio::spawn(self.clone().run_letting_go());
+        tokio::spawn(self.clone().run_relieving_the_log());
         tokio::spawn(self.clone().follow_placement());
         fetch::run(self).await;
     }
