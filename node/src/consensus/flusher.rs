@@ -259,6 +259,11 @@ impl Flusher {
         }
     }
 
+    /// Where content is stored.
+    pub fn content(&self) -> &ContentStore {
+        &self.content
+    }
+
     /// Does `install` while nothing is being flushed; what waited to be stored belongs to the state that
     /// goes.
     pub fn instead_of_flushing<T>(&self, install: impl FnOnce() -> T) -> T {

@@ -164,6 +164,17 @@ impl LogStore {
         self.0.shared.memory.lock().purgeable(snapshot, keep_bytes)
     }
 
+    /// The entries held.
+    pub fn range(&self) -> Range<u64> {
+        self.0.shared.memory.lock().range()
+    }
+
+    /// Entry `index`, if it is held. Blocking.
+    pub fn read_entry(&self, index: u64) -> io::Result<Option<Entry>> {
+        let found = self.0.shared.memory.lock().read(index..index + 1, u64::MAX);
+        found.first().map(read_held).transpose()
+    }
+
     /// Waits until all that has been appended so far is on stable storage. Blocking.
     pub fn wait_flushed(&self) -> io::Result<()> {
         let shared = &self.0.shared;
