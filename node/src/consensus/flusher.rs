@@ -13,8 +13,8 @@
 //! them, since it fetches it from there when there is room). The books are kept in memory. Before redb passes what is in
 //! them a mark is put on the disk, and who starts with the mark there makes them again from what the log has.
 //!
-//! A snapshot that is installed empties the books. It is sent only to who is behind what f + 1 others have committed,
-//! and each of those stored what came inside, or has it in its log, or left it to f + 1 that stored it.
+//! A snapshot that is installed empties the books: what of them it names is stored before (see
+//! [`rescue`](super::rescue)).
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -340,6 +340,11 @@ impl Flusher {
             // The time-out only bounds how late a fatal error raised elsewhere is seen.
             self.done.wait_for(&mut work, Duration::from_millis(TICK_MS));
         }
+    }
+
+    /// Where content is stored.
+    pub fn content(&self) -> &ContentStore {
+        &self.content
     }
 
     /// Does `install` while nothing is being flushed; what waited to be stored belongs to the state that

@@ -25,6 +25,7 @@ mod maintenance;
 mod meters;
 mod network;
 mod options;
+mod rescue;
 mod service;
 mod snapshot;
 mod state_machine;
@@ -54,6 +55,7 @@ use self::flusher::Flusher;
 use self::log::LogStore;
 use self::meters::Meters;
 use self::network::NetworkFactory;
+use self::rescue::RoomRefusals;
 use self::snapshot::SnapshotTraffic;
 use self::state_machine::{Outlets, StateMachine};
 use self::types::{TypeConfig, VoterId, member};
@@ -206,8 +208,8 @@ struct Inner {
     meters: Arc<Meters>,
     /// The state at the last entry that asked for a comparison, until somebody takes it.
     audited: Arc<Mutex<Option<View>>>,
-    /// One snapshot is received at a time.
-    receiving: tokio::sync::Mutex<()>,
+    /// One snapshot is received at a time; when some found no room.
+    receiving: tokio::sync::Mutex<RoomRefusals>,
     options: ConsensusOptions,
     tasks: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -286,7 +288,7 @@ impl Consensus {
             has_room: AtomicBool::new(true),
             meters,
             audited,
-            receiving: tokio::sync::Mutex::new(()),
+            receiving: tokio::sync::Mutex::default(),
             options,
             tasks: Mutex::new(Vec::new()),
         }));

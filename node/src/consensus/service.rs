@@ -15,9 +15,11 @@ use tonic::Status;
 
 use super::Consensus;
 use super::network::{Addressed, SnapshotHeader, from_wire, to_wire};
+use super::rescue::{Rescued, rescue_content};
 use super::snapshot::{ReceiveError, SnapshotData, receive_header, receive_rows};
 use super::types::TypeConfig;
 use super::types::VoterId;
+use crate::metadata::{StorageFault, View};
 
 /// The body of a message, if it is for `this` node: not for one that was here before.
 fn body<T: DeserializeOwned>(this: VoterId, message: &wire::RaftMessage) -> Result<T, Status> {
@@ -99,25 +101,57 @@ impl Consensus {
         Ok(to_wire(&answer.map_err(stopped)?))
     }
 
-    /// `InstallSnapshot`: received into a file beside the metadata, installed when it is whole.
+    /// `InstallSnapshot`: received into a file beside the metadata, installed when it is whole and nothing is lost by it.
     pub async fn install_snapshot<S>(&self, incoming: S) -> Result<wire::RaftMessage, Status>
     where
         S: Stream<Item = Result<wire::SnapshotPiece, Status>> + Send + Unpin,
     {
         let mut incoming = incoming;
-        let Ok(_alone) = self.0.receiving.try_lock() else {
+        let Ok(mut refusals) = self.0.receiving.try_lock() else {
             return Err(Status::aborted("another snapshot is being received"));
         };
+        if refusals.is_too_soon() {
+            return Err(Status::resource_exhausted("there was no room a moment ago"));
+        }
         let header = receive_header(&mut incoming).await.map_err(not_received)?;
         let SnapshotHeader { vote, meta } = body(self.0.id, &header)?;
         let received = receive_rows(&mut incoming, self.0.metadata.clone());
-        let installation = received.await.map_err(not_received)?;
+        let received = match received.await {
+            Ok(received) => received,
+            Err(error) => {
+                if matches!(error, ReceiveError::Storage(StorageFault::NoSpace { .. })) {
+                    refusals.note();
+                }
+                return Err(not_received(error));
+            }
+        };
+        if let Rescued::AllBut(chunks) = self.rescue(received.view()).await? {
+            if !refusals.note() {
+                return Err(Status::resource_exhausted(format!(
+                    "there is no room for {chunks} chunks that the log alone has here"
+                )));
+            }
+            tracing::warn!(chunks, "content for which there is no room goes with the log");
+        }
+        refusals.clear();
         let snapshot = SnapshotOf::<TypeConfig, SnapshotData> {
             meta,
-            snapshot: SnapshotData::Received(Box::new(installation)),
+            snapshot: SnapshotData::Received(Box::new(received)),
         };
         let answer = self.0.raft.install_full_snapshot(vote, snapshot).await;
         Ok(to_wire(&answer.map_err(stopped)?))
+    }
+}
+
+impl Consensus {
+    /// Content that `state` names and that the log has is stored.
+    async fn rescue(&self, state: View) -> Result<Rescued, Status> {
+        let (flusher, log) = (self.0.flusher.clone(), self.0.log.clone());
+        let rescued = tokio::task::spawn_blocking(move || rescue_content(flusher.content(), &log, &state, 0));
+        let rescued = rescued
+            .await
+            .map_err(|panicked| Status::internal(panicked.to_string()))?;
+        rescued.map_err(|error| Status::internal(error.to_string()))
     }
 }
 
@@ -125,6 +159,7 @@ fn not_received(error: ReceiveError) -> Status {
     match error {
         ReceiveError::CutShort(_) => Status::aborted(error.to_string()),
         ReceiveError::Malformed(_) => Status::data_loss(error.to_string()),
+        ReceiveError::Storage(StorageFault::NoSpace { .. }) => Status::resource_exhausted(error.to_string()),
         ReceiveError::Storage(_) | ReceiveError::Panicked(_) => Status::internal(error.to_string()),
     }
 }

@@ -20,7 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::flusher::Flusher;
 use super::state_machine::decode_position;
 use super::types::{SnapshotMeta, TypeConfig};
-use crate::metadata::{Installation, MetadataStore, Row, Snapshot, StorageFault};
+use crate::metadata::{MetadataStore, Received, Row, Snapshot, StorageFault};
 
 /// Bytes of rows in one piece: large enough that a message's cost is nothing, small enough to be a unit of
 /// progress.
@@ -39,7 +39,7 @@ pub enum SnapshotData {
     /// This node's own, to be sent.
     Held(Arc<Snapshot>),
     /// Another's, whole, to be installed.
-    Received(Box<Installation>),
+    Received(Box<Received>),
 }
 
 /// The snapshot that this node could send now.
@@ -236,11 +236,8 @@ where
     }
 }
 
-/// Receives what follows the header.
-pub async fn receive_rows<S>(
-    incoming: &mut S,
-    metadata: Arc<MetadataStore>,
-) -> Result<Installation, ReceiveError>
+/// Receives what follows the header; it is on disk when this returns.
+pub async fn receive_rows<S>(incoming: &mut S, metadata: Arc<MetadataStore>) -> Result<Received, ReceiveError>
 where
     S: Stream<Item = Result<wire::SnapshotPiece, tonic::Status>> + Unpin,
 {
@@ -257,11 +254,13 @@ where
                 row_count += rows.len() as u64;
                 let added = tokio::task::spawn_blocking(move || {
                     installation.add(&rows)?;
-                    Ok::<Installation, StorageFault>(installation)
+                    Ok::<_, StorageFault>(installation)
                 });
                 installation = added.await??;
             }
-            Piece::End(end) if end.rows == row_count && end.crc == crc => return Ok(installation),
+            Piece::End(end) if end.rows == row_count && end.crc == crc => {
+                return Ok(tokio::task::spawn_blocking(move || installation.finish()).await??);
+            }
             Piece::End(_) => return Err(ReceiveError::Malformed("it is not what was sent")),
         }
     }

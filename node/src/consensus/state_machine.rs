@@ -25,6 +25,7 @@ use super::fatal::{FatalError, FatalSignal};
 use super::flusher::Flusher;
 use super::log::LogStore;
 use super::meters::Meters;
+use super::rescue::{Rescued, rescue_content};
 use super::snapshot::{Builder, SnapshotData, SnapshotTraffic, held_snapshot};
 use super::types::{Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::content::StoredChunk;
@@ -216,14 +217,28 @@ impl StateMachine {
     }
 
     fn install(&mut self, meta: &SnapshotMeta, data: SnapshotData) -> Result<(), FatalError> {
+        let received = match data {
+            SnapshotData::Received(received) => *received,
+            SnapshotData::Held(snapshot) => copy_of(&self.metadata, &snapshot)
+                .map_err(|fault| self.fatal.raise("install a snapshot", fault))?,
+        };
         let installed = self.flusher.instead_of_flushing(|| {
-            let installation = match data {
-                SnapshotData::Received(installation) => *installation,
-                SnapshotData::Held(snapshot) => copy_of(&self.metadata, &snapshot)?,
-            };
-            self.metadata.install(installation)
+            // What redb has passed is stored, but for what the disk had no room for; the rest of what is stored may not be
+            // on disk.
+            let beyond = self.metadata.durable_position().index + 1;
+            let unstored = self.flusher.unstored_after(None, 1);
+            let first = unstored.first().map_or(beyond, |(oldest, _)| beyond.min(*oldest));
+            let rescued = rescue_content(self.flusher.content(), &self.log, &received.view(), first);
+            match rescued.map_err(|error| self.fatal.raise("keep the content of the log", error))? {
+                Rescued::All => {}
+                Rescued::AllBut(chunks) => {
+                    tracing::warn!(chunks, "content for which there is no room goes with the log");
+                }
+            }
+            let installed = self.metadata.install(received);
+            installed.map_err(|fault| self.fatal.raise("install a snapshot", fault))
         });
-        let position = installed.map_err(|fault| self.fatal.raise("install a snapshot", fault))?;
+        let position = installed?;
         let (log_id, membership) =
             decode_position(&position).map_err(|error| self.fatal.raise("install a snapshot", error))?;
         if log_id != meta.last_log_id {
@@ -242,12 +257,12 @@ impl StateMachine {
 fn copy_of(
     metadata: &MetadataStore,
     snapshot: &Snapshot,
-) -> Result<crate::metadata::Installation, crate::metadata::StorageFault> {
+) -> Result<crate::metadata::Received, crate::metadata::StorageFault> {
     let mut installation = metadata.begin_install()?;
     for row in snapshot.rows() {
         installation.add(&[row?])?;
     }
-    Ok(installation)
+    installation.finish()
 }
 
 /// What the consensus layer wrote into a position.

@@ -73,6 +73,13 @@ pub(super) fn sync_directory_of(path: &Path) -> Result<(), StorageFault> {
         .map_err(StorageFault::io("sync the metadata folder"))
 }
 
+/// The room on the disk of `path`.
+pub(super) fn available_bytes(path: &Path) -> Result<u64, StorageFault> {
+    let space = nix::sys::statvfs::statvfs(directory_of(path))
+        .map_err(|errno| StorageFault::io("ask for the room on the metadata disk")(errno.into()))?;
+    Ok(space.blocks_available() as u64 * space.fragment_size() as u64)
+}
+
 pub(super) fn directory_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,

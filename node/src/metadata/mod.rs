@@ -45,7 +45,7 @@ pub use apply::{Batch, COMMAND_FREED_EXTENTS_MAX};
 pub use command::{Applied, CallResult, Effects, FEATURE_LEVEL, InlineChunk, LogBody, LogCommand};
 pub use fault::{Failure, StorageFault};
 pub use names::{ChunkFiles, NamedFile};
-pub use snapshot::{Installation, Row, Snapshot};
+pub use snapshot::{Installation, Received, Row, Snapshot};
 pub use store::{MetadataOptions, MetadataStore, NamedChange, Position};
 pub use tables::{ChunkRecord, Replicas, SessionRecord};
 pub use view::View;

@@ -10,10 +10,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::fault::StorageFault;
-use super::files::{TemporaryFile, sync_file};
+use super::files::{TemporaryFile, available_bytes, sync_file};
 use super::overlay::Base;
-use super::store::{MetadataOptions, Position, begin_durable, database_builder};
+use super::store::{FLUSH_MARGIN_BYTES, MetadataOptions, Position, State, begin_durable, database_builder};
 use super::tables::Table;
+use super::view::View;
 
 /// A row of any table.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +69,21 @@ pub struct Installation {
     transaction: redb::WriteTransaction,
     database: redb::Database,
     file: TemporaryFile,
+    /// Of the rows so far.
+    bytes: u64,
+}
+
+/// A snapshot that was received as a whole, in a durable file of its own, which goes with it unless it is installed.
+pub struct Received {
+    pub(super) state: State,
+    pub(super) file: TemporaryFile,
+}
+
+impl Received {
+    /// The state as it would be.
+    pub fn view(&self) -> View {
+        self.state.view()
+    }
 }
 
 impl Installation {
@@ -81,11 +97,17 @@ impl Installation {
             transaction,
             database,
             file: TemporaryFile::new(path),
+            bytes: 0,
         })
     }
 
     /// Adds rows that follow those added before. Refuses what is damaged, out of order or of an unknown table.
     pub fn add(&mut self, rows: &[Row]) -> Result<(), StorageFault> {
+        self.bytes += rows
+            .iter()
+            .map(|row| (row.key.len() + row.value.len()) as u64)
+            .sum::<u64>();
+        self.check_room()?;
         for of_one_table in rows.chunk_by(|one, next| one.table == next.table) {
             let number = of_one_table[0].table;
             let table = Table::from_number(number).ok_or_else(|| StorageFault::BadSnapshot {
@@ -112,11 +134,33 @@ impl Installation {
         Ok(())
     }
 
-    /// Makes the file durable, where it is.
-    pub(super) fn finish(self) -> Result<(redb::Database, TemporaryFile), StorageFault> {
+    /// Makes the file durable, where it is, and looks whether it holds a state. What fails here, for want of room too,
+    /// costs nothing but this snapshot.
+    pub fn finish(self) -> Result<Received, StorageFault> {
+        self.check_room()?;
         self.transaction.commit()?;
         sync_file(self.file.path())?;
-        Ok((self.database, self.file))
+        Ok(Received {
+            state: State::open(Arc::new(self.database))?,
+            file: self.file,
+        })
+    }
+
+    /// A snapshot must not take the last room from the log and from flushes: it is given up before.
+    pub(super) fn check_room(&self) -> Result<(), StorageFault> {
+        let written_bytes = std::fs::metadata(self.file.path())
+            .map_err(StorageFault::io("look at the file of a snapshot"))?
+            .len();
+        let available_bytes = available_bytes(self.file.path())?;
+        // Pages are two thirds full; what the file has already is not needed again.
+        let needed_bytes = (self.bytes * 3 / 2).saturating_sub(written_bytes) + FLUSH_MARGIN_BYTES;
+        match available_bytes < needed_bytes {
+            true => Err(StorageFault::NoSpace {
+                needed_bytes,
+                available_bytes,
+            }),
+            false => Ok(()),
+        }
     }
 }
 

@@ -21,11 +21,11 @@ use redb::ReadableDatabase as _;
 use super::apply::{Batch, Writer, check_feature_level};
 use super::fault::StorageFault;
 use super::files::{
-    INSTALLATION, directory_of, path_beside, remove_leftover, remove_unfinished_installations,
+    INSTALLATION, available_bytes, path_beside, remove_leftover, remove_unfinished_installations,
     sync_directory_of, sync_file,
 };
 use super::overlay::{Base, Direction, KeyRange, Layers, Overlay};
-use super::snapshot::{Installation, Snapshot};
+use super::snapshot::{Installation, Received, Snapshot};
 use super::tables::{FORMAT, Format, InodeRecord, Inodes, Meta, MetaRecord, Replicas, Rows, Sessions, Table};
 use super::view::View;
 
@@ -34,7 +34,7 @@ const OVERLAY_BYTES_MAX: u64 = 64 << 20;
 /// Default memory for the database's pages.
 const CACHE_BYTES: usize = 128 << 20;
 /// What the database's own bookkeeping may add to a flush.
-const FLUSH_MARGIN_BYTES: u64 = 4 << 20;
+pub(super) const FLUSH_MARGIN_BYTES: u64 = 4 << 20;
 /// The page that redb writes for a changed row at the least.
 const PAGE_BYTES: u64 = 4096;
 /// The permissions of the root directory when it is made.
@@ -156,7 +156,7 @@ fn read_meta(layers: &Layers) -> Result<MetaRecord, StorageFault> {
 }
 
 /// What views are made of; see the module's invariants.
-struct State {
+pub(super) struct State {
     layers: Layers,
     summary: Summary,
     /// What the frozen overlay, if there is one, goes up to.
@@ -168,7 +168,7 @@ struct State {
 
 impl State {
     /// The state of a database without overlays.
-    fn open(database: Arc<redb::Database>) -> Result<State, StorageFault> {
+    pub(super) fn open(database: Arc<redb::Database>) -> Result<State, StorageFault> {
         let layers = Layers {
             active: Arc::new(Overlay::new()),
             frozen: None,
@@ -183,6 +183,10 @@ impl State {
             durable_position: position,
             freezes: 0,
         })
+    }
+
+    pub(super) fn view(&self) -> View {
+        View::new(self.layers.clone(), self.summary.clone())
     }
 }
 
@@ -219,8 +223,7 @@ impl MetadataStore {
 
     /// The state as it is now; it stays so. Never waits for an apply or a flush.
     pub fn view(&self) -> Result<View, StorageFault> {
-        let state = self.state.lock();
-        Ok(View::new(state.layers.clone(), state.summary.clone()))
+        Ok(self.state.lock().view())
     }
 
     /// Up to where views see.
@@ -319,23 +322,23 @@ impl MetadataStore {
     pub fn begin_install(&self) -> Result<Installation, StorageFault> {
         let number = self.installations.fetch_add(1, Ordering::Relaxed);
         let purpose = format!("{INSTALLATION}{number}");
-        Installation::begin(path_beside(&self.path, &purpose), self.options)
+        let installation = Installation::begin(path_beside(&self.path, &purpose), self.options)?;
+        installation.check_room()?;
+        Ok(installation)
     }
 
     /// Replaces the whole state by a received snapshot. For the apply thread, with no batch begun: waits for a running
-    /// flush, drops the overlays, puts the new file durably in the old one's place. Views made before keep the old
-    /// state.
-    pub fn install(&self, installation: Installation) -> Result<Position, StorageFault> {
+    /// flush, drops the overlays, puts the new file durably in the old one's place, which takes no room. Views made
+    /// before keep the old state.
+    pub fn install(&self, received: Received) -> Result<Position, StorageFault> {
         let _no_flush = self.flushing.lock();
-        let (database, received_at) = installation.finish()?;
-        let received = State::open(Arc::new(database))?;
-        std::fs::rename(received_at.path(), &self.path)
-            .map_err(StorageFault::io("put the snapshot in place"))?;
+        let Received { state: next, file } = received;
+        std::fs::rename(file.path(), &self.path).map_err(StorageFault::io("put the snapshot in place"))?;
         sync_directory_of(&self.path)?;
-        let position = received.durable_position.clone();
+        let position = next.durable_position.clone();
         let replaced = {
             let mut state = self.state.lock();
-            let mut next = received;
+            let mut next = next;
             next.freezes = state.freezes + 1;
             next.summary.named_change.generation = state.summary.named_change.generation + 1;
             std::mem::replace(&mut *state, next)
@@ -367,13 +370,10 @@ impl MetadataStore {
 
     /// redb does not survive a full disk in the middle of a commit, so room is looked for before.
     fn check_room(&self, frozen: &Overlay) -> Result<(), StorageFault> {
-        let directory = directory_of(&self.path);
         let file_bytes = std::fs::metadata(&self.path)
             .map_err(StorageFault::io("look at the metadata database"))?
             .len();
-        let space = nix::sys::statvfs::statvfs(directory)
-            .map_err(|errno| StorageFault::io("ask for the room on the metadata disk")(errno.into()))?;
-        let available_bytes = space.blocks_available() as u64 * space.fragment_size() as u64;
+        let available_bytes = available_bytes(&self.path)?;
         // Changed pages are written anew, at most all there are; new rows come on top, in pages two thirds full.
         let needed_bytes =
             (frozen.row_count() * PAGE_BYTES).min(file_bytes) + frozen.bytes() * 2 + FLUSH_MARGIN_BYTES;

@@ -3,6 +3,7 @@
 mod cluster;
 mod log_files;
 mod log_model;
+mod rescue;
 mod storage_suite;
 
 use openraft::storage::RaftLogStorageExt;

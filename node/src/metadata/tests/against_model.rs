@@ -548,7 +548,10 @@ fn install(node: &mut Node, history: &History, view: &View) {
     for some in rows.chunks(7) {
         installation.add(some).unwrap();
     }
-    assert_eq!(&other.store.install(installation).unwrap(), snapshot.position());
+    assert_eq!(
+        &other.store.install(installation.finish().unwrap()).unwrap(),
+        snapshot.position()
+    );
     assert_eq!(&other.store.durable_position(), snapshot.position());
     assert_eq!(dump(&old_view), old_rows, "a view from before changed");
     reapply(&other.store, &history.log);

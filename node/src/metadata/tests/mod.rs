@@ -1,7 +1,8 @@
 //! Tests of the whole part: `against_model` compares random histories with a simple model, `stories` tells of single
-//! rules, `levels` of what is gated and compared, `pace` measures.
+//! rules, `levels` of what is gated and compared, `full_disk` of snapshots without room, `pace` measures.
 
 mod against_model;
+mod full_disk;
 mod levels;
 mod model;
 mod pace;

@@ -691,7 +691,7 @@ fn a_snapshot_that_is_damaged_changes_nothing() {
     // One that stops before its position is there is not installed either.
     let mut cut_short = node.store.begin_install().unwrap();
     cut_short.add(&rows[..1]).unwrap();
-    assert!(node.store.install(cut_short).is_err());
+    assert!(cut_short.finish().is_err());
     assert_eq!(dump(&node.view()), before);
     let left: Vec<_> = std::fs::read_dir(node.folder.path()).unwrap().collect();
     assert_eq!(left.len(), 1, "no unfinished files stay");

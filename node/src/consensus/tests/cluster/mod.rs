@@ -183,7 +183,12 @@ async fn a_wiped_node_is_replaced_by_its_next_incarnation() {
 }
 
 /// A new file with `payload` inside the command.
-fn create_inline(session: u64, sequence: u64, name: &str, payload: Bytes) -> (LogCommand, ChunkId) {
+pub(super) fn create_inline(
+    session: u64,
+    sequence: u64,
+    name: &str,
+    payload: Bytes,
+) -> (LogCommand, ChunkId) {
     let id = ChunkId {
         session: SessionId(session),
         counter: sequence,
@@ -268,6 +273,61 @@ async fn content_inside_commands_reaches_every_content_store_and_outlives_a_kill
         })
         .await;
     }
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_leaves_the_content_that_the_log_alone_had() {
+    let mut cluster = Cluster::start(3, |options| {
+        options.wal.file_bytes = 32 << 10;
+        options.snapshot_entries = 100;
+        options.keep_log_bytes = 32 << 10;
+        options.flush_age_ms = 600_000;
+    })
+    .await;
+    cluster.open_sessions(1..2).await;
+    let leader = cluster.leader().await;
+    let others = cluster.others(leader);
+    let (holder, next_leader) = (others[0], others[1]);
+    cluster.kill(next_leader);
+    let payload = Bytes::from(vec![7; 3000]);
+    let (command, chunk) = create_inline(1, 1, "file", payload.clone());
+    let result = cluster.propose(command).await;
+    assert!(matches!(result, CallResult::Outcome(Ok(_))), "{result:?}");
+    let acknowledged = cluster.node(leader).consensus().status().last_log.unwrap();
+    // It has acknowledged the entry, and a loss of power takes what was not flushed: nothing but the log is left.
+    cluster.kill(holder);
+    std::fs::remove_dir_all(cluster.node(holder).content_directory()).unwrap();
+    cluster.restart(next_leader).await;
+    cluster.open_sessions(2..3).await;
+    // A leader that did not write the entry itself does not tell the holder that it is committed.
+    let consensus = cluster.node(leader).consensus();
+    consensus.transfer_leadership(next_leader).await.unwrap();
+    drop(consensus);
+    eventually("the other leads", || {
+        cluster.node(next_leader).consensus().is_leader()
+    })
+    .await;
+    let mut next = 3;
+    let purged = |cluster: &Cluster, node| cluster.node(node).consensus().status().purged;
+    while purged(&cluster, leader).min(purged(&cluster, next_leader)) <= Some(acknowledged + 1) {
+        assert!(next < 40_000, "the log is purged beyond what the absent node has");
+        cluster.open_sessions(next..next + 100).await;
+        next += 100;
+    }
+    cluster.restart(holder).await;
+    eventually("the returned node has caught up", || {
+        sessions(cluster.node(holder)) == opened(next)
+    })
+    .await;
+    let told = cluster.node_mut(holder).take_effects();
+    let installed = |effects: &AppliedEffects| matches!(effects, AppliedEffects::Installed { .. });
+    assert!(told.iter().any(installed), "it was by a snapshot");
+    let applied = |effects: &AppliedEffects| matches!(effects, AppliedEffects::Entries { named, .. } if named.contains(&chunk));
+    assert!(!told.iter().any(applied), "the entry itself was not applied");
+    let held = cluster.node(holder).content().read_whole(chunk).unwrap();
+    assert_eq!(held.payload, payload);
+    assert!(cluster.node(holder).content().holds(chunk), "on disk");
     cluster.shutdown().await;
 }
 

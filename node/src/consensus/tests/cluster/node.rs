@@ -300,6 +300,10 @@ impl TestNode {
         self.options.directory.clone()
     }
 
+    pub fn content_directory(&self) -> PathBuf {
+        self.folder.path().join("content")
+    }
+
     pub fn take_effects(&mut self) -> Vec<AppliedEffects> {
         let effects = &mut self.running.as_mut().unwrap().effects;
         std::iter::from_fn(|| effects.try_recv().ok()).collect()
