@@ -159,10 +159,13 @@ fn a_file_that_another_mount_makes_meanwhile_is_opened() {
     let (one, other) = (mount(&reference, 1), mount(&reference, 2));
     let rounds: u64 = 200;
     // Both make each file at about the same moment. Whoever is second opens the first one's.
+    let together = std::sync::Barrier::new(2);
     std::thread::scope(|scope| {
         for mount in [&one, &other] {
+            let together = &together;
             scope.spawn(move || {
                 for round in 0..rounds {
+                    together.wait();
                     let name = mount.path(&format!("{round}"));
                     let mut file = File::options().append(true).create(true).open(name).unwrap();
                     file.write_all(b"x").unwrap();
