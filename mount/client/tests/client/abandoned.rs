@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use crate::calls::{assert_once_and_in_order, connect, created, first_mutation, make, received_requests, write};
+use crate::calls::{
+    assert_once_and_in_order, connect, created, first_mutation, make, received_requests, write,
+};
 use crate::fake::{Act, Fake};
 use bytes::Bytes;
 use quorumfs_proto::{Call, CallReply, Command, FsError, Operation, Refusal};

@@ -65,7 +65,9 @@ pub fn created(outcome: Result<Outcome, FsError>) {
 }
 
 /// Does `act` with the first mutation that arrives, and with the others what is usual.
-pub fn first_mutation(mut act: impl FnMut() -> Act + Send + 'static) -> impl FnMut(usize, &Call) -> Act + Send {
+pub fn first_mutation(
+    mut act: impl FnMut() -> Act + Send + 'static,
+) -> impl FnMut(usize, &Call) -> Act + Send {
     let mut seen = false;
     move |_, call| match call {
         Call::Mutate(_) if !std::mem::replace(&mut seen, true) => act(),
