@@ -10,13 +10,14 @@
 //! - The kernel keeps names and attributes for as long as the mount option says (by default it asks each
 //!   time), and a file's pages only if the filesystem says at open that they are still right.
 //!
-//! Lookups are not counted: inode numbers are never used twice and the filesystem keeps nothing per inode
-//! that is not bounded otherwise, so FORGET has nothing to do, also not for what READDIRPLUS looked up.
+//! Lookups are not counted, and FORGET has nothing to do: inode numbers are never used twice, and of the few
+//! inodes without a name the kernel is asked whether it still knows them (`presence`).
 
 mod answer;
 mod convert;
 mod edge;
 mod inode_map;
+mod presence;
 mod session;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -1,5 +1,7 @@
 //! The verbs against a cluster in memory.
 
+mod failures;
 mod random;
 pub(crate) mod reference;
+mod removed;
 mod verbs;

@@ -14,30 +14,34 @@ use quorumfs_proto::{FileKind, FsError, InodeNumber, Operation, SymlinkTarget, T
 use super::reference::{Connection, Reference};
 use crate::fs::{Durability, Filesystem, FsOptions, Handle, OpenFlags};
 
-const ROOT: InodeNumber = InodeNumber::ROOT;
-const MIB: u64 = 1 << 20;
+pub const ROOT: InodeNumber = InodeNumber::ROOT;
+pub const MIB: u64 = 1 << 20;
 
-fn mount(reference: &Arc<Reference>, session: u64) -> Arc<Filesystem<Connection>> {
+pub fn mount(reference: &Arc<Reference>, session: u64) -> Arc<Filesystem<Connection>> {
     mount_with(reference, session, FsOptions::default())
 }
 
-fn mount_with(reference: &Arc<Reference>, session: u64, options: FsOptions) -> Arc<Filesystem<Connection>> {
+pub fn mount_with(
+    reference: &Arc<Reference>,
+    session: u64,
+    options: FsOptions,
+) -> Arc<Filesystem<Connection>> {
     Filesystem::new(reference.connect(session), options)
 }
 
 /// Nothing is committed by age.
-fn ageless() -> FsOptions {
+pub fn ageless() -> FsOptions {
     FsOptions {
         dirty_age_ms: 3_600_000,
         ..FsOptions::default()
     }
 }
 
-fn read_write() -> OpenFlags {
+pub fn read_write() -> OpenFlags {
     OpenFlags::from(libc::O_RDWR)
 }
 
-async fn create(fs: &Arc<Filesystem<Connection>>, name: &str) -> (InodeNumber, Handle) {
+pub async fn create(fs: &Arc<Filesystem<Connection>>, name: &str) -> (InodeNumber, Handle) {
     let flags = read_write();
     let (attributes, opened) = fs
         .create(ROOT, name.as_bytes(), 0o644, 0, 0, flags)
@@ -46,19 +50,19 @@ async fn create(fs: &Arc<Filesystem<Connection>>, name: &str) -> (InodeNumber, H
     (attributes.inode, opened.handle)
 }
 
-async fn write(fs: &Arc<Filesystem<Connection>>, handle: Handle, offset: u64, data: &[u8]) {
+pub async fn write(fs: &Arc<Filesystem<Connection>>, handle: Handle, offset: u64, data: &[u8]) {
     let written = fs
         .write(handle, offset, Bytes::copy_from_slice(data), Privileges::Keep)
         .await;
     assert_eq!(written, Ok(data.len() as u32));
 }
 
-async fn close(fs: &Arc<Filesystem<Connection>>, handle: Handle) {
+pub async fn close(fs: &Arc<Filesystem<Connection>>, handle: Handle) {
     fs.flush(handle).await.unwrap();
     fs.release(handle).await.unwrap();
 }
 
-async fn contents(fs: &Arc<Filesystem<Connection>>, name: &str) -> Vec<u8> {
+pub async fn contents(fs: &Arc<Filesystem<Connection>>, name: &str) -> Vec<u8> {
     let found = fs.lookup(ROOT, name.as_bytes()).await.unwrap();
     let opened = fs
         .open(found.inode, OpenFlags::from(libc::O_RDONLY))
@@ -77,13 +81,13 @@ async fn contents(fs: &Arc<Filesystem<Connection>>, name: &str) -> Vec<u8> {
     all
 }
 
-fn pattern(length: usize, seed: u64) -> Vec<u8> {
+pub fn pattern(length: usize, seed: u64) -> Vec<u8> {
     (0..length as u64)
         .map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8 ^ seed as u8)
         .collect()
 }
 
-fn written_operations(reference: &Reference) -> Vec<Operation> {
+pub fn written_operations(reference: &Reference) -> Vec<Operation> {
     reference
         .commands
         .lock()
@@ -435,59 +439,6 @@ async fn appends_of_two_mounts_never_overwrite_each_other() {
         reference.puts.load(Ordering::Relaxed),
         0,
         "small appends ride inside their command"
-    );
-}
-
-#[tokio::test]
-async fn an_unlinked_file_lives_as_long_as_it_is_open_anywhere() {
-    let reference = Reference::new();
-    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
-    let (inode, handle) = create(&fs, "doomed").await;
-    write(&fs, handle, 0, b"still here").await;
-    other.unlink(ROOT, b"doomed").await.unwrap();
-    reference.reclaim();
-    fs.fsync(handle).await.unwrap();
-    assert_eq!(fs.read(handle, 0, 100).await.unwrap(), &b"still here"[..]);
-    assert_eq!(
-        other.open(inode, read_write()).await,
-        Err(FsError::Stale),
-        "nobody else gets at it"
-    );
-    close(&fs, handle).await;
-    reference.reclaim();
-    assert_eq!(reference.inode_count(), 1);
-}
-
-#[tokio::test]
-async fn what_was_kept_to_be_safe_is_released_soon() {
-    let reference = Reference::new();
-    let options = FsOptions {
-        dirty_age_ms: 40,
-        ..FsOptions::default()
-    };
-    let fs = mount_with(&reference, 1, options);
-    let (_, open) = create(&fs, "open").await;
-    let (_, closed) = create(&fs, "closed").await;
-    close(&fs, closed).await;
-    fs.rename(ROOT, b"open", ROOT, b"closed", RenameMode::Replace)
-        .await
-        .unwrap();
-    fs.unlink(ROOT, b"closed").await.unwrap();
-    assert_eq!(reference.inode_count(), 3);
-    tokio::time::timeout(Duration::from_secs(10), async {
-        while reference.inode_count() != 2 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    })
-    .await
-    .expect("the replaced file is not open");
-    close(&fs, open).await;
-    fs.flush_all().await.unwrap();
-    assert_eq!(reference.inode_count(), 1);
-    assert!(
-        written_operations(&reference)
-            .iter()
-            .any(|o| matches!(o, Operation::ReleaseUnlinked { .. }))
     );
 }
 
