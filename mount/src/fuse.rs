@@ -12,13 +12,14 @@
 //!   it drops them when it is told another size than its own. FUSE_EXPLICIT_INVAL_DATA would keep them: the zeros
 //!   behind the old end would be read as bytes of the file.
 //!
-//! Lookups are not counted: inode numbers are never used twice and the filesystem keeps nothing per inode
-//! that is not bounded otherwise, so FORGET has nothing to do, also not for what READDIRPLUS looked up.
+//! Lookups are not counted, and FORGET has nothing to do: inode numbers are never used twice, and of the few
+//! inodes without a name the kernel is asked whether it still knows them (`presence`).
 
 mod answer;
 mod convert;
 mod edge;
 mod inode_map;
+mod presence;
 mod session;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -1,12 +1,13 @@
 //! What programs have open: handles, and one [`OpenInode`] for all handles of a file.
 //!
 //! Invariants: an inode is in the table from before its open is told to the cluster until its last handle is gone and
-//! its last dirty byte is settled; so "not open here" is never said of a file that is. Locks are short and taken in
+//! its last dirty byte is settled; so "not open here" is never said of a file that is. A failed flush outlives it until
+//! somebody was told. Locks are short and taken in
 //! the order table, state; neither is held across an await.
 //!
 //! It knows nothing of commands or the cluster; what a put in flight is, its user says.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -99,8 +100,54 @@ pub struct InodeState<Put> {
     pub handed_over: bool,
     /// What the buffer counts for in the mount's dirty bytes.
     pub charged_bytes: u64,
-    /// Flushes that failed, ever, and the last one's reason.
-    pub failures: (u64, FsError),
+    /// Flushes that failed.
+    pub failures: Failures,
+}
+
+/// Files that are not open any more whose failures nobody was told. Beyond it the oldest is given up: it was logged.
+const UNTOLD_FILES_MAX: usize = 1024;
+
+/// Flushes of one file that failed, told as Linux tells of failed write-back (`errseq_t`): once to each handle that was
+/// open then, and, as long as nobody was told, to the next handle too.
+#[derive(Clone, Copy, Debug)]
+pub struct Failures {
+    count: u64,
+    last: FsError,
+    told: bool,
+}
+
+impl Default for Failures {
+    fn default() -> Failures {
+        Failures {
+            count: 0,
+            last: FsError::Io,
+            told: true,
+        }
+    }
+}
+
+impl Failures {
+    /// A flush failed.
+    pub fn record(&mut self, error: FsError) {
+        self.count += 1;
+        self.last = error;
+        self.told = false;
+    }
+
+    /// What a handle that is opened now has seen.
+    fn seen_by_new_handle(&self) -> u64 {
+        if self.told { self.count } else { self.count - 1 }
+    }
+
+    /// Tells a handle that has `seen` so many of what came after.
+    fn tell(&mut self, seen: &mut u64) -> Result<(), FsError> {
+        if *seen == self.count {
+            return Ok(());
+        }
+        *seen = self.count;
+        self.told = true;
+        Err(self.last)
+    }
 }
 
 impl<Put> InodeState<Put> {
@@ -158,11 +205,11 @@ pub struct OpenFile<Put> {
 }
 
 impl<Put> OpenFile<Put> {
-    /// The failure of a flush since the open or the last call, told once.
+    /// The failure of a flush since the open or the last call, told once; after the open also one before it that nobody
+    /// was told.
     pub fn take_failure(&self) -> Result<(), FsError> {
-        let (failures, last) = self.node.state.lock().failures;
-        let seen = std::mem::replace(&mut *self.failures_seen.lock(), failures);
-        if failures > seen { Err(last) } else { Ok(()) }
+        let mut state = self.node.state.lock();
+        state.failures.tell(&mut self.failures_seen.lock())
     }
 }
 
@@ -178,6 +225,16 @@ struct Tables<Put> {
     inodes: HashMap<InodeNumber, Entry<Put>>,
     files: HashMap<Handle, Arc<OpenFile<Put>>>,
     last_handle: Handle,
+    /// Of files that are in `inodes` no more, oldest first.
+    untold: VecDeque<(InodeNumber, Failures)>,
+}
+
+impl<Put> Tables<Put> {
+    fn take_untold(&mut self, inode: InodeNumber) -> Failures {
+        let at = self.untold.iter().position(|(untold, _)| *untold == inode);
+        let taken = at.and_then(|at| self.untold.remove(at));
+        taken.map_or_else(Failures::default, |(_, failures)| failures)
+    }
 }
 
 /// All open files of a mount. As many as programs hold open: the kernel bounds them.
@@ -193,6 +250,7 @@ impl<Put> Default for OpenFiles<Put> {
                 inodes: HashMap::new(),
                 files: HashMap::new(),
                 last_handle: 0,
+                untold: VecDeque::new(),
             }),
         }
     }
@@ -202,6 +260,10 @@ impl<Put> OpenFiles<Put> {
     /// Says that `inode` is open here, before it is.
     pub fn hold(&self, inode: InodeNumber) -> Arc<OpenInode<Put>> {
         let mut tables = self.tables.lock();
+        let failures = match tables.inodes.contains_key(&inode) {
+            true => Failures::default(),
+            false => tables.take_untold(inode),
+        };
         let entry = tables.inodes.entry(inode).or_insert_with(|| Entry {
             node: Arc::new(OpenInode {
                 inode,
@@ -218,7 +280,7 @@ impl<Put> OpenFiles<Put> {
                     queued: None,
                     handed_over: false,
                     charged_bytes: 0,
-                    failures: (0, FsError::Io),
+                    failures,
                 }),
             }),
             holds: 0,
@@ -252,7 +314,7 @@ impl<Put> OpenFiles<Put> {
 
     /// Makes a hold into a handle.
     pub fn add(&self, node: Arc<OpenInode<Put>>, flags: OpenFlags, dropping: Option<Dropping>) -> Handle {
-        let failures = node.state.lock().failures.0;
+        let seen = node.state.lock().failures.seen_by_new_handle();
         let mut tables = self.tables.lock();
         tables.last_handle += 1;
         let handle = tables.last_handle;
@@ -261,7 +323,7 @@ impl<Put> OpenFiles<Put> {
             flags,
             readahead: Mutex::default(),
             dropping: Mutex::new(dropping),
-            failures_seen: Mutex::new(failures),
+            failures_seen: Mutex::new(seen),
         };
         tables.files.insert(handle, Arc::new(file));
         handle
@@ -309,7 +371,72 @@ impl<Put> OpenFiles<Put> {
 
 fn drop_if_idle<Put>(tables: &mut Tables<Put>, inode: InodeNumber) {
     let is_idle = |entry: &Entry<Put>| entry.holds == 0 && entry.node.state.lock().buffer.is_clean();
-    if tables.inodes.get(&inode).is_some_and(is_idle) {
-        tables.inodes.remove(&inode);
+    if !tables.inodes.get(&inode).is_some_and(is_idle) {
+        return;
+    }
+    let failures = tables
+        .inodes
+        .remove(&inode)
+        .map(|entry| entry.node.state.lock().failures);
+    if let Some(failures) = failures.filter(|failures| !failures.told) {
+        if tables.untold.len() == UNTOLD_FILES_MAX {
+            tables.untold.pop_front();
+        }
+        tables.untold.push_back((inode, failures));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn files_with_a_failure(inode: InodeNumber) -> OpenFiles<()> {
+        let files = OpenFiles::default();
+        let node = files.hold(inode);
+        node.state.lock().failures.record(FsError::NoSpace);
+        files.let_go(&node);
+        assert!(files.is_empty());
+        files
+    }
+
+    fn open(files: &OpenFiles<()>, inode: InodeNumber) -> Arc<OpenFile<()>> {
+        let handle = files.add(files.hold(inode), OpenFlags::from(libc::O_RDWR));
+        files.get(handle).unwrap()
+    }
+
+    #[test]
+    fn a_failure_that_nobody_was_told_is_for_the_next_handles() {
+        let files = files_with_a_failure(InodeNumber(7));
+        let (first, second) = (open(&files, InodeNumber(7)), open(&files, InodeNumber(7)));
+        assert_eq!(first.take_failure(), Err(FsError::NoSpace));
+        assert_eq!(first.take_failure(), Ok(()));
+        assert_eq!(
+            second.take_failure(),
+            Err(FsError::NoSpace),
+            "it was open before anybody was told"
+        );
+        assert_eq!(open(&files, InodeNumber(7)).take_failure(), Ok(()));
+        assert_eq!(
+            open(&files, InodeNumber(8)).take_failure(),
+            Ok(()),
+            "another file"
+        );
+    }
+
+    #[test]
+    fn failures_that_nobody_asks_for_do_not_pile_up() {
+        let files = files_with_a_failure(InodeNumber(1));
+        for inode in 2..=UNTOLD_FILES_MAX as u64 + 1 {
+            let node = files.hold(InodeNumber(inode));
+            node.state.lock().failures.record(FsError::Io);
+            files.let_go(&node);
+        }
+        assert_eq!(files.tables.lock().untold.len(), UNTOLD_FILES_MAX);
+        assert_eq!(
+            open(&files, InodeNumber(1)).take_failure(),
+            Ok(()),
+            "the oldest is given up"
+        );
+        assert_eq!(open(&files, InodeNumber(2)).take_failure(), Err(FsError::Io));
     }
 }

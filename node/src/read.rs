@@ -43,21 +43,8 @@ pub struct Reader {
 impl Reader {
     /// Answers a query with everything in it that was acknowledged before it came (P5).
     pub async fn query(&self, query: &Query) -> CallReply {
-        if !self.consensus.is_leader() {
-            let leader = self.consensus.leader().map(|member| member.addresses.grpc);
-            return CallReply::Refused(Refusal::NotLeader { leader });
-        }
-        match self.consensus.barrier().await {
-            Ok(()) => {}
-            Err(BarrierError::NotLeader { leader }) => {
-                let leader = leader.map(|member| member.addresses.grpc);
-                return CallReply::Refused(Refusal::NotLeader { leader });
-            }
-            Err(error) => {
-                return CallReply::Refused(Refusal::Unavailable {
-                    reason: error.to_string(),
-                });
-            }
+        if let Err(refusal) = self.barrier().await {
+            return CallReply::Refused(refusal);
         }
         match self.answer(query) {
             Ok(answer) => CallReply::Answer(answer),
@@ -67,6 +54,24 @@ impl Reader {
                     reason: fault.to_string(),
                 })
             }
+        }
+    }
+
+    /// Returns when this node is known to lead and has applied everything that was acknowledged before the call.
+    pub async fn barrier(&self) -> Result<(), Refusal> {
+        if !self.consensus.is_leader() {
+            let leader = self.consensus.leader().map(|member| member.addresses.grpc);
+            return Err(Refusal::NotLeader { leader });
+        }
+        match self.consensus.barrier().await {
+            Ok(()) => Ok(()),
+            Err(BarrierError::NotLeader { leader }) => {
+                let leader = leader.map(|member| member.addresses.grpc);
+                Err(Refusal::NotLeader { leader })
+            }
+            Err(error) => Err(Refusal::Unavailable {
+                reason: error.to_string(),
+            }),
         }
     }
 

@@ -1,6 +1,7 @@
 //! P6: while no leader is there, calls wait; they do not fail.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -179,4 +180,69 @@ fn p6_with_a_timeout_calls_fail_in_time_and_work_again_later() {
 
 fn is_made(directory: &Path) -> bool {
     fs::create_dir(directory).is_ok()
+}
+
+/// What timed out must not come back: a program that was told of the failure and wrote the file anew keeps what it
+/// wrote.
+#[test]
+fn p6_what_timed_out_never_replaces_what_was_acknowledged_later() {
+    const ROUNDS: usize = 4;
+    let sandbox = Sandbox::light("p6-overtaken");
+    let cluster = Cluster::start(&sandbox);
+    let mount = cluster.mount_with(MountOptions::options("timeout=2"));
+    let (overwritten, cut, moved) = (mount.path("overwritten"), mount.path("cut"), mount.path("moved"));
+    for round in 0..ROUNDS {
+        let spare = mount.path("spare");
+        for path in [&overwritten, &cut, &moved, &spare] {
+            fs::write(path, "before").expect("write with a quorum");
+        }
+        let stopped = cluster.followers();
+        for slot in &stopped {
+            cluster.kill(*slot);
+        }
+        std::thread::scope(|scope| {
+            // One MiB of old bytes, a truncation, and a replacement of a name, all in vain.
+            scope.spawn(|| {
+                let old = vec![b'o'; 1 << 20];
+                assert!(
+                    write_and_sync(&overwritten, &old).is_err(),
+                    "synced without a quorum"
+                );
+            });
+            scope.spawn(|| assert!(fs::File::create(&cut).is_err(), "truncated without a quorum"));
+            scope.spawn(|| assert!(fs::rename(&spare, &moved).is_err(), "renamed without a quorum"));
+        });
+        for slot in &stopped {
+            cluster.start_node(*slot);
+        }
+        let new = format!("new content of round {round}");
+        for path in [&overwritten, &cut, &moved] {
+            wait_for("the mount works again", Duration::from_secs(20), || {
+                write_and_sync(path, new.as_bytes()).is_ok()
+            });
+        }
+        std::thread::sleep(Duration::from_secs(3));
+        for path in [&overwritten, &cut, &moved] {
+            let left = fs::read(path).expect("read");
+            assert!(
+                left == new.as_bytes(),
+                "round {round}: {} has {} bytes of something else",
+                path.display(),
+                left.len()
+            );
+        }
+    }
+    mount.unmount();
+}
+
+/// Writes over what is there, and cuts behind it only then.
+fn write_and_sync(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let mut file = fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)?;
+    file.write_all(content)?;
+    file.sync_all()?;
+    file.set_len(content.len() as u64)
 }

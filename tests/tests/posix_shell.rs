@@ -3,12 +3,14 @@
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::time::Duration;
 
 use nix::fcntl::RenameFlags;
 use nix::sys::stat::{UtimensatFlags, utimensat};
 use nix::sys::time::TimeSpec;
+use quorumfs_tests::environment::wait_for;
 use quorumfs_tests::posix::errno;
 use quorumfs_tests::random::Content;
 use quorumfs_tests::shell::shell_fails;
@@ -200,6 +202,48 @@ fn an_unlinked_file_lives_as_long_as_it_is_open() {
         assert_eq!(file.metadata().expect("fstat").nlink(), 0);
     }
     other.unmount();
+    mount.unmount();
+}
+
+/// Not only open files: what the kernel uses without asking the filesystem must not be taken from under it either.
+#[test]
+fn what_is_removed_while_it_is_in_use_lives_on_and_no_longer() {
+    let sandbox = Sandbox::light("posix-removed");
+    let cluster = Cluster::start(&sandbox);
+    let mount = cluster.mount();
+    let inodes_used = || {
+        shell(&format!(
+            "df --output=iused '{}' | tail -1",
+            mount.directory().display()
+        ))
+    };
+    let before = inodes_used();
+    fs::write(mount.path("path"), "content").expect("write");
+    let path = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH)
+        .open(mount.path("path"))
+        .expect("open");
+    fs::remove_file(mount.path("path")).expect("unlink");
+    // The sleep is long enough for whoever reclaims too early: the cluster asks every few seconds.
+    shell(&format!(
+        r#"cd '{}'
+        mkfifo fifo; exec 3<>fifo; rm fifo
+        mkdir opened; exec 4<opened; rmdir opened
+        mkdir working; cd working; rmdir ../working
+        sleep 8
+        stat . >/dev/null
+        stat -L /proc/self/fd/3 /proc/self/fd/4 >/dev/null
+        echo through >&3; read -r line <&3; [ "$line" = through ]"#,
+        mount.directory().display()
+    ));
+    assert_eq!(path.metadata().expect("fstat").nlink(), 0);
+    let again = fs::read(format!("/proc/self/fd/{}", path.as_raw_fd())).expect("open and read");
+    assert_eq!(again, b"content");
+    drop(path);
+    wait_for("the space comes back", Duration::from_secs(10), || {
+        inodes_used() == before
+    });
     mount.unmount();
 }
 

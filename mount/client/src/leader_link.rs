@@ -24,7 +24,7 @@ use tonic::{Response, Status, Streaming};
 
 use crate::cluster::{Cluster, Finding, describe};
 use crate::connector::{Backoff, Purpose};
-use crate::lease::Lease;
+use crate::lease::{BootTime, Lease};
 
 /// How often outstanding requests are looked over. A quarter of what a leader may be silent.
 const TICK_MS: u64 = 150;
@@ -135,6 +135,8 @@ struct Outstanding<P: Protocol> {
     submitted_at: Instant,
     /// On the current stream.
     first_sent_at: Instant,
+    /// The same moment, by the clock of leases.
+    first_sent_boot: BootTime,
     last_sent_at: Instant,
     resend_after: Duration,
 }
@@ -211,6 +213,7 @@ impl<P: Protocol> LeaderLink<P> {
                 sends: 0,
                 submitted_at: now,
                 first_sent_at: now,
+                first_sent_boot: BootTime::now(),
                 last_sent_at: now,
                 resend_after: Duration::from_millis(P::RESEND_AFTER_MS),
             };
@@ -326,10 +329,11 @@ impl<P: Protocol> LeaderLink<P> {
     /// Everything outstanding goes into a new stream, oldest first.
     fn attach(&self) -> ReceiverStream<P::Request> {
         let (outbound, requests) = mpsc::channel(2 * P::OUTSTANDING_MAX);
-        let now = Instant::now();
+        let (now, sent_boot) = (Instant::now(), BootTime::now());
         let mut state = self.shared.state.lock();
         for outstanding in state.outstanding.values_mut() {
             outstanding.first_sent_at = now;
+            outstanding.first_sent_boot = sent_boot;
             outstanding.resend_after = Duration::from_millis(P::RESEND_AFTER_MS);
             outstanding.send(&outbound, self.shared.cluster.lease(), now);
         }
@@ -404,7 +408,7 @@ impl<P: Protocol> Stream<'_, P> {
         let cluster = &self.link.shared.cluster;
         if let Some(asked) = self.link.shared.state.lock().outstanding.get(&call_id) {
             // It may answer the first of several sendings.
-            cluster.lease().granted(asked.first_sent_at, lease_ms);
+            cluster.lease().granted(asked.first_sent_boot, lease_ms);
         }
         match reading {
             Reading::NotLeader { hint } => return Some(End::NotLeader { hint }),

@@ -5,7 +5,7 @@
 //! that names them is answered; a chunk is named only after its put was acknowledged (P2).
 //!
 //! A flush that failed is not tried again by itself: its bytes are given up (as after a failed write-back of any
-//! kernel), the failure is kept, and each handle tells it once.
+//! kernel), the failure is kept, and each handle tells it once (`Failures`).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -295,7 +295,7 @@ impl<C: Cluster> Filesystem<C> {
         let bytes: usize = packs.iter().map(|pack| pack.payload.len()).sum();
         tracing::warn!(inode = %node.inode, bytes, %error, "written bytes could not be committed and are given up");
         let mut state = node.state.lock();
-        state.failures = (state.failures.0 + 1, error);
+        state.failures.record(error);
         self.forget_packs(node, &mut state, packs);
         drop(state);
         self.pages.forget(node.inode);

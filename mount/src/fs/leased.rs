@@ -5,8 +5,9 @@
 //! content, which is versioned, nor anything once the lease has lapsed.
 //!
 //! Rules: an answer counts as learned under a lease only if the same lease was held when the question was sent and when
-//! its answer came, and no change of this mount was under way in between. A name is noted as possible before the
-//! command that makes it is sent, whatever becomes of it.
+//! its answer came, and no change of this mount was under way in between. The outcome of a change that cannot be learned
+//! so makes what was known of its inodes forgotten. A name is noted as possible before the command that makes it is
+//! sent, whatever becomes of it.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -94,17 +95,32 @@ impl<C: Cluster> Cluster for Leased<C> {
         under_way.decided = !matches!(result, Err(FsError::TimedOut | FsError::Io));
         drop(under_way);
         let after = self.number().filter(|after| Some(*after) == before);
-        if let (Some(number), Ok(outcome)) = (after, &result) {
+        if let Ok(outcome) = &result {
             let mut state = self.state.lock();
-            state.view.learn(number, &outcome.touched);
+            match after {
+                Some(number) => {
+                    state.view.learn(number, &outcome.touched);
+                    for at in directories {
+                        if let Some(OperationResult::Entry { inode, created: true }) = outcome.results.get(at)
+                        {
+                            state.view.made(number, *inode);
+                        }
+                    }
+                }
+                // Not known for certain, and what was known of these before is no longer true: a lease that began while
+                // this was under way may have other answers to it.
+                None => {
+                    for attributes in &outcome.touched {
+                        state.view.forget(attributes.inode);
+                    }
+                    for (parent, name) in &named {
+                        state.view.may_name(*parent, name);
+                    }
+                }
+            }
             for result in &outcome.results {
                 if let OperationResult::Removed { inode, last: true } = result {
                     state.view.forget(*inode);
-                }
-            }
-            for at in directories {
-                if let Some(OperationResult::Entry { inode, created: true }) = outcome.results.get(at) {
-                    state.view.made(number, *inode);
                 }
             }
         }

@@ -27,6 +27,7 @@ mod leased;
 mod namespace;
 mod open;
 mod read;
+mod removed;
 mod write;
 
 #[cfg(test)]
@@ -37,7 +38,6 @@ use std::time::Duration;
 
 use futures::future::{BoxFuture, Shared};
 use futures::stream::{self, StreamExt as _};
-use parking_lot::Mutex;
 use quorumfs_proto::query::{Answer, Space};
 use quorumfs_proto::statistics::CacheStatistics;
 use quorumfs_proto::{Attributes, Command, FsError, InodeNumber, Operation, Outcome, Query};
@@ -47,11 +47,13 @@ pub use self::cluster::{Cluster, FreshContent};
 pub use self::directory::DirectoryItem;
 pub use self::leased::Leased;
 pub use self::open::Opened;
+pub use self::removed::UsedAbove;
 pub use self::write::Place;
 pub use crate::handles::{Handle, OpenFlags};
 
 use self::directory::OpenDirectories;
 use self::dirty::DirtyBytes;
+use self::removed::Removed;
 use crate::caches::chunk_cache::ChunkCache;
 use crate::caches::page_versions::PageVersions;
 use crate::handles::{OpenFiles, OpenInode, Scope};
@@ -61,12 +63,6 @@ const READAHEAD_FETCHES_MAX: usize = 16;
 
 /// Files that are committed at the same time when everything is.
 const COMMITS_AT_ONCE_MAX: usize = 16;
-
-/// Unlinked inodes that wait to be released; what does not fit is released when the cluster asks for it.
-const UNLINKED_QUEUE_MAX: usize = 65_536;
-
-/// Unlinked inodes in one `ReleaseUnlinked`: a command of some 10 KiB.
-const RELEASES_AT_ONCE_MAX: usize = 1000;
 
 /// When an acknowledged call is durable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -125,8 +121,7 @@ pub struct Filesystem<C: Cluster = quorumfs_client::Client> {
     chunks: ChunkCache,
     pages: PageVersions,
     readahead_permits: Semaphore,
-    /// Inodes this mount asked to keep although it does not have them open (any more).
-    unlinked: Mutex<Vec<InodeNumber>>,
+    removed: Removed,
 }
 
 impl<C: Cluster> Filesystem<C> {
@@ -141,14 +136,14 @@ impl<C: Cluster> Filesystem<C> {
             chunks: ChunkCache::new(options.cache_bytes),
             pages: PageVersions::default(),
             readahead_permits: Semaphore::new(READAHEAD_FETCHES_MAX),
-            unlinked: Mutex::new(Vec::new()),
+            removed: Removed::default(),
             options,
         });
         let weak = Arc::downgrade(&filesystem);
         filesystem
             .cluster
             .set_unlinked_handler(Box::new(move |inodes| match weak.upgrade() {
-                Some(filesystem) => filesystem.open.not_open(inodes),
+                Some(filesystem) => filesystem.not_held(inodes),
                 None => inodes.to_vec(),
             }));
         tokio::spawn(grow_old(
@@ -236,29 +231,6 @@ impl<C: Cluster> Filesystem<C> {
             }
         }
     }
-
-    /// `inode` need not be kept for this mount (any more).
-    fn release_later(&self, inode: InodeNumber) {
-        let mut unlinked = self.unlinked.lock();
-        if unlinked.len() < UNLINKED_QUEUE_MAX {
-            unlinked.push(inode);
-        }
-    }
-
-    /// Tells the cluster which unlinked inodes it need not keep for this mount. What cannot be told now the cluster
-    /// asks for later.
-    async fn release_unlinked(&self) {
-        let unlinked = std::mem::take(&mut *self.unlinked.lock());
-        for inodes in self.open.not_open(&unlinked).chunks(RELEASES_AT_ONCE_MAX) {
-            let released = Operation::ReleaseUnlinked {
-                inodes: inodes.to_vec(),
-            };
-            if let Err(error) = self.mutate(released).await {
-                tracing::debug!(%error, "release unlinked inodes");
-                return;
-            }
-        }
-    }
 }
 
 /// Commits what has been dirty for too long, and releases what was unlinked, until the filesystem is gone.
@@ -281,7 +253,7 @@ async fn grow_old<C: Cluster>(filesystem: Weak<Filesystem<C>>, dirty_age_ms: u64
                 filesystem.commit_in_background(&node, Scope::Everything);
             }
         }
-        if !filesystem.unlinked.lock().is_empty() {
+        if !filesystem.removed.is_empty() {
             filesystem.release_unlinked().await;
         }
     }

@@ -1,8 +1,8 @@
 //! Names: looking up, making, linking, moving, removing.
 //!
-//! Rule: a file that loses its last name here while anything is open on this mount is first asked to be kept
-//! (`Held::Open`), and released a moment later if it was not open after all. The other way round a file could be gone
-//! under a program that has it open, because what a name names is only known for sure when the command is done.
+//! Rule: what loses its last name here is asked to be kept (`Held::Open`), and released a moment later if nobody uses it
+//! (`removed`). The other way round it could be gone under a program that has it open, because what a name names, and
+//! who opens it meanwhile, is only known for sure when the command is done.
 
 use quorumfs_proto::command::{Held, IfExists, NewInode, RenameMode, Target};
 use quorumfs_proto::query::Answer;
@@ -10,6 +10,7 @@ use quorumfs_proto::{
     Attributes, FsError, InodeNumber, Name, Operation, OperationResult, Outcome, Query, SymlinkTarget,
 };
 
+use super::removed::RemovedBy;
 use super::{Cluster, Filesystem, unexpected};
 use crate::handles::Scope;
 
@@ -93,17 +94,15 @@ impl<C: Cluster> Filesystem<C> {
         self.writable()?;
         let name = Name::new(name.to_vec())?;
         self.settle_handed_over().await;
-        let held = self.held();
+        let _under_way = self.removed.removal();
         let outcome = self
             .mutate(Operation::Unlink {
                 parent: Target::Inode(parent),
                 name,
-                held,
+                held: Held::Open,
             })
             .await?;
-        if let Some(OperationResult::Removed { inode, last: true }) = outcome.results.first() {
-            self.lost_its_name(*inode, held);
-        }
+        self.removed_by(&outcome);
         Ok(())
     }
 
@@ -113,9 +112,10 @@ impl<C: Cluster> Filesystem<C> {
         let name = Name::new(name.to_vec())?;
         self.settle_handed_over().await;
         let parent = Target::Inode(parent);
-        self.mutate(Operation::RemoveDirectory { parent, name })
-            .await
-            .map(|_| ())
+        let _under_way = self.removed.removal();
+        let outcome = self.mutate(Operation::RemoveDirectory { parent, name }).await?;
+        self.removed_by(&outcome);
+        Ok(())
     }
 
     /// renameat2(2). What was written to the files that move is committed first: a replaced name never leads to a file
@@ -136,7 +136,7 @@ impl<C: Cluster> Filesystem<C> {
         if mode == RenameMode::Exchange {
             self.commit_named(to_parent, &to_name).await;
         }
-        let held = self.held();
+        let _under_way = self.removed.removal();
         let outcome = self
             .mutate(Operation::Rename {
                 from_parent: Target::Inode(from_parent),
@@ -144,7 +144,7 @@ impl<C: Cluster> Filesystem<C> {
                 to_parent: Target::Inode(to_parent),
                 to_name,
                 mode,
-                held,
+                held: Held::Open,
             })
             .await?;
         if let Some(OperationResult::Renamed {
@@ -155,7 +155,7 @@ impl<C: Cluster> Filesystem<C> {
                 .attributes_of(*other)
                 .is_none_or(|attributes| attributes.links == 0)
         {
-            self.lost_its_name(*other, held);
+            self.lost_its_name(*other);
         }
         Ok(())
     }
@@ -174,24 +174,21 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    fn held(&self) -> Held {
-        if self.open.is_empty() {
-            Held::NotOpen
-        } else {
-            Held::Open
+    /// Takes note of what `outcome` of an unlink or a rmdir says is without a name now.
+    fn removed_by(&self, outcome: &Outcome) {
+        if let Some(OperationResult::Removed { inode, last: true }) = outcome.results.first() {
+            self.lost_its_name(*inode);
         }
     }
 
-    /// `inode` has no name any more; the cluster keeps it for this mount if `held` said so.
-    fn lost_its_name(&self, inode: InodeNumber, held: Held) {
-        match self.open.find(inode) {
-            Some(node) => {
-                if let Some(view) = &mut node.state.lock().view {
-                    view.links = 0;
-                }
-            }
-            None if held == Held::Open => self.release_later(inode),
-            None => {}
+    /// `inode` has no name any more; the cluster keeps it for this mount.
+    fn lost_its_name(&self, inode: InodeNumber) {
+        // Before the answer goes up, and with it whoever is the last to use it may let go.
+        self.removed.add(inode, RemovedBy::ThisMount);
+        if let Some(node) = self.open.find(inode)
+            && let Some(view) = &mut node.state.lock().view
+        {
+            view.links = 0;
         }
     }
 }

@@ -7,6 +7,7 @@ use quorumfs_proto::limits::FILE_BYTES_MAX;
 use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber, Name, Operation, Query};
 
 use super::namespace::entry_of;
+use super::removed::RemovedBy;
 use super::{Cluster, Durability, Filesystem, Handle, Node, OpenFlags, Put};
 use crate::caches::page_versions::Dropping;
 use crate::handles::{OpenFile, Scope};
@@ -61,8 +62,8 @@ impl<C: Cluster> Filesystem<C> {
             FileKind::Directory => return Err(FsError::IsDirectory),
             _ => return Err(FsError::InvalidArgument),
         }
-        // Nobody's name leads there any more; unless it is open here the cluster may already have been told so.
-        if view.links == 0 && self.open.holds(node.inode) == 1 {
+        // Nobody's name leads there any more; unless it is held here the cluster may already have been told so.
+        if view.links == 0 && self.open.holds(node.inode) == 1 && !self.removed.holds(node.inode) {
             return Err(FsError::Stale);
         }
         Ok(self.pages.opened(node.inode, view.content_version))
@@ -190,7 +191,7 @@ impl<C: Cluster> Filesystem<C> {
         }
         self.open.let_go(&file.node);
         if is_unlinked && self.open.holds(file.node.inode) == 0 {
-            self.release_later(file.node.inode);
+            self.removed.add(file.node.inode, RemovedBy::Another);
         }
         Ok(())
     }

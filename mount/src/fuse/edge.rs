@@ -16,6 +16,7 @@ use quorumfs_proto::{FsError, InodeNumber};
 use super::answer::{View, answer_entry, answer_xattr};
 use super::convert;
 use super::inode_map::InodeMap;
+use super::presence::Presence;
 use crate::errno::errno;
 use crate::fs::{Cluster, Filesystem, OpenFlags};
 use crate::statistics::{Statistics, Verb, attribute_value};
@@ -84,6 +85,13 @@ impl<C: Cluster> FuseEdge<C> {
             runtime,
             statistics: Arc::default(),
         }
+    }
+
+    /// From now on the kernel is asked which removed inodes programs still use.
+    pub(super) fn tell_what_is_used(&self, presence: Presence) {
+        let inodes = self.view.inodes;
+        let used = move |inode| presence.may_know(inodes.to_kernel(inode));
+        self.filesystem.set_used_above(Arc::new(used));
     }
 
     /// What is counted of the requests.

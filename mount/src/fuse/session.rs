@@ -1,12 +1,13 @@
 //! fuser's session: the threads that read the kernel's requests.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 
 use fuser::{Config, Session, SessionACL};
 use tokio::sync::oneshot;
 
 use super::FuseEdge;
+use super::presence::Presence;
 use crate::fs::Cluster;
 use crate::options::Access;
 
@@ -32,6 +33,7 @@ pub fn serve_kernel<C: Cluster>(
     config.acl = acl;
     config.n_threads = Some(cores.clamp(2, THREADS_MAX));
     config.clone_fd = true;
+    edge.tell_what_is_used(Presence::new(device.as_fd())?);
     let session = Session::from_fd(edge, device, acl, config)?;
     let (sender, ended) = oneshot::channel();
     std::thread::Builder::new()

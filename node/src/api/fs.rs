@@ -320,7 +320,7 @@ async fn carry_out(node: &Node, call: Call, request: &wire::CallRequest) -> (Cal
             parts.writer.open_session(session, description).await
         }
         Call::CloseSession { session } => parts.writer.end_session(session).await,
-        Call::KeepAlive { session } => keep_alive(parts, session),
+        Call::KeepAlive { session } => keep_alive(parts, session).await,
     };
     (reply, Grant::Nothing)
 }
@@ -333,8 +333,17 @@ fn only_if_decided(reply: CallReply, grant: Grant) -> (CallReply, Grant) {
     }
 }
 
-fn keep_alive(parts: &Parts, session: SessionId) -> CallReply {
-    match session_state(parts, session) {
+async fn keep_alive(parts: &Parts, session: SessionId) -> CallReply {
+    let mut state = session_state(parts, session);
+    if matches!(state, Ok(None)) {
+        // A new leader may not have applied yet what opened it; and one that leads no more must not say so at all: the
+        // client would give up all that it holds.
+        if let Err(refusal) = parts.reader.barrier().await {
+            return CallReply::Refused(refusal);
+        }
+        state = session_state(parts, session);
+    }
+    match state {
         Ok(Some(state)) => {
             parts.sessions.heard_of(session);
             CallReply::Session(state)

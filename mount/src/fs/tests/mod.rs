@@ -1,7 +1,9 @@
 //! The verbs against a cluster in memory.
 
+mod failures;
 mod kernel;
 mod random;
 pub(crate) mod reference;
+mod removed;
 mod support;
 mod verbs;

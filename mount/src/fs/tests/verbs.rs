@@ -13,10 +13,10 @@ use super::reference::{Connection, Reference};
 use super::support::{ageless, close, create, mount, mount_with, read_write, write};
 use crate::fs::{Durability, Filesystem, FsOptions, OpenFlags};
 
-const ROOT: InodeNumber = InodeNumber::ROOT;
-const MIB: u64 = 1 << 20;
+pub const ROOT: InodeNumber = InodeNumber::ROOT;
+pub const MIB: u64 = 1 << 20;
 
-async fn contents(fs: &Arc<Filesystem<Connection>>, name: &str) -> Vec<u8> {
+pub async fn contents(fs: &Arc<Filesystem<Connection>>, name: &str) -> Vec<u8> {
     let found = fs.lookup(ROOT, name.as_bytes()).await.unwrap();
     let opened = fs
         .open(found.inode, OpenFlags::from(libc::O_RDONLY))
@@ -35,13 +35,13 @@ async fn contents(fs: &Arc<Filesystem<Connection>>, name: &str) -> Vec<u8> {
     all
 }
 
-fn pattern(length: usize, seed: u64) -> Vec<u8> {
+pub fn pattern(length: usize, seed: u64) -> Vec<u8> {
     (0..length as u64)
         .map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8 ^ seed as u8)
         .collect()
 }
 
-fn written_operations(reference: &Reference) -> Vec<Operation> {
+pub fn written_operations(reference: &Reference) -> Vec<Operation> {
     reference
         .commands
         .lock()
@@ -393,59 +393,6 @@ async fn appends_of_two_mounts_never_overwrite_each_other() {
         reference.puts.load(Ordering::Relaxed),
         0,
         "small appends ride inside their command"
-    );
-}
-
-#[tokio::test]
-async fn an_unlinked_file_lives_as_long_as_it_is_open_anywhere() {
-    let reference = Reference::new();
-    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
-    let (inode, handle) = create(&fs, "doomed").await;
-    write(&fs, handle, 0, b"still here").await;
-    other.unlink(ROOT, b"doomed").await.unwrap();
-    reference.reclaim();
-    fs.fsync(handle).await.unwrap();
-    assert_eq!(fs.read(handle, 0, 100).await.unwrap(), &b"still here"[..]);
-    assert_eq!(
-        other.open(inode, read_write()).await,
-        Err(FsError::Stale),
-        "nobody else gets at it"
-    );
-    close(&fs, handle).await;
-    reference.reclaim();
-    assert_eq!(reference.inode_count(), 1);
-}
-
-#[tokio::test]
-async fn what_was_kept_to_be_safe_is_released_soon() {
-    let reference = Reference::new();
-    let options = FsOptions {
-        dirty_age_ms: 40,
-        ..FsOptions::default()
-    };
-    let fs = mount_with(&reference, 1, options);
-    let (_, open) = create(&fs, "open").await;
-    let (_, closed) = create(&fs, "closed").await;
-    close(&fs, closed).await;
-    fs.rename(ROOT, b"open", ROOT, b"closed", RenameMode::Replace)
-        .await
-        .unwrap();
-    fs.unlink(ROOT, b"closed").await.unwrap();
-    assert_eq!(reference.inode_count(), 3);
-    tokio::time::timeout(Duration::from_secs(10), async {
-        while reference.inode_count() != 2 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    })
-    .await
-    .expect("the replaced file is not open");
-    close(&fs, open).await;
-    fs.flush_all().await.unwrap();
-    assert_eq!(reference.inode_count(), 1);
-    assert!(
-        written_operations(&reference)
-            .iter()
-            .any(|o| matches!(o, Operation::ReleaseUnlinked { .. }))
     );
 }
 

@@ -1,0 +1,146 @@
+//! What has lost its name lives as long as it is in use here, and no longer.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use quorumfs_proto::command::RenameMode;
+use quorumfs_proto::{FsError, InodeNumber, Operation};
+
+use super::reference::{Connection, Reference};
+use super::support::{close, create, mount, mount_with, read_write, write};
+use super::verbs::{ROOT, written_operations};
+use crate::fs::{Filesystem, FsOptions};
+
+fn soon() -> FsOptions {
+    FsOptions {
+        dirty_age_ms: 40,
+        ..FsOptions::default()
+    }
+}
+
+/// What the kernel knows.
+fn known_above(fs: &Arc<Filesystem<Connection>>) -> Arc<Mutex<BTreeSet<InodeNumber>>> {
+    let known: Arc<Mutex<BTreeSet<InodeNumber>>> = Arc::default();
+    let asked = Arc::clone(&known);
+    fs.set_used_above(Arc::new(move |inode| asked.lock().contains(&inode)));
+    known
+}
+
+async fn wait_for_inodes(reference: &Reference, count: usize) {
+    let gone = async {
+        while reference.inode_count() != count {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), gone)
+        .await
+        .expect("it is released");
+}
+
+#[tokio::test]
+async fn an_unlinked_file_lives_as_long_as_it_is_open_anywhere() {
+    let reference = Reference::new();
+    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let (inode, handle) = create(&fs, "doomed").await;
+    write(&fs, handle, 0, b"still here").await;
+    other.unlink(ROOT, b"doomed").await.unwrap();
+    other.release_unlinked().await;
+    reference.reclaim();
+    fs.fsync(handle).await.unwrap();
+    assert_eq!(fs.read(handle, 0, 100).await.unwrap(), &b"still here"[..]);
+    assert_eq!(
+        other.open(inode, read_write()).await,
+        Err(FsError::Stale),
+        "nobody else gets at it"
+    );
+    close(&fs, handle).await;
+    reference.reclaim();
+    assert_eq!(reference.inode_count(), 1);
+}
+
+#[tokio::test]
+async fn what_was_kept_to_be_safe_is_released_soon() {
+    let reference = Reference::new();
+    let options = FsOptions {
+        dirty_age_ms: 40,
+        ..FsOptions::default()
+    };
+    let fs = mount_with(&reference, 1, options);
+    let (_, open) = create(&fs, "open").await;
+    let (_, closed) = create(&fs, "closed").await;
+    close(&fs, closed).await;
+    fs.rename(ROOT, b"open", ROOT, b"closed", RenameMode::Replace)
+        .await
+        .unwrap();
+    fs.unlink(ROOT, b"closed").await.unwrap();
+    assert_eq!(reference.inode_count(), 3);
+    tokio::time::timeout(Duration::from_secs(10), async {
+        while reference.inode_count() != 2 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .expect("the replaced file is not open");
+    close(&fs, open).await;
+    fs.flush_all().await.unwrap();
+    assert_eq!(reference.inode_count(), 1);
+    assert!(
+        written_operations(&reference)
+            .iter()
+            .any(|o| matches!(o, Operation::ReleaseUnlinked { .. }))
+    );
+}
+
+#[tokio::test]
+async fn what_is_used_above_is_kept_and_may_be_opened_again() {
+    let reference = Reference::new();
+    let fs = mount_with(&reference, 1, soon());
+    let known = known_above(&fs);
+    let (inode, handle) = create(&fs, "path").await;
+    write(&fs, handle, 0, b"content").await;
+    close(&fs, handle).await;
+    known.lock().insert(inode);
+    fs.unlink(ROOT, b"path").await.unwrap();
+    for _ in 0..5 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        reference.reclaim();
+        assert_eq!(fs.attributes(inode, None).await.unwrap().links, 0);
+    }
+    let again = fs.open(inode, read_write()).await.unwrap().handle;
+    known.lock().clear();
+    tokio::time::sleep(Duration::from_millis(60)).await;
+    reference.reclaim();
+    assert_eq!(fs.read(again, 0, 100).await.unwrap(), &b"content"[..]);
+    close(&fs, again).await;
+    wait_for_inodes(&reference, 1).await;
+}
+
+#[tokio::test]
+async fn an_open_that_arrives_during_an_unlink_is_good_or_fails() {
+    let reference = Reference::new();
+    let fs = mount_with(&reference, 1, soon());
+    let mut good = 0;
+    for round in 0..200 {
+        let (inode, handle) = create(&fs, "file").await;
+        write(&fs, handle, 0, b"content").await;
+        close(&fs, handle).await;
+        let open = async {
+            for _ in 0..round % 8 {
+                tokio::task::yield_now().await;
+            }
+            fs.open(inode, read_write()).await
+        };
+        let (removed, opened) = tokio::join!(fs.unlink(ROOT, b"file"), open);
+        removed.unwrap();
+        let Ok(opened) = opened else { continue };
+        good += 1;
+        reference.reclaim();
+        fs.release_unlinked().await;
+        assert_eq!(fs.read(opened.handle, 0, 100).await.unwrap(), &b"content"[..]);
+        close(&fs, opened.handle).await;
+    }
+    assert!(good > 0, "no open came in time: the test shows nothing");
+    wait_for_inodes(&reference, 1).await;
+}
