@@ -1,6 +1,7 @@
 //! The verbs against a cluster in memory.
 
 mod failures;
+mod order;
 mod random;
 pub(crate) mod reference;
 mod removed;
