@@ -96,8 +96,6 @@ pub struct InodeState<Put> {
     pub dirty_since: Option<Instant>,
     /// The background commit that is queued.
     pub queued: Option<Scope>,
-    /// A close returned before these bytes were committed.
-    pub handed_over: bool,
     /// What the buffer counts for in the mount's dirty bytes.
     pub charged_bytes: u64,
     /// Flushes that failed.
@@ -278,7 +276,6 @@ impl<Put> OpenFiles<Put> {
                     privileges_sent: Privileges::Keep,
                     dirty_since: None,
                     queued: None,
-                    handed_over: false,
                     charged_bytes: 0,
                     failures,
                 }),

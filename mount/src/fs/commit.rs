@@ -15,7 +15,7 @@ use quorumfs_proto::chunk::Piece;
 use quorumfs_proto::command::{Privileges, Target};
 use quorumfs_proto::{Command, FsError, NewChunk, Operation, Outcome, Timestamp};
 
-use super::{Cluster, Durability, Filesystem, FreshContent, Node, Put};
+use super::{Cluster, Filesystem, FreshContent, Node, Put};
 use crate::handles::{InodeState, Scope};
 use crate::write_buffer::Pack;
 
@@ -25,6 +25,7 @@ const RENEWALS_MAX: usize = 3;
 impl<C: Cluster> Filesystem<C> {
     /// Commits what was written before the call.
     pub(super) async fn commit(&self, node: &Node<C>, scope: Scope) -> Result<(), FsError> {
+        self.settle_handed_over().await;
         let verdict = {
             let _turn = node.turn.lock().await;
             self.commit_in_turn(node, scope).await
@@ -45,6 +46,7 @@ impl<C: Cluster> Filesystem<C> {
         }
         let (filesystem, node) = (Arc::clone(self), Arc::clone(node));
         tokio::spawn(async move {
+            filesystem.settle_handed_over().await;
             {
                 let _turn = node.turn.lock().await;
                 let scope = node.state.lock().queued.take().unwrap_or(scope);
@@ -58,6 +60,11 @@ impl<C: Cluster> Filesystem<C> {
     /// As `commit`; the caller holds the file's turn.
     pub(super) async fn commit_in_turn(&self, node: &Node<C>, scope: Scope) -> Result<(), FsError> {
         let last = self.seal(node, scope);
+        self.commit_up_to(node, last).await
+    }
+
+    /// Commits the packs up to `last`; the caller holds the file's turn.
+    pub(super) async fn commit_up_to(&self, node: &Node<C>, last: u64) -> Result<(), FsError> {
         let mut verdict = Ok(());
         loop {
             let packs = node.state.lock().buffer.front(last);
@@ -73,6 +80,7 @@ impl<C: Cluster> Filesystem<C> {
     /// Does `operation`, which is about `node`, together with the commit of what was written before the call: in the
     /// same command, where the cluster accepts that.
     pub(super) async fn commit_with(&self, node: &Node<C>, operation: Operation) -> Result<Outcome, FsError> {
+        self.settle_handed_over().await;
         let outcome = {
             let _turn = node.turn.lock().await;
             self.commit_with_in_turn(node, operation).await
@@ -106,23 +114,8 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// In `durability=fsync`: waits until what was closed before is committed, so that no name is removed or replaced
-    /// before the bytes that were written first.
-    pub(super) async fn settle_handed_over(&self) {
-        if self.options.durability == Durability::Close {
-            return;
-        }
-        for node in self.dirty.nodes() {
-            let handed_over = node.state.lock().handed_over;
-            if handed_over {
-                // What fails is kept for the file's handles.
-                let _kept = self.commit(&node, Scope::Everything).await;
-            }
-        }
-    }
-
     /// Seals what `scope` says and answers with the last pack to commit.
-    fn seal(&self, node: &Node<C>, scope: Scope) -> u64 {
+    pub(super) fn seal(&self, node: &Node<C>, scope: Scope) -> u64 {
         let mut state = node.state.lock();
         if scope == Scope::Everything {
             let packs = state.buffer.seal_all();

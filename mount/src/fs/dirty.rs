@@ -49,7 +49,6 @@ impl<Put> DirtyBytes<Put> {
             state.mtime = None;
             state.privileges = Privileges::Keep;
             state.dirty_since = None;
-            state.handed_over = false;
         } else if state.charged_bytes == 0 {
             books.nodes.insert(node.inode, Arc::clone(node));
         }

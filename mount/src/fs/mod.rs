@@ -23,6 +23,7 @@ pub mod cluster;
 mod commit;
 mod directory;
 mod dirty;
+mod handed_over;
 mod leased;
 mod namespace;
 mod open;
@@ -53,6 +54,7 @@ pub use crate::handles::{Handle, OpenFlags};
 
 use self::directory::OpenDirectories;
 use self::dirty::DirtyBytes;
+use self::handed_over::HandedOver;
 use self::removed::Removed;
 use crate::caches::chunk_cache::ChunkCache;
 use crate::caches::page_versions::PageVersions;
@@ -70,8 +72,8 @@ pub enum Durability {
     /// With its return; a written file with its close.
     #[default]
     Close,
-    /// With fsync, or within a second: close hands over and returns. What removes or replaces names waits for what
-    /// was handed over before it.
+    /// With fsync, or within a second: close hands over and returns. Every later change waits for what was handed over
+    /// before it.
     Fsync,
 }
 
@@ -118,6 +120,7 @@ pub struct Filesystem<C: Cluster = quorumfs_client::Client> {
     open: OpenFiles<Put<C>>,
     directories: OpenDirectories,
     dirty: DirtyBytes<Put<C>>,
+    handed_over: HandedOver<Put<C>>,
     chunks: ChunkCache,
     pages: PageVersions,
     readahead_permits: Semaphore,
@@ -133,6 +136,7 @@ impl<C: Cluster> Filesystem<C> {
             open: OpenFiles::default(),
             directories: OpenDirectories::default(),
             dirty: DirtyBytes::new(options.dirty_bytes_max),
+            handed_over: HandedOver::default(),
             chunks: ChunkCache::new(options.cache_bytes),
             pages: PageVersions::default(),
             readahead_permits: Semaphore::new(READAHEAD_FETCHES_MAX),
@@ -203,6 +207,7 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Sends a command that brings no content and takes note of what it touched.
     async fn mutate(&self, operation: Operation) -> Result<Outcome, FsError> {
+        self.settle_handed_over().await;
         let outcome = self.cluster.mutate(Command::single(operation), &[]).await?;
         self.learn(&outcome.touched);
         Ok(outcome)

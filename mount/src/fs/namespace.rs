@@ -93,7 +93,6 @@ impl<C: Cluster> Filesystem<C> {
     pub async fn unlink(&self, parent: InodeNumber, name: &[u8]) -> Result<(), FsError> {
         self.writable()?;
         let name = Name::new(name.to_vec())?;
-        self.settle_handed_over().await;
         let _under_way = self.removed.removal();
         let outcome = self
             .mutate(Operation::Unlink {
@@ -110,7 +109,6 @@ impl<C: Cluster> Filesystem<C> {
     pub async fn remove_directory(&self, parent: InodeNumber, name: &[u8]) -> Result<(), FsError> {
         self.writable()?;
         let name = Name::new(name.to_vec())?;
-        self.settle_handed_over().await;
         let parent = Target::Inode(parent);
         let _under_way = self.removed.removal();
         let outcome = self.mutate(Operation::RemoveDirectory { parent, name }).await?;
@@ -131,7 +129,6 @@ impl<C: Cluster> Filesystem<C> {
         self.writable()?;
         let from_name = Name::new(from_name.to_vec())?;
         let to_name = Name::new(to_name.to_vec())?;
-        self.settle_handed_over().await;
         self.commit_named(from_parent, &from_name).await;
         if mode == RenameMode::Exchange {
             self.commit_named(to_parent, &to_name).await;

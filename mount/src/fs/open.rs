@@ -153,16 +153,7 @@ impl<C: Cluster> Filesystem<C> {
                 // What fails is kept for the file's handles, so for this one too.
                 let _kept = self.commit(&file.node, Scope::Everything).await;
             }
-            Durability::Fsync => {
-                let is_dirty = {
-                    let mut state = file.node.state.lock();
-                    state.handed_over = !state.buffer.is_clean();
-                    state.handed_over
-                };
-                if is_dirty {
-                    self.commit_in_background(&file.node, Scope::Everything);
-                }
-            }
+            Durability::Fsync => self.hand_over(&file.node),
         }
         file.take_failure()
     }

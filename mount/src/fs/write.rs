@@ -122,6 +122,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     async fn append(&self, node: &Node<C>, mut data: Bytes, privileges: Privileges) -> Result<(), FsError> {
+        self.settle_handed_over().await;
         let _turn = node.turn.lock().await;
         // What other handles wrote before may be what moves the end; if it fails, they are told.
         let _kept = self.commit_in_turn(node, Scope::Everything).await;
