@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use quorumfs_tests::damage::{files_below, find_bytes, flip};
-use quorumfs_tests::environment::Finally;
+use quorumfs_tests::environment::{Finally, wait_for};
 use quorumfs_tests::healing::{ask, assert_same_metadata, assert_served, upload};
 use quorumfs_tests::random::Content;
 use quorumfs_tests::{Cluster, Random, Sandbox, scaled};
@@ -266,6 +266,32 @@ fn p7_a_removal_that_takes_long_goes_on_by_itself() {
         );
         assert_served(&cluster, slot, &files);
     }
+}
+
+#[test]
+fn p7_a_learner_leaves_at_once_though_a_voter_is_away() {
+    let sandbox = Sandbox::light("p7-learner");
+    let mut random = Random::announced();
+    let cluster = Cluster::builder(&sandbox).nodes(4).founders(3).start();
+    upload(&cluster, 1, "f", (0..5).map(|_| 300_000), &mut random);
+    cluster.start_node(4);
+    let leader = cluster.leader();
+    let members = || cluster.membership(leader).map_or(0, |members| members.len());
+    wait_for("the fourth is a learner", CHANGE_LIMIT, || members() == 4);
+    let away = (1..=3).find(|slot| *slot != leader).expect("three voters");
+    cluster.kill(away);
+    let start = Instant::now();
+    let reply = cluster
+        .http(leader)
+        .post("/membership/remove", r#"{"slots": [4]}"#);
+    let view: Value = reply.expect(&[200]).json();
+    eprintln!("measured: out after {:?}", start.elapsed());
+    assert_eq!(view["removal"], Value::Null, "{view}");
+    assert!(
+        start.elapsed() < Duration::from_secs(15),
+        "nobody's content had to be waited for"
+    );
+    cluster.wait_voters(&[1, 2, 3], CHANGE_LIMIT);
 }
 
 #[test]
