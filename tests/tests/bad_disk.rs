@@ -280,7 +280,7 @@ fn a_small_disk_full_of_small_files_takes_deletes_and_is_made_whole_by_itself() 
         .missing_chunks;
     eprintln!("{missing} chunks found no room");
     assert!(missing > 0, "the disk was not full");
-    let is_kept = |number: &u64| number % KEPT == 0;
+    let is_kept = |number: &u64| number.is_multiple_of(KEPT);
     for number in (0..SMALL_FILES).filter(|number| !is_kept(number)) {
         fs::remove_file(small(number)).expect("deleting works");
     }

@@ -13,6 +13,8 @@
 //! them, since it fetches it from there when there is room). The books are kept in memory. Before redb passes what is in
 //! them a mark is put on the disk, and who starts with the mark there makes them again from what the log has.
 //!
+//! The log itself may have to wait for room, which only a purge may make: see [`Flusher::wait_for_room`].
+//!
 //! A snapshot that is installed empties the books: what of them it names is stored before (see
 //! [`rescue`](super::rescue)).
 
@@ -202,13 +204,13 @@ impl Flusher {
         if let Some(fatal) = self.fatal.raised() {
             return Err(fatal.into());
         }
-        if self.metadata.freeze().is_none() {
+        let Some(frozen) = self.metadata.freeze() else {
             return Ok(self.metadata.durable_position());
-        }
+        };
         // What is frozen was appended to the log before it was committed, though perhaps not flushed by this
-        // node.
+        // node. What came after it may have to wait for room, which this flush may be the first step to.
         self.log
-            .wait_flushed()
+            .wait_flushed(frozen.index)
             .map_err(|error| self.fatal.raise("wait for the log", error))?;
         match self.content.sync() {
             Ok(()) => {}
@@ -316,11 +318,17 @@ impl Flusher {
 
     /// Whether [`Flusher::wait_for_room`] would return at once.
     pub fn has_room(&self) -> bool {
-        self.metadata.overlay_bytes() < self.overlay_bytes_max / 2
+        self.metadata.overlay_bytes() < self.overlay_bytes_max / 2 && !self.log.is_pressed()
     }
 
-    /// Waits until the overlay has room for more. Blocking; for the thread that applies.
-    pub fn wait_for_room(&self) -> Result<(), FatalError> {
+    /// Waits until the overlay has room for more and, where the log may have to wait for room, until the log has entry
+    /// `last` on the disk: what is applied and not logged could not be flushed, so nothing could be purged either, and
+    /// the log would wait for ever. Blocking; for the thread that applies.
+    pub fn wait_for_room(&self, last: u64) -> Result<(), FatalError> {
+        if self.log.is_pressed() {
+            let flushed = self.log.wait_flushed(last);
+            flushed.map_err(|error| self.fatal.raise("wait for the log", error))?;
+        }
         loop {
             if let Some(fatal) = self.fatal.raised() {
                 return Err(fatal);

@@ -195,12 +195,23 @@ impl LogStore {
         }
     }
 
-    /// Waits until all that has been appended so far is on stable storage. Blocking.
-    pub fn wait_flushed(&self) -> io::Result<()> {
+    /// Whether the reserve for a full disk is used: from now on every purge counts, and nothing is certain to be written
+    /// soon.
+    pub fn is_pressed(&self) -> bool {
+        let counters = &self.0.shared.counters;
+        counters.disk_full.load(Ordering::Relaxed) || !counters.reserve_held.load(Ordering::Relaxed)
+    }
+
+    /// Whether entry `index`, which has been appended, is on stable storage (or purged).
+    pub fn is_flushed(&self, index: u64) -> bool {
+        self.0.shared.memory.lock().is_placed(index)
+    }
+
+    /// Waits until entry `index`, which has been appended, and all before it are on stable storage. Blocking.
+    pub fn wait_flushed(&self, index: u64) -> io::Result<()> {
         let shared = &self.0.shared;
         let mut memory = shared.memory.lock();
-        let ticket = memory.ticket_last;
-        while memory.ticket_flushed < ticket {
+        while !memory.is_placed(index) {
             if let Some(fatal) = shared.fatal.raised() {
                 return Err(fatal.into());
             }
@@ -208,6 +219,19 @@ impl LogStore {
             shared.flushed.wait_for(&mut memory, Duration::from_millis(100));
         }
         Ok(())
+    }
+
+    /// Waits until all that has been appended so far is on stable storage, votes and marks too. Blocking.
+    #[cfg(test)]
+    pub fn wait_all_flushed(&self) {
+        let mut memory = self.0.shared.memory.lock();
+        let ticket = memory.ticket_last;
+        while memory.ticket_flushed < ticket {
+            self.0
+                .shared
+                .flushed
+                .wait_for(&mut memory, Duration::from_millis(100));
+        }
     }
 
     fn healthy(&self) -> io::Result<()> {

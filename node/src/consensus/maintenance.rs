@@ -77,8 +77,7 @@ impl Consensus {
             let taken = metrics.borrow_watched().snapshot;
             (taken, raft)
         };
-        let status = self.0.log.status();
-        let is_pressed = status.disk_full || !status.reserve_held;
+        let is_pressed = self.0.log.is_pressed();
         let grown = self.0.log.bytes_after(taken.map(|id| id.index));
         let is_large = grown > self.0.options.snapshot_log_bytes + self.0.options.wal.file_bytes;
         let gives_room =

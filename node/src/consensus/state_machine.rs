@@ -121,10 +121,24 @@ impl StateMachine {
         })
     }
 
+    /// On a full disk what the log has first: the rest may wait for a purge behind it.
+    fn apply_some(&mut self, mut entries: Vec<EntryResponder<TypeConfig>>) -> Result<(), FatalError> {
+        if self.log.is_pressed() {
+            let flushed = entries.partition_point(|(entry, _)| self.log.is_flushed(entry.log_id.index));
+            if flushed > 0 && flushed < entries.len() {
+                let rest = entries.split_off(flushed);
+                self.apply_batch(entries)?;
+                entries = rest;
+            }
+        }
+        self.apply_batch(entries)
+    }
+
     fn apply_batch(&mut self, entries: Vec<EntryResponder<TypeConfig>>) -> Result<(), FatalError> {
         let began = Instant::now();
         let entries_count = entries.len() as u64;
-        self.flusher.wait_for_room()?;
+        let last_index = entries.last().map_or(0, |(entry, _)| entry.log_id.index);
+        self.flusher.wait_for_room(last_index)?;
         let mut consequences = Consequences::default();
         let mut batch = self.metadata.begin();
         let mut last = None;
@@ -346,7 +360,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             } else {
                 Wait::InPlace
             };
-            self.or_stop(wait, "apply commands", |this| this.apply_batch(batch))?;
+            self.or_stop(wait, "apply commands", |this| this.apply_some(batch))?;
         }
         Ok(())
     }

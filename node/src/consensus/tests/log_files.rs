@@ -316,7 +316,7 @@ async fn a_failed_write_is_fatal_and_nothing_is_acknowledged_after_it() {
     let reason = fatal.wait().await;
     assert_eq!(reason.doing, "write the log");
     assert!(log.save_vote(&vote(9, 1)).await.is_err());
-    assert!(log.wait_flushed().is_err());
+    assert!(log.wait_flushed(1).is_err());
 }
 
 /// A small filesystem of its own, gone with the value; `None` where the tests may not mount.
@@ -418,7 +418,9 @@ async fn on_a_full_disk_a_purge_makes_room_for_what_waits_before_it() {
             break index - 1;
         }
     };
-    assert!(log.status().disk_full);
+    assert!(log.status().disk_full && log.is_pressed());
+    assert!(log.is_flushed(last - 1) && !log.is_flushed(last));
+    log.wait_flushed(last - 1).unwrap();
     let upto = log.purgeable(last - 1, 0).unwrap();
     // Behind what waits, as the log hears of it from a node that goes on.
     log.purge(log_id(1, upto)).await.unwrap();

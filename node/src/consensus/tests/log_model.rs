@@ -130,7 +130,7 @@ async fn step_both(model: &mut Model, mut opened: Opened, step: Step) -> Opened 
             return open(opened.close());
         }
         Step::Crash => {
-            opened.log.wait_flushed().unwrap();
+            opened.log.wait_all_flushed();
             let copy = folder();
             let listing = std::fs::read_dir(opened.folder.path()).unwrap();
             let mut paths: Vec<_> = listing.map(|item| item.unwrap().path()).collect();

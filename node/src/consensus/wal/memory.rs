@@ -160,6 +160,12 @@ impl LogMemory {
         self.slot(index).map(|slot| slot.log_id)
     }
 
+    /// Whether entry `index` does not wait to be written: it is on disk, or not held.
+    pub fn is_placed(&self, index: u64) -> bool {
+        let unwritten = |slot: &Slot| matches!(slot.body, Body::Unwritten(_));
+        !self.slot(index).is_some_and(unwritten)
+    }
+
     fn slot(&self, index: u64) -> Option<&Slot> {
         self.slots
             .get(usize::try_from(index.checked_sub(self.first)?).ok()?)
