@@ -196,7 +196,7 @@ fn p1_with_durability_fsync_a_crash_leaves_a_prefix_and_all_that_was_synced() {
             let directory = folder.join(format!("{number:05}.directory"));
             (
                 fs::read(path).is_ok_and(|left| left == expected),
-                directory.is_dir() || number % 5 != 0,
+                directory.is_dir() || !number.is_multiple_of(5),
             )
         };
         let left = (0..)
