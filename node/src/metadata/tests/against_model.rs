@@ -545,13 +545,9 @@ fn install(node: &mut Node, history: &History, view: &View) {
     let old_view = other.view();
     let old_rows = dump(&old_view);
     let mut installation = other.store.begin_install().unwrap();
-    for some in rows.chunks(7) {
-        installation.add(some).unwrap();
-    }
-    assert_eq!(
-        &other.store.install(installation.finish().unwrap()).unwrap(),
-        snapshot.position()
-    );
+    rows.chunks(7).for_each(|some| installation.add(some).unwrap());
+    let received = installation.finish().unwrap();
+    assert_eq!(&other.store.install(received).unwrap(), snapshot.position());
     assert_eq!(&other.store.durable_position(), snapshot.position());
     assert_eq!(dump(&old_view), old_rows, "a view from before changed");
     reapply(&other.store, &history.log);
