@@ -1,21 +1,39 @@
-//! The read barrier: ReadIndex, one round at a time, for all who came before the round began.
+//! The read barrier: ReadIndex (Raft dissertation, section 6.4), one round at a time, for all who came before the round
+//! began.
 //!
-//! A round asks a quorum whether this node still leads, then waits until what was committed when it began has
-//! been applied. Who comes during a round waits for the next: what was acknowledged before they came may be
-//! newer than the round.
+//! A round notes what is committed, asks a quorum whether this node still leads, then waits until what was noted has
+//! been applied. Who comes during a round waits for the next: what was acknowledged before they came may be newer than
+//! the round.
+//!
+//! The question is an append without entries, of this round alone, and only its own answer counts. openraft's clock of
+//! acknowledgements will not do: it takes the answer to an append for the answer to all that were sent with the same last
+//! entry, so one that was given long before (and came late, for this node had been stopped) can pass for that to a
+//! request that nobody has answered yet.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use openraft::ReadPolicy;
-use openraft::errors::{LinearizableReadError, RaftError};
+use futures::StreamExt as _;
+use openraft::ServerState;
+use openraft::network::{RPCOption, RaftNetworkFactory as _, RaftNetworkV2 as _};
+use openraft::raft::{AppendEntriesRequest, StreamAppendError};
 use parking_lot::Mutex;
-use tokio::sync::{Notify, oneshot};
+use quorumfs_proto::Addresses;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 
-use super::{BarrierError, Consensus, named_leader};
+use super::network::{NetworkFactory, PeerNetwork};
+use super::types::{TypeConfig, Vote, VoterId};
+use super::{BarrierError, Consensus};
 
 /// How long applying may lag behind what is committed before waiting makes no sense.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(10);
+/// A new leader commits an entry of its own as soon as a quorum has it; how often it is looked whether it has.
+const FIRST_COMMIT_INTERVAL: Duration = Duration::from_millis(5);
+/// Who could not be asked is asked again so soon.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
 
 type Waiter = oneshot::Sender<Result<(), BarrierError>>;
 
@@ -63,9 +81,127 @@ impl Barrier {
     }
 }
 
+/// What this node is at one moment of a round.
+struct Standing {
+    state: ServerState,
+    vote: Vote,
+    /// Up to where in the log everything had been acknowledged that ever was, if this node leads.
+    committed: Option<u64>,
+    /// The term of that entry.
+    committed_term: Option<u64>,
+    voter_sets: Vec<BTreeSet<VoterId>>,
+    nodes: BTreeMap<VoterId, Addresses>,
+}
+
+/// What one voter says.
+enum Said {
+    /// It has promised nothing to anyone newer.
+    StillLeads,
+    /// It has.
+    Superseded,
+}
+
+/// Whether the leader of `vote` leads, and whom to tell. Each voter answers once.
+#[derive(Clone)]
+struct Question {
+    vote: Vote,
+    answers: mpsc::UnboundedSender<(VoterId, Said)>,
+}
+
+/// Those who ask, a task for each peer: it asks the newest question when it is done with the one before.
+struct Askers {
+    network: NetworkFactory,
+    question: watch::Sender<Option<Question>>,
+    tasks: BTreeMap<VoterId, (Addresses, AbortOnDropHandle<()>)>,
+}
+
+impl Askers {
+    fn new(network: NetworkFactory) -> Askers {
+        Askers {
+            network,
+            question: watch::Sender::new(None),
+            tasks: BTreeMap::new(),
+        }
+    }
+
+    /// Asks `peers` whether the leader of `vote` leads.
+    async fn ask(
+        &mut self,
+        vote: Vote,
+        peers: BTreeMap<VoterId, Addresses>,
+        timeout: Duration,
+    ) -> mpsc::UnboundedReceiver<(VoterId, Said)> {
+        self.tasks
+            .retain(|peer, (address, _)| peers.get(peer) == Some(address));
+        for (peer, addresses) in peers {
+            if !self.tasks.contains_key(&peer) {
+                let network = self.network.new_client(peer, &addresses).await;
+                let task = tokio::spawn(answer_for(peer, network, self.question.subscribe(), timeout));
+                self.tasks.insert(peer, (addresses, AbortOnDropHandle::new(task)));
+            }
+        }
+        let (answers, said) = mpsc::unbounded_channel();
+        self.question.send_replace(Some(Question { vote, answers }));
+        said
+    }
+}
+
+/// Asks `peer` every question that is the newest when it can be asked.
+async fn answer_for(
+    peer: VoterId,
+    mut network: PeerNetwork,
+    mut questions: watch::Receiver<Option<Question>>,
+    timeout: Duration,
+) {
+    while questions.changed().await.is_ok() {
+        let Some(question) = questions.borrow_and_update().clone() else {
+            continue;
+        };
+        let mut is_newest = true;
+        while is_newest && !question.answers.is_closed() {
+            let asked = ask(peer, &mut network, &question);
+            if let Ok(Some(())) = tokio::time::timeout(timeout, asked).await {
+                break;
+            }
+            tokio::time::sleep(ASK_AGAIN).await;
+            is_newest = questions.has_changed().is_ok_and(|changed| !changed);
+        }
+    }
+}
+
+/// Asks `peer` once; `None`: it did not say.
+async fn ask(peer: VoterId, network: &mut PeerNetwork, question: &Question) -> Option<()> {
+    let request = AppendEntriesRequest::<TypeConfig> {
+        vote: question.vote,
+        prev_log_id: None,
+        entries: Vec::new(),
+        leader_commit: None,
+    };
+    let requests = futures::stream::iter([request]);
+    let opened = network.stream_append(requests, RPCOption::new(Duration::ZERO));
+    let mut answers = opened.await.ok()?;
+    let said = match answers.next().await? {
+        Ok(Ok(_)) => Said::StillLeads,
+        Ok(Err(StreamAppendError::HigherVote(_))) => Said::Superseded,
+        // openraft hears in the answers to its own requests what is wrong.
+        Ok(Err(StreamAppendError::Conflict(_))) | Err(_) => return None,
+    };
+    // Where nobody listens any more the round is over.
+    let _ = question.answers.send((peer, said));
+    // To its end: a stream that is dropped before has to be reset.
+    while answers.next().await.is_some() {}
+    Some(())
+}
+
+fn is_quorum(sets: &[BTreeSet<VoterId>], of: &BTreeSet<VoterId>) -> bool {
+    sets.iter()
+        .all(|set| set.intersection(of).count() > set.len() / 2)
+}
+
 impl Consensus {
-    pub(super) async fn run_barrier(self) {
+    pub(super) async fn run_barrier(self, network: NetworkFactory) {
         let barrier = &self.0.barrier;
+        let mut askers = Askers::new(network);
         loop {
             barrier.wake.notified().await;
             let waiting = barrier.waiting.lock().as_mut().map(std::mem::take);
@@ -73,7 +209,7 @@ impl Consensus {
                 continue;
             };
             barrier.rounds.fetch_add(1, Ordering::Relaxed);
-            let result = self.barrier_round().await;
+            let result = self.barrier_round(&mut askers).await;
             for waiter in waiting {
                 // Who has gone does not want to know.
                 let _ = waiter.send(result.clone());
@@ -81,23 +217,83 @@ impl Consensus {
         }
     }
 
-    async fn barrier_round(&self) -> Result<(), BarrierError> {
-        let unavailable = |reason: String| BarrierError::Unavailable { reason };
-        self.recovered().map_err(unavailable)?;
-        let raft = &self.0.raft;
-        let linearizer = match raft.get_read_linearizer(ReadPolicy::ReadIndex).await {
-            Ok(linearizer) => linearizer,
-            Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward))) => {
+    /// Every voter of the quorum that answers had, when it did, promised nothing to a leader newer than this node: so
+    /// none had been elected when the round began, and what is committed here was all that anyone had been told of.
+    async fn barrier_round(&self, askers: &mut Askers) -> Result<(), BarrierError> {
+        let unavailable = |reason: &str| BarrierError::Unavailable {
+            reason: reason.to_string(),
+        };
+        self.recovered()
+            .map_err(|reason| BarrierError::Unavailable { reason })?;
+        let timeout = Duration::from_millis(self.0.options.timings.election_ms_max);
+        let deadline = Instant::now() + timeout;
+        let Standing {
+            vote,
+            committed,
+            voter_sets,
+            mut nodes,
+            ..
+        } = self.standing_as_leader(deadline).await?;
+        // This node itself has promised nothing to anyone newer: it leads.
+        let mut confirmed = BTreeSet::from([self.0.id]);
+        if !is_quorum(&voter_sets, &confirmed) {
+            nodes.retain(|id, _| *id != self.0.id && voter_sets.iter().any(|set| set.contains(id)));
+            let mut said = askers.ask(vote, nodes, timeout).await;
+            while !is_quorum(&voter_sets, &confirmed) {
+                match tokio::time::timeout_at(deadline, said.recv()).await {
+                    Ok(Some((peer, Said::StillLeads))) => confirmed.insert(peer),
+                    Ok(Some((_, Said::Superseded))) => {
+                        return Err(unavailable("another node stands for election or leads"));
+                    }
+                    Ok(None) | Err(_) => return Err(unavailable("no quorum of the voters answers")),
+                };
+            }
+        }
+        if committed <= Some(self.0.metadata.position().index) {
+            return Ok(());
+        }
+        let wait = self.0.raft.wait(Some(APPLY_TIMEOUT));
+        match wait.applied_index_at_least(committed, "read barrier").await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(BarrierError::Unavailable {
+                reason: format!("applying is behind: {error}"),
+            }),
+        }
+    }
+
+    /// Where this node stands, once it leads and has committed an entry of its term: before, it does not know what the
+    /// leaders before it had acknowledged.
+    async fn standing_as_leader(&self, deadline: Instant) -> Result<Standing, BarrierError> {
+        loop {
+            let standing = self.0.raft.with_raft_state(|state| {
+                let committed = state.local_committed();
+                let membership = state.membership_state.effective().membership();
+                Standing {
+                    state: state.server_state,
+                    vote: *state.vote_ref(),
+                    committed: committed.map(|id| id.index),
+                    committed_term: committed.map(|id| id.committed_leader_id().term),
+                    voter_sets: membership.get_joint_config().clone(),
+                    nodes: membership.nodes().map(|(id, node)| (*id, node.clone())).collect(),
+                }
+            });
+            let standing = standing.await.map_err(|fatal| BarrierError::Unavailable {
+                reason: fatal.to_string(),
+            })?;
+            if standing.state != ServerState::Leader || !standing.vote.is_committed() {
                 return Err(BarrierError::NotLeader {
-                    leader: named_leader(&forward),
+                    leader: self.leader(),
                 });
             }
-            Err(error) => return Err(unavailable(error.to_string())),
-        };
-        match linearizer.try_await_ready(raft, Some(APPLY_TIMEOUT)).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(state)) => Err(unavailable(format!("applying is behind: {state}"))),
-            Err(fatal) => Err(unavailable(fatal.to_string())),
+            if standing.committed_term == Some(standing.vote.leader_id().term) {
+                return Ok(standing);
+            }
+            if Instant::now() >= deadline {
+                return Err(BarrierError::Unavailable {
+                    reason: "this node leads and has committed nothing yet".to_string(),
+                });
+            }
+            tokio::time::sleep(FIRST_COMMIT_INTERVAL).await;
         }
     }
 }

@@ -266,7 +266,7 @@ impl Consensus {
         )?;
         let id = VoterId(options.id);
         let network = NetworkFactory::new(id, transport, traffic, fatal.clone());
-        let raft = Raft::new(id, config, network, log.clone(), machine)
+        let raft = Raft::new(id, config, network.clone(), log.clone(), machine)
             .await
             .map_err(|error| ConsensusError::Raft(Box::new(error)))?;
         let admission_units = u32::try_from(options.admission_bytes_max / ADMISSION_UNIT_BYTES)
@@ -292,15 +292,15 @@ impl Consensus {
             options,
             tasks: Mutex::new(Vec::new()),
         }));
-        consensus.spawn_tasks();
+        consensus.spawn_tasks(network);
         Ok(consensus)
     }
 
-    fn spawn_tasks(&self) {
+    fn spawn_tasks(&self, network: NetworkFactory) {
         let tasks = [
             tokio::spawn(self.clone().note_recovery()),
             tokio::spawn(self.clone().note_stop()),
-            tokio::spawn(self.clone().run_barrier()),
+            tokio::spawn(self.clone().run_barrier(network)),
             tokio::spawn(self.clone().run_maintenance()),
         ];
         self.0.tasks.lock().extend(tasks);
