@@ -12,7 +12,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use quorumfs_proto::limits::MESSAGE_BYTES_MAX;
 use quorumfs_proto::wire::peer_client::PeerClient;
-use quorumfs_proto::{Addresses, ClusterId, Sha256};
+use quorumfs_proto::{Addresses, ClusterId, Member, NodeId, Sha256};
 use subtle::ConstantTimeEq as _;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
@@ -21,6 +21,10 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 
 /// The metadata key with which every request between nodes names its cluster.
 pub const CLUSTER_KEY: &str = "quorumfs-cluster";
+
+/// The metadata key with which a request names the node that it is for, where an answer counts as that node's: one that
+/// was wiped has another incarnation at the same address. Without it nothing is compared.
+pub const NODE_KEY: &str = "quorumfs-node";
 
 /// A node that does not answer a connection attempt in this time is not reachable.
 const CONNECT_TIMEOUT_MS: u64 = 1_000;
@@ -63,16 +67,21 @@ impl TlsFiles {
 }
 
 /// A client of a peer, with the cluster's name on every request.
-pub type Peer = PeerClient<InterceptedService<Channel, ClusterHeader>>;
+pub type Peer = PeerClient<InterceptedService<Channel, AddressHeaders>>;
 
-/// Puts [`CLUSTER_KEY`] on requests.
+/// Puts [`CLUSTER_KEY`] and [`NODE_KEY`] on requests.
 #[derive(Clone, Debug)]
-pub struct ClusterHeader(Option<MetadataValue<Ascii>>);
+pub struct AddressHeaders {
+    cluster: Option<MetadataValue<Ascii>>,
+    node: Option<MetadataValue<Ascii>>,
+}
 
-impl Interceptor for ClusterHeader {
+impl Interceptor for AddressHeaders {
     fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, tonic::Status> {
-        if let Some(value) = &self.0 {
-            request.metadata_mut().insert(CLUSTER_KEY, value.clone());
+        for (key, value) in [(CLUSTER_KEY, &self.cluster), (NODE_KEY, &self.node)] {
+            if let Some(value) = value {
+                request.metadata_mut().insert(key, value.clone());
+            }
         }
         Ok(request)
     }
@@ -101,6 +110,11 @@ impl Transport {
         *self.cluster.lock() = Some(cluster);
     }
 
+    /// A client of `member`: whoever else answers at its address refuses. Fails only where the address cannot be one.
+    pub fn member(&self, member: &Member, purpose: Purpose) -> Result<Peer, tonic::transport::Error> {
+        self.client(&member.addresses.grpc, Some(member.id), purpose)
+    }
+
     /// A client of the node at `addresses`; fails only where the address cannot be one.
     pub fn peer(&self, addresses: &Addresses, purpose: Purpose) -> Result<Peer, tonic::transport::Error> {
         self.peer_at(&addresses.grpc, purpose)
@@ -108,13 +122,25 @@ impl Transport {
 
     /// As [`Transport::peer`], for a `host:port` of which no more is known.
     pub fn peer_at(&self, address: &str, purpose: Purpose) -> Result<Peer, tonic::transport::Error> {
+        self.client(address, None, purpose)
+    }
+
+    fn client(
+        &self,
+        address: &str,
+        node: Option<NodeId>,
+        purpose: Purpose,
+    ) -> Result<Peer, tonic::transport::Error> {
         let channel = self.channel(address, purpose)?;
-        let value = self.cluster.lock().map(|id| {
-            id.to_string()
-                .parse()
-                .expect("hexadecimal digits are a header value")
-        });
-        Ok(PeerClient::with_interceptor(channel, ClusterHeader(value))
+        let header = |text: String| {
+            text.parse()
+                .expect("hexadecimal digits and an @ are a header value")
+        };
+        let headers = AddressHeaders {
+            cluster: self.cluster.lock().map(|id| header(id.to_string())),
+            node: node.map(|id| header(id.to_string())),
+        };
+        Ok(PeerClient::with_interceptor(channel, headers)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX))
     }

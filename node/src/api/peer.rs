@@ -1,5 +1,6 @@
 //! The service for the other nodes: consensus messages and chunks. Every request but `Hello` must name this node's
-//! cluster; one that names another is refused, so that folders of two clusters never mix.
+//! cluster; one that names another is refused, so that folders of two clusters never mix. So is one that names another
+//! node, or an earlier incarnation of this one.
 
 use std::sync::Arc;
 
@@ -20,7 +21,7 @@ use crate::healing::completeness::{Asked, completeness};
 use crate::metadata::FEATURE_LEVEL;
 use crate::node::{Node, Parts};
 use crate::read::task_failed;
-use crate::transport::CLUSTER_KEY;
+use crate::transport::{CLUSTER_KEY, NODE_KEY};
 
 /// Chunks of one stream worked on at once.
 const CHUNKS_PER_STREAM_MAX: usize = 64;
@@ -38,7 +39,7 @@ impl PeerService {
         PeerService { node }
     }
 
-    /// The parts, for a request that names this cluster.
+    /// The parts, for a request that names this cluster and, if any, this node.
     fn admit<T>(&self, request: &Request<T>) -> Result<&Parts, Status> {
         let parts = self
             .node
@@ -55,7 +56,14 @@ impl PeerService {
                 "this node belongs to cluster {own}, not to {named}"
             )));
         }
-        Ok(parts)
+        // What this node holds counts for the incarnation that was asked, so no other may answer in its name.
+        let own = self.node.own().id.to_string();
+        match request.metadata().get(NODE_KEY) {
+            Some(meant) if meant.as_bytes() != own.as_bytes() => Err(Status::failed_precondition(format!(
+                "this is node {own}, another is meant"
+            ))),
+            _ => Ok(parts),
+        }
     }
 }
 

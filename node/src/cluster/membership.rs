@@ -373,7 +373,7 @@ impl Roster {
     /// A connection to `member`.
     pub fn peer_of(&self, member: &Member, purpose: Purpose) -> Result<Peer, String> {
         self.transport
-            .peer(&member.addresses, purpose)
+            .member(member, purpose)
             .map_err(|error| error.to_string())
     }
 }

@@ -340,7 +340,7 @@ impl PeerChunks {
         let failed = |reason: String| HeldError { peer: at.id, reason };
         let mut peer = self
             .transport
-            .peer(&at.addresses, Purpose::Control)
+            .member(at, Purpose::Control)
             .map_err(|error| failed(error.to_string()))?;
         let mut request = tonic::Request::new(HeldChunksRequest {
             chunks: ids.iter().map(|id| (*id).into()).collect(),
@@ -362,7 +362,7 @@ impl PeerChunks {
         let failed = |reason: String| HeldError { peer: at.id, reason };
         let mut peer = self
             .transport
-            .peer(&at.addresses, Purpose::Control)
+            .member(at, Purpose::Control)
             .map_err(|error| failed(error.to_string()))?;
         let request = VerifyChunksRequest {
             chunks: ids.iter().map(|id| (*id).into()).collect(),
@@ -397,7 +397,7 @@ impl PeerChunks {
         {
             return Ok(Arc::clone(known));
         }
-        let peer = self.transport.peer(&member.addresses, Purpose::Bulk)?;
+        let peer = self.transport.member(member, Purpose::Bulk)?;
         let made = Arc::new(Lines {
             address: member.addresses.grpc.clone(),
             push: Line::new(PushProtocol(peer.clone()), self.progress_timeout),

@@ -52,6 +52,13 @@ pub async fn completeness(
         own,
         through_index,
     } = asked;
+    if !layout.voters().contains(&own) {
+        // Who should hold nothing lacks nothing, which is not what was asked.
+        return Ok(Completeness {
+            through_index: metadata.position().index,
+            missing: 1,
+        });
+    }
     let deadline = Instant::now() + Duration::from_millis(PATIENCE_MS);
     while metadata.position().index < through_index {
         if Instant::now() >= deadline {
@@ -104,4 +111,32 @@ fn missing_now(
         }
     }
     Ok((view.index(), missing))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::content::ContentOptions;
+    use crate::metadata::MetadataOptions;
+
+    #[tokio::test]
+    async fn who_should_hold_nothing_is_not_whole() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("metadata.redb");
+        let metadata = MetadataStore::open(&path, MetadataOptions::default()).expect("metadata");
+        let opened = ContentStore::open(&folder.path().join("content"), ContentOptions::default());
+        let (metadata, content) = (Arc::new(metadata), Arc::new(opened.expect("content").0));
+        let node = |incarnation| NodeId { slot: 1, incarnation };
+        let missing = async |own| {
+            let asked = Asked {
+                layout: Layout::new([node(7)].into(), 3),
+                own,
+                through_index: 0,
+            };
+            let found = completeness(metadata.clone(), content.clone(), asked).await;
+            found.expect("it is known").missing
+        };
+        assert_eq!(missing(node(7)).await, 0, "nothing is named");
+        assert_ne!(missing(node(8)).await, 0, "another incarnation was asked");
+    }
 }
