@@ -397,7 +397,7 @@ mod tests {
     }
 
     fn open(files: &OpenFiles<()>, inode: InodeNumber) -> Arc<OpenFile<()>> {
-        let handle = files.add(files.hold(inode), OpenFlags::from(libc::O_RDWR));
+        let handle = files.add(files.hold(inode), OpenFlags::from(libc::O_RDWR), None);
         files.get(handle).unwrap()
     }
 

@@ -50,9 +50,9 @@ impl Reader {
             Ok(answer) => CallReply::Answer(answer),
             Err(fault) => {
                 error!(%fault, "metadata cannot be read");
-                CallReply::Refused(Refusal::Unavailable {
-                    reason: fault.to_string(),
-                })
+                let reason = fault.to_string();
+                self.consensus.unreadable(fault);
+                CallReply::Refused(Refusal::Unavailable { reason })
             }
         }
     }

@@ -44,7 +44,7 @@ use crate::healing::audit::Auditor;
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::{Repair, RepairOptions, RepairParts};
 use crate::healing::sweep::Sweeper;
-use crate::metadata::{MetadataOptions, MetadataStore};
+use crate::metadata::{MetadataOptions, MetadataStore, StorageFault};
 use crate::node::{Node, Parts};
 use crate::read::Reader;
 use crate::transport::{TlsFiles, Transport};
@@ -87,6 +87,9 @@ pub enum Renounced {
     /// The log is damaged or gone.
     #[error("{0}; what is left was set aside, and the node takes part as a new one")]
     Log(ConsensusError),
+    /// The metadata is damaged.
+    #[error("{0}; the metadata was set aside, and the node takes part as a new one")]
+    Metadata(String),
     /// A majority has other metadata.
     #[error(
         "the metadata at entry {index} differs from that of a majority; it was set aside, and the node takes part as a \
@@ -200,7 +203,12 @@ async fn run_parts(
         info!(?report, "content store opened");
         anyhow::Ok((Arc::new(metadata), Arc::new(content)))
     });
-    let (metadata, content) = opened.await.context("open the data folder")??;
+    let (metadata, content) = match opened.await.context("open the data folder")? {
+        Err(error) if is_damaged_metadata(&error) && has_others(config) => {
+            return Err(StartAgain::AsNew(Renounced::Metadata(format!("{error:#}")).into());
+        }
+        opened => opened?,
+    };
 
     let (effects, applied) = tokio::sync::mpsc::channel(EFFECTS_QUEUED_MAX);
     let mut options = ConsensusOptions::new(node.own().id, membership.cluster, config.data.join(LOG_FOLDER));
@@ -220,7 +228,7 @@ async fn run_parts(
     .await;
     let consensus = match consensus {
         Ok(consensus) => consensus,
-        Err(error) if error.costs_incarnation() && (config.members.len() > 1 || !config.founds) => {
+        Err(error) if error.costs_incarnation() && has_others(config) => {
             return Err(StartAgain::AsNew(Renounced::Log(error)).into());
         }
         Err(error) => return Err(error).context("start consensus"),
@@ -365,7 +373,12 @@ async fn run_parts(
     info!("node takes part in its cluster");
     // A failed flush is never retried: what the disk holds is not known any more (design, Rule flush).
     let reason = tokio::select! {
-        reason = consensus_fault.fatal() => reason.to_string(),
+        reason = consensus_fault.fatal() => {
+            if reason.is_damaged_metadata() && has_others(config) {
+                return Err(StartAgain::AsNew(Renounced::Metadata(reason.to_string())).into());
+            }
+            reason.to_string()
+        }
         stopped = content_fault.fatal() => stopped.to_string(),
         index = audited.contradicted() => return Err(StartAgain::AsNew(Renounced::State { index }).into()),
     };
@@ -376,6 +389,16 @@ async fn run_parts(
         return Err(StartAgain::WithLessContent(stopped).into());
     }
     anyhow::bail!("the node stops because its disk failed: {reason}")
+}
+
+/// Whether there are nodes from which what is lost here can be had.
+fn has_others(config: &Config) -> bool {
+    config.members.len() > 1 || !config.founds
+}
+
+fn is_damaged_metadata(error: &anyhow::Error) -> bool {
+    let fault = error.downcast_ref::<StorageFault>();
+    fault.is_some_and(StorageFault::is_damage)
 }
 
 /// How long a log file is on a disk of `capacity_bytes`: the log and what is kept free for it take some of these, which

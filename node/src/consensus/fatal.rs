@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use crate::metadata::StorageFault;
+
 /// Why the node must stop.
 #[derive(Clone, Debug)]
 pub struct FatalError {
@@ -17,6 +19,14 @@ pub struct FatalError {
     pub doing: &'static str,
     /// What came of it.
     pub source: Arc<dyn Error + Send + Sync>,
+}
+
+impl FatalError {
+    /// Whether it is that the metadata on this node's disk is damaged, which the node can make anew.
+    pub fn is_damaged_metadata(&self) -> bool {
+        let fault = self.source.downcast_ref::<StorageFault>();
+        fault.is_some_and(StorageFault::is_damage)
+    }
 }
 
 impl fmt::Display for FatalError {

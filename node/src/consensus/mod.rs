@@ -60,7 +60,7 @@ use self::snapshot::SnapshotTraffic;
 use self::state_machine::{Outlets, StateMachine};
 use self::types::{TypeConfig, VoterId, member};
 use crate::content::ContentStore;
-use crate::metadata::{CallResult, LogBody, LogCommand, MetadataStore, View};
+use crate::metadata::{CallResult, LogBody, LogCommand, MetadataStore, StorageFault, View};
 use crate::transport::Transport;
 
 pub use self::fatal::FatalError;
@@ -94,6 +94,10 @@ pub enum ConsensusError {
         /// The last applied entry.
         index: u64,
     },
+    /// The metadata is damaged, as entries of the log show that were to be applied again. It costs the node its
+    /// incarnation.
+    #[error(transparent)]
+    Metadata(FatalError),
     /// The metadata's note of its position cannot be read.
     #[error("position of the metadata: {0}")]
     Position(#[from] codec::DecodeError),
@@ -112,10 +116,10 @@ pub enum ConsensusError {
 }
 
 impl ConsensusError {
-    /// Whether the node has forgotten what it promised, so that it must not take part as whom it was.
+    /// Whether the node has forgotten what it promised, or made of it, so that it must not take part as whom it was.
     pub fn costs_incarnation(&self) -> bool {
         match self {
-            ConsensusError::LogLost { .. } | ConsensusError::AllLost => true,
+            ConsensusError::LogLost { .. } | ConsensusError::AllLost | ConsensusError::Metadata(_) => true,
             ConsensusError::Log(error) => matches!(
                 error,
                 WalError::DamagedBelowWatermark { .. }
@@ -268,7 +272,10 @@ impl Consensus {
         let network = NetworkFactory::new(id, transport, traffic, fatal.clone());
         let raft = Raft::new(id, config, network.clone(), log.clone(), machine)
             .await
-            .map_err(|error| ConsensusError::Raft(Box::new(error)))?;
+            .map_err(|error| match fatal.raised() {
+                Some(raised) if raised.is_damaged_metadata() => ConsensusError::Metadata(raised),
+                _ => ConsensusError::Raft(Box::new(error)),
+            })?;
         let admission_units = u32::try_from(options.admission_bytes_max / ADMISSION_UNIT_BYTES)
             .unwrap_or(u32::MAX)
             .clamp(1, Semaphore::MAX_PERMITS as u32);
@@ -524,6 +531,13 @@ impl Consensus {
     pub fn fatal(&self) -> impl Future<Output = FatalError> + Send + 'static {
         let fatal = self.0.fatal.clone();
         async move { fatal.wait().await }
+    }
+
+    /// The metadata could not be read, for `fault`: where it is damaged the node must stop.
+    pub fn unreadable(&self, fault: StorageFault) {
+        if fault.is_damage() {
+            self.0.fatal.raise("read the metadata", fault);
+        }
     }
 
     /// Takes no part any more; what is queued for the log is written first.

@@ -174,6 +174,7 @@ impl Auditor {
                 Ok(Ok(digest)) => digest,
                 Ok(Err(fault)) => {
                     error!(%fault, "the metadata cannot be compared");
+                    self.consensus.unreadable(fault);
                     continue;
                 }
                 Err(panic) => {

@@ -4,8 +4,8 @@
 use quorumfs_proto::FsError;
 use quorumfs_proto::codec::DecodeError;
 
-/// What is wrong with this node's metadata storage. The node must stop with it, except for
-/// [`StorageFault::NoSpace`].
+/// What is wrong with this node's metadata storage. The node must stop with it, except for [`StorageFault::NoSpace`];
+/// where it [is damage](StorageFault::is_damage) it makes its metadata anew.
 #[derive(Debug, thiserror::Error)]
 pub enum StorageFault {
     /// The database failed.
@@ -61,6 +61,25 @@ pub enum StorageFault {
 }
 
 impl StorageFault {
+    /// Whether what lies on this node's disk is not what was written there: reading it again does not help, and the other
+    /// nodes have it right. Contradictions between rows that match their checksums do not count: what a program did wrong
+    /// it did wrong on all nodes, and then none may throw its state away.
+    pub fn is_damage(&self) -> bool {
+        use std::io::ErrorKind;
+        match self {
+            StorageFault::Decode(DecodeError::Checksum { .. }) => true,
+            StorageFault::Database(error) => match &**error {
+                redb::Error::Corrupted(_) => true,
+                // How redb says that a file is none of its own, or was cut.
+                redb::Error::Io(error) => {
+                    matches!(error.kind(), ErrorKind::InvalidData | ErrorKind::UnexpectedEof)
+                }
+                _ => false,
+            },
+            _ => false,
+        }
+    }
+
     pub(super) fn inconsistent(what: impl Into<String>) -> StorageFault {
         StorageFault::Inconsistent { what: what.into() }
     }

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use quorumfs_proto::codec::DecodeError;
 
 use super::fault::StorageFault;
 use super::files::{TemporaryFile, available_bytes, sync_file};
@@ -43,7 +44,7 @@ impl Snapshot {
         &self.position
     }
 
-    /// All rows, sorted by table and key.
+    /// All rows, sorted by table and key, up to the first that is damaged.
     pub fn rows(&self) -> impl Iterator<Item = Result<Row, StorageFault>> + Send + '_ {
         Table::ALL.into_iter().flat_map(|table| {
             let (rows, failed) = match self.base.table(table).range::<&[u8]>(..) {
@@ -52,6 +53,9 @@ impl Snapshot {
             };
             let rows = rows.into_iter().flatten().map(move |row| {
                 let (key, value) = row?;
+                if !ends_in_its_checksum(value.value()) {
+                    return Err(DecodeError::Checksum { what: "a row" }.into());
+                }
                 Ok(Row {
                     table: table.number(),
                     key: Bytes::copy_from_slice(key.value()),

@@ -7,7 +7,8 @@ use quorumfs_proto::Operation;
 use quorumfs_proto::command::{NewInode, NewKind, Target};
 
 use super::reference::Reference;
-use super::verbs::{MIB, ROOT, ageless, close, contents, create, mount, mount_with, pattern, write};
+use super::support::{ageless, close, create, mount, mount_with, read_write, write};
+use super::verbs::{MIB, ROOT, contents, pattern};
 use crate::fs::{Durability, FsOptions};
 
 #[tokio::test]
@@ -26,7 +27,7 @@ async fn what_is_handed_over_is_committed_in_order_and_before_what_follows() {
     write(&fs, done_handle, 0, b"done").await;
     close(&fs, done_handle).await;
     // Written again while it waits: the second close has its own place.
-    let again = fs.open(data, super::verbs::read_write()).await.unwrap().handle;
+    let again = fs.open(data, read_write()).await.unwrap().handle;
     write(&fs, again, 0, b"again").await;
     close(&fs, again).await;
     let directory = tokio::spawn({
