@@ -205,7 +205,7 @@ async fn run_parts(
     });
     let (metadata, content) = match opened.await.context("open the data folder")? {
         Err(error) if is_damaged_metadata(&error) && has_others(config) => {
-            return Err(StartAgain::AsNew(Renounced::Metadata(format!("{error:#}")).into());
+            return Err(StartAgain::AsNew(Renounced::Metadata(format!("{error:#}"))).into());
         }
         opened => opened?,
     };
