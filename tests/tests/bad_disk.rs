@@ -185,7 +185,7 @@ fn full_disks_are_enospc_and_deleting_makes_room_again() {
         fs::remove_file(newcomer.path(format!("file-{number}"))).expect("deleting works on a full disk");
     }
     newcomer.unmount();
-    wait_for("there is room again", Duration::from_secs(60), || {
+    wait_for("there is room again", Duration::from_secs(120), || {
         write_synced(&mount.path("again"), 77, FILE_BYTES).is_ok()
     });
     for slot in cluster.slots() {
@@ -328,7 +328,7 @@ fn with_one_node_dead_and_another_full_writes_are_enospc() {
     for number in 0..40 {
         fs::remove_file(at(number)).expect("deleting works");
     }
-    wait_for("there is room again", Duration::from_secs(60), || {
+    wait_for("there is room again", Duration::from_secs(120), || {
         write_synced(&mount.path("again"), 77, FILE_BYTES).is_ok()
     });
     cluster.start_node(3);

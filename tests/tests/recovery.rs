@@ -75,7 +75,14 @@ fn p7_content_deleted_under_a_running_node_comes_back_and_the_node_stays_who_it_
     let before = incarnation();
     fs::remove_dir_all(content_folder(&cluster, hurt)).expect("delete the content");
     // What comes now goes to a file that has no name any more: it does not count as held there.
-    files.extend(upload(&cluster, 1, "after", (0..4).map(|_| 3 << 20), &mut random));
+    let other = cluster.leader();
+    files.extend(upload(
+        &cluster,
+        other,
+        "after",
+        (0..4).map(|_| 3 << 20),
+        &mut random,
+    ));
     cluster.wait_log(
         hurt,
         &["was removed while it was in use"],

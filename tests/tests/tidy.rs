@@ -45,7 +45,7 @@ const FILE_LINES_MAX: usize = 600;
 /// Longer files, each with its length: a ratchet. It may shrink and must not grow.
 const LONGER_FILES: &[(&str, usize)] = &[
     ("mount/src/fs/tests/reference.rs", 729),
-    ("mount/src/fs/tests/verbs.rs", 680),
+    ("mount/src/fs/tests/verbs.rs", 627),
     ("mount/src/write_buffer.rs", 603),
     ("node/src/metadata/tests/against_model.rs", 657),
     ("node/src/metadata/tests/model.rs", 618),
