@@ -13,7 +13,9 @@
 //! them, since it fetches it from there when there is room). The books are kept in memory. Before redb passes what is in
 //! them a mark is put on the disk, and who starts with the mark there makes them again from what the log has.
 //!
-//! The log itself may have to wait for room, which only a purge may make: see [`Flusher::wait_for_room`].
+//! The log itself may have to wait for room, which only a purge may make: see [`Flusher::wait_for_room`]. Where more
+//! comes than the log has room for before a snapshot was taken that it could be purged behind, it waits until the disk is
+//! given room: the snapshot is openraft's to ask for, behind the applies that wait.
 //!
 //! A snapshot that is installed empties the books: what of them it names is stored before (see
 //! [`rescue`](super::rescue)).
