@@ -242,12 +242,12 @@ fn one_full_disk_stops_nobody_and_is_made_whole_when_it_has_room() {
 #[test]
 fn a_small_disk_full_of_small_files_takes_deletes_and_is_made_whole_by_itself() {
     const LARGE_BYTES: u64 = 8 << 20;
-    const LARGE_FILES: u64 = 54;
+    const LARGE_FILES: u64 = 56;
     // What rides inside commands.
     const SMALL_BYTES: u64 = 32 << 10;
-    const SMALL_FILES: u64 = 600;
+    const SMALL_FILES: u64 = 3_000;
     const WRITERS: u64 = 4;
-    const KEPT: u64 = 20;
+    const KEPT: u64 = 100;
     let sandbox = Sandbox::heavy("bad-small-follower");
     let cluster = Cluster::builder(&sandbox)
         .data_folder(3, small_disk(&sandbox, "disk", 512))

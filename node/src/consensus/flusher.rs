@@ -13,9 +13,8 @@
 //! them, since it fetches it from there when there is room). The books are kept in memory. Before redb passes what is in
 //! them a mark is put on the disk, and who starts with the mark there makes them again from what the log has.
 //!
-//! The log itself may have to wait for room, which only a purge may make: see [`Flusher::wait_for_room`]. Where more
-//! comes than the log has room for before a snapshot was taken that it could be purged behind, it waits until the disk is
-//! given room: the snapshot is openraft's to ask for, behind the applies that wait.
+//! The log itself may have to wait for room, which only a purge may make, behind a snapshot: see
+//! [`Flusher::wait_for_room`] and [`intake`](super::intake), and then nothing applied is left to wait for its time.
 //!
 //! A snapshot that is installed empties the books: what of them it names is stored before (see
 //! [`rescue`](super::rescue)).
@@ -169,7 +168,13 @@ impl Flusher {
             } else if oldest.is_none() {
                 oldest = Some(Instant::now());
             }
-            let aged = oldest.is_some_and(|since| since.elapsed() >= self.age_max);
+            // Where the log waits for a purge, the purge waits for this.
+            let age_max = if self.log.is_pressed() {
+                Duration::from_millis(TICK_MS).min(self.age_max)
+            } else {
+                self.age_max
+            };
+            let aged = oldest.is_some_and(|since| since.elapsed() >= age_max);
             let large = self.metadata.overlay_bytes() >= self.overlay_bytes_max / 2;
             if !(self.work.lock().wanted || aged || large) {
                 continue;

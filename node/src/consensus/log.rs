@@ -183,16 +183,14 @@ impl LogStore {
         std::fs::File::open(&self.0.directory)?.sync_all()
     }
 
-    /// Waits until half of what may wait to be flushed has room: a follower that takes no more from its leader before
-    /// goes on with the rest of its work, which may be what makes room on a full disk.
-    pub async fn half_room(&self) {
-        while self.0.shared.memory.lock().unflushed_bytes > self.0.unflushed_bytes_max / 2
-            && self.healthy().is_ok()
-        {
-            let room = self.0.shared.room.notified();
-            // The time-out bounds how late room is seen that came between the two.
-            let _ = tokio::time::timeout(Duration::from_millis(20), room).await;
-        }
+    /// Bytes that have been appended and are not on stable storage yet.
+    pub fn unflushed_bytes(&self) -> u64 {
+        self.0.shared.memory.lock().unflushed_bytes
+    }
+
+    /// Whether what is appended will be written as soon as there is room for it.
+    pub fn is_healthy(&self) -> bool {
+        self.healthy().is_ok()
     }
 
     /// Whether the reserve for a full disk is used: from now on every purge counts, and nothing is certain to be written

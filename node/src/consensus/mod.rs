@@ -21,6 +21,7 @@ mod commit_only;
 mod error;
 mod fatal;
 mod flusher;
+mod intake;
 mod log;
 mod maintenance;
 mod meters;

@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use tonic::Status;
 
 use super::Consensus;
+use super::intake::intake;
 use super::network::{Addressed, SnapshotHeader, from_wire, to_wire};
 use super::rescue::{Rescued, rescue_content};
 use super::snapshot::{ReceiveError, SnapshotData, receive_header, receive_rows};
@@ -47,26 +48,33 @@ impl Consensus {
         let this = self.0.id;
         let refused: Arc<Mutex<Option<Status>>> = Arc::default();
         let refusal = refused.clone();
-        let log = self.0.log.clone();
+        let (intake, taken) = intake(self.0.log.clone());
+        let decoding = intake.clone();
         let incoming = incoming.then(move |message| {
-            let log = log.clone();
+            let intake = intake.clone();
             async move {
-                log.half_room().await;
-                message
+                let message: wire::RaftMessage = message?;
+                if intake.admit(message.payload.len() as u64).await {
+                    Ok(message)
+                } else {
+                    Err(Status::cancelled("nobody waits for the answers"))
+                }
             }
         });
         let requests = incoming
-            .map(move |message| body::<AppendEntriesRequest<TypeConfig>>(this, &message?))
-            .scan(refused, |refused, request| {
+            .map(move |message| {
+                let mut request = body::<AppendEntriesRequest<TypeConfig>>(this, &message?)?;
+                decoding.hold_back(&mut request);
+                Ok(request)
+            })
+            .scan(refused, |refused, request: Result<_, Status>| {
                 let request = request.map_err(|status| *refused.lock() = Some(status)).ok();
                 futures::future::ready(request)
             });
         let heard = self.0.heard_of_leader.clone();
-        let answers = self
-            .0
-            .raft
-            .stream_append(requests)
-            .map(move |answer| match answer {
+        let answers = self.0.raft.stream_append(requests).map(move |answer| {
+            taken.answered();
+            match answer {
                 Ok(answer) => {
                     if answer.is_ok() {
                         *heard.lock() = Some(Instant::now());
@@ -74,7 +82,8 @@ impl Consensus {
                     Ok(to_wire(&answer))
                 }
                 Err(fatal) => Err(stopped(fatal)),
-            });
+            }
+        });
         // The refusal is looked at when the answers before it have gone out.
         let refusal = futures::stream::once(async move { refusal.lock().take() });
         Box::pin(answers.chain(refusal.filter_map(|status| futures::future::ready(status.map(Err)))))
