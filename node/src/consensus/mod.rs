@@ -54,6 +54,7 @@ use tokio::task::JoinHandle;
 use self::barrier::Barrier;
 use self::fatal::FatalSignal;
 use self::flusher::Flusher;
+use self::intake::Intake;
 use self::log::LogStore;
 use self::meters::Meters;
 use self::network::NetworkFactory;
@@ -90,6 +91,7 @@ struct Inner {
     cluster: ClusterId,
     raft: Raft<TypeConfig, StateMachine>,
     log: LogStore,
+    intake: Intake,
     metadata: Arc<MetadataStore>,
     flusher: Arc<Flusher>,
     fatal: FatalSignal,
@@ -176,6 +178,7 @@ impl Consensus {
             id,
             cluster: options.cluster,
             raft,
+            intake: Intake::new(log.clone()),
             log,
             metadata,
             flusher,

@@ -8,7 +8,7 @@
 //! connection.
 
 use std::future::Future;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -206,28 +206,32 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
             let mut peer = self.peer(Purpose::Raft)?;
             let in_flight = Arc::new(AtomicU64::new(0));
             let (from, to, sent) = (self.shared.id, self.target, in_flight.clone());
-            // Fused, since the encoder may ask once more after the end.
-            let outgoing = commit_only::merged(input).fuse().map(move |body| {
-                sent.fetch_add(1, Ordering::Relaxed);
-                to_wire(&Addressed { from, to, body })
-            });
-            let opened = tokio::time::timeout(SETUP_TIMEOUT, peer.append_entries(outgoing)).await;
-            let incoming = match opened {
-                Err(_) => return Err(self.timeout(RPCTypes::AppendEntries, SETUP_TIMEOUT).into()),
-                Ok(Err(status)) => return Err(rpc_error(&status)),
-                Ok(Ok(response)) => response.into_inner(),
-            };
-            let timeout = self.timeout(RPCTypes::AppendEntries, APPEND_TIMEOUT);
-            let answers = futures::stream::unfold(Some(incoming), move |incoming| {
-                let (in_flight, timeout) = (in_flight.clone(), timeout.clone());
-                async move {
-                    let mut incoming = incoming?;
-                    let answer = next_answer(&mut incoming, &in_flight, timeout).await?;
-                    let go_on = matches!(answer, Ok(Ok(_)));
-                    Some((answer, go_on.then_some(incoming)))
+            let slow_to_open = self.timeout(RPCTypes::AppendEntries, SETUP_TIMEOUT);
+            let slow_to_answer = self.timeout(RPCTypes::AppendEntries, APPEND_TIMEOUT);
+            let answers: BoxStream<'s, _> = Box::pin(async_stream::stream! {
+                let mut input = input.peekable();
+                // openraft spares a peer that is not there by holding back the first request: who opened the stream
+                // before it came would try to connect for each call that is proposed meanwhile.
+                if Pin::new(&mut input).peek().await.is_none() {
+                    return;
+                }
+                // Fused, since the encoder may ask once more after the end.
+                let outgoing = commit_only::merged(input).fuse().map(move |body| {
+                    sent.fetch_add(1, Ordering::Relaxed);
+                    to_wire(&Addressed { from, to, body })
+                });
+                let opened = tokio::time::timeout(SETUP_TIMEOUT, peer.append_entries(outgoing)).await;
+                let mut incoming = match opened {
+                    Err(_) => return yield Err(slow_to_open.into()),
+                    Ok(Err(status)) => return yield Err(rpc_error(&status)),
+                    Ok(Ok(response)) => response.into_inner(),
+                };
+                let mut go_on = true;
+                while go_on && let Some(answer) = next_answer(&mut incoming, &in_flight, &slow_to_answer).await {
+                    go_on = matches!(answer, Ok(Ok(_)));
+                    yield answer;
                 }
             });
-            let answers: BoxStream<'s, _> = Box::pin(answers);
             Ok(answers)
         })
     }
@@ -308,7 +312,7 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
 async fn next_answer(
     incoming: &mut tonic::Streaming<wire::RaftMessage>,
     in_flight: &AtomicU64,
-    timeout: Timeout<TypeConfig>,
+    timeout: &Timeout<TypeConfig>,
 ) -> Option<RpcResult<StreamAppendResult<TypeConfig>>> {
     let mut waiting_before = false;
     let message = loop {
@@ -318,7 +322,7 @@ async fn next_answer(
             // late.
             Err(_) if in_flight.load(Ordering::Relaxed) > 0 => {
                 if waiting_before {
-                    return Some(Err(timeout.into()));
+                    return Some(Err(timeout.clone().into()));
                 }
                 waiting_before = true;
             }

@@ -14,7 +14,6 @@ use serde::de::DeserializeOwned;
 use tonic::Status;
 
 use super::Consensus;
-use super::intake::intake;
 use super::network::{Addressed, SnapshotHeader, from_wire, to_wire};
 use super::rescue::{Rescued, rescue_content};
 use super::snapshot::{ReceiveError, SnapshotData, receive_header, receive_rows};
@@ -48,24 +47,19 @@ impl Consensus {
         let this = self.0.id;
         let refused: Arc<Mutex<Option<Status>>> = Arc::default();
         let refusal = refused.clone();
-        let (intake, taken) = intake(self.0.log.clone());
-        let decoding = intake.clone();
-        let incoming = incoming.then(move |message| {
-            let intake = intake.clone();
-            async move {
-                let message: wire::RaftMessage = message?;
-                if intake.admit(message.payload.len() as u64).await {
-                    Ok(message)
-                } else {
-                    Err(Status::cancelled("nobody waits for the answers"))
-                }
-            }
-        });
+        let (stream, taken) = self.0.intake.stream();
         let requests = incoming
-            .map(move |message| {
-                let mut request = body::<AppendEntriesRequest<TypeConfig>>(this, &message?)?;
-                decoding.hold_back(&mut request);
-                Ok(request)
+            .then(move |message| {
+                let stream = stream.clone();
+                async move {
+                    let message = message?;
+                    let mut request = body::<AppendEntriesRequest<TypeConfig>>(this, &message)?;
+                    if !stream.admit(&request, message.payload.len() as u64).await {
+                        return Err(Status::cancelled("nobody waits for the answers"));
+                    }
+                    stream.hold_back(&mut request);
+                    Ok(request)
+                }
             })
             .scan(refused, |refused, request: Result<_, Status>| {
                 let request = request.map_err(|status| *refused.lock() = Some(status)).ok();

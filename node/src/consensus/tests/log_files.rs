@@ -2,11 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
+use openraft::raft::AppendEntriesRequest;
 use openraft::storage::{RaftLogReader, RaftLogStorage};
 use openraft::type_config::TypeConfigExt;
 
 use super::{append, entry, log_id, vote};
 use crate::consensus::fatal::FatalSignal;
+use crate::consensus::intake::Intake;
 use crate::consensus::log::LogStore;
 use crate::consensus::types::{Entry, TypeConfig};
 use crate::consensus::wal::{WalError, WalOptions};
@@ -421,11 +423,36 @@ async fn on_a_full_disk_a_purge_makes_room_for_what_waits_before_it() {
     assert!(log.status().disk_full && log.is_pressed());
     assert!(log.is_flushed(last - 1) && !log.is_flushed(last));
     log.wait_flushed(last - 1).unwrap();
+    // No more is taken from the leader, and nothing of what waits is applied; who leads can be asked.
+    let (stream, answers) = Intake::new(log.clone()).stream();
+    let request = |entries| AppendEntriesRequest::<TypeConfig> {
+        vote: vote(1, 0),
+        prev_log_id: Some(log_id(1, last)),
+        entries,
+        leader_commit: Some(log_id(1, last + 1)),
+    };
+    let mut question = request(Vec::new());
+    assert!(stream.admit(&question, 100).await);
+    stream.hold_back(&mut question);
+    assert_eq!(question.leader_commit, None);
+    let mut more = request(vec![large(index)]);
+    let taken = tokio::time::timeout(
+        std::time::Duration::from_millis(100),
+        stream.admit(&more, 8 << 10),
+    );
+    assert!(taken.await.is_err());
     let upto = log.purgeable(last - 1, 0).unwrap();
     // Behind what waits, as the log hears of it from a node that goes on.
     log.purge(log_id(1, upto)).await.unwrap();
     append(&log, vec![large(index)]).await;
     assert!(!log.status().disk_full);
+    answers.answered();
+    assert!(stream.admit(&more, 8 << 10).await);
+    stream.hold_back(&mut more);
+    let said = if log.is_pressed() { last } else { last + 1 };
+    assert_eq!(more.leader_commit, Some(log_id(1, said)));
+    drop(answers);
+    assert!(!stream.admit(&more, 8 << 10).await, "nobody waits for its answer");
     let left: Vec<u64> = (upto + 1..index + 1).collect();
     assert_eq!(indexes(&entries(&log).await), left);
     log.close();
