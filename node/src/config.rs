@@ -28,6 +28,9 @@ const NTP_DEFAULT: &str = "pool.ntp.org";
 const NTP_PORT: u16 = 123;
 /// Most NTP servers.
 const NTP_SERVERS_MAX: usize = 8;
+/// What is logged, unless told otherwise: not each step of an election, nor each of the ten heartbeats a second that a
+/// dead node misses, which the health monitor tells once.
+const LOG_DEFAULT: &str = "info,openraft=warn,openraft::core::heartbeat=error";
 /// How often the log sums up what was done, unless told otherwise.
 const METRICS_SUMMARY_S: u64 = 300;
 
@@ -85,7 +88,8 @@ pub struct Settings {
     /// Serve other machines without TLS: anyone who reaches the ports can read and change every file
     #[arg(long, env = "QUORUMFS_INSECURE_PLAINTEXT", num_args = 0..=1, default_missing_value = "true")]
     insecure_plaintext: Option<bool>,
-    /// What to log: error, warn, info, debug, trace, or a filter such as `info,quorumfs_node::consensus=debug`
+    /// What to log: error, warn, info, debug, trace, or a filter such as `info,quorumfs_node::consensus=debug` (default:
+    /// info, and of the consensus library only what goes wrong)
     #[arg(long, env = "QUORUMFS_LOG", value_name = "LEVEL")]
     log: Option<String>,
     /// How long a REST request waits for a quorum before it is answered 503, in milliseconds
@@ -366,7 +370,7 @@ impl Settings {
             METRICS_SUMMARY_S,
             1..=86_400,
         )?;
-        let log = self.log.unwrap_or_else(|| "info".to_string());
+        let log = self.log.unwrap_or_else(|| LOG_DEFAULT.to_string());
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log) {
             return Err(invalid(
                 "log",

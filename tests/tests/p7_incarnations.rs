@@ -42,7 +42,7 @@ fn incarnation(cluster: &Cluster, slot: usize) -> Option<String> {
 
 /// The node in `slot` finds out while `meanwhile` goes on, and is a voter again under a new incarnation.
 fn assert_made_anew(cluster: &Cluster, slot: usize, before: Option<String>) {
-    cluster.wait_log(slot, &["the metadata was set aside"], LIMIT);
+    cluster.wait_log(slot, &["the metadata was set aside", "it was set aside"], LIMIT);
     wait_for("it takes part as a new incarnation", LIMIT, || {
         incarnation(cluster, slot) != before
     });
