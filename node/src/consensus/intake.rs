@@ -24,8 +24,6 @@ use tokio::sync::Notify;
 use super::log::LogStore;
 use super::types::TypeConfig;
 
-/// Most bytes taken that are not yet on the disk: half a log file, so that the reserve, which is one, has room for them.
-const TAKEN_BYTES_MAX: u64 = 32 << 20;
 /// Bounds how late room is seen that others than this stream make.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -33,6 +31,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 #[derive(Clone)]
 pub struct Intake {
     log: LogStore,
+    /// Most bytes taken that are not yet on the disk, while there is a reserve: beyond it one more message.
+    waiting_bytes_max: u64,
     /// Bytes of entries that no stream has answered yet.
     taken_bytes: Arc<AtomicU64>,
 }
@@ -53,10 +53,11 @@ pub struct Stream {
 }
 
 impl Intake {
-    /// Into `log`.
-    pub fn new(log: LogStore) -> Intake {
+    /// Into `log`, kept in files of `file_bytes`: half of one may wait, so that the reserve, which is one, has room for it.
+    pub fn new(log: LogStore, file_bytes: u64) -> Intake {
         Intake {
             log,
+            waiting_bytes_max: file_bytes / 2,
             taken_bytes: Arc::default(),
         }
     }
@@ -108,7 +109,7 @@ impl Stream {
             let waiting_max = if self.intake.log.is_pressed() {
                 0
             } else {
-                TAKEN_BYTES_MAX
+                self.intake.waiting_bytes_max
             };
             let is_room = self.intake.waiting_bytes() <= waiting_max;
             // A log that has failed says so to who appends.

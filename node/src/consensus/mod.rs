@@ -178,7 +178,7 @@ impl Consensus {
             id,
             cluster: options.cluster,
             raft,
-            intake: Intake::new(log.clone()),
+            intake: Intake::new(log.clone(), options.wal.file_bytes),
             log,
             metadata,
             flusher,

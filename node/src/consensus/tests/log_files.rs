@@ -424,7 +424,7 @@ async fn on_a_full_disk_a_purge_makes_room_for_what_waits_before_it() {
     assert!(log.is_flushed(last - 1) && !log.is_flushed(last));
     log.wait_flushed(last - 1).unwrap();
     // No more is taken from the leader, and nothing of what waits is applied; who leads can be asked.
-    let (stream, answers) = Intake::new(log.clone()).stream();
+    let (stream, answers) = Intake::new(log.clone(), options.file_bytes).stream();
     let request = |entries| AppendEntriesRequest::<TypeConfig> {
         vote: vote(1, 0),
         prev_log_id: Some(log_id(1, last)),
