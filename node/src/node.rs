@@ -20,6 +20,7 @@ use crate::content::ContentStore;
 use crate::healing::audit::Auditor;
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::Repair;
+use crate::healing::rewrite::Rewriter;
 use crate::healing::sweep::Sweeper;
 use crate::metadata::MetadataStore;
 use crate::read::Reader;
@@ -47,6 +48,8 @@ pub struct Parts {
     pub content: Arc<ContentStore>,
     /// The write path.
     pub writer: Arc<Writer>,
+    /// Puts small extents together, so that there is room for writes.
+    pub rewriter: Arc<Rewriter>,
     /// The read path.
     pub reader: Arc<Reader>,
     /// Fetches what is missing.

@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use quorumfs_proto::query::Space;
-use quorumfs_proto::{Answer, CallReply, ChunkId, Query, Refusal};
+use quorumfs_proto::{Answer, CallReply, ChunkId, FsError, Query, Refusal};
 use tracing::{error, warn};
 
 use crate::cluster::placement::Placement;
@@ -18,7 +18,10 @@ use crate::consensus::{BarrierError, Consensus};
 use crate::content::{ChunkRange, ContentError, ContentStore, PeerChunks};
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::Repair;
-use crate::metadata::{Failure, MetadataStore, StorageFault};
+use crate::metadata::{Failure, MetadataStore, StorageFault, View};
+
+/// Rows that a query may read on a runtime thread: a few hundred microseconds of work.
+const ROWS_IN_PLACE_MAX: u64 = 256;
 
 /// The path every read takes.
 pub struct Reader {
@@ -46,7 +49,7 @@ impl Reader {
         if let Err(refusal) = self.barrier().await {
             return CallReply::Refused(refusal);
         }
-        match self.answer(query) {
+        match self.answer(query).await {
             Ok(answer) => CallReply::Answer(answer),
             Err(fault) => {
                 error!(%fault, "metadata cannot be read");
@@ -75,7 +78,7 @@ impl Reader {
         }
     }
 
-    fn answer(&self, query: &Query) -> Result<Result<Answer, quorumfs_proto::FsError>, StorageFault> {
+    async fn answer(&self, query: &Query) -> Result<Result<Answer, FsError>, StorageFault> {
         let view = self.metadata.view()?;
         if matches!(query, Query::Space) {
             let (capacity_bytes, available_bytes) = self.space.cluster_bytes();
@@ -85,7 +88,14 @@ impl Reader {
                 inodes: view.inode_count(),
             })));
         }
-        Failure::split(view.answer(query))
+        if !is_long(&view, query) {
+            return Failure::split(view.answer(query));
+        }
+        let query = query.clone();
+        match tokio::task::spawn_blocking(move || view.answer(&query)).await {
+            Ok(answer) => Failure::split(answer),
+            Err(failed) => std::panic::resume_unwind(failed.into_panic()),
+        }
     }
 
     /// Reads a range of a chunk, widened to whole blocks; from a peer where this node cannot.
@@ -131,11 +141,76 @@ impl Reader {
     }
 }
 
+/// Whether answering may take longer than a runtime thread should be kept: a megabyte of a directory takes 40 ms.
+fn is_long(view: &View, query: &Query) -> bool {
+    let attributes = |inode| view.attributes(inode).ok();
+    match query {
+        Query::ReadDirectory { inode, .. } => {
+            attributes(*inode).is_some_and(|directory| directory.size > ROWS_IN_PLACE_MAX)
+        }
+        // Each version of the content brings a command's pieces, mostly one.
+        Query::Extents { inode, .. } => {
+            attributes(*inode).is_some_and(|file| file.content_version > ROWS_IN_PLACE_MAX)
+        }
+        Query::ListXattrs { inode } => {
+            attributes(*inode).is_some_and(|inode| u64::from(inode.xattr_count) > ROWS_IN_PLACE_MAX)
+        }
+        Query::Lookup { .. }
+        | Query::Attributes { .. }
+        | Query::Resolve { .. }
+        | Query::ReadLink { .. }
+        | Query::GetXattr { .. }
+        | Query::Space => false,
+    }
+}
+
 /// A task of the runtime that panicked or was cancelled, as a failed read.
 pub fn task_failed(failed: tokio::task::JoinError) -> ContentError {
     ContentError::Io {
         action: "finish a task on",
         path: "content".into(),
         source: std::io::Error::other(failed),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quorumfs_proto::command::{Command, NewKind, Target};
+    use quorumfs_proto::query::EntryDetail;
+    use quorumfs_proto::{InodeNumber, Name};
+
+    use super::*;
+    use crate::metadata::tests::support::{Node, create, write_chunks};
+
+    #[test]
+    fn only_what_is_short_is_answered_on_a_runtime_thread() {
+        let mut node = Node::with_sessions(1);
+        let root = InodeNumber::ROOT;
+        let list = Query::ReadDirectory {
+            inode: root,
+            after: 0,
+            bytes_max: u32::MAX,
+            detail: EntryDetail::Attributes,
+        };
+        let file = node.entry(create(root, "file", NewKind::File));
+        let extents = Query::Extents {
+            inode: file,
+            from: 0,
+            to: u64::MAX,
+            pieces_max: u32::MAX,
+        };
+        assert!(!is_long(&node.view(), &list) && !is_long(&node.view(), &extents));
+        for number in 0..=ROWS_IN_PLACE_MAX {
+            node.call(1, Command::single(create(root, &format!("{number}"), NewKind::File)))
+                .0
+                .unwrap();
+            node.call(1, write_chunks(Target::Inode(file), 1, number + 1, &[number], 1))
+                .0
+                .unwrap();
+        }
+        assert!(is_long(&node.view(), &list) && is_long(&node.view(), &extents));
+        let parent = root;
+        let name = Name::new(&b"file"[..]).unwrap();
+        assert!(!is_long(&node.view(), &Query::Lookup { parent, name }));
     }
 }

@@ -43,6 +43,7 @@ use crate::content::{ContentOptions, ContentStore, PeerChunks, Stopped};
 use crate::healing::audit::Auditor;
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::{Repair, RepairOptions, RepairParts};
+use crate::healing::rewrite::Rewriter;
 use crate::healing::sweep::Sweeper;
 use crate::metadata::{MetadataOptions, MetadataStore, StorageFault};
 use crate::node::{Node, Parts};
@@ -330,6 +331,14 @@ async fn run_parts(
         repair: repair.clone(),
         space: space.clone(),
     });
+    let rewriter = Rewriter::new(
+        consensus.clone(),
+        metadata.clone(),
+        writer.clone(),
+        reader.clone(),
+        sessions.clone(),
+    );
+    tokio::spawn(rewriter.clone().run());
     tokio::spawn(placement.clone().run());
     tokio::spawn(space.clone().run());
     tokio::spawn(sessions.clone().run());
@@ -357,6 +366,7 @@ async fn run_parts(
         metadata,
         content,
         writer,
+        rewriter,
         reader,
         recovery,
         repair,

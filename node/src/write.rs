@@ -5,7 +5,8 @@
 //!    that should hold it fails or is slow, another takes a copy in its stead.
 //! 2. [`Writer::mutate`] takes a command that names such chunks. It proposes it only if this node, in its present
 //!    term, knows a quorum of holders for each (P2); where it does not (it has just become leader), it asks the peers,
-//!    and what they do not vouch for the client puts again.
+//!    and what they do not vouch for the client puts again. That they are a quorum of the voters is looked at once more
+//!    when the command is admitted.
 //!
 //! Every verdict comes out of the log, ENOSPC too: a command that cannot be taken for want of room is proposed as its
 //! refusal, so that a retry of one that was taken hears what it did (P4).
@@ -30,7 +31,7 @@ use crate::cluster::placement::Placement;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::{Consensus, ProposeError};
 use crate::content::{ContentError, ContentStore, PeerChunks, PushError, StoredChunk};
-use crate::metadata::{CallResult, LogBody, LogCommand};
+use crate::metadata::{CallResult, Crowded, LogBody, LogCommand};
 
 /// How long a chunk may take to reach a quorum before the client is told to put it again.
 const QUORUM_TIMEOUT_MS: u64 = 10_000;
@@ -41,6 +42,9 @@ const SUSPECT_MS: u64 = 5_000;
 /// Chunks whose holders are remembered between their put and their command; beyond it the oldest are forgotten and
 /// the peers are asked instead. 64 Ki chunks are 64 GiB under way.
 const HOLDERS_REMEMBERED_MAX: usize = 64 << 10;
+
+/// For how long a node counts as a holder after it has said so; then it is asked again.
+const HOLDERS_AGE_MS_MAX: u64 = 30_000;
 
 /// The path every change takes on the leader.
 pub struct Writer {
@@ -209,17 +213,18 @@ impl Writer {
         Err(self.judge(&refusals))
     }
 
-    /// Carries out a mutation once, however often it arrives.
-    pub async fn mutate(&self, mutation: Mutation) -> CallReply {
+    /// Carries out a mutation once, however often it arrives. Where too much is in its way nothing was done, and it may be
+    /// tried again once there is room.
+    pub async fn mutate(&self, mutation: Mutation) -> Result<CallReply, Crowded> {
         let session = mutation.request.session;
         let within_bounds = mutation
             .command
             .validate(session)
             .and_then(|()| mutation.command.validate_bytes());
         if let Err(error) = within_bounds {
-            return CallReply::Refused(Refusal::Invalid {
+            return Ok(CallReply::Refused(Refusal::Invalid {
                 reason: format!("the command is out of bounds: {error}"),
-            });
+            }));
         }
         let stored = stored_chunks(&mutation);
         let refusal = LogBody::Refuse {
@@ -229,9 +234,13 @@ impl Writer {
         let result = if mutation.command.frees_space() || self.space.quorum_has_room() {
             let unconfirmed = self.unconfirmed(&stored).await;
             if !unconfirmed.is_empty() {
-                return CallReply::Refused(Refusal::PutAgain { chunks: unconfirmed });
+                return Ok(CallReply::Refused(Refusal::PutAgain { chunks: unconfirmed }));
             }
-            match self.decide(LogBody::Call(mutation)).await {
+            match self.decide(LogBody::Call(mutation), &stored).await {
+                Ok(CallResult::Crowded(place)) => return Err(place),
+                Err(ProposeError::Overtaken) => CallReply::Refused(Refusal::PutAgain {
+                    chunks: stored.clone(),
+                }),
                 // Leadership is being handed on to a node that has room.
                 Err(ProposeError::NoSpace) if self.space.quorum_has_room() => {
                     CallReply::Refused(Refusal::Unavailable {
@@ -249,7 +258,22 @@ impl Writer {
         if matches!(result, CallReply::Outcome(_)) {
             self.holders.lock().forget(&stored);
         }
-        result
+        Ok(result)
+    }
+
+    /// Has a command of the cluster's own decided that names `chunk`, which was put here.
+    pub async fn name_chunk(&self, body: LogBody, chunk: ChunkId) -> Result<CallResult, ProposeError> {
+        if !self.unconfirmed(&[chunk]).await.is_empty() {
+            return Err(ProposeError::Overtaken);
+        }
+        let decided = self.decide(body, &[chunk]).await;
+        self.holders.lock().forget(&[chunk]);
+        decided
+    }
+
+    /// Has a command of the cluster's own decided that names no content.
+    pub async fn housekeep(&self, body: LogBody) -> Result<CallResult, ProposeError> {
+        self.decide(body, &[]).await
     }
 
     /// Makes a session known.
@@ -277,17 +301,21 @@ impl Writer {
     }
 
     async fn propose(&self, body: LogBody) -> CallReply {
-        reply_to(self.decide(body).await)
+        reply_to(self.decide(body, &[]).await)
     }
 
-    async fn decide(&self, body: LogBody) -> Result<CallResult, ProposeError> {
+    /// `stored`: the chunks that the command names and must find on a quorum at the moment it is proposed.
+    async fn decide(&self, body: LogBody, stored: &[ChunkId]) -> Result<CallResult, ProposeError> {
         let stamp = self.stamps.stamp().await;
         let inline_bytes = match &body {
             LogBody::Call(mutation) => mutation.command.inline_bytes() as u64,
             _ => 0,
         };
         let began = Instant::now();
-        let decided = self.consensus.propose(LogCommand { stamp, body }).await;
+        let command = LogCommand { stamp, body };
+        // Whoever confirmed them may have been replaced while the command waited to be admitted.
+        let still_held = || stored.is_empty() || self.not_on_quorum(stored).is_empty();
+        let decided = self.consensus.propose_if(command, still_held).await;
         let ending = Ending::of(&decided);
         self.metrics.commits.record(ending, 0, began.elapsed());
         if inline_bytes > 0 && ending == Ending::Done {
@@ -343,9 +371,11 @@ impl Writer {
 
     /// Which of these chunks are not known to be on a quorum; asks the peers about what this node does not know itself.
     async fn unconfirmed(&self, stored: &[ChunkId]) -> Vec<ChunkId> {
-        let voter_sets = self.consensus.voter_sets();
+        if stored.is_empty() {
+            return Vec::new();
+        }
         let term = self.consensus.term();
-        let unknown = self.holders.lock().not_on_quorum(stored, term, &voter_sets);
+        let unknown = self.not_on_quorum(stored);
         if unknown.is_empty() {
             return unknown;
         }
@@ -372,11 +402,20 @@ impl Writer {
                 holders.entry(*id).or_default().insert(member.id);
             }
         }
-        let mut known = self.holders.lock();
-        for (id, nodes) in holders {
-            known.remember(id, term, nodes);
+        {
+            let mut known = self.holders.lock();
+            for (id, nodes) in holders {
+                known.remember(id, term, nodes);
+            }
         }
-        known.not_on_quorum(&unknown, term, &voter_sets)
+        self.not_on_quorum(&unknown)
+    }
+
+    /// Which of these chunks are not known to be on a quorum of the configurations that are active now.
+    fn not_on_quorum(&self, stored: &[ChunkId]) -> Vec<ChunkId> {
+        let (term, voter_sets) = (self.consensus.term(), self.consensus.voter_sets());
+        let known = self.holders.lock();
+        known.not_on_quorum(stored, term, &voter_sets, Instant::now())
     }
 }
 
@@ -387,6 +426,9 @@ fn reply_to(decided: Result<CallResult, ProposeError>) -> CallReply {
         Ok(CallResult::Done) => CallReply::Session(SessionState::default()),
         Ok(CallResult::UnknownSession) => CallReply::Refused(Refusal::UnknownSession),
         Ok(CallResult::StaleSequence) => CallReply::Refused(Refusal::StaleSequence),
+        Ok(CallResult::Crowded(place)) => CallReply::Refused(Refusal::Unavailable {
+            reason: format!("inode {} has too many extents to be written over at once", place.inode),
+        }),
         Err(ProposeError::NotLeader { leader }) => CallReply::Refused(Refusal::NotLeader {
             leader: leader.map(|member| member.addresses.grpc),
         }),
@@ -430,22 +472,39 @@ fn stored_chunks(mutation: &Mutation) -> Vec<ChunkId> {
     stored.map(|chunk| chunk.id).collect()
 }
 
+/// Who was said to hold a chunk.
+struct Held {
+    term: u64,
+    /// When the first of them was.
+    since: Instant,
+    nodes: BTreeSet<NodeId>,
+}
+
+impl Held {
+    fn counts(&self, term: u64, now: Instant) -> bool {
+        let age = now.saturating_duration_since(self.since);
+        self.term == term && age <= Duration::from_millis(HOLDERS_AGE_MS_MAX)
+    }
+}
+
 /// Who holds which chunk, between the put and the command that names it. Counts only in the term it was learned in:
-/// a node that led, was deposed and leads again may have missed that a holder was replaced.
+/// a node that led, was deposed and leads again may have missed that a holder was replaced. Nor does it count for long: a
+/// node can lose what it held.
 #[derive(Default)]
 struct Holders {
-    by_chunk: HashMap<ChunkId, (u64, BTreeSet<NodeId>)>,
+    by_chunk: HashMap<ChunkId, Held>,
     /// In the order they were remembered; may name chunks that were forgotten since.
     order: VecDeque<ChunkId>,
 }
 
 impl Holders {
     fn remember(&mut self, id: ChunkId, term: u64, nodes: BTreeSet<NodeId>) {
+        let since = Instant::now();
         match self.by_chunk.get_mut(&id) {
-            Some((known_term, known)) if *known_term == term => known.extend(nodes),
-            Some(known) => *known = (term, nodes),
+            Some(known) if known.counts(term, since) => known.nodes.extend(nodes),
+            Some(known) => *known = Held { term, since, nodes },
             None => {
-                self.by_chunk.insert(id, (term, nodes));
+                self.by_chunk.insert(id, Held { term, since, nodes });
                 self.order.push_back(id);
             }
         }
@@ -470,11 +529,17 @@ impl Holders {
         }
     }
 
-    fn not_on_quorum(&self, ids: &[ChunkId], term: u64, voter_sets: &[BTreeSet<NodeId>]) -> Vec<ChunkId> {
+    fn not_on_quorum(
+        &self,
+        ids: &[ChunkId],
+        term: u64,
+        voter_sets: &[BTreeSet<NodeId>],
+        now: Instant,
+    ) -> Vec<ChunkId> {
         let confirmed = |id: &ChunkId| {
             self.by_chunk
                 .get(id)
-                .is_some_and(|(known, nodes)| *known == term && is_quorum(nodes, voter_sets))
+                .is_some_and(|known| known.counts(term, now) && is_quorum(&known.nodes, voter_sets))
         };
         ids.iter().filter(|id| !confirmed(id)).copied().collect()
     }
@@ -521,13 +586,20 @@ mod tests {
         let mut holders = Holders::default();
         holders.remember(id(1), 7, nodes(&[1, 2]));
         holders.remember(id(2), 7, nodes(&[1]));
+        let now = Instant::now();
         assert_eq!(
-            holders.not_on_quorum(&[id(1), id(2), id(3)], 7, &voters),
+            holders.not_on_quorum(&[id(1), id(2), id(3)], 7, &voters, now),
             [id(2), id(3)]
         );
-        assert_eq!(holders.not_on_quorum(&[id(1)], 8, &voters), [id(1)]);
+        assert_eq!(holders.not_on_quorum(&[id(1)], 8, &voters, now), [id(1)]);
         holders.remember(id(2), 7, nodes(&[3]));
-        assert!(holders.not_on_quorum(&[id(2)], 7, &voters).is_empty());
+        let now = Instant::now();
+        assert!(holders.not_on_quorum(&[id(2)], 7, &voters, now).is_empty());
+        // Of other voters they are not a quorum, and after a while nobody knows whether they hold it still.
+        let others = [nodes(&[2, 4, 5])];
+        assert_eq!(holders.not_on_quorum(&[id(1)], 7, &others, now), [id(1)]);
+        let later = now + Duration::from_millis(HOLDERS_AGE_MS_MAX + 1);
+        assert_eq!(holders.not_on_quorum(&[id(1)], 7, &voters, later), [id(1)]);
         holders.forget(&[id(1), id(2)]);
         assert!(holders.by_chunk.is_empty() && holders.order.is_empty());
     }

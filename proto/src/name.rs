@@ -108,6 +108,9 @@ impl From<SymlinkTarget> for Bytes {
 #[serde(try_from = "Bytes", into = "Bytes")]
 pub struct XattrName(Bytes);
 
+/// The namespaces of extended attributes (xattr(7)) that are kept.
+const XATTR_NAMESPACES: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
+
 impl XattrName {
     /// Checks `bytes`. [`FsError::Range`] when empty or above 255 bytes, as setxattr(2) has it.
     pub fn new(bytes: impl Into<Bytes>) -> Result<XattrName, FsError> {
@@ -124,6 +127,20 @@ impl XattrName {
     /// The bytes of the name.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
+    }
+
+    /// Whether a program may use the name, as Linux' own filesystems have it: [`FsError::NotSupported`] outside of the
+    /// namespaces `user`, `trusted` and `security` (what lies in `system` are ACLs, which nobody would enforce),
+    /// [`FsError::InvalidArgument`] where nothing follows the namespace.
+    pub fn require_known_namespace(&self) -> Result<(), FsError> {
+        let rest = XATTR_NAMESPACES
+            .iter()
+            .find_map(|namespace| self.0.strip_prefix(*namespace));
+        match rest {
+            None => Err(FsError::NotSupported),
+            Some([]) => Err(FsError::InvalidArgument),
+            Some(_) => Ok(()),
+        }
     }
 }
 

@@ -228,13 +228,11 @@ pub fn xattr_mode(flags: i32) -> Result<XattrMode, FsError> {
 /// An extended attribute's name that a program may use.
 ///
 /// # Errors
-/// [`FsError::NotSupported`] for the `system` namespace: what lies there (ACLs) would mean something to the
-/// kernel, and nobody would enforce it.
+/// Those of [`XattrName::new`] and [`XattrName::require_known_namespace`].
 pub fn xattr_name(name: &[u8]) -> Result<XattrName, FsError> {
-    if name.starts_with(b"system.") {
-        return Err(FsError::NotSupported);
-    }
-    XattrName::new(Bytes::copy_from_slice(name))
+    let name = XattrName::new(Bytes::copy_from_slice(name))?;
+    name.require_known_namespace()?;
+    Ok(name)
 }
 
 /// How an answer to getxattr(2) or listxattr(2) fits into what the program offered.
@@ -373,9 +371,20 @@ mod tests {
     }
 
     #[test]
-    fn acls_are_not_there_yet() {
-        assert_eq!(xattr_name(b"system.posix_acl_access"), Err(FsError::NotSupported));
-        assert!(xattr_name(b"user.system.x").is_ok());
+    fn names_of_extended_attributes_are_those_that_local_filesystems_take() {
+        for known in [&b"user.a"[..], b"user.system.x", b"trusted.overlay.opaque", b"security.capability"] {
+            assert!(xattr_name(known).is_ok(), "{}", known.escape_ascii());
+        }
+        // ACLs are not there yet.
+        for unknown in [&b"system.posix_acl_access"[..], b"system.x", b"a", b"user", b"users.a", b".a"] {
+            let refused = Err(FsError::NotSupported);
+            assert_eq!(xattr_name(unknown), refused, "{}", unknown.escape_ascii());
+        }
+        for empty in [&b"user."[..], b"trusted.", b"security."] {
+            let refused = Err(FsError::InvalidArgument);
+            assert_eq!(xattr_name(empty), refused, "{}", empty.escape_ascii());
+        }
+        assert_eq!(xattr_name(b""), Err(FsError::Range));
         assert_eq!(xattr_mode(0), Ok(XattrMode::Set));
         assert_eq!(xattr_mode(3), Err(FsError::InvalidArgument));
     }

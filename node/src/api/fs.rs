@@ -305,10 +305,10 @@ async fn carry_out(node: &Node, call: Call, request: &wire::CallRequest) -> (Cal
             let session = mutation.request.session;
             parts.sessions.heard_of(session);
             if mutation.command.releases_only() {
-                return (parts.writer.mutate(mutation).await, Grant::Nothing);
+                return (parts.rewriter.mutate(mutation).await, Grant::Nothing);
             }
             let admission = parts.leases.admit(session, request.holds_lease, term).await;
-            return only_if_decided(parts.writer.mutate(mutation).await, admission.grant);
+            return only_if_decided(parts.rewriter.mutate(mutation).await, admission.grant);
         }
         Call::Query(query) => {
             let session = SessionId(request.session);

@@ -81,6 +81,9 @@ pub enum ProposeError {
     /// The log's disk is nearly full and the command does not free anything. Nothing was proposed.
     #[error("no space left for the log")]
     NoSpace,
+    /// What the command relies on does not hold any more. Nothing was proposed.
+    #[error("what the command relies on has changed while it waited")]
+    Overtaken,
 }
 
 /// Why this node cannot say that it has seen everything acknowledged so far.

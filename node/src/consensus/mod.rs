@@ -251,6 +251,16 @@ impl Consensus {
     ///
     /// Dropping the future does not take the command back.
     pub async fn propose(&self, command: LogCommand) -> Result<CallResult, ProposeError> {
+        self.propose_if(command, || true).await
+    }
+
+    /// Proposes a command, if `holds` says so when it has been admitted: what the command relies on may have changed while
+    /// it waited.
+    pub async fn propose_if(
+        &self,
+        command: LogCommand,
+        holds: impl FnOnce() -> bool + Send,
+    ) -> Result<CallResult, ProposeError> {
         if !self.is_leader() {
             return Err(ProposeError::NotLeader {
                 leader: self.leader(),
@@ -267,6 +277,9 @@ impl Consensus {
         let Ok(Ok(admitted)) = tokio::time::timeout(ADMISSION_TIMEOUT, admitted).await else {
             return Err(ProposeError::Busy);
         };
+        if !holds() {
+            return Err(ProposeError::Overtaken);
+        }
         let raft = self.0.raft.clone();
         // A task of its own, so that what is admitted counts until it is decided, whatever becomes of the
         // caller.
@@ -473,6 +486,7 @@ impl Consensus {
 fn takes_space(command: &LogCommand) -> bool {
     match &command.body {
         LogBody::Call(mutation) => !mutation.command.frees_space(),
+        LogBody::Rewrite { .. } => true,
         LogBody::OpenSession { .. }
         | LogBody::EndSession { .. }
         | LogBody::ForgetSession { .. }
@@ -480,7 +494,8 @@ fn takes_space(command: &LogCommand) -> bool {
         | LogBody::Refuse { .. }
         | LogBody::SetReplicas { .. }
         | LogBody::RaiseFeatureLevel { .. }
-        | LogBody::Audit => false,
+        | LogBody::Audit
+        | LogBody::Settle { .. } => false,
     }
 }
 

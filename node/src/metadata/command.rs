@@ -7,7 +7,7 @@ use std::fmt;
 
 use bytes::Bytes;
 use quorumfs_proto::call::Mutation;
-use quorumfs_proto::{ChunkId, FsError, InodeNumber, Outcome, RequestId, SessionId, Sha256, Timestamp};
+use quorumfs_proto::{ChunkId, FsError, InodeNumber, NewChunk, Outcome, RequestId, SessionId, Sha256, Timestamp};
 use serde::{Deserialize, Serialize};
 
 /// One entry of the log.
@@ -72,11 +72,35 @@ pub enum LogBody {
     },
     /// Every node keeps a view of the state at this entry, so that it can be compared with the others'.
     Audit,
+    /// Small extents of a file are replaced by one that holds the same bytes. Nothing that a program can see changes,
+    /// the content version included. Refused ([`FsError::Stale`]) if the extents are not exactly those that the
+    /// proposer read.
+    Rewrite {
+        /// The file.
+        inode: InodeNumber,
+        /// Where the first of the extents begins.
+        from: u64,
+        /// How many extents are replaced, at most [`super::COMMAND_FREED_EXTENTS_MAX`].
+        extents: u32,
+        /// What [`super::Run::digest`] tells of them.
+        digest: Sha256,
+        /// Their bytes, with zeros for the holes between them, on the disks of f + 1 voters. Its session must be alive.
+        chunk: NewChunk,
+    },
+    /// A file noted as fragmented was looked at: nothing is to be gained, unless it was noted again since.
+    Settle {
+        /// The file.
+        inode: InodeNumber,
+        /// The content version that was looked at.
+        through_version: u64,
+    },
 }
 
 /// What this program knows. 1: everything up to [`LogBody::Refuse`]. 2: [`LogBody::SetReplicas`], [`LogBody::Audit`], and a
-/// root directory whose times are not those of 1970.
-pub const FEATURE_LEVEL: u32 = 2;
+/// root directory whose times are not those of 1970. 3: the work of every command is bounded ([`CallResult::Crowded`]),
+/// fragmented files are noted and rewritten ([`LogBody::Rewrite`]), every write takes file capabilities away, names of
+/// extended attributes are those of a known namespace.
+pub const FEATURE_LEVEL: u32 = 3;
 
 /// What applying an entry answers; equal on every node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,6 +113,20 @@ pub enum CallResult {
     StaleSequence,
     /// Of everything that is not a mutation, and of entries that carry no command.
     Done,
+    /// More extents lie where the mutation writes than one command replaces: nothing was done and nothing is remembered.
+    /// The leader makes room there and proposes the mutation again.
+    Crowded(Crowded),
+}
+
+/// Where a mutation would have had to replace more extents than one command may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Crowded {
+    /// The file.
+    pub inode: InodeNumber,
+    /// Where in it the range begins.
+    pub from: u64,
+    /// Where it ends (exclusive). Equal to `from`: only what truncations left is in the way.
+    pub to: u64,
 }
 
 /// What an applied entry asks of the content store. Empty for a mutation that was applied before.
@@ -146,6 +184,8 @@ impl fmt::Display for LogCommand {
             LogBody::SetReplicas { replicas } => write!(f, "keep {replicas} copies"),
             LogBody::RaiseFeatureLevel { level } => write!(f, "raise the feature level to {level}"),
             LogBody::Audit => f.write_str("compare the state"),
+            LogBody::Rewrite { inode, .. } => write!(f, "rewrite extents of inode {inode}"),
+            LogBody::Settle { inode, .. } => write!(f, "inode {inode} is not fragmented"),
         }
     }
 }
@@ -158,6 +198,7 @@ impl fmt::Display for CallResult {
             CallResult::UnknownSession => write!(f, "unknown session"),
             CallResult::StaleSequence => write!(f, "stale sequence"),
             CallResult::Done => write!(f, "done"),
+            CallResult::Crowded(place) => write!(f, "too many extents in inode {}", place.inode),
         }
     }
 }

@@ -20,8 +20,8 @@
 //!   never becomes an answer.
 //! - `chunks` counts exactly the extents that name a chunk. At zero the row goes and the chunk is dead for ever.
 //! - The work of one command is bounded by what the command itself holds and [`apply::COMMAND_FREED_EXTENTS_MAX`]: an
-//!   unlink leaves an orphan and a long truncation a cut, both freed in steps. (A write replaces what lies under it, at
-//!   most an extent for each byte it brings.)
+//!   unlink leaves an orphan and a long truncation a cut, both freed in steps. A write over more extents than that is
+//!   answered [`CallResult::Crowded`] and proposed again once the leader has put these together.
 //!
 //! This part knows nothing of consensus, of content (it names chunks, it never has one), of the network or of async.
 
@@ -29,6 +29,7 @@ mod apply;
 mod command;
 mod digest;
 mod fault;
+mod fragments;
 mod files;
 mod listing;
 mod names;
@@ -39,11 +40,12 @@ mod tables;
 mod view;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use apply::{Batch, COMMAND_FREED_EXTENTS_MAX};
-pub use command::{Applied, CallResult, Effects, FEATURE_LEVEL, InlineChunk, LogBody, LogCommand};
+pub use command::{Applied, CallResult, Crowded, Effects, FEATURE_LEVEL, InlineChunk, LogBody, LogCommand};
 pub use fault::{Failure, StorageFault};
+pub use fragments::{Run, RunTerms, Runs};
 pub use names::{ChunkFiles, NamedFile};
 pub use snapshot::{Installation, Received, Row, Snapshot};
 pub use store::{MetadataOptions, MetadataStore, NamedChange, Position};

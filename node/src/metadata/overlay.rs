@@ -242,12 +242,31 @@ impl Layers {
         range: KeyRange,
         direction: Direction,
     ) -> Result<impl Iterator<Item = Result<RowOf<R>, StorageFault>> + use<'_, R>, StorageFault> {
+        self.scan_with(R::TABLE, range, direction, decode_row::<R>)
+    }
+
+    /// The keys of `range`, one after the other; values, which may be large, are not decoded.
+    pub(super) fn scan_keys<R: Rows>(
+        &self,
+        range: KeyRange,
+        direction: Direction,
+    ) -> Result<impl Iterator<Item = Result<R::Key, StorageFault>> + use<'_, R>, StorageFault> {
+        self.scan_with(R::TABLE, range, direction, |key, _| parse_key::<R>(key))
+    }
+
+    fn scan_with<T>(
+        &self,
+        table: Table,
+        range: KeyRange,
+        direction: Direction,
+        decode: fn(&[u8], &[u8]) -> Result<T, StorageFault>,
+    ) -> Result<impl Iterator<Item = Result<T, StorageFault>> + use<'_, T>, StorageFault> {
         let mut scan = match range.is_void() {
             true => None,
-            false => Some(Scan::new(self, R::TABLE, &range, direction)?),
+            false => Some(Scan::new(self, table, &range, direction)?),
         };
         Ok(std::iter::from_fn(move || {
-            let row = scan.as_mut()?.next_row(decode_row::<R>).transpose();
+            let row = scan.as_mut()?.next_row(decode).transpose();
             if matches!(row, Some(Err(_))) {
                 scan = None;
             }
@@ -268,10 +287,13 @@ impl Layers {
 }
 
 fn decode_row<R: Rows>(key: &[u8], value: &[u8]) -> Result<RowOf<R>, StorageFault> {
-    let parsed = R::parse(key).ok_or_else(|| {
+    Ok((parse_key::<R>(key)?, codec::decode_checked(value)?))
+}
+
+fn parse_key<R: Rows>(key: &[u8]) -> Result<R::Key, StorageFault> {
+    R::parse(key).ok_or_else(|| {
         StorageFault::inconsistent(format!("key {} of table {:?}", key.escape_ascii(), R::TABLE))
-    })?;
-    Ok((parsed, codec::decode_checked(value)?))
+    })
 }
 
 type OverlayIterator<'a> = RangedIter<'a, RowKey, Cell, DefaultSharedPtr>;

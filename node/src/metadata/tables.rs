@@ -45,10 +45,11 @@ pub(super) enum Table {
     Pins = 9,
     Reclaimable = 10,
     Chunks = 11,
+    Fragmented = 12,
 }
 
 impl Table {
-    pub(super) const COUNT: usize = 12;
+    pub(super) const COUNT: usize = 13;
     pub(super) const ALL: [Table; Table::COUNT] = [
         Table::Meta,
         Table::Inodes,
@@ -62,6 +63,7 @@ impl Table {
         Table::Pins,
         Table::Reclaimable,
         Table::Chunks,
+        Table::Fragmented,
     ];
 
     pub(super) fn number(self) -> u8 {
@@ -86,6 +88,7 @@ impl Table {
             Table::Pins => "pins",
             Table::Reclaimable => "reclaimable",
             Table::Chunks => "chunks",
+            Table::Fragmented => "fragmented",
         })
     }
 }
@@ -141,6 +144,12 @@ rows_by_inode!(
     /// Inodes of which something can be freed: orphans that nobody holds, and files with cut-off extents.
     Reclaimable,
     ()
+);
+
+rows_by_inode!(
+    /// Files that may have many small extents side by side, with the content version at which that was noted last.
+    Fragmented,
+    u64
 );
 
 /// One row of `meta`: named records of different types.

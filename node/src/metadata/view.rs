@@ -191,9 +191,9 @@ impl View {
             return Ok(Vec::new());
         }
         let range = KeyRange::prefix(&inode.0.to_be_bytes());
-        let rows = self.layers.scan::<Xattrs>(range, Direction::Up)?;
-        Ok(rows
-            .map(|row| row.map(|((_, name), _)| name))
+        let keys = self.layers.scan_keys::<Xattrs>(range, Direction::Up)?;
+        Ok(keys
+            .map(|key| key.map(|(_, name)| name))
             .collect::<Result<Vec<_>, _>>()?)
     }
 
@@ -373,7 +373,7 @@ impl View {
         }
     }
 
-    fn inode(&self, inode: InodeNumber) -> Result<InodeRecord, Failure> {
+    pub(super) fn inode(&self, inode: InodeNumber) -> Result<InodeRecord, Failure> {
         Ok(self.layers.get::<Inodes>(&inode)?.ok_or(FsError::Stale)?)
     }
 }

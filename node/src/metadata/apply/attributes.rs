@@ -14,6 +14,8 @@ const SET_USER_ID: u16 = 0o4000;
 const SET_GROUP_ID: u16 = 0o2000;
 const GROUP_EXECUTE: u16 = 0o0010;
 const MODE_BITS: u16 = 0o7777;
+/// Extended attributes that an inode may have: looking through their names is a part of a command's work.
+const XATTRS_MAX: u32 = 1024;
 /// File capabilities (capabilities(7)); the kernel asks for them before it executes a file.
 const CAPABILITY: &[u8] = b"security.capability";
 
@@ -30,6 +32,7 @@ impl Transaction<'_> {
         if let Some(size) = changes.size {
             self.truncate(inode, size)?;
             self.change(inode)?.mtime = now;
+            self.lose_privileges(inode, Privileges::Keep)?;
         }
         let chown = changes.uid.is_some() || changes.gid.is_some();
         if chown {
@@ -73,15 +76,39 @@ impl Transaction<'_> {
         if mode & GROUP_EXECUTE != 0 {
             mode &= !SET_GROUP_ID;
         }
-        if attributes.has_capability {
-            let name = capability_name()?;
-            self.writer.remove::<Xattrs>(&(inode, name));
-            let attributes = self.change(inode)?;
-            attributes.has_capability = false;
-            attributes.xattr_count -= 1;
-        }
+        self.drop_capability(inode)?;
         if mode != self.inode(inode)?.attributes.mode {
             self.change(inode)?.mode = mode;
+        }
+        Ok(())
+    }
+
+    /// What a write or a truncation takes away. Whether set-user-id goes too depends on the program that writes; file
+    /// capabilities go whoever writes, as Linux has it.
+    pub(super) fn lose_privileges(
+        &mut self,
+        inode: InodeNumber,
+        privileges: Privileges,
+    ) -> Result<(), Failure> {
+        match privileges {
+            Privileges::Drop => self.drop_privileges(inode),
+            Privileges::Keep if self.bounded_work() => self.drop_capability(inode),
+            Privileges::Keep => Ok(()),
+        }
+    }
+
+    fn drop_capability(&mut self, inode: InodeNumber) -> Result<(), Failure> {
+        if !self.inode(inode)?.attributes.has_capability {
+            return Ok(());
+        }
+        let key = (inode, capability_name()?);
+        // An inode that is being freed may have lost it already.
+        let exists = !self.bounded_work() || self.writer.layers.contains::<Xattrs>(&key)?;
+        self.writer.remove::<Xattrs>(&key);
+        let attributes = self.change(inode)?;
+        attributes.has_capability = false;
+        if exists {
+            attributes.xattr_count = attributes.xattr_count.wrapping_sub(1);
         }
         Ok(())
     }
@@ -95,6 +122,9 @@ impl Transaction<'_> {
     ) -> Result<OperationResult, Failure> {
         let inode = self.resolve(target)?;
         let count = self.inode(inode)?.attributes.xattr_count;
+        if self.bounded_work() {
+            name.require_known_namespace()?;
+        }
         let key = (inode, name.clone());
         let exists = self.writer.layers.contains::<Xattrs>(&key)?;
         match (mode, exists) {
@@ -103,11 +133,14 @@ impl Transaction<'_> {
             _ => {}
         }
         if !exists {
+            if count >= XATTRS_MAX && self.bounded_work() {
+                return Err(FsError::NoSpace.into());
+            }
             self.require_room_for(inode, count, name)?;
         }
         self.writer.put::<Xattrs>(&key, value);
         let attributes = self.change(inode)?;
-        attributes.xattr_count += u32::from(!exists);
+        attributes.xattr_count = attributes.xattr_count.saturating_add(u32::from(!exists));
         attributes.has_capability |= name.as_bytes() == CAPABILITY;
         Ok(OperationResult::Entry {
             inode,
@@ -128,7 +161,7 @@ impl Transaction<'_> {
         }
         self.writer.remove::<Xattrs>(&key);
         let attributes = self.change(inode)?;
-        attributes.xattr_count -= 1;
+        attributes.xattr_count = attributes.xattr_count.saturating_sub(1);
         attributes.has_capability &= name.as_bytes() != CAPABILITY;
         Ok(OperationResult::Entry {
             inode,
@@ -144,8 +177,8 @@ impl Transaction<'_> {
         }
         let mut list_bytes = name.as_bytes().len() + 1;
         let range = KeyRange::prefix(&inode.0.to_be_bytes());
-        for row in self.writer.layers.scan::<Xattrs>(range, Direction::Up)? {
-            let ((_, name), _) = row?;
+        for key in self.writer.layers.scan_keys::<Xattrs>(range, Direction::Up)? {
+            let (_, name) = key?;
             list_bytes += name.as_bytes().len() + 1;
         }
         match list_bytes <= XATTR_LIST_BYTES_MAX {

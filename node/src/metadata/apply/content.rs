@@ -8,9 +8,11 @@ use quorumfs_proto::command::{Privileges, Target};
 use quorumfs_proto::limits::FILE_BYTES_MAX;
 use quorumfs_proto::{FileKind, FsError, InodeNumber, OperationResult, Timestamp};
 
+use super::super::command::Crowded;
 use super::super::fault::Failure;
 use super::super::overlay::{Direction, KeyRange};
 use super::super::tables::{Cut, ExtentRecord, Extents, Reclaimable, Rows as _};
+use super::CUTS_MAX;
 use super::attributes::valid_time;
 use super::transaction::Transaction;
 
@@ -28,9 +30,7 @@ impl Transaction<'_> {
         if let Some(mtime) = mtime {
             self.change(inode)?.mtime = valid_time(mtime)?;
         }
-        if privileges == Privileges::Drop {
-            self.drop_privileges(inode)?;
-        }
+        self.lose_privileges(inode, privileges)?;
         Ok(OperationResult::Entry {
             inode,
             created: false,
@@ -49,9 +49,7 @@ impl Transaction<'_> {
         self.put_pieces(inode, pieces, offset)?;
         let now = self.now;
         self.change(inode)?.mtime = now;
-        if privileges == Privileges::Drop {
-            self.drop_privileges(inode)?;
-        }
+        self.lose_privileges(inode, privileges)?;
         Ok(OperationResult::Appended { offset })
     }
 
@@ -68,10 +66,19 @@ impl Transaction<'_> {
         if size > old_size {
             return Ok(());
         }
+        let cuts = self.inode(inode)?.cuts.len();
+        if cuts >= CUTS_MAX && self.bounded_work() {
+            return Err(self.crowded(Crowded {
+                inode,
+                from: size,
+                to: size,
+            }));
+        }
+        let attributes = &self.inode(inode)?.attributes;
         if attributes.allocated_bytes > 0 {
             self.cut_extent_across(inode, size, u64::MAX)?;
         }
-        let all_freed = self.free_extents(inode, size)?;
+        let all_freed = self.free_extents(inode, size)?.is_none();
         let record = self.inode_mut(inode)?;
         // Older cuts that only hid what this one hides too.
         record.cuts.retain(|cut| cut.from < size);
@@ -86,23 +93,23 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// Removes the extents that begin at or above `from`, as many as this command may; says whether that was all.
-    pub(super) fn free_extents(&mut self, inode: InodeNumber, from: u64) -> Result<bool, Failure> {
+    /// Removes the extents that begin at or above `from`, as many as this command may; answers where the next one lies.
+    pub(super) fn free_extents(&mut self, inode: InodeNumber, from: u64) -> Result<Option<u64>, Failure> {
         let record = self.inode(inode)?;
         // The common case of a small or empty file needs no scan.
         if record.attributes.allocated_bytes == 0 {
-            return Ok(true);
+            return Ok(None);
         }
         let beyond = KeyRange::prefix(&inode.0.to_be_bytes()).starting_at(&Extents::key(&(inode, from)));
         let max = self.extents_left as usize;
         let mut rows = self.writer.collect::<Extents>(beyond, max + 1)?;
-        let all = rows.len() <= max;
+        let next = rows.get(max).map(|((_, offset), _)| *offset);
         rows.truncate(max);
         self.extents_left -= rows.len() as u32;
         for ((inode, offset), extent) in rows {
             self.remove_extent(inode, offset, &extent)?;
         }
-        Ok(all)
+        Ok(next)
     }
 
     fn require_file(&mut self, inode: InodeNumber) -> Result<(), Failure> {
@@ -138,6 +145,7 @@ impl Transaction<'_> {
             let attributes = &mut self.inode_mut(inode)?.attributes;
             attributes.size = attributes.size.max(to);
         }
+        self.note_fragments(inode, pieces, version);
         Ok(())
     }
 
@@ -154,7 +162,14 @@ impl Transaction<'_> {
         let within = KeyRange::prefix(&inode.0.to_be_bytes())
             .starting_at(&Extents::key(&(inode, from)))
             .before(&Extents::key(&(inode, to)));
-        for ((inode, offset), extent) in self.writer.collect::<Extents>(within, usize::MAX)? {
+        let rows = self
+            .writer
+            .collect::<Extents>(within, self.replaced_left.saturating_add(1))?;
+        if rows.len() > self.replaced_left {
+            return Err(self.crowded(Crowded { inode, from, to }));
+        }
+        self.replaced_left -= rows.len();
+        for ((inode, offset), extent) in rows {
             self.remove_extent(inode, offset, &extent)?;
             self.add_remainder(inode, offset, &extent, to)?;
         }
@@ -208,14 +223,14 @@ impl Transaction<'_> {
         self.add_extent(inode, to, &remainder)
     }
 
-    fn add_extent(&mut self, inode: InodeNumber, offset: u64, extent: &ExtentRecord) -> Result<(), Failure> {
+    pub(super) fn add_extent(&mut self, inode: InodeNumber, offset: u64, extent: &ExtentRecord) -> Result<(), Failure> {
         self.writer.put::<Extents>(&(inode, offset), extent);
         self.refer(extent.chunk);
         self.inode_mut(inode)?.attributes.allocated_bytes += u64::from(extent.length);
         Ok(())
     }
 
-    fn remove_extent(
+    pub(super) fn remove_extent(
         &mut self,
         inode: InodeNumber,
         offset: u64,

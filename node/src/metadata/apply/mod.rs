@@ -9,6 +9,7 @@ mod content;
 mod namespace;
 mod orphans;
 mod rename;
+mod rewrite;
 mod sessions;
 mod transaction;
 
@@ -17,17 +18,24 @@ use std::sync::Arc;
 use quorumfs_proto::limits::LANES_MAX;
 use quorumfs_proto::{FsError, InodeNumber, Outcome, RequestId, Timestamp, codec};
 
-use super::command::{Applied, CallResult, Effects, FEATURE_LEVEL, LogBody, LogCommand};
+use super::command::{Applied, CallResult, Crowded, Effects, FEATURE_LEVEL, LogBody, LogCommand};
 use super::fault::{Failure, StorageFault};
 use super::overlay::{Cell, Direction, KeyRange, Layers};
 use super::store::{MetadataStore, Position, Summary};
 use super::tables::{Inodes, LaneRecord, Lanes, Meta, Replicas, RowKey, RowOf, Rows, Table};
+use rewrite::Replaced;
 use transaction::Transaction;
 
 /// How many extents (or pins, or extended attributes) one command may free beyond those it overwrites; what is more is
 /// left to [`LogBody::ReclaimUnlinked`]. A few milliseconds' work. (This part's own tests take it so low that the steps
 /// are taken.)
 pub const COMMAND_FREED_EXTENTS_MAX: u32 = if cfg!(test) { 3 } else { 4096 };
+
+/// How many cuts a file has at most: a further truncation waits until the older ones have been dealt with.
+const CUTS_MAX: usize = if cfg!(test) { 3 } else { 64 };
+/// From this level on the work of every command is bounded, fragmented files are noted, and writes and extended
+/// attributes follow the rules of Linux' own filesystems.
+pub(super) const BOUNDED_WORK_LEVEL: u32 = 3;
 
 /// A row that was written, and what the active overlay had in its place.
 pub(super) struct Change {
@@ -42,6 +50,16 @@ pub(super) struct Writer {
     pub(super) summary: Summary,
     /// Everything written since the batch began, in order.
     pub(super) journal: Vec<Change>,
+    /// Set by a mutation that stopped because of it.
+    pub(super) crowded: Option<Crowded>,
+}
+
+/// What became of a mutation that its lane had not decided before.
+enum Decision {
+    /// It is decided, for ever.
+    Made(Result<Outcome, FsError>, Effects),
+    /// It is not: [`CallResult::Crowded`].
+    Crowded(Crowded),
 }
 
 /// A moment of a [`Writer`] to which it can go back.
@@ -56,6 +74,7 @@ impl Writer {
             layers,
             summary,
             journal: Vec::new(),
+            crowded: None,
         }
     }
 
@@ -66,6 +85,12 @@ impl Writer {
     /// The keys and values of at most `max` rows.
     fn collect<R: Rows>(&self, range: KeyRange, max: usize) -> Result<Vec<RowOf<R>>, StorageFault> {
         self.layers.scan::<R>(range, Direction::Up)?.take(max).collect()
+    }
+
+    /// At most `max` keys; values, which may be large, stay where they are.
+    fn collect_keys<R: Rows>(&self, range: KeyRange, max: usize) -> Result<Vec<R::Key>, StorageFault> {
+        let keys = self.layers.scan_keys::<R>(range, Direction::Up)?;
+        keys.take(max).collect()
     }
 
     fn put<R: Rows>(&mut self, key: &R::Key, value: &R::Value) {
@@ -147,17 +172,21 @@ impl<'store> Batch<'store> {
                     Ok((outcome, effects)) => (Ok(outcome), effects),
                     Err(verdict) => {
                         writer.roll_back(mark);
+                        if let Some(crowded) = writer.crowded.take() {
+                            return Ok(Decision::Crowded(crowded));
+                        }
                         (Err(verdict), Effects::default())
                     }
                 };
                 if mutation.chunk_low_water > low_water {
                     writer.raise_low_water(mutation.request.session, mutation.chunk_low_water)?;
                 }
-                Ok(decided)
+                let (outcome, effects) = decided;
+                Ok(Decision::Made(outcome, effects))
             }),
-            LogBody::Refuse { request, verdict } => {
-                self.decide(request, |_, _| Ok((Err(*verdict), Effects::default())))
-            }
+            LogBody::Refuse { request, verdict } => self.decide(request, |_, _| {
+                Ok(Decision::Made(Err(*verdict), Effects::default()))
+            }),
             LogBody::OpenSession { session, description } => self
                 .writer
                 .open_session(now, *session, description)
@@ -191,6 +220,28 @@ impl<'store> Batch<'store> {
                 Ok(without_effects(CallResult::Done))
             }
             LogBody::Audit => Ok(without_effects(CallResult::Done)),
+            LogBody::Rewrite {
+                inode,
+                from,
+                extents,
+                digest,
+                chunk,
+            } => {
+                let replaced = Replaced {
+                    inode: *inode,
+                    from: *from,
+                    extents: *extents,
+                    digest: *digest,
+                };
+                Transaction::rewrite_step(&mut self.writer, index, now, replaced, chunk)
+            }
+            LogBody::Settle {
+                inode,
+                through_version,
+            } => self
+                .writer
+                .settle_fragmented(*inode, *through_version)
+                .map(|()| without_effects(CallResult::Done)),
         }
     }
 
@@ -208,7 +259,7 @@ impl<'store> Batch<'store> {
     fn decide(
         &mut self,
         request: &RequestId,
-        run: impl FnOnce(&mut Writer, u64) -> Result<(Result<Outcome, FsError>, Effects), StorageFault>,
+        run: impl FnOnce(&mut Writer, u64) -> Result<Decision, StorageFault>,
     ) -> Result<Applied, StorageFault> {
         let lane = (request.session, request.lane);
         let decided = self.writer.get::<Lanes>(&lane)?;
@@ -228,7 +279,10 @@ impl<'store> Batch<'store> {
             return Ok(without_effects(CallResult::StaleSequence));
         }
 
-        let (outcome, effects) = run(&mut self.writer, low_water)?;
+        let (outcome, effects) = match run(&mut self.writer, low_water)? {
+            Decision::Made(outcome, effects) => (outcome, effects),
+            Decision::Crowded(place) => return Ok(without_effects(CallResult::Crowded(place))),
+        };
         let result = CallResult::Outcome(outcome);
         let record = LaneRecord {
             sequence: request.sequence,

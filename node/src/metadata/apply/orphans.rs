@@ -151,13 +151,15 @@ impl Transaction<'_> {
 
     /// Frees all that belongs to an orphan, and the inode last.
     fn dissolve(&mut self, inode: InodeNumber) -> Result<(), Failure> {
-        if !self.free_extents(inode, 0)? {
+        if !self.free_all_extents(inode)? {
             return Ok(());
         }
         let range = KeyRange::prefix(&inode.0.to_be_bytes());
-        let xattrs = self.writer.collect::<Xattrs>(range, self.extents_left as usize)?;
+        let xattrs = self
+            .writer
+            .collect_keys::<Xattrs>(range, self.extents_left as usize)?;
         let freed = xattrs.len() as u32;
-        for (key, _) in xattrs {
+        for key in xattrs {
             self.writer.remove::<Xattrs>(&key);
         }
         self.extents_left -= freed;
@@ -171,6 +173,32 @@ impl Transaction<'_> {
         self.writer.remove::<Orphans>(&inode);
         self.writer.remove::<Reclaimable>(&inode);
         self.drop_inode(inode)
+    }
+
+    /// Frees extents of an orphan; says whether none are left. Each step begins where the last one ended: what it
+    /// removed is passed over row by row until it has left memory.
+    fn free_all_extents(&mut self, inode: InodeNumber) -> Result<bool, Failure> {
+        if !self.bounded_work() {
+            return Ok(self.free_extents(inode, 0)?.is_none());
+        }
+        let record = self.inode(inode)?;
+        // With cuts the cursor counts what was looked at, not what was freed.
+        let from = match record.cuts.is_empty() {
+            true => record.trim_cursor,
+            false => 0,
+        };
+        if let Some(next) = self.free_extents(inode, from)? {
+            let record = self.inode_mut(inode)?;
+            record.cuts.clear();
+            record.trim_cursor = next;
+            return Ok(false);
+        }
+        if self.inode(inode)?.attributes.allocated_bytes == 0 {
+            return Ok(true);
+        }
+        // Somebody has written below the cursor since.
+        self.inode_mut(inode)?.trim_cursor = 0;
+        Ok(false)
     }
 
     /// Looks for cut-off extents from where the last step ended. When it has seen all, there are no cuts any more.

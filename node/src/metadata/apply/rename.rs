@@ -24,7 +24,10 @@ impl Transaction<'_> {
             (RenameMode::Exchange, None) => return Err(FsError::NotFound.into()),
             _ => {}
         }
-        self.require_no_cycle(&moved, to_parent)?;
+        let moves = from_parent != to_parent || !self.bounded_work();
+        if moves {
+            self.require_no_cycle(&moved, to_parent)?;
+        }
         let result = OperationResult::Renamed {
             inode: moved.inode,
             other: other.as_ref().map(|other| other.inode),
@@ -36,7 +39,9 @@ impl Transaction<'_> {
         }
         match (mode, other) {
             (RenameMode::Exchange, Some(other)) => {
-                self.require_no_cycle(&other, from_parent)?;
+                if moves {
+                    self.require_no_cycle(&other, from_parent)?;
+                }
                 self.remove_entry(to_parent, to_name, &other)?;
                 self.move_entry((from_parent, from_name), (to_parent, to_name), moved)?;
                 self.add_entry(from_parent, from_name, other.clone())?;
@@ -87,8 +92,9 @@ impl Transaction<'_> {
         }
     }
 
-    /// [`FsError::InvalidArgument`] where a directory would come to lie in itself or below.
-    fn require_no_cycle(&self, moved: &DirentRecord, into: InodeNumber) -> Result<(), Failure> {
+    /// [`FsError::InvalidArgument`] where a directory would come to lie in itself or below; [`FsError::NameTooLong`] where
+    /// the way to the root is longer than one command may go.
+    fn require_no_cycle(&mut self, moved: &DirentRecord, into: InodeNumber) -> Result<(), Failure> {
         if moved.kind != FileKind::Directory {
             return Ok(());
         }
@@ -101,6 +107,7 @@ impl Transaction<'_> {
             if ancestor == InodeNumber::ROOT {
                 return Ok(());
             }
+            self.ancestors_left = self.ancestors_left.checked_sub(1).ok_or(FsError::NameTooLong)?;
             ancestor = self
                 .peek(ancestor)?
                 .ok_or_else(|| StorageFault::inconsistent(format!("directory {ancestor} is missing")))?

@@ -13,10 +13,13 @@ use quorumfs_proto::{
     Attributes, ChunkId, FsError, InodeNumber, OperationResult, Outcome, SessionId, Timestamp,
 };
 
-use super::super::command::{Effects, InlineChunk};
+use super::super::command::{Crowded, Effects, InlineChunk};
 use super::super::fault::{Failure, StorageFault};
 use super::super::tables::{ChunkRecord, Chunks, InodeRecord, Inodes};
-use super::{COMMAND_FREED_EXTENTS_MAX, Writer};
+use super::{BOUNDED_WORK_LEVEL, COMMAND_FREED_EXTENTS_MAX, Writer};
+
+/// Directories that one command passes on its way to the root: far more than a path of PATH_MAX bytes has names.
+const COMMAND_ANCESTORS_MAX: u64 = if cfg!(test) { 40 } else { 16_384 };
 
 /// An inode that the mutation has loaded.
 struct Loaded {
@@ -44,6 +47,10 @@ pub(super) struct Transaction<'w> {
     results: Vec<OperationResult>,
     /// How many extents this command may still free beyond those it overwrites.
     pub(super) extents_left: u32,
+    /// How many extents this command may still overwrite.
+    pub(super) replaced_left: usize,
+    /// How many directories this command may still pass on its way to the root.
+    pub(super) ancestors_left: u64,
 }
 
 impl<'w> Transaction<'w> {
@@ -60,6 +67,12 @@ impl<'w> Transaction<'w> {
         command.validate(session)?;
         let mut transaction = Transaction::of_the_cluster(writer, now, COMMAND_FREED_EXTENTS_MAX);
         transaction.session = Some(session);
+        if transaction.bounded_work() {
+            let pieces = command.operations.iter().map(|operation| operation.pieces().len());
+            // Pieces of a command that lie over each other are its own work: it is never refused for them.
+            transaction.replaced_left = COMMAND_FREED_EXTENTS_MAX as usize + 2 * pieces.sum::<usize>();
+            transaction.ancestors_left = COMMAND_ANCESTORS_MAX;
+        }
         for chunk in &command.chunks {
             transaction.bring(chunk, low_water)?;
         }
@@ -85,7 +98,21 @@ impl<'w> Transaction<'w> {
             fresh: BTreeMap::new(),
             results: Vec::new(),
             extents_left,
+            replaced_left: usize::MAX,
+            ancestors_left: u64::MAX,
         }
+    }
+
+    /// Whether the work of every command is bounded.
+    pub(super) fn bounded_work(&self) -> bool {
+        self.writer.summary.feature_level >= BOUNDED_WORK_LEVEL
+    }
+
+    /// Ends a mutation for which there is too much in the way: see [`super::super::command::CallResult::Crowded`].
+    pub(super) fn crowded(&mut self, place: Crowded) -> Failure {
+        self.writer.crowded = Some(place);
+        // Nobody hears of this verdict.
+        FsError::TooBig.into()
     }
 
     /// Writes what is still in memory, and tells what was done.
@@ -267,7 +294,7 @@ impl<'w> Transaction<'w> {
     }
 
     /// Takes note of a chunk that the command brings.
-    fn bring(&mut self, chunk: &'w NewChunk, low_water: u64) -> Result<(), Failure> {
+    pub(super) fn bring(&mut self, chunk: &'w NewChunk, low_water: u64) -> Result<(), Failure> {
         if chunk.id.counter < low_water {
             return Err(FsError::ChunkDead.into());
         }

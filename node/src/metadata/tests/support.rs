@@ -50,6 +50,27 @@ impl Node {
         node
     }
 
+    /// As [`Node::with_sessions`], with everything allowed that this program knows.
+    pub fn at_newest_level(sessions: u64) -> Node {
+        let mut node = Node::with_sessions(sessions);
+        node.apply(LogBody::RaiseFeatureLevel {
+            level: FEATURE_LEVEL,
+        });
+        node
+    }
+
+    /// The result of a new mutation of session 1, whatever it is.
+    pub fn result_of(&mut self, command: Command) -> CallResult {
+        let mutation = self.mutation(SessionId(1), command);
+        let sequence = mutation.request.sequence;
+        let result = self.apply(LogBody::Call(mutation)).result;
+        if !matches!(result, CallResult::Outcome(_)) {
+            // Nothing was decided: the lane waits for the same again.
+            self.sequences.insert((SessionId(1), Lane(0)), sequence - 1);
+        }
+        result
+    }
+
     pub fn apply(&mut self, body: LogBody) -> Applied {
         self.apply_at(Timestamp::default(), body)
     }
@@ -218,6 +239,7 @@ pub fn dump(view: &View) -> Vec<(u8, Vec<u8>, Vec<u8>)> {
     dump_table::<Pins>(view, b"", &mut rows);
     dump_table::<Reclaimable>(view, b"", &mut rows);
     dump_table::<Chunks>(view, b"", &mut rows);
+    dump_table::<Fragmented>(view, b"", &mut rows);
     rows
 }
 
@@ -305,5 +327,16 @@ pub fn check_invariants(view: &View) {
         let ((session, inode), ()) = row.unwrap();
         let orphan = view.layers.get::<Orphans>(&inode).unwrap().unwrap();
         assert!(orphan.waiting_for.contains(&session));
+    }
+}
+
+/// The command by which the leader, as session 1, replaces `run` by a chunk.
+pub fn rewrite(inode: InodeNumber, run: &Run, counter: u64) -> LogBody {
+    LogBody::Rewrite {
+        inode,
+        from: run.from(),
+        extents: run.pieces.len() as u32,
+        digest: run.digest,
+        chunk: chunk(1, counter, (run.to() - run.from()) as u32),
     }
 }
