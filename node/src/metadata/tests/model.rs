@@ -35,6 +35,8 @@ pub struct Model {
     pub living: BTreeSet<SessionId>,
     pub next_inode: u64,
     pub now: Timestamp,
+    /// Whether every write takes file capabilities away.
+    pub writes_drop_capabilities: bool,
     session: SessionId,
 }
 
@@ -48,6 +50,7 @@ impl Model {
             living: BTreeSet::new(),
             next_inode: 1,
             now: zero,
+            writes_drop_capabilities: false,
             session: SessionId(0),
         };
         let root = NewInode {
@@ -63,6 +66,25 @@ impl Model {
 
     pub fn tick(&mut self, stamp: Timestamp) {
         self.now = stamp.max(self.now.plus_nanoseconds(1));
+    }
+
+    /// Everything that the program knows is allowed.
+    pub fn raise(&mut self) {
+        self.writes_drop_capabilities = true;
+        let now = self.now;
+        if let Some(root) = self.inodes.get_mut(&InodeNumber::ROOT) {
+            let attributes = &mut root.attributes;
+            for time in [
+                &mut attributes.atime,
+                &mut attributes.mtime,
+                &mut attributes.ctime,
+                &mut attributes.birth_time,
+            ] {
+                if *time == Timestamp::default() {
+                    *time = now;
+                }
+            }
+        }
     }
 
     pub fn end_session(&mut self, session: SessionId) {
@@ -173,7 +195,7 @@ impl Model {
                 if let Some(mtime) = mtime {
                     inode.attributes.mtime = *mtime;
                 }
-                self.kill(number, *privileges);
+                self.wrote(number, *privileges);
                 Ok(OperationResult::Entry {
                     inode: number,
                     created: false,
@@ -189,7 +211,7 @@ impl Model {
                 self.put(number, pieces, offset)?;
                 let now = self.now;
                 self.get(number)?.attributes.mtime = now;
-                self.kill(number, *privileges);
+                self.wrote(number, *privileges);
                 Ok(OperationResult::Appended { offset })
             }
             Operation::SetXattr {
@@ -544,6 +566,7 @@ impl Model {
             self.file(number)?.bytes.resize(size as usize, None);
             self.touch(number);
             self.get(number)?.attributes.mtime = now;
+            self.wrote(number, Privileges::Keep);
         }
         let chown = changes.uid.or(changes.gid).is_some();
         if chown {
@@ -578,6 +601,26 @@ impl Model {
             inode: number,
             created: false,
         })
+    }
+
+    fn wrote(&mut self, number: InodeNumber, privileges: Privileges) {
+        self.kill(number, privileges);
+        if self.writes_drop_capabilities {
+            self.drop_capability(number);
+        }
+    }
+
+    fn drop_capability(&mut self, number: InodeNumber) {
+        let Some(inode) = self.inodes.get_mut(&number) else {
+            return;
+        };
+        let before = inode.xattrs.len();
+        inode
+            .xattrs
+            .retain(|name, _| name.as_bytes() != b"security.capability");
+        if before != inode.xattrs.len() {
+            self.touch(number);
+        }
     }
 
     fn kill(&mut self, number: InodeNumber, privileges: Privileges) {
