@@ -201,9 +201,12 @@ mod tests {
         };
         assert!(!is_long(&node.view(), &list) && !is_long(&node.view(), &extents));
         for number in 0..=ROWS_IN_PLACE_MAX {
-            node.call(1, Command::single(create(root, &format!("{number}"), NewKind::File)))
-                .0
-                .unwrap();
+            node.call(
+                1,
+                Command::single(create(root, &format!("{number}"), NewKind::File)),
+            )
+            .0
+            .unwrap();
             node.call(1, write_chunks(Target::Inode(file), 1, number + 1, &[number], 1))
                 .0
                 .unwrap();

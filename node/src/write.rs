@@ -427,7 +427,10 @@ fn reply_to(decided: Result<CallResult, ProposeError>) -> CallReply {
         Ok(CallResult::UnknownSession) => CallReply::Refused(Refusal::UnknownSession),
         Ok(CallResult::StaleSequence) => CallReply::Refused(Refusal::StaleSequence),
         Ok(CallResult::Crowded(place)) => CallReply::Refused(Refusal::Unavailable {
-            reason: format!("inode {} has too many extents to be written over at once", place.inode),
+            reason: format!(
+                "inode {} has too many extents to be written over at once",
+                place.inode
+            ),
         }),
         Err(ProposeError::NotLeader { leader }) => CallReply::Refused(Refusal::NotLeader {
             leader: leader.map(|member| member.addresses.grpc),

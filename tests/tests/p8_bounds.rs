@@ -2,12 +2,22 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
+use quorumfs_proto::command::{IfExists, NewInode, NewKind, Privileges, Target};
+use quorumfs_proto::limits::{COMMAND_PIECES_MAX, EXTENTS_ANSWER_MAX};
+use quorumfs_proto::{
+    Answer, Attributes, CallReply, Command, InodeNumber, Name, Operation, OperationResult, Outcome, Piece,
+    Query,
+};
 use quorumfs_tests::environment::Finally;
 use quorumfs_tests::process::resident_peak_bytes;
 use quorumfs_tests::random::Content;
-use quorumfs_tests::{Cluster, Mount, Random, Sandbox, posix, scaled};
+use quorumfs_tests::wire_client::WireClient;
+use quorumfs_tests::{Cluster, Mount, Random, Sandbox, healing, posix, scaled, wait_for};
 
 /// As promised.
 const RESIDENT_BYTES_MAX: u64 = 512 << 20;
@@ -117,4 +127,152 @@ fn p8_a_large_directory_lists_completely_while_it_changes() {
     assert_memory_is_bounded(&cluster, &[&mount, &other]);
     other.unmount();
     mount.unmount();
+}
+
+/// A file of `extents` extents of one byte, made by few commands.
+fn fragmented(client: &WireClient, name: &'static str, sequence: &mut u64, content: &[u8]) -> InodeNumber {
+    let create = Operation::Create {
+        parent: Target::Inode(InodeNumber::ROOT),
+        name: Name::new(name.as_bytes()).expect("a name"),
+        inode: NewInode {
+            kind: NewKind::File,
+            mode: 0o644,
+            uid: 0,
+            gid: 0,
+        },
+        existing: IfExists::Refuse,
+    };
+    let outcome = decided(client, sequence, Command::single(create));
+    let OperationResult::Entry { inode, .. } = outcome.results[0] else {
+        panic!("a create was answered {outcome:?}");
+    };
+    for (number, part) in (0u64..).zip(content.chunks(COMMAND_PIECES_MAX)) {
+        let chunk = client.put_chunk(1_000 * *sequence + number, part);
+        let from = number * COMMAND_PIECES_MAX as u64;
+        let pieces = (0..part.len() as u32).map(|at| Piece {
+            file_offset: from + u64::from(at),
+            length: 1,
+            chunk: chunk.id,
+            chunk_offset: at,
+        });
+        let write = write(inode, pieces.collect());
+        let command = Command {
+            chunks: vec![chunk],
+            operations: vec![write],
+        };
+        decided(client, sequence, command);
+    }
+    inode
+}
+
+fn write(inode: InodeNumber, pieces: Vec<Piece>) -> Operation {
+    Operation::Write {
+        inode: Target::Inode(inode),
+        pieces,
+        mtime: None,
+        privileges: Privileges::Keep,
+    }
+}
+
+/// The next command of the client's lane 0.
+fn decided(client: &WireClient, sequence: &mut u64, command: Command) -> Outcome {
+    *sequence += 1;
+    match client.mutate(&client.mutation(0, *sequence, command)) {
+        CallReply::Outcome(Ok(outcome)) => outcome,
+        other => panic!("refused: {other:?}"),
+    }
+}
+
+fn extents(client: &WireClient, inode: InodeNumber) -> (Attributes, usize) {
+    let query = Query::Extents {
+        inode,
+        from: 0,
+        to: u64::MAX,
+        pieces_max: EXTENTS_ANSWER_MAX,
+    };
+    match client.query(query) {
+        Answer::Extents {
+            attributes, pieces, ..
+        } => (attributes, pieces.len()),
+        other => panic!("not extents: {other:?}"),
+    }
+}
+
+#[test]
+fn p8_small_extents_are_put_together_unnoticed_and_give_way_to_a_write() {
+    let sandbox = Sandbox::light("p8-small-extents");
+    let mut random = Random::announced();
+    let cluster = Cluster::start(&sandbox);
+    let mount = cluster.mount();
+    let client = WireClient::connect(&cluster.members());
+    wait_for("everything is allowed", Duration::from_secs(60), || {
+        cluster
+            .slots()
+            .any(|slot| cluster.log(slot).contains("next feature level"))
+    });
+    let mut sequence = 0;
+    let bytes = random.bytes(3 * COMMAND_PIECES_MAX);
+
+    let inode = fragmented(&client, "settled", &mut sequence, &bytes);
+    let before = extents(&client, inode).0;
+    let mut open = File::open(mount.path("settled")).expect("open");
+    let start = Instant::now();
+    let mut pieces = usize::MAX;
+    while pieces > 8 {
+        assert!(
+            start.elapsed() < Duration::from_secs(120),
+            "{pieces} extents are left"
+        );
+        let mut read = Vec::new();
+        open.seek(SeekFrom::Start(0)).expect("seek");
+        open.read_to_end(&mut read).expect("read");
+        assert!(read == bytes, "the content changed");
+        pieces = extents(&client, inode).1;
+    }
+    assert_eq!(extents(&client, inode).0, before, "times, size and version stay");
+    assert!(fs::read(mount.path("settled")).expect("read") == bytes);
+
+    // A log that programs write line by line, each its own command.
+    let mut log = File::options()
+        .append(true)
+        .create(true)
+        .open(mount.path("log"))
+        .expect("open");
+    let mut lines = Vec::new();
+    for number in 0..200 {
+        let line = format!("{number:08} a line of a log\n");
+        log.write_all(line.as_bytes()).expect("append");
+        lines.extend_from_slice(line.as_bytes());
+    }
+    let number = fs::metadata(mount.path("log")).expect("stat").ino();
+    let start = Instant::now();
+    while extents(&client, InodeNumber(number)).1 > 100 {
+        assert!(
+            start.elapsed() < Duration::from_secs(120),
+            "the log stays in pieces"
+        );
+        assert!(fs::read(mount.path("log")).expect("read") == lines);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(fs::read(mount.path("log")).expect("read") == lines);
+
+    // More extents than one command may replace.
+    let inode = fragmented(&client, "overwritten", &mut sequence, &bytes);
+    let over = random.bytes(bytes.len() - 2);
+    let chunk = client.put_chunk(1, &over);
+    let piece = Piece {
+        file_offset: 1,
+        length: over.len() as u32,
+        chunk: chunk.id,
+        chunk_offset: 0,
+    };
+    let command = Command {
+        chunks: vec![chunk],
+        operations: vec![write(inode, vec![piece])],
+    };
+    decided(&client, &mut sequence, command);
+    assert_eq!(extents(&client, inode).1, 3);
+    let expected = [&bytes[..1], &over, &bytes[bytes.len() - 1..]].concat();
+    assert!(fs::read(mount.path("overwritten")).expect("read") == expected);
+    healing::assert_same_metadata(&cluster);
 }

@@ -372,11 +372,23 @@ mod tests {
 
     #[test]
     fn names_of_extended_attributes_are_those_that_local_filesystems_take() {
-        for known in [&b"user.a"[..], b"user.system.x", b"trusted.overlay.opaque", b"security.capability"] {
+        for known in [
+            &b"user.a"[..],
+            b"user.system.x",
+            b"trusted.overlay.opaque",
+            b"security.capability",
+        ] {
             assert!(xattr_name(known).is_ok(), "{}", known.escape_ascii());
         }
         // ACLs are not there yet.
-        for unknown in [&b"system.posix_acl_access"[..], b"system.x", b"a", b"user", b"users.a", b".a"] {
+        for unknown in [
+            &b"system.posix_acl_access"[..],
+            b"system.x",
+            b"a",
+            b"user",
+            b"users.a",
+            b".a",
+        ] {
             let refused = Err(FsError::NotSupported);
             assert_eq!(xattr_name(unknown), refused, "{}", unknown.escape_ascii());
         }

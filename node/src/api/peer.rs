@@ -17,7 +17,7 @@ use crate::consensus::{BarrierError, ProposeError};
 use crate::content::Verdict;
 use crate::content::peers::VERIFY_IDS_MAX;
 use crate::content::wire::{get_response, put_response, range_asked, stored_chunk};
-use crate::healing::completeness::{Asked, completeness};
+use crate::healing::completeness::{Asked, LACKING_CHUNKS_MAX, completeness};
 use crate::metadata::FEATURE_LEVEL;
 use crate::node::{Node, Parts};
 use crate::read::task_failed;
@@ -243,7 +243,9 @@ impl Peer for PeerService {
             own: parts.consensus.id(),
             through_index,
         };
-        let looked = completeness(parts.metadata.clone(), parts.content.clone(), asked).await;
+        let books =
+            |layout: &_, through_index| parts.recovery.lacking(layout, through_index, LACKING_CHUNKS_MAX);
+        let looked = completeness(parts.metadata.clone(), parts.content.clone(), books, asked).await;
         let found = looked.map_err(|fault| Status::unavailable(fault.to_string()))?;
         Ok(Response::new(wire::ContentCompleteResponse {
             complete: found.missing == 0,

@@ -149,6 +149,11 @@ impl Picture {
         self.layouts().all(Layout::is_everywhere)
     }
 
+    /// Whether what `layout` asks for is in force or prepared for.
+    pub fn prepares_for(&self, layout: &Layout) -> bool {
+        self.layouts().any(|known| known == layout)
+    }
+
     fn layouts(&self) -> impl Iterator<Item = &Layout> {
         self.in_force.iter().chain(&self.to_come)
     }

@@ -13,6 +13,8 @@ pub struct EffectCounts {
     pub told: AtomicU64,
     /// Passed over because the receiver was slow.
     pub dropped: AtomicU64,
+    /// Up to which entry everything was sent or passed over.
+    pub through_index: AtomicU64,
 }
 
 /// Shared by the state machine and those who ask.

@@ -410,6 +410,11 @@ impl Consensus {
         )
     }
 
+    /// Up to which entry [`AppliedEffects`] were sent, or counted as dropped.
+    pub fn effects_through(&self) -> u64 {
+        self.0.meters.effects.through_index.load(Ordering::Acquire)
+    }
+
     /// The state at the last [`LogBody::Audit`], once; whoever takes it drops it soon, since it keeps old pages in use.
     pub fn take_audited(&self) -> Option<View> {
         self.0.audited.lock().take()

@@ -108,7 +108,10 @@ impl StateMachine {
         meters: Arc<Meters>,
         fatal: FatalSignal,
     ) -> Result<StateMachine, codec::DecodeError> {
-        let (_, membership) = decode_position(&metadata.position())?;
+        let position = metadata.position();
+        let (_, membership) = decode_position(&position)?;
+        let told_through = &meters.effects.through_index;
+        told_through.store(position.index, Ordering::Release);
         Ok(StateMachine {
             metadata,
             flusher,
@@ -204,6 +207,12 @@ impl StateMachine {
         if !(named.is_empty() && dead.is_empty()) {
             self.tell(AppliedEffects::Entries { index, named, dead });
         }
+        self.told_through(index);
+    }
+
+    fn told_through(&self, index: u64) {
+        let through = &self.meters.effects.through_index;
+        through.store(index, Ordering::Release);
     }
 
     /// Does `work` where it may wait for a disk. A panic in it would end openraft's task for the state
@@ -263,6 +272,7 @@ impl StateMachine {
         self.tell(AppliedEffects::Installed {
             index: position.index,
         });
+        self.told_through(position.index);
         Ok(())
     }
 }

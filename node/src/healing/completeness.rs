@@ -1,6 +1,7 @@
 //! Whether this node holds everything that it would have to among certain voters: asked before a node becomes a voter,
 //! and before one leaves.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,10 +11,8 @@ use crate::cluster::placement::Layout;
 use crate::content::ContentStore;
 use crate::metadata::{Failure, MetadataStore};
 
-/// Chunks looked up in one go.
-const PAGE_CHUNKS: usize = 4096;
-/// With more missing than this the node is not whole, and nothing is waited for.
-const AWAITED_CHUNKS_MAX: usize = 4096;
+/// With so many missing the node is not whole, and nothing is waited for.
+pub const LACKING_CHUNKS_MAX: usize = 4096;
 /// How long chunks that are named and not here yet, mostly on their way from the leader, are waited for.
 const PATIENCE_MS: u64 = 4_000;
 /// How often they are looked for.
@@ -39,12 +38,16 @@ pub struct Asked {
     pub through_index: u64,
 }
 
-/// Looks at everything that is named now and that `own` holds by `layout`, and waits a little for what is not here. Under a steady load there always is
-/// something on its way, so "nothing is missing at this moment" would never be true; this asks whether all that was
-/// named at one index has come.
+/// Asks the books for everything that is named now and that `own` holds by `layout`, and waits a little for what is not
+/// here. Under a steady load there always is something on its way, so "nothing is missing at this moment" would never be
+/// true; this asks whether all that was named at one index has come.
+///
+/// `books` answers as [`super::recovery::Recovery::lacking`] does, with at most [`LACKING_CHUNKS_MAX`] chunks. As long as
+/// they cannot say, the node is not known to be whole.
 pub async fn completeness(
     metadata: Arc<MetadataStore>,
     content: Arc<ContentStore>,
+    books: impl Fn(&Layout, u64) -> Option<BTreeSet<ChunkId>>,
     asked: Asked,
 ) -> Result<Completeness, Failure> {
     let Asked {
@@ -70,47 +73,44 @@ pub async fn completeness(
         }
         tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
     }
-    let (listed, held) = (metadata.clone(), content.clone());
-    let lacks = move |id: ChunkId| !held.holds(id) && layout.is_place(id, own);
-    let looked = tokio::task::spawn_blocking(move || missing_now(&listed, lacks)).await;
-    let (through_index, mut missing) = match looked {
-        Ok(looked) => looked?,
-        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+    // What was named by now is to be here; what is named later is another matter.
+    let through_index = metadata.position().index;
+    let mut missing = loop {
+        match books(&layout, through_index) {
+            Some(missing) => break missing,
+            None if Instant::now() >= deadline => {
+                return Ok(Completeness {
+                    through_index,
+                    missing: 1,
+                });
+            }
+            None => tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await,
+        }
     };
     let deadline = Instant::now() + Duration::from_millis(PATIENCE_MS);
-    while !missing.is_empty() && missing.len() <= AWAITED_CHUNKS_MAX && Instant::now() < deadline {
+    while !missing.is_empty() && missing.len() < LACKING_CHUNKS_MAX && Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
         let view = metadata.view()?;
-        let mut still = Vec::new();
+        let mut still = BTreeSet::new();
         for id in missing {
             if !content.holds(id) && view.chunk(id)?.is_some() {
-                still.push(id);
+                still.insert(id);
             }
         }
         missing = still;
+    }
+    let synced = tokio::task::spawn_blocking(move || content.sync()).await;
+    if !matches!(synced, Ok(Ok(()))) {
+        // What is here is not known to be on disk; the node stops for it.
+        return Ok(Completeness {
+            through_index,
+            missing: 1,
+        });
     }
     Ok(Completeness {
         through_index,
         missing: missing.len() as u64,
     })
-}
-
-fn missing_now(
-    metadata: &MetadataStore,
-    lacks: impl Fn(ChunkId) -> bool,
-) -> Result<(u64, Vec<ChunkId>), Failure> {
-    let view = metadata.view()?;
-    let (mut missing, mut after) = (Vec::new(), None);
-    loop {
-        let page = view.chunks_after(after, PAGE_CHUNKS)?;
-        let Some((last, _)) = page.last() else { break };
-        after = Some(*last);
-        missing.extend(page.iter().map(|(id, _)| *id).filter(|id| lacks(*id)));
-        if missing.len() > AWAITED_CHUNKS_MAX {
-            break;
-        }
-    }
-    Ok((view.index(), missing))
 }
 
 #[cfg(test)]
@@ -133,10 +133,31 @@ mod tests {
                 own,
                 through_index: 0,
             };
-            let found = completeness(metadata.clone(), content.clone(), asked).await;
+            let books = |_: &Layout, _| Some(BTreeSet::new());
+            let found = completeness(metadata.clone(), content.clone(), books, asked).await;
             found.expect("it is known").missing
         };
         assert_eq!(missing(node(7)).await, 0, "nothing is named");
         assert_ne!(missing(node(8)).await, 0, "another incarnation was asked");
+    }
+
+    #[tokio::test]
+    async fn who_does_not_know_what_it_lacks_is_not_whole() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("metadata.redb");
+        let metadata = MetadataStore::open(&path, MetadataOptions::default()).expect("metadata");
+        let opened = ContentStore::open(&folder.path().join("content"), ContentOptions::default());
+        let (metadata, content) = (Arc::new(metadata), Arc::new(opened.expect("content").0));
+        let own = NodeId {
+            slot: 1,
+            incarnation: 7,
+        };
+        let asked = Asked {
+            layout: Layout::new([own].into(), 3),
+            own,
+            through_index: 0,
+        };
+        let found = completeness(metadata, content, |_, _| None, asked).await;
+        assert_ne!(found.expect("it is known").missing, 0);
     }
 }

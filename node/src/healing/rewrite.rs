@@ -21,8 +21,10 @@ use bytes::BytesMut;
 use futures::{StreamExt as _, TryStreamExt as _};
 use parking_lot::Mutex;
 use quorumfs_proto::call::Mutation;
+use quorumfs_proto::limits::BLOCK_BYTES;
 use quorumfs_proto::{
-    CallReply, ChunkBody, ChunkId, FsError, InodeNumber, NewChunk, Operation, Piece, Refusal, SessionId, Sha256,
+    CallReply, ChunkBody, ChunkId, FsError, InodeNumber, NewChunk, Operation, Piece, Refusal, SessionId,
+    Sha256,
 };
 use tracing::{debug, info, warn};
 
@@ -31,7 +33,8 @@ use crate::cluster::sessions::SessionKeeper;
 use crate::consensus::Consensus;
 use crate::content::StoredChunk;
 use crate::metadata::{
-    COMMAND_FREED_EXTENTS_MAX, CallResult, Crowded, Failure, LogBody, MetadataStore, Run, RunTerms, Runs, View,
+    COMMAND_FREED_EXTENTS_MAX, CallResult, Crowded, Failure, LogBody, MetadataStore, Run, RunTerms, Runs,
+    View,
 };
 use crate::read::Reader;
 use crate::write::Writer;
@@ -128,12 +131,18 @@ impl Rewriter {
         };
         let Some(mutation) = again else {
             return CallReply::Refused(Refusal::Unavailable {
-                reason: format!("inode {} has too many extents to be changed at once", crowded.inode),
+                reason: format!(
+                    "inode {} has too many extents to be changed at once",
+                    crowded.inode
+                ),
             });
         };
         let unavailable = |crowded: Crowded, why: &str| {
             CallReply::Refused(Refusal::Unavailable {
-                reason: format!("the extents of inode {} are being put together first{why}", crowded.inode),
+                reason: format!(
+                    "the extents of inode {} are being put together first{why}",
+                    crowded.inode
+                ),
             })
         };
         let deadline = Instant::now() + Duration::from_millis(MAKING_ROOM_MS_MAX);
@@ -165,7 +174,10 @@ impl Rewriter {
             if found.has_cuts {
                 let extents_max = COMMAND_FREED_EXTENTS_MAX;
                 let step = LogBody::ReclaimUnlinked { inode, extents_max };
-                self.writer.housekeep(step).await.map_err(|error| error.to_string())?;
+                self.writer
+                    .housekeep(step)
+                    .await
+                    .map_err(|error| error.to_string())?;
                 continue;
             }
             extents += found.extents;
@@ -322,40 +334,48 @@ impl Rewriter {
 
     /// The bytes of a run, holes as zeros; `None` where a chunk is gone because the file has changed.
     async fn read(&self, run: &Run) -> Result<Option<bytes::Bytes>, String> {
-        let read = |piece: Piece| async move {
-            let range = self
-                .reader
-                .chunk(piece.chunk, piece.chunk_offset, piece.length)
-                .await
-                .map_err(|error| (piece, error.to_string()))?;
-            let bytes = range.exactly(piece.chunk_offset, piece.length);
-            let bytes = bytes.ok_or_else(|| (piece, "its copy is too short".to_string()))?;
-            Ok((piece, bytes))
+        let read = |stretch: Stretch| async move {
+            let chunk = stretch.chunk();
+            let (offset, length) = (stretch.offset, stretch.end - stretch.offset);
+            let range = self.reader.chunk(chunk, offset, length).await;
+            let range = range.map_err(|error| (chunk, error.to_string()))?;
+            let parts = stretch.pieces.into_iter().map(|piece| {
+                let bytes = range.exactly(piece.chunk_offset, piece.length);
+                bytes.map(|bytes| (piece, bytes))
+            });
+            let parts: Option<Vec<(Piece, bytes::Bytes)>> = parts.collect();
+            parts.ok_or_else(|| (chunk, "its copy is too short".to_string()))
         };
-        let parts = futures::stream::iter(run.pieces.clone())
+        let parts = futures::stream::iter(stretches(&run.pieces))
             .map(read)
             .buffered(READS_AT_ONCE_MAX)
             .try_collect::<Vec<_>>()
             .await;
         let parts = match parts {
             Ok(parts) => parts,
-            Err((piece, reason)) => {
-                let named = self.look(move |view| view.chunk(piece.chunk)).await?;
+            Err((chunk, reason)) => {
+                let named = self.look(move |view| view.chunk(chunk)).await?;
                 return match named {
                     None => Ok(None),
-                    Some(_) => Err(format!("chunk {} cannot be read: {reason}", piece.chunk)),
+                    Some(_) => Err(format!("chunk {chunk} cannot be read: {reason}")),
                 };
             }
         };
         let mut bytes = BytesMut::zeroed((run.to() - run.from()) as usize);
-        for (piece, part) in parts {
+        for (piece, part) in parts.into_iter().flatten() {
             let at = (piece.file_offset - run.from()) as usize;
             bytes[at..at + part.len()].copy_from_slice(&part);
         }
         Ok(Some(bytes.freeze()))
     }
 
-    async fn runs(&self, inode: InodeNumber, from: u64, to: u64, terms: RunTerms) -> Result<Option<Runs>, String> {
+    async fn runs(
+        &self,
+        inode: InodeNumber,
+        from: u64,
+        to: u64,
+        terms: RunTerms,
+    ) -> Result<Option<Runs>, String> {
         self.look(move |view| match view.runs(inode, from, to, terms) {
             Ok(found) => Ok(Some(found)),
             Err(Failure::Verdict(_)) => Ok(None),
@@ -390,7 +410,11 @@ impl Rewriter {
             opened: Instant::now(),
             next_counter: AtomicU64::new(0),
         };
-        match self.writer.open_session(session.id, DESCRIPTION.to_string()).await {
+        match self
+            .writer
+            .open_session(session.id, DESCRIPTION.to_string())
+            .await
+        {
             CallReply::Session(_) => Ok(Arc::clone(own.insert(Arc::new(session)))),
             other => Err(format!("opening a session was answered: {other:?}")),
         }
@@ -423,10 +447,87 @@ impl Rewriter {
     }
 }
 
+/// Pieces that lie close together in one chunk: they are read at once.
+struct Stretch {
+    /// In the chunk.
+    offset: u32,
+    end: u32,
+    /// At least one.
+    pieces: Vec<Piece>,
+}
+
+impl Stretch {
+    fn chunk(&self) -> ChunkId {
+        self.pieces[0].chunk
+    }
+}
+
+fn stretches(pieces: &[Piece]) -> Vec<Stretch> {
+    let mut stretches: Vec<Stretch> = Vec::new();
+    for piece in pieces {
+        let end = piece.chunk_offset + piece.length;
+        match stretches.last_mut() {
+            Some(last)
+                if last.chunk() == piece.chunk
+                    && (last.end..=last.end.saturating_add(BLOCK_BYTES)).contains(&piece.chunk_offset) =>
+            {
+                last.end = end;
+                last.pieces.push(*piece);
+            }
+            _ => stretches.push(Stretch {
+                offset: piece.chunk_offset,
+                end,
+                pieces: vec![*piece],
+            }),
+        }
+    }
+    stretches
+}
+
 /// Whether a mutation may have to replace extents.
 fn may_be_crowded(mutation: &Mutation) -> bool {
-    mutation.command.operations.iter().any(|operation| match operation {
-        Operation::SetAttributes { changes, .. } => changes.size.is_some(),
-        operation => !operation.pieces().is_empty(),
-    })
+    mutation
+        .command
+        .operations
+        .iter()
+        .any(|operation| match operation {
+            Operation::SetAttributes { changes, .. } => changes.size.is_some(),
+            operation => !operation.pieces().is_empty(),
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_in_one_chunk_are_read_at_once_and_others_by_themselves() {
+        let piece = |file_offset, counter, chunk_offset, length| Piece {
+            file_offset,
+            length,
+            chunk: ChunkId {
+                session: SessionId(1),
+                counter,
+            },
+            chunk_offset,
+        };
+        let pieces = [
+            piece(0, 1, 0, 10),
+            piece(10, 1, 10, 5),
+            piece(15, 1, 20, 5),
+            piece(20, 2, 25, 5),
+            piece(25, 1, 25, 5),
+            piece(30, 1, 1 << 19, 5),
+            piece(35, 1, 0, 5),
+        ];
+        let read: Vec<(u32, u32, usize)> = stretches(&pieces)
+            .into_iter()
+            .map(|stretch| (stretch.offset, stretch.end, stretch.pieces.len()))
+            .collect();
+        let far = 1 << 19;
+        assert_eq!(
+            read,
+            [(0, 25, 3), (25, 30, 1), (25, 30, 1), (far, far + 5, 1), (0, 5, 1)]
+        );
+    }
 }

@@ -7,7 +7,9 @@ use std::fmt;
 
 use bytes::Bytes;
 use quorumfs_proto::call::Mutation;
-use quorumfs_proto::{ChunkId, FsError, InodeNumber, NewChunk, Outcome, RequestId, SessionId, Sha256, Timestamp};
+use quorumfs_proto::{
+    ChunkId, FsError, InodeNumber, NewChunk, Outcome, RequestId, SessionId, Sha256, Timestamp,
+};
 use serde::{Deserialize, Serialize};
 
 /// One entry of the log.

@@ -275,6 +275,16 @@ impl Ledger {
         self.missing.keys().take(max).copied().collect()
     }
 
+    /// The first `max` missing chunks of those that `matter`. Where more are missing than are known by name, there are `max`
+    /// that matter for all that is known.
+    pub fn missing_by(&self, matter: impl Fn(ChunkId) -> bool, max: usize) -> BTreeSet<ChunkId> {
+        let known = self.missing.keys().copied();
+        match self.beyond {
+            None => known.filter(|id| matter(*id)).take(max).collect(),
+            Some(_) => known.take(max).collect(),
+        }
+    }
+
     /// Chunks that no node could give although all answered.
     pub fn lost(&self) -> &BTreeSet<ChunkId> {
         &self.lost

@@ -13,6 +13,7 @@
 
 mod fetch;
 mod kept_by_log;
+mod lacking;
 pub mod ledger;
 mod offer;
 mod status;
@@ -33,7 +34,7 @@ use self::surplus::Surplus;
 use super::names::NameFinder;
 use super::pace::{Pacer, RateMeter};
 use super::unix_ms;
-use crate::cluster::placement::Placement;
+use crate::cluster::placement::{Picture, Placement};
 use crate::consensus::{AppliedEffects, Consensus};
 use crate::content::{ContentStore, PeerChunks};
 use crate::metadata::{Failure, MetadataStore};
@@ -71,6 +72,8 @@ pub struct Recovery {
     fetched_chunks: AtomicU64,
     fetched_bytes: AtomicU64,
     effects_handled: AtomicU64,
+    /// The picture under which everything named was compared with everything held, by the last walk.
+    compared_under: Mutex<Option<Arc<Picture>>>,
     last_pass: Mutex<Option<PassReport>>,
     last_complete_pass: Mutex<Option<PassReport>>,
     complete_passes: AtomicU64,
@@ -106,6 +109,7 @@ impl Recovery {
             fetched_chunks: AtomicU64::new(0),
             fetched_bytes: AtomicU64::new(0),
             effects_handled: AtomicU64::new(0),
+            compared_under: Mutex::new(None),
             last_pass: Mutex::new(None),
             last_complete_pass: Mutex::new(None),
             complete_passes: AtomicU64::new(0),
@@ -315,12 +319,16 @@ impl Recovery {
 
     /// Compares everything named with everything held; answers how many are named.
     fn walk(&self) -> Result<u64, Failure> {
+        // Before the view: what is named after it is judged by this picture or a later one.
+        let began_under = self.placement.picture();
+        let mut one_picture = true;
         let view = self.metadata.view()?;
         let own = self.consensus.id();
         let mut named = Amount::default();
         let mut after = None;
         loop {
             let picture = self.placement.picture();
+            one_picture &= Arc::ptr_eq(&picture, &began_under);
             let page = view.chunks_after(after, PAGE_CHUNKS)?;
             let Some((last, _)) = page.last() else { break };
             after = Some(*last);
@@ -335,6 +343,7 @@ impl Recovery {
             self.fetch_soon.notify_one();
         }
         self.ledger.lock().walk_ends(named, view.named_change());
+        *self.compared_under.lock() = one_picture.then_some(began_under);
         Ok(named.chunks)
     }
 

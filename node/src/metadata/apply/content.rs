@@ -223,7 +223,12 @@ impl Transaction<'_> {
         self.add_extent(inode, to, &remainder)
     }
 
-    pub(super) fn add_extent(&mut self, inode: InodeNumber, offset: u64, extent: &ExtentRecord) -> Result<(), Failure> {
+    pub(super) fn add_extent(
+        &mut self,
+        inode: InodeNumber,
+        offset: u64,
+        extent: &ExtentRecord,
+    ) -> Result<(), Failure> {
         self.writer.put::<Extents>(&(inode, offset), extent);
         self.refer(extent.chunk);
         self.inode_mut(inode)?.attributes.allocated_bytes += u64::from(extent.length);

@@ -47,9 +47,7 @@ impl Transaction<'_> {
         if let Err(verdict) = Failure::split(step.bring(chunk, low_water))? {
             return refused(verdict);
         }
-        let done = step
-            .rewrite(&replaced, chunk)
-            .and_then(|()| step.finish(index));
+        let done = step.rewrite(&replaced, chunk).and_then(|()| step.finish(index));
         let (result, effects) = match Failure::split(done)? {
             Ok((_, effects)) => (CallResult::Done, effects),
             Err(verdict) => {
@@ -79,15 +77,15 @@ impl Transaction<'_> {
         if !record.cuts.is_empty() {
             return Err(FsError::Stale.into());
         }
-        let range = KeyRange::prefix(&inode.0.to_be_bytes()).starting_at(&Extents::key(&(inode, replaced.from)));
-        let rows = self
-            .writer
-            .collect::<Extents>(range, replaced.extents as usize)?;
+        let range =
+            KeyRange::prefix(&inode.0.to_be_bytes()).starting_at(&Extents::key(&(inode, replaced.from)));
+        let rows = self.writer.collect::<Extents>(range, replaced.extents as usize)?;
         let (Some(((_, first), _)), Some(((_, last), last_extent))) = (rows.first(), rows.last()) else {
             return Err(FsError::Stale.into());
         };
         let span = last + u64::from(last_extent.length) - first;
-        if *first != replaced.from || span != u64::from(chunk.length) || run_digest(&rows) != replaced.digest {
+        if *first != replaced.from || span != u64::from(chunk.length) || run_digest(&rows) != replaced.digest
+        {
             return Err(FsError::Stale.into());
         }
         let version = rows.iter().map(|(_, extent)| extent.version).max().unwrap_or(0);
@@ -109,7 +107,8 @@ impl Transaction<'_> {
             .iter()
             .filter(|piece| piece.length <= SMALL_EXTENT_BYTES_MAX)
             .count() as u64;
-        let due = small > 0 && (version.is_multiple_of(NOTED_EVERY_VERSIONS) || small >= NOTED_EVERY_VERSIONS);
+        let due =
+            small > 0 && (version.is_multiple_of(NOTED_EVERY_VERSIONS) || small >= NOTED_EVERY_VERSIONS);
         if due && self.bounded_work() {
             self.writer.put::<Fragmented>(&inode, &version);
         }

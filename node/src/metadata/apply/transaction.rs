@@ -68,7 +68,10 @@ impl<'w> Transaction<'w> {
         let mut transaction = Transaction::of_the_cluster(writer, now, COMMAND_FREED_EXTENTS_MAX);
         transaction.session = Some(session);
         if transaction.bounded_work() {
-            let pieces = command.operations.iter().map(|operation| operation.pieces().len());
+            let pieces = command
+                .operations
+                .iter()
+                .map(|operation| operation.pieces().len());
             // Pieces of a command that lie over each other are its own work: it is never refused for them.
             transaction.replaced_left = COMMAND_FREED_EXTENTS_MAX as usize + 2 * pieces.sum::<usize>();
             transaction.ancestors_left = COMMAND_ANCESTORS_MAX;

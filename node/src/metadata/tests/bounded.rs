@@ -34,7 +34,10 @@ fn reclaim_steps(node: &mut Node, file: InodeNumber) -> usize {
             extents_max: COMMAND_FREED_EXTENTS_MAX,
         });
         let written = node.view().layers.active.row_count() - before;
-        assert!(written <= 4 * u64::from(COMMAND_FREED_EXTENTS_MAX), "{written} rows in one step");
+        assert!(
+            written <= 4 * u64::from(COMMAND_FREED_EXTENTS_MAX),
+            "{written} rows in one step"
+        );
         check_invariants(&node.view());
     }
     unreachable!()
@@ -53,24 +56,35 @@ fn a_write_over_many_extents_is_not_done_and_not_remembered_until_there_is_room(
         to: 35,
     };
     assert_eq!(crowded, CallResult::Crowded(place));
-    let unchanged = |rows: Vec<(u8, Vec<u8>, Vec<u8>)>| -> Vec<_> {
-        rows.into_iter().filter(|row| row.0 != 0).collect()
-    };
-    assert_eq!(unchanged(before.clone()), unchanged(dump(&node.view())), "it left a trace");
+    let unchanged =
+        |rows: Vec<(u8, Vec<u8>, Vec<u8>)>| -> Vec<_> { rows.into_iter().filter(|row| row.0 != 0).collect() };
+    assert_eq!(
+        unchanged(before.clone()),
+        unchanged(dump(&node.view())),
+        "it left a trace"
+    );
     // Room is made as the leader makes it, and the same mutation is decided.
     let mut rewrites = 0;
     while extents(&node, file) > 12 {
         let found = node.view().runs(file, 5, 35, RunTerms::Any).unwrap();
         for run in found.runs {
             rewrites += 1;
-            assert_eq!(node.apply(rewrite(file, &run, 2000 + rewrites)).result, CallResult::Done);
+            assert_eq!(
+                node.apply(rewrite(file, &run, 2000 + rewrites)).result,
+                CallResult::Done
+            );
             check_invariants(&node.view());
         }
     }
     assert!(matches!(node.result_of(write()), CallResult::Outcome(Ok(_))));
     check_invariants(&node.view());
     let pieces = node.view().extents(file, 0, 40, 100).unwrap().pieces;
-    assert!(pieces.iter().any(|piece| (piece.file_offset, piece.length) == (5, 30)), "{pieces:?}");
+    assert!(
+        pieces
+            .iter()
+            .any(|piece| (piece.file_offset, piece.length) == (5, 30)),
+        "{pieces:?}"
+    );
     assert_eq!(node.attributes(file).size, 40);
 }
 
@@ -118,7 +132,12 @@ fn a_file_that_is_cut_again_and_again_waits_for_its_steps() {
     }
     let place = crowded.expect("cuts without bound");
     assert_eq!((place.inode, place.from), (file, place.to));
-    assert!(node.view().runs(file, 0, u64::MAX, RunTerms::Any).unwrap().has_cuts);
+    assert!(
+        node.view()
+            .runs(file, 0, u64::MAX, RunTerms::Any)
+            .unwrap()
+            .has_cuts
+    );
     reclaim_steps(&mut node, file);
     node.operate(truncate(file, 1)).unwrap();
     assert_eq!(extents(&node, file), 1);
@@ -136,7 +155,9 @@ fn each_step_of_freeing_an_unlinked_file_begins_where_the_last_one_ended() {
     };
     node.apply(step);
     // Somebody who does not know that it is being freed writes where it was freed already.
-    node.call(1, write_chunks(Target::Inode(file), 1, 1000, &[0], 1)).0.unwrap();
+    node.call(1, write_chunks(Target::Inode(file), 1, 1000, &[0], 1))
+        .0
+        .unwrap();
     let steps = reclaim_steps(&mut node, file);
     assert!((13..=18).contains(&steps), "{steps} steps");
     let gone = node.view().attributes(file);
@@ -194,7 +215,11 @@ fn the_count_of_extended_attributes_never_goes_below_none() {
         ..AttributeChanges::default()
     };
     node.operate(set(file, changes)).unwrap();
-    assert_eq!(node.attributes(file).xattr_count, 1, "the capability was counted off twice");
+    assert_eq!(
+        node.attributes(file).xattr_count,
+        1,
+        "the capability was counted off twice"
+    );
     check_invariants(&node.view());
 }
 
@@ -225,7 +250,9 @@ fn whoever_writes_file_capabilities_go_and_set_user_id_may_stay() {
     for (number, write) in (1..).zip(writes) {
         let mut node = Node::at_newest_level(1);
         let file = node.entry(create(ROOT, "program", NewKind::File));
-        node.call(1, write_chunks(Target::Inode(file), 1, 50, &[0], 4)).0.unwrap();
+        node.call(1, write_chunks(Target::Inode(file), 1, 50, &[0], 4))
+            .0
+            .unwrap();
         let changes = AttributeChanges {
             mode: Some(0o4755),
             ..AttributeChanges::default()
@@ -245,7 +272,15 @@ fn whoever_writes_file_capabilities_go_and_set_user_id_may_stay() {
             [] => Vec::new(),
             _ => vec![chunk],
         };
-        node.call(1, Command { chunks, operations: vec![operation] }).0.unwrap();
+        node.call(
+            1,
+            Command {
+                chunks,
+                operations: vec![operation],
+            },
+        )
+        .0
+        .unwrap();
         let attributes = node.attributes(file);
         assert!(!attributes.has_capability, "write {number} left the capability");
         assert_eq!((attributes.xattr_count, attributes.mode), (0, 0o4755));
@@ -263,10 +298,18 @@ fn names_of_extended_attributes_have_a_namespace() {
         mode: XattrMode::Set,
     };
     for text in ["plain", "system.posix_acl_access", "users.a"] {
-        assert_eq!(node.operate(set_xattr(text)).unwrap_err(), FsError::NotSupported, "{text}");
+        assert_eq!(
+            node.operate(set_xattr(text)).unwrap_err(),
+            FsError::NotSupported,
+            "{text}"
+        );
     }
     for text in ["user.", "trusted.", "security."] {
-        assert_eq!(node.operate(set_xattr(text)).unwrap_err(), FsError::InvalidArgument, "{text}");
+        assert_eq!(
+            node.operate(set_xattr(text)).unwrap_err(),
+            FsError::InvalidArgument,
+            "{text}"
+        );
     }
     for text in ["user.a", "trusted.a", "security.a"] {
         node.operate(set_xattr(text)).unwrap();

@@ -53,13 +53,22 @@ fn a_file_of_small_appends_is_noted_rewritten_and_left_alone() {
         check_invariants(&node.view());
     }
     assert_eq!(dead.len(), 30);
-    assert_eq!(node.attributes(file), before, "not a time, not the content version");
+    assert_eq!(
+        node.attributes(file),
+        before,
+        "not a time, not the content version"
+    );
     let pieces = node.view().extents(file, 0, u64::MAX, 100).unwrap().pieces;
     assert_eq!(pieces.len(), 10);
-    assert_eq!(pieces.iter().map(|piece| u64::from(piece.length)).sum::<u64>(), 300);
+    assert_eq!(
+        pieces.iter().map(|piece| u64::from(piece.length)).sum::<u64>(),
+        300
+    );
     // Those are put together in turn, and at last nothing is left to do.
     for number in 2000.. {
-        let Some(run) = runs(&node, file).into_iter().next() else { break };
+        let Some(run) = runs(&node, file).into_iter().next() else {
+            break;
+        };
         node.apply(rewrite(file, &run, number));
     }
     assert!(node.view().extents(file, 0, u64::MAX, 100).unwrap().pieces.len() < 6);
@@ -68,7 +77,11 @@ fn a_file_of_small_appends_is_noted_rewritten_and_left_alone() {
         through_version,
     };
     node.apply(settle(3));
-    assert_eq!(node.view().fragmented(None, 10).unwrap(), [file], "it was noted again since");
+    assert_eq!(
+        node.view().fragmented(None, 10).unwrap(),
+        [file],
+        "it was noted again since"
+    );
     node.apply(settle(before.content_version));
     assert_eq!(node.view().fragmented(None, 10).unwrap(), []);
 }
@@ -91,7 +104,10 @@ fn extents_that_changed_are_not_replaced_and_the_chunk_is_dead() {
             node.operate(unlink(ROOT, "log", Held::NotOpen)).unwrap();
             for inode in node.view().reclaimable(10).unwrap() {
                 for _ in 0..9 {
-                    node.apply(LogBody::ReclaimUnlinked { inode, extents_max: 9 });
+                    node.apply(LogBody::ReclaimUnlinked {
+                        inode,
+                        extents_max: 9,
+                    });
                 }
             }
         },
@@ -104,9 +120,19 @@ fn extents_that_changed_are_not_replaced_and_the_chunk_is_dead() {
         change(&mut node, file);
         let before = dump(&node.view());
         let applied = node.apply(rewrite(file, &run, 1000));
-        assert_eq!(applied.result, CallResult::Outcome(Err(FsError::Stale)), "change {number}");
-        assert_eq!(applied.effects.dead.len(), 1, "change {number}: its chunk is of no use");
-        let rows = |dump: Vec<(u8, Vec<u8>, Vec<u8>)>| -> Vec<_> { dump.into_iter().filter(|row| row.0 != 0).collect() };
+        assert_eq!(
+            applied.result,
+            CallResult::Outcome(Err(FsError::Stale)),
+            "change {number}"
+        );
+        assert_eq!(
+            applied.effects.dead.len(),
+            1,
+            "change {number}: its chunk is of no use"
+        );
+        let rows = |dump: Vec<(u8, Vec<u8>, Vec<u8>)>| -> Vec<_> {
+            dump.into_iter().filter(|row| row.0 != 0).collect()
+        };
         assert_eq!(rows(dump(&node.view())), rows(before), "change {number}");
     }
 }
@@ -121,7 +147,10 @@ fn a_file_that_grows_meanwhile_is_rewritten_all_the_same() {
     assert_eq!(node.apply(rewrite(file, &run, 1000)).result, CallResult::Done);
     check_invariants(&node.view());
     assert_eq!(node.attributes(file).size, 140);
-    assert_eq!(node.view().extents(file, 0, u64::MAX, 100).unwrap().pieces.len(), 12);
+    assert_eq!(
+        node.view().extents(file, 0, u64::MAX, 100).unwrap().pieces.len(),
+        12
+    );
 }
 
 #[test]
@@ -129,7 +158,9 @@ fn holes_of_less_than_a_block_are_filled_and_larger_ones_stay() {
     let mut node = Node::at_newest_level(1);
     let file = node.entry(create(ROOT, "sparse", NewKind::File));
     let offsets = [0, 100, 200, 1 << 20, (1 << 20) + 10, (1 << 20) + 20];
-    node.call(1, write_chunks(Target::Inode(file), 1, 1, &offsets, 10)).0.unwrap();
+    node.call(1, write_chunks(Target::Inode(file), 1, 1, &offsets, 10))
+        .0
+        .unwrap();
     let found = runs(&node, file);
     let ends: Vec<(u64, u64)> = found.iter().map(|run| (run.from(), run.to())).collect();
     assert_eq!(ends, [(0, 210), (1 << 20, (1 << 20) + 30)]);
@@ -161,6 +192,11 @@ fn a_rewrite_is_refused_below_its_level_and_for_a_session_that_ended() {
     assert_eq!(refused.result, CallResult::Outcome(Err(FsError::NotSupported)));
     assert_eq!(node.view().fragmented(None, 10).unwrap(), []);
     node.apply(LogBody::RaiseFeatureLevel { level: FEATURE_LEVEL });
-    node.apply(LogBody::EndSession { session: SessionId(1) });
-    assert_eq!(node.apply(rewrite(file, &run, 1000)).result, CallResult::UnknownSession);
+    node.apply(LogBody::EndSession {
+        session: SessionId(1),
+    });
+    assert_eq!(
+        node.apply(rewrite(file, &run, 1000)).result,
+        CallResult::UnknownSession
+    );
 }

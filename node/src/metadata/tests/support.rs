@@ -53,9 +53,7 @@ impl Node {
     /// As [`Node::with_sessions`], with everything allowed that this program knows.
     pub fn at_newest_level(sessions: u64) -> Node {
         let mut node = Node::with_sessions(sessions);
-        node.apply(LogBody::RaiseFeatureLevel {
-            level: FEATURE_LEVEL,
-        });
+        node.apply(LogBody::RaiseFeatureLevel { level: FEATURE_LEVEL });
         node
     }
 
