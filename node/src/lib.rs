@@ -45,6 +45,7 @@ pub mod healing;
 pub mod metadata;
 pub mod node;
 pub mod read;
+pub mod rewrite;
 pub mod server;
 pub mod transport;
 pub mod write;

@@ -20,10 +20,10 @@ use crate::content::ContentStore;
 use crate::healing::audit::Auditor;
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::Repair;
-use crate::healing::rewrite::Rewriter;
 use crate::healing::sweep::Sweeper;
 use crate::metadata::MetadataStore;
 use crate::read::Reader;
+use crate::rewrite::Rewriter;
 use crate::write::Writer;
 
 /// A node as its edges see it.

@@ -43,11 +43,11 @@ use crate::content::{ContentOptions, ContentStore, PeerChunks, Stopped};
 use crate::healing::audit::Auditor;
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::{Repair, RepairOptions, RepairParts};
-use crate::healing::rewrite::Rewriter;
 use crate::healing::sweep::Sweeper;
 use crate::metadata::{MetadataOptions, MetadataStore, StorageFault};
 use crate::node::{Node, Parts};
 use crate::read::Reader;
+use crate::rewrite::Rewriter;
 use crate::transport::{TlsFiles, Transport};
 use crate::write::Writer;
 

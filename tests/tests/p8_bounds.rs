@@ -13,11 +13,11 @@ use quorumfs_proto::{
     Answer, Attributes, CallReply, Command, InodeNumber, Name, Operation, OperationResult, Outcome, Piece,
     Query,
 };
-use quorumfs_tests::environment::Finally;
+use quorumfs_tests::environment::{Finally, wait_for};
 use quorumfs_tests::process::resident_peak_bytes;
 use quorumfs_tests::random::Content;
 use quorumfs_tests::wire_client::WireClient;
-use quorumfs_tests::{Cluster, Mount, Random, Sandbox, healing, posix, scaled, wait_for};
+use quorumfs_tests::{Cluster, Mount, Random, Sandbox, healing, posix, scaled};
 
 /// As promised.
 const RESIDENT_BYTES_MAX: u64 = 512 << 20;

@@ -1,5 +1,5 @@
 //! What a node does so that nobody has to: missing content is fetched, bad copies are found and made anew, dead content
-//! is freed, files of very many small extents are put together.
+//! is freed.
 
 pub mod audit;
 pub mod completeness;
@@ -7,7 +7,6 @@ pub mod names;
 pub mod pace;
 pub mod recovery;
 pub mod repair;
-pub mod rewrite;
 pub mod sweep;
 
 use std::time::{SystemTime, UNIX_EPOCH};

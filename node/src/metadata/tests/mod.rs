@@ -4,9 +4,11 @@
 
 mod against_model;
 mod bounded;
+mod events;
 mod full_disk;
 mod levels;
 mod model;
+mod model_attributes;
 mod pace;
 mod rewriting;
 mod stories;

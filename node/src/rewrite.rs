@@ -28,10 +28,10 @@ use quorumfs_proto::{
 };
 use tracing::{debug, info, warn};
 
-use super::pace::Pacer;
 use crate::cluster::sessions::SessionKeeper;
 use crate::consensus::Consensus;
 use crate::content::StoredChunk;
+use crate::healing::pace::Pacer;
 use crate::metadata::{
     COMMAND_FREED_EXTENTS_MAX, CallResult, Crowded, Failure, LogBody, MetadataStore, Run, RunTerms, Runs,
     View,
@@ -50,7 +50,10 @@ const FILES_PER_ROUND_MAX: usize = 64;
 /// A file is left alone for so long after a look that found nothing to do, and for so many times what the look took:
 /// large files that change all the time are not walked all the time.
 const REST_MS_MIN: u64 = 5_000;
+const REST_MS_MAX: u64 = 600_000;
 const REST_PER_LOOK: u32 = 20;
+/// Bytes of one file rewritten before the others have their turn.
+const TURN_BYTES_MAX: u64 = 256 << 20;
 /// After one page of extents, so many times what reading it took.
 const PAUSE_PER_PAGE: u32 = 3;
 /// Files that rest; beyond it all are forgotten and looked at again.
@@ -75,7 +78,6 @@ pub struct Rewriter {
     /// Held by who makes room for a mutation: one at a time.
     making_room: tokio::sync::Mutex<()>,
     pace: Mutex<Pacer>,
-    rewritten_extents: AtomicU64,
 }
 
 /// A session of this node's own.
@@ -118,7 +120,6 @@ impl Rewriter {
             session: tokio::sync::Mutex::new(None),
             making_room: tokio::sync::Mutex::new(()),
             pace: Mutex::new(Pacer::new(REWRITE_BYTES_PER_S)),
-            rewritten_extents: AtomicU64::new(0),
         })
     }
 
@@ -228,9 +229,18 @@ impl Rewriter {
                 if resting.contains_key(&inode) {
                     continue;
                 }
+                if !self.consensus.is_leader() {
+                    return Ok(());
+                }
                 let began = Instant::now();
-                self.look_over(inode).await?;
-                let rest = Duration::from_millis(REST_MS_MIN).max(began.elapsed() * REST_PER_LOOK);
+                if let Err(reason) = self.look_over(inode).await {
+                    // What one file lacks is no reason to leave the others in pieces.
+                    debug!(%inode, reason, "a fragmented file waits");
+                }
+                let rest = (began.elapsed() * REST_PER_LOOK).clamp(
+                    Duration::from_millis(REST_MS_MIN),
+                    Duration::from_millis(REST_MS_MAX),
+                );
                 resting.insert(inode, Instant::now() + rest);
             }
         }
@@ -238,7 +248,8 @@ impl Rewriter {
 
     /// Rewrites what is worth it of one file; if nothing is, its note is taken away.
     async fn look_over(&self, inode: InodeNumber) -> Result<(), String> {
-        let (mut at, mut through_version, mut rewritten) = (0, None, 0);
+        let (mut at, mut through_version) = (0, None);
+        let (mut rewritten, mut turn_bytes) = (0, 0);
         loop {
             let began = Instant::now();
             let Some(found) = self.runs(inode, at, u64::MAX, RunTerms::Worthwhile).await? else {
@@ -253,6 +264,7 @@ impl Rewriter {
             let through = *through_version.get_or_insert(found.content_version);
             for run in &found.runs {
                 let bytes = run.to() - run.from() + COMMAND_COST_BYTES;
+                turn_bytes += bytes;
                 let wait = self.pace.lock().take(Instant::now(), bytes);
                 tokio::time::sleep(wait).await;
                 self.end_session_if(OwnSession::is_due).await;
@@ -261,6 +273,7 @@ impl Rewriter {
                 }
             }
             match found.goes_on_at {
+                Some(_) if turn_bytes >= TURN_BYTES_MAX => return Ok(()),
                 Some(next) => at = next,
                 None if rewritten > 0 || !found.runs.is_empty() => {
                     debug!(%inode, extents = rewritten, "small extents were put together");
@@ -315,11 +328,7 @@ impl Rewriter {
             chunk,
         };
         match self.writer.name_chunk(body, id).await {
-            Ok(CallResult::Done) => {
-                let extents = run.pieces.len() as u64;
-                self.rewritten_extents.fetch_add(extents, Ordering::Relaxed);
-                Ok(Rewritten::Done)
-            }
+            Ok(CallResult::Done) => Ok(Rewritten::Done),
             Ok(CallResult::Outcome(Err(FsError::Stale))) => Ok(Rewritten::Overtaken),
             Ok(other) => {
                 self.forget_session().await;
