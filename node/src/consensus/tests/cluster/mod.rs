@@ -243,6 +243,26 @@ pub(super) fn create_inline(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_is_not_proposed_when_what_it_relies_on_has_changed_while_it_waited() {
+    let cluster = Cluster::start(3, |_| {}).await;
+    cluster.open_sessions(1..2).await;
+    let (command, _) = create_inline(1, 1, "file", Bytes::from_static(b"x"));
+    let refused = loop {
+        let leader = cluster.leader().await;
+        let consensus = cluster.node(leader).consensus();
+        match consensus.propose_if(command.clone(), || false).await {
+            Err(ProposeError::NotLeader { .. } | ProposeError::Unavailable { .. }) => {}
+            other => break other,
+        }
+    };
+    assert!(matches!(refused, Err(ProposeError::Overtaken)), "{refused:?}");
+    // Its lane has not seen it: it is decided now.
+    let result = cluster.propose(command).await;
+    assert!(matches!(result, CallResult::Outcome(Ok(_))), "{result:?}");
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn content_inside_commands_reaches_every_content_store_and_outlives_a_kill() {
     let mut cluster = Cluster::start(3, |options| options.flush_age_ms = 600_000).await;
     cluster.open_sessions(1..2).await;
