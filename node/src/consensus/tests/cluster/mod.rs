@@ -3,6 +3,7 @@
 
 mod node;
 mod rates;
+mod slow;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
