@@ -373,3 +373,76 @@ impl LogMemory {
             .collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::consensus::tests::cluster::create_inline;
+    use openraft::EntryPayload;
+
+    fn small_entry(index: u64) -> Entry {
+        let (command, _) = create_inline(1, index, &format!("file {index}"), vec![7; 10].into());
+        Entry {
+            log_id: LogId::new_term_index(1, index),
+            payload: EntryPayload::Normal(command),
+        }
+    }
+
+    #[test]
+    fn the_cache_of_small_entries_counts_what_they_take_in_memory() {
+        const CACHE_BYTES_MAX: u64 = 1 << 20;
+        const ENTRIES: u64 = 20_000;
+        const ENCODED_BYTES: u32 = 200;
+        let mut memory = LogMemory::new(CACHE_BYTES_MAX);
+        for index in 0..ENTRIES {
+            let place = Place {
+                file: 1,
+                at: index,
+                bytes: ENCODED_BYTES,
+            };
+            memory
+                .append(Arc::new(small_entry(index)), Cached::WrittenAt(place))
+                .unwrap();
+        }
+        let cached = memory.slots.iter().filter_map(|slot| slot.entry.as_deref());
+        let bytes: u64 = cached.map(|entry| resident_bytes(entry, ENCODED_BYTES)).sum();
+        assert!(
+            bytes <= CACHE_BYTES_MAX && bytes > CACHE_BYTES_MAX - 4096,
+            "{bytes}"
+        );
+        assert_eq!(bytes, memory.cached_bytes);
+        let one = resident_bytes(&small_entry(1), ENCODED_BYTES);
+        assert!(one > 3 * u64::from(ENCODED_BYTES), "{one} bytes");
+        assert!(size_of::<Slot>() <= 40, "{} bytes", size_of::<Slot>());
+        memory.purge(LogId::new_term_index(1, ENTRIES - 1));
+        assert_eq!(memory.cached_bytes, 0);
+        assert!(memory.slots.capacity() < ENTRIES as usize, "the index shrinks");
+    }
+
+    /// Alone in its process: `cargo test --lib what_an_entry_takes -- --ignored`.
+    #[test]
+    #[ignore = "measures the whole process"]
+    fn what_an_entry_takes_in_memory() {
+        const ENTRIES: u64 = 100_000;
+        let in_use = || {
+            // SAFETY: it only reads the allocator's counters.
+            let info = unsafe { libc::mallinfo2() };
+            (info.uordblks + info.hblkhd) as u64
+        };
+        let before = in_use();
+        let entries: Vec<Arc<Entry>> = (0..ENTRIES)
+            .map(|index| {
+                // As they come from the network.
+                let encoded = quorumfs_proto::codec::encode(&small_entry(index));
+                Arc::new(quorumfs_proto::codec::decode(&encoded).unwrap())
+            })
+            .collect();
+        let taken = in_use() - before - ENTRIES * 8;
+        let encoded = quorumfs_proto::codec::encode(&small_entry(ENTRIES - 1)).len() as u32;
+        println!(
+            "an entry of {encoded} bytes takes {} bytes, counted as {}",
+            taken / ENTRIES,
+            resident_bytes(&entries[0], encoded)
+        );
+    }
+}
