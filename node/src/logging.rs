@@ -2,7 +2,7 @@
 //!
 //! The consensus library warns of every attempt that fails: two lines a second for as long as another node is away,
 //! more while nobody leads. [`Limited`] passes each of its warnings once a minute, and of each place in its source a few
-//! different ones. Errors always pass. Others that say why they wait use [`Told`] themselves.
+//! different ones. Errors always pass, and so do its details, for who asks for them. Others that say why they wait use [`Told`] themselves.
 
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
@@ -60,7 +60,7 @@ pub struct Limited(Mutex<HashMap<callsite::Identifier, Told>>);
 impl Limited {
     fn concerns(metadata: &Metadata<'_>) -> bool {
         let crate_name = metadata.target().split("::").next();
-        *metadata.level() >= Level::WARN && crate_name == Some(LIMITED_TARGET)
+        *metadata.level() == Level::WARN && crate_name == Some(LIMITED_TARGET)
     }
 }
 

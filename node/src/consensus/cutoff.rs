@@ -78,13 +78,19 @@ pub struct Position {
 impl Position {
     /// `request` is sent.
     pub fn sends(&self, request: &AppendEntriesRequest<TypeConfig>) {
-        let previous = request.prev_log_id.map_or(0, |log_id| log_id.index);
+        let has_entries = !request.entries.is_empty();
+        let previous = match request.prev_log_id {
+            Some(log_id) => log_id.index,
+            None if has_entries => 0,
+            // A question that has nothing to do with the log.
+            None => return,
+        };
         // Only the first says what the follower has: what later ones follow has been sent, no more.
         let first = |current| (current == u64::MAX).then_some(previous);
         let _ = self
             .acknowledged
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, first);
-        if !request.entries.is_empty() {
+        if has_entries {
             self.has_entries.store(true, Ordering::Relaxed);
         }
     }

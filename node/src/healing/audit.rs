@@ -17,6 +17,7 @@ mod schedule;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
@@ -86,6 +87,8 @@ pub struct Auditor {
     interval: Duration,
     digests: Mutex<VecDeque<(u64, Sha256)>>,
     last: Mutex<Option<AuditReport>>,
+    /// Whether an audit is under way here.
+    is_comparing: AtomicBool,
     contradicted: watch::Sender<Option<u64>>,
 }
 
@@ -106,6 +109,7 @@ impl Auditor {
             interval,
             digests: Mutex::default(),
             last: Mutex::default(),
+            is_comparing: AtomicBool::new(false),
             contradicted: watch::Sender::new(None),
         })
     }
@@ -172,6 +176,7 @@ impl Auditor {
             let standing = Standing {
                 leads_in: self.consensus.is_leader().then(|| self.consensus.term()),
                 last,
+                is_comparing: self.is_comparing.load(Ordering::Relaxed),
             };
             let begun = match schedule.next(standing, Instant::now()) {
                 None => continue,
@@ -199,10 +204,12 @@ impl Auditor {
 
     async fn run_comparing(self: Arc<Self>) {
         loop {
+            self.is_comparing.store(false, Ordering::Relaxed);
             tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
             let Some(view) = self.consensus.take_audited() else {
                 continue;
             };
+            self.is_comparing.store(true, Ordering::Relaxed);
             let (index, began) = (view.index(), Instant::now());
             let digest = match tokio::task::spawn_blocking(move || digest(&view)).await {
                 Ok(Ok(digest)) => digest,

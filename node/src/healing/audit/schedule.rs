@@ -31,6 +31,8 @@ pub struct Standing {
     pub leads_in: Option<u64>,
     /// The entry of the last audit that it took part in, and how long that took it, in milliseconds.
     pub last: Option<(u64, u64)>,
+    /// Whether it takes part in one now.
+    pub is_comparing: bool,
 }
 
 /// See the module.
@@ -67,7 +69,11 @@ impl Schedule {
 
     /// What is to be done `now`.
     pub fn next(&mut self, standing: Standing, now: Instant) -> Option<Step> {
-        let Standing { leads_in, last } = standing;
+        let Standing {
+            leads_in,
+            last,
+            is_comparing,
+        } = standing;
         self.leads_since = leads_in.map(|term| match self.leads_since {
             Some((same, since)) if same == term => (same, since),
             _ => (term, now),
@@ -82,7 +88,7 @@ impl Schedule {
         let digest = Duration::from_millis(last.map_or(0, |(_, digest_ms)| digest_ms));
         let spacing = SPACING.max(digest * SPACING_DIGESTS).min(self.interval);
         let is_recent = |at: Option<Instant>| at.is_some_and(|at| now.duration_since(at) < spacing);
-        if is_recent(seen_at) || is_recent(self.stepped) {
+        if is_comparing || is_recent(seen_at) || is_recent(self.stepped) {
             return None;
         }
         let not_compared_since = |since: Instant| seen_at.is_none_or(|at| at < since);
@@ -113,7 +119,11 @@ mod tests {
     const INTERVAL: Duration = Duration::from_secs(6 * 3600);
 
     fn standing(leads_in: Option<u64>, last: Option<(u64, u64)>) -> Standing {
-        Standing { leads_in, last }
+        Standing {
+            leads_in,
+            last,
+            is_comparing: false,
+        }
     }
 
     /// The seconds at which it does something, up to `until_s`, while it stands so.
@@ -163,8 +173,17 @@ mod tests {
         );
         let mut schedule = Schedule::new(INTERVAL, start);
         assert_eq!(steps(&mut schedule, start, 0..50, follows), []);
+        let compares = Standing {
+            is_comparing: true,
+            ..follows
+        };
+        assert_eq!(
+            steps(&mut schedule, start, 50..5_000, compares),
+            [],
+            "one at a time"
+        );
         let compared = standing(None, Some((7, 10)));
-        assert_eq!(steps(&mut schedule, start, 50..100_000, compared), []);
+        assert_eq!(steps(&mut schedule, start, 5_000..100_000, compared), []);
     }
 
     #[test]
