@@ -42,6 +42,7 @@ pub mod config;
 pub mod consensus;
 pub mod content;
 pub mod healing;
+pub mod logging;
 pub mod metadata;
 pub mod node;
 pub mod read;

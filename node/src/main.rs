@@ -8,10 +8,13 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use quorumfs_node::config::{Config, Settings};
+use quorumfs_node::logging::Limited;
 use quorumfs_node::server::{self, StartAgain};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, warn};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 /// The exit code for settings that cannot be (EX_USAGE of sysexits.h, as clap's own 2 is for unknown flags).
 const EXIT_USAGE: u8 = 2;
@@ -27,9 +30,10 @@ fn main() -> ExitCode {
             return ExitCode::from(EXIT_USAGE);
         }
     };
-    tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::new(&config.log))
-        .with_writer(std::io::stderr)
+    tracing_subscriber::registry()
+        .with(tracing_subscriber::EnvFilter::new(&config.log))
+        .with(Limited::default())
+        .with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr))
         .init();
     raise_open_files_limit();
     match run(config) {

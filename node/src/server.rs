@@ -217,7 +217,7 @@ async fn run_parts(
         .space()
         .context("ask for the size of the disk")?
         .capacity_bytes;
-    options.wal.file_bytes = log_file_bytes(capacity_bytes);
+    options.log_in_files_of(log_file_bytes(capacity_bytes));
     options.had_log = node.folder().took_part();
     let consensus = Consensus::start(
         options,

@@ -21,6 +21,7 @@ const NODE_LAYERS: &[&str] = &[
     "content",
     "config",
     "transport",
+    "logging",
 ];
 
 /// Neither may know the other, whichever is on top.

@@ -25,6 +25,8 @@ use crate::transport::{CLUSTER_KEY, NODE_KEY};
 
 /// Chunks of one stream worked on at once.
 const CHUNKS_PER_STREAM_MAX: usize = 64;
+/// What other nodes are told while this one has not begun. Not what it waits for: that may be their own refusals.
+const NOT_READY: &str = "the node has not begun; its /status says what it waits for";
 /// Chunks one question may name.
 const HELD_ASKED_MAX: usize = 100_000;
 
@@ -41,10 +43,7 @@ impl PeerService {
 
     /// The parts, for a request that names this cluster and, if any, this node.
     fn admit<T>(&self, request: &Request<T>) -> Result<&Parts, Status> {
-        let parts = self
-            .node
-            .parts()
-            .ok_or_else(|| Status::unavailable(self.node.not_ready()))?;
+        let parts = self.node.parts().ok_or_else(|| Status::unavailable(NOT_READY))?;
         let named = request
             .metadata()
             .get(CLUSTER_KEY)
@@ -107,10 +106,7 @@ impl Peer for PeerService {
         &self,
         request: Request<wire::JoinRequest>,
     ) -> Result<Response<wire::JoinResponse>, Status> {
-        let parts = self
-            .node
-            .parts()
-            .ok_or_else(|| Status::unavailable(self.node.not_ready()))?;
+        let parts = self.node.parts().ok_or_else(|| Status::unavailable(NOT_READY))?;
         let request = request.into_inner();
         let wanted = ClusterId::from_bytes(&request.cluster_id);
         if wanted.is_some_and(|wanted| wanted != parts.cluster) {

@@ -26,6 +26,7 @@ use tracing::{error, info, warn};
 
 use super::identity::{DataFolder, IdentityError, Membership};
 use crate::config::Config;
+use crate::logging::Told;
 use crate::metadata::FEATURE_LEVEL;
 use crate::transport::{Purpose, Transport};
 
@@ -59,7 +60,7 @@ pub async fn find_membership(
         return Ok(membership);
     }
     info!(members = ?config.members, "data folder is new; looking for the other members");
-    let mut told = String::new();
+    let mut told = Told::default();
     loop {
         let answers = ask_all(config, own, transport).await;
         let invited = invitation.lock().take();
@@ -84,9 +85,8 @@ pub async fn find_membership(
                 return Ok(membership);
             }
             Decision::Wait(reason) => {
-                if reason != told {
+                if told.is_news(&reason) {
                     warn!("not serving yet: {reason}");
-                    told.clone_from(&reason);
                 }
                 *waiting_for.lock() = Some(reason);
             }

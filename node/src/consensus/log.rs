@@ -7,7 +7,7 @@ use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, Range, RangeBounds};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
@@ -46,7 +46,7 @@ struct Handle {
     queue: mpsc::Sender<Queued>,
     thread: Mutex<Option<std::thread::JoinHandle<()>>>,
     unflushed_bytes_max: u64,
-    directory: PathBuf,
+    directory: WalDirectory,
 }
 
 impl Drop for Handle {
@@ -93,7 +93,6 @@ pub struct LogStatus {
 impl LogStore {
     /// Opens the log in `directory`, or makes one. Blocking.
     pub fn open(directory: &Path, options: &WalOptions, fatal: FatalSignal) -> Result<LogStore, WalError> {
-        let path = directory.to_path_buf();
         let directory = WalDirectory::new(directory, options.file_bytes)?;
         let mut memory = LogMemory::new(options.cache_bytes_max);
         let open = directory.recover(&mut memory)?;
@@ -101,11 +100,12 @@ impl LogStore {
             memory: Mutex::new(memory),
             flushed: Condvar::new(),
             room: Notify::new(),
+            reserve: Mutex::new(()),
             fatal,
             counters: Counters::default(),
         });
         let (queue, receiver) = mpsc::channel();
-        let writer = Writer::new(shared.clone(), directory, open, receiver);
+        let writer = Writer::new(shared.clone(), directory.clone(), open, receiver, options);
         let thread = std::thread::Builder::new()
             .name("log".to_string())
             .spawn(move || writer.run())
@@ -119,7 +119,7 @@ impl LogStore {
             queue,
             thread: Mutex::new(Some(thread)),
             unflushed_bytes_max: options.unflushed_bytes_max,
-            directory: path,
+            directory,
         })))
     }
 
@@ -157,6 +157,11 @@ impl LogStore {
         self.0.shared.counters.take_slowest_flush_ms()
     }
 
+    /// What the log takes, on disk and in memory; see [`LogMemory::weight_bytes`].
+    pub fn weight_bytes(&self) -> u64 {
+        self.0.shared.memory.lock().weight_bytes()
+    }
+
     /// Bytes of the files that hold anything beyond entry `index`.
     pub fn bytes_after(&self, index: Option<u64>) -> u64 {
         self.0.shared.memory.lock().bytes_after(index)
@@ -180,7 +185,7 @@ impl LogStore {
 
     /// Makes what was made or removed in its directory durable. Blocking.
     pub fn sync_directory(&self) -> io::Result<()> {
-        std::fs::File::open(&self.0.directory)?.sync_all()
+        std::fs::File::open(self.0.directory.path())?.sync_all()
     }
 
     /// Bytes that have been appended and are not on stable storage yet.
@@ -198,6 +203,11 @@ impl LogStore {
     pub fn is_pressed(&self) -> bool {
         let counters = &self.0.shared.counters;
         counters.disk_full.load(Ordering::Relaxed) || !counters.reserve_held.load(Ordering::Relaxed)
+    }
+
+    /// Makes the reserve for a full disk if it is missing and there is room. Blocking.
+    pub fn look_after_reserve(&self) {
+        self.0.shared.try_look_after_reserve(&self.0.directory);
     }
 
     /// Whether entry `index`, which has been appended, is on stable storage (or purged).
@@ -339,8 +349,14 @@ impl RaftLogReader<TypeConfig> for LogStore {
         Ok(self.0.shared.memory.lock().vote)
     }
 
+    /// Empty where entry `start` is gone: a stream that has been given up may ask for it still, and entries that follow a
+    /// hole must not be sent. openraft makes a question of it.
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<Entry>> {
-        self.read(start..end, REPLICATION_BYTES_MAX).await
+        let mut entries = self.read(start..end, REPLICATION_BYTES_MAX).await?;
+        if entries.first().is_some_and(|first| first.log_id.index != start) {
+            entries.clear();
+        }
+        Ok(entries)
     }
 
     async fn entries_stream<RB>(&mut self, range: RB) -> impl Stream<Item = io::Result<Entry>> + OptionalSend

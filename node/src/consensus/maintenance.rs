@@ -1,8 +1,10 @@
 //! What is looked after all the time: the log's length, the room on its disk, and a leader's own slowness.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use openraft::async_runtime::WatchReceiver;
+use quorumfs_proto::NodeId;
 
 use super::types::VoterId;
 use super::{Consensus, Ordering};
@@ -13,8 +15,14 @@ const TICK: Duration = Duration::from_millis(200);
 const REQUEST_INTERVAL: Duration = Duration::from_secs(5);
 /// The same where the log's reserve is used up: behind a snapshot there is room.
 const PRESSED_REQUEST_INTERVAL: Duration = Duration::from_secs(1);
+/// For so long a purge may wait for a follower that streams from the log, where the log is too long or its disk too full.
+const PURGE_PATIENCE: Duration = Duration::from_secs(1);
 /// Leadership is not handed on more often than this: where all disks are slow it would go in circles.
 const HAND_ON_INTERVAL: Duration = Duration::from_secs(30);
+/// How long a node that stands down waits for its successor; longer than an election takes it would wait in vain.
+const STAND_DOWN_TIMEOUT: Duration = Duration::from_secs(3);
+/// How often it asks one.
+const STAND_DOWN_INTERVAL: Duration = Duration::from_millis(500);
 /// Below so many log files' worth of free space commands that take space are refused.
 const ROOM_FILES_MIN: u64 = 2;
 
@@ -33,22 +41,37 @@ impl Last {
     }
 }
 
+/// What was asked of openraft for the log's length.
+#[derive(Default)]
+struct Asked {
+    snapshot: Last,
+    /// Up to which entry the log was to be purged.
+    purge_upto: u64,
+    /// Since when a purge has been waiting for a follower.
+    waits_since: Option<Instant>,
+}
+
 impl Consensus {
     pub(super) async fn run_maintenance(self) {
-        let (mut snapshot, mut hand_on) = (Last::default(), Last::default());
-        let mut purged = 0;
+        let (mut asked, mut hand_on) = (Asked::default(), Last::default());
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
             self.look_for_room().await;
-            self.bound_log(&mut snapshot, &mut purged).await;
+            self.bound_log(&mut asked).await;
+            self.end_streams_that_hold_up(&mut asked);
             self.hand_on_if_slow(&mut hand_on).await;
         }
     }
 
     async fn look_for_room(&self) {
         let status = self.0.log.status();
+        if !status.reserve_held {
+            // Not waited for: on a slow disk it takes long to make it, and where there is no room that is seen at once.
+            let log = self.0.log.clone();
+            tokio::task::spawn_blocking(move || log.look_after_reserve());
+        }
         let directory = self.0.options.directory.clone();
         let needed_bytes = ROOM_FILES_MIN * self.0.options.wal.file_bytes;
         let free = tokio::task::spawn_blocking(move || {
@@ -70,7 +93,7 @@ impl Consensus {
 
     /// Asks for a snapshot when the log has grown by many bytes since the last, and purges behind it, whole
     /// files, by bytes. Where the disk is full and the reserve used up, as soon and as much as that gives room.
-    async fn bound_log(&self, snapshot: &mut Last, purged: &mut u64) {
+    async fn bound_log(&self, asked: &mut Asked) {
         let (taken, raft) = {
             let raft = &self.0.raft;
             let metrics = raft.metrics();
@@ -80,11 +103,11 @@ impl Consensus {
         let is_pressed = self.0.log.is_pressed();
         let grown = self.0.log.bytes_after(taken.map(|id| id.index));
         let is_large = grown > self.0.options.snapshot_log_bytes + self.0.options.wal.file_bytes;
-        let gives_room =
-            is_pressed && self.purgeable_behind(self.0.metadata.durable_position().index, 0) > *purged;
+        let gives_room = is_pressed
+            && self.purgeable_behind(self.0.metadata.durable_position().index, 0) > asked.purge_upto;
         let is_behind = taken.map_or(0, |id| id.index) < self.0.metadata.durable_position().index;
-        if is_large && snapshot.due(REQUEST_INTERVAL)
-            || gives_room && is_behind && snapshot.due(PRESSED_REQUEST_INTERVAL)
+        if is_large && asked.snapshot.due(REQUEST_INTERVAL)
+            || gives_room && is_behind && asked.snapshot.due(PRESSED_REQUEST_INTERVAL)
         {
             // Errors here mean that openraft has stopped, which is said elsewhere.
             let _ = raft.trigger().snapshot().await;
@@ -96,9 +119,24 @@ impl Consensus {
             self.0.options.keep_log_bytes
         };
         let upto = self.purgeable_behind(taken.index, keep_bytes);
-        if upto > *purged {
-            *purged = upto;
+        if upto > asked.purge_upto {
+            asked.purge_upto = upto;
             let _ = raft.trigger().purge_log(upto).await;
+        }
+    }
+
+    /// openraft purges nothing that a follower still gets from the log. A follower that is a little behind keeps it so;
+    /// one for which the log has become too long, or the disk too full, gets a snapshot instead.
+    fn end_streams_that_hold_up(&self, asked: &mut Asked) {
+        let purged = self.metrics().purged.map_or(0, |log_id| log_id.index);
+        if purged >= asked.purge_upto || !self.is_leader() {
+            asked.waits_since = None;
+            return;
+        }
+        let waits_since = *asked.waits_since.get_or_insert_with(Instant::now);
+        let is_long = self.0.log.weight_bytes() >= self.0.options.hold_log_bytes_max;
+        if waits_since.elapsed() >= PURGE_PATIENCE && (is_long || self.0.log.is_pressed()) {
+            self.0.cutoff.raise(asked.purge_upto);
         }
     }
 
@@ -116,7 +154,7 @@ impl Consensus {
         if slowest_ms < self.0.options.slow_flush_ms || !self.is_leader() {
             return;
         }
-        let Some(to) = self.most_up_to_date_voter() else {
+        let Some(to) = self.most_up_to_date_voter(|_| true) else {
             return;
         };
         if hand_on.due(HAND_ON_INTERVAL) {
@@ -125,14 +163,31 @@ impl Consensus {
         }
     }
 
-    /// A voter other than this node that has flushed everything committed.
-    fn most_up_to_date_voter(&self) -> Option<VoterId> {
+    /// Serves nothing more as leader, and has one of `successors` lead; returns when this node does not, or after
+    /// [`STAND_DOWN_TIMEOUT`]. For a node that is about to set its state aside.
+    pub async fn stand_down(&self, successors: &BTreeSet<NodeId>) {
+        self.0.stood_down.store(true, Ordering::Release);
+        let (began, mut asked) = (Instant::now(), Last::default());
+        while self.is_leader() && began.elapsed() < STAND_DOWN_TIMEOUT {
+            let to = self.most_up_to_date_voter(|id| successors.contains(&id.0));
+            if let Some(to) = to
+                && asked.due(STAND_DOWN_INTERVAL)
+            {
+                tracing::warn!(%to, "this node's state is about to be set aside: handing leadership on");
+                let _ = self.0.raft.trigger().transfer_leader(to).await;
+            }
+            tokio::time::sleep(TICK / 10).await;
+        }
+    }
+
+    /// A voter other than this node that `may` lead and has flushed everything committed.
+    fn most_up_to_date_voter(&self, may: impl Fn(&VoterId) -> bool) -> Option<VoterId> {
         let metrics = self.metrics();
         let voters: Vec<VoterId> = metrics.membership_config.voter_ids().collect();
         let (to, matched) = metrics
             .replication?
             .into_iter()
-            .filter(|(id, _)| voters.contains(id) && *id != self.0.id)
+            .filter(|(id, _)| voters.contains(id) && *id != self.0.id && may(id))
             .max_by_key(|(_, matched)| *matched)?;
         (matched >= metrics.cluster_committed).then_some(to)
     }

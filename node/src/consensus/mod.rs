@@ -18,6 +18,7 @@
 
 mod barrier;
 mod commit_only;
+mod cutoff;
 mod error;
 mod fatal;
 mod flusher;
@@ -28,6 +29,7 @@ mod meters;
 mod network;
 mod options;
 mod rescue;
+mod revocable;
 mod service;
 mod snapshot;
 mod state_machine;
@@ -52,6 +54,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
 use self::barrier::Barrier;
+use self::cutoff::Cutoff;
 use self::fatal::FatalSignal;
 use self::flusher::Flusher;
 use self::intake::Intake;
@@ -94,12 +97,18 @@ struct Inner {
     intake: Intake,
     metadata: Arc<MetadataStore>,
     flusher: Arc<Flusher>,
+    /// Ends streams for which the log was kept for too long.
+    cutoff: Cutoff,
     fatal: FatalSignal,
     admission: Arc<Semaphore>,
     admission_units: u32,
     barrier: Barrier,
     /// Whether the state is at least as new as when the node was stopped.
     recovered: AtomicBool,
+    /// Whether this node has stood down for good.
+    stood_down: AtomicBool,
+    /// Whether rows were seen that contradict each other, until somebody asks.
+    suspect: AtomicBool,
     /// When this node last took something, be it nothing new, from the leader it follows.
     heard_of_leader: Arc<Mutex<Option<Instant>>>,
     /// Whether commands that take space are admitted.
@@ -164,7 +173,8 @@ impl Consensus {
             fatal.clone(),
         )?;
         let id = VoterId(options.id);
-        let network = NetworkFactory::new(id, transport, traffic, fatal.clone());
+        let cutoff = Cutoff::default();
+        let network = NetworkFactory::new(id, transport, traffic, cutoff.clone(), fatal.clone());
         let raft = Raft::new(id, config, network.clone(), log.clone(), machine)
             .await
             .map_err(|error| match fatal.raised() {
@@ -182,11 +192,14 @@ impl Consensus {
             log,
             metadata,
             flusher,
+            cutoff,
             fatal,
             admission: Arc::new(Semaphore::new(admission_units as usize)),
             admission_units,
             barrier: Barrier::default(),
             recovered: AtomicBool::new(false),
+            stood_down: AtomicBool::new(false),
+            suspect: AtomicBool::new(false),
             heard_of_leader: Arc::default(),
             has_room: AtomicBool::new(true),
             meters,
@@ -447,11 +460,19 @@ impl Consensus {
         async move { fatal.wait().await }
     }
 
-    /// The metadata could not be read, for `fault`: where it is damaged the node must stop.
+    /// The metadata could not be read, for `fault`: where it is damaged the node must stop. Where it contradicts itself the
+    /// others must be asked: see [`Consensus::take_suspicion`].
     pub fn unreadable(&self, fault: StorageFault) {
         if fault.is_damage() {
             self.0.fatal.raise("read the metadata", fault);
+        } else if matches!(fault, StorageFault::Inconsistent { .. }) {
+            self.0.suspect.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// Whether the metadata was found to contradict itself since this was last asked.
+    pub fn take_suspicion(&self) -> bool {
+        self.0.suspect.swap(false, Ordering::Relaxed)
     }
 
     /// Takes no part any more; what is queued for the log is written first.
@@ -479,6 +500,11 @@ impl Consensus {
     }
 
     fn recovered(&self) -> Result<(), String> {
+        if self.0.stood_down.load(Ordering::Acquire) {
+            return Err(
+                "this node's metadata is not that of the majority: it is about to be set aside".to_string(),
+            );
+        }
         match self.0.recovered.load(Ordering::Acquire) {
             true => Ok(()),
             false => Err("the state is being recovered from the log".to_string()),

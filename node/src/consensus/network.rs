@@ -28,7 +28,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::commit_only;
+use super::cutoff::{Cutoff, Overtaken};
 use super::fatal::FatalSignal;
+use super::revocable::revocable;
 use super::snapshot::{INSTALL_TIMEOUT, PROGRESS_TIMEOUT, SnapshotData, SnapshotTraffic, pieces};
 use super::types::{SnapshotMeta, TypeConfig, Vote, VoterId};
 use crate::transport::{Peer, Purpose, Transport};
@@ -85,6 +87,7 @@ pub struct NetworkFactory {
     id: VoterId,
     transport: Arc<Transport>,
     traffic: SnapshotTraffic,
+    cutoff: Cutoff,
     fatal: FatalSignal,
 }
 
@@ -94,12 +97,14 @@ impl NetworkFactory {
         id: VoterId,
         transport: Arc<Transport>,
         traffic: SnapshotTraffic,
+        cutoff: Cutoff,
         fatal: FatalSignal,
     ) -> NetworkFactory {
         NetworkFactory {
             id,
             transport,
             traffic,
+            cutoff,
             fatal,
         }
     }
@@ -206,18 +211,23 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
             let mut peer = self.peer(Purpose::Raft)?;
             let in_flight = Arc::new(AtomicU64::new(0));
             let (from, to, sent) = (self.shared.id, self.target, in_flight.clone());
+            let position = Arc::new(self.shared.cutoff.position());
+            let sending = position.clone();
             let slow_to_open = self.timeout(RPCTypes::AppendEntries, SETUP_TIMEOUT);
             let slow_to_answer = self.timeout(RPCTypes::AppendEntries, APPEND_TIMEOUT);
             let answers: BoxStream<'s, _> = Box::pin(async_stream::stream! {
                 let mut input = input.peekable();
                 // openraft spares a peer that is not there by holding back the first request: who opened the stream
                 // before it came would try to connect for each call that is proposed meanwhile.
-                if Pin::new(&mut input).peek().await.is_none() {
-                    return;
+                match Pin::new(&mut input).peek().await {
+                    Some(first) => position.sends(first),
+                    None => return,
                 }
+                let (input, _revoke) = revocable(input);
                 // Fused, since the encoder may ask once more after the end.
                 let outgoing = commit_only::merged(input).fuse().map(move |body| {
                     sent.fetch_add(1, Ordering::Relaxed);
+                    sending.sends(&body);
                     to_wire(&Addressed { from, to, body })
                 });
                 let opened = tokio::time::timeout(SETUP_TIMEOUT, peer.append_entries(outgoing)).await;
@@ -226,8 +236,20 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
                     Ok(Err(status)) => return yield Err(rpc_error(&status)),
                     Ok(Ok(response)) => response.into_inner(),
                 };
-                let mut go_on = true;
-                while go_on && let Some(answer) = next_answer(&mut incoming, &in_flight, &slow_to_answer).await {
+                let (mut go_on, mut is_answered) = (true, false);
+                while go_on {
+                    let answer = tokio::select! {
+                        answer = next_answer(&mut incoming, &in_flight, &slow_to_answer) => answer,
+                        overtaken = position.overtaken() => Some(Err(too_far_behind(to, overtaken))),
+                    };
+                    // What is not answered has failed. openraft would take the end for a reason to repeat what it
+                    // last sent, however long ago that was and though the log may be purged beyond it.
+                    let is_over = is_answered && in_flight.load(Ordering::Relaxed) == 0;
+                    let Some(answer) = answer.or_else(|| (!is_over).then(unanswered)) else { return };
+                    is_answered = true;
+                    if let Ok(Ok(Some(log_id))) = &answer {
+                        position.acknowledged(log_id.index);
+                    }
                     go_on = matches!(answer, Ok(Ok(_)));
                     yield answer;
                 }
@@ -305,6 +327,30 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
             Err(status) => Err(rpc_error(&status).into()),
         }
     }
+}
+
+/// That a stream of answers ended too early.
+fn unanswered<T>() -> RpcResult<T> {
+    Err(NetworkError::from_string("the stream ended before all was answered").into())
+}
+
+/// Why the stream to `follower` ends.
+fn too_far_behind(follower: VoterId, overtaken: Overtaken) -> RPCError<TypeConfig> {
+    let Overtaken {
+        acknowledged,
+        upto,
+        has_entries,
+    } = overtaken;
+    if has_entries {
+        tracing::warn!(
+            %follower,
+            acknowledged,
+            upto,
+            "the follower is too slow for the log to wait for it: it gets a snapshot"
+        );
+    }
+    let reason = format!("the follower has entries up to {acknowledged} and the log goes up to {upto}");
+    NetworkError::from_string(reason).into()
 }
 
 /// The next answer of an append stream; `None` at its end. While requests wait for an answer, one must come

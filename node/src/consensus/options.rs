@@ -62,8 +62,9 @@ pub struct ConsensusOptions {
     /// So much log is kept behind a snapshot, so that a follower that was away for a moment needs no
     /// snapshot.
     pub keep_log_bytes: u64,
-    /// While a snapshot is being sent no new one is built, and so nothing is purged, until the log has grown
-    /// to this.
+    /// Other nodes hold the log up until it has grown to this, each of its entries counted with what it takes in
+    /// memory: while a snapshot is being sent no new one is built, and so nothing is purged; what a follower still
+    /// gets from the log is not purged either.
     pub hold_log_bytes_max: u64,
     /// A leader whose log flush takes longer hands leadership on.
     pub slow_flush_ms: u64,
@@ -72,21 +73,33 @@ pub struct ConsensusOptions {
 impl ConsensusOptions {
     /// The defaults, for a log in `directory`.
     pub fn new(id: NodeId, cluster: ClusterId, directory: PathBuf) -> ConsensusOptions {
-        ConsensusOptions {
+        let wal = WalOptions::default();
+        let file_bytes = wal.file_bytes;
+        let mut options = ConsensusOptions {
             id,
             cluster,
             directory,
             had_log: false,
-            wal: WalOptions::default(),
+            wal,
             timings: Timings::default(),
             admission_bytes_max: 64 << 20,
             flush_age_ms: 2_000,
             snapshot_entries: 50_000,
-            snapshot_log_bytes: 256 << 20,
-            keep_log_bytes: 64 << 20,
-            hold_log_bytes_max: 1 << 30,
+            snapshot_log_bytes: 0,
+            keep_log_bytes: 0,
+            hold_log_bytes_max: 0,
             slow_flush_ms: 1_000,
-        }
+        };
+        options.log_in_files_of(file_bytes);
+        options
+    }
+
+    /// A log in files of `file_bytes`, all its bounds in proportion: a small disk, which has small files, is left to content.
+    pub fn log_in_files_of(&mut self, file_bytes: u64) {
+        self.wal.file_bytes = file_bytes;
+        self.keep_log_bytes = file_bytes;
+        self.snapshot_log_bytes = 4 * file_bytes;
+        self.hold_log_bytes_max = 16 * file_bytes;
     }
 
     pub(super) fn raft_config(&self) -> Config {

@@ -378,7 +378,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<Builder> {
         // Behind a new snapshot the log is purged, and a follower that is being sent the old one would need
         // another: so not now, unless the log has grown too long for that.
-        if !force && self.traffic.must_wait(self.log.status().bytes) {
+        if !force && self.traffic.must_wait(self.log.weight_bytes()) {
             return None;
         }
         Some(self.get_snapshot_builder().await)

@@ -46,6 +46,8 @@ openraft::declare_raft_types!(
 
 /// Term and index of a log entry.
 pub type LogId = openraft::alias::LogIdOf<TypeConfig>;
+/// What a log entry says of the leader that made it: its term.
+pub type CommittedLeader = openraft::alias::CommittedLeaderIdOf<TypeConfig>;
 /// Whom a node follows, and since which term.
 pub type Vote = openraft::alias::VoteOf<TypeConfig>;
 /// A log entry.

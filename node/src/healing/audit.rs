@@ -5,12 +5,19 @@
 //! view; each digests it at its leisure, asks the other voters for their digests, and knows by itself where it stands.
 //!
 //! A node that a majority contradicts sets log and metadata aside and takes part as a new incarnation, which gets its
-//! state from the others by a snapshot and keeps its content. Where no majority agrees nobody does anything but say so.
+//! state from the others by a snapshot and keeps its content. If it leads, another leads first. Where no majority agrees
+//! nobody does anything but say so.
+//!
+//! When: at an interval, and soon after what may have brought a node with other metadata to where it is believed: a start,
+//! a new leader, rows that contradict each other. [`schedule`] decides.
 //!
 //! Knows nothing of how a node is made anew.
 
-use std::collections::{BTreeMap, VecDeque};
+mod schedule;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
@@ -20,6 +27,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 use tracing::{debug, error, warn};
 
+use self::schedule::{Schedule, Standing, Step};
 use super::unix_ms;
 use crate::cluster::clock::StampClock;
 use crate::consensus::{Consensus, ProposeError};
@@ -79,6 +87,8 @@ pub struct Auditor {
     interval: Duration,
     digests: Mutex<VecDeque<(u64, Sha256)>>,
     last: Mutex<Option<AuditReport>>,
+    /// Whether an audit is under way here.
+    is_comparing: AtomicBool,
     contradicted: watch::Sender<Option<u64>>,
 }
 
@@ -99,6 +109,7 @@ impl Auditor {
             interval,
             digests: Mutex::default(),
             last: Mutex::default(),
+            is_comparing: AtomicBool::new(false),
             contradicted: watch::Sender::new(None),
         })
     }
@@ -150,25 +161,55 @@ impl Auditor {
     /// Begins audits where this node leads, and takes part in all, for ever.
     pub async fn run(self: Arc<Self>) {
         tokio::spawn(self.clone().run_comparing());
-        let mut last = Instant::now();
+        let mut schedule = Schedule::new(self.interval, Instant::now());
         loop {
             tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
-            if !self.consensus.is_leader() || last.elapsed() < self.interval {
-                continue;
+            if self.consensus.take_suspicion() {
+                warn!("this node's metadata contradicts itself: all nodes are to compare theirs");
+                schedule.suspect();
             }
-            last = Instant::now();
-            if let Err(error) = self.begin().await {
+            let last = self
+                .last
+                .lock()
+                .as_ref()
+                .map(|report| (report.index, report.digest_ms));
+            let standing = Standing {
+                leads_in: self.consensus.is_leader().then(|| self.consensus.term()),
+                last,
+                is_comparing: self.is_comparing.load(Ordering::Relaxed),
+            };
+            let begun = match schedule.next(standing, Instant::now()) {
+                None => continue,
+                Some(Step::Begin) => self.begin().await.map_err(|error| error.to_string()),
+                Some(Step::AskLeader) => self.ask_leader().await,
+            };
+            if let Err(error) = begun {
                 debug!(%error, "no audit this time");
             }
         }
     }
 
+    /// Has the leader have all nodes compared.
+    async fn ask_leader(&self) -> Result<(), String> {
+        let leader = self.consensus.leader().ok_or("no leader is known")?;
+        let peer = self.transport.peer(&leader.addresses, Purpose::Control);
+        let mut peer = peer.map_err(|error| error.to_string())?;
+        let asked = peer.begin_audit(wire::BeginAuditRequest {});
+        match tokio::time::timeout(Duration::from_millis(ANSWER_TIMEOUT_MS), asked).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(status)) => Err(status.message().to_string()),
+            Err(_) => Err("the leader does not answer".to_string()),
+        }
+    }
+
     async fn run_comparing(self: Arc<Self>) {
         loop {
+            self.is_comparing.store(false, Ordering::Relaxed);
             tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
             let Some(view) = self.consensus.take_audited() else {
                 continue;
             };
+            self.is_comparing.store(true, Ordering::Relaxed);
             let (index, began) = (view.index(), Instant::now());
             let digest = match tokio::task::spawn_blocking(move || digest(&view)).await {
                 Ok(Ok(digest)) => digest,
@@ -218,7 +259,10 @@ impl Auditor {
             answers.retain(|node, _| voters.contains(node) || *node == self.consensus.id());
             let outcome = judge(&answers, own, voters.len());
             let all_answered = voters.iter().all(|voter| answers.contains_key(voter));
-            let is_over = all_answered || began.elapsed() >= Duration::from_millis(ASK_MS_MAX);
+            // What the others have yet to say does not make this node's metadata right.
+            let is_over = all_answered
+                || outcome == AuditOutcome::Contradicted
+                || began.elapsed() >= Duration::from_millis(ASK_MS_MAX);
             let slots = |same: bool| -> Vec<u16> {
                 let alike = answers.iter().filter(|(_, digest)| (**digest == own) == same);
                 alike.map(|(node, _)| node.slot).collect()
@@ -228,35 +272,17 @@ impl Auditor {
                 report.outcome = (is_over || outcome == AuditOutcome::Agreed).then_some(outcome);
             }
             if is_over {
-                self.conclude(index, outcome, &slots(false));
+                conclude(index, outcome, &slots(false));
+                if outcome == AuditOutcome::Contradicted {
+                    self.consensus.stand_down(&majority(&answers, voters.len())).await;
+                    self.contradicted.send_replace(Some(index));
+                }
                 return;
             }
             tokio::time::sleep(Duration::from_millis(ASK_INTERVAL_MS)).await;
             // A newer audit is worth more.
             if self.consensus.has_audited() {
                 return;
-            }
-        }
-    }
-
-    fn conclude(&self, index: u64, outcome: AuditOutcome, different: &[u16]) {
-        match outcome {
-            AuditOutcome::Agreed if different.is_empty() => debug!(index, "all metadata is alike"),
-            AuditOutcome::Agreed => warn!(index, ?different, "nodes have other metadata than the majority"),
-            AuditOutcome::Undecided => {
-                warn!(
-                    index,
-                    ?different,
-                    "it is not known whether all metadata is alike: no majority agrees"
-                );
-            }
-            AuditOutcome::Contradicted => {
-                error!(
-                    index,
-                    ?different,
-                    "this node's metadata differs from that of a majority: it is set aside and made anew"
-                );
-                self.contradicted.send_replace(Some(index));
             }
         }
     }
@@ -270,18 +296,48 @@ impl Auditor {
     }
 }
 
+/// Says how it ended.
+fn conclude(index: u64, outcome: AuditOutcome, different: &[u16]) {
+    match outcome {
+        AuditOutcome::Agreed if different.is_empty() => debug!(index, "all metadata is alike"),
+        AuditOutcome::Agreed => warn!(index, ?different, "nodes have other metadata than the majority"),
+        AuditOutcome::Undecided => {
+            warn!(
+                index,
+                ?different,
+                "it is not known whether all metadata is alike: no majority agrees"
+            );
+        }
+        AuditOutcome::Contradicted => {
+            error!(
+                index,
+                ?different,
+                "this node's metadata differs from that of a majority: it is set aside and made anew"
+            );
+        }
+    }
+}
+
+/// Those with the digest that more than half of `voters` have, if any.
+fn majority(answers: &BTreeMap<NodeId, Sha256>, voters: usize) -> BTreeSet<NodeId> {
+    let alike = |digest: Sha256| -> BTreeSet<NodeId> {
+        let same = answers.iter().filter(|(_, other)| **other == digest);
+        same.map(|(node, _)| *node).collect()
+    };
+    let mut sets = answers.values().map(|digest| alike(*digest));
+    sets.find(|set| set.len() > voters / 2).unwrap_or_default()
+}
+
 /// Where a node whose digest is `own` stands among `voters` voters.
 fn judge(answers: &BTreeMap<NodeId, Sha256>, own: Sha256, voters: usize) -> AuditOutcome {
-    let has_majority = |digest: Sha256| {
-        let alike = answers.values().filter(|other| **other == digest);
-        alike.count() > voters / 2
-    };
-    if has_majority(own) {
-        AuditOutcome::Agreed
-    } else if answers.values().any(|digest| has_majority(*digest)) {
-        AuditOutcome::Contradicted
-    } else {
-        AuditOutcome::Undecided
+    let majority = majority(answers, voters);
+    let is_of_it = answers
+        .iter()
+        .any(|(node, digest)| *digest == own && majority.contains(node));
+    match (majority.is_empty(), is_of_it) {
+        (true, _) => AuditOutcome::Undecided,
+        (false, true) => AuditOutcome::Agreed,
+        (false, false) => AuditOutcome::Contradicted,
     }
 }
 

@@ -300,6 +300,9 @@ async fn an_entry_is_readable_before_it_is_flushed_and_only_the_next_is_taken() 
         [2],
         "two megabytes at most, one entry at least"
     );
+    log.purge(log_id(1, 0)).await.unwrap();
+    let none = log.limited_get_log_entries(0, 3).await.unwrap();
+    assert!(none.is_empty(), "none that would follow a hole: {none:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -322,14 +325,25 @@ async fn a_failed_write_is_fatal_and_nothing_is_acknowledged_after_it() {
 }
 
 /// A small filesystem of its own, gone with the value; `None` where the tests may not mount.
-struct SmallDisk(tempfile::TempDir);
+pub struct SmallDisk(pub tempfile::TempDir);
 
 impl SmallDisk {
-    fn mount() -> Option<SmallDisk> {
+    pub fn mount() -> Option<SmallDisk> {
+        SmallDisk::of_kibibytes(256)
+    }
+
+    pub fn of_kibibytes(kibibytes: u32) -> Option<SmallDisk> {
         let folder = tempfile::tempdir().unwrap();
-        let options = Some("size=256k");
+        let options = Some(format!("size={kibibytes}k"));
         let flags = nix::mount::MsFlags::empty();
-        nix::mount::mount(Some("tmpfs"), folder.path(), Some("tmpfs"), flags, options).ok()?;
+        nix::mount::mount(
+            Some("tmpfs"),
+            folder.path(),
+            Some("tmpfs"),
+            flags,
+            options.as_deref(),
+        )
+        .ok()?;
         Some(SmallDisk(folder))
     }
 }

@@ -80,6 +80,7 @@ fn options() -> WalOptions {
         file_bytes: 4 << 10,
         cache_bytes_max: 2 << 10,
         unflushed_bytes_max: 1 << 20,
+        ..WalOptions::default()
     }
 }
 

@@ -1,6 +1,6 @@
 //! Tests of the log's files and of the whole layer.
 
-mod cluster;
+pub(super) mod cluster;
 mod log_files;
 mod log_model;
 mod rescue;

@@ -87,6 +87,11 @@ impl WalDirectory {
         })
     }
 
+    /// Where all lie.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Where file `sequence` lies.
     pub fn file_path(&self, sequence: u64) -> PathBuf {
         self.path.join(format!("{sequence:016x}.wal"))
@@ -179,7 +184,7 @@ impl WalDirectory {
         self.sync()
     }
 
-    /// Whether the reserve is there; makes it if there is room.
+    /// Whether the reserve is there; makes it if there is room. One caller at a time.
     pub fn ensure_reserve(&self) -> bool {
         let path = self.reserve_path();
         if std::fs::metadata(&path).is_ok_and(|found| found.len() == self.file_bytes) {
@@ -310,6 +315,7 @@ impl WalDirectory {
                 file: Arc::new(file),
                 bytes: found.end as u64,
                 last_index: None,
+                entries: 0,
             },
         );
         for record in &found.records {

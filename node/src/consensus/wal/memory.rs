@@ -4,8 +4,9 @@
 //! Invariants:
 //! - `slots` are consecutive: slot `i` is entry `first + i`.
 //! - An entry that has no place on disk yet is in memory; only placed entries are let go, oldest first.
-//! - The cache holds at most `cache_bytes_max` bytes of placed entries (and whatever is not placed, which the
-//!   writer's bound limits).
+//! - The cache holds placed entries of at most `cache_bytes_max` bytes, as they are in memory (and whatever is not
+//!   placed, which the writer's bound limits).
+//! - The index has a slot for each entry; who bounds the log counts them: see [`FileInfo::weight_bytes`].
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
@@ -13,7 +14,14 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::files::OpenFile;
-use crate::consensus::types::{Entry, LogId, Vote};
+use super::footprint::resident_bytes;
+use crate::consensus::types::{CommittedLeader, Entry, LogId, Vote};
+
+/// What an entry counts for beside its bytes on disk, where the log's length is bounded. Its slot takes a tenth of this:
+/// so a log of small entries is as long as it may be before its index takes much.
+const ENTRY_WEIGHT_BYTES: u64 = 512;
+/// An index of fewer slots is not made smaller.
+const SLOTS_KEPT: usize = 4096;
 
 /// Where a record lies on disk, header included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +43,8 @@ pub struct FileInfo {
     pub bytes: u64,
     /// The highest index it has ever held, truncated or not.
     pub last_index: Option<u64>,
+    /// How many entries it has ever held.
+    pub entries: u64,
 }
 
 impl FileInfo {
@@ -44,32 +54,50 @@ impl FileInfo {
             file: open.file.clone(),
             bytes: open.offset,
             last_index: None,
+            entries: 0,
         }
+    }
+
+    /// What it takes, on disk and, for its entries, in memory: for bounds that hold for both.
+    pub fn weight_bytes(&self) -> u64 {
+        self.bytes + self.entries * ENTRY_WEIGHT_BYTES
     }
 }
 
+/// What is known of an entry whose index its position says. As small as can be: there may be millions.
 #[derive(Debug)]
 struct Slot {
-    log_id: LogId,
-    /// The operation that brought it.
-    ticket: u64,
-    bytes: u32,
-    body: Body,
+    leader: CommittedLeader,
+    /// As long as it is in memory.
+    entry: Option<Arc<Entry>>,
+    written: Written,
 }
 
-#[derive(Debug)]
-enum Body {
-    Unwritten(Arc<Entry>),
-    Written(Arc<Entry>, Place),
-    LetGo(Place),
+// Its fields are not those of a `Place`, so that the tag finds room beside them.
+#[derive(Clone, Copy, Debug)]
+enum Written {
+    /// Operation `ticket` will write so many bytes.
+    NotYet { ticket: u64, bytes: u32 },
+    /// It lies there.
+    At { file: u64, at: u64, bytes: u32 },
 }
 
 impl Slot {
-    fn bytes_in_memory(&self) -> u64 {
-        match self.body {
-            Body::Unwritten(_) | Body::Written(..) => u64::from(self.bytes),
-            Body::LetGo(_) => 0,
+    fn bytes(&self) -> u32 {
+        match self.written {
+            Written::NotYet { bytes, .. } | Written::At { bytes, .. } => bytes,
         }
+    }
+
+    fn bytes_in_memory(&self) -> u64 {
+        let in_memory = self.entry.as_deref();
+        in_memory.map_or(0, |entry| resident_bytes(entry, self.bytes()))
+    }
+}
+
+impl From<Place> for Written {
+    fn from(Place { file, at, bytes }: Place) -> Written {
+        Written::At { file, at, bytes }
     }
 }
 
@@ -147,7 +175,9 @@ impl LogMemory {
 
     /// The last entry, or the purge mark if there is none.
     pub fn last_log_id(&self) -> Option<LogId> {
-        self.slots.back().map(|slot| slot.log_id).or(self.purged)
+        let last = self.slots.len().checked_sub(1);
+        let last = last.and_then(|last| self.log_id(self.first + last as u64));
+        last.or(self.purged)
     }
 
     /// The indices held.
@@ -157,12 +187,12 @@ impl LogMemory {
 
     /// The id of entry `index`, if it is held.
     pub fn log_id(&self, index: u64) -> Option<LogId> {
-        self.slot(index).map(|slot| slot.log_id)
+        self.slot(index).map(|slot| LogId::new(slot.leader, index))
     }
 
     /// Whether entry `index` does not wait to be written: it is on disk, or not held.
     pub fn is_placed(&self, index: u64) -> bool {
-        let unwritten = |slot: &Slot| matches!(slot.body, Body::Unwritten(_));
+        let unwritten = |slot: &Slot| matches!(slot.written, Written::NotYet { .. });
         !self.slot(index).is_some_and(unwritten)
     }
 
@@ -187,21 +217,20 @@ impl LogMemory {
         } else if index != next {
             return Err(format!("entry {index} follows entry {}", next - 1));
         }
-        let log_id = entry.log_id;
-        let (ticket, bytes, body) = match cached {
-            Cached::Unwritten { ticket, bytes } => (ticket, bytes, Body::Unwritten(entry)),
+        let written = match cached {
+            Cached::Unwritten { ticket, bytes } => Written::NotYet { ticket, bytes },
             Cached::WrittenAt(place) => {
                 self.note_in_file(place.file, index);
-                (0, place.bytes, Body::Written(entry, place))
+                place.into()
             }
         };
-        self.cached_bytes += u64::from(bytes);
-        self.slots.push_back(Slot {
-            log_id,
-            ticket,
-            bytes,
-            body,
-        });
+        let slot = Slot {
+            leader: entry.log_id.leader_id,
+            entry: Some(entry),
+            written,
+        };
+        self.cached_bytes += slot.bytes_in_memory();
+        self.slots.push_back(slot);
         self.evict();
         Ok(())
     }
@@ -209,6 +238,7 @@ impl LogMemory {
     fn note_in_file(&mut self, file: u64, index: u64) {
         if let Some(info) = self.files.get_mut(&file) {
             info.last_index = info.last_index.max(Some(index));
+            info.entries += 1;
         }
     }
 
@@ -217,10 +247,9 @@ impl LogMemory {
         self.note_in_file(place.file, index);
         let at = index.checked_sub(self.first).map(|at| at as usize);
         if let Some(slot) = at.and_then(|at| self.slots.get_mut(at))
-            && slot.ticket == ticket
-            && let Body::Unwritten(entry) = &slot.body
+            && matches!(slot.written, Written::NotYet { ticket: waits_for, .. } if waits_for == ticket)
         {
-            slot.body = Body::Written(entry.clone(), place);
+            slot.written = place.into();
         }
     }
 
@@ -228,14 +257,11 @@ impl LogMemory {
     pub fn evict(&mut self) {
         while self.cached_bytes > self.cache_bytes_max && self.cached_from < self.range().end {
             let slot = &mut self.slots[(self.cached_from - self.first) as usize];
-            match slot.body {
-                Body::Unwritten(_) => return,
-                Body::Written(_, place) => {
-                    self.cached_bytes -= u64::from(slot.bytes);
-                    slot.body = Body::LetGo(place);
-                }
-                Body::LetGo(_) => {}
+            if matches!(slot.written, Written::NotYet { .. }) {
+                return;
             }
+            self.cached_bytes -= slot.bytes_in_memory();
+            slot.entry = None;
             self.cached_from += 1;
         }
     }
@@ -264,6 +290,9 @@ impl LogMemory {
         }
         self.cached_from = self.cached_from.max(self.first);
         self.purged = self.purged.max(Some(upto));
+        if self.slots.len().max(SLOTS_KEPT) < self.slots.capacity() / 4 {
+            self.slots.shrink_to(2 * self.slots.len());
+        }
     }
 
     /// The entries of `range` that are held, the first of them, and of those that follow as many as
@@ -274,16 +303,18 @@ impl LogMemory {
         let mut bytes = 0;
         for index in range.start.max(held.start)..range.end.min(held.end) {
             let slot = &self.slots[(index - self.first) as usize];
-            bytes += u64::from(slot.bytes);
+            bytes += u64::from(slot.bytes());
             if bytes > bytes_max && !found.is_empty() {
                 break;
             }
-            found.push(match &slot.body {
-                Body::Unwritten(entry) | Body::Written(entry, _) => Held::InMemory(entry.clone()),
-                Body::LetGo(place) => Held::OnDisk {
-                    file: self.files[&place.file].file.clone(),
-                    place: *place,
+            found.push(match (&slot.entry, slot.written) {
+                (Some(entry), _) => Held::InMemory(entry.clone()),
+                (None, Written::At { file, at, bytes }) => Held::OnDisk {
+                    file: self.files[&file].file.clone(),
+                    place: Place { file, at, bytes },
                 },
+                // Only what is written is let go (see `evict`).
+                (None, Written::NotYet { .. }) => break,
             });
         }
         found
@@ -294,19 +325,24 @@ impl LogMemory {
         self.files.values().map(|file| file.bytes).sum()
     }
 
+    /// What all files weigh.
+    pub fn weight_bytes(&self) -> u64 {
+        self.files.values().map(FileInfo::weight_bytes).sum()
+    }
+
     /// Bytes written since entry `index`: those of the files that hold anything beyond it.
     pub fn bytes_after(&self, index: Option<u64>) -> u64 {
         let beyond = |file: &&FileInfo| file.last_index > index;
         self.files.values().filter(beyond).map(|file| file.bytes).sum()
     }
 
-    /// The highest index, at most `snapshot`, up to which whole files can go while those that stay keep
-    /// `keep_bytes` of entries up to `snapshot`.
+    /// The highest index, at most `snapshot`, up to which whole files can go while those that stay weigh
+    /// `keep_bytes` without what is beyond `snapshot`.
     pub fn purgeable(&self, snapshot: u64, keep_bytes: u64) -> Option<u64> {
         let mut covered: Vec<(u64, u64)> = Vec::new();
         for file in self.files.values() {
             match file.last_index {
-                Some(last) if last <= snapshot => covered.push((last, file.bytes)),
+                Some(last) if last <= snapshot => covered.push((last, file.weight_bytes())),
                 Some(_) => break,
                 None => {}
             }
@@ -335,5 +371,78 @@ impl LogMemory {
             })
             .map(|(sequence, _)| *sequence)
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::consensus::tests::cluster::create_inline;
+    use openraft::EntryPayload;
+
+    fn small_entry(index: u64) -> Entry {
+        let (command, _) = create_inline(1, index, &format!("file {index}"), vec![7; 10].into());
+        Entry {
+            log_id: LogId::new_term_index(1, index),
+            payload: EntryPayload::Normal(command),
+        }
+    }
+
+    #[test]
+    fn the_cache_of_small_entries_counts_what_they_take_in_memory() {
+        const CACHE_BYTES_MAX: u64 = 1 << 20;
+        const ENTRIES: u64 = 20_000;
+        const ENCODED_BYTES: u32 = 200;
+        let mut memory = LogMemory::new(CACHE_BYTES_MAX);
+        for index in 0..ENTRIES {
+            let place = Place {
+                file: 1,
+                at: index,
+                bytes: ENCODED_BYTES,
+            };
+            memory
+                .append(Arc::new(small_entry(index)), Cached::WrittenAt(place))
+                .unwrap();
+        }
+        let cached = memory.slots.iter().filter_map(|slot| slot.entry.as_deref());
+        let bytes: u64 = cached.map(|entry| resident_bytes(entry, ENCODED_BYTES)).sum();
+        assert!(
+            bytes <= CACHE_BYTES_MAX && bytes > CACHE_BYTES_MAX - 4096,
+            "{bytes}"
+        );
+        assert_eq!(bytes, memory.cached_bytes);
+        let one = resident_bytes(&small_entry(1), ENCODED_BYTES);
+        assert!(one > 3 * u64::from(ENCODED_BYTES), "{one} bytes");
+        assert!(size_of::<Slot>() <= 40, "{} bytes", size_of::<Slot>());
+        memory.purge(LogId::new_term_index(1, ENTRIES - 1));
+        assert_eq!(memory.cached_bytes, 0);
+        assert!(memory.slots.capacity() < ENTRIES as usize, "the index shrinks");
+    }
+
+    /// Alone in its process: `cargo test --lib what_an_entry_takes -- --ignored`.
+    #[test]
+    #[ignore = "measures the whole process"]
+    fn what_an_entry_takes_in_memory() {
+        const ENTRIES: u64 = 100_000;
+        let in_use = || {
+            // SAFETY: it only reads the allocator's counters.
+            let info = unsafe { libc::mallinfo2() };
+            (info.uordblks + info.hblkhd) as u64
+        };
+        let before = in_use();
+        let entries: Vec<Arc<Entry>> = (0..ENTRIES)
+            .map(|index| {
+                // As they come from the network.
+                let encoded = quorumfs_proto::codec::encode(&small_entry(index));
+                Arc::new(quorumfs_proto::codec::decode(&encoded).unwrap())
+            })
+            .collect();
+        let taken = in_use() - before - ENTRIES * 8;
+        let encoded = quorumfs_proto::codec::encode(&small_entry(ENTRIES - 1)).len() as u32;
+        println!(
+            "an entry of {encoded} bytes takes {} bytes, counted as {}",
+            taken / ENTRIES,
+            resident_bytes(&entries[0], encoded)
+        );
     }
 }

@@ -6,12 +6,13 @@
 //!
 //! - [`frame`]: the bytes; pure.
 //! - [`files`]: the files: creating, recovering, the reserve.
-//! - [`memory`]: the index of entries and the cache of the newest; pure.
+//! - [`memory`]: the index of entries and the cache of the newest; pure. `footprint` says what an entry takes there.
 //! - [`writer`]: the one thread that writes: it drains what is queued, one write, one fdatasync, then tells.
 //!
 //! Knows the types of entries and votes, nothing of what they mean.
 
 pub mod files;
+mod footprint;
 pub mod frame;
 pub mod memory;
 pub mod writer;
@@ -62,19 +63,27 @@ pub enum WalError {
 pub struct WalOptions {
     /// Bytes that each file is given when it is made. Purging takes whole files.
     pub file_bytes: u64,
-    /// Most bytes of entries kept in memory for replication and apply, besides those not yet flushed.
+    /// Most entries in a file: a slot in memory is kept for each.
+    pub file_entries_max: u64,
+    /// Most bytes that entries take which are kept in memory for replication and apply, besides those not yet flushed.
     pub cache_bytes_max: u64,
     /// Most bytes accepted and not yet flushed; beyond it appending waits for the disk.
     pub unflushed_bytes_max: u64,
+    /// A slow disk: each flush takes so much longer, in milliseconds.
+    #[cfg(test)]
+    pub flush_delay_ms: std::sync::Arc<std::sync::atomic::AtomicU64>,
 }
 
 impl Default for WalOptions {
     fn default() -> WalOptions {
         WalOptions {
             file_bytes: 64 << 20,
+            file_entries_max: 256 << 10,
             cache_bytes_max: 64 << 20,
             // Twice what admission lets in, since a follower gets what several leaders in turn let in.
             unflushed_bytes_max: 128 << 20,
+            #[cfg(test)]
+            flush_delay_ms: std::sync::Arc::default(),
         }
     }
 }

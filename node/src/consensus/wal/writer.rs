@@ -21,18 +21,17 @@ use quorumfs_measure::Distribution;
 use quorumfs_proto::codec;
 use tokio::sync::{Notify, oneshot};
 
-use super::WalError;
 use super::files::{OpenFile, Purpose, Start, WalDirectory};
 use super::frame::{BatchWriter, Kind};
 use super::memory::{FileInfo, LogMemory, Place};
+use super::{WalError, WalOptions};
 use crate::consensus::fatal::{FatalError, FatalSignal};
 use crate::consensus::types::{Entry, LogId, TypeConfig, Vote};
 
 /// Most bytes gathered into one batch: a flush of more takes long enough that waiting for it costs more than
 /// the next flush.
 const BATCH_BYTES_MAX: u64 = 4 << 20;
-/// After so long without work the end of the log is sealed (see [`Writer::seal`]) and the reserve looked
-/// after.
+/// After so long without work the end of the log is sealed (see [`Writer::seal`]).
 const IDLE_MS: u64 = 1_000;
 /// What is left at the end of each file for purges that come while there is no room for another file.
 const END_BYTES: u64 = 512;
@@ -82,10 +81,31 @@ pub struct Shared {
     pub flushed: Condvar,
     /// Told when there is room for more to be queued.
     pub room: Notify,
+    /// Held by the one that makes the reserve.
+    pub reserve: Mutex<()>,
     /// Raised when the log can no longer be trusted.
     pub fatal: FatalSignal,
     /// How much was flushed, how often, how fast.
     pub counters: Counters,
+}
+
+impl Shared {
+    /// Looks whether the reserve is there, and makes it if there is room.
+    fn look_after_reserve(&self, directory: &WalDirectory) {
+        let _alone = self.reserve.lock();
+        self.note_reserve(directory.ensure_reserve());
+    }
+
+    /// The same, unless another thread is at it: then that one notes what it found.
+    pub fn try_look_after_reserve(&self, directory: &WalDirectory) {
+        if let Some(_alone) = self.reserve.try_lock() {
+            self.note_reserve(directory.ensure_reserve());
+        }
+    }
+
+    fn note_reserve(&self, held: bool) {
+        self.counters.reserve_held.store(held, Ordering::Relaxed);
+    }
 }
 
 /// For `/status` and for the decision to hand leadership on.
@@ -146,7 +166,12 @@ pub struct Writer {
     buffer: Vec<u8>,
     /// What the written records amount to. The shared memory is ahead of it by what is queued.
     written: Start,
+    /// Entries in the open file.
+    entries: u64,
+    file_entries_max: u64,
     sealed: bool,
+    #[cfg(test)]
+    flush_delay_ms: Arc<AtomicU64>,
 }
 
 /// Where each entry of a batch lies: index, ticket, place.
@@ -159,6 +184,7 @@ impl Writer {
         directory: WalDirectory,
         open: OpenFile,
         queue: Receiver<Queued>,
+        options: &WalOptions,
     ) -> Writer {
         let written = {
             let memory = shared.memory.lock();
@@ -176,19 +202,22 @@ impl Writer {
             queue,
             buffer: Vec::new(),
             written,
+            entries: 0,
+            file_entries_max: options.file_entries_max,
             sealed: true,
+            #[cfg(test)]
+            flush_delay_ms: options.flush_delay_ms.clone(),
         }
     }
 
     /// Runs until [`Operation::Stop`], or until a write or flush fails.
     pub fn run(mut self) {
-        self.look_after_reserve();
+        self.shared.look_after_reserve(&self.directory);
         loop {
             let first = match self.queue.recv_timeout(Duration::from_millis(IDLE_MS)) {
                 Ok(first) => first,
                 Err(RecvTimeoutError::Timeout) => {
                     self.seal();
-                    self.look_after_reserve();
                     continue;
                 }
                 Err(RecvTimeoutError::Disconnected) => return self.seal(),
@@ -229,7 +258,10 @@ impl Writer {
         let committed = self.shared.memory.lock().committed;
         let (mut batch, mut places) = self.encode(operations, committed);
         let room = self.open.capacity_bytes.saturating_sub(self.open.offset);
-        if batch.len() as u64 + END_BYTES > room {
+        // Not on a full disk: there are no files to spare.
+        let is_full = self.entries >= self.file_entries_max
+            && self.shared.counters.reserve_held.load(Ordering::Relaxed);
+        if is_full && !places.is_empty() || batch.len() as u64 + END_BYTES > room {
             self.next_file(batch.len() as u64 + END_BYTES, first_entry(operations))?;
             // The checksums cover the place, and the place is another now.
             self.buffer = batch;
@@ -244,11 +276,14 @@ impl Writer {
             .map_err(io_error("write log file"))?;
         self.shared.counters.flush_begins();
         let began = Instant::now();
+        #[cfg(test)]
+        std::thread::sleep(Duration::from_millis(self.flush_delay_ms.load(Ordering::Relaxed)));
         let flushed = self.open.file.sync_data();
         self.shared.counters.flush_times.record_duration(began.elapsed());
         self.shared.counters.flush_ends();
         flushed.map_err(io_error("flush log file"))?;
         self.open.offset += batch.len() as u64;
+        self.entries += places.len() as u64;
         self.buffer = batch;
         self.written.committed = committed;
         for queued in operations {
@@ -332,7 +367,8 @@ impl Writer {
         memory.files.insert(sequence, FileInfo::new(&next));
         drop(memory);
         self.open = next;
-        self.look_after_reserve();
+        self.entries = 0;
+        self.shared.look_after_reserve(&self.directory);
         Ok(())
     }
 
@@ -385,11 +421,6 @@ impl Writer {
                 }
             }
         }
-    }
-
-    fn look_after_reserve(&self) {
-        let held = self.directory.ensure_reserve();
-        self.shared.counters.reserve_held.store(held, Ordering::Relaxed);
     }
 
     /// `operations` are on stable storage: says so.
@@ -448,7 +479,7 @@ impl Writer {
         }
         // The reserve is the first to get the room: content would leave it none.
         if gives_room && !self.shared.counters.reserve_held.load(Ordering::Relaxed) {
-            self.look_after_reserve();
+            self.shared.look_after_reserve(&self.directory);
         }
     }
 

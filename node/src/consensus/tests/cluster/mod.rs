@@ -3,6 +3,7 @@
 
 mod node;
 mod rates;
+mod slow;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -183,12 +184,7 @@ async fn a_wiped_node_is_replaced_by_its_next_incarnation() {
 }
 
 /// A new file with `payload` inside the command.
-pub(super) fn create_inline(
-    session: u64,
-    sequence: u64,
-    name: &str,
-    payload: Bytes,
-) -> (LogCommand, ChunkId) {
+pub fn create_inline(session: u64, sequence: u64, name: &str, payload: Bytes) -> (LogCommand, ChunkId) {
     let id = ChunkId {
         session: SessionId(session),
         counter: sequence,

@@ -4,6 +4,7 @@ use std::future::Future;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use futures::stream::BoxStream;
@@ -294,6 +295,11 @@ impl TestNode {
 
     pub fn content(&self) -> &ContentStore {
         &self.running.as_ref().unwrap().content
+    }
+
+    /// By how much each flush of its log is slowed down, now or later.
+    pub fn flush_delay_ms(&self) -> &AtomicU64 {
+        &self.options.wal.flush_delay_ms
     }
 
     pub fn log_directory(&self) -> PathBuf {
