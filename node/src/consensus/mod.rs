@@ -480,6 +480,10 @@ fn takes_space(command: &LogCommand) -> bool {
         | LogBody::Refuse { .. }
         | LogBody::SetReplicas { .. }
         | LogBody::RaiseFeatureLevel { .. }
+        | LogBody::OpenSessionWithKey { .. }
+        | LogBody::AnswerUnlinked { .. }
+        | LogBody::Reclaim { .. }
+        | LogBody::NoteSilences { .. }
         | LogBody::Audit => false,
     }
 }

@@ -10,6 +10,8 @@ use quorumfs_proto::call::Mutation;
 use quorumfs_proto::{ChunkId, FsError, InodeNumber, Outcome, RequestId, SessionId, Sha256, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use super::tables::SessionKey;
+
 /// One entry of the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogCommand {
@@ -72,11 +74,52 @@ pub enum LogBody {
     },
     /// Every node keeps a view of the state at this entry, so that it can be compared with the others'.
     Audit,
+    /// As [`LogBody::OpenSession`], for a client that proves itself and answers questions about unlinked inodes in order.
+    /// One that lives without a key has this one from now on; of one with another key nothing is changed, and the answer is
+    /// [`CallResult::WrongKey`].
+    OpenSessionWithKey {
+        /// Drawn at random by the client.
+        session: SessionId,
+        /// For people.
+        description: String,
+        /// How it proves itself.
+        key: SessionKey,
+    },
+    /// Which unlinked inodes sessions hold.
+    AnswerUnlinked {
+        /// What each says; what is out of date is passed over.
+        answers: Vec<UnlinkedAnswer>,
+    },
+    /// One step of freeing what nobody can reach any more, of many inodes. The leader repeats it while
+    /// [`super::View::has_reclaimable`].
+    Reclaim {
+        /// Most rows (extents, extended attributes, inodes, holds) that this step frees.
+        work_max: u32,
+    },
+    /// For how long sessions have been silent, so that the next leader goes on counting from there.
+    NoteSilences {
+        /// In milliseconds; 0: the session was heard again.
+        silences: Vec<(SessionId, u64)>,
+    },
+}
+
+/// Which unlinked inodes a session holds, of those that lost their last name in a range of the log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnlinkedAnswer {
+    /// Who says so.
+    pub session: SessionId,
+    /// The log index up to which it had answered before; the answer counts only if that is so.
+    pub from: u64,
+    /// The log index up to which it answers.
+    pub through: u64,
+    /// What it holds of what lost its last name after `from` and up to `through`.
+    pub held: Vec<InodeNumber>,
 }
 
 /// What this program knows. 1: everything up to [`LogBody::Refuse`]. 2: [`LogBody::SetReplicas`], [`LogBody::Audit`], and a
-/// root directory whose times are not those of 1970.
-pub const FEATURE_LEVEL: u32 = 2;
+/// root directory whose times are not those of 1970. 3: [`LogBody::OpenSessionWithKey`] to [`LogBody::NoteSilences`], and an
+/// unlink that writes no row for each session.
+pub const FEATURE_LEVEL: u32 = 3;
 
 /// What applying an entry answers; equal on every node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,6 +132,8 @@ pub enum CallResult {
     StaleSequence,
     /// Of everything that is not a mutation, and of entries that carry no command.
     Done,
+    /// A session of this id was opened with another key: nothing was done.
+    WrongKey,
 }
 
 /// What an applied entry asks of the content store. Empty for a mutation that was applied before.
@@ -139,13 +184,20 @@ impl fmt::Display for LogCommand {
                     request.session, request.lane.0, request.sequence
                 )
             }
-            LogBody::OpenSession { session, .. } => write!(f, "open session {session}"),
+            LogBody::OpenSession { session, .. } | LogBody::OpenSessionWithKey { session, .. } => {
+                write!(f, "open session {session}")
+            }
             LogBody::EndSession { session } => write!(f, "end session {session}"),
             LogBody::ForgetSession { session } => write!(f, "forget session {session}"),
             LogBody::ReclaimUnlinked { inode, .. } => write!(f, "reclaim inode {inode}"),
             LogBody::SetReplicas { replicas } => write!(f, "keep {replicas} copies"),
             LogBody::RaiseFeatureLevel { level } => write!(f, "raise the feature level to {level}"),
             LogBody::Audit => f.write_str("compare the state"),
+            LogBody::AnswerUnlinked { answers } => {
+                write!(f, "{} answers about unlinked inodes", answers.len())
+            }
+            LogBody::Reclaim { work_max } => write!(f, "reclaim {work_max} rows"),
+            LogBody::NoteSilences { silences } => write!(f, "{} sessions are silent", silences.len()),
         }
     }
 }
@@ -158,6 +210,7 @@ impl fmt::Display for CallResult {
             CallResult::UnknownSession => write!(f, "unknown session"),
             CallResult::StaleSequence => write!(f, "stale sequence"),
             CallResult::Done => write!(f, "done"),
+            CallResult::WrongKey => write!(f, "wrong key"),
         }
     }
 }

@@ -31,21 +31,26 @@ mod digest;
 mod fault;
 mod files;
 mod listing;
+mod marks;
 mod names;
 mod overlay;
 mod snapshot;
 mod store;
 mod tables;
+mod unlinked;
 mod view;
 
 #[cfg(test)]
 mod tests;
 
 pub use apply::{Batch, COMMAND_FREED_EXTENTS_MAX};
-pub use command::{Applied, CallResult, Effects, FEATURE_LEVEL, InlineChunk, LogBody, LogCommand};
+pub use command::{
+    Applied, CallResult, Effects, FEATURE_LEVEL, InlineChunk, LogBody, LogCommand, UnlinkedAnswer,
+};
 pub use fault::{Failure, StorageFault};
 pub use names::{ChunkFiles, NamedFile};
 pub use snapshot::{Installation, Received, Row, Snapshot};
 pub use store::{MetadataOptions, MetadataStore, NamedChange, Position};
-pub use tables::{ChunkRecord, Replicas, SessionRecord};
+pub use tables::{ChunkRecord, Replicas, SessionKey, SessionRecord};
+pub use unlinked::UnlinkedPage;
 pub use view::View;

@@ -45,10 +45,17 @@ pub(super) enum Table {
     Pins = 9,
     Reclaimable = 10,
     Chunks = 11,
+    Unlinked = 12,
+    UnlinkedQueue = 13,
+    Holds = 14,
+    Marks = 15,
+    Departed = 16,
+    SessionKeys = 17,
+    Silences = 18,
 }
 
 impl Table {
-    pub(super) const COUNT: usize = 12;
+    pub(super) const COUNT: usize = 19;
     pub(super) const ALL: [Table; Table::COUNT] = [
         Table::Meta,
         Table::Inodes,
@@ -62,6 +69,13 @@ impl Table {
         Table::Pins,
         Table::Reclaimable,
         Table::Chunks,
+        Table::Unlinked,
+        Table::UnlinkedQueue,
+        Table::Holds,
+        Table::Marks,
+        Table::Departed,
+        Table::SessionKeys,
+        Table::Silences,
     ];
 
     pub(super) fn number(self) -> u8 {
@@ -86,6 +100,13 @@ impl Table {
             Table::Pins => "pins",
             Table::Reclaimable => "reclaimable",
             Table::Chunks => "chunks",
+            Table::Unlinked => "unlinked",
+            Table::UnlinkedQueue => "unlinked_queue",
+            Table::Holds => "holds",
+            Table::Marks => "marks",
+            Table::Departed => "departed",
+            Table::SessionKeys => "session_keys",
+            Table::Silences => "silences",
         })
     }
 }
@@ -133,9 +154,14 @@ rows_by_inode!(
     SymlinkTarget
 );
 rows_by_inode!(
-    /// Inodes without a name.
+    /// Inodes that lost their last name below feature level 3.
     Orphans,
     OrphanRecord
+);
+rows_by_inode!(
+    /// Inodes without a name.
+    Unlinked,
+    UnlinkedRecord
 );
 rows_by_inode!(
     /// Inodes of which something can be freed: orphans that nobody holds, and files with cut-off extents.
@@ -255,20 +281,50 @@ impl Rows for Xattrs {
     }
 }
 
-/// Sessions, living and ended.
-pub(super) struct Sessions;
-
-impl Rows for Sessions {
-    const TABLE: Table = Table::Sessions;
-    type Key = SessionId;
-    type Value = SessionRecord;
-    fn key(key: &SessionId) -> RowKey {
-        Arc::new(key.0.to_be_bytes())
-    }
-    fn parse(key: &[u8]) -> Option<SessionId> {
-        Some(SessionId(u64::from_be_bytes(key.try_into().ok()?)))
-    }
+/// Implements [`Rows`] for a table whose key is a session.
+macro_rules! rows_by_session {
+    ($(#[$doc:meta])* $rows:ident, $value:ty) => {
+        $(#[$doc])*
+        pub(super) struct $rows;
+        impl Rows for $rows {
+            const TABLE: Table = Table::$rows;
+            type Key = SessionId;
+            type Value = $value;
+            fn key(key: &SessionId) -> RowKey {
+                Arc::new(key.0.to_be_bytes())
+            }
+            fn parse(key: &[u8]) -> Option<SessionId> {
+                Some(SessionId(u64::from_be_bytes(key.try_into().ok()?)))
+            }
+        }
+    };
 }
+
+rows_by_session!(
+    /// Sessions, living and ended.
+    Sessions,
+    SessionRecord
+);
+rows_by_session!(
+    /// Up to which log index each living session has said which unlinked inodes it holds; see `apply::unlinked`.
+    Marks,
+    u64
+);
+rows_by_session!(
+    /// Ended sessions whose pins or holds were more than one step drops.
+    Departed,
+    ()
+);
+rows_by_session!(
+    /// How each session proves itself, if its client has a secret.
+    SessionKeys,
+    SessionKey
+);
+rows_by_session!(
+    /// For how long living sessions were silent when a leader last looked, in milliseconds.
+    Silences,
+    u64
+);
 
 /// The last mutation of each lane: (session, lane).
 pub(super) struct Lanes;
@@ -292,19 +348,48 @@ impl Rows for Lanes {
     }
 }
 
-/// Who may hold which orphan open: (session, inode). The same as the orphans' `waiting_for`, the other way round.
-pub(super) struct Pins;
+/// Implements [`Rows`] for a table without values whose keys are pairs of a session and an inode.
+macro_rules! rows_by_session_and_inode {
+    ($(#[$doc:meta])* $rows:ident) => {
+        $(#[$doc])*
+        pub(super) struct $rows;
+        impl Rows for $rows {
+            const TABLE: Table = Table::$rows;
+            type Key = (SessionId, InodeNumber);
+            type Value = ();
+            fn key((session, inode): &(SessionId, InodeNumber)) -> RowKey {
+                Arc::new(pair(session.0, inode.0))
+            }
+            fn parse(key: &[u8]) -> Option<(SessionId, InodeNumber)> {
+                let (session, inode) = unpair(key)?;
+                Some((SessionId(session), InodeNumber(inode)))
+            }
+        }
+    };
+}
 
-impl Rows for Pins {
-    const TABLE: Table = Table::Pins;
-    type Key = (SessionId, InodeNumber);
+rows_by_session_and_inode!(
+    /// Who may hold which orphan open. The same as the orphans' `waiting_for`, the other way round.
+    Pins
+);
+rows_by_session_and_inode!(
+    /// Who holds which unlinked inode. [`UnlinkedRecord::holds`] counts them.
+    Holds
+);
+
+/// Unlinked inodes about which sessions are still asked, in the order of their unlinking: (log index, inode).
+pub(super) struct UnlinkedQueue;
+
+impl Rows for UnlinkedQueue {
+    const TABLE: Table = Table::UnlinkedQueue;
+    type Key = (u64, InodeNumber);
     type Value = ();
-    fn key((session, inode): &(SessionId, InodeNumber)) -> RowKey {
-        Arc::new(pair(session.0, inode.0))
+    fn key((since, inode): &(u64, InodeNumber)) -> RowKey {
+        Arc::new(pair(*since, inode.0))
     }
-    fn parse(key: &[u8]) -> Option<(SessionId, InodeNumber)> {
-        let (session, inode) = unpair(key)?;
-        Some((SessionId(session), InodeNumber(inode)))
+    fn parse(key: &[u8]) -> Option<(u64, InodeNumber)> {
+        let (since, inode) = unpair(key)?;
+        Some((since, InodeNumber(inode)))
     }
 }
 
@@ -458,6 +543,26 @@ pub(super) struct OrphanRecord {
     pub(super) waiting_for: Vec<SessionId>,
     /// Of an inode that never had a name, who made it and may give it one.
     pub(super) maker: Option<SessionId>,
+}
+
+/// An inode without a name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct UnlinkedRecord {
+    /// The log index at which the last name went, or at which the inode was made without one.
+    pub(super) since: u64,
+    /// Of an inode that never had a name, who made it and may give it one.
+    pub(super) maker: Option<SessionId>,
+    /// How many sessions hold it.
+    pub(super) holds: u32,
+}
+
+/// How a session proves itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionKey {
+    /// The digest of the secret that its client drew.
+    pub secret: Sha256,
+    /// The digest of the certificate that its client showed, where it showed one.
+    pub certificate: Option<Sha256>,
 }
 
 #[cfg(test)]

@@ -171,17 +171,21 @@ impl World {
                 available_bytes: 1,
                 inodes: self.executed.len() as u64,
             }))),
-            Call::OpenSession { session, .. } => {
+            Call::OpenSession { session, .. } | Call::OpenSessionWithKey { session, .. } => {
                 self.sessions.insert(session);
                 CallReply::Session(SessionState::default())
             }
-            Call::KeepAlive { session } if self.sessions.contains(&session) => {
+            Call::KeepAlive { session } | Call::AnswerUnlinked { session, .. }
+                if self.sessions.contains(&session) =>
+            {
                 CallReply::Session(SessionState {
                     unlinked: self.unlinked.clone(),
                 })
             }
-            Call::KeepAlive { .. } => CallReply::Refused(Refusal::UnknownSession),
-            Call::CloseSession { session } => {
+            Call::KeepAlive { .. } | Call::AnswerUnlinked { .. } => {
+                CallReply::Refused(Refusal::UnknownSession)
+            }
+            Call::CloseSession { session } | Call::CloseSessionWithKey { session, .. } => {
                 self.sessions.remove(&session);
                 self.closed.push(session);
                 CallReply::Session(SessionState::default())
@@ -418,6 +422,7 @@ impl FileSystem for FakeNode {
                     call_id: envelope.call_id,
                     reply: codec::encode(&reply),
                     lease_ms: 0,
+                    ..wire::CallResponse::default()
                 };
                 let (answers, world) = (answers.clone(), world.clone());
                 tokio::spawn(async move {

@@ -13,93 +13,9 @@ use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::*;
 
 use super::super::*;
+use super::events::{Event, Op, SESSIONS, event};
 use super::model::{Byte, Model};
 use super::support::*;
-
-const SESSIONS: u64 = 3;
-const FILE_BYTES_MAX: u64 = 120;
-
-/// An operation in small numbers, so that they meet.
-#[derive(Clone, Debug)]
-enum Op {
-    Create(u8, u8, u8, bool),
-    CreateUnlinked,
-    Link(u8, u8, u8, bool),
-    Unlink(u8, u8, bool),
-    RemoveDirectory(u8, u8),
-    Rename((u8, u8), (u8, u8), u8, bool),
-    Truncate(u8, u64),
-    /// File, pieces (offset, length), whether a time comes with it, whether privileges are dropped.
-    Write(u8, Vec<(u64, u32)>, bool, bool),
-    Append(u8, u32),
-    Chmod(u8, u16),
-    Chown(u8, u32),
-    Times(u8, bool),
-    Kill(u8),
-    SetXattr(u8, u8, u8),
-    RemoveXattr(u8, u8),
-}
-
-#[derive(Clone, Debug)]
-enum Event {
-    Command(u8, Vec<Op>),
-    Release(u8, Vec<u8>),
-    Retry,
-    /// The clock goes on, or back, by so many nanoseconds.
-    Clock(i16),
-    Open(u8),
-    End(u8),
-    Forget(u8),
-    Reclaim(u32),
-    Publish,
-    Freeze,
-    Flush,
-    Reopen,
-    Install,
-}
-
-fn op() -> impl Strategy<Value = Op> {
-    let i = || 0u8..40;
-    let n = || 0u8..4;
-    let place = || (i(), n());
-    prop_oneof![
-        6 => (i(), n(), 0u8..8, any::<bool>()).prop_map(|(p, n, k, e)| Op::Create(p, n, k, e)),
-        1 => Just(Op::CreateUnlinked),
-        3 => (i(), i(), n(), any::<bool>()).prop_map(|(t, p, n, e)| Op::Link(t, p, n, e)),
-        3 => (i(), n(), any::<bool>()).prop_map(|(p, n, h)| Op::Unlink(p, n, h)),
-        2 => (i(), n()).prop_map(|(p, n)| Op::RemoveDirectory(p, n)),
-        5 => (place(), place(), 0u8..3, any::<bool>()).prop_map(|(f, t, m, h)| Op::Rename(f, t, m, h)),
-        3 => (i(), 0..FILE_BYTES_MAX).prop_map(|(t, s)| Op::Truncate(t, s)),
-        8 => (i(), vec((0..FILE_BYTES_MAX - 30, 1u32..30), 1..6), any::<bool>(), any::<bool>())
-            .prop_map(|(t, p, m, k)| Op::Write(t, p, m, k)),
-        2 => (i(), 1u32..20).prop_map(|(t, l)| Op::Append(t, l)),
-        1 => (i(), 0u16..0o10000).prop_map(|(t, m)| Op::Chmod(t, m)),
-        1 => (i(), 0u32..3).prop_map(|(t, u)| Op::Chown(t, u)),
-        1 => (i(), any::<bool>()).prop_map(|(t, n)| Op::Times(t, n)),
-        1 => i().prop_map(Op::Kill),
-        2 => (i(), 0u8..4, 0u8..3).prop_map(|(t, n, m)| Op::SetXattr(t, n, m)),
-        1 => (i(), 0u8..4).prop_map(|(t, n)| Op::RemoveXattr(t, n)),
-    ]
-}
-
-fn event() -> impl Strategy<Value = Event> {
-    let s = || 0u8..SESSIONS as u8;
-    prop_oneof![
-        40 => (s(), vec(op(), 1..4)).prop_map(|(s, ops)| Event::Command(s, ops)),
-        6 => (s(), vec(0u8..40, 1..20)).prop_map(|(s, i)| Event::Release(s, i)),
-        3 => Just(Event::Retry),
-        3 => any::<i16>().prop_map(Event::Clock),
-        1 => s().prop_map(Event::Open),
-        1 => s().prop_map(Event::End),
-        1 => s().prop_map(Event::Forget),
-        5 => (1u32..4).prop_map(Event::Reclaim),
-        10 => Just(Event::Publish),
-        3 => Just(Event::Freeze),
-        2 => Just(Event::Flush),
-        1 => Just(Event::Reopen),
-        1 => Just(Event::Install),
-    ]
-}
 
 /// The history so far, beside the model's.
 struct History {
@@ -114,6 +30,8 @@ struct History {
     named: Vec<ChunkId>,
     dead: Vec<ChunkId>,
     contents: BTreeMap<InodeNumber, (u64, Vec<Byte>)>,
+    /// Up to where each session has answered.
+    marks: BTreeMap<SessionId, u64>,
 }
 
 impl History {
@@ -480,7 +398,7 @@ fn reapply(store: &MetadataStore, log: &[(LogCommand, CallResult)]) {
     batch.publish(at(log.len() as u64));
 }
 
-fn run(events: Vec<Event>) {
+fn run(events: Vec<Event>, level: u32) {
     let mut node = Node::new();
     let mut history = History {
         model: Model::new(),
@@ -493,7 +411,20 @@ fn run(events: Vec<Event>) {
         named: Vec::new(),
         dead: Vec::new(),
         contents: BTreeMap::new(),
+        marks: BTreeMap::new(),
     };
+    history.model.asks = level >= 3;
+    if level >= 2 {
+        let mut batch = node.store.begin();
+        history.apply(&mut batch, LogBody::RaiseFeatureLevel { level });
+        batch.publish(at(history.log.len() as u64));
+        // The root directory gets its times.
+        let now = history.model.now;
+        let root = history.model.inodes.get_mut(&InodeNumber::ROOT).unwrap();
+        let attributes = &mut root.attributes;
+        (attributes.atime, attributes.mtime) = (now, now);
+        (attributes.ctime, attributes.birth_time) = (now, now);
+    }
     let mut events = (0..SESSIONS as u8)
         .map(Event::Open)
         .chain(events)
@@ -559,13 +490,19 @@ fn install(node: &mut Node, history: &History, view: &View) {
 fn drain(history: &mut History, node: &mut Node) {
     for step in 0.. {
         assert!(step < 100_000, "reclaiming does not end");
-        let inodes = node.view().reclaimable(2).unwrap();
-        let Some(inode) = inodes.first() else { break };
-        let mut batch = node.store.begin();
-        let body = LogBody::ReclaimUnlinked {
-            inode: *inode,
-            extents_max: 2,
+        let body = match history.model.asks {
+            true if node.view().has_reclaimable().unwrap() => LogBody::Reclaim { work_max: 2 },
+            true => break,
+            false => {
+                let inodes = node.view().reclaimable(2).unwrap();
+                let Some(&inode) = inodes.first() else { break };
+                LogBody::ReclaimUnlinked {
+                    inode,
+                    extents_max: 2,
+                }
+            }
         };
+        let mut batch = node.store.begin();
         history.apply(&mut batch, body);
         batch.publish(at(history.log.len() as u64));
     }
@@ -616,12 +553,20 @@ fn step(history: &mut History, batch: &mut Batch<'_>, store: &MetadataStore, eve
         Event::Clock(by) => history.clock = (history.clock + i64::from(by)).max(0),
         Event::Open(session) => {
             let session = history.session(session);
-            history.model.living.insert(session);
-            let body = LogBody::OpenSession {
-                session,
-                description: "test".into(),
+            let is_new = history.model.living.insert(session);
+            let description = "test".into();
+            let body = match history.model.asks {
+                false => LogBody::OpenSession { session, description },
+                true => LogBody::OpenSessionWithKey {
+                    session,
+                    description,
+                    key: key(session),
+                },
             };
             history.apply(batch, body);
+            if is_new {
+                history.marks.insert(session, history.log.len() as u64);
+            }
         }
         Event::End(at) => {
             let session = history.session(at);
@@ -637,6 +582,10 @@ fn step(history: &mut History, batch: &mut Batch<'_>, store: &MetadataStore, eve
                 history.apply(batch, LogBody::ForgetSession { session });
             }
         }
+        Event::Reclaim(work_max) if history.model.asks => {
+            history.apply(batch, LogBody::Reclaim { work_max });
+        }
+        Event::Answer(session, max, mask) => answer(history, batch, store, session, (max, mask)),
         Event::Reclaim(extents_max) => {
             // What the leader sees was published; by now it may be out of date.
             for inode in store.view().unwrap().reclaimable(2).unwrap() {
@@ -647,11 +596,56 @@ fn step(history: &mut History, batch: &mut Batch<'_>, store: &MetadataStore, eve
     }
 }
 
+/// What is asked was published; by now the session may have answered, or be over.
+fn answer(
+    history: &mut History,
+    batch: &mut Batch<'_>,
+    store: &MetadataStore,
+    at: u8,
+    (max, mask): (usize, u32),
+) {
+    let session = history.session(at);
+    let view = store.view().unwrap();
+    if !history.model.asks || !view.living_sessions().any(|living| living == session) {
+        return;
+    }
+    let Some(page) = view.unlinked_page(session, max).unwrap() else {
+        return;
+    };
+    let holds = |at: usize| mask & (1 << (at % 32)) != 0;
+    let numbered = page.inodes.iter().copied().enumerate();
+    let answer = UnlinkedAnswer {
+        session,
+        from: page.from,
+        through: page.through,
+        held: numbered
+            .clone()
+            .filter(|(at, _)| holds(*at))
+            .map(|(_, inode)| inode)
+            .collect(),
+    };
+    let is_due = history.marks.get(&session) == Some(&page.from);
+    // It may arrive twice.
+    let answers = vec![answer.clone(), answer];
+    history.apply(batch, LogBody::AnswerUnlinked { answers });
+    if is_due {
+        history.marks.insert(session, page.through);
+        for (at, inode) in numbered {
+            history.model.answer(session, inode, holds(at));
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
     #[test]
     fn any_history_is_that_of_the_model(events in vec(event(), 1..150)) {
-        run(events);
+        run(events, 1);
+    }
+
+    #[test]
+    fn any_history_of_sessions_that_answer_in_order_is_that_of_the_model(events in vec(event(), 1..150)) {
+        run(events, 3);
     }
 }

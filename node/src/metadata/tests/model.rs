@@ -19,13 +19,15 @@ pub struct Inode {
     pub xattrs: BTreeMap<XattrName, bytes::Bytes>,
     /// Of an inode without a name: who may have it open, and who made it so.
     pub held_by: BTreeSet<SessionId>,
+    /// Who is still asked whether it holds it (from feature level 3 on).
+    pub awaited: BTreeSet<SessionId>,
     pub maker: Option<SessionId>,
 }
 
 impl Inode {
     /// Nothing keeps it; it may be gone at any moment.
     pub fn is_doomed(&self) -> bool {
-        self.attributes.links == 0 && self.held_by.is_empty()
+        self.attributes.links == 0 && self.held_by.is_empty() && self.awaited.is_empty()
     }
 }
 
@@ -35,6 +37,8 @@ pub struct Model {
     pub living: BTreeSet<SessionId>,
     pub next_inode: u64,
     pub now: Timestamp,
+    /// Whether sessions answer about unlinked inodes in order.
+    pub asks: bool,
     session: SessionId,
 }
 
@@ -48,6 +52,7 @@ impl Model {
             living: BTreeSet::new(),
             next_inode: 1,
             now: zero,
+            asks: false,
             session: SessionId(0),
         };
         let root = NewInode {
@@ -59,21 +64,6 @@ impl Model {
         let root = model.make(&root, None);
         model.inodes.get_mut(&root).unwrap().attributes.parent = root;
         model
-    }
-
-    pub fn tick(&mut self, stamp: Timestamp) {
-        self.now = stamp.max(self.now.plus_nanoseconds(1));
-    }
-
-    pub fn end_session(&mut self, session: SessionId) {
-        self.living.remove(&session);
-        for inode in self.inodes.values_mut() {
-            inode.held_by.remove(&session);
-        }
-    }
-
-    pub fn forget_doomed(&mut self) {
-        self.inodes.retain(|_, inode| !inode.is_doomed());
     }
 
     pub fn run(&mut self, session: SessionId, command: &Command) -> Verdict<Vec<OperationResult>> {
@@ -349,6 +339,7 @@ impl Model {
             target,
             xattrs: BTreeMap::new(),
             held_by: BTreeSet::new(),
+            awaited: BTreeSet::new(),
             maker: None,
         };
         self.inodes.insert(number, inode);
@@ -395,7 +386,8 @@ impl Model {
     }
 
     fn lose_link(&mut self, number: InodeNumber, held: Held) -> bool {
-        let mut holders = self.living.clone();
+        let (asks, living) = (self.asks, self.living.clone());
+        let mut holders = living.clone();
         if held == Held::NotOpen {
             holders.remove(&self.session);
         }
@@ -408,7 +400,10 @@ impl Model {
         };
         let last = inode.attributes.links == 0;
         if last {
-            inode.held_by = holders;
+            match asks {
+                true => inode.awaited = living,
+                false => inode.held_by = holders,
+            }
         }
         self.touch(number);
         last
