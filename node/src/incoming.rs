@@ -51,6 +51,7 @@ impl Connection {
         seen.is_some_and(|seen| addresses.contains(&seen.to_string()))
     }
 
+    /// One that is over when `ended` says so.
     #[cfg(test)]
     pub fn for_tests(ended: Arc<AtomicBool>) -> Connection {
         Connection { peer: None, ended }

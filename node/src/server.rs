@@ -5,6 +5,7 @@
 //! begins, and [`Node::parts`] is there.
 
 use std::future::Future;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -60,7 +61,7 @@ const CLIENT_RETRY_INTERVAL_MS: u64 = 500;
 /// Batches of applied entries that wait for recovery and sweeper; what does not fit they find in their passes.
 const EFFECTS_QUEUED_MAX: usize = 4096;
 /// How long a stopping node waits for the cluster to hear that its session is over.
-const CLOSE_TIMEOUT_MS: u64 = 1_500;
+const CLOSE_TIMEOUT_MS: u64 = 2_500;
 /// How long open requests may take to end after a shutdown was asked for.
 const DRAIN_TIMEOUT_MS: u64 = 2_000;
 
@@ -169,7 +170,7 @@ pub async fn serve(
         result = http_server => Err(anyhow::anyhow!("the HTTP service ended: {result:?}")),
     };
     // While this node still serves: it may be the leader that is to hear of it.
-    close_session(&closing).await;
+    close_session(&config.data, &closing).await;
     let _ = stop.send(true);
     if let Some(parts) = node.parts() {
         let _ = tokio::time::timeout(
@@ -493,13 +494,14 @@ async fn open_client(
 }
 
 /// Ends this node's session, so that nothing waits for it any more.
-async fn close_session(client: &watch::Receiver<ClientHandle>) {
+async fn close_session(folder: &Path, client: &watch::Receiver<ClientHandle>) {
     let ClientHandle::Ready(client) = client.borrow().clone() else {
         return;
     };
     let limit = Duration::from_millis(CLOSE_TIMEOUT_MS);
-    if tokio::time::timeout(limit, client.close()).await.is_err() {
-        info!("no leader heard that this node's session is over");
+    match tokio::time::timeout(limit, client.close()).await {
+        Ok(()) => credential::forget(folder),
+        Err(_) => info!("no leader heard that this node's session is over"),
     }
 }
 

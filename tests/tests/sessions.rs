@@ -91,8 +91,9 @@ fn p7_processes_that_are_gone_are_not_waited_for() {
     cluster.wait_ready();
     wait_for_sessions(&cluster, 4);
     // One that was killed says what it was when it starts again.
-    cluster.restart(cluster.followers()[0]);
-    cluster.wait_ready();
+    let follower = cluster.followers()[0];
+    cluster.restart(follower);
+    cluster.wait_log(follower, &["ended the session of this one's predecessor"], SOON);
     wait_for_sessions(&cluster, 4);
     // A mount that was killed is seen to be gone.
     let before = inodes(&mount);

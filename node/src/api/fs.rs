@@ -34,8 +34,8 @@ use crate::write::PutError;
 const CALLS_PER_STREAM_MAX: usize = 256;
 /// Chunks of one stream worked on at once: at most so many MiB of one client in memory.
 const CHUNKS_PER_STREAM_MAX: usize = 48;
-/// Inodes that have just lost their last name, about which a session is asked at once: some 30 KiB.
-const UNLINKED_ASKED_MAX: usize = 8192;
+/// Inodes that have just lost their last name, about which a session is asked at once.
+const UNLINKED_ASKED_MAX: usize = 2048;
 
 /// What every stream of answers is.
 pub type AnswerStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;

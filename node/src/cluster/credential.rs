@@ -34,6 +34,12 @@ pub async fn keep(folder: &Path, client: Client) {
     }
 }
 
+/// The session was ended: the next process need not.
+pub fn forget(folder: &Path) {
+    // One that stays is tried in vain, and harms nobody.
+    let _ = std::fs::remove_file(folder.join(SESSION_FILE));
+}
+
 /// Writes a file that only its owner reads, in place of what was there.
 fn write_private(file: &Path, bytes: &[u8]) -> std::io::Result<()> {
     use std::io::Write as _;

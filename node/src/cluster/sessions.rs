@@ -44,7 +44,7 @@ const SILENCE_NOTED_MS: u64 = 10_000;
 const NEW_LEADER_GRACE_MS: u64 = 15_000;
 /// Answers of sessions in one command, and inodes that they name.
 const ANSWERS_PER_COMMAND_MAX: usize = 256;
-const HELD_PER_COMMAND_MAX: usize = 16_384;
+const HELD_PER_COMMAND_MAX: usize = 4096;
 /// All sessions together are asked for so many answers in a second at most.
 const ASKED_PER_S_MAX: u64 = 200;
 

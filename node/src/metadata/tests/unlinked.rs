@@ -35,7 +35,14 @@ fn cost_of_unlink(sessions: u64) -> (usize, u64) {
 
 #[test]
 fn an_unlink_costs_the_same_however_many_sessions_there_are() {
-    assert_eq!(cost_of_unlink(1), cost_of_unlink(1000));
+    let (few, many) = (cost_of_unlink(1), cost_of_unlink(1000));
+    assert_eq!(few.0, many.0);
+    // Larger numbers are a few bytes longer.
+    assert!(many.1 < few.1 + 32, "{few:?} {many:?}");
+    eprintln!(
+        "measured: an unlink adds {} bytes of overlay at 1,000 sessions",
+        many.1
+    );
 }
 
 #[test]

@@ -187,7 +187,7 @@ impl State {
                     CallResult::Outcome(outcome) => CallReply::Outcome(outcome),
                     CallResult::UnknownSession => CallReply::Refused(Refusal::UnknownSession),
                     CallResult::StaleSequence => CallReply::Refused(Refusal::StaleSequence),
-                    CallResult::Done => unreachable!("a mutation has an outcome"),
+                    CallResult::Done | CallResult::WrongKey => unreachable!("a mutation has an outcome"),
                 }
             }
             Call::Query(query) => CallReply::Answer(self.answer(&query)),
