@@ -385,7 +385,7 @@ async fn carry_out(node: &Node, stream: &CallStream, call: Call, request: &wire:
             close_session(parts, stream, session).await
         }
         Call::KeepAlive { session } => match standing(parts, stream, session).await {
-            Standing::Proven => keep_alive(parts, stream, session, request).await,
+            Standing::Proven => keep_alive(parts, stream, session, request, 1).await,
             Standing::Unknown => CallReply::Refused(Refusal::UnknownSession).into(),
             Standing::Refused(refusal) => CallReply::Refused(refusal).into(),
         },
@@ -411,7 +411,9 @@ async fn carry_out(node: &Node, stream: &CallStream, call: Call, request: &wire:
                 held,
             };
             match parts.sessions.answer_unlinked(answer).await {
-                Ok(()) => keep_alive(parts, stream, session, request).await,
+                // What is less than a question's worth waits for the next keep-alive, so that an answer is not a command for each
+                // unlink.
+                Ok(()) => keep_alive(parts, stream, session, request, UNLINKED_ASKED_MAX).await,
                 Err(refusal) => CallReply::Refused(refusal).into(),
             }
         }
@@ -477,12 +479,14 @@ async fn close_session(parts: &Parts, stream: &CallStream, session: SessionId) -
     }
 }
 
-/// The session lives, says a stream that speaks for it. What it should know, and what it is asked.
+/// The session lives, says a stream that speaks for it. What it should know, and what it is asked, if that is about
+/// `asked_min` inodes.
 async fn keep_alive(
     parts: &Parts,
     stream: &CallStream,
     session: SessionId,
     request: &wire::CallRequest,
+    asked_min: usize,
 ) -> Answered {
     let found = session_state(parts, session, request.answers_unlinked);
     let (state, question) = match found {
@@ -500,7 +504,7 @@ async fn keep_alive(
         return CallReply::Refused(refusal).into();
     }
     Answered {
-        question,
+        question: question.filter(|question| question.inodes.len() >= asked_min),
         ..Answered::from(CallReply::Session(state))
     }
 }

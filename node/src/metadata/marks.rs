@@ -1,5 +1,5 @@
-//! Up to where the living sessions have answered for unlinked inodes, in memory: what is read again from [`super::tables::Marks`] when the
-//! database is opened.
+//! Up to where the living sessions have answered for unlinked inodes, in memory: what is read again from
+//! [`super::tables::Marks`] when the database is opened.
 //!
 //! Cheap to clone, as the state's summary is with each command; the lowest mark is found in O(log n).
 

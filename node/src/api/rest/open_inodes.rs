@@ -27,7 +27,7 @@ struct Table {
     openings: BTreeSet<u64>,
     next_opening: u64,
     /// Unlinked inodes that nobody holds, and the first opening that began after we heard of each. Bounded by the
-    /// cluster's question (1,000 inodes).
+    /// cluster's question (a few thousand inodes).
     doomed: HashMap<InodeNumber, u64>,
 }
 
