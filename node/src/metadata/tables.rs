@@ -125,47 +125,52 @@ pub(super) trait Rows {
 pub(super) type RowOf<R> = (<R as Rows>::Key, <R as Rows>::Value);
 
 /// Implements [`Rows`] for a table whose key is one number.
-macro_rules! rows_by_inode {
-    ($(#[$doc:meta])* $rows:ident, $value:ty) => {
+macro_rules! rows_by_number {
+    ($(#[$doc:meta])* $rows:ident, $key:ident, $value:ty) => {
         $(#[$doc])*
         pub(super) struct $rows;
         impl Rows for $rows {
             const TABLE: Table = Table::$rows;
-            type Key = InodeNumber;
+            type Key = $key;
             type Value = $value;
-            fn key(key: &InodeNumber) -> RowKey {
+            fn key(key: &$key) -> RowKey {
                 Arc::new(key.0.to_be_bytes())
             }
-            fn parse(key: &[u8]) -> Option<InodeNumber> {
-                Some(InodeNumber(u64::from_be_bytes(key.try_into().ok()?)))
+            fn parse(key: &[u8]) -> Option<$key> {
+                Some($key(u64::from_be_bytes(key.try_into().ok()?)))
             }
         }
     };
 }
 
-rows_by_inode!(
+rows_by_number!(
     /// What is known of each inode, with or without a name.
     Inodes,
+    InodeNumber,
     InodeRecord
 );
-rows_by_inode!(
+rows_by_number!(
     /// Where each symbolic link points.
     Symlinks,
+    InodeNumber,
     SymlinkTarget
 );
-rows_by_inode!(
-    /// Inodes that lost their last name below feature level 3.
+rows_by_number!(
+    /// Inodes unlinked below feature level 3.
     Orphans,
+    InodeNumber,
     OrphanRecord
 );
-rows_by_inode!(
+rows_by_number!(
     /// Inodes without a name.
     Unlinked,
+    InodeNumber,
     UnlinkedRecord
 );
-rows_by_inode!(
+rows_by_number!(
     /// Inodes of which something can be freed: orphans that nobody holds, and files with cut-off extents.
     Reclaimable,
+    InodeNumber,
     ()
 );
 
@@ -281,48 +286,34 @@ impl Rows for Xattrs {
     }
 }
 
-/// Implements [`Rows`] for a table whose key is a session.
-macro_rules! rows_by_session {
-    ($(#[$doc:meta])* $rows:ident, $value:ty) => {
-        $(#[$doc])*
-        pub(super) struct $rows;
-        impl Rows for $rows {
-            const TABLE: Table = Table::$rows;
-            type Key = SessionId;
-            type Value = $value;
-            fn key(key: &SessionId) -> RowKey {
-                Arc::new(key.0.to_be_bytes())
-            }
-            fn parse(key: &[u8]) -> Option<SessionId> {
-                Some(SessionId(u64::from_be_bytes(key.try_into().ok()?)))
-            }
-        }
-    };
-}
-
-rows_by_session!(
+rows_by_number!(
     /// Sessions, living and ended.
     Sessions,
+    SessionId,
     SessionRecord
 );
-rows_by_session!(
+rows_by_number!(
     /// Up to which log index each living session has said which unlinked inodes it holds; see `apply::unlinked`.
     Marks,
+    SessionId,
     u64
 );
-rows_by_session!(
+rows_by_number!(
     /// Ended sessions whose pins or holds were more than one step drops.
     Departed,
+    SessionId,
     ()
 );
-rows_by_session!(
+rows_by_number!(
     /// How each session proves itself, if its client has a secret.
     SessionKeys,
+    SessionId,
     SessionKey
 );
-rows_by_session!(
+rows_by_number!(
     /// For how long living sessions were silent when a leader last looked, in milliseconds.
     Silences,
+    SessionId,
     u64
 );
 

@@ -55,8 +55,15 @@ async fn a_stream_is_told_once_for_whom_it_speaks() {
     };
     assert_eq!(fake.world.lock().hellos, [hello.clone()]);
     fake.cut(0);
+    let next = tokio::spawn({
+        let client = client.clone();
+        async move { client.mutate(make("d"), &[]).await }
+    });
+    while client.leader().is_some() {
+        tokio::time::sleep(10 * MS).await;
+    }
     fake.mend(0);
-    created(client.mutate(make("d"), &[]).await);
+    created(next.await.unwrap());
     let hellos = fake.world.lock().hellos.clone();
     assert!(hellos.len() > 1, "the next stream is told too");
     assert!(hellos.iter().all(|told| *told == hello));
