@@ -33,7 +33,7 @@
 //! # Layers
 //!
 //! Modules import only downwards: [`server`], [`api`], [`node`], [`mod@write`], [`read`], [`healing`], [`cluster`], [`consensus`],
-//! [`metadata`] and [`content`] (which never know each other), [`transport`]; [`config`] is plain data for all.
+//! [`metadata`] and [`content`] (which never know each other), [`transport`], [`incoming`]; [`config`] is plain data for all.
 //! `write` and `read` use `healing` and `cluster` beside them: the read path asks recovery for what it found missing.
 
 pub mod api;
@@ -42,6 +42,7 @@ pub mod config;
 pub mod consensus;
 pub mod content;
 pub mod healing;
+pub mod incoming;
 pub mod logging;
 pub mod metadata;
 pub mod node;

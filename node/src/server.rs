@@ -5,6 +5,7 @@
 //! begins, and [`Node::parts`] is there.
 
 use std::future::Future;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use quorumfs_proto::wire::peer_server::PeerServer;
 use quorumfs_proto::{Addresses, Member};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tracing::{error, info, warn};
 
@@ -28,7 +30,6 @@ use crate::api::rest::{self, ClientHandle, RestState};
 use crate::api::{admin, status};
 use crate::cluster::bootstrap::{find_membership, watch_for_strangers};
 use crate::cluster::clock::{ClockMonitor, StampClock};
-use crate::cluster::features;
 use crate::cluster::health::HealthMonitor;
 use crate::cluster::identity::DataFolder;
 use crate::cluster::leases::Leases;
@@ -37,6 +38,7 @@ use crate::cluster::metrics::kinds::REST_DESCRIPTION;
 use crate::cluster::placement::Placement;
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
+use crate::cluster::{credential, features};
 use crate::config::Config;
 use crate::consensus::{AppliedEffects, Consensus, ConsensusError, ConsensusOptions};
 use crate::content::{ContentOptions, ContentStore, PeerChunks, Stopped};
@@ -44,6 +46,7 @@ use crate::healing::audit::Auditor;
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::{Repair, RepairOptions, RepairParts};
 use crate::healing::sweep::Sweeper;
+use crate::incoming::{incoming, only_from_nodes};
 use crate::metadata::{MetadataOptions, MetadataStore, StorageFault};
 use crate::node::{Node, Parts};
 use crate::read::Reader;
@@ -58,6 +61,8 @@ const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 const CLIENT_RETRY_INTERVAL_MS: u64 = 500;
 /// Batches of applied entries that wait for recovery and sweeper; what does not fit they find in their passes.
 const EFFECTS_QUEUED_MAX: usize = 4096;
+/// How long a stopping node waits for the cluster to hear that its session is over.
+const CLOSE_TIMEOUT_MS: u64 = 2_500;
 /// How long open requests may take to end after a shutdown was asked for.
 const DRAIN_TIMEOUT_MS: u64 = 2_000;
 
@@ -134,7 +139,7 @@ pub async fn serve(
             .run(Duration::from_secs(config.metrics_summary_s)),
     );
     let (stop, stopped) = watch::channel(false);
-    let (client, client_handle) = watch::channel(ClientHandle::Connecting {
+    let (client, closing) = watch::channel(ClientHandle::Connecting {
         reason: "the node is starting".to_string(),
     });
     let grpc_server = tokio::spawn(serve_grpc(config.clone(), node.clone(), grpc, stopped.clone()));
@@ -142,7 +147,7 @@ pub async fn serve(
         config.clone(),
         node.clone(),
         http,
-        client_handle,
+        closing.clone(),
         stopped,
     ));
 
@@ -165,6 +170,8 @@ pub async fn serve(
         result = grpc_server => Err(anyhow::anyhow!("the gRPC service ended: {result:?}")),
         result = http_server => Err(anyhow::anyhow!("the HTTP service ended: {result:?}")),
     };
+    // While this node still serves: it may be the leader that is to hear of it.
+    close_session(&config.data, &closing).await;
     let _ = stop.send(true);
     if let Some(parts) = node.parts() {
         let _ = tokio::time::timeout(
@@ -482,7 +489,8 @@ async fn open_client(
         };
         match Client::connect(options).await {
             Ok(connected) => {
-                client.send_replace(ClientHandle::Ready(connected));
+                client.send_replace(ClientHandle::Ready(connected.clone()));
+                credential::keep(&config.data, connected).await;
                 return;
             }
             Err(error) => {
@@ -492,6 +500,18 @@ async fn open_client(
             }
         }
         tokio::time::sleep(Duration::from_millis(CLIENT_RETRY_INTERVAL_MS)).await;
+    }
+}
+
+/// Ends this node's session, so that nothing waits for it any more.
+async fn close_session(folder: &Path, client: &watch::Receiver<ClientHandle>) {
+    let ClientHandle::Ready(client) = client.borrow().clone() else {
+        return;
+    };
+    let limit = Duration::from_millis(CLOSE_TIMEOUT_MS);
+    match tokio::time::timeout(limit, client.close()).await {
+        Ok(()) => credential::forget(folder),
+        Err(_) => info!("no leader heard that this node's session is over"),
     }
 }
 
@@ -526,7 +546,8 @@ async fn serve_grpc(
     let peer = PeerServer::new(PeerService::new(node))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
+    let peer = InterceptedService::new(peer, only_from_nodes);
+    let incoming = incoming(listener);
     let stop = async move {
         let _ = stopped.wait_for(|stop| *stop).await;
     };

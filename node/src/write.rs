@@ -34,7 +34,7 @@ use crate::cluster::placement::Placement;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::{Consensus, ProposeError};
 use crate::content::{ContentError, ContentStore, PeerChunks, PushError, StoredChunk};
-use crate::metadata::{CallResult, Crowded, LogBody, LogCommand};
+use crate::metadata::{CallResult, Crowded, LogBody, LogCommand, SessionKey};
 
 /// How long a chunk may take to reach a quorum before the client is told to put it again.
 const QUORUM_TIMEOUT_MS: u64 = 10_000;
@@ -42,6 +42,9 @@ const QUORUM_TIMEOUT_MS: u64 = 10_000;
 const STAND_IN_AFTER_MS: u64 = 500;
 /// For how long a node that failed or was slow is not counted on, where others can take its copies.
 const SUSPECT_MS: u64 = 5_000;
+/// From this feature level on sessions have keys.
+const SESSION_KEY_LEVEL: u32 = 3;
+
 /// The path every change takes on the leader.
 pub struct Writer {
     consensus: Consensus,
@@ -272,11 +275,24 @@ impl Writer {
         self.decide(body, &[]).await
     }
 
-    /// Makes a session known.
-    pub async fn open_session(&self, session: SessionId, mut description: String) -> CallReply {
+    /// Makes a session known; `key` says how it proves itself.
+    pub async fn open_session(
+        &self,
+        session: SessionId,
+        mut description: String,
+        key: Option<SessionKey>,
+    ) -> CallReply {
         // It is for people, and a full disk takes it too.
         description.truncate(description.floor_char_boundary(SESSION_DESCRIPTION_BYTES_MAX));
-        self.propose(LogBody::OpenSession { session, description }).await
+        let body = match key.filter(|_| self.placement.feature_level() >= SESSION_KEY_LEVEL) {
+            Some(key) => LogBody::OpenSessionWithKey {
+                session,
+                description,
+                key,
+            },
+            None => LogBody::OpenSession { session, description },
+        };
+        self.propose(body).await
     }
 
     /// Has each chunk kept on so many nodes, where there are so many.
@@ -421,6 +437,9 @@ fn reply_to(decided: Result<CallResult, ProposeError>) -> CallReply {
         Ok(CallResult::Outcome(outcome)) => CallReply::Outcome(outcome),
         Ok(CallResult::Done) => CallReply::Session(SessionState::default()),
         Ok(CallResult::UnknownSession) => CallReply::Refused(Refusal::UnknownSession),
+        Ok(CallResult::WrongKey) => CallReply::Refused(Refusal::Invalid {
+            reason: String::from("a session of this number was opened by another client"),
+        }),
         Ok(CallResult::StaleSequence) => CallReply::Refused(Refusal::StaleSequence),
         Ok(CallResult::Crowded(place)) => CallReply::Refused(Refusal::Unavailable {
             reason: format!(

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::command::Command;
 use crate::error::FsError;
-use crate::ids::{ChunkId, InodeNumber, RequestId, SessionId};
+use crate::ids::{ChunkId, InodeNumber, RequestId, SessionId, SessionSecret};
 use crate::outcome::Outcome;
 use crate::query::{Answer, Query};
 
@@ -31,6 +31,34 @@ pub enum Call {
     CloseSession {
         /// Which.
         session: SessionId,
+    },
+    /// As [`Call::OpenSession`], of a session that proves itself: from now on only streams that show the secret speak for
+    /// it. With another secret than before it is refused.
+    OpenSessionWithKey {
+        /// Drawn at random by the client.
+        session: SessionId,
+        /// For people: host, process, mount point.
+        description: String,
+        /// Likewise.
+        secret: SessionSecret,
+    },
+    /// The session lives, and answers the question that came with the last keep-alive. Sending it again does no harm.
+    AnswerUnlinked {
+        /// Which.
+        session: SessionId,
+        /// As in the question.
+        from: u64,
+        /// As in the question.
+        through: u64,
+        /// Those of the inodes asked about that it holds. All others it does not hold, and never will again.
+        held: Vec<InodeNumber>,
+    },
+    /// Ends a session whose process is known to be gone; answered as [`Call::CloseSession`].
+    CloseSessionWithKey {
+        /// Which.
+        session: SessionId,
+        /// With which it was opened.
+        secret: SessionSecret,
     },
 }
 
@@ -62,7 +90,8 @@ pub enum CallReply {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionState {
     /// Unlinked inodes that wait for this session to say that it does not have them open
-    /// ([`crate::command::Operation::ReleaseUnlinked`]). At most 1,000 at a time.
+    /// ([`crate::command::Operation::ReleaseUnlinked`]): at most [`crate::limits::HELD_ASKED_MAX`] at a time, and others the
+    /// next time.
     pub unlinked: Vec<InodeNumber>,
 }
 

@@ -29,6 +29,17 @@ impl fmt::Display for SessionId {
     }
 }
 
+/// What a client knows and nobody else: it proves that a session is its own. Drawn at random with the session's id. The
+/// cluster keeps only its digest.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionSecret(pub [u8; 32]);
+
+impl fmt::Debug for SessionSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SessionSecret(…)")
+    }
+}
+
 /// A chunk's identity: the session that made it and that session's counter. Never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ChunkId {

@@ -40,7 +40,7 @@ pub use call::{Call, CallReply, Refusal};
 pub use chunk::{ChunkBody, NewChunk, Piece, Sha256};
 pub use command::{Command, Operation};
 pub use error::FsError;
-pub use ids::{ChunkId, InodeNumber, Lane, RequestId, SessionId};
+pub use ids::{ChunkId, InodeNumber, Lane, RequestId, SessionId, SessionSecret};
 pub use member::{Addresses, ClusterId, Member, NodeId};
 pub use name::{Name, SymlinkTarget, XattrName};
 pub use outcome::{OperationResult, Outcome};

@@ -60,6 +60,9 @@ pub const EXTENTS_ANSWER_MAX: u32 = 8192;
 /// Largest gRPC message either side accepts: a chunk or command with room for its envelope.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 
+/// Most unlinked inodes that a session is asked about by one [`crate::call::SessionState`].
+pub const HELD_ASKED_MAX: usize = 1000;
+
 /// How long a client may be silent before its session's pins lapse.
 pub const SESSION_TIMEOUT_MS: u64 = 60_000;
 

@@ -10,7 +10,9 @@ use quorumfs_proto::codec::{decode, encode};
 use quorumfs_proto::command::{Command, Operation};
 use quorumfs_proto::wire;
 use quorumfs_proto::wire::file_system_client::FileSystemClient;
-use quorumfs_proto::{Answer, ChunkBody, ChunkId, Lane, NewChunk, Query, RequestId, SessionId, Sha256};
+use quorumfs_proto::{
+    Answer, ChunkBody, ChunkId, Lane, NewChunk, Query, RequestId, SessionId, SessionSecret, Sha256,
+};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -26,6 +28,7 @@ pub struct WireClient {
     runtime: Runtime,
     addresses: Vec<String>,
     session: SessionId,
+    secret: SessionSecret,
 }
 
 impl WireClient {
@@ -35,17 +38,40 @@ impl WireClient {
             runtime: Runtime::new().expect("start a runtime"),
             addresses: members.split(',').map(str::to_string).collect(),
             session: SessionId(rand::random()),
+            secret: SessionSecret(rand::random()),
         };
-        let open = Call::OpenSession {
-            session: client.session,
-            description: "whole-cluster test".to_string(),
-        };
+        let open = client.opening();
         let reply = client.decided(&open);
         assert!(
             matches!(reply, CallReply::Session(_)),
             "open a session: {reply:?}"
         );
         client
+    }
+
+    /// The call that opens the session.
+    pub fn opening(&self) -> Call {
+        Call::OpenSessionWithKey {
+            session: self.session,
+            description: "whole-cluster test".to_string(),
+            secret: self.secret,
+        }
+    }
+
+    /// The same client, as far as somebody knows it who knows the session's id alone.
+    pub fn impostor(&self) -> WireClient {
+        WireClient {
+            runtime: Runtime::new().expect("start a runtime"),
+            addresses: self.addresses.clone(),
+            session: self.session,
+            secret: SessionSecret(rand::random()),
+        }
+    }
+
+    /// Asks whoever leads, until it is decided.
+    #[track_caller]
+    pub fn call(&self, call: &Call) -> CallReply {
+        self.decided(call)
     }
 
     /// The session's id.
@@ -165,6 +191,10 @@ impl WireClient {
             let request = wire::CallRequest {
                 call_id: 1,
                 call: encode(call),
+                hello: Some(wire::SessionHello {
+                    session: self.session.0,
+                    secret: Bytes::copy_from_slice(&self.secret.0),
+                }),
                 ..Default::default()
             };
             sender.send(request).await.map_err(|e| e.to_string())?;

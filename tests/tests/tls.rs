@@ -1,16 +1,24 @@
 //! Mutual TLS between nodes and mounts: everything works over it, and whoever has no certificate of the cluster's
-//! authority gets nowhere.
+//! authority gets nowhere. A mount's certificate does not open what is for nodes alone.
 
 use std::path::{Path, PathBuf};
 
+use quorumfs_proto::wire::RaftMessage;
+use quorumfs_proto::wire::peer_client::PeerClient;
 use quorumfs_tests::environment::binary;
 use quorumfs_tests::mount::{MountOptions, is_mounted};
 use quorumfs_tests::shell::shell_fails;
 use quorumfs_tests::{Cluster, Sandbox};
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair,
-    KeyUsagePurpose,
+    KeyUsagePurpose, SanType,
 };
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
+
+/// Signs certificates.
+struct Authority {
+    issuer: CertifiedIssuer<'static, KeyPair>,
+}
 
 /// An authority's certificate, and a certificate that it signed with its key: PEM files.
 struct Papers {
@@ -19,30 +27,58 @@ struct Papers {
     key: PathBuf,
 }
 
-impl Papers {
-    fn make(folder: &Path) -> Papers {
+impl Authority {
+    fn new() -> Authority {
+        let mut authority = CertificateParams::new(Vec::new()).expect("parameters");
+        authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        authority.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let issuer = CertifiedIssuer::self_signed(authority, KeyPair::generate().expect("a key"));
+        Authority {
+            issuer: issuer.expect("an authority signs itself"),
+        }
+    }
+
+    /// A certificate with a role, or without one.
+    fn papers(&self, folder: &Path, role: Option<&str>) -> Papers {
         let write = |name: &str, text: String| {
             let path = folder.join(name);
             std::fs::write(&path, text).expect("write a PEM file");
             path
         };
-        let mut authority = CertificateParams::new(Vec::new()).expect("parameters");
-        authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        authority.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        let issuer = CertifiedIssuer::self_signed(authority, KeyPair::generate().expect("a key"))
-            .expect("an authority signs itself");
         let key = KeyPair::generate().expect("a key");
         let mut own = CertificateParams::new(vec!["127.0.0.1".to_string()]).expect("parameters");
+        let uri = role.map(|role| SanType::URI(role.try_into().expect("ASCII")));
+        own.subject_alt_names.extend(uri);
         own.extended_key_usages = vec![
             ExtendedKeyUsagePurpose::ServerAuth,
             ExtendedKeyUsagePurpose::ClientAuth,
         ];
-        let certificate = own.signed_by(&key, &issuer).expect("it is signed");
+        let certificate = own.signed_by(&key, &self.issuer).expect("it is signed");
         Papers {
-            authority: write("authority.pem", issuer.pem()),
+            authority: write("authority.pem", self.issuer.pem()),
             certificate: write("certificate.pem", certificate.pem()),
             key: write("key.pem", key.serialize_pem()),
         }
+    }
+}
+
+impl Papers {
+    /// What a node answers to a vote that is asked for with these papers.
+    fn ask_for_a_vote(&self, address: &str) -> tonic::Code {
+        let read = |path: &Path| std::fs::read(path).expect("read a PEM file");
+        let tls = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(read(&self.authority)))
+            .identity(Identity::from_pem(read(&self.certificate), read(&self.key)));
+        let endpoint = Endpoint::from_shared(format!("https://{address}")).expect("an address");
+        let endpoint = endpoint.tls_config(tls).expect("sound papers");
+        let runtime = tokio::runtime::Runtime::new().expect("start a runtime");
+        runtime.block_on(async {
+            let channel = endpoint.connect().await.expect("connect");
+            let asked = PeerClient::new(channel).vote(RaftMessage::default()).await;
+            asked
+                .expect_err("nothing was said that a node understands")
+                .code()
+        })
     }
 
     fn options(&self) -> String {
@@ -58,9 +94,12 @@ impl Papers {
 #[test]
 fn everything_works_over_tls_and_strangers_get_nowhere() {
     let sandbox = Sandbox::light("tls");
-    let papers = Papers::make(&sandbox.make_folder("papers"));
+    let authority = Authority::new();
+    let papers = authority.papers(&sandbox.make_folder("papers"), Some("quorumfs:node"));
+    let of_mount = authority.papers(&sandbox.make_folder("mount-papers"), Some("quorumfs:mount"));
+    let without_role = authority.papers(&sandbox.make_folder("old-papers"), None);
     let text = |path: &Path| path.to_str().expect("UTF-8").to_string();
-    let (authority, certificate, key) = (
+    let (trusted, certificate, key) = (
         text(&papers.authority),
         text(&papers.certificate),
         text(&papers.key),
@@ -68,14 +107,14 @@ fn everything_works_over_tls_and_strangers_get_nowhere() {
     let cluster = Cluster::builder(&sandbox)
         .arguments(&[
             "--tls-ca",
-            &authority,
+            &trusted,
             "--tls-cert",
             &certificate,
             "--tls-key",
             &key,
         ])
         .start();
-    let mount = cluster.mount_with(MountOptions::options(&papers.options()));
+    let mount = cluster.mount_with(MountOptions::options(&of_mount.options()));
     let large: Vec<u8> = (0..3_000_000u32).map(|n| (n % 251) as u8).collect();
     std::fs::write(mount.path("large"), &large).expect("write");
     std::fs::write(mount.path("small"), "small").expect("write");
@@ -92,11 +131,22 @@ fn everything_works_over_tls_and_strangers_get_nowhere() {
     cluster.wait_ready();
     cluster.wait_at_rest();
 
+    // Only nodes speak to nodes.
+    let address = cluster.grpc_address(old);
+    for others in [&of_mount, &without_role] {
+        assert_eq!(others.ask_for_a_vote(address), tonic::Code::PermissionDenied);
+    }
+    assert_eq!(papers.ask_for_a_vote(address), tonic::Code::FailedPrecondition);
+    let old_mount = cluster.mount_with(MountOptions::options(&without_role.options()));
+    assert_eq!(std::fs::read(old_mount.path("large")).expect("read"), large);
+    old_mount.unmount();
+
     // One without papers, one with another authority's, one that does not trust ours.
-    let strangers = Papers::make(&sandbox.make_folder("strangers"));
+    let mount_uri = Some("quorumfs:mount");
+    let strangers = Authority::new().papers(&sandbox.make_folder("strangers"), mount_uri);
     let pretender = Papers {
         authority: papers.authority.clone(),
-        ..Papers::make(&sandbox.make_folder("pretender"))
+        ..Authority::new().papers(&sandbox.make_folder("pretender"), mount_uri)
     };
     let place = sandbox.make_folder("stranger");
     for options in ["".to_string(), strangers.options(), pretender.options()] {

@@ -5,12 +5,13 @@
 use bytes::Bytes;
 use quorumfs_proto::codec;
 use quorumfs_proto::wire::file_system_client::FileSystemClient;
-use quorumfs_proto::wire::{CallRequest, CallResponse, ClientStatistics};
+use quorumfs_proto::wire::{CallRequest, CallResponse, ClientStatistics, UnlinkedQuestion};
 use quorumfs_proto::{Call, CallReply, Refusal, limits};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Response, Status, Streaming};
 
+use crate::cluster::Cluster;
 use crate::connector::Purpose;
 use crate::leader_link::{Delivery, LeaderLink, Protocol, Reading};
 use crate::lease::Lease;
@@ -32,6 +33,8 @@ pub(crate) struct Calls;
 pub(crate) enum Received {
     Decoded(CallReply),
     Encoded(Bytes),
+    /// The answer to a keep-alive, and what the cluster asks in turn.
+    Asking(CallReply, UnlinkedQuestion),
 }
 
 impl Protocol for Calls {
@@ -58,6 +61,15 @@ impl Protocol for Calls {
         (request.session, request.holds_lease) = lease.claim();
     }
 
+    fn greet(request: &mut CallRequest, cluster: &Cluster, greeted: u64) -> u64 {
+        request.hello = cluster.hello().filter(|hello| hello.session != greeted);
+        request.hello.as_ref().map_or(greeted, |hello| hello.session)
+    }
+
+    fn is_nudge(response: &CallResponse) -> bool {
+        response.keep_alive_now
+    }
+
     fn lease_ms(response: &CallResponse) -> u32 {
         response.lease_ms
     }
@@ -67,7 +79,10 @@ impl Protocol for Calls {
             0..=DECODE_AT_ONCE_BYTES_MAX => match decode(&response.reply) {
                 CallReply::Refused(Refusal::NotLeader { leader }) => Reading::NotLeader { hint: leader },
                 CallReply::Refused(Refusal::Unavailable { reason }) => Reading::Unavailable { reason },
-                reply => Reading::Reply(Received::Decoded(reply)),
+                reply => Reading::Reply(match response.unlinked {
+                    Some(question) => Received::Asking(reply, question),
+                    None => Received::Decoded(reply),
+                }),
             },
             _ => Reading::Reply(Received::Encoded(response.reply)),
         };
@@ -94,36 +109,39 @@ impl LeaderLink<Calls> {
     /// Sends an encoded call until the leader decides; `None` when the client is being closed. Never answers
     /// `NotLeader` or `Unavailable`.
     pub(crate) async fn decide(&self, call: Bytes) -> Option<Decided> {
-        self.deliver(CallRequest {
+        let request = CallRequest {
             call,
             ..CallRequest::default()
-        })
-        .await
+        };
+        self.deliver(request).await.map(|(decided, _)| decided)
     }
 
-    async fn deliver(&self, request: CallRequest) -> Option<Decided> {
-        match self.call(request).await {
-            Delivery::Reply(Received::Decoded(reply), sends) => Some(Decided { reply, sends }),
-            Delivery::Reply(Received::Encoded(reply), sends) => Some(Decided {
-                reply: decode(&reply),
-                sends,
-            }),
-            Delivery::Unavailable(..) | Delivery::Closed => None,
-        }
+    async fn deliver(&self, request: CallRequest) -> Option<(Decided, Option<UnlinkedQuestion>)> {
+        let (reply, sends, question) = match self.call(request).await {
+            Delivery::Reply(Received::Decoded(reply), sends) => (reply, sends, None),
+            Delivery::Reply(Received::Encoded(reply), sends) => (decode(&reply), sends, None),
+            Delivery::Reply(Received::Asking(reply, question), sends) => (reply, sends, Some(question)),
+            Delivery::Unavailable(..) | Delivery::Closed => return None,
+        };
+        Some((Decided { reply, sends }, question))
     }
 
-    /// As [`LeaderLink::ask`], and tells what this client has done so far.
-    pub(crate) async fn ask_telling(
+    /// As [`LeaderLink::ask`], of a call that keeps the session alive: tells what this client has done so far, and answers
+    /// with what the cluster asks in turn.
+    pub(crate) async fn keep_alive(
         &self,
         call: &Call,
         statistics: Option<ClientStatistics>,
-    ) -> Option<CallReply> {
+    ) -> Option<(CallReply, Option<UnlinkedQuestion>)> {
         let request = CallRequest {
             call: codec::encode(call),
             statistics,
+            answers_unlinked: true,
+            local_addresses: self.cluster().local_addresses(),
             ..CallRequest::default()
         };
-        self.deliver(request).await.map(|decided| decided.reply)
+        let answered = self.deliver(request).await;
+        answered.map(|(decided, question)| (decided.reply, question))
     }
 
     /// As [`LeaderLink::decide`], for a call that is not kept.

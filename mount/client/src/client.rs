@@ -8,7 +8,7 @@ use bytes::Bytes;
 use quorumfs_proto::statistics::ClientStatistics;
 use quorumfs_proto::{
     Answer, Call, CallReply, ChunkId, ClusterId, Command, FsError, InodeNumber, Outcome, Query, Refusal,
-    SessionId,
+    SessionId, SessionSecret,
 };
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -290,6 +290,27 @@ impl Client {
     /// must not block.
     pub fn set_statistics_source(&self, source: impl Fn() -> ClientStatistics + Send + Sync + 'static) {
         self.inner.keeper.set_statistics_source(Arc::new(source));
+    }
+
+    /// The current session and what proves it: for whoever ends it after this process, by [`Client::end_predecessor`].
+    pub fn credential(&self) -> (SessionId, SessionSecret) {
+        let epoch = self.inner.mutator.sessions.current();
+        (epoch.session, epoch.secret)
+    }
+
+    /// Ends the session of a process that is known to be gone, so that what it held is free at once.
+    pub async fn end_predecessor(&self, (session, secret): (SessionId, SessionSecret)) {
+        let call = Call::CloseSessionWithKey { session, secret };
+        match self.inner.mutator.calls.ask(&call).await {
+            Some(CallReply::Session(_)) => {
+                tracing::info!(%session, "ended the session of this one's predecessor")
+            }
+            // It has ended by itself.
+            Some(CallReply::Refused(Refusal::UnknownSession)) | None => {}
+            Some(reply) => {
+                tracing::warn!(%session, ?reply, "could not end the session of this one's predecessor")
+            }
+        }
     }
 
     /// Ends the session, so that what it held is free at once. Calls under way and later ones end as

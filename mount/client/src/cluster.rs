@@ -13,12 +13,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 use parking_lot::Mutex;
 use quorumfs_proto::wire::file_system_client::FileSystemClient;
-use quorumfs_proto::wire::{DiscoverRequest, DiscoverResponse};
-use quorumfs_proto::{ClusterId, Member, NodeId};
+use quorumfs_proto::wire::{DiscoverRequest, DiscoverResponse, SessionHello};
+use quorumfs_proto::{ClusterId, Member, NodeId, SessionId, SessionSecret};
 use tokio::sync::{Notify, watch};
 use tonic::transport::Channel;
 
@@ -51,6 +52,10 @@ pub(crate) struct Cluster {
     wanted: Notify,
     finding: watch::Sender<Finding>,
     lease: Lease,
+    /// For whom this client speaks.
+    hello: Mutex<Option<SessionHello>>,
+    /// The cluster asks for a keep-alive, or may not know that this client is still there.
+    nudged: Notify,
 }
 
 #[derive(Debug)]
@@ -98,12 +103,43 @@ impl Cluster {
             wanted: Notify::new(),
             finding: watch::Sender::new(Finding::default()),
             lease: Lease::default(),
+            hello: Mutex::new(None),
+            nudged: Notify::new(),
         })
     }
 
     /// Whether this client alone uses the cluster.
     pub(crate) fn lease(&self) -> &Lease {
         &self.lease
+    }
+
+    /// From now on this client speaks for `session`, which `secret` proves.
+    pub(crate) fn speak_for(&self, session: SessionId, secret: SessionSecret) {
+        *self.hello.lock() = Some(SessionHello {
+            session: session.0,
+            secret: Bytes::copy_from_slice(&secret.0),
+        });
+        self.lease.begin(session);
+    }
+
+    /// What a stream is told first.
+    pub(crate) fn hello(&self) -> Option<SessionHello> {
+        self.hello.lock().clone()
+    }
+
+    /// Has a keep-alive sent.
+    pub(crate) fn nudge(&self) {
+        self.nudged.notify_one();
+    }
+
+    /// Returns when a keep-alive is due before its time.
+    pub(crate) async fn nudged(&self) {
+        self.nudged.notified().await;
+    }
+
+    /// This machine's ends of the newest connections for calls.
+    pub(crate) fn local_addresses(&self) -> Vec<String> {
+        self.connector.local_addresses()
     }
 
     pub(crate) fn connector(&self) -> &Connector {

@@ -6,12 +6,19 @@
 //!
 //! Knows nothing of what is said over a connection.
 
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
+use tokio::net::TcpStream;
 
 use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use quorumfs_proto::limits::MESSAGE_BYTES_MAX;
 use quorumfs_proto::wire::file_system_client::FileSystemClient;
-use tonic::transport::{Channel, ClientTlsConfig, Endpoint, Error};
+use tonic::transport::{Channel, ClientTlsConfig, Endpoint, Error, Uri};
 
 /// A node that does not take a connection in this time is not reachable; far below the 3 s a failover may take.
 const CONNECT_TIMEOUT_MS: u64 = 1_000;
@@ -23,6 +30,8 @@ const KEEP_ALIVE_PING_TIMEOUT_MS: u64 = 2_000;
 const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 const FRAME_BYTES_MAX: u32 = 256 << 10;
+/// One connection to each of seven nodes for discovery, and one for calls.
+const LOCAL_ADDRESSES_MAX: usize = 8;
 /// First and longest pause between attempts. Jitter adds up to as much again, so that none exceeds 500 ms and
 /// clients that lost the same leader do not come back in step.
 const BACKOFF_MS_MIN: u64 = 10;
@@ -41,11 +50,21 @@ pub(crate) enum Purpose {
 #[derive(Clone, Debug)]
 pub(crate) struct Connector {
     tls: Option<ClientTlsConfig>,
+    /// This machine's ends of the newest [`LOCAL_ADDRESSES_MAX`] connections for calls.
+    local: Arc<Mutex<VecDeque<SocketAddr>>>,
 }
 
 impl Connector {
     pub(crate) fn new(tls: Option<ClientTlsConfig>) -> Connector {
-        Connector { tls }
+        Connector {
+            tls,
+            local: Arc::default(),
+        }
+    }
+
+    /// This machine's ends of the newest connections for calls.
+    pub(crate) fn local_addresses(&self) -> Vec<String> {
+        self.local.lock().iter().map(SocketAddr::to_string).collect()
     }
 
     /// A client of the node at `address` (`host:port`), over a connection of its own that is made with the first
@@ -54,7 +73,6 @@ impl Connector {
         let scheme = if self.tls.is_some() { "https" } else { "http" };
         let mut endpoint = Endpoint::from_shared(format!("{scheme}://{address}"))?
             .connect_timeout(Duration::from_millis(CONNECT_TIMEOUT_MS))
-            .tcp_nodelay(true)
             .http2_keep_alive_interval(Duration::from_millis(KEEP_ALIVE_PING_INTERVAL_MS))
             .keep_alive_timeout(Duration::from_millis(KEEP_ALIVE_PING_TIMEOUT_MS))
             .keep_alive_while_idle(true);
@@ -67,10 +85,39 @@ impl Connector {
         if let Some(tls) = &self.tls {
             endpoint = endpoint.tls_config(tls.clone())?;
         }
-        Ok(FileSystemClient::new(endpoint.connect_lazy())
+        let local = self.local.clone();
+        let connect = move |uri: Uri| {
+            let local = local.clone();
+            async move {
+                let stream = connect(&uri).await?;
+                if purpose == Purpose::Calls {
+                    let mut local = local.lock();
+                    local.push_front(stream.local_addr()?);
+                    local.truncate(LOCAL_ADDRESSES_MAX);
+                }
+                std::io::Result::Ok(TokioIo::new(stream))
+            }
+        };
+        let channel = endpoint.connect_with_connector_lazy(tower::service_fn(connect));
+        Ok(FileSystemClient::new(channel)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX))
     }
+}
+
+/// A TCP connection to the host and port of `uri`.
+async fn connect(uri: &Uri) -> std::io::Result<TcpStream> {
+    let authority = uri.authority().ok_or(std::io::ErrorKind::InvalidInput)?;
+    // Without a port, that of the scheme, as ever.
+    let default_port = if uri.scheme_str() == Some("https") {
+        443
+    } else {
+        80
+    };
+    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+    let stream = TcpStream::connect((host, authority.port_u16().unwrap_or(default_port))).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
 }
 
 /// The pauses between attempts of one thing: 10 ms, doubling, with jitter, at most 500 ms, without end (P6).

@@ -1,13 +1,14 @@
 //! Keeps the session: says that it lives (and what the client has done so far), opens a new one when it was lost, and lets go of unlinked inodes that
 //! nobody here has open.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use quorumfs_proto::call::SessionState;
-use quorumfs_proto::limits::KEEP_ALIVE_INTERVAL_MS;
+use quorumfs_proto::limits::{HELD_ASKED_MAX, KEEP_ALIVE_INTERVAL_MS};
 use quorumfs_proto::statistics::ClientStatistics;
+use quorumfs_proto::wire::UnlinkedQuestion;
 use quorumfs_proto::{Call, CallReply, Command, InodeNumber, Operation, Refusal};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
@@ -60,24 +61,82 @@ impl Keeper {
                     }
                 }
                 _ = ticks.tick() => {
-                    let epoch = self.mutator.sessions.current();
-                    let call = Call::KeepAlive { session: epoch.session };
-                    let source = self.statistics.lock().clone();
-                    let statistics = source.map(|source| (&source()).into());
-                    match self.mutator.calls.ask_telling(&call, statistics).await {
-                        None => return,
-                        Some(CallReply::Session(state)) => {
-                            if release.as_ref().is_none_or(JoinHandle::is_finished) {
-                                release = self.release_unlinked(state);
-                            }
-                        }
-                        Some(CallReply::Refused(Refusal::UnknownSession)) => {
-                            self.mutator.sessions.lose(&epoch, "it expired");
-                        }
-                        Some(reply) => tracing::warn!(?reply, "not an answer to a keep-alive"),
+                    if self.keep_alive(&mut release).await == Kept::Closed {
+                        return;
                     }
                 }
+                () = self.mutator.calls.cluster().nudged() => {
+                    if self.keep_alive(&mut release).await == Kept::Closed {
+                        return;
+                    }
+                    ticks.reset();
+                }
             }
+        }
+    }
+
+    /// Says that the session lives, and answers what the cluster asks, as long as it asks.
+    async fn keep_alive(&self, release: &mut Option<JoinHandle<()>>) -> Kept {
+        let epoch = self.mutator.sessions.current();
+        let session = epoch.session;
+        let mut call = Call::KeepAlive { session };
+        loop {
+            let source = self.statistics.lock().clone();
+            let statistics = source.map(|source| (&source()).into());
+            let (state, question) = match self.mutator.calls.keep_alive(&call, statistics).await {
+                None => return Kept::Closed,
+                Some((CallReply::Session(state), question)) => (state, question),
+                Some((CallReply::Refused(Refusal::UnknownSession), _)) => {
+                    self.mutator.sessions.lose(&epoch, "it expired");
+                    return Kept::Alive;
+                }
+                Some((reply, _)) => {
+                    tracing::warn!(?reply, "not an answer to a keep-alive");
+                    return Kept::Alive;
+                }
+            };
+            let Some(handler) = self.unlinked.lock().clone() else {
+                return Kept::Alive;
+            };
+            let asked = question
+                .as_ref()
+                .map(|question| &question.inodes[..])
+                .unwrap_or_default();
+            let asked = asked.iter().map(|inode| InodeNumber(*inode));
+            // Asked in one go: the handler compares with what it was asked the last time.
+            let inodes: Vec<InodeNumber> = state.unlinked.iter().copied().chain(asked).collect();
+            let free: HashSet<InodeNumber> = match inodes.is_empty() {
+                true => HashSet::new(),
+                false => handler(&inodes).into_iter().collect(),
+            };
+            let is_first = release.as_ref().is_none_or(JoinHandle::is_finished);
+            let may_ask_on = state.unlinked.len() >= HELD_ASKED_MAX && is_first;
+            let mut released = Vec::new();
+            if is_first {
+                released.extend(state.unlinked.into_iter().filter(|inode| free.contains(inode)));
+            }
+            let has_released = !released.is_empty();
+            if has_released {
+                *release = Some(self.release_unlinked(released));
+            }
+            call = match question {
+                Some(UnlinkedQuestion {
+                    from,
+                    through,
+                    inodes,
+                }) => Call::AnswerUnlinked {
+                    session,
+                    from,
+                    through,
+                    held: inodes
+                        .into_iter()
+                        .map(InodeNumber)
+                        .filter(|inode| !free.contains(inode))
+                        .collect(),
+                },
+                None if may_ask_on && has_released => Call::KeepAlive { session },
+                None => return Kept::Alive,
+            };
         }
     }
 
@@ -96,22 +155,23 @@ impl Keeper {
         }
     }
 
-    fn release_unlinked(&self, state: SessionState) -> Option<JoinHandle<()>> {
-        if state.unlinked.is_empty() {
-            return None;
-        }
-        let handler = self.unlinked.lock().clone()?;
-        let inodes = handler(&state.unlinked);
-        if inodes.is_empty() {
-            return None;
-        }
+    fn release_unlinked(&self, inodes: Vec<InodeNumber>) -> JoinHandle<()> {
         let mutator = self.mutator.clone();
-        Some(tokio::spawn(async move {
+        tokio::spawn(async move {
             let command = Command::single(Operation::ReleaseUnlinked { inodes });
             if let Err(error) = mutator.mutate(command, &[]).await {
-                // The next keep-alive names them again.
+                // A later keep-alive names them again.
                 tracing::warn!(%error, "could not release unlinked inodes");
             }
-        }))
+        })
     }
+}
+
+/// What became of a keep-alive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kept {
+    /// There will be others.
+    Alive,
+    /// The client is being closed.
+    Closed,
 }

@@ -63,6 +63,17 @@ pub(crate) trait Protocol: Send + Sync + 'static {
     /// Writes into `request`, as it is sent, whether this client holds the lease.
     fn claim(_request: &mut Self::Request, _lease: &Lease) {}
 
+    /// Has `request`, as it is sent, say for which session this client speaks, unless the stream was told so: of the
+    /// session `greeted` it knows. Answers which session it knows then.
+    fn greet(_request: &mut Self::Request, _cluster: &Cluster, greeted: u64) -> u64 {
+        greeted
+    }
+
+    /// Whether this answers nothing, and asks for a keep-alive.
+    fn is_nudge(_response: &Self::Response) -> bool {
+        false
+    }
+
     /// The lease that an answer carries.
     fn lease_ms(_response: &Self::Response) -> u32 {
         0
@@ -125,6 +136,8 @@ struct State<P: Protocol> {
     outstanding: BTreeMap<u64, Outstanding<P>>,
     /// Into the current stream.
     outbound: Option<mpsc::Sender<P::Request>>,
+    /// The session that the current stream knows of; 0: none.
+    greeted: u64,
     closed: bool,
 }
 
@@ -143,10 +156,18 @@ struct Outstanding<P: Protocol> {
 
 impl<P: Protocol> Outstanding<P> {
     /// Whether the stream's queue took it; if not, the resend timer tries again.
-    fn send(&mut self, outbound: &mpsc::Sender<P::Request>, lease: &Lease, now: Instant) {
+    fn send(
+        &mut self,
+        outbound: &mpsc::Sender<P::Request>,
+        cluster: &Cluster,
+        greeted: &mut u64,
+        now: Instant,
+    ) {
         self.last_sent_at = now;
-        P::claim(&mut self.request, lease);
+        P::claim(&mut self.request, cluster.lease());
+        let known = P::greet(&mut self.request, cluster, *greeted);
         if outbound.try_send(self.request.clone()).is_ok() {
+            *greeted = known;
             self.sends = self.sends.saturating_add(1);
         }
     }
@@ -191,6 +212,7 @@ impl<P: Protocol> LeaderLink<P> {
                     next_call_id: 1,
                     outstanding: BTreeMap::new(),
                     outbound: None,
+                    greeted: 0,
                     closed: false,
                 }),
                 wanted: Notify::new(),
@@ -217,8 +239,11 @@ impl<P: Protocol> LeaderLink<P> {
                 last_sent_at: now,
                 resend_after: Duration::from_millis(P::RESEND_AFTER_MS),
             };
-            match &state.outbound {
-                Some(outbound) => outstanding.send(outbound, self.shared.cluster.lease(), now),
+            let State {
+                outbound, greeted, ..
+            } = &mut *state;
+            match outbound {
+                Some(outbound) => outstanding.send(outbound, &self.shared.cluster, greeted, now),
                 None => self.shared.wanted.notify_one(),
             }
             state.outstanding.insert(call_id, outstanding);
@@ -291,6 +316,8 @@ impl<P: Protocol> LeaderLink<P> {
             let end = stream.serve(&address, &mut findings).await;
             let (number, answered) = (stream.finding.number, stream.answered);
             let waiting_since = self.detach();
+            // An idle client too shows the next leader, or the same one, that it is still there.
+            self.shared.cluster.nudge();
             if answered {
                 fruitless = 0;
                 backoff = Backoff::new();
@@ -331,12 +358,14 @@ impl<P: Protocol> LeaderLink<P> {
         let (outbound, requests) = mpsc::channel(2 * P::OUTSTANDING_MAX);
         let (now, sent_boot) = (Instant::now(), BootTime::now());
         let mut state = self.shared.state.lock();
+        let mut greeted = 0;
         for outstanding in state.outstanding.values_mut() {
             outstanding.first_sent_at = now;
             outstanding.first_sent_boot = sent_boot;
             outstanding.resend_after = Duration::from_millis(P::RESEND_AFTER_MS);
-            outstanding.send(&outbound, self.shared.cluster.lease(), now);
+            outstanding.send(&outbound, &self.shared.cluster, &mut greeted, now);
         }
+        state.greeted = greeted;
         state.outbound = Some(outbound);
         ReceiverStream::new(requests)
     }
@@ -402,6 +431,10 @@ impl<P: Protocol> Stream<'_, P> {
 
     /// Hands an answer to whoever waits for it.
     fn take(&mut self, answer: P::Response) -> Option<End> {
+        if P::is_nudge(&answer) {
+            self.link.shared.cluster.nudge();
+            return None;
+        }
         self.last_answer = Instant::now();
         let lease_ms = P::lease_ms(&answer);
         let (call_id, reading) = P::read(answer);
@@ -447,12 +480,13 @@ impl<P: Protocol> Stream<'_, P> {
             let State {
                 outstanding,
                 outbound,
+                greeted,
                 ..
             } = &mut *state;
             let outbound = outbound.as_ref()?;
             for request in outstanding.values_mut() {
                 if now.duration_since(request.last_sent_at) >= request.resend_after {
-                    request.send(outbound, self.link.shared.cluster.lease(), now);
+                    request.send(outbound, &self.link.shared.cluster, greeted, now);
                     request.resend_after =
                         (2 * request.resend_after).min(Duration::from_millis(RESEND_AFTER_MS_MAX));
                 }

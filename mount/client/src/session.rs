@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use quorumfs_proto::{Call, CallReply, Refusal, SessionId};
+use quorumfs_proto::{Call, CallReply, Refusal, SessionId, SessionSecret};
 use tokio::sync::{Notify, watch};
 
 use crate::calls::Calls;
@@ -20,6 +20,8 @@ use crate::leader_link::LeaderLink;
 #[derive(Debug)]
 pub(crate) struct Epoch {
     pub(crate) session: SessionId,
+    /// Proves it.
+    pub(crate) secret: SessionSecret,
     /// 1 for the first session of a client, 2 for the next…
     pub(crate) generation: u64,
     pub(crate) lanes: Arc<Lanes>,
@@ -28,9 +30,10 @@ pub(crate) struct Epoch {
 }
 
 impl Epoch {
-    fn new(session: SessionId, generation: u64) -> Arc<Epoch> {
+    fn new((session, secret): (SessionId, SessionSecret), generation: u64) -> Arc<Epoch> {
         Arc::new(Epoch {
             session,
+            secret,
             generation,
             lanes: Lanes::new(session),
             chunks: ChunkLedger::new(session),
@@ -58,7 +61,7 @@ impl Sessions {
         description: String,
     ) -> Result<Sessions, Option<String>> {
         let session = open_new(calls, &description).await?;
-        tracing::info!(%session, "opened a session");
+        tracing::info!(session = %session.0, "opened a session");
         Ok(Sessions {
             description,
             current: watch::Sender::new(Epoch::new(session, 1)),
@@ -97,26 +100,43 @@ impl Sessions {
     pub(crate) async fn replace(&self, calls: &LeaderLink<Calls>) -> Result<(), Option<String>> {
         let session = open_new(calls, &self.description).await?;
         let generation = self.current.borrow().generation + 1;
-        tracing::warn!(%session, generation, "opened a new session");
+        tracing::warn!(session = %session.0, generation, "opened a new session");
         self.current.send_replace(Epoch::new(session, generation));
         Ok(())
     }
 }
 
-/// Draws an id and makes it known.
-async fn open_new(calls: &LeaderLink<Calls>, description: &str) -> Result<SessionId, Option<String>> {
+/// Draws an id and a secret, and makes the session known.
+async fn open_new(
+    calls: &LeaderLink<Calls>,
+    description: &str,
+) -> Result<(SessionId, SessionSecret), Option<String>> {
     let session = SessionId(rand::random_range(1..=u64::MAX));
-    let call = Call::OpenSession {
+    let secret = SessionSecret(rand::random());
+    let mut call = Call::OpenSessionWithKey {
         session,
         description: description.to_string(),
+        secret,
     };
-    match calls.ask(&call).await {
-        Some(CallReply::Session(_)) => {
-            calls.cluster().lease().begin(session);
-            Ok(session)
-        }
-        Some(CallReply::Refused(Refusal::Invalid { reason })) => Err(Some(reason)),
-        Some(reply) => Err(Some(format!("the leader answers {reply:?}"))),
-        None => Err(None),
+    loop {
+        return match calls.ask(&call).await {
+            Some(CallReply::Session(_)) => {
+                calls.cluster().speak_for(session, secret);
+                Ok((session, secret))
+            }
+            // An older program leads, which does not know this call.
+            Some(CallReply::Refused(Refusal::Invalid { reason }))
+                if matches!(call, Call::OpenSessionWithKey { .. }) && reason.starts_with("malformed") =>
+            {
+                call = Call::OpenSession {
+                    session,
+                    description: description.to_string(),
+                };
+                continue;
+            }
+            Some(CallReply::Refused(Refusal::Invalid { reason })) => Err(Some(reason)),
+            Some(reply) => Err(Some(format!("the leader answers {reply:?}"))),
+            None => Err(None),
+        };
     }
 }

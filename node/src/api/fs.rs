@@ -19,11 +19,14 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, error};
 
+use crate::cluster::call_stream::{CallStream, Standing};
 use crate::cluster::leases::Grant;
 use crate::cluster::metrics::CountedCommand;
 use crate::cluster::metrics::kinds::{OperationKind, Origin};
+use crate::cluster::sessions::UNLINKED_QUEUE_LEVEL;
 use crate::content::wire::{get_response, range_asked, stored_chunk};
-use crate::metadata::Failure;
+use crate::incoming::{certificate_of, connection_of};
+use crate::metadata::{Failure, SessionKey, UnlinkedAnswer};
 use crate::node::{Node, Parts};
 use crate::write::PutError;
 
@@ -31,8 +34,8 @@ use crate::write::PutError;
 const CALLS_PER_STREAM_MAX: usize = 256;
 /// Chunks of one stream worked on at once: at most so many MiB of one client in memory.
 const CHUNKS_PER_STREAM_MAX: usize = 48;
-/// Unlinked inodes a session is asked about at once.
-const UNLINKED_ASKED_MAX: usize = 1000;
+/// Inodes that have just lost their last name, about which a session is asked at once.
+const UNLINKED_ASKED_MAX: usize = 2048;
 
 /// What every stream of answers is.
 pub type AnswerStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -98,28 +101,40 @@ impl FileSystem for FileSystemService {
         request: Request<Streaming<wire::CallRequest>>,
     ) -> Result<Response<Self::CallsStream>, Status> {
         let node = self.node.clone();
+        let extensions = request.extensions();
+        let (stream, nudges) = CallStream::new(certificate_of(extensions), connection_of(extensions));
+        let stream = Arc::new(stream);
         let answer = move |mut request: wire::CallRequest| {
-            let node = node.clone();
+            let (node, stream) = (node.clone(), stream.clone());
+            // Now, not when the request's turn comes: the requests behind it count on it.
+            if let Some(hello) = request.hello.take() {
+                stream.hello(&hello);
+            }
             async move {
-                let (reply, grant) = match codec::decode::<Call>(&request.call) {
-                    Ok(call) => measured(&node, call, &mut request).await,
+                let answered = match codec::decode::<Call>(&request.call) {
+                    Ok(call) => measured(&node, &stream, call, &mut request).await,
                     Err(error) => {
                         let reason = error.to_string();
-                        (CallReply::Refused(Refusal::Invalid { reason }), Grant::Nothing)
+                        CallReply::Refused(Refusal::Invalid { reason }).into()
                     }
                 };
                 wire::CallResponse {
                     call_id: request.call_id,
-                    reply: codec::encode(&reply),
-                    lease_ms: grant.lease_ms(),
+                    reply: codec::encode(&answered.reply),
+                    lease_ms: answered.grant.lease_ms(),
+                    unlinked: answered.question,
+                    keep_alive_now: false,
                 }
             }
         };
-        Ok(Response::new(answer_stream(
-            request.into_inner(),
-            CALLS_PER_STREAM_MAX,
-            answer,
-        )))
+        let answers = answer_stream(request.into_inner(), CALLS_PER_STREAM_MAX, answer);
+        let nudges = ReceiverStream::new(nudges).map(|()| {
+            Ok(wire::CallResponse {
+                keep_alive_now: true,
+                ..wire::CallResponse::default()
+            })
+        });
+        Ok(Response::new(Box::pin(futures::stream::select(answers, nudges))))
     }
 
     async fn put_chunks(
@@ -196,8 +211,27 @@ impl FileSystem for FileSystemService {
     }
 }
 
+/// What a call is answered.
+struct Answered {
+    reply: CallReply,
+    /// Whether the lease goes with it.
+    grant: Grant,
+    /// What the session is asked in turn.
+    question: Option<wire::UnlinkedQuestion>,
+}
+
+impl From<CallReply> for Answered {
+    fn from(reply: CallReply) -> Answered {
+        Answered {
+            reply,
+            grant: Grant::Nothing,
+            question: None,
+        }
+    }
+}
+
 /// Carries out a call and counts it.
-async fn measured(node: &Node, call: Call, request: &mut wire::CallRequest) -> (CallReply, Grant) {
+async fn measured(node: &Node, stream: &CallStream, call: Call, request: &mut wire::CallRequest) -> Answered {
     enum Counted {
         Command(CountedCommand),
         Query(OperationKind),
@@ -212,33 +246,38 @@ async fn measured(node: &Node, call: Call, request: &mut wire::CallRequest) -> (
             SessionId(request.session),
             Counted::Query(OperationKind::of_query(query)),
         ),
-        Call::OpenSession { session, description } => {
-            node.metrics().opened(*session, description);
-            (*session, Counted::Session)
-        }
-        Call::KeepAlive { session } | Call::CloseSession { session } => (*session, Counted::Session),
+        Call::OpenSession { session, .. }
+        | Call::OpenSessionWithKey { session, .. }
+        | Call::KeepAlive { session }
+        | Call::AnswerUnlinked { session, .. }
+        | Call::CloseSession { session }
+        | Call::CloseSessionWithKey { session, .. } => (*session, Counted::Session),
     };
-    let is_close = matches!(call, Call::CloseSession { .. });
+    let is_close = matches!(call, Call::CloseSession { .. } | Call::CloseSessionWithKey { .. });
     let began = Instant::now();
     let statistics = request.statistics.take();
-    let (reply, grant) = carry_out(node, call, request).await;
+    let answered = carry_out(node, stream, call, request).await;
+    let reply = &answered.reply;
     let took = began.elapsed();
     let metrics = node.metrics();
     let origin = origin_of(node, session);
     match counted {
-        Counted::Command(counted) => metrics.command(origin, counted, &reply, took),
-        Counted::Query(kind) => metrics.query(origin, kind, &reply, took),
+        Counted::Command(counted) => metrics.command(origin, counted, reply, took),
+        Counted::Query(kind) => metrics.query(origin, kind, reply, took),
         Counted::Session => {
-            metrics.session(origin, &reply, took);
+            metrics.session(origin, reply, took);
+            if !matches!(reply, CallReply::Session(_)) {
+                return answered;
+            }
             if is_close {
                 metrics.mounts.closed(session);
-            } else if let (CallReply::Session(_), Some(statistics)) = (&reply, statistics) {
+            } else if let Some(statistics) = statistics {
                 let description = description_of(node, session).unwrap_or_default();
                 metrics.mounts.heard(session, description, statistics.into());
             }
         }
     }
-    (reply, grant)
+    answered
 }
 
 /// Whether a session is a mount's or a node's; asked of the metadata once for each.
@@ -286,87 +325,213 @@ async fn get_chunk(node: &Node, request: &wire::GetChunkRequest) -> wire::GetChu
     }
 }
 
-/// What a call is answered, and whether the lease goes with it.
-async fn carry_out(node: &Node, call: Call, request: &wire::CallRequest) -> (CallReply, Grant) {
+async fn carry_out(node: &Node, stream: &CallStream, call: Call, request: &wire::CallRequest) -> Answered {
     let Some(parts) = node.parts() else {
         let reason = node.not_ready();
-        return (
-            CallReply::Refused(Refusal::Unavailable { reason }),
-            Grant::Nothing,
-        );
+        return CallReply::Refused(Refusal::Unavailable { reason }).into();
     };
     if !parts.consensus.is_leader() {
         let leader = parts.consensus.leader().map(|member| member.addresses.grpc);
-        return (CallReply::Refused(Refusal::NotLeader { leader }), Grant::Nothing);
+        return CallReply::Refused(Refusal::NotLeader { leader }).into();
     }
     let term = parts.consensus.term();
-    let reply = match call {
+    match call {
         Call::Mutate(mutation) => {
             let session = mutation.request.session;
-            parts.sessions.heard_of(session);
+            match standing(parts, stream, session).await {
+                Standing::Proven => parts.sessions.heard_of(session, stream),
+                Standing::Unknown => return CallReply::Refused(Refusal::UnknownSession).into(),
+                Standing::Refused(refusal) => return CallReply::Refused(refusal).into(),
+            }
             if mutation.command.releases_only() {
-                return (parts.rewriter.mutate(mutation).await, Grant::Nothing);
+                return parts.rewriter.mutate(mutation).await.into();
             }
             let admission = parts.leases.admit(session, request.holds_lease, term).await;
-            return only_if_decided(parts.rewriter.mutate(mutation).await, admission.grant);
+            only_if_decided(parts.rewriter.mutate(mutation).await, admission.grant)
         }
         Call::Query(query) => {
             let session = SessionId(request.session);
-            let admission = parts.leases.admit(session, request.holds_lease, term).await;
-            return only_if_decided(parts.reader.query(&query).await, admission.grant);
+            let found = match session.0 {
+                0 => Standing::Unknown,
+                _ => standing(parts, stream, session).await,
+            };
+            match found {
+                Standing::Proven => {
+                    let admission = parts.leases.admit(session, request.holds_lease, term).await;
+                    only_if_decided(parts.reader.query(&query).await, admission.grant)
+                }
+                // Whoever has no session holds no lease; it waits for the lease of others all the same.
+                Standing::Unknown => {
+                    let _admission = parts.leases.admit(SessionId(0), false, term).await;
+                    parts.reader.query(&query).await.into()
+                }
+                Standing::Refused(refusal) => CallReply::Refused(refusal).into(),
+            }
         }
         Call::OpenSession { session, description } => {
-            parts.sessions.heard_of(session);
-            parts.writer.open_session(session, description).await
+            open_session(node, parts, stream, session, description, None).await
         }
-        Call::CloseSession { session } => parts.writer.end_session(session).await,
-        Call::KeepAlive { session } => keep_alive(parts, session).await,
-    };
-    (reply, Grant::Nothing)
-}
-
-/// A refusal confirms nothing, so nothing is granted with it.
-fn only_if_decided(reply: CallReply, grant: Grant) -> (CallReply, Grant) {
-    match reply {
-        CallReply::Outcome(_) | CallReply::Answer(_) => (reply, grant),
-        CallReply::Refused(_) | CallReply::Session(_) => (reply, Grant::Nothing),
+        Call::OpenSessionWithKey {
+            session,
+            description,
+            secret,
+        } => {
+            let key = stream.key_of_new(session, &secret);
+            open_session(node, parts, stream, session, description, Some(key)).await
+        }
+        Call::CloseSession { session } => close_session(parts, stream, session).await,
+        Call::CloseSessionWithKey { session, secret } => {
+            stream.key_of_new(session, &secret);
+            close_session(parts, stream, session).await
+        }
+        Call::KeepAlive { session } => match standing(parts, stream, session).await {
+            Standing::Proven => keep_alive(parts, stream, session, request, 1).await,
+            Standing::Unknown => CallReply::Refused(Refusal::UnknownSession).into(),
+            Standing::Refused(refusal) => CallReply::Refused(refusal).into(),
+        },
+        Call::AnswerUnlinked {
+            session,
+            from,
+            through,
+            held,
+        } => {
+            match standing(parts, stream, session).await {
+                Standing::Proven => {}
+                Standing::Unknown => return CallReply::Refused(Refusal::UnknownSession).into(),
+                Standing::Refused(refusal) => return CallReply::Refused(refusal).into(),
+            }
+            if held.len() > 2 * UNLINKED_ASKED_MAX {
+                let reason = String::from("the answer names more inodes than were asked about");
+                return CallReply::Refused(Refusal::Invalid { reason }).into();
+            }
+            let answer = UnlinkedAnswer {
+                session,
+                from,
+                through,
+                held,
+            };
+            match parts.sessions.answer_unlinked(answer).await {
+                // What is less than a question's worth waits for the next keep-alive, so that an answer is not a command for each
+                // unlink.
+                Ok(()) => keep_alive(parts, stream, session, request, UNLINKED_ASKED_MAX).await,
+                Err(refusal) => CallReply::Refused(refusal).into(),
+            }
+        }
     }
 }
 
-async fn keep_alive(parts: &Parts, session: SessionId) -> CallReply {
-    let mut state = session_state(parts, session);
-    if matches!(state, Ok(None)) {
+/// Whether calls of a stream speak for `session`.
+async fn standing(parts: &Parts, stream: &CallStream, session: SessionId) -> Standing {
+    let mut standing = stream.standing(&parts.metadata, session);
+    if matches!(standing, Ok(Standing::Unknown)) {
         // A new leader may not have applied yet what opened it; and one that leads no more must not say so at all: the
         // client would give up all that it holds.
         if let Err(refusal) = parts.reader.barrier().await {
-            return CallReply::Refused(refusal);
+            return Standing::Refused(refusal);
         }
-        state = session_state(parts, session);
+        standing = stream.standing(&parts.metadata, session);
     }
-    match state {
-        Ok(Some(state)) => {
-            parts.sessions.heard_of(session);
-            CallReply::Session(state)
-        }
-        Ok(None) => CallReply::Refused(Refusal::UnknownSession),
-        Err(fault) => {
-            error!(%fault, "metadata cannot be read");
-            CallReply::Refused(Refusal::Unavailable {
-                reason: fault.to_string(),
-            })
-        }
+    standing.unwrap_or_else(|fault| {
+        error!(%fault, "metadata cannot be read");
+        Standing::Refused(Refusal::Unavailable {
+            reason: fault.to_string(),
+        })
+    })
+}
+
+/// A refusal confirms nothing, so nothing is granted with it.
+fn only_if_decided(reply: CallReply, grant: Grant) -> Answered {
+    let grant = match reply {
+        CallReply::Outcome(_) | CallReply::Answer(_) => grant,
+        CallReply::Refused(_) | CallReply::Session(_) => Grant::Nothing,
+    };
+    Answered {
+        grant,
+        ..Answered::from(reply)
     }
 }
 
-/// What a living session should know; `None`: it is not known, or has ended.
-fn session_state(parts: &Parts, session: SessionId) -> Result<Option<SessionState>, Failure> {
+async fn open_session(
+    node: &Node,
+    parts: &Parts,
+    stream: &CallStream,
+    session: SessionId,
+    description: String,
+    key: Option<SessionKey>,
+) -> Answered {
+    if let Err(refusal) = parts.sessions.admit_new(session) {
+        return CallReply::Refused(refusal).into();
+    }
+    let origin = description.clone();
+    let reply = parts.writer.open_session(session, description, key).await;
+    if matches!(reply, CallReply::Session(_)) {
+        node.metrics().opened(session, &origin);
+        parts.sessions.heard_of(session, stream);
+    }
+    reply.into()
+}
+
+async fn close_session(parts: &Parts, stream: &CallStream, session: SessionId) -> Answered {
+    match standing(parts, stream, session).await {
+        Standing::Proven => parts.writer.end_session(session).await.into(),
+        Standing::Unknown => CallReply::Refused(Refusal::UnknownSession).into(),
+        Standing::Refused(refusal) => CallReply::Refused(refusal).into(),
+    }
+}
+
+/// The session lives, says a stream that speaks for it. What it should know, and what it is asked, if that is about
+/// `asked_min` inodes.
+async fn keep_alive(
+    parts: &Parts,
+    stream: &CallStream,
+    session: SessionId,
+    request: &wire::CallRequest,
+    asked_min: usize,
+) -> Answered {
+    let found = session_state(parts, session, request.answers_unlinked);
+    let (state, question) = match found {
+        Ok(Some(found)) => found,
+        // It was known, so it has ended; this is final, whoever leads.
+        Ok(None) => return CallReply::Refused(Refusal::UnknownSession).into(),
+        Err(fault) => {
+            error!(%fault, "metadata cannot be read");
+            let reason = fault.to_string();
+            return CallReply::Refused(Refusal::Unavailable { reason }).into();
+        }
+    };
+    let kept = parts.sessions.kept_alive(session, stream, request).await;
+    if let Err(refusal) = kept {
+        return CallReply::Refused(refusal).into();
+    }
+    Answered {
+        question: question.filter(|question| question.inodes.len() >= asked_min),
+        ..Answered::from(CallReply::Session(state))
+    }
+}
+
+/// What a living session should know and is asked; `None`: it has ended.
+fn session_state(
+    parts: &Parts,
+    session: SessionId,
+    answers_unlinked: bool,
+) -> Result<Option<(SessionState, Option<wire::UnlinkedQuestion>)>, Failure> {
     let view = parts.metadata.view()?;
-    Ok(match view.session(session)? {
-        Some(record) if record.ended.is_none() => Some(SessionState {
-            unlinked: view.unlinked_waiting_for(session, UNLINKED_ASKED_MAX)?,
-        }),
-        _ => None,
-    })
+    match view.session(session)? {
+        Some(record) if record.ended.is_none() => {}
+        _ => return Ok(None),
+    }
+    let unlinked = parts.sessions.held_to_ask(&view, session)?;
+    let may_ask = answers_unlinked && view.feature_level() >= UNLINKED_QUEUE_LEVEL;
+    let page = match may_ask {
+        true => view.unlinked_page(session, UNLINKED_ASKED_MAX)?,
+        false => None,
+    };
+    let question = page.map(|page| wire::UnlinkedQuestion {
+        from: page.from,
+        through: page.through,
+        inodes: page.inodes.into_iter().map(|inode| inode.0).collect(),
+    });
+    Ok(Some((SessionState { unlinked }, question)))
 }
 
 async fn put_chunk(node: &Node, request: wire::PutChunkRequest) -> wire::PutChunkResponse {

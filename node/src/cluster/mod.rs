@@ -4,7 +4,9 @@
 //! Stands on the consensus; knows nothing of the edges that serve it.
 
 pub mod bootstrap;
+pub mod call_stream;
 pub mod clock;
+pub mod credential;
 pub mod features;
 pub mod health;
 pub mod identity;

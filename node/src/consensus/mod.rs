@@ -526,7 +526,11 @@ fn takes_space(command: &LogCommand) -> bool {
         | LogBody::SetReplicas { .. }
         | LogBody::RaiseFeatureLevel { .. }
         | LogBody::Audit
-        | LogBody::Settle { .. } => false,
+        | LogBody::Settle { .. }
+        | LogBody::OpenSessionWithKey { .. }
+        | LogBody::AnswerUnlinked { .. }
+        | LogBody::Reclaim { .. }
+        | LogBody::NoteSilences { .. } => false,
     }
 }
 

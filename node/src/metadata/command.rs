@@ -12,6 +12,8 @@ use quorumfs_proto::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::tables::SessionKey;
+
 /// One entry of the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogCommand {
@@ -96,12 +98,53 @@ pub enum LogBody {
         /// The content version that was looked at.
         through_version: u64,
     },
+    /// As [`LogBody::OpenSession`], for a client that proves itself and answers questions about unlinked inodes in order.
+    /// One that lives without a key has this one from now on; of one with another key nothing is changed, and the answer is
+    /// [`CallResult::WrongKey`].
+    OpenSessionWithKey {
+        /// Drawn at random by the client.
+        session: SessionId,
+        /// For people.
+        description: String,
+        /// How it proves itself.
+        key: SessionKey,
+    },
+    /// Which unlinked inodes sessions hold.
+    AnswerUnlinked {
+        /// What each says; what is out of date is passed over.
+        answers: Vec<UnlinkedAnswer>,
+    },
+    /// One step of freeing what nobody can reach any more, of many inodes. The leader repeats it while
+    /// [`super::View::has_reclaimable`].
+    Reclaim {
+        /// Most rows (extents, extended attributes, inodes, holds) that this step frees.
+        work_max: u32,
+    },
+    /// For how long sessions have been silent, so that the next leader goes on counting from there.
+    NoteSilences {
+        /// In milliseconds; 0: the session was heard again.
+        silences: Vec<(SessionId, u64)>,
+    },
+}
+
+/// Which unlinked inodes a session holds, of those that lost their last name in a range of the log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnlinkedAnswer {
+    /// Who says so.
+    pub session: SessionId,
+    /// The log index up to which it had answered before; the answer counts only if that is so.
+    pub from: u64,
+    /// The log index up to which it answers.
+    pub through: u64,
+    /// What it holds of what lost its last name after `from` and up to `through`.
+    pub held: Vec<InodeNumber>,
 }
 
 /// What this program knows. 1: everything up to [`LogBody::Refuse`]. 2: [`LogBody::SetReplicas`], [`LogBody::Audit`], and a
 /// root directory whose times are not those of 1970. 3: the work of every command is bounded ([`CallResult::Crowded`]),
 /// fragmented files are noted and rewritten ([`LogBody::Rewrite`]), every write takes file capabilities away, names of
-/// extended attributes are those of a known namespace.
+/// extended attributes are those of a known namespace; [`LogBody::OpenSessionWithKey`] to [`LogBody::NoteSilences`], and an
+/// unlink that writes no row for each session.
 pub const FEATURE_LEVEL: u32 = 3;
 
 /// What applying an entry answers; equal on every node.
@@ -118,6 +161,8 @@ pub enum CallResult {
     /// More extents lie where the mutation writes than one command replaces: nothing was done and nothing is remembered.
     /// The leader makes room there and proposes the mutation again.
     Crowded(Crowded),
+    /// A session of this id was opened with another key: nothing was done.
+    WrongKey,
 }
 
 /// Where a mutation would have had to replace more extents than one command may.
@@ -179,7 +224,9 @@ impl fmt::Display for LogCommand {
                     request.session, request.lane.0, request.sequence
                 )
             }
-            LogBody::OpenSession { session, .. } => write!(f, "open session {session}"),
+            LogBody::OpenSession { session, .. } | LogBody::OpenSessionWithKey { session, .. } => {
+                write!(f, "open session {session}")
+            }
             LogBody::EndSession { session } => write!(f, "end session {session}"),
             LogBody::ForgetSession { session } => write!(f, "forget session {session}"),
             LogBody::ReclaimUnlinked { inode, .. } => write!(f, "reclaim inode {inode}"),
@@ -188,6 +235,11 @@ impl fmt::Display for LogCommand {
             LogBody::Audit => f.write_str("compare the state"),
             LogBody::Rewrite { inode, .. } => write!(f, "rewrite extents of inode {inode}"),
             LogBody::Settle { inode, .. } => write!(f, "inode {inode} is not fragmented"),
+            LogBody::AnswerUnlinked { answers } => {
+                write!(f, "{} answers about unlinked inodes", answers.len())
+            }
+            LogBody::Reclaim { work_max } => write!(f, "reclaim {work_max} rows"),
+            LogBody::NoteSilences { silences } => write!(f, "{} sessions are silent", silences.len()),
         }
     }
 }
@@ -201,6 +253,7 @@ impl fmt::Display for CallResult {
             CallResult::StaleSequence => write!(f, "stale sequence"),
             CallResult::Done => write!(f, "done"),
             CallResult::Crowded(place) => write!(f, "too many extents in inode {}", place.inode),
+            CallResult::WrongKey => write!(f, "wrong key"),
         }
     }
 }

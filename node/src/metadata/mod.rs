@@ -32,22 +32,27 @@ mod fault;
 mod files;
 mod fragments;
 mod listing;
+mod marks;
 mod names;
 mod overlay;
 mod snapshot;
 mod store;
 mod tables;
+mod unlinked;
 mod view;
 
 #[cfg(test)]
 pub(crate) mod tests;
 
 pub use apply::{Batch, COMMAND_FREED_EXTENTS_MAX};
-pub use command::{Applied, CallResult, Crowded, Effects, FEATURE_LEVEL, InlineChunk, LogBody, LogCommand};
+pub use command::{
+    Applied, CallResult, Crowded, Effects, FEATURE_LEVEL, InlineChunk, LogBody, LogCommand, UnlinkedAnswer,
+};
 pub use fault::{Failure, StorageFault};
 pub use fragments::{Run, RunTerms, Runs};
 pub use names::{ChunkFiles, NamedFile};
 pub use snapshot::{Installation, Received, Row, Snapshot};
 pub use store::{MetadataOptions, MetadataStore, NamedChange, Position};
-pub use tables::{ChunkRecord, Replicas, SessionRecord};
+pub use tables::{ChunkRecord, Replicas, SessionKey, SessionRecord};
+pub use unlinked::UnlinkedPage;
 pub use view::View;

@@ -24,9 +24,12 @@ use super::files::{
     INSTALLATION, available_bytes, path_beside, remove_leftover, remove_unfinished_installations,
     sync_directory_of, sync_file,
 };
+use super::marks::MarkTable;
 use super::overlay::{Base, Direction, KeyRange, Layers, Overlay};
 use super::snapshot::{Installation, Received, Snapshot};
-use super::tables::{FORMAT, Format, InodeRecord, Inodes, Meta, MetaRecord, Replicas, Rows, Sessions, Table};
+use super::tables::{
+    FORMAT, Format, InodeRecord, Inodes, Marks, Meta, MetaRecord, Replicas, Rows, Sessions, Silences, Table,
+};
 use super::view::View;
 
 /// Default bound of the active overlay: a flush of it takes a second or so.
@@ -94,6 +97,10 @@ pub(super) struct Summary {
     pub(super) inode_count: u64,
     /// Sessions that have not ended, with their chunks' low-water marks.
     pub(super) living: OrdMap<SessionId, u64>,
+    /// Up to where each of them has answered for unlinked inodes.
+    pub(super) marks: MarkTable,
+    /// Those that were silent when a leader last looked, for how long in milliseconds.
+    pub(super) silences: OrdMap<SessionId, u64>,
     pub(super) named_change: NamedChange,
 }
 
@@ -101,13 +108,16 @@ impl Summary {
     fn load(layers: &Layers) -> Result<Summary, StorageFault> {
         let meta = read_meta(layers)?;
         check_feature_level(meta.feature_level)?;
-        let mut living = OrdMap::new();
+        let (mut living, mut marks) = (OrdMap::new(), MarkTable::default());
         for row in layers.scan::<Sessions>(KeyRange::prefix(&[]), Direction::Up)? {
             let (session, record) = row?;
             if record.ended.is_none() {
                 living.insert(session, record.chunk_low_water);
+                marks.opened(session, layers.get::<Marks>(&session)?);
             }
         }
+        let silences = layers.scan::<Silences>(KeyRange::prefix(&[]), Direction::Up)?;
+        let silences = silences.collect::<Result<OrdMap<_, _>, _>>()?;
         Ok(Summary {
             position: position_of(&meta),
             last_stamp: meta.last_stamp,
@@ -116,6 +126,8 @@ impl Summary {
             next_inode: meta.next_inode,
             inode_count: meta.inode_count,
             living,
+            marks,
+            silences,
             named_change: NamedChange::default(),
         })
     }

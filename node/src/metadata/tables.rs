@@ -50,6 +50,17 @@ pub(super) enum Table {
 
 impl Table {
     pub(super) const COUNT: usize = 13;
+    Unlinked = 12,
+    UnlinkedQueue = 13,
+    Holds = 14,
+    Marks = 15,
+    Departed = 16,
+    SessionKeys = 17,
+    Silences = 18,
+}
+
+impl Table {
+    pub(super) const COUNT: usize = 19;
     pub(super) const ALL: [Table; Table::COUNT] = [
         Table::Meta,
         Table::Inodes,
@@ -64,6 +75,13 @@ impl Table {
         Table::Reclaimable,
         Table::Chunks,
         Table::Fragmented,
+        Table::Unlinked,
+        Table::UnlinkedQueue,
+        Table::Holds,
+        Table::Marks,
+        Table::Departed,
+        Table::SessionKeys,
+        Table::Silences,
     ];
 
     pub(super) fn number(self) -> u8 {
@@ -89,6 +107,13 @@ impl Table {
             Table::Reclaimable => "reclaimable",
             Table::Chunks => "chunks",
             Table::Fragmented => "fragmented",
+            Table::Unlinked => "unlinked",
+            Table::UnlinkedQueue => "unlinked_queue",
+            Table::Holds => "holds",
+            Table::Marks => "marks",
+            Table::Departed => "departed",
+            Table::SessionKeys => "session_keys",
+            Table::Silences => "silences",
         })
     }
 }
@@ -107,42 +132,52 @@ pub(super) trait Rows {
 pub(super) type RowOf<R> = (<R as Rows>::Key, <R as Rows>::Value);
 
 /// Implements [`Rows`] for a table whose key is one number.
-macro_rules! rows_by_inode {
-    ($(#[$doc:meta])* $rows:ident, $value:ty) => {
+macro_rules! rows_by_number {
+    ($(#[$doc:meta])* $rows:ident, $key:ident, $value:ty) => {
         $(#[$doc])*
         pub(super) struct $rows;
         impl Rows for $rows {
             const TABLE: Table = Table::$rows;
-            type Key = InodeNumber;
+            type Key = $key;
             type Value = $value;
-            fn key(key: &InodeNumber) -> RowKey {
+            fn key(key: &$key) -> RowKey {
                 Arc::new(key.0.to_be_bytes())
             }
-            fn parse(key: &[u8]) -> Option<InodeNumber> {
-                Some(InodeNumber(u64::from_be_bytes(key.try_into().ok()?)))
+            fn parse(key: &[u8]) -> Option<$key> {
+                Some($key(u64::from_be_bytes(key.try_into().ok()?)))
             }
         }
     };
 }
 
-rows_by_inode!(
+rows_by_number!(
     /// What is known of each inode, with or without a name.
     Inodes,
+    InodeNumber,
     InodeRecord
 );
-rows_by_inode!(
+rows_by_number!(
     /// Where each symbolic link points.
     Symlinks,
+    InodeNumber,
     SymlinkTarget
 );
-rows_by_inode!(
-    /// Inodes without a name.
+rows_by_number!(
+    /// Inodes unlinked below feature level 3.
     Orphans,
+    InodeNumber,
     OrphanRecord
 );
-rows_by_inode!(
+rows_by_number!(
+    /// Inodes without a name.
+    Unlinked,
+    InodeNumber,
+    UnlinkedRecord
+);
+rows_by_number!(
     /// Inodes of which something can be freed: orphans that nobody holds, and files with cut-off extents.
     Reclaimable,
+    InodeNumber,
     ()
 );
 
@@ -264,20 +299,36 @@ impl Rows for Xattrs {
     }
 }
 
-/// Sessions, living and ended.
-pub(super) struct Sessions;
-
-impl Rows for Sessions {
-    const TABLE: Table = Table::Sessions;
-    type Key = SessionId;
-    type Value = SessionRecord;
-    fn key(key: &SessionId) -> RowKey {
-        Arc::new(key.0.to_be_bytes())
-    }
-    fn parse(key: &[u8]) -> Option<SessionId> {
-        Some(SessionId(u64::from_be_bytes(key.try_into().ok()?)))
-    }
-}
+rows_by_number!(
+    /// Sessions, living and ended.
+    Sessions,
+    SessionId,
+    SessionRecord
+);
+rows_by_number!(
+    /// Up to which log index each living session has said which unlinked inodes it holds; see `apply::unlinked`.
+    Marks,
+    SessionId,
+    u64
+);
+rows_by_number!(
+    /// Ended sessions whose pins or holds were more than one step drops.
+    Departed,
+    SessionId,
+    ()
+);
+rows_by_number!(
+    /// How each session proves itself, if its client has a secret.
+    SessionKeys,
+    SessionId,
+    SessionKey
+);
+rows_by_number!(
+    /// For how long living sessions were silent when a leader last looked, in milliseconds.
+    Silences,
+    SessionId,
+    u64
+);
 
 /// The last mutation of each lane: (session, lane).
 pub(super) struct Lanes;
@@ -301,19 +352,48 @@ impl Rows for Lanes {
     }
 }
 
-/// Who may hold which orphan open: (session, inode). The same as the orphans' `waiting_for`, the other way round.
-pub(super) struct Pins;
+/// Implements [`Rows`] for a table without values whose keys are pairs of a session and an inode.
+macro_rules! rows_by_session_and_inode {
+    ($(#[$doc:meta])* $rows:ident) => {
+        $(#[$doc])*
+        pub(super) struct $rows;
+        impl Rows for $rows {
+            const TABLE: Table = Table::$rows;
+            type Key = (SessionId, InodeNumber);
+            type Value = ();
+            fn key((session, inode): &(SessionId, InodeNumber)) -> RowKey {
+                Arc::new(pair(session.0, inode.0))
+            }
+            fn parse(key: &[u8]) -> Option<(SessionId, InodeNumber)> {
+                let (session, inode) = unpair(key)?;
+                Some((SessionId(session), InodeNumber(inode)))
+            }
+        }
+    };
+}
 
-impl Rows for Pins {
-    const TABLE: Table = Table::Pins;
-    type Key = (SessionId, InodeNumber);
+rows_by_session_and_inode!(
+    /// Who may hold which orphan open. The same as the orphans' `waiting_for`, the other way round.
+    Pins
+);
+rows_by_session_and_inode!(
+    /// Who holds which unlinked inode. [`UnlinkedRecord::holds`] counts them.
+    Holds
+);
+
+/// Unlinked inodes about which sessions are still asked, in the order of their unlinking: (log index, inode).
+pub(super) struct UnlinkedQueue;
+
+impl Rows for UnlinkedQueue {
+    const TABLE: Table = Table::UnlinkedQueue;
+    type Key = (u64, InodeNumber);
     type Value = ();
-    fn key((session, inode): &(SessionId, InodeNumber)) -> RowKey {
-        Arc::new(pair(session.0, inode.0))
+    fn key((since, inode): &(u64, InodeNumber)) -> RowKey {
+        Arc::new(pair(*since, inode.0))
     }
-    fn parse(key: &[u8]) -> Option<(SessionId, InodeNumber)> {
-        let (session, inode) = unpair(key)?;
-        Some((SessionId(session), InodeNumber(inode)))
+    fn parse(key: &[u8]) -> Option<(u64, InodeNumber)> {
+        let (since, inode) = unpair(key)?;
+        Some((since, InodeNumber(inode)))
     }
 }
 
@@ -467,6 +547,26 @@ pub(super) struct OrphanRecord {
     pub(super) waiting_for: Vec<SessionId>,
     /// Of an inode that never had a name, who made it and may give it one.
     pub(super) maker: Option<SessionId>,
+}
+
+/// An inode without a name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct UnlinkedRecord {
+    /// The log index at which the last name went, or at which the inode was made without one.
+    pub(super) since: u64,
+    /// Of an inode that never had a name, who made it and may give it one.
+    pub(super) maker: Option<SessionId>,
+    /// How many sessions hold it.
+    pub(super) holds: u32,
+}
+
+/// How a session proves itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionKey {
+    /// The digest of the secret that its client drew.
+    pub secret: Sha256,
+    /// The digest of the certificate that its client showed, where it showed one.
+    pub certificate: Option<Sha256>,
 }
 
 #[cfg(test)]

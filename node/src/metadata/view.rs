@@ -51,7 +51,7 @@ pub struct DirectoryPage {
 #[derive(Clone)]
 pub struct View {
     pub(super) layers: Layers,
-    summary: Summary,
+    pub(super) summary: Summary,
 }
 
 impl View {

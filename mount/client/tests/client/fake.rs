@@ -87,6 +87,14 @@ pub struct World {
     pub gets: Vec<(usize, ChunkId)>,
     pub closed: Vec<SessionId>,
     pub unlinked: Vec<InodeNumber>,
+    /// Goes with the answers to keep-alives, once.
+    pub question: Option<wire::UnlinkedQuestion>,
+    /// Answers to it: from, through, held.
+    pub answers: Vec<(u64, u64, Vec<InodeNumber>)>,
+    /// What streams were told of whom they serve.
+    pub hellos: Vec<wire::SessionHello>,
+    /// The newest stream's way back.
+    pub back: Option<mpsc::WeakSender<Result<wire::CallResponse, Status>>>,
     pub calls_streams: usize,
     pub discovers: usize,
     pub put_bytes_under_way: usize,
@@ -164,6 +172,12 @@ impl World {
     }
 
     fn answer(&mut self, call: Call) -> CallReply {
+        if let Call::AnswerUnlinked {
+            from, through, held, ..
+        } = &call
+        {
+            self.answers.push((*from, *through, held.clone()));
+        }
         match call {
             Call::Mutate(mutation) => self.mutate(mutation),
             Call::Query(_) => CallReply::Answer(Ok(Answer::Space(Space {
@@ -171,17 +185,21 @@ impl World {
                 available_bytes: 1,
                 inodes: self.executed.len() as u64,
             }))),
-            Call::OpenSession { session, .. } => {
+            Call::OpenSession { session, .. } | Call::OpenSessionWithKey { session, .. } => {
                 self.sessions.insert(session);
                 CallReply::Session(SessionState::default())
             }
-            Call::KeepAlive { session } if self.sessions.contains(&session) => {
+            Call::KeepAlive { session } | Call::AnswerUnlinked { session, .. }
+                if self.sessions.contains(&session) =>
+            {
                 CallReply::Session(SessionState {
                     unlinked: self.unlinked.clone(),
                 })
             }
-            Call::KeepAlive { .. } => CallReply::Refused(Refusal::UnknownSession),
-            Call::CloseSession { session } => {
+            Call::KeepAlive { .. } | Call::AnswerUnlinked { .. } => {
+                CallReply::Refused(Refusal::UnknownSession)
+            }
+            Call::CloseSession { session } | Call::CloseSessionWithKey { session, .. } => {
                 self.sessions.remove(&session);
                 self.closed.push(session);
                 CallReply::Session(SessionState::default())
@@ -237,6 +255,10 @@ impl Fake {
             gets: Vec::new(),
             closed: Vec::new(),
             unlinked: Vec::new(),
+            question: None,
+            answers: Vec::new(),
+            hellos: Vec::new(),
+            back: None,
             calls_streams: 0,
             discovers: 0,
             put_bytes_under_way: 0,
@@ -378,9 +400,11 @@ impl FileSystem for FakeNode {
         let (answers, receiver) = mpsc::channel(1024);
         let (world, index) = (self.world.clone(), self.index);
         world.lock().calls_streams += 1;
+        world.lock().back = Some(answers.downgrade());
         tokio::spawn(async move {
             while let Ok(Some(envelope)) = calls.message().await {
                 let call: Call = codec::decode(&envelope.call).unwrap();
+                world.lock().hellos.extend(envelope.hello);
                 let (reply, delay) = {
                     let mut world = world.lock();
                     if world.leader != Some(index) {
@@ -414,10 +438,13 @@ impl FileSystem for FakeNode {
                         }
                     }
                 };
+                let asks = matches!(reply, CallReply::Session(_)) && envelope.answers_unlinked;
                 let response = wire::CallResponse {
+                    unlinked: world.lock().question.take_if(|_| asks),
                     call_id: envelope.call_id,
                     reply: codec::encode(&reply),
                     lease_ms: 0,
+                    ..wire::CallResponse::default()
                 };
                 let (answers, world) = (answers.clone(), world.clone());
                 tokio::spawn(async move {

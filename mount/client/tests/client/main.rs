@@ -7,3 +7,4 @@ mod abandoned;
 mod calls;
 mod content;
 mod fake;
+mod sessions;

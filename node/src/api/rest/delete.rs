@@ -5,10 +5,10 @@ use std::sync::Arc;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use quorumfs_proto::command::{Held, Operation, Target};
-use quorumfs_proto::{Command, FileKind, FsError, InodeNumber, OperationResult, Outcome};
+use quorumfs_proto::{Command, FileKind, FsError};
 
 use super::Service;
-use super::calls::{Calls, verdict};
+use super::calls::verdict;
 use super::error::{ApiError, ErrorBody};
 use super::path::{FilePath, encode_path};
 use super::places::{self, shown};
@@ -56,10 +56,7 @@ pub(super) async fn delete(
         };
         let removed = calls.mutate(Command::single(operation), &[]).await;
         match verdict(removed)? {
-            Ok(outcome) => {
-                release_some(&service, &calls, &outcome).await;
-                return Ok(StatusCode::NO_CONTENT);
-            }
+            Ok(_) => return Ok(StatusCode::NO_CONTENT),
             Err(FsError::NotEmpty) => return Err(not_empty(&path)),
             Err(FsError::NotFound | FsError::IsDirectory | FsError::NotDirectory | FsError::Stale) => {}
             Err(other) => return Err(other.into()),
@@ -76,20 +73,4 @@ fn not_empty(path: &FilePath) -> ApiError {
     ApiError::conflict("directory_not_empty", message).hint(format!(
         "an empty directory can be deleted; GET /files?prefix={prefix}/&kind=all lists what is in it"
     ))
-}
-
-/// Lets go of removed files without waiting for the keep-alive, many with one command: it takes 1,000 every five
-/// seconds, and a client may delete faster.
-async fn release_some(service: &Service, calls: &Calls, outcome: &Outcome) {
-    let Some(OperationResult::Removed { inode, last: true }) = outcome.results.first() else {
-        return;
-    };
-    let inodes: Vec<InodeNumber> = service.open_inodes.releasable_now(service.removed.add(*inode));
-    if inodes.is_empty() {
-        return;
-    }
-    let command = Command::single(Operation::ReleaseUnlinked { inodes });
-    if let Err(error) = calls.mutate(command, &[]).await {
-        tracing::debug!(?error, "releasing removed files; the keep-alive will");
-    }
 }

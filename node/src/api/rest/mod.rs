@@ -78,7 +78,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use calls::Calls;
 use error::ApiError;
 use idempotency::Idempotency;
-use open_inodes::{OpenInodes, RemovedInodes};
+use open_inodes::OpenInodes;
 use store::Stored;
 
 use super::status::{StatusClient, StatusReport};
@@ -132,7 +132,6 @@ pub fn router(state: RestState) -> Router {
         status: state.status,
         request_timeout: state.request_timeout,
         open_inodes: Arc::default(),
-        removed: RemovedInodes::default(),
         answers: Arc::new(Idempotency::new()),
         uploads: Arc::new(Semaphore::new(UPLOADS_MAX)),
         upload_chunks: Arc::new(Semaphore::new(UPLOAD_CHUNKS_MAX)),
@@ -174,7 +173,6 @@ struct Service {
     status: StatusSource,
     request_timeout: Duration,
     open_inodes: Arc<OpenInodes>,
-    removed: RemovedInodes,
     answers: Arc<Idempotency<Stored>>,
     uploads: Arc<Semaphore>,
     upload_chunks: Arc<Semaphore>,

@@ -27,7 +27,7 @@ struct Table {
     openings: BTreeSet<u64>,
     next_opening: u64,
     /// Unlinked inodes that nobody holds, and the first opening that began after we heard of each. Bounded by the
-    /// cluster's question (1,000 inodes).
+    /// cluster's question (a few thousand inodes).
     doomed: HashMap<InodeNumber, u64>,
 }
 
@@ -66,37 +66,6 @@ impl OpenInodes {
         }
         *doomed = still_doomed;
         released
-    }
-
-    /// Which of `unlinked` can be released at this moment; unlike [`OpenInodes::releasable`] it remembers nothing, and
-    /// says none while any request may come to hold one.
-    pub(super) fn releasable_now(&self, unlinked: Vec<InodeNumber>) -> Vec<InodeNumber> {
-        let table = self.0.lock();
-        if !table.openings.is_empty() {
-            return Vec::new();
-        }
-        let free = |inode: &InodeNumber| !table.holders.contains_key(inode);
-        unlinked.into_iter().filter(free).collect()
-    }
-}
-
-/// Files that were removed and are still to be released, gathered so that many go with one command. What is lost here
-/// (an error, the end of the process) the keep-alive finds again.
-#[derive(Debug, Default)]
-pub(super) struct RemovedInodes(Mutex<Vec<InodeNumber>>);
-
-impl RemovedInodes {
-    /// So many are released at once; few enough that they wait no longer than the keep-alive would.
-    const BATCH: usize = 64;
-
-    /// Adds one; the batch, if that fills it.
-    pub(super) fn add(&self, inode: InodeNumber) -> Vec<InodeNumber> {
-        let mut gathered = self.0.lock();
-        gathered.push(inode);
-        if gathered.len() < RemovedInodes::BATCH {
-            return Vec::new();
-        }
-        std::mem::take(&mut gathered)
     }
 }
 
@@ -197,20 +166,6 @@ mod tests {
         );
         drop(late);
         assert_eq!(table.releasable(&[A]), [A]);
-    }
-
-    #[test]
-    fn what_was_removed_is_released_in_batches_when_nobody_can_hold_it() {
-        let removed = RemovedInodes::default();
-        let batches: Vec<Vec<InodeNumber>> = (0..130).map(|n| removed.add(InodeNumber(n))).collect();
-        let sizes: Vec<usize> = batches.iter().map(Vec::len).filter(|&size| size > 0).collect();
-        assert_eq!(sizes, [64, 64]);
-
-        let table = Arc::new(OpenInodes::default());
-        let opening = table.begin();
-        assert_eq!(table.releasable_now(vec![A, B]), []);
-        let _held = opening.hold(A);
-        assert_eq!(table.releasable_now(vec![A, B]), [B]);
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod rename;
 mod rewrite;
 mod sessions;
 mod transaction;
+mod unlinked;
 
 use std::sync::Arc;
 
@@ -48,6 +49,8 @@ pub(super) struct Change {
 pub(super) struct Writer {
     pub(super) layers: Layers,
     pub(super) summary: Summary,
+    /// Of the entry that is being applied.
+    pub(super) index: u64,
     /// Everything written since the batch began, in order.
     pub(super) journal: Vec<Change>,
     /// Set by a mutation that stopped because of it.
@@ -73,6 +76,7 @@ impl Writer {
         Writer {
             layers,
             summary,
+            index: 0,
             journal: Vec::new(),
             crowded: None,
         }
@@ -164,6 +168,7 @@ impl<'store> Batch<'store> {
             .stamp
             .max(self.writer.summary.last_stamp.plus_nanoseconds(1));
         self.writer.summary.last_stamp = now;
+        self.writer.index = index;
         match &entry.body {
             LogBody::Call(mutation) => self.decide(&mutation.request, |writer, low_water| {
                 let mark = writer.mark();
@@ -242,6 +247,26 @@ impl<'store> Batch<'store> {
                 .writer
                 .settle_fragmented(*inode, *through_version)
                 .map(|()| without_effects(CallResult::Done)),
+            LogBody::OpenSessionWithKey {
+                session,
+                description,
+                key,
+            } => self
+                .writer
+                .open_session_with_key(now, *session, description, key)
+                .map(without_effects),
+            LogBody::AnswerUnlinked { answers } => {
+                self.writer.answer_unlinked(answers)?;
+                Ok(without_effects(CallResult::Done))
+            }
+            LogBody::Reclaim { work_max } => Ok(Applied {
+                result: CallResult::Done,
+                effects: Transaction::reclaim_some(&mut self.writer, index, now, *work_max)?,
+            }),
+            LogBody::NoteSilences { silences } => {
+                self.writer.note_silences(silences);
+                Ok(without_effects(CallResult::Done))
+            }
         }
     }
 
@@ -279,6 +304,7 @@ impl<'store> Batch<'store> {
             return Ok(without_effects(CallResult::StaleSequence));
         }
 
+        self.writer.forget_silence(request.session);
         let (outcome, effects) = match run(&mut self.writer, low_water)? {
             Decision::Made(outcome, effects) => (outcome, effects),
             Decision::Crowded(place) => return Ok(without_effects(CallResult::Crowded(place))),

@@ -1,4 +1,5 @@
-//! Inodes without a name, and the freeing of what nobody can reach.
+//! Inodes without a name below feature level 3, and the freeing of what nobody can reach. (From level 3 on `unlinked`
+//! says who keeps an inode.)
 //!
 //! An unlinked inode stays as long as a session may have it open: every session that lives when the last name goes is
 //! asked, and each says [`quorumfs_proto::Operation::ReleaseUnlinked`] or ends. Then its content is freed, at once
@@ -14,7 +15,7 @@ use super::super::command::Effects;
 use super::super::fault::{Failure, StorageFault};
 use super::super::overlay::KeyRange;
 use super::super::tables::{
-    Extents, InodeRecord, OrphanRecord, Orphans, Pins, Reclaimable, Rows as _, Symlinks, Xattrs,
+    Extents, InodeRecord, OrphanRecord, Orphans, Pins, Reclaimable, Rows as _, Symlinks, Unlinked, Xattrs,
 };
 use super::Writer;
 use super::transaction::Transaction;
@@ -45,6 +46,10 @@ impl Transaction<'_> {
         let maker = self.session()?;
         let inode = self.make_inode(new, None)?;
         self.inode_mut(inode)?.attributes.links = 0;
+        if self.writer.summary.feature_level >= 3 {
+            self.make_nameless(inode, maker);
+            return Ok(OperationResult::Entry { inode, created: true });
+        }
         self.put_orphan(
             inode,
             &OrphanRecord {
@@ -57,6 +62,9 @@ impl Transaction<'_> {
 
     /// The inode has lost its last name.
     pub(super) fn make_orphan(&mut self, inode: InodeNumber, held: Held) -> Result<(), Failure> {
+        if self.writer.summary.feature_level >= 3 {
+            return self.make_unlinked(inode, held);
+        }
         let sender = self.session()?;
         let may_hold = |session: &SessionId| held == Held::Open || *session != sender;
         let waiting_for = self
@@ -80,6 +88,9 @@ impl Transaction<'_> {
     /// An inode that never had a name gets one. [`FsError::NotFound`] where its last name was taken away, or another
     /// session made it: to link(2) such an inode does not exist.
     pub(super) fn end_orphanhood(&mut self, inode: InodeNumber) -> Result<(), Failure> {
+        if let Some(record) = self.writer.get::<Unlinked>(&inode)? {
+            return self.end_namelessness(inode, &record);
+        }
         let orphan = self.writer.get::<Orphans>(&inode)?.ok_or_else(|| {
             StorageFault::inconsistent(format!("inode {inode} has no name and is no orphan"))
         })?;
@@ -100,6 +111,7 @@ impl Transaction<'_> {
         let session = self.session()?;
         for &inode in inodes {
             let Some(mut orphan) = self.writer.get::<Orphans>(&inode)? else {
+                self.release_hold(inode)?;
                 continue;
             };
             if !orphan.waiting_for.contains(&session) {
@@ -124,7 +136,10 @@ impl Transaction<'_> {
         }
         let held = match self.writer.get::<Orphans>(&inode)? {
             Some(orphan) => self.still_held(inode, orphan)?,
-            None => true,
+            None => match self.writer.get::<Unlinked>(&inode)? {
+                Some(record) => self.is_kept(inode, &record)?,
+                None => true,
+            },
         };
         match held {
             true => self.trim(inode),
@@ -170,7 +185,10 @@ impl Transaction<'_> {
             return Ok(());
         }
         self.writer.remove::<Symlinks>(&inode);
-        self.writer.remove::<Orphans>(&inode);
+        match self.writer.layers.contains::<Unlinked>(&inode)? {
+            true => self.writer.remove::<Unlinked>(&inode),
+            false => self.writer.remove::<Orphans>(&inode),
+        }
         self.writer.remove::<Reclaimable>(&inode);
         self.drop_inode(inode)
     }

@@ -6,7 +6,9 @@ use quorumfs_proto::{SessionId, Timestamp};
 use super::super::command::CallResult;
 use super::super::fault::StorageFault;
 use super::super::overlay::KeyRange;
-use super::super::tables::{Lanes, Orphans, Pins, Reclaimable, SessionRecord, Sessions};
+use super::super::tables::{
+    Departed, Lanes, Marks, Orphans, Pins, Reclaimable, SessionKey, SessionKeys, SessionRecord, Sessions,
+};
 use super::{COMMAND_FREED_EXTENTS_MAX, Writer};
 
 impl Writer {
@@ -28,9 +30,32 @@ impl Writer {
                 };
                 self.put::<Sessions>(&session, &record);
                 self.summary.living.insert(session, 0);
+                self.summary.marks.opened(session, None);
                 Ok(CallResult::Done)
             }
         }
+    }
+
+    /// As [`Writer::open_session`]; what was unlinked up to now is not the session's concern.
+    pub(super) fn open_session_with_key(
+        &mut self,
+        now: Timestamp,
+        session: SessionId,
+        description: &str,
+        key: &SessionKey,
+    ) -> Result<CallResult, StorageFault> {
+        match self.get::<SessionKeys>(&session)? {
+            Some(known) if known != *key => return Ok(CallResult::WrongKey),
+            Some(_) => return self.open_session(now, session, description),
+            None => {}
+        }
+        let opened = self.open_session(now, session, description)?;
+        if opened != CallResult::Done {
+            return Ok(opened);
+        }
+        self.put::<SessionKeys>(&session, key);
+        self.put_mark(session, self.index);
+        Ok(opened)
     }
 
     pub(super) fn end_session(
@@ -45,8 +70,17 @@ impl Writer {
             record.ended = Some(now);
             self.put::<Sessions>(&session, &record);
             self.summary.living.remove(&session);
-            // What is more than one step's work is found by `View::reclaimable`.
-            self.drop_pins(session)?;
+            self.forget_silence(session);
+            if self.summary.marks.of(session).is_some() {
+                self.remove::<Marks>(&session);
+            }
+            self.summary.marks.ended(session);
+            let (pins, _) = self.drop_pins(session, COMMAND_FREED_EXTENTS_MAX)?;
+            let (holds, _) = self.drop_holds(session, COMMAND_FREED_EXTENTS_MAX)?;
+            // Below level 3 what is more than one step's work is found by `View::reclaimable`.
+            if (pins, holds) != (Left::None, Left::None) && self.summary.feature_level >= 3 {
+                self.put::<Departed>(&session, &());
+            }
         }
         Ok(CallResult::Done)
     }
@@ -55,8 +89,19 @@ impl Writer {
         let Some(record) = self.get::<Sessions>(&session)? else {
             return Ok(CallResult::Done);
         };
-        if record.ended.is_none() || self.drop_pins(session)? == Left::Some {
+        if record.ended.is_none() {
             return Ok(CallResult::Done);
+        }
+        let (pins, _) = self.drop_pins(session, COMMAND_FREED_EXTENTS_MAX)?;
+        let (holds, _) = self.drop_holds(session, COMMAND_FREED_EXTENTS_MAX)?;
+        if (pins, holds) != (Left::None, Left::None) {
+            return Ok(CallResult::Done);
+        }
+        if self.layers.contains::<Departed>(&session)? {
+            self.remove::<Departed>(&session);
+        }
+        if self.layers.contains::<SessionKeys>(&session)? {
+            self.remove::<SessionKeys>(&session);
         }
         let lanes = KeyRange::prefix(&session.0.to_be_bytes());
         // At most `LANES_MAX` of them.
@@ -77,11 +122,12 @@ impl Writer {
         Ok(())
     }
 
-    /// Nothing waits for this session any more, as far as one step goes.
-    fn drop_pins(&mut self, session: SessionId) -> Result<Left, StorageFault> {
-        let max = COMMAND_FREED_EXTENTS_MAX as usize;
-        let pins = self.collect::<Pins>(KeyRange::prefix(&session.0.to_be_bytes()), max)?;
-        let left = match pins.len() == max {
+    /// Nothing waits for this session any more, as far as `max` goes; how many pins were dropped.
+    pub(super) fn drop_pins(&mut self, session: SessionId, max: u32) -> Result<(Left, u32), StorageFault> {
+        let prefix = KeyRange::prefix(&session.0.to_be_bytes());
+        let pins = self.collect::<Pins>(prefix, max as usize)?;
+        let dropped = pins.len() as u32;
+        let left = match dropped == max {
             true => Left::Some,
             false => Left::None,
         };
@@ -98,13 +144,13 @@ impl Writer {
             }
             self.put::<Orphans>(&inode, &orphan);
         }
-        Ok(left)
+        Ok((left, dropped))
     }
 }
 
 /// Whether a step left something to do.
-#[derive(PartialEq, Eq)]
-enum Left {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Left {
     None,
     Some,
 }

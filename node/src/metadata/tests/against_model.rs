@@ -32,6 +32,8 @@ struct History {
     contents: BTreeMap<InodeNumber, (u64, Vec<Byte>)>,
     /// What each byte of a chunk that a rewrite made was before.
     rewritten: BTreeMap<ChunkId, Vec<Byte>>,
+    /// Up to where each session has answered.
+    marks: BTreeMap<SessionId, u64>,
 }
 
 impl History {
@@ -455,7 +457,7 @@ fn reapply(store: &MetadataStore, log: &[(LogCommand, CallResult)]) {
     batch.publish(at(log.len() as u64));
 }
 
-fn run(events: Vec<Event>, newest_level: bool) {
+fn run(events: Vec<Event>, level: u32) {
     let mut node = Node::new();
     let mut history = History {
         model: Model::new(),
@@ -476,6 +478,19 @@ fn run(events: Vec<Event>, newest_level: bool) {
         history.apply(&mut batch, LogBody::RaiseFeatureLevel { level });
         batch.publish(at(history.log.len() as u64));
         history.model.raise();
+        marks: BTreeMap::new(),
+    };
+    history.model.asks = level >= 3;
+    if level >= 2 {
+        let mut batch = node.store.begin();
+        history.apply(&mut batch, LogBody::RaiseFeatureLevel { level });
+        batch.publish(at(history.log.len() as u64));
+        // The root directory gets its times.
+        let now = history.model.now;
+        let root = history.model.inodes.get_mut(&InodeNumber::ROOT).unwrap();
+        let attributes = &mut root.attributes;
+        (attributes.atime, attributes.mtime) = (now, now);
+        (attributes.ctime, attributes.birth_time) = (now, now);
     }
     let mut events = (0..SESSIONS as u8)
         .map(Event::Open)
@@ -542,13 +557,19 @@ fn install(node: &mut Node, history: &History, view: &View) {
 fn drain(history: &mut History, node: &mut Node) {
     for step in 0.. {
         assert!(step < 100_000, "reclaiming does not end");
-        let inodes = node.view().reclaimable(2).unwrap();
-        let Some(inode) = inodes.first() else { break };
-        let mut batch = node.store.begin();
-        let body = LogBody::ReclaimUnlinked {
-            inode: *inode,
-            extents_max: 2,
+        let body = match history.model.asks {
+            true if node.view().has_reclaimable().unwrap() => LogBody::Reclaim { work_max: 2 },
+            true => break,
+            false => {
+                let inodes = node.view().reclaimable(2).unwrap();
+                let Some(&inode) = inodes.first() else { break };
+                LogBody::ReclaimUnlinked {
+                    inode,
+                    extents_max: 2,
+                }
+            }
         };
+        let mut batch = node.store.begin();
         history.apply(&mut batch, body);
         batch.publish(at(history.log.len() as u64));
     }
@@ -604,12 +625,20 @@ fn step(history: &mut History, batch: &mut Batch<'_>, store: &MetadataStore, eve
         Event::Clock(by) => history.clock = (history.clock + i64::from(by)).max(0),
         Event::Open(session) => {
             let session = history.session(session);
-            history.model.living.insert(session);
-            let body = LogBody::OpenSession {
-                session,
-                description: "test".into(),
+            let is_new = history.model.living.insert(session);
+            let description = "test".into();
+            let body = match history.model.asks {
+                false => LogBody::OpenSession { session, description },
+                true => LogBody::OpenSessionWithKey {
+                    session,
+                    description,
+                    key: key(session),
+                },
             };
             history.apply(batch, body);
+            if is_new {
+                history.marks.insert(session, history.log.len() as u64);
+            }
         }
         Event::End(at) => {
             let session = history.session(at);
@@ -625,6 +654,10 @@ fn step(history: &mut History, batch: &mut Batch<'_>, store: &MetadataStore, eve
                 history.apply(batch, LogBody::ForgetSession { session });
             }
         }
+        Event::Reclaim(work_max) if history.model.asks => {
+            history.apply(batch, LogBody::Reclaim { work_max });
+        }
+        Event::Answer(session, max, mask) => answer(history, batch, store, session, (max, mask)),
         Event::Reclaim(extents_max) => {
             // What the leader sees was published; by now it may be out of date.
             for inode in store.view().unwrap().reclaimable(2).unwrap() {
@@ -639,11 +672,56 @@ fn step(history: &mut History, batch: &mut Batch<'_>, store: &MetadataStore, eve
     }
 }
 
+/// What is asked was published; by now the session may have answered, or be over.
+fn answer(
+    history: &mut History,
+    batch: &mut Batch<'_>,
+    store: &MetadataStore,
+    at: u8,
+    (max, mask): (usize, u32),
+) {
+    let session = history.session(at);
+    let view = store.view().unwrap();
+    if !history.model.asks || !view.living_sessions().any(|living| living == session) {
+        return;
+    }
+    let Some(page) = view.unlinked_page(session, max).unwrap() else {
+        return;
+    };
+    let holds = |at: usize| mask & (1 << (at % 32)) != 0;
+    let numbered = page.inodes.iter().copied().enumerate();
+    let answer = UnlinkedAnswer {
+        session,
+        from: page.from,
+        through: page.through,
+        held: numbered
+            .clone()
+            .filter(|(at, _)| holds(*at))
+            .map(|(_, inode)| inode)
+            .collect(),
+    };
+    let is_due = history.marks.get(&session) == Some(&page.from);
+    // It may arrive twice.
+    let answers = vec![answer.clone(), answer];
+    history.apply(batch, LogBody::AnswerUnlinked { answers });
+    if is_due {
+        history.marks.insert(session, page.through);
+        for (at, inode) in numbered {
+            history.model.answer(session, inode, holds(at));
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_history_is_that_of_the_model(events in vec(event(), 1..150), newest_level in any::<bool>()) {
-        run(events, newest_level);
+    fn any_history_is_that_of_the_model(events in vec(event(), 1..150)) {
+        run(events, 1);
+    }
+
+    #[test]
+    fn any_history_of_sessions_that_answer_in_order_is_that_of_the_model(events in vec(event(), 1..150)) {
+        run(events, 3);
     }
 }

@@ -3,8 +3,9 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-/// Sessions of a history.
+/// Sessions at a time.
 pub const SESSIONS: u64 = 3;
+/// Bytes of the longest file.
 const FILE_BYTES_MAX: u64 = 120;
 
 /// An operation in small numbers, so that they meet.
@@ -41,6 +42,8 @@ pub enum Event {
     Reclaim(u32),
     /// Runs of a file are put together, as they were seen by the view before.
     Rewrite(u8, bool),
+    /// The session answers about so many unlinked inodes, and holds those whose bit is set.
+    Answer(u8, usize, u32),
     Publish,
     Freeze,
     Flush,
@@ -72,7 +75,6 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// Any event.
 pub fn event() -> impl Strategy<Value = Event> {
     let s = || 0u8..SESSIONS as u8;
     prop_oneof![
@@ -85,6 +87,7 @@ pub fn event() -> impl Strategy<Value = Event> {
         1 => s().prop_map(Event::Forget),
         5 => (1u32..4).prop_map(Event::Reclaim),
         6 => (0u8..40, any::<bool>()).prop_map(|(i, any)| Event::Rewrite(i, any)),
+        12 => (s(), 1usize..6, any::<u32>()).prop_map(|(s, n, h)| Event::Answer(s, n, h)),
         10 => Just(Event::Publish),
         3 => Just(Event::Freeze),
         2 => Just(Event::Flush),

@@ -4,12 +4,18 @@
 
 mod against_model;
 mod bounded;
+//! rules, `unlinked` of inodes without a name, `levels` of what is
+//! gated and compared, `full_disk` of snapshots without room, `pace` measures.
+
+mod against_model;
 mod events;
 mod full_disk;
 mod levels;
 mod model;
 mod model_attributes;
+mod model_sessions;
 mod pace;
 mod rewriting;
 mod stories;
-pub(crate) mod support;
+pub(in crate::metadata) mod support;
+mod unlinked;

@@ -19,13 +19,15 @@ pub struct Inode {
     pub xattrs: BTreeMap<XattrName, bytes::Bytes>,
     /// Of an inode without a name: who may have it open, and who made it so.
     pub held_by: BTreeSet<SessionId>,
+    /// Who is still asked whether it holds it (from feature level 3 on).
+    pub awaited: BTreeSet<SessionId>,
     pub maker: Option<SessionId>,
 }
 
 impl Inode {
     /// Nothing keeps it; it may be gone at any moment.
     pub fn is_doomed(&self) -> bool {
-        self.attributes.links == 0 && self.held_by.is_empty()
+        self.attributes.links == 0 && self.held_by.is_empty() && self.awaited.is_empty()
     }
 }
 
@@ -37,6 +39,8 @@ pub struct Model {
     pub now: Timestamp,
     /// Whether every write takes file capabilities away.
     pub writes_drop_capabilities: bool,
+    /// Whether sessions answer about unlinked inodes in order.
+    pub asks: bool,
     session: SessionId,
 }
 
@@ -51,6 +55,7 @@ impl Model {
             next_inode: 1,
             now: zero,
             writes_drop_capabilities: false,
+            asks: false,
             session: SessionId(0),
         };
         let root = NewInode {
@@ -371,6 +376,7 @@ impl Model {
             target,
             xattrs: BTreeMap::new(),
             held_by: BTreeSet::new(),
+            awaited: BTreeSet::new(),
             maker: None,
         };
         self.inodes.insert(number, inode);
@@ -417,7 +423,8 @@ impl Model {
     }
 
     fn lose_link(&mut self, number: InodeNumber, held: Held) -> bool {
-        let mut holders = self.living.clone();
+        let (asks, living) = (self.asks, self.living.clone());
+        let mut holders = living.clone();
         if held == Held::NotOpen {
             holders.remove(&self.session);
         }
@@ -430,7 +437,10 @@ impl Model {
         };
         let last = inode.attributes.links == 0;
         if last {
-            inode.held_by = holders;
+            match asks {
+                true => inode.awaited = living,
+                false => inode.held_by = holders,
+            }
         }
         self.touch(number);
         last

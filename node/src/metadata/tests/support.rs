@@ -67,6 +67,52 @@ impl Node {
             self.sequences.insert((SessionId(1), Lane(0)), sequence - 1);
         }
         result
+    /// One at feature level 3 with open sessions 1 to `sessions`, which answer about unlinked inodes in order.
+    pub fn asking(sessions: u64) -> Node {
+        let mut node = Node::new();
+        node.apply(LogBody::RaiseFeatureLevel { level: 3 });
+        for session in 1..=sessions {
+            node.open_with_key(session);
+        }
+        node
+    }
+
+    pub fn open_with_key(&mut self, session: u64) {
+        let opened = self.apply(LogBody::OpenSessionWithKey {
+            session: SessionId(session),
+            description: String::new(),
+            key: key(SessionId(session)),
+        });
+        assert_eq!(opened.result, CallResult::Done);
+    }
+
+    /// The session answers all that it is asked about, and holds these; how many it was asked about.
+    pub fn answer_all(&mut self, session: u64, held: &[InodeNumber]) -> usize {
+        let page = self.view().unlinked_page(SessionId(session), usize::MAX).unwrap();
+        let Some(page) = page else { return 0 };
+        let answer = UnlinkedAnswer {
+            session: SessionId(session),
+            from: page.from,
+            through: page.through,
+            held: held.to_vec(),
+        };
+        self.apply(LogBody::AnswerUnlinked {
+            answers: vec![answer],
+        });
+        page.inodes.len()
+    }
+
+    /// Frees what can be freed, in steps of `work_max`; what became dead by it.
+    pub fn reclaim(&mut self, work_max: u32) -> Vec<ChunkId> {
+        let mut dead = Vec::new();
+        for step in 0.. {
+            assert!(step < 100_000, "reclaiming does not end");
+            if !self.view().has_reclaimable().unwrap() {
+                break;
+            }
+            dead.extend(self.apply(LogBody::Reclaim { work_max }).effects.dead);
+        }
+        dead
     }
 
     pub fn apply(&mut self, body: LogBody) -> Applied {
@@ -132,6 +178,14 @@ pub fn at(index: u64) -> Position {
         index,
         log_id: Some(Bytes::from(index.to_be_bytes().to_vec())),
         membership: None,
+    }
+}
+
+/// How a session of the tests proves itself.
+pub fn key(session: SessionId) -> SessionKey {
+    SessionKey {
+        secret: Sha256::of(&session.0.to_be_bytes()),
+        certificate: None,
     }
 }
 
@@ -238,6 +292,13 @@ pub fn dump(view: &View) -> Vec<(u8, Vec<u8>, Vec<u8>)> {
     dump_table::<Reclaimable>(view, b"", &mut rows);
     dump_table::<Chunks>(view, b"", &mut rows);
     dump_table::<Fragmented>(view, b"", &mut rows);
+    dump_table::<Unlinked>(view, b"", &mut rows);
+    dump_table::<UnlinkedQueue>(view, b"", &mut rows);
+    dump_table::<Holds>(view, b"", &mut rows);
+    dump_table::<Marks>(view, b"", &mut rows);
+    dump_table::<Departed>(view, b"", &mut rows);
+    dump_table::<SessionKeys>(view, b"", &mut rows);
+    dump_table::<Silences>(view, b"", &mut rows);
     rows
 }
 
@@ -286,6 +347,11 @@ pub fn check_invariants(view: &View) {
             *subdirectories.entry(key.directory).or_default() += 1;
         }
     }
+    let mut held: BTreeMap<InodeNumber, u32> = BTreeMap::new();
+    for row in view.layers.scan::<Holds>(all(), Direction::Up).unwrap() {
+        let ((_, inode), ()) = row.unwrap();
+        *held.entry(inode).or_default() += 1;
+    }
     let mut inodes = 0;
     for row in view.layers.scan::<Inodes>(all(), Direction::Up).unwrap() {
         let (inode, record) = row.unwrap();
@@ -309,15 +375,25 @@ pub fn check_invariants(view: &View) {
         let xattrs = view.xattr_names(inode).unwrap().len();
         assert_eq!(attributes.xattr_count as usize, xattrs);
         let orphan = view.layers.get::<Orphans>(&inode).unwrap();
-        assert_eq!(orphan.is_some(), links == 0, "orphanhood of {inode}");
+        let unlinked = view.layers.get::<Unlinked>(&inode).unwrap();
+        let has_no_name = orphan.is_some() != unlinked.is_some();
+        assert_eq!(has_no_name, links == 0, "orphanhood of {inode}");
+        let queued = unlinked.as_ref().is_some_and(|record| {
+            let place = (record.since, inode);
+            view.layers.contains::<UnlinkedQueue>(&place).unwrap()
+        });
+        let holds = unlinked.map_or(0, |record| record.holds);
+        assert_eq!(holds, held.remove(&inode).unwrap_or(0), "holds of {inode}");
+        let is_kept = queued || holds > 0;
         let waiting = orphan.map(|orphan| orphan.waiting_for).unwrap_or_default();
         for session in &waiting {
             assert!(view.layers.contains::<Pins>(&(*session, inode)).unwrap());
         }
-        if (links == 0 && waiting.is_empty()) || !record.cuts.is_empty() {
+        if (links == 0 && waiting.is_empty() && !is_kept) || !record.cuts.is_empty() {
             assert!(view.layers.contains::<Reclaimable>(&inode).unwrap());
         }
     }
+    assert!(held.is_empty(), "holds of inodes without a row: {held:?}");
     assert!(names.is_empty(), "entries name missing inodes: {names:?}");
     assert!(allocated.is_empty(), "extents of missing inodes: {allocated:?}");
     assert_eq!(view.inode_count(), inodes);

@@ -187,7 +187,7 @@ impl State {
                     CallResult::Outcome(outcome) => CallReply::Outcome(outcome),
                     CallResult::UnknownSession => CallReply::Refused(Refusal::UnknownSession),
                     CallResult::StaleSequence => CallReply::Refused(Refusal::StaleSequence),
-                    CallResult::Done | CallResult::Crowded(_) => unreachable!("a mutation has an outcome"),
+                    CallResult::Done | CallResult::Crowded(_) | CallResult::WrongKey => unreachable!("a mutation has an outcome"),
                 }
             }
             Call::Query(query) => CallReply::Answer(self.answer(&query)),
@@ -195,12 +195,18 @@ impl State {
                 self.apply(LogBody::OpenSession { session, description });
                 CallReply::Session(SessionState::default())
             }
-            Call::KeepAlive { session } => {
+            Call::OpenSessionWithKey {
+                session, description, ..
+            } => {
+                self.apply(LogBody::OpenSession { session, description });
+                CallReply::Session(SessionState::default())
+            }
+            Call::KeepAlive { session } | Call::AnswerUnlinked { session, .. } => {
                 let view = self.metadata.view().unwrap();
                 let unlinked = view.unlinked_waiting_for(session, 1000).unwrap();
                 CallReply::Session(SessionState { unlinked })
             }
-            Call::CloseSession { session } => {
+            Call::CloseSession { session } | Call::CloseSessionWithKey { session, .. } => {
                 self.apply(LogBody::EndSession { session });
                 CallReply::Session(SessionState::default())
             }
@@ -282,6 +288,7 @@ impl FileSystem for Service {
                 call_id,
                 reply: codec::encode(&reply),
                 lease_ms: 0,
+                ..CallResponse::default()
             })
         });
         Ok(Response::new(Box::pin(answers)))

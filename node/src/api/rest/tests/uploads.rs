@@ -264,18 +264,3 @@ async fn deleting_takes_files_links_and_empty_directories() {
         })
         .await;
 }
-
-#[tokio::test(flavor = "multi_thread")]
-async fn many_deletions_free_without_waiting_for_the_keep_alive() {
-    let rest = Rest::start().await;
-    for n in 0..64 {
-        rest.put(&format!("f{n}"), "x").await;
-    }
-    for n in 0..64 {
-        assert_eq!(
-            rest.ask("DELETE", &format!("/upload/f{n}"), &[], "").await.status,
-            204
-        );
-    }
-    assert_eq!((rest.state().inodes(), rest.state().chunk_count()), (1, 0));
-}

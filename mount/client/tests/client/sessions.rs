@@ -1,0 +1,70 @@
+//! How a session is kept: what its client answers, and how it shows whose it is.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use quorumfs_proto::InodeNumber;
+use quorumfs_proto::wire::{CallResponse, SessionHello, UnlinkedQuestion};
+
+use crate::calls::{connect, created, make};
+use crate::fake::Fake;
+
+const MS: Duration = Duration::from_millis(1);
+
+#[tokio::test]
+async fn a_client_that_is_nudged_answers_what_it_is_asked_at_once() {
+    let fake = Fake::start(1).await;
+    let client = connect(&fake, None).await;
+    client.set_unlinked_handler(|inodes| {
+        let is_free = |inode: &InodeNumber| inode.0 != 7;
+        inodes.iter().copied().filter(is_free).collect()
+    });
+    let began = Instant::now();
+    let back = {
+        let mut world = fake.world.lock();
+        world.question = Some(UnlinkedQuestion {
+            from: 3,
+            through: 9,
+            inodes: vec![6, 7, 8],
+        });
+        world.back.as_ref().and_then(|back| back.upgrade()).unwrap()
+    };
+    let nudge = CallResponse {
+        keep_alive_now: true,
+        ..CallResponse::default()
+    };
+    back.send(Ok(nudge)).await.unwrap();
+    while fake.world.lock().answers.is_empty() {
+        assert!(began.elapsed() < 4_000 * MS, "it waited for its time");
+        tokio::time::sleep(10 * MS).await;
+    }
+    assert_eq!(fake.world.lock().answers, [(3, 9, vec![InodeNumber(7)])]);
+}
+
+#[tokio::test]
+async fn a_stream_is_told_once_for_whom_it_speaks() {
+    let fake = Fake::start(1).await;
+    let client = connect(&fake, None).await;
+    for name in ["a", "b", "c"] {
+        created(client.mutate(make(name), &[]).await);
+    }
+    let (session, secret) = client.credential();
+    let hello = SessionHello {
+        session: session.0,
+        secret: Bytes::copy_from_slice(&secret.0),
+    };
+    assert_eq!(fake.world.lock().hellos, [hello.clone()]);
+    fake.cut(0);
+    let next = tokio::spawn({
+        let client = client.clone();
+        async move { client.mutate(make("d"), &[]).await }
+    });
+    while client.leader().is_some() {
+        tokio::time::sleep(10 * MS).await;
+    }
+    fake.mend(0);
+    created(next.await.unwrap());
+    let hellos = fake.world.lock().hellos.clone();
+    assert!(hellos.len() > 1, "the next stream is told too");
+    assert!(hellos.iter().all(|told| *told == hello));
+}

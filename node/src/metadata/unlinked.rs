@@ -1,0 +1,145 @@
+//! What a leader asks of the state about unlinked inodes: who is to be asked about which, and whether anything can be
+//! freed. The rules are those of `apply::unlinked`.
+
+use quorumfs_proto::{InodeNumber, SessionId};
+
+use super::fault::Failure;
+use super::overlay::{Direction, KeyRange};
+use super::tables::{Departed, Holds, Orphans, Pins, Reclaimable, Rows, UnlinkedQueue};
+use super::view::View;
+
+/// Unlinked inodes about which a session has not answered, oldest first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnlinkedPage {
+    /// The log index up to which the session has answered.
+    pub from: u64,
+    /// The log index up to which these are all.
+    pub through: u64,
+    /// Which.
+    pub inodes: Vec<InodeNumber>,
+}
+
+impl View {
+    /// What a living session is to be asked next, about `max` inodes (and those that were unlinked by the same command as
+    /// the last); `None`: nothing, or
+    /// it is asked about each inode by itself.
+    pub fn unlinked_page(&self, session: SessionId, max: usize) -> Result<Option<UnlinkedPage>, Failure> {
+        let Some(mark) = self.summary.marks.of(session) else {
+            return Ok(None);
+        };
+        let mut page = UnlinkedPage {
+            from: mark,
+            through: mark,
+            inodes: Vec::new(),
+        };
+        let beyond = KeyRange::prefix(&[]).after(&UnlinkedQueue::key(&(mark, InodeNumber(u64::MAX))));
+        for row in self.layers.scan::<UnlinkedQueue>(beyond, Direction::Up)? {
+            let ((since, inode), ()) = row?;
+            if page.inodes.len() >= max && since != page.through {
+                break;
+            }
+            page.through = since;
+            page.inodes.push(inode);
+        }
+        Ok((!page.inodes.is_empty()).then_some(page))
+    }
+
+    /// The living sessions that have not answered about everything that was unlinked up to now.
+    pub fn sessions_to_ask(&self) -> Result<Vec<SessionId>, Failure> {
+        let last = self
+            .layers
+            .scan::<UnlinkedQueue>(KeyRange::prefix(&[]), Direction::Down)?
+            .next()
+            .transpose()?;
+        let Some(((newest, _), ())) = last else {
+            return Ok(Vec::new());
+        };
+        Ok(self
+            .summary
+            .marks
+            .below(newest)
+            .map(|(session, _)| session)
+            .collect())
+    }
+
+    /// Unlinked inodes that the state keeps for this session alone or among others, and about which it is asked again and
+    /// again: after `after`, in order.
+    pub fn unlinked_held_by(
+        &self,
+        session: SessionId,
+        after: InodeNumber,
+        max: usize,
+    ) -> Result<Vec<InodeNumber>, Failure> {
+        let mut inodes = self.rows_of_session::<Pins>(session, after, max)?;
+        inodes.extend(self.rows_of_session::<Holds>(session, after, max)?);
+        inodes.sort_unstable();
+        inodes.truncate(max);
+        Ok(inodes)
+    }
+
+    fn rows_of_session<R: Rows<Key = (SessionId, InodeNumber), Value = ()>>(
+        &self,
+        session: SessionId,
+        after: InodeNumber,
+        max: usize,
+    ) -> Result<Vec<InodeNumber>, Failure> {
+        let range = KeyRange::prefix(&session.0.to_be_bytes()).after(&R::key(&(session, after)));
+        let rows = self.layers.scan::<R>(range, Direction::Up)?;
+        let inodes = rows.take(max).map(|row| row.map(|((_, inode), ())| inode));
+        Ok(inodes.collect::<Result<Vec<_>, _>>()?)
+    }
+
+    /// Whether a [`super::LogBody::Reclaim`] has something to do.
+    pub fn has_reclaimable(&self) -> Result<bool, Failure> {
+        let all = || KeyRange::prefix(&[]);
+        let answered_by_all = self.summary.marks.lowest();
+        let oldest = self.layers.scan::<UnlinkedQueue>(all(), Direction::Up)?.next();
+        Ok(oldest
+            .transpose()?
+            .is_some_and(|((since, _), ())| since <= answered_by_all)
+            || self
+                .layers
+                .scan::<Reclaimable>(all(), Direction::Up)?
+                .next()
+                .is_some()
+            || self
+                .layers
+                .scan::<Departed>(all(), Direction::Up)?
+                .next()
+                .is_some())
+    }
+
+    /// Whether there are inodes that were unlinked below feature level 3.
+    pub fn has_orphans(&self) -> Result<bool, Failure> {
+        let first = self
+            .layers
+            .scan::<Orphans>(KeyRange::prefix(&[]), Direction::Up)?
+            .next();
+        Ok(first.transpose()?.is_some())
+    }
+
+    /// Living sessions.
+    pub fn living_sessions(&self) -> impl Iterator<Item = SessionId> + '_ {
+        self.summary.living.keys().copied()
+    }
+
+    /// How many sessions live.
+    pub fn living_count(&self) -> usize {
+        self.summary.living.len()
+    }
+
+    /// For how long a living session was silent when a leader last looked, in milliseconds; 0: it was not.
+    pub fn silence_ms(&self, session: SessionId) -> u64 {
+        self.summary.silences.get(&session).copied().unwrap_or(0)
+    }
+
+    /// All of them.
+    pub fn silences(&self) -> imbl::OrdMap<SessionId, u64> {
+        self.summary.silences.clone()
+    }
+
+    /// How a session proves itself; `None`: by its number.
+    pub fn session_key(&self, session: SessionId) -> Result<Option<super::SessionKey>, Failure> {
+        Ok(self.layers.get::<super::tables::SessionKeys>(&session)?)
+    }
+}
