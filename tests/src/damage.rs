@@ -46,6 +46,17 @@ pub fn find_bytes(folder: &Path, needle: &[u8]) -> Vec<(PathBuf, u64)> {
     files_below(folder).into_iter().flat_map(find_in).collect()
 }
 
+/// Opens the metadata of a node that is down.
+pub fn open_metadata(path: &Path) -> redb::Database {
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    let file = file.unwrap_or_else(|e| panic!("open {}: {e}", path.display()));
+    let nobody = std::sync::Arc::new(|_: &str| {});
+    let blocks = quorumfs_blocks::BlockFile::open(file, nobody).expect("metadata in blocks");
+    redb::Builder::new()
+        .create_with_backend(blocks)
+        .expect("open the metadata of a node that is down")
+}
+
 /// Changes one byte.
 pub fn flip(path: &Path, offset: u64) {
     let file = OpenOptions::new()

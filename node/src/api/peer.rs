@@ -136,6 +136,30 @@ impl Peer for PeerService {
         }))
     }
 
+    async fn may_renounce(
+        &self,
+        request: Request<wire::MayRenounceRequest>,
+    ) -> Result<Response<wire::MayRenounceResponse>, Status> {
+        let parts = self
+            .node
+            .parts()
+            .ok_or_else(|| Status::unavailable(self.node.not_ready()))?;
+        let request = request.into_inner();
+        let of = ClusterId::from_bytes(&request.cluster_id);
+        if !of.is_some_and(|of| of == parts.cluster || self.node.folder().replaces(of)) {
+            let own = parts.cluster;
+            return Err(Status::failed_precondition(format!(
+                "this node belongs to cluster {own}"
+            )));
+        }
+        let node = member_of(request.node)?.id;
+        let (not_leader, leader) = match parts.roster.may_renounce(node, request.entry).await {
+            Ok(()) => (false, String::new()),
+            Err(error) => (true, leader_of(error)?),
+        };
+        Ok(Response::new(wire::MayRenounceResponse { not_leader, leader }))
+    }
+
     async fn invite(
         &self,
         request: Request<wire::InviteRequest>,

@@ -12,5 +12,6 @@ pub mod leases;
 pub mod membership;
 pub mod metrics;
 pub mod placement;
+pub mod renounce;
 pub mod sessions;
 pub mod space;

@@ -172,6 +172,16 @@ impl LogStore {
         self.0.shared.memory.lock().range()
     }
 
+    /// The id of entry `index`, if it is held.
+    pub fn log_id(&self, index: u64) -> Option<LogId> {
+        self.0.shared.memory.lock().log_id(index)
+    }
+
+    /// The last entry, or the purge mark if there is none.
+    pub fn last_log_id(&self) -> Option<LogId> {
+        self.0.shared.memory.lock().last_log_id()
+    }
+
     /// Entry `index`, if it is held. Blocking.
     pub fn read_entry(&self, index: u64) -> io::Result<Option<Entry>> {
         let found = self.0.shared.memory.lock().read(index..index + 1, u64::MAX);
@@ -277,6 +287,21 @@ impl LogStore {
         }
     }
 
+    /// As [`LogStore::read`]; all of `range` is needed, from its first entry on.
+    async fn read_from_first(&self, range: Range<u64>, bytes_max: u64) -> io::Result<Vec<Entry>> {
+        let wanted = range.start;
+        let first = self.range().start;
+        if wanted < first && !range.is_empty() {
+            return Err(purged_error(wanted, first));
+        }
+        let entries = self.read(range, bytes_max).await?;
+        // It may have been purged meanwhile.
+        match entries.first() {
+            Some(entry) if entry.log_id.index != wanted => Err(purged_error(wanted, entry.log_id.index)),
+            _ => Ok(entries),
+        }
+    }
+
     async fn read(&self, range: Range<u64>, bytes_max: u64) -> io::Result<Vec<Entry>> {
         let found = self.0.shared.memory.lock().read(range, bytes_max);
         if found.iter().all(|held| matches!(held, Held::InMemory(_))) {
@@ -288,6 +313,14 @@ impl LogStore {
             Err(panicked) => Err(io::Error::other(panicked)),
         }
     }
+}
+
+/// Of entries that are purged the log has no answer. One from its first entry on would be taken for theirs.
+fn purged_error(wanted: u64, first: u64) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::NotFound,
+        format!("entry {wanted} of the log was purged; it begins at entry {first}"),
+    )
 }
 
 fn read_held(held: &Held) -> io::Result<Entry> {
@@ -340,7 +373,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
     }
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<Entry>> {
-        self.read(start..end, REPLICATION_BYTES_MAX).await
+        self.read_from_first(start..end, REPLICATION_BYTES_MAX).await
     }
 
     async fn entries_stream<RB>(&mut self, range: RB) -> impl Stream<Item = io::Result<Entry>> + OptionalSend
@@ -354,7 +387,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
                 if left.is_empty() {
                     return None;
                 }
-                match log.read(left.clone(), READ_BYTES_MAX).await {
+                match log.read_from_first(left.clone(), READ_BYTES_MAX).await {
                     Ok(entries) => {
                         let next = entries.last()?.log_id.index + 1;
                         Some((entries.into_iter().map(Ok).collect(), next..left.end))

@@ -126,7 +126,7 @@ impl Consensus {
     }
 
     /// A voter other than this node that has flushed everything committed.
-    fn most_up_to_date_voter(&self) -> Option<VoterId> {
+    pub(super) fn most_up_to_date_voter(&self) -> Option<VoterId> {
         let metrics = self.metrics();
         let voters: Vec<VoterId> = metrics.membership_config.voter_ids().collect();
         let (to, matched) = metrics

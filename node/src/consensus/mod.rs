@@ -16,10 +16,12 @@
 //!
 //! It does not know files or names, of chunks only those that ride inside commands, nor who proposes what and why.
 
+mod aside;
 mod barrier;
 mod commit_only;
 mod error;
 mod fatal;
+mod fit;
 mod flusher;
 mod intake;
 mod log;
@@ -105,6 +107,8 @@ struct Inner {
     /// Whether commands that take space are admitted.
     has_room: AtomicBool,
     meters: Arc<Meters>,
+    /// Whether rows of this node contradict each other.
+    suspects: AtomicBool,
     /// The state at the last entry that asked for a comparison, until somebody takes it.
     audited: Arc<Mutex<Option<View>>>,
     /// One snapshot is received at a time; when some found no room.
@@ -125,8 +129,25 @@ impl Consensus {
         transport: Arc<Transport>,
         effects: mpsc::Sender<AppliedEffects>,
     ) -> Result<Consensus, ConsensusError> {
-        let config = Arc::new(options.raft_config().validate()?);
         let fatal = FatalSignal::default();
+        let raised = fatal.clone();
+        metadata.on_damage(move |fault| drop(raised.raise("read the metadata", fault)));
+        let started = Consensus::start_with(options, metadata, content, transport, effects, fatal.clone());
+        started.await.map_err(|error| match fatal.raised() {
+            Some(raised) if raised.costs_state() => ConsensusError::Metadata(raised),
+            _ => error,
+        })
+    }
+
+    async fn start_with(
+        options: ConsensusOptions,
+        metadata: Arc<MetadataStore>,
+        content: Arc<ContentStore>,
+        transport: Arc<Transport>,
+        effects: mpsc::Sender<AppliedEffects>,
+        fatal: FatalSignal,
+    ) -> Result<Consensus, ConsensusError> {
+        let config = Arc::new(options.raft_config().validate()?);
         let log = {
             let (directory, wal, fatal) = (options.directory.clone(), options.wal.clone(), fatal.clone());
             let open = tokio::task::spawn_blocking(move || LogStore::open(&directory, &wal, fatal));
@@ -139,6 +160,7 @@ impl Consensus {
         if options.had_log && log.is_empty() {
             return Err(ConsensusError::AllLost);
         }
+        fit::fit_log(&log, &durable).await?;
         let age_max = Duration::from_millis(options.flush_age_ms);
         let flusher = {
             let (metadata, log, fatal) = (metadata.clone(), log.clone(), fatal.clone());
@@ -149,10 +171,11 @@ impl Consensus {
         };
         let traffic = SnapshotTraffic::new(options.hold_log_bytes_max);
         let meters = Arc::new(Meters::default());
-        let audited = Arc::default();
+        let (audited, takes_part) = (Arc::default(), Arc::new(AtomicBool::new(false)));
         let outlets = Outlets {
             effects,
             audited: Arc::clone(&audited),
+            takes_part: Arc::clone(&takes_part),
         };
         let machine = StateMachine::new(
             metadata.clone(),
@@ -167,10 +190,8 @@ impl Consensus {
         let network = NetworkFactory::new(id, transport, traffic, fatal.clone());
         let raft = Raft::new(id, config, network.clone(), log.clone(), machine)
             .await
-            .map_err(|error| match fatal.raised() {
-                Some(raised) if raised.is_damaged_metadata() => ConsensusError::Metadata(raised),
-                _ => ConsensusError::Raft(Box::new(error)),
-            })?;
+            .map_err(|error| ConsensusError::Raft(Box::new(error)))?;
+        takes_part.store(true, Ordering::Release);
         let admission_units = u32::try_from(options.admission_bytes_max / ADMISSION_UNIT_BYTES)
             .unwrap_or(u32::MAX)
             .clamp(1, Semaphore::MAX_PERMITS as u32);
@@ -190,6 +211,7 @@ impl Consensus {
             heard_of_leader: Arc::default(),
             has_room: AtomicBool::new(true),
             meters,
+            suspects: AtomicBool::new(false),
             audited,
             receiving: tokio::sync::Mutex::default(),
             options,
@@ -429,11 +451,18 @@ impl Consensus {
         async move { fatal.wait().await }
     }
 
-    /// The metadata could not be read, for `fault`: where it is damaged the node must stop.
-    pub fn unreadable(&self, fault: StorageFault) {
-        if fault.is_damage() {
-            self.0.fatal.raise("read the metadata", fault);
+    /// The metadata could not be read, for `fault`. Where it is damaged the node must stop, and is told so by the store.
+    /// Where rows contradict each other all nodes are to be compared: if it is a fault of the program all have it, and
+    /// then none may throw its state away for it.
+    pub fn unreadable(&self, fault: &StorageFault) {
+        if matches!(fault, StorageFault::Inconsistent { .. }) {
+            self.0.suspects.store(true, Ordering::Release);
         }
+    }
+
+    /// Whether the nodes are to be compared, for what [`Consensus::unreadable`] was told; once.
+    pub fn take_suspicion(&self) -> bool {
+        self.0.suspects.swap(false, Ordering::AcqRel)
     }
 
     /// Takes no part any more; what is queued for the log is written first.

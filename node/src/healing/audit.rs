@@ -36,6 +36,8 @@ const ASK_INTERVAL_MS: u64 = 500;
 const ASK_MS_MAX: u64 = 600_000;
 /// How long one may take to answer: from memory.
 const ANSWER_TIMEOUT_MS: u64 = 2_000;
+/// An audit that is asked for because rows contradict each other is not asked for again before this has passed.
+const SUSPICION_INTERVAL: Duration = Duration::from_secs(60);
 /// The feature level at which audits begin.
 const FEATURE_LEVEL_MIN: u32 = 2;
 
@@ -150,9 +152,16 @@ impl Auditor {
     /// Begins audits where this node leads, and takes part in all, for ever.
     pub async fn run(self: Arc<Self>) {
         tokio::spawn(self.clone().run_comparing());
-        let mut last = Instant::now();
+        let (mut last, mut suspected) = (Instant::now(), None::<Instant>);
         loop {
             tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
+            if self.consensus.take_suspicion()
+                && suspected.is_none_or(|at| at.elapsed() >= SUSPICION_INTERVAL)
+            {
+                suspected = Some(Instant::now());
+                error!("rows of this node's metadata contradict each other: all nodes are compared");
+                self.ask_for_one().await;
+            }
             if !self.consensus.is_leader() || last.elapsed() < self.interval {
                 continue;
             }
@@ -160,6 +169,26 @@ impl Auditor {
             if let Err(error) = self.begin().await {
                 debug!(%error, "no audit this time");
             }
+        }
+    }
+
+    /// Has the leader, whichever node it is, have all compared.
+    async fn ask_for_one(&self) {
+        let begun = match self.consensus.leader() {
+            Some(leader) if leader.id != self.consensus.id() => {
+                let ask = async {
+                    let mut peer = self.transport.member(&leader, Purpose::Control).ok()?;
+                    peer.begin_audit(wire::BeginAuditRequest {}).await.ok()
+                };
+                let limit = Duration::from_millis(ANSWER_TIMEOUT_MS);
+                let answer = tokio::time::timeout(limit, ask).await;
+                matches!(answer, Ok(Some(_)))
+            }
+            Some(_) => self.begin().await.is_ok(),
+            None => false,
+        };
+        if !begun {
+            debug!("no audit could be asked for");
         }
     }
 
@@ -174,7 +203,7 @@ impl Auditor {
                 Ok(Ok(digest)) => digest,
                 Ok(Err(fault)) => {
                     error!(%fault, "the metadata cannot be compared");
-                    self.consensus.unreadable(fault);
+                    self.consensus.unreadable(&fault);
                     continue;
                 }
                 Err(panic) => {

@@ -26,7 +26,9 @@
 //! This part knows nothing of consensus, of content (it names chunks, it never has one), of the network or of async.
 
 mod apply;
+mod check;
 mod command;
+mod database;
 mod digest;
 mod fault;
 mod files;
@@ -42,6 +44,7 @@ mod view;
 mod tests;
 
 pub use apply::{Batch, COMMAND_FREED_EXTENTS_MAX};
+pub use check::{CheckCursor, Checked};
 pub use command::{Applied, CallResult, Effects, FEATURE_LEVEL, InlineChunk, LogBody, LogCommand};
 pub use fault::{Failure, StorageFault};
 pub use names::{ChunkFiles, NamedFile};

@@ -1,0 +1,30 @@
+//! Letting a node go that must give up its state.
+//!
+//! A node that has lost what it had promised, or whose state is damaged, could be made anew from the others; but only if
+//! these are a majority without it. If two of three went at once, nobody could tell any more what was acknowledged, though
+//! what they threw away may have said it. So such a node asks the leader, who lets it go if a quorum in which it does not
+//! count answers from then on. The node stops taking part before it asks for the last time: of two that ask at once at
+//! most one finds the other among those that answer.
+
+use quorumfs_proto::NodeId;
+use tracing::warn;
+
+use super::{Roster, RosterError};
+
+impl Roster {
+    /// Whether `node` may give its state up, which could not be moved on beyond entry `applied`. For the leader.
+    pub async fn may_renounce(&self, node: NodeId, applied: u64) -> Result<(), RosterError> {
+        self.must_lead()?;
+        let _turn = self.renouncing.lock().await;
+        let unavailable = RosterError::Unavailable;
+        let reached = self.metadata.position().index;
+        if reached < applied {
+            return Err(unavailable(format!(
+                "no other node has applied entry {applied} either; the leader is at {reached}"
+            )));
+        }
+        self.consensus.quorum_without(node).await.map_err(unavailable)?;
+        warn!(%node, "a majority lives without this node: it may give its state up");
+        Ok(())
+    }
+}
