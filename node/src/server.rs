@@ -67,8 +67,9 @@ const HTTP_CONNECTIONS_MAX: usize = 1024;
 const TOOK_PART_INTERVAL_MS: u64 = 250;
 
 /// The parts of the data folder that go together: either has promises in it that the other completes.
-const LOG_FOLDER: &str = "wal";
-const METADATA_FILE: &str = "metadata.redb";
+pub const LOG_FOLDER: &str = "wal";
+/// See [`LOG_FOLDER`].
+pub const METADATA_FILE: &str = "metadata.redb";
 
 /// The node cannot go on as it is, but can begin again: in the same process, so that whoever watches over it need not.
 #[derive(Debug, thiserror::Error)]

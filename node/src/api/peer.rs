@@ -100,6 +100,7 @@ impl Peer for PeerService {
             empty: self.node.folder().is_fresh(),
             members: members.into_iter().map(Into::into).collect(),
             feature_level: FEATURE_LEVEL,
+            trouble: self.node.trouble().unwrap_or_default(),
         }))
     }
 

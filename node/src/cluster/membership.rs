@@ -19,7 +19,7 @@ mod renounce;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use quorumfs_proto::{Member, NodeId, wire};
@@ -78,8 +78,8 @@ pub struct Roster {
     transport: Arc<Transport>,
     /// One change by hand at a time, so that two do not each count on what the other takes away.
     changing: tokio::sync::Mutex<()>,
-    /// One node is let go at a time.
-    renouncing: tokio::sync::Mutex<()>,
+    /// Which node was let go last, and when. Locked while one is.
+    renouncing: tokio::sync::Mutex<Option<(NodeId, Instant)>>,
     // Locked to look or to change it, never across an await.
     removal: Mutex<Option<Aim>>,
 }
@@ -98,7 +98,7 @@ impl Roster {
             placement,
             transport,
             changing: tokio::sync::Mutex::new(()),
-            renouncing: tokio::sync::Mutex::new(()),
+            renouncing: tokio::sync::Mutex::default(),
             removal: Mutex::default(),
         })
     }

@@ -27,6 +27,8 @@ impl Consensus {
             }
             tokio::time::sleep(4 * LOOK_INTERVAL).await;
         }
+        // Those that wait for entries that will not be applied here ask the new leader.
+        self.0.barrier.close();
     }
 
     /// Whether this node leads a quorum in which `node` does not count, as it would have to if `node` were gone. Voters

@@ -41,6 +41,10 @@ impl Consensus {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
+            // Such a node keeps its log as it is: see `StateMachine::held_up`.
+            if self.0.fatal.raised().is_some() {
+                continue;
+            }
             self.look_for_room().await;
             self.bound_log(&mut snapshot, &mut purged).await;
             self.hand_on_if_slow(&mut hand_on).await;

@@ -29,6 +29,7 @@ mod maintenance;
 mod meters;
 mod network;
 mod options;
+mod recover;
 mod rescue;
 mod service;
 mod snapshot;
@@ -73,6 +74,7 @@ pub use self::fatal::FatalError;
 pub use self::log::LogStatus;
 pub use self::meters::ConsensusMeasured;
 pub use self::options::{ConsensusOptions, Timings};
+pub use self::recover::Remains;
 pub use self::state_machine::{AppliedEffects, voters_at};
 pub use self::status::{ConsensusStatus, Role};
 pub use self::wal::{WalError, WalOptions};
@@ -297,7 +299,16 @@ impl Consensus {
             drop(admitted);
             written
         });
-        match decided.await {
+        let decided = tokio::select! {
+            decided = decided => decided,
+            // It may be decided, and is not applied here: whoever asks again hears of it from another leader.
+            fatal = self.0.fatal.wait() => {
+                return Err(ProposeError::Unavailable {
+                    reason: format!("this node must stop: {fatal}"),
+                });
+            }
+        };
+        match decided {
             Ok(Ok(response)) => Ok(response.data),
             Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward)))) => {
                 Err(ProposeError::NotLeader {

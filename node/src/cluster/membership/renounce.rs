@@ -6,16 +6,22 @@
 //! count answers from then on. The node stops taking part before it asks for the last time: of two that ask at once at
 //! most one finds the other among those that answer.
 
+use std::time::{Duration, Instant};
+
 use quorumfs_proto::NodeId;
-use tracing::warn;
+use tracing::info;
 
 use super::{Roster, RosterError};
+
+/// Who was let go has so long for itself before another is: two that stop at the same moment both find that a majority
+/// is missing, and both come back for nothing.
+const GOING: Duration = Duration::from_secs(20);
 
 impl Roster {
     /// Whether `node` may give its state up, which could not be moved on beyond entry `applied`. For the leader.
     pub async fn may_renounce(&self, node: NodeId, applied: u64) -> Result<(), RosterError> {
         self.must_lead()?;
-        let _turn = self.renouncing.lock().await;
+        let mut let_go = self.renouncing.lock().await;
         let unavailable = RosterError::Unavailable;
         let reached = self.metadata.position().index;
         if reached < applied {
@@ -23,8 +29,22 @@ impl Roster {
                 "no other node has applied entry {applied} either; the leader is at {reached}"
             )));
         }
+        if let Some((before, at)) = *let_go
+            && before != node
+            && at.elapsed() < GOING
+            && self
+                .consensus
+                .voter_sets()
+                .iter()
+                .any(|voters| voters.contains(&before))
+        {
+            return Err(unavailable(format!(
+                "node {before} is being made anew, one at a time"
+            )));
+        }
         self.consensus.quorum_without(node).await.map_err(unavailable)?;
-        warn!(%node, "a majority lives without this node: it may give its state up");
+        *let_go = Some((node, Instant::now()));
+        info!(%node, "a majority lives without this node: it may give its state up");
         Ok(())
     }
 }

@@ -1,7 +1,9 @@
 //! Tests of the whole part: `against_model` compares random histories with a simple model, `stories` tells of single
-//! rules, `levels` of what is gated and compared, `full_disk` of snapshots without room, `pace` measures.
+//! rules, `levels` of what is gated and compared, `full_disk` of snapshots without room, `damage` of what lies
+//! on the disk otherwise than it was written, `pace` measures.
 
 mod against_model;
+mod damage;
 mod full_disk;
 mod levels;
 mod model;
