@@ -5,10 +5,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use quorumfs_tests::damage::{find_bytes, flip};
+use quorumfs_tests::damage::{find_bytes, flip, try_open_metadata};
 use quorumfs_tests::environment::wait_for;
 use quorumfs_tests::healing::assert_same_metadata;
 use quorumfs_tests::{Cluster, Mount, Random, Sandbox};
+use redb::{ReadableDatabase as _, ReadableTable as _, TableHandle as _};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(90);
@@ -49,8 +50,8 @@ fn assert_tree(mount: &Mount) {
 }
 
 fn incarnation(cluster: &Cluster, slot: usize) -> Option<String> {
-    let status = cluster.status(slot).ok()?;
-    Some(status.node.incarnation)
+    let incarnation = &json(cluster, slot, "/status")["node"]["incarnation"];
+    incarnation.as_str().map(str::to_string)
 }
 
 fn json(cluster: &Cluster, slot: usize, path: &str) -> Value {
@@ -164,15 +165,36 @@ fn p7_a_hundred_flipped_bits_in_the_metadata_are_healed_and_never_seen() {
     flip_bits(100);
 }
 
-/// Damages the block of a node's metadata in which the names of a folder lie.
-fn damage_names(cluster: &Cluster, slot: usize) {
+/// Damages a block of a node's metadata that holds names, and that is not needed to open it.
+fn damage_names(sandbox: &Sandbox, cluster: &Cluster, slot: usize) {
+    const DIRENTS: redb::TableDefinition<&[u8], &[u8]> = redb::TableDefinition::new("dirents");
+    let file = cluster.data_folder(slot).join("metadata.redb");
+    let copy = sandbox.path("copy");
     let places = find_bytes(cluster.data_folder(slot), b"file-0007");
-    let places = places
+    let found = places
         .into_iter()
-        .filter(|(file, _)| file.ends_with("metadata.redb"));
-    let places: Vec<_> = places.collect();
-    assert!(!places.is_empty(), "the names are on disk");
-    places.iter().for_each(|(file, at)| flip(file, *at));
+        .filter(|(found, _)| *found == file)
+        .find(|(_, at)| {
+            std::fs::copy(&file, &copy).expect("copy");
+            flip(&copy, *at);
+            let Ok(database) = try_open_metadata(&copy) else {
+                return false;
+            };
+            let transaction = database.begin_read().expect("read");
+            let readable = transaction.list_tables().expect("tables").all(|table| {
+                table.name() == "dirents" || {
+                    let definition: redb::TableDefinition<&[u8], &[u8]> =
+                        redb::TableDefinition::new(table.name());
+                    let table = transaction.open_table(definition);
+                    table.is_ok_and(|table| table.iter().is_ok_and(|mut rows| rows.all(|row| row.is_ok())))
+                }
+            });
+            let names = transaction.open_table(DIRENTS);
+            readable
+                && names.is_ok_and(|names| names.iter().is_ok_and(|mut rows| rows.any(|row| row.is_err())))
+        });
+    let (_, at) = found.expect("the names are on disk");
+    flip(&file, at);
 }
 
 #[test]
@@ -185,8 +207,8 @@ fn p7_two_nodes_with_damaged_metadata_are_made_anew_one_after_the_other() {
     std::thread::sleep(Duration::from_secs(3));
     let before: Vec<_> = cluster.slots().map(|slot| incarnation(&cluster, slot)).collect();
     cluster.kill_all();
-    damage_names(&cluster, 1);
-    damage_names(&cluster, 3);
+    damage_names(&sandbox, &cluster, 1);
+    damage_names(&sandbox, &cluster, 3);
     let began = Instant::now();
     cluster.start_all();
     assert_tree(&mount);

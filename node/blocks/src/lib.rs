@@ -163,7 +163,8 @@ impl BlockFile {
     /// newer program made it.
     pub fn open(file: File, on_damage: OnDamage) -> io::Result<BlockFile> {
         let bytes = file.metadata()?.len();
-        if layout::logical_bytes(bytes).is_none() {
+        // One that is empty was never finished.
+        if layout::logical_bytes(bytes).is_none_or(|logical| logical == 0) {
             return Err(damaged(&format!("a file of {bytes} bytes was cut or lengthened")));
         }
         match Header::read(&file)? {

@@ -141,10 +141,11 @@ impl Peer for PeerService {
         &self,
         request: Request<wire::MayRenounceRequest>,
     ) -> Result<Response<wire::MayRenounceResponse>, Status> {
+        // Without its reason: nodes that wait for each other would quote each other.
         let parts = self
             .node
             .parts()
-            .ok_or_else(|| Status::unavailable(self.node.not_ready()))?;
+            .ok_or_else(|| Status::unavailable("it takes no part itself"))?;
         let request = request.into_inner();
         let of = ClusterId::from_bytes(&request.cluster_id);
         if !of.is_some_and(|of| of == parts.cluster || self.node.folder().replaces(of)) {

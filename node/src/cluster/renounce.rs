@@ -22,6 +22,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(6);
 /// How long the consensus may take to stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+/// A reason to wait that has changed is logged no sooner after the one before.
+const SAY_INTERVAL: Duration = Duration::from_secs(60);
 /// Nodes asked in one round.
 const ASKED_MAX: usize = 16;
 
@@ -96,12 +98,18 @@ impl Renouncing<'_> {
         tell(format!(
             "{trouble}; this node asks the others to let it be made anew"
         ));
-        if let Some(consensus) = &self.consensus {
+        let mut part = self.consensus.as_ref();
+        if let Some(consensus) = part {
             consensus.step_aside().await;
+            // Where nobody can take over as it is, the others elect one without it.
+            if consensus.is_leader() {
+                stop(consensus).await;
+                part = None;
+            }
         }
-        let mut told = String::new();
+        let mut told: Option<(String, tokio::time::Instant)> = None;
         loop {
-            match (self.ask().await, &self.consensus) {
+            match (self.ask().await, part) {
                 (Ok(()), None) => return Leave::Granted,
                 (Ok(()), Some(consensus)) => return self.stop_and_confirm(consensus).await,
                 (Err(refusal), _) => {
@@ -109,9 +117,12 @@ impl Renouncing<'_> {
                         "{trouble}; this node keeps what it has until a majority lives without it: {refusal}. If a \
                          majority is lost for good, see `quorumfs-node recover --help`"
                     );
-                    if refusal != told {
+                    let is_news = told
+                        .as_ref()
+                        .is_none_or(|(before, at)| *before != refusal && at.elapsed() > SAY_INTERVAL);
+                    if is_news {
                         warn!("{waits}");
-                        told = refusal;
+                        told = Some((refusal, tokio::time::Instant::now()));
                     }
                     tell(waits);
                 }
@@ -121,8 +132,7 @@ impl Renouncing<'_> {
     }
 
     async fn stop_and_confirm(&self, consensus: &Consensus) -> Leave {
-        // Where applying waits for ever this does too; messages are answered no more all the same.
-        let _ = tokio::time::timeout(STOP_TIMEOUT, consensus.shutdown()).await;
+        stop(consensus).await;
         let began = tokio::time::Instant::now();
         loop {
             match self.ask().await {
@@ -191,4 +201,10 @@ impl Renouncing<'_> {
             .await
             .unwrap_or_else(|_| Err(format!("no answer within {} s", ANSWER_TIMEOUT.as_secs())))
     }
+}
+
+/// Takes no part any more.
+async fn stop(consensus: &Consensus) {
+    // Where applying waits for ever this does too; messages are answered no more all the same.
+    let _ = tokio::time::timeout(STOP_TIMEOUT, consensus.shutdown()).await;
 }

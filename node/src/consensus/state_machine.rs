@@ -229,6 +229,8 @@ impl StateMachine {
     /// until it is let go, so that others that fail at the same time can be healed: then applying waits, and openraft
     /// does not hear of it. Whoever runs the node does ([`FatalSignal`]), and sees to it that the node does not lead.
     async fn held_up<T>(&self, error: FatalError) -> io::Result<T> {
+        // What failed first says what is lost; what fails after it may only say that something failed before.
+        let error = self.fatal.raised().unwrap_or(error);
         if error.costs_state() && self.outlets.takes_part.load(Ordering::Acquire) {
             return std::future::pending().await;
         }

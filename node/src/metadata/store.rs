@@ -148,11 +148,11 @@ fn read_meta(layers: &Layers) -> Result<MetaRecord, StorageFault> {
         Some(found) => {
             return Err(StorageFault::UnknownFormat { found, known: FORMAT });
         }
-        None => return Err(StorageFault::inconsistent("no format is noted")),
+        None => return Err(StorageFault::damaged("no format is noted")),
     }
     layers
         .get::<Meta>(&())?
-        .ok_or_else(|| StorageFault::inconsistent("no position is noted"))
+        .ok_or_else(|| StorageFault::damaged("no position is noted"))
 }
 
 /// What views are made of; see the module's invariants.

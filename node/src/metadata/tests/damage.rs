@@ -5,38 +5,39 @@ use std::path::Path;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use quorumfs_proto::{SessionId, Timestamp};
+use quorumfs_proto::command::NewKind;
+use quorumfs_proto::{InodeNumber, Name};
 
+use super::support::{Node, create, name};
 use crate::metadata::database::{DamageSignal, Database};
 use crate::metadata::tables::Table;
-use crate::metadata::{LogBody, LogCommand, MetadataOptions, MetadataStore, Position, StorageFault};
+use crate::metadata::{Failure, MetadataOptions, MetadataStore, StorageFault};
 
-const SESSIONS: u64 = 3_000;
+const FILES: u64 = 3_000;
 
 fn open(path: &Path) -> Result<MetadataStore, StorageFault> {
     MetadataStore::open(path, MetadataOptions::default())
 }
 
+fn name_of(file: u64) -> Name {
+    name(&format!("file {file} {}", "x".repeat(100)))
+}
+
 /// A state of some hundred blocks, durable.
 fn make(path: &Path) {
-    let store = open(path).unwrap();
-    let mut batch = store.begin();
-    for session in 1..=SESSIONS {
-        let command = LogCommand {
-            stamp: Timestamp::default(),
-            body: LogBody::OpenSession {
-                session: SessionId(session),
-                description: format!("mount {session} at {}", "x".repeat(100)),
-            },
-        };
-        batch.apply(session, &command).unwrap();
+    let mut node = Node::with_sessions(1);
+    for file in 1..=FILES {
+        node.entry(create(
+            InodeNumber::ROOT,
+            std::str::from_utf8(name_of(file).as_bytes()).unwrap(),
+            NewKind::File,
+        ));
     }
-    batch.publish(Position {
-        index: SESSIONS,
-        ..Position::default()
-    });
-    store.freeze();
-    store.flush().unwrap();
+    node.store.freeze();
+    node.store.flush().unwrap();
+    let Node { folder, store, .. } = node;
+    drop(store);
+    std::fs::copy(folder.path().join("metadata.redb"), path).unwrap();
 }
 
 fn check_all(store: &MetadataStore) -> Result<u64, StorageFault> {
@@ -57,7 +58,7 @@ fn damage_is_told_whoever_meets_it_and_never_answered() {
     let (sound, path) = (folder.path().join("sound"), folder.path().join("metadata.redb"));
     make(&sound);
     let rows = check_all(&open(&sound).unwrap()).unwrap();
-    assert!(rows > SESSIONS);
+    assert!(rows > 2 * FILES);
     let bytes = sound.metadata().unwrap().len();
     let (mut at_open, mut later) = (0, 0);
     for at in (20..bytes).step_by(bytes as usize / 150) {
@@ -82,11 +83,12 @@ fn damage_is_told_whoever_meets_it_and_never_answered() {
         let hears = told.clone();
         store.on_damage(move |fault| hears.lock().push(fault));
         let view = store.view().unwrap();
-        let read = (1..=SESSIONS).find_map(|session| match view.session(SessionId(session)) {
-            Ok(Some(_)) => None,
-            Ok(None) => panic!("byte {at}: session {session} has vanished"),
-            Err(fault) => Some(fault),
-        });
+        let looked_up = |file: u64| match view.lookup(InodeNumber::ROOT, &name_of(file)) {
+            Ok(_) => None,
+            Err(Failure::Verdict(verdict)) => panic!("byte {at}: file {file}: {verdict}"),
+            Err(Failure::Fault(fault)) => Some(fault),
+        };
+        let read = (1..=FILES).find_map(looked_up);
         let checked = check_all(&store);
         if let Ok(found) = &checked {
             assert_eq!(*found, rows, "byte {at}");
@@ -122,7 +124,7 @@ fn a_database_of_an_earlier_version_is_taken_over_if_it_is_in_order() {
 
     for _ in 0..2 {
         let taken_over = open(&plain).unwrap();
-        assert_eq!(taken_over.position().index, SESSIONS);
+        assert_eq!(taken_over.position().index, FILES + 1);
         assert_eq!(taken_over.view().unwrap().digest(|| ()).unwrap(), digest);
         drop(taken_over);
         assert!(!std::fs::read(&plain).unwrap().starts_with(b"redb"));
@@ -130,7 +132,7 @@ fn a_database_of_an_earlier_version_is_taken_over_if_it_is_in_order() {
 
     // What is damaged does not get checksums that are right.
     let mut bytes = std::fs::read(&damaged).unwrap();
-    let needle = format!("mount {}", SESSIONS / 2);
+    let needle = format!("file {} ", FILES / 2);
     let places: Vec<usize> = bytes
         .windows(needle.len())
         .enumerate()
