@@ -208,6 +208,22 @@ pub struct Config {
     pub metrics_summary_s: u64,
 }
 
+/// Makes one node that is down go on alone, as a new cluster, where a majority is lost for good.
+///
+/// The last resort: what other nodes acknowledged and this one does not have is gone for good. Give it the flags that the
+/// node is started with. Without --accept-loss it only looks: ask each node that is left, and take the one with the
+/// newest last entry. It refuses where a majority lives.
+#[derive(Debug, Parser)]
+#[command(name = "quorumfs-node recover", version, max_term_width = 110)]
+pub struct RecoverSettings {
+    /// Do it, knowing what may be missing
+    #[arg(long)]
+    pub accept_loss: bool,
+    /// As the node is started
+    #[command(flatten)]
+    pub node: Settings,
+}
+
 impl Settings {
     /// Adds the file's settings where neither flag nor environment spoke, and checks the whole.
     pub fn resolve(self) -> Result<Config, ConfigError> {

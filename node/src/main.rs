@@ -1,5 +1,6 @@
 //! `quorumfs-node`: arguments, logging, signals.
 
+use std::ffi::OsString;
 use std::os::unix::process::CommandExt as _;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -7,7 +8,8 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Parser as _;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use quorumfs_node::config::{Config, Settings};
+use quorumfs_node::cluster::recover::{Consent, recover};
+use quorumfs_node::config::{Config, ConfigError, RecoverSettings, Settings};
 use quorumfs_node::logging::Limited;
 use quorumfs_node::server::{self, StartAgain};
 use tokio::net::TcpListener;
@@ -19,16 +21,21 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 /// The exit code for settings that cannot be (EX_USAGE of sysexits.h, as clap's own 2 is for unknown flags).
 const EXIT_USAGE: u8 = 2;
 
+/// The first argument that makes this program the last resort instead of a node.
+const RECOVER: &str = "recover";
+
 /// How long tasks may take to end, once all that matters has.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 
 fn main() -> ExitCode {
-    let config = match Settings::parse().resolve() {
+    let mut arguments: Vec<OsString> = std::env::args_os().collect();
+    if arguments.get(1).is_some_and(|first| first == RECOVER) {
+        arguments.remove(1);
+        return recover_by_hand(RecoverSettings::parse_from(arguments));
+    }
+    let config = match Settings::parse_from(arguments).resolve() {
         Ok(config) => config,
-        Err(error) => {
-            eprintln!("quorumfs-node: {error}");
-            return ExitCode::from(EXIT_USAGE);
-        }
+        Err(error) => return usage(&error),
     };
     tracing_subscriber::registry()
         .with(tracing_subscriber::EnvFilter::new(&config.log))
@@ -50,6 +57,42 @@ fn main() -> ExitCode {
         Err(failed) => {
             error!("{failed:#}");
             eprintln!("quorumfs-node: {failed:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn usage(error: &ConfigError) -> ExitCode {
+    eprintln!("quorumfs-node: {error}");
+    ExitCode::from(EXIT_USAGE)
+}
+
+/// `quorumfs-node recover`: see [`RecoverSettings`].
+fn recover_by_hand(settings: RecoverSettings) -> ExitCode {
+    let config = match settings.node.resolve() {
+        Ok(config) => config,
+        Err(error) => return usage(&error),
+    };
+    let consent = match settings.accept_loss {
+        true => Consent::AcceptLoss,
+        false => Consent::Look,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let done = runtime.context("start the runtime").and_then(|runtime| {
+        runtime.block_on(recover(
+            &config,
+            server::LOG_FOLDER,
+            server::METADATA_FILE,
+            consent,
+        ))
+    });
+    match done {
+        Ok(report) => {
+            print!("{report}");
+            ExitCode::SUCCESS
+        }
+        Err(refused) => {
+            eprintln!("quorumfs-node recover: {refused:#}");
             ExitCode::FAILURE
         }
     }

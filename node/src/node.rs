@@ -4,6 +4,7 @@
 
 use std::sync::{Arc, OnceLock};
 
+use parking_lot::Mutex;
 use quorumfs_proto::{ClusterId, Member};
 
 use crate::cluster::bootstrap::{Invitation, WaitReason};
@@ -31,6 +32,8 @@ pub struct Node {
     own: Member,
     folder: DataFolder,
     waiting_for: WaitReason,
+    /// What is wrong with it, while it waits to be made anew.
+    trouble: Mutex<Option<String>>,
     invitation: Invitation,
     metrics: Arc<Metrics>,
     parts: OnceLock<Parts>,
@@ -81,6 +84,7 @@ impl Node {
             own,
             folder,
             waiting_for: WaitReason::default(),
+            trouble: Mutex::default(),
             invitation: Invitation::default(),
             metrics: Arc::default(),
             parts: OnceLock::new(),
@@ -94,7 +98,17 @@ impl Node {
 
     /// What its administrator should know although it has begun.
     pub fn warning(&self) -> Option<String> {
-        self.waiting_for.lock().clone()
+        self.trouble().or_else(|| self.waiting_for.lock().clone())
+    }
+
+    /// What is wrong with its state, if it cannot be relied on.
+    pub fn trouble(&self) -> Option<String> {
+        self.trouble.lock().clone()
+    }
+
+    /// Its state cannot be relied on from now on.
+    pub fn set_trouble(&self, trouble: String) {
+        *self.trouble.lock() = Some(trouble);
     }
 
     /// Its data folder.
@@ -134,9 +148,7 @@ impl Node {
 
     /// Why there are no parts yet, in words.
     pub fn not_ready(&self) -> String {
-        self.waiting_for
-            .lock()
-            .clone()
+        self.warning()
             .unwrap_or_else(|| "the node is starting".to_string())
     }
 }

@@ -54,7 +54,7 @@ impl Reader {
             Err(fault) => {
                 error!(%fault, "metadata cannot be read");
                 let reason = fault.to_string();
-                self.consensus.unreadable(fault);
+                self.consensus.unreadable(&fault);
                 CallReply::Refused(Refusal::Unavailable { reason })
             }
         }

@@ -36,11 +36,12 @@ use crate::cluster::leases::Leases;
 use crate::cluster::membership::Roster;
 use crate::cluster::metrics::kinds::REST_DESCRIPTION;
 use crate::cluster::placement::Placement;
+use crate::cluster::renounce::{Leave, Renounced, Renouncing};
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::cluster::{credential, features};
 use crate::config::Config;
-use crate::consensus::{AppliedEffects, Consensus, ConsensusError, ConsensusOptions};
+use crate::consensus::{AppliedEffects, Consensus, ConsensusError, ConsensusOptions, FatalError};
 use crate::content::{ContentOptions, ContentStore, PeerChunks, Stopped};
 use crate::healing::audit::Auditor;
 use crate::healing::recovery::Recovery;
@@ -72,8 +73,9 @@ const HTTP_CONNECTIONS_MAX: usize = 1024;
 const TOOK_PART_INTERVAL_MS: u64 = 250;
 
 /// The parts of the data folder that go together: either has promises in it that the other completes.
-const LOG_FOLDER: &str = "wal";
-const METADATA_FILE: &str = "metadata.redb";
+pub const LOG_FOLDER: &str = "wal";
+/// See [`LOG_FOLDER`].
+pub const METADATA_FILE: &str = "metadata.redb";
 
 /// The node cannot go on as it is, but can begin again: in the same process, so that whoever watches over it need not.
 #[derive(Debug, thiserror::Error)]
@@ -82,29 +84,12 @@ pub enum StartAgain {
     /// a new incarnation: it asks its cluster to take it in, with the content that it kept.
     #[error(transparent)]
     AsNew(#[from] Renounced),
+    /// It could not be made anew after all: others failed at the same time.
+    #[error("{0}; the node starts again as it was")]
+    AsItWas(String),
     /// Content was taken away under it. It is who it was, and fetches what it lacks.
     #[error("{0}; the node starts again with what is left")]
     WithLessContent(Stopped),
-}
-
-/// Why the node gives its incarnation up.
-#[derive(Debug, thiserror::Error)]
-pub enum Renounced {
-    /// The log is damaged or gone.
-    #[error("{0}; what is left was set aside, and the node takes part as a new one")]
-    Log(ConsensusError),
-    /// The metadata is damaged.
-    #[error("{0}; the metadata was set aside, and the node takes part as a new one")]
-    Metadata(String),
-    /// A majority has other metadata.
-    #[error(
-        "the metadata at entry {index} differs from that of a majority; it was set aside, and the node takes part as a \
-         new one"
-    )]
-    State {
-        /// Where they were compared.
-        index: u64,
-    },
 }
 
 /// Runs a node on these listeners until `shutdown` is done, or until it must stop because its disk failed.
@@ -152,7 +137,12 @@ pub async fn serve(
     ));
 
     tokio::pin!(shutdown);
-    let run = run_parts(&config, &node, &transport, client_tls, client);
+    let run = async {
+        match run_parts(&config, &node, &transport, client_tls, client).await {
+            Err(error) => Err(may_start_again(&config, &node, &transport, error).await),
+            ended => ended,
+        }
+    };
     let result = tokio::select! {
         () = &mut shutdown => {
             info!("stopping");
@@ -181,6 +171,35 @@ pub async fn serve(
         .await;
     }
     result
+}
+
+/// What ended the node, once it may start again where that is what it asks for: before it gives anything up it makes sure
+/// that others have it.
+async fn may_start_again(
+    config: &Config,
+    node: &Node,
+    transport: &Transport,
+    error: anyhow::Error,
+) -> anyhow::Error {
+    let Some(StartAgain::AsNew(why)) = error.downcast_ref() else {
+        return error;
+    };
+    // Who has bound no cluster has promised nothing.
+    let Some(membership) = node.membership() else {
+        return error;
+    };
+    let renouncing = Renouncing {
+        config,
+        own: node.own(),
+        cluster: membership.cluster,
+        transport,
+        consensus: node.parts().map(|parts| parts.consensus.clone()),
+        why,
+    };
+    match renouncing.wait(|waits| node.set_trouble(waits)).await {
+        Leave::Granted => error,
+        Leave::Withdrawn(reason) => StartAgain::AsItWas(reason).into(),
+    }
 }
 
 /// Finds the cluster, opens the state, joins the parts; returns only when the node must stop.
@@ -213,7 +232,11 @@ async fn run_parts(
     });
     let (metadata, content) = match opened.await.context("open the data folder")? {
         Err(error) if is_damaged_metadata(&error) && has_others(config) => {
-            return Err(StartAgain::AsNew(Renounced::Metadata(format!("{error:#}"))).into());
+            return Err(StartAgain::AsNew(Renounced::Metadata {
+                reason: format!("{error:#}"),
+                entry: None,
+            })
+            .into());
         }
         opened => opened?,
     };
@@ -236,6 +259,7 @@ async fn run_parts(
     .await;
     let consensus = match consensus {
         Ok(consensus) => consensus,
+        Err(ConsensusError::Metadata(fatal)) if has_others(config) => return Err(lost_state(&fatal).into()),
         Err(error) if error.costs_incarnation() && has_others(config) => {
             return Err(StartAgain::AsNew(Renounced::Log(error)).into());
         }
@@ -354,6 +378,7 @@ async fn run_parts(
     tokio::spawn(health.clone().run());
     tokio::spawn(recovery.clone().run());
     tokio::spawn(repair.clone().run());
+    tokio::spawn(repair.clone().run_metadata_checks());
     tokio::spawn(auditor.clone().run());
     tokio::spawn(sweeper.clone().run());
     tokio::spawn(hand_on_effects(applied, recovery.clone(), sweeper.clone()));
@@ -391,8 +416,8 @@ async fn run_parts(
     // A failed flush is never retried: what the disk holds is not known any more (design, Rule flush).
     let reason = tokio::select! {
         reason = consensus_fault.fatal() => {
-            if reason.is_damaged_metadata() && has_others(config) {
-                return Err(StartAgain::AsNew(Renounced::Metadata(reason.to_string())).into());
+            if reason.costs_state() && has_others(config) {
+                return Err(lost_state(&reason).into());
             }
             reason.to_string()
         }
@@ -406,6 +431,13 @@ async fn run_parts(
         return Err(StartAgain::WithLessContent(stopped).into());
     }
     anyhow::bail!("the node stops because its disk failed: {reason}")
+}
+
+fn lost_state(fatal: &FatalError) -> StartAgain {
+    StartAgain::AsNew(Renounced::Metadata {
+        reason: fatal.to_string(),
+        entry: fatal.entry,
+    })
 }
 
 /// Whether there are nodes from which what is lost here can be had.

@@ -46,6 +46,20 @@ pub fn find_bytes(folder: &Path, needle: &[u8]) -> Vec<(PathBuf, u64)> {
     files_below(folder).into_iter().flat_map(find_in).collect()
 }
 
+/// Opens the metadata of a node that is down.
+pub fn open_metadata(path: &Path) -> redb::Database {
+    try_open_metadata(path).expect("open the metadata of a node that is down")
+}
+
+/// As [`open_metadata`], where they may be damaged.
+pub fn try_open_metadata(path: &Path) -> Result<redb::Database, redb::DatabaseError> {
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    let file = file.unwrap_or_else(|e| panic!("open {}: {e}", path.display()));
+    let nobody = std::sync::Arc::new(|_: &str| {});
+    let blocks = quorumfs_blocks::BlockFile::open(file, nobody).map_err(redb::StorageError::Io)?;
+    redb::Builder::new().create_with_backend(blocks)
+}
+
 /// Changes one byte.
 pub fn flip(path: &Path, offset: u64) {
     let file = OpenOptions::new()

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use quorumfs_tests::damage::open_metadata;
 use quorumfs_tests::environment::wait_for;
 use quorumfs_tests::healing::assert_same_metadata;
 use quorumfs_tests::{Cluster, Sandbox};
@@ -13,7 +14,7 @@ const DIRENTS: redb::TableDefinition<&[u8], &[u8]> = redb::TableDefinition::new(
 
 /// Takes a row out of a node's names, as no apply would. False: it is not on disk yet.
 fn forget_name(database: &Path, name: &str) -> bool {
-    let database = redb::Database::open(database).expect("open the metadata of a node that is down");
+    let database = open_metadata(database);
     let is_it = |key: &[u8]| key.ends_with(name.as_bytes());
     let found = {
         let transaction = database.begin_read().expect("read");

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use quorumfs_proto::wire;
 use quorumfs_proto::wire::peer_client::PeerClient;
+use quorumfs_tests::damage::open_metadata;
 use quorumfs_tests::environment::wait_for;
 use quorumfs_tests::healing::assert_same_metadata;
 use quorumfs_tests::{Cluster, Sandbox};
@@ -16,7 +17,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 /// Changes a bit of the row's checksum. False: it is not on disk yet.
 fn damage_row(database: &Path, table: &str, is_it: impl Fn(&[u8]) -> bool) -> bool {
-    let database = redb::Database::open(database).expect("open the metadata of a node that is down");
+    let database = open_metadata(database);
     let definition: redb::TableDefinition<&[u8], &[u8]> = redb::TableDefinition::new(table);
     let transaction = database.begin_write().expect("write");
     let damaged = {

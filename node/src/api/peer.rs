@@ -99,6 +99,7 @@ impl Peer for PeerService {
             empty: self.node.folder().is_fresh(),
             members: members.into_iter().map(Into::into).collect(),
             feature_level: FEATURE_LEVEL,
+            trouble: self.node.trouble().unwrap_or_default(),
         }))
     }
 
@@ -130,6 +131,31 @@ impl Peer for PeerService {
             cluster_id: Bytes::copy_from_slice(&parts.cluster.0),
             members: members.into_iter().map(Into::into).collect(),
         }))
+    }
+
+    async fn may_renounce(
+        &self,
+        request: Request<wire::MayRenounceRequest>,
+    ) -> Result<Response<wire::MayRenounceResponse>, Status> {
+        // Without its reason: nodes that wait for each other would quote each other.
+        let parts = self
+            .node
+            .parts()
+            .ok_or_else(|| Status::unavailable("it takes no part itself"))?;
+        let request = request.into_inner();
+        let of = ClusterId::from_bytes(&request.cluster_id);
+        if !of.is_some_and(|of| of == parts.cluster || self.node.folder().replaces(of)) {
+            let own = parts.cluster;
+            return Err(Status::failed_precondition(format!(
+                "this node belongs to cluster {own}"
+            )));
+        }
+        let node = member_of(request.node)?.id;
+        let (not_leader, leader) = match parts.roster.may_renounce(node, request.entry).await {
+            Ok(()) => (false, String::new()),
+            Err(error) => (true, leader_of(error)?),
+        };
+        Ok(Response::new(wire::MayRenounceResponse { not_leader, leader }))
     }
 
     async fn invite(

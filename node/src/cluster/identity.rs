@@ -15,7 +15,10 @@ use quorumfs_proto::{Addresses, ClusterId, Member, NodeId};
 use serde::{Deserialize, Serialize};
 
 /// The version of the folder's layout.
-const FOLDER_VERSION: u32 = 1;
+const FOLDER_VERSION: u32 = 2;
+/// The oldest version that is taken over: its metadata lie in a plain file of redb (version 2 has them in blocks with
+/// checksums, which a program of version 1 would take for damage).
+const FOLDER_VERSION_MIN: u32 = 1;
 const IDENTITY_FILE: &str = "identity.toml";
 const LOCK_FILE: &str = "lock";
 
@@ -75,6 +78,9 @@ struct IdentityFile {
     /// What the incarnation before left behind and is not set aside yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     leaves_behind: Option<Remains>,
+    /// Clusters that lost their majority and that this one was made of by hand.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    replaces: Vec<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     members: Vec<MemberEntry>,
 }
@@ -96,7 +102,10 @@ struct Identity {
     reborn: bool,
     took_part: bool,
     leaves_behind: Option<Remains>,
+    replaces: Vec<ClusterId>,
     membership: Option<Membership>,
+    /// The version of the file that it was read from.
+    version: u32,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -178,8 +187,13 @@ impl DataFolder {
                 wanted: slot,
             });
         }
-        if let Some(remains) = identity.leaves_behind.take() {
-            set_aside(path, &remains)?;
+        let remains = identity.leaves_behind.take();
+        if let Some(remains) = &remains {
+            set_aside(path, remains)?;
+        }
+        // Before anything else is changed: from then on no older program misreads it.
+        if remains.is_some() || identity.version != FOLDER_VERSION {
+            identity.version = FOLDER_VERSION;
             write(path, &identity).map_err(io("write identity in", path))?;
         }
         Ok(DataFolder {
@@ -243,6 +257,23 @@ impl DataFolder {
         self.identity.lock().membership.clone()
     }
 
+    /// Whether its cluster was made of `cluster` by hand, when that had lost its majority.
+    pub fn replaces(&self, cluster: ClusterId) -> bool {
+        self.identity.lock().replaces.contains(&cluster)
+    }
+
+    /// Belongs to `cluster` from now on, instead of the one it belonged to, which has lost its majority. Durable.
+    pub fn replace(&self, cluster: ClusterId) -> Result<(), IdentityError> {
+        self.change(|identity| {
+            let next = Membership {
+                cluster,
+                founders: Vec::new(),
+            };
+            let before = identity.membership.replace(next);
+            identity.replaces.extend(before.map(|before| before.cluster));
+        })
+    }
+
     /// Binds the folder to a cluster for ever, durably.
     pub fn bind(&self, membership: Membership) -> Result<(), IdentityError> {
         self.change(|identity| identity.membership = Some(membership))
@@ -271,7 +302,9 @@ impl Identity {
             reborn: false,
             took_part: false,
             leaves_behind: None,
+            replaces: Vec::new(),
             membership: None,
+            version: FOLDER_VERSION,
         }
     }
 }
@@ -315,6 +348,7 @@ fn write(folder: &Path, identity: &Identity) -> std::io::Result<()> {
         reborn: identity.reborn,
         took_part: identity.took_part,
         leaves_behind: identity.leaves_behind.clone(),
+        replaces: identity.replaces.iter().map(ClusterId::to_string).collect(),
         cluster: membership.map(|m| m.cluster.to_string()),
         members: membership
             .map(|m| m.founders.iter().map(entry_of).collect())
@@ -340,12 +374,15 @@ fn entry_of(member: &Member) -> MemberEntry {
 
 fn parse(text: &str) -> Result<Identity, String> {
     let file: IdentityFile = toml::from_str(text).map_err(|e| e.to_string())?;
-    if file.version != FOLDER_VERSION {
+    if !(FOLDER_VERSION_MIN..=FOLDER_VERSION).contains(&file.version) {
         return Err(format!(
-            "folder version {} is not known; this program knows {FOLDER_VERSION}",
+            "folder version {} is not known; this program knows {FOLDER_VERSION_MIN} to {FOLDER_VERSION}",
             file.version
         ));
     }
+    let cluster_of = |text: &String| {
+        ClusterId::from_hex(text).ok_or_else(|| format!("cluster {text:?} is not 32 hex digits"))
+    };
     let number = |text: &str| u64::from_str_radix(text, 16).map_err(|e| format!("incarnation {text:?}: {e}"));
     let id = NodeId {
         slot: file.slot,
@@ -356,13 +393,14 @@ fn parse(text: &str) -> Result<Identity, String> {
         reborn: file.reborn,
         took_part: file.took_part,
         leaves_behind: file.leaves_behind,
+        replaces: file.replaces.iter().map(cluster_of).collect::<Result<_, _>>()?,
         membership: None,
+        version: file.version,
     };
     let Some(cluster) = file.cluster else {
         return Ok(identity);
     };
-    let cluster =
-        ClusterId::from_hex(&cluster).ok_or_else(|| format!("cluster {cluster:?} is not 32 hex digits"))?;
+    let cluster = cluster_of(&cluster)?;
     let mut founders = Vec::new();
     for entry in file.members {
         founders.push(Member {

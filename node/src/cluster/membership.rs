@@ -10,15 +10,16 @@
 //! before; openraft lets one change happen at a time. Only the leader does any of it; what it began the
 //! next leader finds in the membership and goes on with.
 //!
-//! [`removal`] takes nodes out.
+//! [`removal`] takes nodes out, [`renounce`] lets one go that must be made anew.
 //!
 //! Knows nothing of how a node finds out what it holds.
 
 mod removal;
+mod renounce;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use quorumfs_proto::{Member, NodeId, wire};
@@ -77,6 +78,8 @@ pub struct Roster {
     transport: Arc<Transport>,
     /// One change by hand at a time, so that two do not each count on what the other takes away.
     changing: tokio::sync::Mutex<()>,
+    /// Which node was let go last, and when. Locked while one is.
+    renouncing: tokio::sync::Mutex<Option<(NodeId, Instant)>>,
     // Locked to look or to change it, never across an await.
     removal: Mutex<Option<Aim>>,
 }
@@ -95,6 +98,7 @@ impl Roster {
             placement,
             transport,
             changing: tokio::sync::Mutex::new(()),
+            renouncing: tokio::sync::Mutex::default(),
             removal: Mutex::default(),
         })
     }

@@ -14,5 +14,7 @@ pub mod leases;
 pub mod membership;
 pub mod metrics;
 pub mod placement;
+pub mod recover;
+pub mod renounce;
 pub mod sessions;
 pub mod space;

@@ -23,6 +23,25 @@ pub enum ConsensusError {
         /// The last applied entry.
         index: u64,
     },
+    /// Entries between the metadata and the log are missing.
+    #[error("the metadata needs entry {next} next, and the log begins at entry {first}")]
+    Hole {
+        /// The first entry that was not applied.
+        next: u64,
+        /// The first that the log holds.
+        first: u64,
+    },
+    /// The metadata and the log tell two different stories, and the log's is newer.
+    #[error("the log has entry {logged} where entry {applied} was applied")]
+    Contradiction {
+        /// The log's.
+        logged: String,
+        /// The metadata's.
+        applied: String,
+    },
+    /// The log could not be cut behind a snapshot.
+    #[error("cut the log behind a snapshot: {0}")]
+    Fit(std::io::Error),
     /// The metadata is damaged, as entries of the log show that were to be applied again. It costs the node its
     /// incarnation.
     #[error(transparent)]
@@ -48,7 +67,11 @@ impl ConsensusError {
     /// Whether the node has forgotten what it promised, or made of it, so that it must not take part as whom it was.
     pub fn costs_incarnation(&self) -> bool {
         match self {
-            ConsensusError::LogLost { .. } | ConsensusError::AllLost | ConsensusError::Metadata(_) => true,
+            ConsensusError::LogLost { .. }
+            | ConsensusError::AllLost
+            | ConsensusError::Hole { .. }
+            | ConsensusError::Contradiction { .. }
+            | ConsensusError::Metadata(_) => true,
             ConsensusError::Log(error) => matches!(
                 error,
                 WalError::DamagedBelowWatermark { .. }

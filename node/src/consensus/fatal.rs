@@ -19,13 +19,16 @@ pub struct FatalError {
     pub doing: &'static str,
     /// What came of it.
     pub source: Arc<dyn Error + Send + Sync>,
+    /// The log entry that could not be applied, if it is that.
+    pub entry: Option<u64>,
 }
 
 impl FatalError {
-    /// Whether it is that the metadata on this node's disk is damaged, which the node can make anew.
-    pub fn is_damaged_metadata(&self) -> bool {
+    /// Whether this node's state cannot be gone on from, while the log, and with it its vote, is in order: the metadata
+    /// is damaged, or an entry cannot be applied to it. The node can make the state anew, if others have it.
+    pub fn costs_state(&self) -> bool {
         let fault = self.source.downcast_ref::<StorageFault>();
-        fault.is_some_and(StorageFault::is_damage)
+        fault.is_some_and(|fault| fault.is_damage() || matches!(fault, StorageFault::Inconsistent { .. }))
     }
 }
 
@@ -54,10 +57,25 @@ impl Default for FatalSignal {
 impl FatalSignal {
     /// The node must stop, for this reason.
     pub fn raise(&self, doing: &'static str, source: impl Into<Box<dyn Error + Send + Sync>>) -> FatalError {
-        let error = FatalError {
+        self.raise_error(FatalError {
             doing,
             source: Arc::from(source.into()),
-        };
+            entry: None,
+        })
+    }
+
+    /// Entry `entry` cannot be applied, for `fault`.
+    pub fn raise_at(&self, entry: u64, fault: StorageFault) -> FatalError {
+        // What is damaged cannot be right elsewhere; a contradiction can be the program's fault, there too.
+        let is_damage = fault.is_damage();
+        self.raise_error(FatalError {
+            doing: "apply a command",
+            source: Arc::new(fault),
+            entry: (!is_damage).then_some(entry),
+        })
+    }
+
+    fn raise_error(&self, error: FatalError) -> FatalError {
         self.0.send_if_modified(|current| {
             let first = current.is_none();
             if first {

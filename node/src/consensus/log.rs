@@ -177,6 +177,16 @@ impl LogStore {
         self.0.shared.memory.lock().range()
     }
 
+    /// The id of entry `index`, if it is held.
+    pub fn log_id(&self, index: u64) -> Option<LogId> {
+        self.0.shared.memory.lock().log_id(index)
+    }
+
+    /// The last entry, or the purge mark if there is none.
+    pub fn last_log_id(&self) -> Option<LogId> {
+        self.0.shared.memory.lock().last_log_id()
+    }
+
     /// Entry `index`, if it is held. Blocking.
     pub fn read_entry(&self, index: u64) -> io::Result<Option<Entry>> {
         let found = self.0.shared.memory.lock().read(index..index + 1, u64::MAX);
@@ -287,6 +297,21 @@ impl LogStore {
         }
     }
 
+    /// As [`LogStore::read`]; all of `range` is needed, from its first entry on.
+    async fn read_from_first(&self, range: Range<u64>, bytes_max: u64) -> io::Result<Vec<Entry>> {
+        let wanted = range.start;
+        let first = self.range().start;
+        if wanted < first && !range.is_empty() {
+            return Err(purged_error(wanted, first));
+        }
+        let entries = self.read(range, bytes_max).await?;
+        // It may have been purged meanwhile.
+        match entries.first() {
+            Some(entry) if entry.log_id.index != wanted => Err(purged_error(wanted, entry.log_id.index)),
+            _ => Ok(entries),
+        }
+    }
+
     async fn read(&self, range: Range<u64>, bytes_max: u64) -> io::Result<Vec<Entry>> {
         let found = self.0.shared.memory.lock().read(range, bytes_max);
         if found.iter().all(|held| matches!(held, Held::InMemory(_))) {
@@ -298,6 +323,14 @@ impl LogStore {
             Err(panicked) => Err(io::Error::other(panicked)),
         }
     }
+}
+
+/// Of entries that are purged the log has no answer. One from its first entry on would be taken for theirs.
+fn purged_error(wanted: u64, first: u64) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::NotFound,
+        format!("entry {wanted} of the log was purged; it begins at entry {first}"),
+    )
 }
 
 fn read_held(held: &Held) -> io::Result<Entry> {
@@ -352,11 +385,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
     /// Empty where entry `start` is gone: a stream that has been given up may ask for it still, and entries that follow a
     /// hole must not be sent. openraft makes a question of it.
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<Entry>> {
-        let mut entries = self.read(start..end, REPLICATION_BYTES_MAX).await?;
-        if entries.first().is_some_and(|first| first.log_id.index != start) {
-            entries.clear();
-        }
-        Ok(entries)
+        self.read_from_first(start..end, REPLICATION_BYTES_MAX).await
     }
 
     async fn entries_stream<RB>(&mut self, range: RB) -> impl Stream<Item = io::Result<Entry>> + OptionalSend
@@ -370,7 +399,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
                 if left.is_empty() {
                     return None;
                 }
-                match log.read(left.clone(), READ_BYTES_MAX).await {
+                match log.read_from_first(left.clone(), READ_BYTES_MAX).await {
                     Ok(entries) => {
                         let next = entries.last()?.log_id.index + 1;
                         Some((entries.into_iter().map(Ok).collect(), next..left.end))

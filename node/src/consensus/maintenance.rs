@@ -1,10 +1,8 @@
 //! What is looked after all the time: the log's length, the room on its disk, and a leader's own slowness.
 
-use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use openraft::async_runtime::WatchReceiver;
-use quorumfs_proto::NodeId;
 
 use super::types::VoterId;
 use super::{Consensus, Ordering};
@@ -19,10 +17,6 @@ const PRESSED_REQUEST_INTERVAL: Duration = Duration::from_secs(1);
 const PURGE_PATIENCE: Duration = Duration::from_secs(1);
 /// Leadership is not handed on more often than this: where all disks are slow it would go in circles.
 const HAND_ON_INTERVAL: Duration = Duration::from_secs(30);
-/// How long a node that stands down waits for its successor; longer than an election takes it would wait in vain.
-const STAND_DOWN_TIMEOUT: Duration = Duration::from_secs(3);
-/// How often it asks one.
-const STAND_DOWN_INTERVAL: Duration = Duration::from_millis(500);
 /// Below so many log files' worth of free space commands that take space are refused.
 const ROOM_FILES_MIN: u64 = 2;
 
@@ -58,6 +52,10 @@ impl Consensus {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
+            // Such a node keeps its log as it is: see `StateMachine::held_up`.
+            if self.0.fatal.raised().is_some() {
+                continue;
+            }
             self.look_for_room().await;
             self.bound_log(&mut asked).await;
             self.end_streams_that_hold_up(&mut asked);
@@ -163,25 +161,8 @@ impl Consensus {
         }
     }
 
-    /// Serves nothing more as leader, and has one of `successors` lead; returns when this node does not, or after
-    /// [`STAND_DOWN_TIMEOUT`]. For a node that is about to set its state aside.
-    pub async fn stand_down(&self, successors: &BTreeSet<NodeId>) {
-        self.0.stood_down.store(true, Ordering::Release);
-        let (began, mut asked) = (Instant::now(), Last::default());
-        while self.is_leader() && began.elapsed() < STAND_DOWN_TIMEOUT {
-            let to = self.most_up_to_date_voter(|id| successors.contains(&id.0));
-            if let Some(to) = to
-                && asked.due(STAND_DOWN_INTERVAL)
-            {
-                tracing::warn!(%to, "this node's state is about to be set aside: handing leadership on");
-                let _ = self.0.raft.trigger().transfer_leader(to).await;
-            }
-            tokio::time::sleep(TICK / 10).await;
-        }
-    }
-
     /// A voter other than this node that `may` lead and has flushed everything committed.
-    fn most_up_to_date_voter(&self, may: impl Fn(&VoterId) -> bool) -> Option<VoterId> {
+    pub(super) fn most_up_to_date_voter(&self, may: impl Fn(&VoterId) -> bool) -> Option<VoterId> {
         let metrics = self.metrics();
         let voters: Vec<VoterId> = metrics.membership_config.voter_ids().collect();
         let (to, matched) = metrics

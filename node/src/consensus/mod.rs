@@ -16,11 +16,13 @@
 //!
 //! It does not know files or names, of chunks only those that ride inside commands, nor who proposes what and why.
 
+mod aside;
 mod barrier;
 mod commit_only;
 mod cutoff;
 mod error;
 mod fatal;
+mod fit;
 mod flusher;
 mod intake;
 mod log;
@@ -28,6 +30,7 @@ mod maintenance;
 mod meters;
 mod network;
 mod options;
+mod recover;
 mod rescue;
 mod revocable;
 mod service;
@@ -74,6 +77,7 @@ pub use self::fatal::FatalError;
 pub use self::log::LogStatus;
 pub use self::meters::ConsensusMeasured;
 pub use self::options::{ConsensusOptions, Timings};
+pub use self::recover::Remains;
 pub use self::state_machine::{AppliedEffects, voters_at};
 pub use self::status::{ConsensusStatus, Role};
 pub use self::wal::{WalError, WalOptions};
@@ -105,15 +109,15 @@ struct Inner {
     barrier: Barrier,
     /// Whether the state is at least as new as when the node was stopped.
     recovered: AtomicBool,
-    /// Whether this node has stood down for good.
+    /// Whether this node is about to set its state aside, and serves nothing more.
     stood_down: AtomicBool,
-    /// Whether rows were seen that contradict each other, until somebody asks.
-    suspect: AtomicBool,
     /// When this node last took something, be it nothing new, from the leader it follows.
     heard_of_leader: Arc<Mutex<Option<Instant>>>,
     /// Whether commands that take space are admitted.
     has_room: AtomicBool,
     meters: Arc<Meters>,
+    /// Whether rows of this node contradict each other.
+    suspects: AtomicBool,
     /// The state at the last entry that asked for a comparison, until somebody takes it.
     audited: Arc<Mutex<Option<View>>>,
     /// One snapshot is received at a time; when some found no room.
@@ -134,8 +138,25 @@ impl Consensus {
         transport: Arc<Transport>,
         effects: mpsc::Sender<AppliedEffects>,
     ) -> Result<Consensus, ConsensusError> {
-        let config = Arc::new(options.raft_config().validate()?);
         let fatal = FatalSignal::default();
+        let raised = fatal.clone();
+        metadata.on_damage(move |fault| drop(raised.raise("read the metadata", fault)));
+        let started = Consensus::start_with(options, metadata, content, transport, effects, fatal.clone());
+        started.await.map_err(|error| match fatal.raised() {
+            Some(raised) if raised.costs_state() => ConsensusError::Metadata(raised),
+            _ => error,
+        })
+    }
+
+    async fn start_with(
+        options: ConsensusOptions,
+        metadata: Arc<MetadataStore>,
+        content: Arc<ContentStore>,
+        transport: Arc<Transport>,
+        effects: mpsc::Sender<AppliedEffects>,
+        fatal: FatalSignal,
+    ) -> Result<Consensus, ConsensusError> {
+        let config = Arc::new(options.raft_config().validate()?);
         let log = {
             let (directory, wal, fatal) = (options.directory.clone(), options.wal.clone(), fatal.clone());
             let open = tokio::task::spawn_blocking(move || LogStore::open(&directory, &wal, fatal));
@@ -148,6 +169,7 @@ impl Consensus {
         if options.had_log && log.is_empty() {
             return Err(ConsensusError::AllLost);
         }
+        fit::fit_log(&log, &durable).await?;
         let age_max = Duration::from_millis(options.flush_age_ms);
         let flusher = {
             let (metadata, log, fatal) = (metadata.clone(), log.clone(), fatal.clone());
@@ -158,10 +180,11 @@ impl Consensus {
         };
         let traffic = SnapshotTraffic::new(options.hold_log_bytes_max);
         let meters = Arc::new(Meters::default());
-        let audited = Arc::default();
+        let (audited, takes_part) = (Arc::default(), Arc::new(AtomicBool::new(false)));
         let outlets = Outlets {
             effects,
             audited: Arc::clone(&audited),
+            takes_part: Arc::clone(&takes_part),
         };
         let machine = StateMachine::new(
             metadata.clone(),
@@ -177,10 +200,8 @@ impl Consensus {
         let network = NetworkFactory::new(id, transport, traffic, cutoff.clone(), fatal.clone());
         let raft = Raft::new(id, config, network.clone(), log.clone(), machine)
             .await
-            .map_err(|error| match fatal.raised() {
-                Some(raised) if raised.is_damaged_metadata() => ConsensusError::Metadata(raised),
-                _ => ConsensusError::Raft(Box::new(error)),
-            })?;
+            .map_err(|error| ConsensusError::Raft(Box::new(error)))?;
+        takes_part.store(true, Ordering::Release);
         let admission_units = u32::try_from(options.admission_bytes_max / ADMISSION_UNIT_BYTES)
             .unwrap_or(u32::MAX)
             .clamp(1, Semaphore::MAX_PERMITS as u32);
@@ -199,10 +220,10 @@ impl Consensus {
             barrier: Barrier::default(),
             recovered: AtomicBool::new(false),
             stood_down: AtomicBool::new(false),
-            suspect: AtomicBool::new(false),
             heard_of_leader: Arc::default(),
             has_room: AtomicBool::new(true),
             meters,
+            suspects: AtomicBool::new(false),
             audited,
             receiving: tokio::sync::Mutex::default(),
             options,
@@ -301,7 +322,16 @@ impl Consensus {
             drop(admitted);
             written
         });
-        match decided.await {
+        let decided = tokio::select! {
+            decided = decided => decided,
+            // It may be decided, and is not applied here: whoever asks again hears of it from another leader.
+            fatal = self.0.fatal.wait() => {
+                return Err(ProposeError::Unavailable {
+                    reason: format!("this node must stop: {fatal}"),
+                });
+            }
+        };
+        match decided {
             Ok(Ok(response)) => Ok(response.data),
             Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward)))) => {
                 Err(ProposeError::NotLeader {
@@ -460,19 +490,18 @@ impl Consensus {
         async move { fatal.wait().await }
     }
 
-    /// The metadata could not be read, for `fault`: where it is damaged the node must stop. Where it contradicts itself the
-    /// others must be asked: see [`Consensus::take_suspicion`].
-    pub fn unreadable(&self, fault: StorageFault) {
-        if fault.is_damage() {
-            self.0.fatal.raise("read the metadata", fault);
-        } else if matches!(fault, StorageFault::Inconsistent { .. }) {
-            self.0.suspect.store(true, Ordering::Relaxed);
+    /// The metadata could not be read, for `fault`. Where it is damaged the node must stop, and is told so by the store.
+    /// Where rows contradict each other all nodes are to be compared: if it is a fault of the program all have it, and
+    /// then none may throw its state away for it.
+    pub fn unreadable(&self, fault: &StorageFault) {
+        if matches!(fault, StorageFault::Inconsistent { .. }) {
+            self.0.suspects.store(true, Ordering::Release);
         }
     }
 
-    /// Whether the metadata was found to contradict itself since this was last asked.
+    /// Whether the nodes are to be compared, for what [`Consensus::unreadable`] was told; once.
     pub fn take_suspicion(&self) -> bool {
-        self.0.suspect.swap(false, Ordering::Relaxed)
+        self.0.suspects.swap(false, Ordering::AcqRel)
     }
 
     /// Takes no part any more; what is queued for the log is written first.
@@ -502,7 +531,7 @@ impl Consensus {
     fn recovered(&self) -> Result<(), String> {
         if self.0.stood_down.load(Ordering::Acquire) {
             return Err(
-                "this node's metadata is not that of the majority: it is about to be set aside".to_string(),
+                "this node's metadata is damaged or not that of the majority: it is about to be set aside".to_string(),
             );
         }
         match self.0.recovered.load(Ordering::Acquire) {

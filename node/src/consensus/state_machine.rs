@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use futures::{Stream, StreamExt};
@@ -66,6 +66,8 @@ pub struct Outlets {
     pub effects: mpsc::Sender<AppliedEffects>,
     /// The state at the last entry that asked for a comparison, for who takes it.
     pub audited: Arc<Mutex<Option<View>>>,
+    /// Whether the node takes part already: see [`StateMachine::held_up`].
+    pub takes_part: Arc<AtomicBool>,
 }
 
 /// See the module.
@@ -159,7 +161,7 @@ impl StateMachine {
                 EntryPayload::Normal(command) => {
                     let applied = batch
                         .apply(log_id.index, command)
-                        .map_err(|fault| self.fatal.raise("apply a command", fault))?;
+                        .map_err(|fault| self.fatal.raise_at(log_id.index, fault))?;
                     for chunk in applied.effects.inline {
                         consequences.named.push(chunk.id);
                         let chunk = StoredChunk::computed(chunk.id, chunk.sha256, chunk.payload);
@@ -230,6 +232,18 @@ impl StateMachine {
             Wait::Blocking => blocking(work),
         };
         worked.unwrap_or_else(|_| Err(fatal.raise(doing, "it panicked")))
+    }
+
+    /// What becomes of a step that failed. Where only the state is lost, the node goes on to vote and to keep the log
+    /// until it is let go, so that others that fail at the same time can be healed: then applying waits, and openraft
+    /// does not hear of it. Whoever runs the node does ([`FatalSignal`]), and sees to it that the node does not lead.
+    async fn held_up<T>(&self, error: FatalError) -> io::Result<T> {
+        // What failed first says what is lost; what fails after it may only say that something failed before.
+        let error = self.fatal.raised().unwrap_or(error);
+        if error.costs_state() && self.outlets.takes_part.load(Ordering::Acquire) {
+            return std::future::pending().await;
+        }
+        Err(error.into())
     }
 
     fn tell(&self, effects: AppliedEffects) {
@@ -370,7 +384,9 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             } else {
                 Wait::InPlace
             };
-            self.or_stop(wait, "apply commands", |this| this.apply_some(batch))?;
+            if let Err(error) = self.or_stop(wait, "apply commands", |this| this.apply_some(batch)) {
+                return self.held_up(error).await;
+            }
         }
         Ok(())
     }
@@ -389,17 +405,22 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotData) -> io::Result<()> {
-        self.or_stop(Wait::Blocking, "install a snapshot", |this| {
+        let installed = self.or_stop(Wait::Blocking, "install a snapshot", |this| {
             this.install(meta, snapshot)
-        })?;
-        Ok(())
+        });
+        match installed {
+            Ok(()) => Ok(()),
+            Err(error) => self.held_up(error).await,
+        }
     }
 
     async fn get_current_snapshot(
         &mut self,
     ) -> io::Result<Option<openraft::alias::SnapshotOf<TypeConfig, SnapshotData>>> {
-        let snapshot =
-            held_snapshot(&self.metadata).map_err(|error| self.fatal.raise("open a snapshot", error))?;
+        let snapshot = match held_snapshot(&self.metadata) {
+            Ok(snapshot) => snapshot,
+            Err(error) => return self.held_up(self.fatal.raise("open a snapshot", error)).await,
+        };
         Ok(Some(snapshot).filter(|snapshot| snapshot.meta.last_log_id.is_some()))
     }
 }

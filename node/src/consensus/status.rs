@@ -92,9 +92,15 @@ impl Consensus {
         }
     }
 
+    /// Why this node must stop, if it must: its state cannot be relied on.
+    pub fn trouble(&self) -> Option<String> {
+        let fatal = self.0.fatal.raised();
+        fatal.map(|fatal| format!("this node must stop: {fatal}"))
+    }
+
     fn unwritable_reason(&self) -> Option<String> {
-        if let Some(fatal) = self.0.fatal.raised() {
-            return Some(format!("this node must stop: {fatal}"));
+        if let Some(trouble) = self.trouble() {
+            return Some(trouble);
         }
         let metrics = self.metrics();
         if metrics.membership_config.voter_ids().next().is_none() {

@@ -44,6 +44,8 @@ const ASK_INTERVAL_MS: u64 = 500;
 const ASK_MS_MAX: u64 = 600_000;
 /// How long one may take to answer: from memory.
 const ANSWER_TIMEOUT_MS: u64 = 2_000;
+/// An audit that is asked for because rows contradict each other is not asked for again before this has passed.
+const SUSPICION_INTERVAL: Duration = Duration::from_secs(60);
 /// The feature level at which audits begin.
 const FEATURE_LEVEL_MIN: u32 = 2;
 
@@ -215,7 +217,7 @@ impl Auditor {
                 Ok(Ok(digest)) => digest,
                 Ok(Err(fault)) => {
                     error!(%fault, "the metadata cannot be compared");
-                    self.consensus.unreadable(fault);
+                    self.consensus.unreadable(&fault);
                     continue;
                 }
                 Err(panic) => {
@@ -274,7 +276,8 @@ impl Auditor {
             if is_over {
                 conclude(index, outcome, &slots(false));
                 if outcome == AuditOutcome::Contradicted {
-                    self.consensus.stand_down(&majority(&answers, voters.len())).await;
+                    let agreed = majority(&answers, voters.len());
+                    self.consensus.step_aside(|node| agreed.contains(&node)).await;
                     self.contradicted.send_replace(Some(index));
                 }
                 return;

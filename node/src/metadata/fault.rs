@@ -22,6 +22,12 @@ pub enum StorageFault {
     /// A row is damaged, or of a version this program does not know.
     #[error("metadata row: {0}")]
     Decode(#[from] DecodeError),
+    /// What lies on the disk is not what was written there.
+    #[error("the metadata is damaged: {what}")]
+    Damaged {
+        /// What of it, or how it was found.
+        what: String,
+    },
     /// The rows contradict each other.
     #[error("metadata is inconsistent: {what}")]
     Inconsistent {
@@ -67,7 +73,7 @@ impl StorageFault {
     pub fn is_damage(&self) -> bool {
         use std::io::ErrorKind;
         match self {
-            StorageFault::Decode(DecodeError::Checksum { .. }) => true,
+            StorageFault::Decode(DecodeError::Checksum { .. }) | StorageFault::Damaged { .. } => true,
             StorageFault::Database(error) => match &**error {
                 redb::Error::Corrupted(_) => true,
                 // How redb says that a file is none of its own, or was cut.
@@ -78,6 +84,10 @@ impl StorageFault {
             },
             _ => false,
         }
+    }
+
+    pub(super) fn damaged(what: impl Into<String>) -> StorageFault {
+        StorageFault::Damaged { what: what.into() }
     }
 
     pub(super) fn inconsistent(what: impl Into<String>) -> StorageFault {

@@ -26,7 +26,9 @@
 //! This part knows nothing of consensus, of content (it names chunks, it never has one), of the network or of async.
 
 mod apply;
+mod check;
 mod command;
+mod database;
 mod digest;
 mod fault;
 mod files;
@@ -48,6 +50,7 @@ pub use apply::{Batch, COMMAND_FREED_EXTENTS_MAX};
 pub use command::{
     Applied, CallResult, Crowded, Effects, FEATURE_LEVEL, InlineChunk, LogBody, LogCommand, UnlinkedAnswer,
 };
+pub use check::{CheckCursor, Checked};
 pub use fault::{Failure, StorageFault};
 pub use fragments::{Run, RunTerms, Runs};
 pub use names::{ChunkFiles, NamedFile};

@@ -13,8 +13,9 @@ use imbl::OrdMap;
 use imbl::ordmap::RangedIter;
 use imbl::shared_ptr::DefaultSharedPtr;
 use quorumfs_proto::codec;
-use redb::{AccessGuard, ReadOnlyTable, ReadableDatabase as _};
+use redb::{AccessGuard, ReadOnlyTable};
 
+use super::database::Database;
 use super::fault::StorageFault;
 use super::tables::{RowKey, RowOf, Rows, Table};
 
@@ -103,21 +104,23 @@ fn row_bytes_of(key_bytes: u64, cell: &Cell) -> u64 {
 pub(super) struct Base {
     tables: Vec<ReadOnlyTable<&'static [u8], &'static [u8]>>,
     /// Closing the database would take the tables away; dropped after them.
-    database: Arc<redb::Database>,
+    database: Arc<Database>,
 }
 
 impl Base {
     /// The rows that are committed now; every table must exist.
-    pub(super) fn open(database: Arc<redb::Database>) -> Result<Base, StorageFault> {
+    pub(super) fn open(database: Arc<Database>) -> Result<Base, StorageFault> {
         let transaction = database.begin_read()?;
-        let tables = Table::ALL
-            .iter()
-            .map(|table| transaction.open_table(table.definition()))
-            .collect::<Result<Vec<_>, _>>()?;
+        let tables = database.guarded(|| {
+            let tables = Table::ALL
+                .iter()
+                .map(|table| transaction.open_table(table.definition()));
+            Ok(tables.collect::<Result<Vec<_>, _>>()?)
+        })?;
         Ok(Base { tables, database })
     }
 
-    pub(super) fn database(&self) -> &Arc<redb::Database> {
+    pub(super) fn database(&self) -> &Arc<Database> {
         &self.database
     }
 
@@ -212,7 +215,7 @@ impl Layers {
         let key = R::key(key);
         self.read(R::TABLE, &key, codec::decode_checked)?
             .transpose()
-            .map_err(StorageFault::from)
+            .map_err(|error| self.base.database.damage().noted(error.into()))
     }
 
     /// Whether there is a row of `key`.
@@ -232,8 +235,9 @@ impl Layers {
                 return Ok(cell.as_deref().map(then));
             }
         }
-        let found = self.base.table(table).get(key)?;
-        Ok(found.map(|guard| then(guard.value())))
+        let base = &self.base;
+        base.database
+            .guarded(|| Ok(base.table(table).get(key)?.map(|guard| then(guard.value()))))
     }
 
     /// The rows of `range`, one after the other.
@@ -263,10 +267,16 @@ impl Layers {
     ) -> Result<impl Iterator<Item = Result<T, StorageFault>> + use<'_, T>, StorageFault> {
         let mut scan = match range.is_void() {
             true => None,
-            false => Some(Scan::new(self, table, &range, direction)?),
+            false => Some(
+                self.base
+                    .database
+                    .guarded(|| Scan::new(self, table, &range, direction))?,
+            ),
         };
         Ok(std::iter::from_fn(move || {
-            let row = scan.as_mut()?.next_row(decode).transpose();
+            let scanned = scan.as_mut()?;
+            let row = self.base.database.guarded(|| scanned.next_row(decode));
+            let row = row.transpose();
             if matches!(row, Some(Err(_))) {
                 scan = None;
             }
@@ -280,9 +290,11 @@ impl Layers {
         table: Table,
         mut visit: impl FnMut(&[u8], &[u8]) -> Result<(), StorageFault>,
     ) -> Result<(), StorageFault> {
-        let mut scan = Scan::new(self, table, &KeyRange::prefix(&[]), Direction::Up)?;
-        while scan.next_row(&mut visit)?.is_some() {}
-        Ok(())
+        self.base.database.guarded(|| {
+            let mut scan = Scan::new(self, table, &KeyRange::prefix(&[]), Direction::Up)?;
+            while scan.next_row(&mut visit)?.is_some() {}
+            Ok(())
+        })
     }
 }
 

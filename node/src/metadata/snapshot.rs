@@ -10,10 +10,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use quorumfs_proto::codec::DecodeError;
 
+use super::database::{DamageSignal, Database};
 use super::fault::StorageFault;
 use super::files::{TemporaryFile, available_bytes, sync_file};
 use super::overlay::Base;
-use super::store::{FLUSH_MARGIN_BYTES, MetadataOptions, Position, State, begin_durable, database_builder};
+use super::store::{FLUSH_MARGIN_BYTES, MetadataOptions, Position, State};
 use super::tables::Table;
 use super::view::View;
 
@@ -47,31 +48,44 @@ impl Snapshot {
     /// All rows, sorted by table and key, up to the first that is damaged.
     pub fn rows(&self) -> impl Iterator<Item = Result<Row, StorageFault>> + Send + '_ {
         Table::ALL.into_iter().flat_map(|table| {
-            let (rows, failed) = match self.base.table(table).range::<&[u8]>(..) {
-                Ok(rows) => (Some(rows), None),
-                Err(error) => (None, Some(Err(error.into()))),
-            };
-            let rows = rows.into_iter().flatten().map(move |row| {
-                let (key, value) = row?;
-                if !ends_in_its_checksum(value.value()) {
-                    return Err(DecodeError::Checksum { what: "a row" }.into());
+            let database = self.base.database();
+            let (mut rows, failed) =
+                match database.guarded(|| Ok(self.base.table(table).range::<&[u8]>(..)?)) {
+                    Ok(rows) => (Some(rows), None),
+                    Err(fault) => (None, Some(Err(fault))),
+                };
+            let rows = std::iter::from_fn(move || {
+                let row = database.guarded(|| {
+                    let row = rows.as_mut().and_then(Iterator::next).transpose()?;
+                    row.map(|(key, value)| copy_row(table, key.value(), value.value()))
+                        .transpose()
+                });
+                if row.is_err() {
+                    rows = None;
                 }
-                Ok(Row {
-                    table: table.number(),
-                    key: Bytes::copy_from_slice(key.value()),
-                    value: Bytes::copy_from_slice(value.value()),
-                })
+                row.transpose()
             });
             rows.chain(failed)
         })
     }
 }
 
+fn copy_row(table: Table, key: &[u8], value: &[u8]) -> Result<Row, StorageFault> {
+    if !ends_in_its_checksum(value) {
+        return Err(DecodeError::Checksum { what: "a row" }.into());
+    }
+    Ok(Row {
+        table: table.number(),
+        key: Bytes::copy_from_slice(key),
+        value: Bytes::copy_from_slice(value),
+    })
+}
+
 /// A snapshot that is being received into a file of its own, which goes with it unless it is installed.
 pub struct Installation {
     /// Before the database: an open transaction must not outlive it.
     transaction: redb::WriteTransaction,
-    database: redb::Database,
+    database: Database,
     file: TemporaryFile,
     /// Of the rows so far.
     bytes: u64,
@@ -91,12 +105,13 @@ impl Received {
 }
 
 impl Installation {
-    pub(super) fn begin(path: PathBuf, options: MetadataOptions) -> Result<Installation, StorageFault> {
-        let database = database_builder(options).create(&path)?;
-        let transaction = begin_durable(&database)?;
-        for table in Table::ALL {
-            transaction.open_table(table.definition())?;
-        }
+    pub(super) fn begin(
+        path: PathBuf,
+        options: MetadataOptions,
+        damage: DamageSignal,
+    ) -> Result<Installation, StorageFault> {
+        let database = Database::create(&path, options.cache_bytes, damage)?;
+        let transaction = database.begin_durable()?;
         Ok(Installation {
             transaction,
             database,
@@ -112,40 +127,19 @@ impl Installation {
             .map(|row| (row.key.len() + row.value.len()) as u64)
             .sum::<u64>();
         self.check_room()?;
-        for of_one_table in rows.chunk_by(|one, next| one.table == next.table) {
-            let number = of_one_table[0].table;
-            let table = Table::from_number(number).ok_or_else(|| StorageFault::BadSnapshot {
-                reason: format!("table {number} is not known; use a newer program"),
-            })?;
-            let mut into = self.transaction.open_table(table.definition())?;
-            let mut end = into.upper_bound_mut(Bound::<&[u8]>::Unbounded)?;
-            for row in of_one_table {
-                if !ends_in_its_checksum(&row.value) {
-                    return Err(StorageFault::BadSnapshot {
-                        reason: format!("a row of {table:?} is damaged"),
-                    });
-                }
-                end.insert_before(&row.key[..], &row.value[..])
-                    .map_err(|error| match error {
-                        redb::CursorError::UnorderedKey => StorageFault::BadSnapshot {
-                            reason: format!("rows of {table:?} are out of order"),
-                        },
-                        other => other.into(),
-                    })?;
-            }
-            end.close()?;
-        }
-        Ok(())
+        let (database, transaction) = (&self.database, &self.transaction);
+        database.guarded(|| add_rows(transaction, rows))
     }
 
     /// Makes the file durable, where it is, and looks whether it holds a state. What fails here, for want of room too,
     /// costs nothing but this snapshot.
     pub fn finish(self) -> Result<Received, StorageFault> {
         self.check_room()?;
-        self.transaction.commit()?;
+        let (database, transaction) = (self.database, self.transaction);
+        database.guarded(|| Ok(transaction.commit()?))?;
         sync_file(self.file.path())?;
         Ok(Received {
-            state: State::open(Arc::new(self.database))?,
+            state: State::open(Arc::new(database))?,
             file: self.file,
         })
     }
@@ -168,7 +162,34 @@ impl Installation {
     }
 }
 
-fn ends_in_its_checksum(value: &[u8]) -> bool {
+fn add_rows(transaction: &redb::WriteTransaction, rows: &[Row]) -> Result<(), StorageFault> {
+    for of_one_table in rows.chunk_by(|one, next| one.table == next.table) {
+        let number = of_one_table[0].table;
+        let table = Table::from_number(number).ok_or_else(|| StorageFault::BadSnapshot {
+            reason: format!("table {number} is not known; use a newer program"),
+        })?;
+        let mut into = transaction.open_table(table.definition())?;
+        let mut end = into.upper_bound_mut(Bound::<&[u8]>::Unbounded)?;
+        for row in of_one_table {
+            if !ends_in_its_checksum(&row.value) {
+                return Err(StorageFault::BadSnapshot {
+                    reason: format!("a row of {table:?} is damaged"),
+                });
+            }
+            end.insert_before(&row.key[..], &row.value[..])
+                .map_err(|error| match error {
+                    redb::CursorError::UnorderedKey => StorageFault::BadSnapshot {
+                        reason: format!("rows of {table:?} are out of order"),
+                    },
+                    other => other.into(),
+                })?;
+        }
+        end.close()?;
+    }
+    Ok(())
+}
+
+pub(super) fn ends_in_its_checksum(value: &[u8]) -> bool {
     value
         .split_last_chunk::<4>()
         .is_some_and(|(body, crc)| crc32c::crc32c(body) == u32::from_le_bytes(*crc))

@@ -16,9 +16,9 @@ use bytes::Bytes;
 use imbl::OrdMap;
 use parking_lot::Mutex;
 use quorumfs_proto::{Attributes, FileKind, InodeNumber, SessionId, Timestamp, codec};
-use redb::ReadableDatabase as _;
 
 use super::apply::{Batch, Writer, check_feature_level};
+use super::database::{DamageSignal, Database};
 use super::fault::StorageFault;
 use super::files::{
     INSTALLATION, available_bytes, path_beside, remove_leftover, remove_unfinished_installations,
@@ -160,11 +160,11 @@ fn read_meta(layers: &Layers) -> Result<MetaRecord, StorageFault> {
         Some(found) => {
             return Err(StorageFault::UnknownFormat { found, known: FORMAT });
         }
-        None => return Err(StorageFault::inconsistent("no format is noted")),
+        None => return Err(StorageFault::damaged("no format is noted")),
     }
     layers
         .get::<Meta>(&())?
-        .ok_or_else(|| StorageFault::inconsistent("no position is noted"))
+        .ok_or_else(|| StorageFault::damaged("no position is noted"))
 }
 
 /// What views are made of; see the module's invariants.
@@ -180,7 +180,7 @@ pub(super) struct State {
 
 impl State {
     /// The state of a database without overlays.
-    pub(super) fn open(database: Arc<redb::Database>) -> Result<State, StorageFault> {
+    pub(super) fn open(database: Arc<Database>) -> Result<State, StorageFault> {
         let layers = Layers {
             active: Arc::new(Overlay::new()),
             frozen: None,
@@ -210,6 +210,7 @@ pub struct MetadataStore {
     flushing: Mutex<()>,
     /// Names their files.
     installations: AtomicU64,
+    damage: DamageSignal,
 }
 
 impl MetadataStore {
@@ -222,15 +223,22 @@ impl MetadataStore {
         {
             create_empty(path, options)?;
         }
-        let database = database_builder(options).open(path)?;
-        create_missing_tables(&database)?;
+        let damage = DamageSignal::default();
+        let database = Database::open(path, options.cache_bytes, damage.clone())?;
         Ok(MetadataStore {
             path: path.to_path_buf(),
             options,
             state: Mutex::new(State::open(Arc::new(database))?),
             flushing: Mutex::new(()),
             installations: AtomicU64::new(0),
+            damage,
         })
+    }
+
+    /// `hook` is told, once, when somebody finds the state damaged on the disk: from then on it answers nothing that can
+    /// be relied on. Whoever reads gets an error as well.
+    pub fn on_damage(&self, hook: impl Fn(StorageFault) + Send + Sync + 'static) {
+        self.damage.listen(hook);
     }
 
     /// The state as it is now; it stays so. Never waits for an apply or a flush.
@@ -330,11 +338,20 @@ impl MetadataStore {
         ))
     }
 
+    /// What the database holds durably now.
+    pub(super) fn base(&self) -> Arc<Base> {
+        self.state.lock().layers.base.clone()
+    }
+
     /// Begins to receive a snapshot, into a new file beside the database.
     pub fn begin_install(&self) -> Result<Installation, StorageFault> {
         let number = self.installations.fetch_add(1, Ordering::Relaxed);
         let purpose = format!("{INSTALLATION}{number}");
-        let installation = Installation::begin(path_beside(&self.path, &purpose), self.options)?;
+        let installation = Installation::begin(
+            path_beside(&self.path, &purpose),
+            self.options,
+            self.damage.clone(),
+        )?;
         installation.check_room()?;
         Ok(installation)
     }
@@ -400,59 +417,32 @@ impl MetadataStore {
 }
 
 /// Commits the rows of `overlay` durably, all or none.
-fn write_rows(database: &redb::Database, overlay: &Overlay) -> Result<(), StorageFault> {
-    let transaction = begin_durable(database)?;
-    for table in Table::ALL {
-        let mut rows = overlay.rows(table).peekable();
-        if rows.peek().is_none() {
-            continue;
+fn write_rows(database: &Database, overlay: &Overlay) -> Result<(), StorageFault> {
+    database.guarded(|| {
+        let transaction = database.begin_durable()?;
+        for table in Table::ALL {
+            let mut rows = overlay.rows(table).peekable();
+            if rows.peek().is_none() {
+                continue;
+            }
+            let mut into = transaction.open_table(table.definition())?;
+            for (key, cell) in rows {
+                match cell {
+                    Some(value) => into.insert(&key[..], &value[..])?,
+                    None => into.remove(&key[..])?,
+                };
+            }
         }
-        let mut into = transaction.open_table(table.definition())?;
-        for (key, cell) in rows {
-            match cell {
-                Some(value) => into.insert(&key[..], &value[..])?,
-                None => into.remove(&key[..])?,
-            };
-        }
-    }
-    transaction.commit()?;
-    Ok(())
-}
-
-/// A transaction whose commit is on disk when it returns, and after which reopening needs no walk of the file.
-pub(super) fn begin_durable(database: &redb::Database) -> Result<redb::WriteTransaction, StorageFault> {
-    let mut transaction = database.begin_write()?;
-    transaction.set_durability(redb::Durability::Immediate)?;
-    transaction.set_quick_repair(true);
-    Ok(transaction)
-}
-
-pub(super) fn database_builder(options: MetadataOptions) -> redb::Builder {
-    let mut builder = redb::Builder::new();
-    builder.set_cache_size(options.cache_bytes);
-    builder
-}
-
-/// Tables that a newer program has and the file's maker did not.
-fn create_missing_tables(database: &redb::Database) -> Result<(), StorageFault> {
-    let present = database.begin_read()?.list_tables()?.count();
-    if present == Table::COUNT {
-        return Ok(());
-    }
-    let transaction = begin_durable(database)?;
-    for table in Table::ALL {
-        transaction.open_table(table.definition())?;
-    }
-    transaction.commit()?;
-    Ok(())
+        transaction.commit()?;
+        Ok(())
+    })
 }
 
 /// Makes the database in a file beside and renames it when it is whole: a crash leaves all of it or nothing.
 fn create_empty(path: &Path, options: MetadataOptions) -> Result<(), StorageFault> {
     let beside = path_beside(path, "new");
     remove_leftover(&beside)?;
-    let database = database_builder(options).create(&beside)?;
-    create_missing_tables(&database)?;
+    let database = Database::create(&beside, options.cache_bytes, DamageSignal::default())?;
     write_rows(&database, &first_rows())?;
     drop(database);
     sync_file(&beside)?;

@@ -1,6 +1,7 @@
 //! Tests of the log's files and of the whole layer.
 
 pub(super) mod cluster;
+mod fit;
 mod log_files;
 mod log_model;
 mod rescue;

@@ -65,6 +65,7 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, Guard> for OnDisk {
         let outlets = Outlets {
             effects,
             audited: Arc::default(),
+            takes_part: Arc::default(),
         };
         let machine = StateMachine::new(
             metadata,

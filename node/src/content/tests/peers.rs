@@ -50,6 +50,13 @@ impl Peer for TestPeer {
     type FetchChunksStream = Answers<GetChunkResponse>;
     type AppendEntriesStream = Answers<RaftMessage>;
 
+    async fn may_renounce(
+        &self,
+        _: Request<quorumfs_proto::wire::MayRenounceRequest>,
+    ) -> Result<Response<quorumfs_proto::wire::MayRenounceResponse>, Status> {
+        elsewhere()
+    }
+
     async fn push_chunks(
         &self,
         request: Request<Streaming<PutChunkRequest>>,

@@ -101,6 +101,8 @@ pub struct RecoveryStatus {
     pub last_complete_pass: Option<PassReport>,
     /// How many of these there were since the node started.
     pub complete_passes: u64,
+    /// Why this node's state cannot be relied on, and so none of these numbers; null where nothing is known against it.
+    pub trouble: Option<String>,
 }
 
 impl Recovery {
@@ -144,6 +146,7 @@ impl Recovery {
             last_pass: self.last_pass.lock().clone(),
             last_complete_pass: self.last_complete_pass.lock().clone(),
             complete_passes: self.complete_passes.load(Ordering::Acquire),
+            trouble: self.consensus.trouble(),
         }
     }
 

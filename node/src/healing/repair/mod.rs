@@ -12,6 +12,7 @@
 //! Knows nothing of HTTP or of who reads.
 
 pub mod coverage;
+mod metadata;
 mod status;
 pub mod verify;
 
@@ -38,6 +39,7 @@ use crate::content::{ContentError, ContentStore, PeerChunks, Quarantined};
 use crate::metadata::{ChunkRecord, MetadataStore};
 use crate::transport::Transport;
 
+pub use self::metadata::MetadataCheck;
 pub use self::status::{LastError, RepairStatus};
 
 /// Bad copies that are followed until they are made anew; more are repaired all the same, but found by recovery alone.
@@ -91,6 +93,8 @@ pub struct Repair {
     scrubbing: AtomicBool,
     settle_soon: Notify,
     names: NameFinder,
+    /// The last check of the metadata.
+    metadata_check: Mutex<Option<MetadataCheck>>,
     /// Chunks whose copy here had the right SHA-256, whoever asked.
     verified_chunks: AtomicU64,
     verified_bytes: AtomicU64,
@@ -136,6 +140,7 @@ impl Repair {
             state: Mutex::new(state),
             scrubbing: AtomicBool::new(false),
             settle_soon: Notify::new(),
+            metadata_check: Mutex::default(),
             verified_chunks: AtomicU64::new(0),
             verified_bytes: AtomicU64::new(0),
         })

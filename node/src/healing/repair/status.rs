@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use quorumfs_proto::ChunkId;
 use serde::Serialize;
 
-use super::Repair;
+use super::{MetadataCheck, Repair};
 
 /// Names of files in a status.
 const FILES_NAMED_MAX: usize = 100;
@@ -68,6 +68,10 @@ pub struct RepairStatus {
     pub bytes_per_s_max: u64,
     /// The last bad copy or failure.
     pub last_error: Option<LastError>,
+    /// How the last check of the metadata on this node's disk ended that found it in order; null before the first.
+    pub metadata_check: Option<MetadataCheck>,
+    /// Why this node's state cannot be relied on, and so none of these numbers; null where nothing is known against it.
+    pub trouble: Option<String>,
 }
 
 impl Repair {
@@ -105,6 +109,8 @@ impl Repair {
             last_coverage_chunks: completed.then_some(coverage.completed_chunks),
             bytes_per_s_max: self.options.bytes_per_s,
             last_error: state.last_error.clone(),
+            metadata_check: self.metadata_check.lock().clone(),
+            trouble: self.parts.consensus.trouble(),
         }
     }
 }

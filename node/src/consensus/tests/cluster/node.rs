@@ -108,6 +108,13 @@ impl Peer for Service {
     async fn join(&self, _: Request<wire::JoinRequest>) -> Result<Response<wire::JoinResponse>, Status> {
         elsewhere()
     }
+    async fn may_renounce(
+        &self,
+        _: Request<wire::MayRenounceRequest>,
+    ) -> Result<Response<wire::MayRenounceResponse>, Status> {
+        elsewhere()
+    }
+
     async fn invite(
         &self,
         _: Request<wire::InviteRequest>,

@@ -1,0 +1,314 @@
+//! A file for redb in which every block has a checksum, verified whenever the block is read.
+//!
+//! redb verifies its own checksums only when it repairs a database. A flipped bit in a page that it reads is taken for
+//! what was written: rows vanish, or redb panics. With [`BlockFile`] below it such a read is an error
+//! ([`std::io::ErrorKind::InvalidData`]), before redb sees one byte of the block, and whoever owns the file is told
+//! ([`BlockFile::open`]). redb keeps the pages that it uses in memory, above this; they cost one checksum when they are
+//! read from the file.
+//!
+//! What must hold:
+//!
+//! - A checksum covers the block's bytes, its number, and the number of the header that it belongs to. So a block that was
+//!   written to another's place is found, and one that is newer than the header.
+//! - A crash costs nothing that was synced. redb writes a block that the last synced header names never in place, so a
+//!   block that is torn is one that nobody reads. Its checksum lies with others' in one sector, and a write that is cut
+//!   short leaves each sector as it was or as it was to be (what disks promise). The header is kept twice
+//!   ([`header`]).
+//!
+//! What it does not find: a block that is, whole, what it was at an earlier time, because the disk lost a later write and
+//! said nothing.
+//!
+//! It knows nothing of what redb keeps in the blocks.
+
+mod header;
+mod layout;
+
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use parking_lot::Mutex;
+
+use self::header::{Found, Header};
+use self::layout::{BLOCK_BYTES, Run, SUM_BYTES};
+
+/// Is told what is damaged, once for each read that meets it.
+pub type OnDamage = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// What a plain file of redb begins with.
+const REDB_MAGIC: [u8; 9] = *b"redb\x1a\n\xa9\r\n";
+/// Bytes that [`convert`] copies at a time.
+const CONVERT_BYTES: usize = 1 << 20;
+
+/// What a file is, as its beginning says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Made by [`BlockFile`], or too damaged to tell.
+    Blocks,
+    /// Made by redb itself, without checksums of blocks.
+    Plain,
+}
+
+/// Looks at the beginning of a file.
+pub fn kind_of(file: &File) -> io::Result<Kind> {
+    let mut begins = [0; REDB_MAGIC.len()];
+    match file.read_exact_at(&mut begins, 0) {
+        Ok(()) if begins == REDB_MAGIC => Ok(Kind::Plain),
+        Ok(()) => Ok(Kind::Blocks),
+        Err(error) if is_unreadable(&error) => Ok(Kind::Blocks),
+        Err(error) => Err(error),
+    }
+}
+
+/// Copies a plain file of redb, which is in order and which nobody has open, into `into`, which is empty. Durable when
+/// it returns.
+pub fn convert(plain: &File, into: File) -> io::Result<()> {
+    use redb::StorageBackend as _;
+    let bytes = plain.metadata()?.len();
+    let blocks = BlockFile::create(into, Arc::new(|_| {}));
+    blocks.set_len(bytes)?;
+    let mut at = BLOCK_BYTES;
+    let mut buffer = vec![0; CONVERT_BYTES];
+    while at < bytes {
+        let piece = &mut buffer[..CONVERT_BYTES.min((bytes - at) as usize)];
+        plain.read_exact_at(piece, at)?;
+        blocks.write(at, piece)?;
+        at += piece.len() as u64;
+    }
+    blocks.sync_data()?;
+    // Last, so that a copy that is cut short is none.
+    let mut first = vec![0; BLOCK_BYTES as usize];
+    plain.read_exact_at(&mut first, 0)?;
+    let used = first
+        .iter()
+        .rposition(|byte| *byte != 0)
+        .map_or(0, |last| last + 1);
+    blocks.write(0, &first[..used])?;
+    blocks.sync_data()
+}
+
+/// The file; see the module.
+pub struct BlockFile {
+    file: File,
+    header: Mutex<Header>,
+    /// [`Header::number`], for those that must not wait while `header` is locked for a sync.
+    header_number: AtomicU32,
+    on_damage: OnDamage,
+}
+
+impl std::fmt::Debug for BlockFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BlockFile").field("file", &self.file).finish()
+    }
+}
+
+/// What is kept beside a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Sum {
+    /// The number of the header that it belongs to; 0: it was never written.
+    header: u32,
+    crc: u32,
+}
+
+impl Sum {
+    fn of(block: u64, header: u32, bytes: &[u8]) -> Sum {
+        let crc = crc32c::crc32c_append(crc32c::crc32c(&block.to_le_bytes()), &header.to_le_bytes());
+        Sum {
+            header,
+            crc: crc32c::crc32c_append(crc, bytes),
+        }
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Sum {
+        let number = |bytes: &[u8]| {
+            bytes
+                .iter()
+                .rev()
+                .fold(0, |sum, byte| sum << 8 | u32::from(*byte))
+        };
+        Sum {
+            header: number(&bytes[..4]),
+            crc: number(&bytes[4..8]),
+        }
+    }
+
+    fn put(self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.header.to_le_bytes());
+        out.extend_from_slice(&self.crc.to_le_bytes());
+    }
+}
+
+impl BlockFile {
+    /// Begins a database in an empty file.
+    pub fn create(file: File, on_damage: OnDamage) -> BlockFile {
+        BlockFile::with(file, Header::new(), on_damage)
+    }
+
+    fn with(file: File, header: Header, on_damage: OnDamage) -> BlockFile {
+        BlockFile {
+            file,
+            header_number: AtomicU32::new(header.number()),
+            header: Mutex::new(header),
+            on_damage,
+        }
+    }
+
+    /// Opens a file that was made by [`BlockFile::create`]. `on_damage` is told before a read answers that a block is
+    /// damaged.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidData`]: the file is damaged, which `on_damage` is not told of. [`ErrorKind::Unsupported`]: a
+    /// newer program made it.
+    pub fn open(file: File, on_damage: OnDamage) -> io::Result<BlockFile> {
+        let bytes = file.metadata()?.len();
+        // One that is empty was never finished.
+        if layout::logical_bytes(bytes).is_none_or(|logical| logical == 0) {
+            return Err(damaged(&format!("a file of {bytes} bytes was cut or lengthened")));
+        }
+        match Header::read(&file)? {
+            Found::Header(header) => Ok(BlockFile::with(file, header, on_damage)),
+            Found::UnknownVersion(version) => Err(io::Error::new(
+                ErrorKind::Unsupported,
+                format!("layout {version} of the database file is not known; use a newer program"),
+            )),
+            Found::Damaged => Err(damaged("both copies of the header are damaged")),
+        }
+    }
+
+    fn read_run(&self, run: Run, out: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(out, run.data_at)?;
+        let mut sums = vec![0; (run.count * SUM_BYTES) as usize];
+        self.file.read_exact_at(&mut sums, run.sums_at)?;
+        let newest = self.header_number.load(Ordering::Acquire) + 1;
+        let blocks = out.chunks_exact(BLOCK_BYTES as usize);
+        for ((block, bytes), sum) in (run.block..)
+            .zip(blocks)
+            .zip(sums.chunks_exact(SUM_BYTES as usize))
+        {
+            let sum = Sum::from_bytes(sum);
+            if sum.header == 0 {
+                return Err(damaged(&format!("block {block} was never written")));
+            }
+            if sum.header > newest {
+                return Err(damaged(&format!("block {block} is newer than the header")));
+            }
+            if Sum::of(block, sum.header, bytes) != sum {
+                return Err(damaged(&format!("block {block} does not match its checksum")));
+            }
+        }
+        Ok(())
+    }
+
+    fn read_blocks(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        let mut rest = out;
+        for run in layout::runs(blocks_of(offset, rest.len())?) {
+            let (now, later) = rest.split_at_mut((run.count * BLOCK_BYTES) as usize);
+            self.read_run(run, now)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// An error that says that what is there is not what was written, or cannot be had; others as they are.
+    fn told(&self, error: io::Error) -> io::Error {
+        let error = match is_unreadable(&error) {
+            true => damaged(&error.to_string()),
+            false => error,
+        };
+        if error.kind() == ErrorKind::InvalidData {
+            (self.on_damage)(&error.to_string());
+        }
+        error
+    }
+}
+
+impl redb::StorageBackend for BlockFile {
+    fn len(&self) -> io::Result<u64> {
+        let bytes = self.file.metadata()?.len();
+        if bytes == 0 {
+            return Ok(0);
+        }
+        let told = |()| self.told(damaged(&format!("a file of {bytes} bytes was cut or lengthened")));
+        layout::logical_bytes(bytes).ok_or(()).map_err(told)
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        if offset < BLOCK_BYTES {
+            self.header.lock().copy_to(offset as usize, out);
+            return Ok(());
+        }
+        self.read_blocks(offset, out).map_err(|error| self.told(error))
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let bytes = layout::physical_bytes(len).ok_or_else(|| invalid("a database is whole blocks long"))?;
+        let before = self.len()?;
+        self.file.set_len(bytes)?;
+        // Who grows into the place of what is cut off now must not find its sums there.
+        if len < before {
+            for run in layout::runs((len / BLOCK_BYTES).max(1)..before / BLOCK_BYTES) {
+                if run.sums_at < bytes {
+                    let sums = vec![0; (run.count * SUM_BYTES) as usize];
+                    self.file.write_all_at(&sums, run.sums_at)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        // Held throughout: a header that is written meanwhile would count as synced.
+        let mut header = self.header.lock();
+        self.file.sync_data()?;
+        header.synced(&self.file)
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        if offset < BLOCK_BYTES {
+            let mut header = self.header.lock();
+            let written = header.write(&self.file, offset as usize, data);
+            self.header_number.store(header.number(), Ordering::Release);
+            return written;
+        }
+        let header = self.header_number.load(Ordering::Acquire) + 1;
+        let mut rest = data;
+        for run in layout::runs(blocks_of(offset, data.len())?) {
+            let (now, later) = rest.split_at((run.count * BLOCK_BYTES) as usize);
+            let mut sums = Vec::with_capacity((run.count * SUM_BYTES) as usize);
+            for (block, bytes) in (run.block..).zip(now.chunks_exact(BLOCK_BYTES as usize)) {
+                Sum::of(block, header, bytes).put(&mut sums);
+            }
+            self.file.write_all_at(now, run.data_at)?;
+            self.file.write_all_at(&sums, run.sums_at)?;
+            rest = later;
+        }
+        Ok(())
+    }
+}
+
+fn blocks_of(offset: u64, bytes: usize) -> io::Result<std::ops::Range<u64>> {
+    let end = offset + bytes as u64;
+    match offset.is_multiple_of(BLOCK_BYTES) && end.is_multiple_of(BLOCK_BYTES) {
+        true => Ok(offset / BLOCK_BYTES..end / BLOCK_BYTES),
+        false => Err(invalid("a database is read and written in whole blocks")),
+    }
+}
+
+/// Whether the disk does not have what was asked for: a sector that cannot be read, or the end of a file that was cut.
+fn is_unreadable(error: &io::Error) -> bool {
+    const EIO: i32 = 5;
+    error.raw_os_error() == Some(EIO) || error.kind() == ErrorKind::UnexpectedEof
+}
+
+fn damaged(what: &str) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, format!("the database is damaged: {what}"))
+}
+
+fn invalid(what: &str) -> io::Error {
+    io::Error::new(ErrorKind::InvalidInput, what)
+}
+
+#[cfg(test)]
+mod tests;

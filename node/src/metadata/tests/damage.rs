@@ -1,0 +1,165 @@
+//! A database that is damaged on the disk, and one of an earlier version.
+
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use quorumfs_proto::command::NewKind;
+use quorumfs_proto::{InodeNumber, Name};
+
+use super::support::{Node, create, name};
+use crate::metadata::database::{DamageSignal, Database};
+use crate::metadata::tables::Table;
+use crate::metadata::{Failure, MetadataOptions, MetadataStore, StorageFault};
+
+const FILES: u64 = 3_000;
+
+fn open(path: &Path) -> Result<MetadataStore, StorageFault> {
+    MetadataStore::open(path, MetadataOptions::default())
+}
+
+fn name_of(file: u64) -> Name {
+    name(&format!("file {file} {}", "x".repeat(100)))
+}
+
+/// A state of some hundred blocks, durable.
+fn make(path: &Path) {
+    let mut node = Node::with_sessions(1);
+    for file in 1..=FILES {
+        node.entry(create(
+            InodeNumber::ROOT,
+            std::str::from_utf8(name_of(file).as_bytes()).unwrap(),
+            NewKind::File,
+        ));
+    }
+    node.store.freeze();
+    node.store.flush().unwrap();
+    let Node { folder, store, .. } = node;
+    drop(store);
+    std::fs::copy(folder.path().join("metadata.redb"), path).unwrap();
+}
+
+fn check_all(store: &MetadataStore) -> Result<u64, StorageFault> {
+    let (mut rows, mut from) = (0, None);
+    loop {
+        let checked = store.check(from, 10_000)?;
+        rows += checked.rows;
+        from = checked.next;
+        if from.is_none() {
+            return Ok(rows);
+        }
+    }
+}
+
+#[test]
+fn damage_is_told_whoever_meets_it_and_never_answered() {
+    let folder = tempfile::tempdir().unwrap();
+    let (sound, path) = (folder.path().join("sound"), folder.path().join("metadata.redb"));
+    make(&sound);
+    let rows = check_all(&open(&sound).unwrap()).unwrap();
+    assert!(rows > 2 * FILES);
+    let bytes = sound.metadata().unwrap().len();
+    let (mut at_open, mut later) = (0, 0);
+    for at in (20..bytes).step_by(bytes as usize / 150) {
+        std::fs::copy(&sound, &path).unwrap();
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+        let store = match open(&path) {
+            Ok(store) => store,
+            Err(fault) => {
+                assert!(fault.is_damage(), "byte {at}: {fault}");
+                at_open += 1;
+                continue;
+            }
+        };
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let hears = told.clone();
+        store.on_damage(move |fault| hears.lock().push(fault));
+        let view = store.view().unwrap();
+        let looked_up = |file: u64| match view.lookup(InodeNumber::ROOT, &name_of(file)) {
+            Ok(_) => None,
+            Err(Failure::Verdict(verdict)) => panic!("byte {at}: file {file}: {verdict}"),
+            Err(Failure::Fault(fault)) => Some(fault),
+        };
+        let read = (1..=FILES).find_map(looked_up);
+        let checked = check_all(&store);
+        if let Ok(found) = &checked {
+            assert_eq!(*found, rows, "byte {at}");
+        }
+        if read.is_some() || checked.is_err() {
+            assert_eq!(told.lock().len(), 1, "byte {at}");
+            assert!(told.lock()[0].is_damage());
+            later += 1;
+        }
+    }
+    assert!(later > 50, "{at_open} at open, {later} later");
+}
+
+#[test]
+fn a_database_of_an_earlier_version_is_taken_over_if_it_is_in_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let (sound, plain) = (folder.path().join("sound"), folder.path().join("plain"));
+    make(&sound);
+    let store = open(&sound).unwrap();
+    let digest = store.view().unwrap().digest(|| ()).unwrap();
+    let database = redb::Database::create(&plain).unwrap();
+    let transaction = database.begin_write().unwrap();
+    for row in store.snapshot().unwrap().rows() {
+        let row = row.unwrap();
+        let table = Table::from_number(row.table).unwrap();
+        let mut table = transaction.open_table(table.definition()).unwrap();
+        table.insert(&row.key[..], &row.value[..]).unwrap();
+    }
+    transaction.commit().unwrap();
+    drop(database);
+    let damaged = folder.path().join("damaged");
+    std::fs::copy(&plain, &damaged).unwrap();
+
+    for _ in 0..2 {
+        let taken_over = open(&plain).unwrap();
+        assert_eq!(taken_over.position().index, FILES + 1);
+        assert_eq!(taken_over.view().unwrap().digest(|| ()).unwrap(), digest);
+        drop(taken_over);
+        assert!(!std::fs::read(&plain).unwrap().starts_with(b"redb"));
+    }
+
+    // What is damaged does not get checksums that are right.
+    let mut bytes = std::fs::read(&damaged).unwrap();
+    let needle = format!("file {} ", FILES / 2);
+    let places: Vec<usize> = bytes
+        .windows(needle.len())
+        .enumerate()
+        .filter(|(_, window)| *window == needle.as_bytes())
+        .map(|(at, _)| at)
+        .collect();
+    assert!(!places.is_empty());
+    places.iter().for_each(|at| bytes[*at] ^= 1);
+    std::fs::write(&damaged, bytes).unwrap();
+    let refused = open(&damaged).err().unwrap();
+    assert!(refused.is_damage(), "{refused}");
+}
+
+#[test]
+fn a_panic_inside_the_database_is_damage() {
+    let folder = tempfile::tempdir().unwrap();
+    let signal = DamageSignal::default();
+    let database = Database::create(&folder.path().join("metadata.redb"), 1 << 20, signal.clone()).unwrap();
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let hears = told.clone();
+    for _ in 0..2 {
+        let panicked: Result<(), StorageFault> =
+            database.guarded(|| panic!("range end index 5000 out of range for slice of length 4096"));
+        assert!(panicked.unwrap_err().is_damage());
+    }
+    // Who listens later hears of it too.
+    signal.listen(move |fault| hears.lock().push(fault.to_string()));
+    assert_eq!(told.lock().len(), 1);
+    assert!(told.lock()[0].contains("5000"), "{:?}", told.lock());
+}
