@@ -16,15 +16,12 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use quorumfs_proto::{Attributes, InodeNumber};
 
-/// How long at least an inode that was looked up is kept; twice as long at most. The kernel sends the second request
-/// within a second (that long it may remember a name), and a moment more on a busy machine.
-const KEPT_MS: u64 = 2_000;
-
-/// Inodes looked up in one half of that time, and inodes given up: beyond it the older ones count for less time.
+/// Inodes looked up in the time that they are kept, and inodes given up: beyond it the older ones are kept for less.
 const INODES_MAX: usize = 64 << 10;
 
-/// How long the kernel may take to look a name up again that a creation found.
-const FOUND_MS: u64 = 1_000;
+/// How long the kernel may take to look a name up again that a creation found: it waits for other changes of the
+/// directory first.
+const FOUND_MS: u64 = 5_000;
 
 /// Threads that are to look a name up again.
 const FOUND_MAX: usize = 1024;
@@ -38,27 +35,27 @@ struct Recent {
     newer: HashSet<InodeNumber>,
     older: HashSet<InodeNumber>,
     since: Instant,
+    /// How long at least an inode stays; twice as long at most.
+    kept: Duration,
 }
 
-impl Default for Recent {
-    fn default() -> Recent {
+impl Recent {
+    fn new(kept_ms: u64) -> Recent {
         Recent {
             newer: HashSet::new(),
             older: HashSet::new(),
             since: Instant::now(),
+            kept: Duration::from_millis(kept_ms),
         }
     }
-}
 
-impl Recent {
     fn turn(&mut self, now: Instant) {
         let age = now.saturating_duration_since(self.since);
-        let half = Duration::from_millis(KEPT_MS);
-        if age >= half || self.newer.len() >= INODES_MAX {
+        if age >= self.kept || self.newer.len() >= INODES_MAX {
             self.older = std::mem::take(&mut self.newer);
             self.since = now;
         }
-        if age >= 2 * half {
+        if age >= 2 * self.kept {
             self.older.clear();
         }
     }
@@ -89,19 +86,43 @@ struct Found {
 }
 
 /// See the module. The lock is held for a look-up.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct LookedUp {
     state: Mutex<State>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     looked_up: Recent,
     given_up: Recent,
     found: HashMap<Caller, Found>,
 }
 
+impl Found {
+    fn is_young(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.at) < Duration::from_millis(FOUND_MS)
+    }
+}
+
+impl State {
+    fn is_found(&self, inode: InodeNumber, now: Instant) -> bool {
+        let is_it = |found: &Found| found.attributes.inode == inode && found.is_young(now);
+        self.found.values().any(is_it)
+    }
+}
+
 impl LookedUp {
+    /// Nothing is looked up yet. What is stays for `kept_ms`.
+    pub(super) fn new(kept_ms: u64) -> LookedUp {
+        LookedUp {
+            state: Mutex::new(State {
+                looked_up: Recent::new(kept_ms),
+                given_up: Recent::new(kept_ms.max(FOUND_MS)),
+                found: HashMap::new(),
+            }),
+        }
+    }
+
     /// Programs are told of `inode`.
     pub(super) fn add(&self, inode: InodeNumber) {
         self.state.lock().looked_up.insert(inode, Instant::now());
@@ -110,13 +131,21 @@ impl LookedUp {
     /// Whether `inode` may be opened although it has no name, and nobody here has it open.
     pub(super) fn may_open(&self, inode: InodeNumber) -> bool {
         let (mut state, now) = (self.state.lock(), Instant::now());
-        state.looked_up.contains(inode, now) && !state.given_up.contains(inode, now)
+        let is_kept = state.looked_up.contains(inode, now) || state.is_found(inode, now);
+        is_kept && !state.given_up.contains(inode, now)
+    }
+
+    /// Whether a thread is about to look `inode` up again, which its creation found.
+    pub(super) fn is_found(&self, inode: InodeNumber) -> bool {
+        let (state, now) = (self.state.lock(), Instant::now());
+        state.is_found(inode, now)
     }
 
     /// Those of `inodes` that were not looked up lately.
     pub(super) fn not_recent(&self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
         let (mut state, now) = (self.state.lock(), Instant::now());
-        let is_old = |inode: &&InodeNumber| !state.looked_up.contains(**inode, now);
+        let is_old =
+            |inode: &&InodeNumber| !state.looked_up.contains(**inode, now) && !state.is_found(**inode, now);
         inodes.iter().filter(is_old).copied().collect()
     }
 
@@ -139,10 +168,8 @@ impl LookedUp {
     /// `caller` could not create `name`, because it leads to the inode of `attributes`.
     pub(super) fn found(&self, caller: Caller, parent: InodeNumber, name: &[u8], attributes: Attributes) {
         let (mut state, at) = (self.state.lock(), Instant::now());
-        let is_young = |found: &Found| at.duration_since(found.at) < Duration::from_millis(FOUND_MS);
-        if state.found.len() >= FOUND_MAX {
-            state.found.retain(|_, found| is_young(found));
-        }
+        // Few, and most threads never come back for theirs.
+        state.found.retain(|_, found| found.is_young(at));
         if caller != 0 && state.found.len() < FOUND_MAX {
             let name = name.to_vec();
             let found = Found {
@@ -157,13 +184,9 @@ impl LookedUp {
 
     /// What `caller`'s creation of `name` found a moment ago.
     pub(super) fn found_by(&self, caller: Caller, parent: InodeNumber, name: &[u8]) -> Option<Attributes> {
-        let mut state = self.state.lock();
+        let state = self.state.lock();
         let found = state.found.get(&caller)?;
-        if found.at.elapsed() >= Duration::from_millis(FOUND_MS) {
-            state.found.remove(&caller);
-            return None;
-        }
-        let is_it = found.parent == parent && found.name == name;
+        let is_it = found.parent == parent && found.name == name && found.is_young(Instant::now());
         is_it.then(|| found.attributes.clone())
     }
 
@@ -180,9 +203,11 @@ impl LookedUp {
 mod tests {
     use super::*;
 
+    const KEPT_MS: u64 = 2_000;
+
     #[test]
     fn what_was_looked_up_is_kept_for_a_while_and_what_was_given_up_is_not_opened() {
-        let mut recent = Recent::default();
+        let mut recent = Recent::new(KEPT_MS);
         let (start, inode) = (recent.since, InodeNumber(7));
         let after = |ms| start + Duration::from_millis(ms);
         recent.insert(inode, after(KEPT_MS - 1));
@@ -195,7 +220,7 @@ mod tests {
             "nothing came for long"
         );
 
-        let looked_up = LookedUp::default();
+        let looked_up = LookedUp::new(KEPT_MS);
         assert!(!looked_up.may_open(inode));
         looked_up.add(inode);
         assert!(looked_up.may_open(inode));
@@ -208,7 +233,7 @@ mod tests {
 
     #[test]
     fn the_inodes_that_are_remembered_are_bounded() {
-        let mut recent = Recent::default();
+        let mut recent = Recent::new(KEPT_MS);
         let now = recent.since;
         for inode in 0..5 * INODES_MAX as u64 {
             recent.insert(InodeNumber(inode), now);

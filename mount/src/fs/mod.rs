@@ -96,6 +96,10 @@ pub struct FsOptions {
     pub dirty_bytes_max: u64,
     /// How long they may stay so without a sync.
     pub dirty_age_ms: u64,
+    /// How long at least what was looked up can be opened although another mount takes its name meanwhile; twice as long
+    /// at most. The kernel sends the open within a second of the look-up (that long it may remember a name), and a moment
+    /// more on a busy machine.
+    pub looked_up_ms: u64,
     /// The directory that is mounted; it is its own parent.
     pub root: InodeNumber,
 }
@@ -108,6 +112,7 @@ impl Default for FsOptions {
             cache_bytes: 128 << 20,
             dirty_bytes_max: 64 << 20,
             dirty_age_ms: 1000,
+            looked_up_ms: 2000,
             root: InodeNumber::ROOT,
         }
     }
@@ -150,7 +155,7 @@ impl<C: Cluster> Filesystem<C> {
             pages_above: OnceLock::new(),
             readahead_permits: Semaphore::new(READAHEAD_FETCHES_MAX),
             removed: Removed::default(),
-            looked_up: LookedUp::default(),
+            looked_up: LookedUp::new(options.looked_up_ms),
             options,
         });
         let weak = Arc::downgrade(&filesystem);

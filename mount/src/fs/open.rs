@@ -171,6 +171,8 @@ impl<C: Cluster> Filesystem<C> {
             existing: IfExists::Refuse,
         };
         let mut attempt = 1;
+        // Another mount may take the name away before the file is held here.
+        let _under_way = self.removed.may_hold();
         let made = loop {
             match self.mutate(create.clone()).await {
                 Err(FsError::Exists) if !flags.exclusive => {}

@@ -43,8 +43,8 @@ pub(super) struct Removed {
     used_above: OnceLock<Arc<UsedAbove>>,
 }
 
-/// Calls under way after which this mount may have to hold an inode: commands that may take a last name, and look-ups.
-/// Until they are answered it is not known here which inode; the cluster may ask about it before.
+/// Calls under way after which this mount may have to hold an inode: commands that may take a last name, creations
+/// and look-ups. Until they are answered it is not known here which inode; the cluster may ask about it before.
 #[derive(Default)]
 struct Removals {
     begun: u64,
@@ -79,7 +79,7 @@ impl Removals {
 }
 
 impl Removed {
-    /// A call is about to be sent that may take a last name, or look an inode up.
+    /// A call is about to be sent that may take a last name, make a file or look one up.
     pub(super) fn may_hold(&self) -> Removal<'_> {
         let mut removals = self.removals.lock();
         removals.begun += 1;
@@ -176,8 +176,10 @@ impl<C: Cluster> Filesystem<C> {
         let mut removed = self.removed.all();
         // Before the others are asked about: what is opened in between is known above.
         removed.retain(|(inode, _)| self.open.holds(*inode) == 0);
-        removed.retain(|(inode, by)| {
-            *by == RemovedBy::ThisMount || !self.looked_up.not_recent(&[*inode]).is_empty()
+        removed.retain(|(inode, by)| match by {
+            // Whoever looked it up is known above, except for one who is about to look it up again.
+            RemovedBy::ThisMount => !self.looked_up.is_found(*inode),
+            RemovedBy::Another => !self.looked_up.not_recent(&[*inode]).is_empty(),
         });
         let unused = move |used_above: Option<Arc<UsedAbove>>| {
             let is_used = |inode| used_above.as_ref().is_some_and(|used_above| used_above(inode));
