@@ -10,4 +10,5 @@
 pub mod chunk_cache;
 pub mod extent_cache;
 pub mod lease_view;
+pub mod page_tail;
 pub mod page_versions;
