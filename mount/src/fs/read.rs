@@ -11,9 +11,11 @@ use quorumfs_proto::limits::FILE_BYTES_MAX;
 use quorumfs_proto::query::Answer;
 use quorumfs_proto::{FsError, Query};
 
+use super::commit::take_turn;
 use super::{Cluster, Filesystem, Handle, Node, unexpected};
 use crate::caches::extent_cache::clip;
-use crate::handles::InodeState;
+use crate::handles::{InodeState, Scope};
+use crate::interrupt::{interruptible, still_wanted};
 use crate::readahead::Pattern;
 use crate::write_buffer::{self, DirtyPart};
 
@@ -55,7 +57,7 @@ impl<C: Cluster> Filesystem<C> {
         }
         for attempt in 1..=READ_ATTEMPTS_MAX {
             let snapshot = self.snapshot(&file.node, range.clone()).await?;
-            match self.assemble(snapshot, seen.pattern).await {
+            match interruptible(self.assemble(snapshot, seen.pattern)).await {
                 // The chunk is gone, so the file must have changed: look again.
                 Err(FsError::Stale) => {
                     tracing::debug!(inode = %file.node.inode, attempt, "a chunk is gone; extents are looked up again");
@@ -75,6 +77,12 @@ impl<C: Cluster> Filesystem<C> {
     async fn snapshot(&self, node: &Node<C>, range: Range<u64>) -> Result<Snapshot, FsError> {
         let mut overtaken = 0;
         loop {
+            if node.state.lock().held_append.is_some() {
+                // Where it lies is known when it is committed. If that fails, the file's handles are told.
+                let _kept = self.commit(node, Scope::Sealed).await;
+                still_wanted().await?;
+                continue;
+            }
             let from = match snapshot_of(&node.state.lock(), range.clone()) {
                 Ok(snapshot) => return Ok(snapshot),
                 Err(from) => from,
@@ -82,7 +90,7 @@ impl<C: Cluster> Filesystem<C> {
             let is_current = if overtaken < OVERTAKEN_MAX {
                 self.look_up_extents(node, from, PIECES_AT_ONCE_MAX).await?
             } else {
-                let _turn = node.turn.lock().await;
+                let _turn = take_turn(node).await?;
                 self.look_up_extents(node, from, PIECES_AT_ONCE_MAX).await?
             };
             if !is_current {
@@ -104,7 +112,7 @@ impl<C: Cluster> Filesystem<C> {
             to: FILE_BYTES_MAX,
             pieces_max,
         };
-        let (attributes, pieces, known_to) = match self.cluster.query(query).await.map_err(gone)? {
+        let (attributes, pieces, known_to) = match self.ask(query).await.map_err(gone)? {
             Answer::Extents {
                 attributes,
                 pieces,
