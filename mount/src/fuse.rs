@@ -5,8 +5,7 @@
 //!   since what the caches know is ready at once and a change of threads would cost more than the work; what
 //!   has to wait goes on on tokio. So a fuser thread never waits for the cluster, and a thousand requests may
 //!   wait together; the kernel bounds how many.
-//! - Every request is answered exactly once. A panic in a handler answers EIO (fuser's replies do so when
-//!   they are dropped) and takes no thread with it.
+//! - Every request is answered exactly once; a panic in a handler answers EIO (as fuser's dropped replies do).
 //! - The kernel keeps names and attributes for as long as the mount option says (by default it asks each
 //!   time), and a file's pages only if the filesystem says at open that they are still right. While a file is open
 //!   it drops them when it is told another size than its own. FUSE_EXPLICIT_INVAL_DATA would keep them: the zeros
@@ -72,8 +71,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
             | InitFlags::FUSE_CACHE_SYMLINKS
             | InitFlags::FUSE_HANDLE_KILLPRIV_V2
             | InitFlags::FUSE_EXPORT_SUPPORT
-            // O_APPEND handles pass the kernel's pages by, but programs may map them all the same.
-            | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
+            | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP; // O_APPEND handles may be mapped.
         // An old kernel lacks some: the mount is slower there, not wrong.
         if let Err(missing) = config.add_capabilities(wanted) {
             tracing::info!(?missing, "the kernel's FUSE is old");

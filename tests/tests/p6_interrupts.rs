@@ -98,6 +98,7 @@ fn p6_programs_that_wait_for_a_quorum_can_be_killed() {
     let cluster = Cluster::start(&sandbox);
     let mount = cluster.mount();
     // A folder for each: the kernel lets only one at a time change a folder.
+    const LAST: &str = "write";
     let programs = [
         ("ls", "exec ls"),
         ("df", "exec df ."),
@@ -110,10 +111,11 @@ fn p6_programs_that_wait_for_a_quorum_can_be_killed() {
             "fsync",
             "exec dd if=/dev/zero bs=4k count=1 conv=notrunc,fsync >&3",
         ),
-        ("write", "exec dd if=/dev/zero bs=1M count=200 conv=notrunc >&3"),
         ("append", "exec dd if=/dev/zero bs=1M count=2 conv=notrunc >&4"),
         ("close", "printf kept >&3; exec 3>&-"),
         ("exit", "printf kept >&3; kill -9 $$"),
+        // When it has filled the room for what is written, all others that write wait for that.
+        (LAST, "exec dd if=/dev/zero bs=1M count=200 conv=notrunc >&3"),
     ];
     for (what, _) in programs {
         fs::create_dir(mount.path(what)).expect("mkdir");
@@ -135,8 +137,9 @@ fn p6_programs_that_wait_for_a_quorum_can_be_killed() {
         .iter()
         .map(|(what, script)| {
             let wait = format!(
-                "exec 3<>file 4>>file; : >'{gate}.{what}'; until [ -e '{gate}' ]; do sleep 0.05; done; {script}",
-                gate = gate.display()
+                "exec 3<>file 4>>file; : >'{gate}.{what}'; until [ -e '{gate}.{go}' ]; do sleep 0.05; done; {script}",
+                gate = gate.display(),
+                go = if *what == LAST { "last" } else { "go" },
             );
             Program::start(what, &mount.path(what), &wait)
         })
@@ -146,7 +149,8 @@ fn p6_programs_that_wait_for_a_quorum_can_be_killed() {
         wait_for("the file is open", BLOCK_LIMIT, || Path::new(&ready).exists());
     }
     let stopped = stop_quorum(&cluster);
-    fs::write(&gate, "").expect("open the gate");
+    let open_gate = |go: &str| fs::write(gate.with_extension(go), "").expect("open the gate");
+    open_gate("go");
     let unmounting = Program::start(
         "umount",
         &sandbox.path(""),
@@ -154,6 +158,12 @@ fn p6_programs_that_wait_for_a_quorum_can_be_killed() {
     );
     // Blocked, each is killed; the others wait on.
     for program in &opened {
+        match program.what {
+            LAST => open_gate("last"),
+            // The kernel does not make a process wait that ends.
+            "exit" => continue,
+            _ => {}
+        }
         program.wait_blocked();
     }
     unmounting.wait_blocked();
