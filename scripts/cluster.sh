@@ -28,6 +28,8 @@ pid_of() {
 }
 # The process ids of our mount.
 mount_pids() { pgrep -f "^[^ ]*quorumfs-mount .* $mount( |\$)" || true; }
+# Whether a QuorumFS is mounted at $mount. The table is read: a look at the mount itself would wait for a quorum.
+mounted() { local at=${mount//\\/\\134}; at=${at// /\\040}; grep -qF -- " $at fuse.quorumfs " /proc/mounts; }
 field() { curl -s -m 2 "http://$(http "$1")/status" | tr -d ' \n' | sed -n "s/.*\"$2\":\"\{0,1\}\([^\",}]*\).*/\1/p"; }
 load() { [ -f "$settings" ] || fail "no cluster is up here; first: scripts/cluster.sh up"; . "$settings"; }
 node_number() { [[ ${1:-} =~ ^[1-9]$ ]] && [ "$1" -le "$nodes" ] || fail "which node? 1 to $nodes"; }
@@ -81,7 +83,7 @@ up() {
   echo "building …"; cargo build --release --quiet -p quorumfs-node -p quorumfs-mount
   for n in $(slots); do pid_of "$n" >/dev/null || start_node "$n"; done
   wait_writable
-  mountpoint -q "$mount" 2>/dev/null || "$bin/quorumfs-mount" "$(members)" "$mount" --log-file "$data/mount.log"
+  { mounted && [ -n "$(mount_pids)" ]; } || "$bin/quorumfs-mount" "$(members)" "$mount" --log-file "$data/mount.log"
   cat <<END
 A directory on $nodes nodes: $mount
 
@@ -102,16 +104,23 @@ status() {
     if ! pid_of "$n" >/dev/null; then echo "node $n  down"; continue; fi
     echo "node $n  $(field "$n" role)  writable: $(field "$n" writable)  applied: $(field "$n" applied_index)  http://$(http "$n")/status"
   done
-  mountpoint -q "$mount" && echo "mounted at $mount" || echo "not mounted at $mount"
+  if ! mounted; then echo "not mounted at $mount"
+  elif [ -n "$(mount_pids)" ]; then echo "mounted at $mount"
+  else echo "mounted at $mount, but the process is gone"; fi
 }
 
 down() {
   local keep=${1:-}; [ -z "$keep" ] || [ "$keep" = --keep ] || usage
   if [ ! -f "$settings" ]; then echo "no cluster is up here"; return; fi
   load
-  # Without a quorum the mount would wait for one for ever.
-  if mountpoint -q "$mount" 2>/dev/null; then
-    timeout 20 umount "$mount" || { echo "$mount is in use or cannot flush: it is detached" >&2; umount -l "$mount"; }
+  if mounted; then
+    # Without a quorum it waits for one, and while the mount's process is stopped it cannot even be killed.
+    umount "$mount" & local umount_pid=$!
+    for _ in $(seq 200); do mounted && kill -0 "$umount_pid" 2>/dev/null || break; sleep 0.1; done
+    if mounted; then
+      kill -9 "$umount_pid" 2>/dev/null || true
+      echo "$mount is in use or cannot flush: it is detached" >&2; umount -l "$mount"
+    fi
   fi
   for _ in $(seq 50); do [ -z "$(mount_pids)" ] && break; sleep 0.1; done
   for pid in $(mount_pids); do kill -9 "$pid" || true; done

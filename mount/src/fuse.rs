@@ -46,7 +46,7 @@ use answer::{
     answer_space, answer_xattr, open_flags,
 };
 use convert::SetAttrFields;
-use edge::{name_bytes, new_file, opening};
+use edge::{close, close_directory, name_bytes, new_file, opening};
 use places::Place;
 
 pub use edge::FuseEdge;
@@ -70,8 +70,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
             | InitFlags::FUSE_CACHE_SYMLINKS
             | InitFlags::FUSE_HANDLE_KILLPRIV_V2
             | InitFlags::FUSE_EXPORT_SUPPORT
-            // O_APPEND handles pass the kernel's pages by, but programs may map them all the same.
-            | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
+            | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP; // O_APPEND handles may be mapped.
         // An old kernel lacks some: the mount is slower there, not wrong.
         if let Err(missing) = config.add_capabilities(wanted) {
             tracing::info!(?missing, "the kernel's FUSE is old");
@@ -90,16 +89,16 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         let (caller, place) = (request.pid(), Place::of(parent, name.as_bytes()));
         let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
         self.serve(
-            (Verb::Lookup, reply),
+            (Verb::Lookup, caller, reply),
             move |fs| async move { fs.lookup_for(caller, parent?, &name).await },
             answer_entry(self.view.clone(), place),
         );
     }
 
-    fn getattr(&self, _request: &Request, inode: INodeNo, handle: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(&self, request: &Request, inode: INodeNo, handle: Option<FileHandle>, reply: ReplyAttr) {
         let inode = self.cluster_inode(inode);
         self.serve(
-            (Verb::GetAttributes, reply),
+            (Verb::GetAttributes, request.pid(), reply),
             move |fs| async move { fs.attributes(inode?, handle.map(u64::from)).await },
             answer_attr(self.view.clone()),
         );
@@ -134,16 +133,16 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         let changes = convert::attribute_changes(fields, request.uid());
         let inode = self.cluster_inode(inode);
         self.serve(
-            (Verb::SetAttributes, reply),
+            (Verb::SetAttributes, request.pid(), reply),
             move |fs| async move { fs.set_attributes(inode?, handle.map(u64::from), changes).await },
             answer_attr(self.view.clone()),
         );
     }
 
-    fn readlink(&self, _request: &Request, inode: INodeNo, reply: ReplyData) {
+    fn readlink(&self, request: &Request, inode: INodeNo, reply: ReplyData) {
         let inode = self.cluster_inode(inode);
         self.serve(
-            (Verb::ReadLink, reply),
+            (Verb::ReadLink, request.pid(), reply),
             move |fs| async move { fs.read_link(inode?).await },
             |reply, target: SymlinkTarget| reply.data(target.as_bytes()),
         );
@@ -200,19 +199,19 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         );
     }
 
-    fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
         self.serve(
-            (Verb::Unlink, reply),
+            (Verb::Unlink, request.pid(), reply),
             move |fs| async move { fs.unlink(parent?, &name).await },
             answer_ok,
         );
     }
 
-    fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
         self.serve(
-            (Verb::Rmdir, reply),
+            (Verb::Rmdir, request.pid(), reply),
             move |fs| async move { fs.remove_directory(parent?, &name).await },
             answer_ok,
         );
@@ -220,7 +219,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
 
     fn rename(
         &self,
-        _request: &Request,
+        request: &Request,
         from_parent: INodeNo,
         from_name: &OsStr,
         to_parent: INodeNo,
@@ -232,7 +231,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         let (from_parent, from_name) = (self.cluster_inode(from_parent), name_bytes(from_name));
         let (to_parent, to_name) = (self.cluster_inode(to_parent), name_bytes(to_name));
         self.serve(
-            (Verb::Rename, reply),
+            (Verb::Rename, request.pid(), reply),
             move |fs| async move {
                 let mode = convert::rename_mode(flags)?;
                 fs.rename(from_parent?, &from_name, to_parent?, &to_name, mode)
@@ -242,14 +241,14 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         );
     }
 
-    fn link(&self, _request: &Request, inode: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn link(&self, request: &Request, inode: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let (inode, parent, name) = (
             self.cluster_inode(inode),
             self.cluster_inode(parent),
             name_bytes(name),
         );
         self.serve(
-            (Verb::Link, reply),
+            (Verb::Link, request.pid(), reply),
             move |fs| async move { fs.link(inode?, parent?, &name).await },
             answer_entry(self.view.clone(), Place::Anywhere),
         );
@@ -258,10 +257,11 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     fn open(&self, request: &Request, inode: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
         let (caller, inode) = (request.pid(), self.cluster_inode(inode));
         let flags = opening(flags.0, request.uid());
-        self.serve(
-            (Verb::Open, reply),
+        self.serve_opening(
+            (Verb::Open, caller, reply),
             move |fs| async move { fs.open_for(caller, inode?, flags).await },
             |reply, opened: Opened| reply.opened(FileHandle(opened.handle), open_flags(&opened)),
+            close,
         );
     }
 
@@ -278,20 +278,21 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
         let (caller, new) = (request.pid(), new_file(mode, request));
         let (view, flags) = (self.view.clone(), opening(flags, request.uid()));
-        self.serve(
-            (Verb::Create, reply),
+        self.serve_opening(
+            (Verb::Create, caller, reply),
             move |fs| async move { fs.create_for(caller, parent?, &name, new, flags).await },
             move |reply, (attributes, opened): (Attributes, Opened)| {
                 let handle = FileHandle(opened.handle);
                 let attr = view.attr(&attributes);
                 reply.created(&view.keep(&attr), &attr, GENERATION, handle, open_flags(&opened));
             },
+            |fs, (_, opened)| close(fs, opened),
         );
     }
 
     fn read(
         &self,
-        _request: &Request,
+        request: &Request,
         _inode: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -301,7 +302,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         reply: ReplyData,
     ) {
         self.serve_moving(
-            (Verb::Read, reply),
+            (Verb::Read, request.pid(), reply),
             |bytes: &Bytes| bytes.len() as u64,
             move |fs| async move { fs.read(handle.0, offset, size).await },
             |reply, bytes: Bytes| reply.data(&bytes),
@@ -310,7 +311,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
 
     fn write(
         &self,
-        _request: &Request,
+        request: &Request,
         _inode: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -324,7 +325,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
             // A shared mapping's pages; whoever changed them is not known any more.
             return self.serve_moving(
-                (Verb::Write, reply),
+                (Verb::Write, request.pid(), reply),
                 |written: &u32| u64::from(*written),
                 move |fs| async move { fs.write_back(handle.0, offset, data).await },
                 |reply, written: u32| reply.written(written),
@@ -332,7 +333,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         }
         let (place, privileges) = convert::write_terms(offset, flags.0, write_flags);
         self.serve_moving(
-            (Verb::Write, reply),
+            (Verb::Write, request.pid(), reply),
             |written: &u32| u64::from(*written),
             move |fs| async move { fs.write(handle.0, place, data, privileges).await },
             |reply, written: u32| reply.written(written),
@@ -341,14 +342,14 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
 
     fn flush(
         &self,
-        _request: &Request,
+        request: &Request,
         _inode: INodeNo,
         handle: FileHandle,
         _lock_owner: LockOwner,
         reply: ReplyEmpty,
     ) {
         self.serve(
-            (Verb::Flush, reply),
+            (Verb::Flush, request.pid(), reply),
             move |fs| async move { fs.flush(handle.0).await },
             answer_ok,
         );
@@ -356,14 +357,14 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
 
     fn fsync(
         &self,
-        _request: &Request,
+        request: &Request,
         _inode: INodeNo,
         handle: FileHandle,
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
         self.serve(
-            (Verb::Fsync, reply),
+            (Verb::Fsync, request.pid(), reply),
             move |fs| async move { fs.fsync(handle.0).await },
             answer_ok,
         );
@@ -371,7 +372,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
 
     fn release(
         &self,
-        _request: &Request,
+        request: &Request,
         _inode: INodeNo,
         handle: FileHandle,
         _flags: fuser::OpenFlags,
@@ -380,24 +381,25 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         reply: ReplyEmpty,
     ) {
         self.serve(
-            (Verb::Release, reply),
+            (Verb::Release, request.pid(), reply),
             move |fs| async move { fs.release(handle.0).await },
             answer_ok,
         );
     }
 
-    fn opendir(&self, _request: &Request, inode: INodeNo, _flags: fuser::OpenFlags, reply: ReplyOpen) {
+    fn opendir(&self, request: &Request, inode: INodeNo, _flags: fuser::OpenFlags, reply: ReplyOpen) {
         let inode = self.cluster_inode(inode);
-        self.serve(
-            (Verb::OpenDirectory, reply),
+        self.serve_opening(
+            (Verb::OpenDirectory, request.pid(), reply),
             move |fs| async move { fs.open_directory(inode?).await },
             |reply, handle: u64| reply.opened(FileHandle(handle), FopenFlags::empty()),
+            close_directory,
         );
     }
 
     fn readdir(
         &self,
-        _request: &Request,
+        request: &Request,
         _inode: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -405,7 +407,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     ) {
         let view = self.view.clone();
         self.serve(
-            (Verb::ReadDirectory, reply),
+            (Verb::ReadDirectory, request.pid(), reply),
             move |fs| async move {
                 fs.read_directory(handle.0, offset, EntryDetail::Name, LISTING_BYTES)
                     .await
@@ -424,7 +426,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     ) {
         let view = self.view.clone();
         self.serve(
-            (Verb::ReadDirectory, reply),
+            (Verb::ReadDirectory, request.pid(), reply),
             move |fs| async move {
                 fs.read_directory(handle.0, offset, EntryDetail::Attributes, LISTING_BYTES)
                     .await
@@ -435,14 +437,14 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
 
     fn releasedir(
         &self,
-        _request: &Request,
+        request: &Request,
         _inode: INodeNo,
         handle: FileHandle,
         _flags: fuser::OpenFlags,
         reply: ReplyEmpty,
     ) {
         self.serve(
-            (Verb::ReleaseDirectory, reply),
+            (Verb::ReleaseDirectory, request.pid(), reply),
             move |fs| async move { fs.release_directory(handle.0) },
             answer_ok,
         );
@@ -450,7 +452,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
 
     fn fsyncdir(
         &self,
-        _request: &Request,
+        request: &Request,
         inode: INodeNo,
         _handle: FileHandle,
         _datasync: bool,
@@ -458,15 +460,15 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     ) {
         let inode = self.cluster_inode(inode);
         self.serve(
-            (Verb::FsyncDirectory, reply),
+            (Verb::FsyncDirectory, request.pid(), reply),
             move |fs| async move { fs.fsync_directory(inode?).await },
             answer_ok,
         );
     }
 
-    fn statfs(&self, _request: &Request, _inode: INodeNo, reply: ReplyStatfs) {
+    fn statfs(&self, request: &Request, _inode: INodeNo, reply: ReplyStatfs) {
         self.serve(
-            (Verb::Space, reply),
+            (Verb::Space, request.pid(), reply),
             |fs| async move { fs.space().await },
             answer_space,
         );
@@ -474,7 +476,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
 
     fn setxattr(
         &self,
-        _request: &Request,
+        request: &Request,
         inode: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -485,7 +487,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         let (inode, name) = (self.cluster_inode(inode), convert::xattr_name(name.as_bytes()));
         let value = Bytes::copy_from_slice(value);
         self.serve(
-            (Verb::SetXattr, reply),
+            (Verb::SetXattr, request.pid(), reply),
             move |fs| async move {
                 let mode = convert::xattr_mode(flags)?;
                 fs.set_xattr(inode?, name?.as_bytes(), value, mode).await
@@ -494,22 +496,22 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         );
     }
 
-    fn getxattr(&self, _request: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+    fn getxattr(&self, request: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         if inode == INodeNo::ROOT && name == ATTRIBUTE {
             return self.tell_statistics(size, reply);
         }
         let (inode, name) = (self.cluster_inode(inode), convert::xattr_name(name.as_bytes()));
         self.serve(
-            (Verb::GetXattr, reply),
+            (Verb::GetXattr, request.pid(), reply),
             move |fs| async move { fs.get_xattr(inode?, name?.as_bytes()).await },
             answer_xattr(size),
         );
     }
 
-    fn listxattr(&self, _request: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
+    fn listxattr(&self, request: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
         let inode = self.cluster_inode(inode);
         self.serve(
-            (Verb::ListXattrs, reply),
+            (Verb::ListXattrs, request.pid(), reply),
             move |fs| async move {
                 let names = fs.list_xattrs(inode?).await?;
                 Ok(Bytes::from(convert::joined_xattr_names(&names)))
@@ -518,10 +520,10 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         );
     }
 
-    fn removexattr(&self, _request: &Request, inode: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn removexattr(&self, request: &Request, inode: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let (inode, name) = (self.cluster_inode(inode), convert::xattr_name(name.as_bytes()));
         self.serve(
-            (Verb::RemoveXattr, reply),
+            (Verb::RemoveXattr, request.pid(), reply),
             move |fs| async move { fs.remove_xattr(inode?, name?.as_bytes()).await },
             answer_ok,
         );

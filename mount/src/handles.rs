@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
+use bytes::Bytes;
 use parking_lot::Mutex;
 use quorumfs_proto::command::Privileges;
 use quorumfs_proto::{Attributes, FsError, InodeNumber, Timestamp};
@@ -85,6 +86,8 @@ pub struct InodeState<Put> {
     pub view: Option<Attributes>,
     /// What the cluster does not know yet.
     pub buffer: WriteBuffer,
+    /// What was appended last, if it is held back because more of it may follow. It lies before what is in the buffer.
+    pub held_append: Option<HeldAppend>,
     /// Puts in flight or done, by the sequence of their pack.
     pub puts: BTreeMap<u64, Put>,
     /// Where the committed bytes are.
@@ -107,6 +110,15 @@ pub struct InodeState<Put> {
     pub charged_bytes: u64,
     /// Flushes that failed.
     pub failures: Failures,
+}
+
+/// Bytes that were appended and are not committed yet.
+#[derive(Clone, Debug)]
+pub struct HeldAppend {
+    /// The bytes.
+    pub data: Bytes,
+    /// Whether they drop privileges.
+    pub privileges: Privileges,
 }
 
 /// Files that are not open any more whose failures nobody was told. Beyond it the oldest is given up: it was logged.
@@ -156,6 +168,20 @@ impl Failures {
 }
 
 impl<Put> InodeState<Put> {
+    /// Whether the cluster knows all that was written.
+    pub fn is_clean(&self) -> bool {
+        self.buffer.is_clean() && self.held_append.is_none()
+    }
+
+    /// What the cluster does not know, with what it costs to keep it.
+    pub fn footprint_bytes(&self) -> u64 {
+        self.buffer.footprint_bytes() + self.held_bytes()
+    }
+
+    fn held_bytes(&self) -> u64 {
+        self.held_append.as_ref().map_or(0, |held| held.data.len() as u64)
+    }
+
     /// Takes what the cluster told, unless it is older than what is known. (Each change moves ctime forward.)
     pub fn learn(&mut self, told: &Attributes) {
         let is_older =
@@ -174,15 +200,20 @@ impl<Put> InodeState<Put> {
     /// The attributes as programs of this mount see them: with what they wrote.
     pub fn attributes(&self) -> Option<Attributes> {
         let mut attributes = self.view.clone()?;
-        if !self.buffer.is_clean() {
-            attributes.size = attributes.size.max(self.buffer.end());
-            attributes.allocated_bytes += self.buffer.bytes();
+        if !self.is_clean() {
+            let held_bytes = self.held_bytes();
+            attributes.size = (attributes.size + held_bytes).max(self.buffer.end());
+            attributes.allocated_bytes += self.buffer.bytes() + held_bytes;
             if let Some(mtime) = self.mtime {
                 attributes.mtime = mtime;
                 attributes.ctime = attributes.ctime.max(mtime);
             }
         }
-        if [self.privileges, self.privileges_sent].contains(&Privileges::Drop) {
+        let held = self
+            .held_append
+            .as_ref()
+            .map_or(Privileges::Keep, |held| held.privileges);
+        if [self.privileges, self.privileges_sent, held].contains(&Privileges::Drop) {
             attributes.mode = without_privileges(attributes.mode);
             attributes.has_capability = false;
         }
@@ -283,6 +314,7 @@ impl<Put> OpenFiles<Put> {
                 state: Mutex::new(InodeState {
                     view: None,
                     buffer: WriteBuffer::default(),
+                    held_append: None,
                     puts: BTreeMap::new(),
                     extents: ExtentCache::default(),
                     tail: PageTail::default(),
@@ -389,7 +421,7 @@ impl<Put> OpenFiles<Put> {
 }
 
 fn drop_if_idle<Put>(tables: &mut Tables<Put>, inode: InodeNumber) {
-    let is_idle = |entry: &Entry<Put>| entry.holds == 0 && entry.node.state.lock().buffer.is_clean();
+    let is_idle = |entry: &Entry<Put>| entry.holds == 0 && entry.node.state.lock().is_clean();
     if !tables.inodes.get(&inode).is_some_and(is_idle) {
         return;
     }

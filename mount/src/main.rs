@@ -22,6 +22,10 @@ const EXIT_MOUNT_FAILED: u8 = 32;
 /// Where more or less logging can be asked for, in the words of tracing-subscriber's filters.
 const LOG_VARIABLE: &str = "QUORUMFS_LOG";
 
+/// The kernel tells of every signal of a program that waits; fuser refuses on another descriptor than the kernel expects
+/// it on, and logs that as an error of the reply.
+const QUIET: &str = "fuser::reply=off";
+
 fn main() -> ExitCode {
     let request = match MountRequest::from_arguments(std::env::args_os()) {
         Ok(request) => request,
@@ -107,8 +111,8 @@ fn run(request: &MountRequest) -> anyhow::Result<ExitCode> {
 
 fn start_logging(verbosity: Verbosity, file: Option<File>) {
     let default = match verbosity {
-        Verbosity::Normal => "info",
-        Verbosity::Verbose => "info,quorumfs_mount=debug,quorumfs_client=debug",
+        Verbosity::Normal => format!("info,{QUIET}"),
+        Verbosity::Verbose => format!("info,{QUIET},quorumfs_mount=debug,quorumfs_client=debug"),
     };
     let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new(default));
     let builder = tracing_subscriber::fmt().with_env_filter(filter);

@@ -9,15 +9,17 @@
 use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags};
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid};
 
 use crate::options::{Access, Stacking};
 
@@ -27,6 +29,9 @@ const FILESYSTEM_TYPE: &str = "fuse.quorumfs";
 /// How long a mount may take to say whether it lives. A dead one answers at once; one that waits for its
 /// cluster lives.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How often it is looked whether it has.
+const PROBE_POLL: Duration = Duration::from_millis(5);
 
 /// What the kernel reads ahead of a sequential reader. Its default, 128 KiB, is a fraction of a chunk; the
 /// mount itself reads ahead further and from several nodes.
@@ -125,7 +130,11 @@ impl MountPoint {
                 break;
             }
             // Only the topmost can be asked; those beneath a dead one are looked at again in `clear`.
-            if dead > 0 || probe(&path) == Life::Dead {
+            let is_dead = dead > 0
+                || probe(&path)
+                    .map_err(|error| MountPointError::kernel("look at the mount on", &path, error))?
+                    == Life::Dead;
+            if is_dead {
                 dead += 1;
                 continue;
             }
@@ -298,25 +307,44 @@ impl Mounted {
 /// never end.
 fn unmount_apart(path: &Path, flags: MntFlags) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    // SAFETY: other threads run, so the child may only make calls that are safe in a signal handler:
-    // close_range, umount2 and _exit are plain system calls, and it touches no memory but `path`.
+    // SAFETY: umount2 is a plain system call and touches no memory but `path`.
+    let child = unsafe { call_apart(|| libc::umount2(path.as_ptr(), flags.bits())) }?;
+    loop {
+        match waitpid(child, None) {
+            Ok(status) => return outcome_of(status),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Makes a system call in a process of its own, whose exit code is 0 or the error number.
+///
+/// # Safety
+/// Other threads run, so `call` may only do what is safe in a signal handler.
+unsafe fn call_apart(call: impl FnOnce() -> libc::c_int) -> io::Result<Pid> {
+    // SAFETY: close_range and _exit are plain system calls, and `call` is what the caller vouches for.
     match unsafe { nix::unistd::fork() }? {
-        nix::unistd::ForkResult::Child => unsafe {
+        ForkResult::Child => unsafe {
             libc::close_range(0, u32::MAX, 0);
-            match libc::umount2(path.as_ptr(), flags.bits()) {
+            match call() {
                 0 => libc::_exit(0),
-                // Error numbers of umount2 are far below 256.
+                // Those of umount2 and statfs are far below 256.
                 _ => libc::_exit(*libc::__errno_location()),
             }
         },
-        nix::unistd::ForkResult::Parent { child } => loop {
-            match waitpid(child, None) {
-                Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
-                Ok(WaitStatus::Exited(_, errno)) => return Err(io::Error::from_raw_os_error(errno)),
-                Err(Errno::EINTR) => {}
-                other => return Err(io::Error::other(format!("unmounting ended with {other:?}"))),
-            }
-        },
+        ForkResult::Parent { child } => Ok(child),
+    }
+}
+
+/// How the call of a process of [`call_apart`] went.
+fn outcome_of(status: WaitStatus) -> io::Result<()> {
+    match status {
+        WaitStatus::Exited(_, 0) => Ok(()),
+        WaitStatus::Exited(_, errno) => Err(io::Error::from_raw_os_error(errno)),
+        other => Err(io::Error::other(format!(
+            "the process of a system call ended with {other:?}"
+        ))),
     }
 }
 
@@ -327,23 +355,29 @@ enum Life {
 }
 
 /// Asks the mount on `path` a question that no cache answers. One that does not reply in time is alive: its
-/// process waits for a cluster, or was stopped. Leaves no thread behind but in that case.
-fn probe(path: &Path) -> Life {
-    let (sender, receiver) = mpsc::channel();
-    let path = path.to_owned();
-    let asking = std::thread::spawn(move || {
-        let answer = nix::sys::statvfs::statvfs(&path).map_err(io::Error::from);
-        // Nobody listens any more after PROBE_TIMEOUT.
-        let _ = sender.send(answer.err());
-    });
-    let Ok(answer) = receiver.recv_timeout(PROBE_TIMEOUT) else {
-        return Life::Alive;
-    };
-    // It has sent its answer, so it ends at once; it does not panic.
-    let _ = asking.join();
-    match answer {
-        Some(error) if is_dead(&error) => Life::Dead,
-        _ => Life::Alive,
+/// process waits for a cluster, or was stopped. It is asked by a process of its own: one that waits for a stopped
+/// process's answer can not end, and this one must.
+fn probe(path: &Path) -> io::Result<Life> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut answer = MaybeUninit::<libc::statfs>::uninit();
+    // SAFETY: statfs is a plain system call and touches no memory but `path` and `answer`.
+    let child = unsafe { call_apart(|| libc::statfs(path.as_ptr(), answer.as_mut_ptr())) }?;
+    let begin = Instant::now();
+    loop {
+        match waitpid(child, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) if begin.elapsed() < PROBE_TIMEOUT => std::thread::sleep(PROBE_POLL),
+            Ok(WaitStatus::StillAlive) => {
+                // It ends when the mount's process can tell, or has ended; nobody waits for it.
+                nix::sys::signal::kill(child, Signal::SIGKILL)?;
+                return Ok(Life::Alive);
+            }
+            Ok(status) => match outcome_of(status) {
+                Err(error) if is_dead(&error) => return Ok(Life::Dead),
+                _ => return Ok(Life::Alive),
+            },
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
     }
 }
 

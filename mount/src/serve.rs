@@ -42,6 +42,9 @@ const DETACH_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long to wait for the session to be closed at the cluster. If that fails it lapses by itself.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Files that the log names by their inode numbers when their bytes are lost.
+const NAMED_FILES_MAX: usize = 16;
+
 /// prctl(2)'s word for a process that serves a filesystem; the libc crate does not know it.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
@@ -161,6 +164,8 @@ impl<C: Cluster> Service<C> {
         let early = tokio::select! {
             ended = &mut self.ended => {
                 log_end(ended);
+                // By `umount -f` the kernel lets go of a mount, and leaves it in the tree if files are open.
+                self.detach().await;
                 Ok(())
             }
             _ = stop.recv() => {
@@ -169,6 +174,20 @@ impl<C: Cluster> Service<C> {
             }
         };
         let last = until(Instant::now() + FLUSH_TIMEOUT, self.filesystem.flush_all()).await;
+        let unwritten = self.filesystem.unwritten();
+        if !unwritten.is_empty() {
+            let bytes = self.filesystem.dirty_bytes();
+            let (files, inodes) = (
+                unwritten.len(),
+                &unwritten[..unwritten.len().min(NAMED_FILES_MAX)],
+            );
+            tracing::error!(
+                bytes,
+                files,
+                ?inodes,
+                "written bytes did not reach the cluster and are lost"
+            );
+        }
         match early {
             // What took too long has been tried again; what failed is lost, and not tried twice.
             Ok(()) | Err(FsError::TimedOut) => last,
@@ -197,13 +216,18 @@ impl<C: Cluster> Service<C> {
             _ = stop.recv() => "asked to stop again",
         };
         tracing::warn!("{left}: whoever still uses the mount loses it now");
+        self.detach().await;
+        flushed
+    }
+
+    /// Takes the mount out of the tree, if it is there.
+    async fn detach(&self) {
         if tokio::time::timeout(DETACH_TIMEOUT, unmount(&self.mounted, Urgency::Detach))
             .await
             .is_err()
         {
             tracing::info!("the kernel is still writing back; it is told to give up");
         }
-        flushed
     }
 }
 

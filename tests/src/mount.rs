@@ -114,6 +114,11 @@ impl Mount {
         self.process.signal(signal);
     }
 
+    /// All that the mount program logged.
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+
     /// SIGTERM: flushes, unmounts, ends. Panics unless all of that happens.
     #[track_caller]
     pub fn unmount(mut self) {

@@ -21,7 +21,7 @@ impl<C: Cluster> Filesystem<C> {
 
     /// The attributes that `query` asks for, as the cluster tells them.
     pub(super) async fn told_attributes(&self, query: Query) -> Result<Attributes, FsError> {
-        match self.cluster.query(query).await? {
+        match self.ask(query).await? {
             Answer::Attributes(attributes) => Ok(attributes),
             other => Err(unexpected("Attributes", &other)),
         }
@@ -69,7 +69,7 @@ impl<C: Cluster> Filesystem<C> {
     /// getxattr(2).
     pub async fn get_xattr(&self, inode: InodeNumber, name: &[u8]) -> Result<Bytes, FsError> {
         let name = XattrName::new(name.to_vec())?;
-        match self.cluster.query(Query::GetXattr { inode, name }).await? {
+        match self.ask(Query::GetXattr { inode, name }).await? {
             Answer::XattrValue(value) => Ok(value),
             other => Err(unexpected("GetXattr", &other)),
         }
@@ -97,7 +97,7 @@ impl<C: Cluster> Filesystem<C> {
 
     /// listxattr(2).
     pub async fn list_xattrs(&self, inode: InodeNumber) -> Result<Vec<XattrName>, FsError> {
-        match self.cluster.query(Query::ListXattrs { inode }).await? {
+        match self.ask(Query::ListXattrs { inode }).await? {
             Answer::XattrNames(names) => Ok(names),
             other => Err(unexpected("ListXattrs", &other)),
         }

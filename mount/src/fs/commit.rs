@@ -16,7 +16,8 @@ use quorumfs_proto::command::{Privileges, Target};
 use quorumfs_proto::{Command, FsError, NewChunk, Operation, Outcome, Timestamp};
 
 use super::{Cluster, Filesystem, FreshContent, Node, Put};
-use crate::handles::{InodeState, Scope};
+use crate::handles::{InodeState, OpenInode, Scope};
+use crate::interrupt::{interruptible, still_wanted};
 use crate::write_buffer::Pack;
 
 /// How often the chunks of one command are drawn and put anew after the cluster called them dead.
@@ -27,7 +28,8 @@ impl<C: Cluster> Filesystem<C> {
     pub(super) async fn commit(&self, node: &Node<C>, scope: Scope) -> Result<(), FsError> {
         self.settle_handed_over().await;
         let verdict = {
-            let _turn = node.turn.lock().await;
+            // Given up here, what was written waits for the next commit.
+            let _turn = take_turn(node).await?;
             self.commit_in_turn(node, scope).await
         };
         self.open.retire(node);
@@ -65,7 +67,7 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Commits the packs up to `last`; the caller holds the file's turn.
     pub(super) async fn commit_up_to(&self, node: &Node<C>, last: u64) -> Result<(), FsError> {
-        let mut verdict = Ok(());
+        let mut verdict = self.commit_held_append(node).await;
         loop {
             let packs = node.state.lock().buffer.front(last);
             if packs.is_empty() {
@@ -82,7 +84,7 @@ impl<C: Cluster> Filesystem<C> {
     pub(super) async fn commit_with(&self, node: &Node<C>, operation: Operation) -> Result<Outcome, FsError> {
         self.settle_handed_over().await;
         let outcome = {
-            let _turn = node.turn.lock().await;
+            let _turn = take_turn(node).await?;
             self.commit_with_in_turn(node, operation).await
         };
         self.open.retire(node);
@@ -91,6 +93,8 @@ impl<C: Cluster> Filesystem<C> {
 
     async fn commit_with_in_turn(&self, node: &Node<C>, operation: Operation) -> Result<Outcome, FsError> {
         let last = self.seal(node, Scope::Everything);
+        // As below, a failure is kept for the handles.
+        let _kept = self.commit_held_append(node).await;
         loop {
             let packs = node.state.lock().buffer.front(last);
             let is_last = packs.last().is_none_or(|youngest| youngest.sequence == last);
@@ -99,7 +103,17 @@ impl<C: Cluster> Filesystem<C> {
                 let _kept = self.send_or_lose(node, &packs).await;
                 continue;
             }
-            match self.send(node, &packs, Some(operation.clone())).await {
+            if let Err(gone) = still_wanted().await {
+                let _kept = self.send_or_lose(node, &packs).await;
+                return Err(gone);
+            }
+            let sending = self.send(node, &packs, Some(operation.clone()));
+            // What was written is not given up with the operation.
+            let sent = match packs.is_empty() {
+                true => interruptible(sending).await,
+                false => sending.await,
+            };
+            match sent {
                 Err(error) if !packs.is_empty() && is_verdict(error) => {
                     // Which of the two was refused? Each alone shows it.
                     let _kept = self.send_or_lose(node, &packs).await;
@@ -301,6 +315,13 @@ impl<C: Cluster> Filesystem<C> {
         state.puts = later;
         self.dirty.account(node, state);
     }
+}
+
+/// Waits for the turn of `node`.
+pub(super) async fn take_turn<Put>(
+    node: &OpenInode<Put>,
+) -> Result<tokio::sync::MutexGuard<'_, ()>, FsError> {
+    interruptible(node.turn.lock().map(Ok)).await
 }
 
 /// How a command names `chunks`, and those of them that it does not carry.

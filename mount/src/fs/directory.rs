@@ -194,7 +194,7 @@ impl<C: Cluster> Filesystem<C> {
             bytes_max,
             detail,
         };
-        match self.cluster.query(query).await {
+        match self.ask(query).await {
             Ok(Answer::Entries { entries, end }) if end || !entries.is_empty() => {
                 Ok(Page { after, entries, end })
             }

@@ -41,10 +41,10 @@ impl<Put> DirtyBytes<Put> {
 
     /// Books what `node`'s buffer is now; `state` is `node`'s own, locked.
     pub(super) fn account(&self, node: &Arc<OpenInode<Put>>, state: &mut InodeState<Put>) {
-        let footprint_bytes = state.buffer.footprint_bytes();
+        let footprint_bytes = state.footprint_bytes();
         let mut books = self.books.lock();
         books.bytes = books.bytes - state.charged_bytes + footprint_bytes;
-        if state.buffer.is_clean() {
+        if state.is_clean() {
             books.nodes.remove(&node.inode);
             state.mtime = None;
             state.privileges = Privileges::Keep;

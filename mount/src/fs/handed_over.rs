@@ -53,7 +53,7 @@ impl<Put> Queue<Put> {
 impl<C: Cluster> Filesystem<C> {
     /// A close of `node` returns; what was written goes on its way.
     pub(super) fn hand_over(self: &Arc<Self>, node: &Node<C>) {
-        if node.state.lock().buffer.is_clean() {
+        if node.state.lock().is_clean() {
             return;
         }
         let last = self.seal(node, Scope::Everything);

@@ -16,8 +16,11 @@
 //! (`OpenInode::turn`); mtime is that of the write, not of its flush; attributes are never set before the bytes
 //! written earlier; no verdict of the cluster is anticipated.
 //!
-//! Verbs must be run to their end: a caller that goes away half-way spawns them. Nothing here knows FUSE or a kernel.
+//! Verbs must be run to their end: a caller that goes away half-way spawns them. Where a verb only waits, it can be told
+//! that its caller is gone ([`crate::interrupt`]); what it commits for others, it commits. Nothing here knows FUSE or a
+//! kernel.
 
+mod append;
 mod attributes;
 pub mod cluster;
 mod commit;
@@ -65,6 +68,7 @@ use self::removed::Removed;
 use crate::caches::chunk_cache::ChunkCache;
 use crate::caches::page_versions::PageVersions;
 use crate::handles::{OpenFiles, OpenInode, Scope};
+use crate::interrupt::interruptible;
 
 /// Read-ahead fetches of one mount at once: enough to keep three nodes busy, and at most 16 MiB on their way.
 const READAHEAD_FETCHES_MAX: usize = 16;
@@ -192,9 +196,14 @@ impl<C: Cluster> Filesystem<C> {
         self.dirty.bytes()
     }
 
+    /// The files that programs wrote to and whose bytes the cluster does not have yet.
+    pub fn unwritten(&self) -> Vec<InodeNumber> {
+        self.dirty.nodes().iter().map(|node| node.inode).collect()
+    }
+
     /// Space and counts of the cluster.
     pub async fn space(&self) -> Result<Space, FsError> {
-        match self.cluster.query(Query::Space).await? {
+        match self.ask(Query::Space).await? {
             Answer::Space(space) => Ok(space),
             other => Err(unexpected("Space", &other)),
         }
@@ -220,10 +229,16 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
+    /// Reads metadata; given up when the caller is interrupted.
+    async fn ask(&self, query: Query) -> Result<Answer, FsError> {
+        interruptible(self.cluster.query(query)).await
+    }
+
     /// Sends a command that brings no content and takes note of what it touched.
     async fn mutate(&self, operation: Operation) -> Result<Outcome, FsError> {
         self.settle_handed_over().await;
-        let outcome = self.cluster.mutate(Command::single(operation), &[]).await?;
+        let sent = self.cluster.mutate(Command::single(operation), &[]);
+        let outcome = interruptible(sent).await?;
         self.learn(&outcome.touched);
         Ok(outcome)
     }

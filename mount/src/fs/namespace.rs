@@ -90,7 +90,7 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Where a symbolic link points.
     pub async fn read_link(&self, inode: InodeNumber) -> Result<SymlinkTarget, FsError> {
-        match self.cluster.query(Query::ReadLink { inode }).await? {
+        match self.ask(Query::ReadLink { inode }).await? {
             Answer::Target(target) => Ok(target),
             other => Err(unexpected("ReadLink", &other)),
         }

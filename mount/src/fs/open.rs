@@ -232,7 +232,7 @@ impl<C: Cluster> Filesystem<C> {
         let (is_dirty, is_unlinked) = {
             let state = file.node.state.lock();
             (
-                !state.buffer.is_clean(),
+                !state.is_clean(),
                 state.view.as_ref().is_some_and(|view| view.links == 0),
             )
         };

@@ -11,10 +11,12 @@ use quorumfs_proto::limits::FILE_BYTES_MAX;
 use quorumfs_proto::query::Answer;
 use quorumfs_proto::{FsError, Query};
 
+use super::commit::take_turn;
 use super::pages::LastByte;
 use super::{Cluster, Filesystem, Handle, Node, Put, unexpected};
 use crate::caches::extent_cache::clip;
-use crate::handles::InodeState;
+use crate::handles::{InodeState, Scope};
+use crate::interrupt::{interruptible, still_wanted};
 use crate::readahead::Pattern;
 use crate::write_buffer::{self, DirtyPart};
 
@@ -61,7 +63,7 @@ impl<C: Cluster> Filesystem<C> {
         while attempt <= READ_ATTEMPTS_MAX {
             let snapshot = self.snapshot(&file.node, range.clone()).await?;
             let end = snapshot.range.end;
-            match self.assemble(snapshot, seen.pattern).await {
+            match interruptible(self.assemble(snapshot, seen.pattern)).await {
                 Ok(bytes) if end < range.end => {
                     let mut state = file.node.state.lock();
                     // A longer file may have been told to whoever would take what is missing for zeros.
@@ -94,6 +96,12 @@ impl<C: Cluster> Filesystem<C> {
     async fn snapshot(&self, node: &Node<C>, range: Range<u64>) -> Result<Snapshot, FsError> {
         let mut overtaken = 0;
         loop {
+            if node.state.lock().held_append.is_some() {
+                // Where it lies is known when it is committed. If that fails, the file's handles are told.
+                let _kept = self.commit(node, Scope::Sealed).await;
+                still_wanted().await?;
+                continue;
+            }
             let from = match snapshot_of(&node.state.lock(), range.clone()) {
                 Ok(snapshot) => return Ok(snapshot),
                 Err(from) => from,
@@ -101,7 +109,7 @@ impl<C: Cluster> Filesystem<C> {
             let is_current = if overtaken < OVERTAKEN_MAX {
                 self.look_up_extents(node, from, PIECES_AT_ONCE_MAX).await?
             } else {
-                let _turn = node.turn.lock().await;
+                let _turn = take_turn(node).await?;
                 self.look_up_extents(node, from, PIECES_AT_ONCE_MAX).await?
             };
             if !is_current {
@@ -123,7 +131,7 @@ impl<C: Cluster> Filesystem<C> {
             to: FILE_BYTES_MAX,
             pieces_max,
         };
-        let (attributes, pieces, known_to) = match self.cluster.query(query).await.map_err(gone)? {
+        let (attributes, pieces, known_to) = match self.ask(query).await.map_err(gone)? {
             Answer::Extents {
                 attributes,
                 pieces,

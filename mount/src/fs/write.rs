@@ -1,4 +1,4 @@
-//! Writing: into the buffer, or, for O_APPEND, straight to the end of the file.
+//! Writing: into the buffer, or, for O_APPEND, to the end of the file (`append`).
 //!
 //! Which of the two is the word of each write: fcntl(2) sets and clears O_APPEND of a file that is open. What is fixed
 //! at open is whether the kernel passes its pages by. Where a handle that was not opened so appends, the kernel has put
@@ -9,17 +9,15 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use bytes::Bytes;
-use quorumfs_proto::chunk::Piece;
-use quorumfs_proto::command::{Privileges, Target};
-use quorumfs_proto::limits::{CHUNK_BYTES_MAX, FILE_BYTES_MAX, INLINE_BYTES_MAX};
-use quorumfs_proto::{Command, FsError, Operation, OperationResult, Timestamp};
+use futures::FutureExt as _;
+use quorumfs_proto::command::Privileges;
+use quorumfs_proto::limits::FILE_BYTES_MAX;
+use quorumfs_proto::{FsError, Timestamp};
 
 use super::{Cluster, Filesystem, FreshContent, Handle, Node, Put};
 use crate::handles::{OpenFile, Scope};
+use crate::interrupt::interruptible;
 use crate::write_buffer::Due;
-
-/// How often the chunk of one append is drawn anew after the cluster called it dead.
-const APPEND_RENEWALS_MAX: usize = 3;
 
 /// Where a write goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,8 +29,8 @@ pub enum Place {
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// Writes `data` and answers its length. What goes to the end of the file goes there in one piece (each MiB of it)
-    /// and is committed when this returns.
+    /// Writes `data` and answers its length. What goes to the end of the file goes there in one piece (each MiB of it),
+    /// and is committed when this returns unless more of the same piece may follow.
     pub async fn write(
         self: &Arc<Self>,
         handle: Handle,
@@ -64,7 +62,7 @@ impl<C: Cluster> Filesystem<C> {
                     let size = state.size();
                     state.tail.written(size, offset, offset + u64::from(length));
                 }
-                self.take(&file.node, offset, data, privileges).await;
+                self.take(&file.node, offset, data, privileges).await?;
             }
         }
         self.before_longer(&file, place, offset + u64::from(length)).await;
@@ -110,14 +108,20 @@ impl<C: Cluster> Filesystem<C> {
             .map_or(0, |attributes| attributes.size);
         data.truncate(usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX));
         if !data.is_empty() {
-            self.take(&file.node, offset, data, Privileges::Keep).await;
+            self.take(&file.node, offset, data, Privileges::Keep).await?;
         }
         Ok(length)
     }
 
     /// Puts `data` into the file's buffer, when there is room.
-    async fn take(self: &Arc<Self>, node: &Node<C>, offset: u64, data: Bytes, privileges: Privileges) {
-        self.dirty.room(|| self.relieve()).await;
+    async fn take(
+        self: &Arc<Self>,
+        node: &Node<C>,
+        offset: u64,
+        data: Bytes,
+        privileges: Privileges,
+    ) -> Result<(), FsError> {
+        interruptible(self.dirty.room(|| self.relieve()).map(Ok)).await?;
         let due = {
             let mut state = node.state.lock();
             let full = state.buffer.write(offset, data);
@@ -135,76 +139,13 @@ impl<C: Cluster> Filesystem<C> {
             Due::Sealed => self.commit_in_background(node, Scope::Sealed),
             Due::Everything => self.commit_in_background(node, Scope::Everything),
         }
-    }
-
-    /// There are too many dirty bytes: everything goes.
-    fn relieve(self: &Arc<Self>) {
-        for node in self.dirty.nodes() {
-            self.commit_in_background(&node, Scope::Everything);
-        }
-    }
-
-    async fn append(&self, node: &Node<C>, mut data: Bytes, privileges: Privileges) -> Result<(), FsError> {
-        self.settle_handed_over().await;
-        let _turn = node.turn.lock().await;
-        // What other handles wrote before may be what moves the end; if it fails, they are told.
-        let _kept = self.commit_in_turn(node, Scope::Everything).await;
-        while !data.is_empty() {
-            let part = data.split_to(data.len().min(CHUNK_BYTES_MAX as usize));
-            self.append_part(node, part, privileges).await?;
-        }
         Ok(())
     }
 
-    /// One command; the caller holds the file's turn.
-    async fn append_part(&self, node: &Node<C>, part: Bytes, privileges: Privileges) -> Result<(), FsError> {
-        let length = part.len() as u32;
-        for _ in 0..APPEND_RENEWALS_MAX {
-            let chunk = self.cluster.new_chunk(part.clone());
-            let (named, stored) = if length <= INLINE_BYTES_MAX {
-                (chunk.inline(), Vec::new())
-            } else {
-                match self.cluster.put_chunk(&chunk).await {
-                    Err(FsError::ChunkDead) => continue,
-                    put => put?,
-                }
-                (chunk.stored(), vec![chunk.clone()])
-            };
-            let piece = Piece {
-                file_offset: 0,
-                length,
-                chunk: chunk.id(),
-                chunk_offset: 0,
-            };
-            let command = Command {
-                chunks: vec![named],
-                operations: vec![Operation::Append {
-                    inode: Target::Inode(node.inode),
-                    pieces: vec![piece],
-                    privileges,
-                }],
-            };
-            let outcome = match self.cluster.mutate(command, &stored).await {
-                Err(FsError::ChunkDead) => continue,
-                other => other?,
-            };
-            if let Some(OperationResult::Appended { offset }) = outcome.results.first()
-                && let Some(attributes) = outcome.attributes_of(node.inode)
-            {
-                let piece = Piece {
-                    file_offset: *offset,
-                    ..piece
-                };
-                node.state
-                    .lock()
-                    .extents
-                    .patch(attributes.content_version, &[piece]);
-            }
-            self.learn(&outcome.touched);
-            // The offset that caches above us assumed may be another.
-            self.pages.forget(node.inode);
-            return Ok(());
+    /// There are too many dirty bytes: everything goes.
+    pub(super) fn relieve(self: &Arc<Self>) {
+        for node in self.dirty.nodes() {
+            self.commit_in_background(&node, Scope::Everything);
         }
-        Err(FsError::Io)
     }
 }

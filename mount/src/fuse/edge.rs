@@ -19,7 +19,8 @@ use super::inode_map::InodeMap;
 use super::notices::Notices;
 use super::places::Place;
 use crate::errno::errno;
-use crate::fs::{Cluster, Filesystem, NewFile, OpenFlags};
+use crate::fs::{Cluster, Filesystem, Handle, NewFile, OpenFlags, Opened};
+use crate::interrupt::{Caller, Callers, Tolerance, in_vain};
 use crate::statistics::{Statistics, Verb, attribute_value};
 
 /// A reply that can be an error. Dropped without an answer it says EIO.
@@ -61,7 +62,11 @@ pub struct FuseEdge<C: Cluster> {
     pub(super) view: View,
     runtime: tokio::runtime::Handle,
     statistics: Arc<Statistics>,
+    callers: Arc<Callers>,
 }
+
+/// A request as it is served: what it asks for, the thread that waits for it, and its reply.
+pub(super) type Asked<Reply> = (Verb, u32, Reply);
 
 impl<C: Cluster> FuseEdge<C> {
     /// The edge of `filesystem`, whose root is the cluster's directory `root`. The kernel may keep names and attributes
@@ -72,6 +77,7 @@ impl<C: Cluster> FuseEdge<C> {
         cache: Duration,
         runtime: tokio::runtime::Handle,
     ) -> FuseEdge<C> {
+        let _inside = runtime.enter();
         let asked = Arc::clone(&filesystem);
         let kept = move || {
             let lease = asked.cluster().lease().map_or(Duration::ZERO, |(left, _)| left);
@@ -84,7 +90,8 @@ impl<C: Cluster> FuseEdge<C> {
                 places: Arc::default(),
                 cache: Arc::new(kept),
             },
-            runtime,
+            callers: Callers::watched(),
+            runtime: runtime.clone(),
             statistics: Arc::default(),
         }
     }
@@ -122,7 +129,7 @@ impl<C: Cluster> FuseEdge<C> {
     /// Runs `work` and gives its result to `answer`, its error to the kernel.
     pub(super) fn serve<Reply, Work, Running, Value>(
         &self,
-        request: (Verb, Reply),
+        asked: Asked<Reply>,
         work: Work,
         answer: impl FnOnce(Reply, Value) + Send + 'static,
     ) where
@@ -131,13 +138,13 @@ impl<C: Cluster> FuseEdge<C> {
         Running: Future<Output = Result<Value, FsError>> + Send + 'static,
         Value: Send + 'static,
     {
-        self.serve_moving(request, |_| 0, work, answer);
+        self.run(asked, |_| 0, work, answer, |_, _| ());
     }
 
     /// As [`FuseEdge::serve`], for what moves content: `moved` tells how many bytes.
     pub(super) fn serve_moving<Reply, Work, Running, Value>(
         &self,
-        (verb, reply): (Verb, Reply),
+        asked: Asked<Reply>,
         moved: fn(&Value) -> u64,
         work: Work,
         answer: impl FnOnce(Reply, Value) + Send + 'static,
@@ -147,16 +154,63 @@ impl<C: Cluster> FuseEdge<C> {
         Running: Future<Output = Result<Value, FsError>> + Send + 'static,
         Value: Send + 'static,
     {
+        self.run(asked, moved, work, answer, |_, _| ());
+    }
+
+    /// As [`FuseEdge::serve`], for what opens something: `close` closes it again where the caller was interrupted, for
+    /// the kernel does not know of it then.
+    pub(super) fn serve_opening<Reply, Work, Running, Value>(
+        &self,
+        asked: Asked<Reply>,
+        work: Work,
+        answer: impl FnOnce(Reply, Value) + Send + 'static,
+        close: fn(Arc<Filesystem<C>>, Value),
+    ) where
+        Reply: Refuse,
+        Work: FnOnce(Arc<Filesystem<C>>) -> Running,
+        Running: Future<Output = Result<Value, FsError>> + Send + 'static,
+        Value: Send + 'static,
+    {
+        self.run(asked, |_| 0, work, answer, close);
+    }
+
+    fn run<Reply, Work, Running, Value>(
+        &self,
+        (verb, thread, reply): Asked<Reply>,
+        moved: fn(&Value) -> u64,
+        work: Work,
+        answer: impl FnOnce(Reply, Value) + Send + 'static,
+        close: fn(Arc<Filesystem<C>>, Value),
+    ) where
+        Reply: Refuse,
+        Work: FnOnce(Arc<Filesystem<C>>) -> Running,
+        Running: Future<Output = Result<Value, FsError>> + Send + 'static,
+        Value: Send + 'static,
+    {
         let began = Instant::now();
         let running = work(Arc::clone(&self.filesystem));
+        let (filesystem, callers) = (Arc::clone(&self.filesystem), Arc::clone(&self.callers));
         let statistics = Arc::clone(&self.statistics);
+        let caller = Caller {
+            thread,
+            tolerance: tolerance(verb),
+        };
         run(&self.runtime, async move {
-            let done = running.await;
-            let bytes = done.as_ref().map_or(0, moved);
-            statistics.record(verb, Ending::of(&done), bytes, began.elapsed());
+            let mut running = std::pin::pin!(running);
+            let done = callers.serve(caller, began, running.as_mut()).await;
+            let ending = done.as_ref().map_or(Ending::Failed, Ending::of);
+            let bytes = done.as_ref().and_then(|done| done.as_ref().ok()).map_or(0, moved);
+            statistics.record(verb, ending, bytes, began.elapsed());
             match done {
-                Ok(value) => answer(reply, value),
-                Err(error) => reply.refuse(errno(error)),
+                Some(Ok(value)) => answer(reply, value),
+                Some(Err(error)) => reply.refuse(errno(error)),
+                None => {
+                    reply.refuse(Errno::EINTR);
+                    // Nobody is told how it ends; what it leaves behind is told as any failure is.
+                    if let Ok(value) = in_vain(running).await {
+                        close(filesystem, value);
+                    }
+                }
             }
         });
     }
@@ -169,13 +223,13 @@ impl<C: Cluster> FuseEdge<C> {
         name: &OsStr,
         kind: Result<NewKind, FsError>,
         mode: u32,
-        reply: (Verb, ReplyEntry),
+        (verb, reply): (Verb, ReplyEntry),
     ) {
         let place = Place::In(parent);
         let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
         let (uid, gid) = (request.uid(), request.gid());
         self.serve(
-            reply,
+            (verb, request.pid(), reply),
             move |fs| async move {
                 let inode = NewInode {
                     kind: kind?,
@@ -187,6 +241,39 @@ impl<C: Cluster> FuseEdge<C> {
             },
             answer_entry(self.view.clone(), place),
         );
+    }
+}
+
+/// What may interrupt the callers of `verb`.
+fn tolerance(verb: Verb) -> Tolerance {
+    match verb {
+        Verb::Lookup
+        | Verb::GetAttributes
+        | Verb::ReadLink
+        | Verb::Open
+        | Verb::OpenDirectory
+        | Verb::ReadDirectory
+        | Verb::Space
+        | Verb::GetXattr
+        | Verb::ListXattrs => Tolerance::Asking,
+        Verb::SetAttributes
+        | Verb::Mknod
+        | Verb::Mkdir
+        | Verb::Symlink
+        | Verb::Unlink
+        | Verb::Rmdir
+        | Verb::Rename
+        | Verb::Link
+        | Verb::Create
+        | Verb::Read
+        | Verb::Write
+        | Verb::Flush
+        | Verb::Fsync
+        | Verb::Release
+        | Verb::ReleaseDirectory
+        | Verb::FsyncDirectory
+        | Verb::SetXattr
+        | Verb::RemoveXattr => Tolerance::Acting,
     }
 }
 
@@ -205,6 +292,19 @@ pub(super) fn new_file(mode: u32, request: &Request) -> NewFile {
         uid: request.uid(),
         gid: request.gid(),
     }
+}
+
+/// Closes a file that nobody knows to be open.
+pub(super) fn close<C: Cluster>(filesystem: Arc<Filesystem<C>>, opened: Opened) {
+    tokio::spawn(async move {
+        // It was opened a moment ago, so it is there.
+        let _ = filesystem.release(opened.handle).await;
+    });
+}
+
+/// As [`close`], a directory.
+pub(super) fn close_directory<C: Cluster>(filesystem: Arc<Filesystem<C>>, handle: Handle) {
+    let _ = filesystem.release_directory(handle);
 }
 
 /// A name that outlives its request.

@@ -1,9 +1,11 @@
 //! The whole way from a program through the kernel to a cluster in memory. Needs root and `/dev/fuse`; where
 //! they are not, the tests say that they were skipped.
 
+mod append;
 mod coherence;
 mod names;
 mod sizes;
+mod interrupt;
 
 use std::collections::BTreeSet;
 use std::ffi::CString;

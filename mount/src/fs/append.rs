@@ -1,0 +1,178 @@
+//! Appending: to the end of the file, wherever that is by then.
+//!
+//! An append is one command, so nobody else's bytes come between its own. The kernel sends at most 1 MiB and at most
+//! 256 pages at once. So a write(2) of up to 1 MiB whose buffer does not begin on a page (or of several buffers) may
+//! come in two parts. It holds the file's lock meanwhile: the second part is this mount's next append to the file, right
+//! after the answer to the first.
+//!
+//! Rule: a part that may be a first one ([`may_continue`]) is answered and held back; if the next append fits into one
+//! piece with it, both are one command. It may be a write of its own, which does no harm. A held part is a dirty byte
+//! like any other: it goes before all that was written after it, with the next commit or read of the file or with age,
+//! and its failure is told to the file's handles.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::{Bytes, BytesMut};
+use futures::FutureExt as _;
+use quorumfs_proto::chunk::Piece;
+use quorumfs_proto::command::{Privileges, Target};
+use quorumfs_proto::limits::{CHUNK_BYTES_MAX, INLINE_BYTES_MAX};
+use quorumfs_proto::{Command, FsError, Operation, OperationResult};
+
+use super::commit::take_turn;
+use super::{Cluster, Filesystem, FreshContent, Node};
+use crate::handles::{HeldAppend, OpenInode, Scope};
+use crate::interrupt::interruptible;
+
+/// How often the chunk of one append is drawn anew after the cluster called it dead.
+const APPEND_RENEWALS_MAX: usize = 3;
+
+/// What a write of 1 MiB may lack in its first part: less than two pages of 4 KiB for each of up to eight buffers. Pages
+/// of 64 KiB make it more for several buffers, and the same for one.
+const SECOND_PART_BYTES_MAX: usize = 64 << 10;
+
+/// The most that one command appends.
+const PIECE_BYTES_MAX: usize = CHUNK_BYTES_MAX as usize;
+
+/// Whether an append of so many bytes may be the first part of a write of [`PIECE_BYTES_MAX`] or less.
+fn may_continue(bytes: usize) -> bool {
+    (PIECE_BYTES_MAX - SECOND_PART_BYTES_MAX..PIECE_BYTES_MAX).contains(&bytes)
+}
+
+impl<C: Cluster> Filesystem<C> {
+    /// Appends `data`, each [`PIECE_BYTES_MAX`] in one piece.
+    pub(super) async fn append(
+        self: &Arc<Self>,
+        node: &Node<C>,
+        mut data: Bytes,
+        privileges: Privileges,
+    ) -> Result<(), FsError> {
+        self.settle_handed_over().await;
+        if may_continue(data.len()) {
+            interruptible(self.dirty.room(|| self.relieve()).map(Ok)).await?;
+        }
+        let _turn = take_turn(node).await?;
+        if let Some(held) = held_before(node, data.len()) {
+            let joined = HeldAppend {
+                data: joined(&held.data, &data),
+                privileges: match held.privileges {
+                    Privileges::Drop => Privileges::Drop,
+                    Privileges::Keep => privileges,
+                },
+            };
+            // Not given up with this caller: the first part was acknowledged to another, perhaps.
+            return self.commit_held(node, joined).await;
+        }
+        // What other handles wrote before may be what moves the end; if it fails, they are told.
+        let _kept = self.commit_in_turn(node, Scope::Everything).await;
+        if may_continue(data.len()) {
+            let mut state = node.state.lock();
+            state.held_append = Some(HeldAppend { data, privileges });
+            state.dirty_since.get_or_insert_with(Instant::now);
+            self.dirty.account(node, &mut state);
+            return Ok(());
+        }
+        while !data.is_empty() {
+            let part = data.split_to(data.len().min(PIECE_BYTES_MAX));
+            interruptible(self.append_piece(node, part, privileges)).await?;
+        }
+        Ok(())
+    }
+
+    /// Commits the append that is held back, if there is one; the caller holds the file's turn.
+    pub(super) async fn commit_held_append(&self, node: &Node<C>) -> Result<(), FsError> {
+        let held = node.state.lock().held_append.clone();
+        match held {
+            Some(held) => self.commit_held(node, held).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Commits `held`, which is, or begins with, what the file holds back.
+    async fn commit_held(&self, node: &Node<C>, held: HeldAppend) -> Result<(), FsError> {
+        let bytes = held.data.len();
+        let appended = self.append_piece(node, held.data, held.privileges).await;
+        if let Err(error) = appended {
+            tracing::warn!(inode = %node.inode, bytes, %error, "appended bytes could not be committed and are given up");
+            let mut state = node.state.lock();
+            state.failures.record(error);
+            state.held_append = None;
+            self.dirty.account(node, &mut state);
+        }
+        appended
+    }
+
+    /// One command; the caller holds the file's turn. Afterwards nothing is held back.
+    async fn append_piece(&self, node: &Node<C>, data: Bytes, privileges: Privileges) -> Result<(), FsError> {
+        let length = data.len() as u32;
+        for _ in 0..APPEND_RENEWALS_MAX {
+            let chunk = self.cluster.new_chunk(data.clone());
+            let (named, stored) = if length <= INLINE_BYTES_MAX {
+                (chunk.inline(), Vec::new())
+            } else {
+                match self.cluster.put_chunk(&chunk).await {
+                    Err(FsError::ChunkDead) => continue,
+                    put => put?,
+                }
+                (chunk.stored(), vec![chunk.clone()])
+            };
+            let piece = Piece {
+                file_offset: 0,
+                length,
+                chunk: chunk.id(),
+                chunk_offset: 0,
+            };
+            let command = Command {
+                chunks: vec![named],
+                operations: vec![Operation::Append {
+                    inode: Target::Inode(node.inode),
+                    pieces: vec![piece],
+                    privileges,
+                }],
+            };
+            let outcome = match self.cluster.mutate(command, &stored).await {
+                Err(FsError::ChunkDead) => continue,
+                other => other?,
+            };
+            {
+                let mut state = node.state.lock();
+                if let Some(OperationResult::Appended { offset }) = outcome.results.first()
+                    && let Some(attributes) = outcome.attributes_of(node.inode)
+                {
+                    let piece = Piece {
+                        file_offset: *offset,
+                        ..piece
+                    };
+                    state.extents.patch(attributes.content_version, &[piece]);
+                    // With the new size known, the held bytes must not be counted once more.
+                    state.learn(attributes);
+                }
+                if state.held_append.take().is_some() {
+                    self.dirty.account(node, &mut state);
+                }
+            }
+            self.learn(&outcome.touched);
+            // The offset that caches above us assumed may be another.
+            self.pages.forget(node.inode);
+            return Ok(());
+        }
+        Err(FsError::Io)
+    }
+}
+
+/// What `node` holds back, if an append of so many bytes fits into one piece with it and nothing was written behind it
+/// meanwhile.
+fn held_before<Put>(node: &OpenInode<Put>, bytes: usize) -> Option<HeldAppend> {
+    let state = node.state.lock();
+    let held = state.held_append.as_ref()?;
+    let end = state.view.as_ref().map_or(0, |view| view.size) + held.data.len() as u64;
+    (held.data.len() + bytes <= PIECE_BYTES_MAX && state.buffer.end() <= end).then(|| held.clone())
+}
+
+fn joined(first: &Bytes, second: &Bytes) -> Bytes {
+    let mut joined = BytesMut::with_capacity(first.len() + second.len());
+    joined.extend_from_slice(first);
+    joined.extend_from_slice(second);
+    joined.freeze()
+}

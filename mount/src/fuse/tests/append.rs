@@ -1,0 +1,163 @@
+//! How large a write to the end of a file is whole, and from which buffers.
+
+use std::os::fd::AsRawFd;
+
+use super::*;
+
+const MIB: usize = 1 << 20;
+/// Each of four writers.
+const RECORDS: usize = 6;
+
+/// Records of `bytes` from two writers on each of two mounts, each by a single call of `append(file, record)`. Answers
+/// how many of them hold other bytes than their own.
+fn torn(bytes: usize, append: fn(&File, &[u8])) -> usize {
+    let reference = Reference::new();
+    let mounts = [mount(&reference, 1), mount(&reference, 2)];
+    File::create(mounts[0].path("log")).unwrap();
+    std::thread::scope(|scope| {
+        for (mount, letter) in [(0, b'a'), (1, b'b'), (0, b'c'), (1, b'd')] {
+            let file = File::options()
+                .append(true)
+                .open(mounts[mount].path("log"))
+                .unwrap();
+            scope.spawn(move || (0..RECORDS).for_each(|_| append(&file, &vec![letter; bytes])));
+        }
+    });
+    let all = fs::read(mounts[1].path("log")).unwrap();
+    assert_eq!(all.len(), 4 * RECORDS * bytes, "records are lost");
+    for letter in b'a'..=b'd' {
+        let own = all.iter().filter(|byte| **byte == letter).count();
+        assert_eq!(own, RECORDS * bytes, "bytes of a writer are lost");
+    }
+    mounts.into_iter().for_each(TestMount::unmount);
+    all.chunks(bytes)
+        .filter(|record| record.iter().any(|byte| *byte != record[0]))
+        .count()
+}
+
+/// One write(2) from a buffer that begins `misalignment` bytes behind the start of a page.
+fn write_from(misalignment: usize, file: &File, record: &[u8]) {
+    let mut room = vec![0u8; record.len() + 2 * 4096];
+    let at = room.as_ptr().align_offset(4096) + misalignment;
+    room[at..at + record.len()].copy_from_slice(record);
+    let mut file = file;
+    assert_eq!(file.write(&room[at..at + record.len()]).unwrap(), record.len());
+}
+
+#[test]
+fn appends_of_up_to_one_mib_are_whole_from_any_buffer() {
+    if !can_mount() {
+        return;
+    }
+    assert_eq!(torn(MIB, |file, record| write_from(0, file, record)), 0);
+    assert_eq!(torn(MIB, |file, record| write_from(1, file, record)), 0);
+    assert_eq!(torn(MIB, |file, record| write_from(4095, file, record)), 0);
+    // One request, which looks like the first of two.
+    assert_eq!(torn(MIB - 100, |file, record| write_from(0, file, record)), 0);
+    assert_eq!(torn(MIB - 100, |file, record| write_from(200, file, record)), 0);
+    let in_eight = |file: &File, record: &[u8]| {
+        let parts: Vec<libc::iovec> = record
+            .chunks(record.len().div_ceil(8))
+            .map(|part| libc::iovec {
+                iov_base: part.as_ptr().cast_mut().cast(),
+                iov_len: part.len(),
+            })
+            .collect();
+        let written = unsafe { libc::writev(file.as_raw_fd(), parts.as_ptr(), parts.len() as i32) };
+        assert_eq!(written, record.len() as isize);
+    };
+    assert_eq!(torn(MIB, in_eight), 0);
+}
+
+#[test]
+fn larger_appends_are_all_there_and_whole_by_the_mib_from_aligned_buffers() {
+    if !can_mount() {
+        return;
+    }
+    // Nothing is lost, wherever they are split.
+    torn(3 * MIB + 5, |file, record| write_from(1, file, record));
+    let split = torn(3 * MIB, |file, record| write_from(0, file, record));
+    eprintln!("{split} of {} records of 3 MiB were split", 4 * RECORDS);
+}
+
+#[test]
+fn an_append_is_seen_and_kept_although_more_of_it_may_follow() {
+    if !can_mount() {
+        return;
+    }
+    let reference = Reference::new();
+    let (one, other) = (mount(&reference, 1), mount(&reference, 2));
+    let bytes = pattern(MIB - 1);
+    let mut log = File::options()
+        .create(true)
+        .append(true)
+        .read(true)
+        .open(one.path("log"))
+        .unwrap();
+    log.write_all(&bytes).unwrap();
+    assert_eq!(fs::metadata(one.path("log")).unwrap().len(), bytes.len() as u64);
+    let mut seen = vec![0; bytes.len()];
+    log.read_exact_at(&mut seen, 0).unwrap();
+    assert!(seen == bytes, "read through its own handle");
+    log.write_all(&bytes).unwrap();
+    assert!(
+        fs::read(one.path("log")).unwrap() == [&bytes[..], &bytes[..]].concat(),
+        "read by another"
+    );
+    log.write_all(&bytes).unwrap();
+    log.sync_all().unwrap();
+    assert_eq!(
+        fs::metadata(other.path("log")).unwrap().len(),
+        3 * bytes.len() as u64
+    );
+    log.write_all(&bytes).unwrap();
+    log.set_len(2).unwrap();
+    assert_eq!(fs::read(other.path("log")).unwrap(), bytes[..2]);
+    log.write_all(&bytes).unwrap();
+    drop(log);
+    assert_eq!(
+        fs::metadata(other.path("log")).unwrap().len(),
+        2 + bytes.len() as u64,
+        "closed"
+    );
+    // With age alone.
+    let mut log = File::options().append(true).open(one.path("log")).unwrap();
+    log.write_all(&bytes).unwrap();
+    let begin = std::time::Instant::now();
+    while fs::metadata(other.path("log")).unwrap().len() != 2 + 2 * bytes.len() as u64 {
+        assert!(
+            begin.elapsed() < Duration::from_secs(20),
+            "it never reaches the cluster"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    drop(log);
+    one.unmount();
+    other.unmount();
+}
+
+#[test]
+fn an_append_that_fails_after_its_answer_is_told() {
+    if !can_mount() {
+        return;
+    }
+    let reference = Reference::new();
+    let mount = mount(&reference, 1);
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(mount.path("log"))
+        .unwrap();
+    *reference.put_fault.lock() = Some(quorumfs_proto::FsError::NoSpace);
+    let told = || {
+        write_from(0, &log, &pattern(MIB - 1));
+        let told = log.sync_all();
+        told.is_err_and(|error| error.raw_os_error() == Some(libc::ENOSPC))
+    };
+    // A process that another test starts meanwhile closes its copy of the file: it is told instead.
+    assert!((0..5).any(|_| told()));
+    log.sync_all().unwrap();
+    assert_eq!(fs::metadata(mount.path("log")).unwrap().len(), 0);
+    drop(log);
+    mount.unmount();
+}

@@ -1,0 +1,185 @@
+//! What the signals of a waiting thread mean, read from `/proc`.
+//!
+//! Only `/proc/TID/status` and `/proc/TID/stat` are read: neither takes the lock of the thread's address space, which
+//! a thread that faults on a page of this mount holds while it waits.
+
+use std::fs;
+
+/// A set of signals as `/proc` shows it: signal N is bit N - 1.
+type SignalSet = u64;
+
+/// Signals whose default action does not end the program: they are ignored, stop it or continue it.
+const SPARING: SignalSet = set(&[
+    libc::SIGCHLD,
+    libc::SIGCONT,
+    libc::SIGURG,
+    libc::SIGWINCH,
+    libc::SIGSTOP,
+    libc::SIGTSTP,
+    libc::SIGTTIN,
+    libc::SIGTTOU,
+]);
+
+/// Signals by which a person or a service manager asks a program to end. A handler for one of them wants to run soon.
+/// All others are used for other things too (timers, children, profilers, reloads).
+const REQUESTS_TO_END: SignalSet = set(&[libc::SIGINT, libc::SIGQUIT, libc::SIGTERM]);
+
+/// PF_EXITING of linux/sched.h.
+const EXITING: u64 = 0x4;
+
+const fn set(signals: &[i32]) -> SignalSet {
+    let mut set = 0;
+    let mut at = 0;
+    while at < signals.len() {
+        set |= 1 << (signals[at] - 1);
+        at += 1;
+    }
+    set
+}
+
+/// What a waiting thread is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wish {
+    /// Go on waiting.
+    Wait,
+    /// It is asked to end, and handles that itself as soon as its call returns.
+    HandleRequest,
+    /// A pending signal ends it, or it is being killed already.
+    Die,
+}
+
+/// What the thread `thread` is to do. One that is gone or cannot be looked at waits.
+pub(super) fn wish(thread: u32) -> Wish {
+    let read = |file: &str| fs::read_to_string(format!("/proc/{thread}/{file}")).ok();
+    let Some(wish) = read("status").and_then(|status| wish_of_status(&status)) else {
+        return Wish::Wait;
+    };
+    match wish {
+        Wish::Wait if read("stat").is_some_and(|stat| is_being_killed(&stat)) => Wish::Die,
+        wish => wish,
+    }
+}
+
+/// What `/proc/TID/status` says about signals.
+fn wish_of_status(status: &str) -> Option<Wish> {
+    let value = |name: &str| {
+        let mut lines = status.lines();
+        lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::trim))
+    };
+    let signals = |name| SignalSet::from_str_radix(value(name)?, 16).ok();
+    let pending = signals("SigPnd")? | signals("ShdPnd")?;
+    if pending & set(&[libc::SIGKILL]) != 0 {
+        return Some(Wish::Die);
+    }
+    // What a debugger makes of a signal is not known.
+    if value("TracerPid")? != "0" {
+        return Some(Wish::Wait);
+    }
+    let delivered = pending & !signals("SigBlk")? & !signals("SigIgn")?;
+    let handled = signals("SigCgt")?;
+    Some(if delivered & !handled & !SPARING != 0 {
+        Wish::Die
+    } else if delivered & handled & REQUESTS_TO_END != 0 {
+        Wish::HandleRequest
+    } else {
+        Wish::Wait
+    })
+}
+
+/// Whether `/proc/TID/stat` shows a thread that exits because of a signal: it closes its files on its way. (A program
+/// that exits by itself waits for its files to be written, as close(2) does.)
+fn is_being_killed(stat: &str) -> bool {
+    // The name, in parentheses, may hold anything. What follows it begins with field 3.
+    let Some((_, fields)) = stat.rsplit_once(") ") else {
+        return false;
+    };
+    let field = |number: usize| fields.split_whitespace().nth(number - 3)?.parse::<u64>().ok();
+    // As of waitpid(2): the low seven bits are the signal.
+    let is_signalled = |exit_code: u64| exit_code & 0x7f != 0;
+    field(9).is_some_and(|flags| flags & EXITING != 0) && field(52).is_some_and(is_signalled)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(tracer: u32, sets: [SignalSet; 5]) -> Option<Wish> {
+        let [pending, shared, blocked, ignored, handled] = sets;
+        wish_of_status(&format!(
+            "Name:\tSigPnd: 1\nState:\tD (disk sleep)\nTracerPid:\t{tracer}\nSigQ:\t1/31\nSigPnd:\t{pending:016x}\n\
+             ShdPnd:\t{shared:016x}\nSigBlk:\t{blocked:016x}\nSigIgn:\t{ignored:016x}\nSigCgt:\t{handled:016x}\n"
+        ))
+    }
+
+    #[test]
+    fn only_what_ends_the_program_ends_its_call() {
+        const NONE: SignalSet = 0;
+        let int = set(&[libc::SIGINT]);
+        let kill = set(&[libc::SIGKILL]);
+        assert_eq!(status(0, [NONE; 5]), Some(Wish::Wait));
+        assert_eq!(status(0, [kill, NONE, NONE, NONE, NONE]), Some(Wish::Die));
+        assert_eq!(
+            status(7, [NONE, kill, NONE, NONE, NONE]),
+            Some(Wish::Die),
+            "traced"
+        );
+        assert_eq!(status(0, [NONE, int, NONE, NONE, NONE]), Some(Wish::Die));
+        assert_eq!(
+            status(7, [NONE, int, NONE, NONE, NONE]),
+            Some(Wish::Wait),
+            "traced"
+        );
+        assert_eq!(
+            status(0, [NONE, int, int, NONE, NONE]),
+            Some(Wish::Wait),
+            "blocked"
+        );
+        assert_eq!(
+            status(0, [NONE, int, NONE, int, NONE]),
+            Some(Wish::Wait),
+            "ignored"
+        );
+        assert_eq!(status(0, [int, NONE, NONE, NONE, int]), Some(Wish::HandleRequest));
+        for signal in 1..=64 {
+            let signals = set(&[signal]);
+            let requests = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
+            let handled = status(0, [signals, NONE, NONE, NONE, signals]);
+            let expected = match signal {
+                libc::SIGKILL => Wish::Die,
+                signal if requests.contains(&signal) => Wish::HandleRequest,
+                _ => Wish::Wait,
+            };
+            assert_eq!(handled, Some(expected), "handled {signal}");
+        }
+        for signal in [libc::SIGALRM, libc::SIGPROF, libc::SIGUSR1, 64] {
+            let default = status(0, [set(&[signal]), NONE, NONE, NONE, NONE]);
+            assert_eq!(default, Some(Wish::Die), "default {signal}");
+        }
+        for signal in [libc::SIGCHLD, libc::SIGURG, libc::SIGTSTP, libc::SIGWINCH] {
+            let default = status(0, [set(&[signal]), NONE, NONE, NONE, NONE]);
+            assert_eq!(default, Some(Wish::Wait), "default {signal}");
+        }
+        assert_eq!(wish_of_status("Name:\tkthread\n"), None);
+    }
+
+    #[test]
+    fn a_killed_program_is_told_from_one_that_exits() {
+        let stat = |flags: u64, exit_code: u64| {
+            let middle = ["0"; 42].join(" ");
+            format!("7 (a) b) D 1 7 7 0 -1 {flags} {middle} {exit_code}\n")
+        };
+        assert!(is_being_killed(&stat(0x4, 9)));
+        assert!(is_being_killed(&stat(0x40_0444, 0x80 | 3)), "with a core");
+        assert!(!is_being_killed(&stat(0x4, 1 << 8)), "exit(1)");
+        assert!(!is_being_killed(&stat(0x400, 9)), "not exiting");
+        assert!(!is_being_killed("7 (a"));
+    }
+
+    #[test]
+    fn this_thread_waits_for_nothing() {
+        // SAFETY: gettid touches no memory.
+        let own = unsafe { libc::gettid() };
+        assert_eq!(wish(own as u32), Wish::Wait);
+        assert_eq!(wish(u32::MAX), Wish::Wait, "there is no such thread");
+    }
+}
