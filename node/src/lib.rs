@@ -44,6 +44,7 @@ pub mod content;
 pub mod healing;
 pub mod metadata;
 pub mod node;
+pub mod private_files;
 pub mod read;
 pub mod server;
 pub mod transport;

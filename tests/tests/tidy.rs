@@ -20,6 +20,7 @@ const NODE_LAYERS: &[&str] = &[
     "content",
     "config",
     "transport",
+    "private_files",
 ];
 
 /// Neither may know the other, whichever is on top.
