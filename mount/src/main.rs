@@ -5,6 +5,7 @@
 //! usage or no permission, 32 the mount failed.
 
 use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -26,7 +27,14 @@ const LOG_VARIABLE: &str = "QUORUMFS_LOG";
 /// it on, and logs that as an error of the reply.
 const QUIET: &str = "fuser::reply=off";
 
+/// As many arenas as glibc's allocator may have. By itself it has eight for each core, and what one thread frees in its arena
+/// serves no other: chunks, which are made on one thread and dropped on another, then lie free many times over (measured: 350
+/// MiB where 200 MiB are in use; with two arenas 250 MiB, in less time; jemalloc has 275, mimalloc 290).
+#[cfg(target_env = "gnu")]
+const ARENAS_MAX: libc::c_int = 2;
+
 fn main() -> ExitCode {
+    bound_arenas();
     let request = match MountRequest::from_arguments(std::env::args_os()) {
         Ok(request) => request,
         Err(Usage::Asked(text)) => {
@@ -40,6 +48,17 @@ fn main() -> ExitCode {
         Err(error) => fail(exit_code(&error), &format!("{error:#}")),
     }
 }
+
+/// Keeps memory that is free to few arenas. Called before there are other threads. What is set with `MALLOC_ARENA_MAX` counts
+/// no more.
+#[cfg(target_env = "gnu")]
+fn bound_arenas() {
+    // SAFETY: mallopt sets a number of the allocator, under its lock. A refusal leaves what it was.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS_MAX) };
+}
+
+#[cfg(not(target_env = "gnu"))]
+fn bound_arenas() {}
 
 fn fail(code: u8, text: &str) -> ExitCode {
     let program = std::env::args_os().next().unwrap_or_default();
@@ -129,6 +148,8 @@ fn open_log(path: &Path) -> anyhow::Result<File> {
     File::options()
         .append(true)
         .create(true)
+        // It names files, whoever may see them.
+        .mode(0o600)
         .open(path)
         .with_context(|| format!("open log file {}", path.display()))
 }

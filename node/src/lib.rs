@@ -46,6 +46,7 @@ pub mod incoming;
 pub mod logging;
 pub mod metadata;
 pub mod node;
+pub mod private_files;
 pub mod read;
 pub mod rewrite;
 pub mod server;

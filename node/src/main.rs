@@ -11,6 +11,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use quorumfs_node::cluster::recover::{Consent, recover};
 use quorumfs_node::config::{Config, ConfigError, RecoverSettings, Settings};
 use quorumfs_node::logging::Limited;
+use quorumfs_node::private_files;
 use quorumfs_node::server::{self, StartAgain};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -27,7 +28,15 @@ const RECOVER: &str = "recover";
 /// How long tasks may take to end, once all that matters has.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// As many arenas as glibc's allocator may have. By itself it has eight for each core, and what one thread frees in its arena
+/// serves no other: chunks, which are made on one thread and dropped on another, then lie free many times over (measured: 350
+/// MiB where 200 MiB are in use; with two arenas 250 MiB, in less time; jemalloc has 275, mimalloc 290).
+#[cfg(target_env = "gnu")]
+const ARENAS_MAX: libc::c_int = 2;
+
 fn main() -> ExitCode {
+    bound_arenas();
+    private_files::keep_new_files_private();
     let mut arguments: Vec<OsString> = std::env::args_os().collect();
     if arguments.get(1).is_some_and(|first| first == RECOVER) {
         arguments.remove(1);
@@ -97,6 +106,17 @@ fn recover_by_hand(settings: RecoverSettings) -> ExitCode {
         }
     }
 }
+
+/// Keeps memory that is free to few arenas. Called before there are other threads. What is set with `MALLOC_ARENA_MAX` counts
+/// no more.
+#[cfg(target_env = "gnu")]
+fn bound_arenas() {
+    // SAFETY: mallopt sets a number of the allocator, under its lock. A refusal leaves what it was.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS_MAX) };
+}
+
+#[cfg(not(target_env = "gnu"))]
+fn bound_arenas() {}
 
 fn run(config: Config) -> anyhow::Result<()> {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();

@@ -20,9 +20,9 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
-use crate::api::connections::Bounded;
+use crate::api::connections::{self, Limits};
 use crate::api::fs::FileSystemService;
 use crate::api::http_metrics::counted;
 use crate::api::peer::PeerService;
@@ -67,8 +67,6 @@ const CLOSE_TIMEOUT_MS: u64 = 2_500;
 /// How long open requests may take to end after a shutdown was asked for.
 const DRAIN_TIMEOUT_MS: u64 = 2_000;
 
-/// HTTP connections at once: more than requests are served at once, and few beside the files that a process may open.
-const HTTP_CONNECTIONS_MAX: usize = 1024;
 /// How often a node that has no log yet looks whether it has one.
 const TOOK_PART_INTERVAL_MS: u64 = 250;
 
@@ -598,6 +596,7 @@ async fn serve_http(
     client: watch::Receiver<ClientHandle>,
     mut stopped: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
+    let limits = Limits::default();
     let for_status = node.clone();
     let state = RestState {
         client: client.clone(),
@@ -605,16 +604,11 @@ async fn serve_http(
         status: Arc::new(move || serde_json::json!(status::status(&for_status))),
         admin: admin::router(node.clone(), config.secret.clone()).layer(axum::Extension(client)),
         request_timeout: Duration::from_millis(config.request_timeout_ms),
+        patience: limits.patience,
     };
     let stop = async move {
         let _ = stopped.wait_for(|stop| *stop).await;
     };
-    let listener = Bounded::new(listener, HTTP_CONNECTIONS_MAX);
-    if let Err(failed) = axum::serve(listener, counted(rest::router(state), &node))
-        .with_graceful_shutdown(stop)
-        .await
-    {
-        error!(%failed, "HTTP service failed");
-    }
+    connections::serve(listener, counted(rest::router(state), &node), limits, stop).await;
     Ok(())
 }

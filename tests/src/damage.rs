@@ -3,6 +3,9 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::Sandbox;
 
 /// How much of a file is searched at a time.
 const WINDOW_BYTES: usize = 8 << 20;
@@ -104,6 +107,63 @@ fn read_at_full(file: &File, buffer: &mut [u8], offset: u64) -> usize {
         }
     }
     length
+}
+
+/// Preloaded (ld.so(8)), it makes reads of the ranges that the file `QUORUMFS_TEST_BAD_SECTORS` names at the start fail with
+/// EIO, as a disk does whose sectors cannot be read. Each line: path, first offset, offset after the last.
+const BAD_SECTORS: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static struct { char path[512]; long long from, to; } bad[16];
+static int count;
+
+__attribute__((constructor)) static void load(void) {
+    const char *name = getenv("QUORUMFS_TEST_BAD_SECTORS");
+    FILE *list = name ? fopen(name, "r") : NULL;
+    while (list && count < 16 && fscanf(list, "%511s %lld %lld", bad[count].path, &bad[count].from, &bad[count].to) == 3) count++;
+    if (list) fclose(list);
+}
+
+static int is_bad(int fd, long long at, size_t bytes) {
+    char link[64], path[512];
+    if (!count) return 0;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    if (length < 0) return 0;
+    path[length] = 0;
+    for (int i = 0; i < count; i++)
+        if (!strcmp(path, bad[i].path) && at < bad[i].to && at + (long long)bytes > bad[i].from) return 1;
+    return 0;
+}
+
+ssize_t pread64(int fd, void *to, size_t bytes, off64_t at) {
+    static ssize_t (*real)(int, void *, size_t, off64_t);
+    if (!real) real = (ssize_t (*)(int, void *, size_t, off64_t))dlsym(RTLD_NEXT, "pread64");
+    if (is_bad(fd, at, bytes)) { errno = EIO; return -1; }
+    return real(fd, to, bytes, at);
+}
+ssize_t pread(int fd, void *to, size_t bytes, off_t at) { return pread64(fd, to, bytes, at); }
+"#;
+
+/// Compiles the library that makes sectors unreadable; for `LD_PRELOAD`.
+pub fn bad_sectors_library(sandbox: &Sandbox) -> PathBuf {
+    let (source, library) = (sandbox.path("bad_sectors.c"), sandbox.path("bad_sectors.so"));
+    std::fs::write(&source, BAD_SECTORS).expect("write the source");
+    let status = Command::new("cc")
+        .args(["-shared", "-fPIC", "-O1", "-o"])
+        .arg(&library)
+        .arg(&source)
+        .arg("-ldl")
+        .status()
+        .expect("run cc");
+    assert!(status.success(), "the library does not compile");
+    library
 }
 
 #[cfg(test)]

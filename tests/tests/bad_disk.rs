@@ -1,12 +1,13 @@
 //! Disks that are damaged or full.
 
 use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use quorumfs_tests::damage::{files_below, find_bytes, flip, last_used_byte};
+use quorumfs_tests::damage::{bad_sectors_library, files_below, find_bytes, flip, last_used_byte};
 use quorumfs_tests::environment::wait_for;
-use quorumfs_tests::healing::{SeededFile, assert_same_metadata, assert_served};
+use quorumfs_tests::healing::{SeededFile, ask, assert_same_metadata, assert_served, content_folder, upload};
 use quorumfs_tests::random::Content;
 use quorumfs_tests::{Cluster, Random, Sandbox, posix, shell};
 
@@ -342,4 +343,109 @@ fn with_one_node_dead_and_another_full_writes_are_enospc() {
     cluster.wait_ready();
     cluster.wait_at_rest();
     mount.unmount();
+}
+
+/// How long a node takes from its start until it serves.
+fn time_to_start(cluster: &Cluster, slot: usize) -> Duration {
+    let began = Instant::now();
+    cluster.start_node(slot);
+    wait_for(&format!("node {slot} serves"), Duration::from_secs(60), || {
+        assert!(cluster.ended(slot).is_none(), "{}", cluster.log(slot));
+        cluster
+            .http(slot)
+            .try_get("/readyz")
+            .is_ok_and(|reply| reply.status == 200)
+    });
+    began.elapsed()
+}
+
+#[test]
+fn a_node_starts_with_unreadable_sectors_and_fetches_what_they_held() {
+    const SLOT: usize = 2;
+    let sandbox = Sandbox::light("bad-sectors");
+    let mut random = Random::announced();
+    let library = bad_sectors_library(&sandbox);
+    let list = sandbox.path("bad-sectors");
+    fs::write(&list, "").expect("write the list");
+    let text = |path: &Path| path.to_str().expect("UTF-8").to_string();
+    let cluster = Cluster::builder(&sandbox)
+        .variable(SLOT, "LD_PRELOAD", &text(&library))
+        .variable(SLOT, "QUORUMFS_TEST_BAD_SECTORS", &text(&list))
+        .start();
+    let files = upload(&cluster, 1, "sectors", (0..12).map(|_| 2 << 20), &mut random);
+    cluster.wait_at_rest();
+    let incarnation = cluster.status(SLOT).expect("status").node.incarnation;
+    // A segment has its footer when it is opened again.
+    cluster.kill(SLOT);
+    let healthy = time_to_start(&cluster, SLOT);
+    cluster.wait_at_rest();
+    cluster.kill(SLOT);
+    let mut segments = files_below(&content_folder(&cluster, SLOT));
+    segments.sort_by_key(|path| path.metadata().expect("stat").len());
+    let segment = segments.pop().expect("a segment");
+    let end = segment.metadata().expect("stat").len();
+    let path = segment.display();
+    let (middle, last) = (end / 2 / 4096 * 4096, end - 1);
+    let bad = format!(
+        "{path} 0 4096\n{path} {middle} {}\n{path} {last} {end}\n",
+        middle + 4096
+    );
+    fs::write(&list, bad).expect("write the list");
+    let took = time_to_start(&cluster, SLOT);
+    eprintln!(
+        "measured: {took:?} to start with unreadable sectors in a segment of {end} bytes, {healthy:?} without"
+    );
+    let incarnation_now = cluster.status(SLOT).expect("status").node.incarnation;
+    assert_eq!(incarnation_now, incarnation, "it is who it was");
+    cluster.wait_at_rest();
+    let status = ask(&cluster, SLOT, "/repair/status");
+    let aside = status["files_set_aside"][0].as_str().expect("the file is named");
+    assert!(
+        aside.contains("/unreadable-segment-") && Path::new(aside).is_file(),
+        "{status}"
+    );
+    assert!(
+        cluster.log(SLOT).contains(aside),
+        "the log names it: {}",
+        cluster.log(SLOT)
+    );
+    assert!(!segment.exists());
+    let recovery = cluster.recovery_status(SLOT).expect("recovery status");
+    assert_eq!(recovery.missing_chunks, 0, "{recovery:?}");
+    assert!(recovery.held_chunks >= recovery.named_chunks, "{recovery:?}");
+    assert!(
+        (1..=6).contains(&recovery.fetched_chunks),
+        "only what could not be read was fetched: {recovery:?}"
+    );
+    assert_served(&cluster, SLOT, &files);
+}
+
+#[test]
+fn what_a_node_keeps_is_for_its_user_alone() {
+    let sandbox = Sandbox::light("bad-permissions");
+    let mut random = Random::announced();
+    let builder = Cluster::builder(&sandbox);
+    let folder = sandbox.make_folder("readable");
+    fs::set_permissions(&folder, fs::Permissions::from_mode(0o755)).expect("chmod");
+    let cluster = builder.data_folder(1, folder).start();
+    upload(&cluster, 1, "private", [100, 3 << 20].into_iter(), &mut random);
+    cluster.wait_at_rest();
+    let open_to_others = |slot: usize| {
+        let found = shell(&format!(
+            "find '{}' -perm /077 -printf '%m %p\n'",
+            cluster.data_folder(slot).display()
+        ));
+        found.lines().map(str::to_string).collect::<Vec<_>>()
+    };
+    for slot in cluster.slots() {
+        assert_eq!(open_to_others(slot), [] as [String; 0], "node {slot}");
+    }
+    // As an earlier version left it.
+    cluster.kill(1);
+    shell(&format!("chmod -R go+rX '{}'", cluster.data_folder(1).display()));
+    assert!(open_to_others(1).len() > 3, "{:?}", open_to_others(1));
+    cluster.start_node(1);
+    cluster.wait_ready();
+    cluster.wait_at_rest();
+    assert_eq!(open_to_others(1), [] as [String; 0]);
 }

@@ -1,7 +1,10 @@
 //! Files over HTTP, through every node, and the same files in the mount.
 
 use std::fs;
+use std::io::Write as _;
+use std::net::TcpStream;
 use std::os::unix::ffi::OsStrExt as _;
+use std::time::{Duration, Instant};
 
 use quorumfs_tests::http::Http;
 use quorumfs_tests::{Cluster, Random, Sandbox};
@@ -256,4 +259,88 @@ fn rest_a_cluster_of_one_node_works_too() {
     cluster.wait_ready();
     assert_eq!(fs::read(mount.path("file")).expect("read"), b"alone");
     mount.unmount();
+}
+
+/// How long a small answer may take on a loaded machine; less than a request waits for its turn.
+const SMALL_LIMIT: Duration = Duration::from_secs(8);
+
+/// Says `text` and then nothing more, and reads nothing.
+fn says(http: &Http, text: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(http.address()).expect("connect");
+    stream.write_all(text.as_bytes()).expect("send");
+    stream
+}
+
+/// Small calls, each in time.
+fn assert_small_calls(http: &Http) {
+    for path in [
+        "/download/small",
+        "/healthz",
+        "/status",
+        "/metrics",
+        "/files?limit=1",
+        "/health/status",
+    ] {
+        let began = Instant::now();
+        http.get(path).expect(&[200]);
+        assert!(began.elapsed() < SMALL_LIMIT, "{path} took {:?}", began.elapsed());
+    }
+    let began = Instant::now();
+    http.post("/upload/small", "hello").expect(&[201]);
+    assert!(began.elapsed() < SMALL_LIMIT, "{:?}", began.elapsed());
+}
+
+#[test]
+fn rest_clients_that_do_not_read_hold_up_nobody() {
+    const CLIENTS: usize = 66;
+    let sandbox = Sandbox::light("rest-slow-readers");
+    let cluster = Cluster::builder(&sandbox).nodes(1).start();
+    let http = cluster.http(1);
+    http.post("/upload/large", vec![7; 24 << 20]).expect(&[201]);
+    http.post("/upload/small", "hello").expect(&[201]);
+    let _stalled: Vec<TcpStream> = (0..CLIENTS)
+        .map(|_| says(http, "GET /download/large HTTP/1.1\r\nhost: x\r\n\r\n"))
+        .collect();
+    std::thread::sleep(Duration::from_secs(1));
+    assert_small_calls(http);
+    // One that reads is served, for those that do not give way.
+    assert_eq!(http.get("/download/large").expect(&[200]).body.len(), 24 << 20);
+}
+
+#[test]
+fn rest_uploads_that_stall_hold_up_nobody() {
+    const CLIENTS: usize = 80;
+    let sandbox = Sandbox::light("rest-stalled-uploads");
+    let cluster = Cluster::builder(&sandbox).nodes(1).start();
+    let http = cluster.http(1);
+    http.post("/upload/small", "hello").expect(&[201]);
+    let begun = "x".repeat(100 << 10);
+    let _stalled: Vec<TcpStream> = (0..CLIENTS)
+        .map(|n| {
+            says(
+                http,
+                &format!(
+                    "PUT /upload/stalled-{n} HTTP/1.1\r\nhost: x\r\ncontent-length: 9000000\r\n\r\n{begun}"
+                ),
+            )
+        })
+        .collect();
+    std::thread::sleep(Duration::from_secs(1));
+    assert_small_calls(http);
+    http.post("/upload/large", vec![7; 5 << 20]).expect(&[201]);
+    assert_eq!(list(http, "").len(), 2, "what stalls is not there");
+}
+
+#[test]
+fn rest_connections_that_say_nothing_hold_up_nobody() {
+    const CONNECTIONS: usize = 1100;
+    let sandbox = Sandbox::light("rest-idle");
+    let files = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    let (_, most) = nix::sys::resource::getrlimit(files).expect("getrlimit");
+    nix::sys::resource::setrlimit(files, most, most).expect("setrlimit");
+    let cluster = Cluster::builder(&sandbox).nodes(1).start();
+    let http = cluster.http(1);
+    http.post("/upload/small", "hello").expect(&[201]);
+    let _idle: Vec<TcpStream> = (0..CONNECTIONS).map(|_| says(http, "")).collect();
+    assert_small_calls(http);
 }

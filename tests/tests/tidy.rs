@@ -23,6 +23,7 @@ const NODE_LAYERS: &[&str] = &[
     "transport",
     "logging",
     "incoming",
+    "private_files",
 ];
 
 /// Neither may know the other, whichever is on top.

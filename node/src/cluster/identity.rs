@@ -8,11 +8,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 use quorumfs_proto::{Addresses, ClusterId, Member, NodeId};
 use serde::{Deserialize, Serialize};
+
+use crate::private_files::{FILE_MODE, FOLDER_MODE, make_private};
 
 /// The version of the folder's layout.
 const FOLDER_VERSION: u32 = 2;
@@ -148,16 +151,18 @@ impl DataFolder {
                 source,
             }
         };
-        std::fs::create_dir_all(path).map_err(io("make data folder", path))?;
+        make_folder(path).map_err(io("make data folder", path))?;
         let lock_path = path.join(LOCK_FILE);
         let lock = OpenOptions::new()
             .create(true)
             .truncate(false)
             .write(true)
+            .mode(FILE_MODE)
             .open(&lock_path)
             .map_err(io("open", &lock_path))?;
         let lock = nix::fcntl::Flock::lock(lock, nix::fcntl::FlockArg::LockExclusiveNonblock)
             .map_err(|_| IdentityError::InUse(path.to_path_buf()))?;
+        make_private(path);
 
         let file_path = path.join(IDENTITY_FILE);
         let mut identity = match std::fs::read_to_string(&file_path) {
@@ -317,7 +322,7 @@ fn set_aside(folder: &Path, remains: &Remains) -> Result<(), IdentityError> {
         move |source| IdentityError::Io { what, path, source }
     };
     let to = folder.join(&remains.to);
-    std::fs::create_dir_all(&to).map_err(io("make", &to))?;
+    make_folder(&to).map_err(io("make", &to))?;
     for name in &remains.names {
         let from = folder.join(name);
         match std::fs::rename(&from, to.join(name)) {
@@ -333,6 +338,14 @@ fn set_aside(folder: &Path, remains: &Remains) -> Result<(), IdentityError> {
             .map_err(io("flush", changed))?;
     }
     Ok(())
+}
+
+/// Makes a folder for this user alone; those above it are anybody's.
+fn make_folder(path: &Path) -> std::io::Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(FOLDER_MODE)
+        .create(path)
 }
 
 fn temporary_name() -> String {
@@ -356,7 +369,12 @@ fn write(folder: &Path, identity: &Identity) -> std::io::Result<()> {
     };
     let text = toml::to_string(&file).map_err(std::io::Error::other)?;
     let temporary = folder.join(temporary_name());
-    let mut out = File::create(&temporary)?;
+    let mut out = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(FILE_MODE)
+        .open(&temporary)?;
     out.write_all(text.as_bytes())?;
     out.sync_all()?;
     std::fs::rename(&temporary, folder.join(IDENTITY_FILE))?;

@@ -125,15 +125,20 @@ const MEDIUM_ERRORS: [i32; 6] = [
     libc::EREMOTEIO,
 ];
 
+/// Whether a disk or a filesystem says so of data that it cannot give.
+pub(super) fn is_medium_error(error: &io::Error) -> bool {
+    error
+        .raw_os_error()
+        .is_some_and(|errno| MEDIUM_ERRORS.contains(&errno))
+}
+
 impl ContentError {
     /// Whether it says that the copy is bad. Any other failure to read it (too many open files, no memory, no permission)
     /// says nothing of the copy, which may be the last good one.
     pub fn is_bad_copy(&self) -> bool {
         match self {
             ContentError::Corrupt { .. } => true,
-            ContentError::Io { source, .. } => source
-                .raw_os_error()
-                .is_some_and(|errno| MEDIUM_ERRORS.contains(&errno)),
+            ContentError::Io { source, .. } => is_medium_error(source),
             _ => false,
         }
     }

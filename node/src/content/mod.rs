@@ -6,7 +6,8 @@
 //! ([`ContentStore::discard`]) takes chunks out of the index, marks their records dead in place, flushes the marks,
 //! and only then punches the holes.
 //!
-//! From the bottom: `record` (bytes) · `segment` (one file) · `scan` (opening one) · `index` (chunk → place) ·
+//! From the bottom: `record` (bytes) · `segment` (one file) · `scan` (opening one) · `salvage` (one that the disk does not
+//! give back) · `index` (chunk → place) ·
 //! `fault` (failed flushes) · `writer` (append, flush) · `io_thread` (who waits) · [`store`] (the whole) · `reclaim`
 //! (its discarding half) · [`peers`] (other nodes' stores).
 //!
@@ -20,6 +21,7 @@ mod io_thread;
 pub mod peers;
 mod reclaim;
 mod record;
+mod salvage;
 mod scan;
 mod segment;
 pub mod store;

@@ -188,7 +188,12 @@ impl ContentStore {
     /// What is left to do when the index has been rebuilt: records that a later one supersedes, segments that are
     /// empty. Returns how many segments went.
     pub(super) fn tidy_after_open(&self, superseded: Vec<Removed>) -> Result<u64, ContentError> {
-        self.release(superseded)?;
+        match self.release(superseded) {
+            Err(error @ ContentError::Fatal { .. }) => return Err(error),
+            // Their room comes back with their segments.
+            Err(error) => tracing::warn!(%error, "the room of superseded chunks is not given back"),
+            Ok(_) => {}
+        }
         Ok(self.remove_empty_segments()?.segments)
     }
 

@@ -12,19 +12,18 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use quorumfs_proto::chunk::blocks_match;
 
-use super::error::{ContentError, Stopped};
+use super::error::{ContentError, Stopped, is_medium_error};
 use super::record::{
     Entry, FORMAT_VERSION, Footer, Layout, Mark, PAGE_BYTES, RECORD_HEADER_BYTES, RecordHeader,
     SEGMENT_HEADER_BYTES, TRAILER_BYTES, Table, UNIT_BYTES, segment_version,
 };
-use super::segment::{Segment, SegmentState, punch_leftovers, read_table, write_record};
+use super::segment::{Segment, SegmentState, punch_leftovers, read_exact_at, read_table, write_record};
 
 /// A segment as it was found.
 pub struct Found {
@@ -68,8 +67,7 @@ pub fn open_segment(path: PathBuf, sequence: u32, salt: u64) -> Result<Option<Fo
     let mut condition = Condition::default();
     let mut header = [0; SEGMENT_HEADER_BYTES as usize];
     let header_bytes = file_bytes.min(SEGMENT_HEADER_BYTES) as usize;
-    file.read_exact_at(&mut header[..header_bytes], 0)
-        .map_err(failed("read"))?;
+    read_exact_at(&file, &mut header[..header_bytes], 0).map_err(failed("read"))?;
     match segment_version(&header) {
         Some(FORMAT_VERSION) => {}
         Some(found) => return Err(ContentError::UnknownVersion { path, found }),
@@ -124,7 +122,7 @@ fn read_footer(file: &File, salt: u64, file_bytes: u64) -> io::Result<Option<(Fo
         return Ok(None);
     }
     let mut trailer = [0; TRAILER_BYTES];
-    file.read_exact_at(&mut trailer, file_bytes - TRAILER_BYTES as u64)?;
+    read_exact_at(file, &mut trailer, file_bytes - TRAILER_BYTES as u64)?;
     let Some(footer) = Footer::from_trailer(&trailer, salt, file_bytes) else {
         return Ok(None);
     };
@@ -141,24 +139,89 @@ struct Scanned {
     torn: u64,
 }
 
-fn scan(file: &File, salt: u64, file_bytes: u64) -> io::Result<Scanned> {
-    let mut window = Window::new(file, file_bytes);
-    let mut records: Vec<RecordHeader> = Vec::new();
-    let mut watermark = 0;
-    let mut at = SEGMENT_HEADER_BYTES;
-    while at + RECORD_HEADER_BYTES as u64 <= file_bytes {
-        match window.record(at, salt)? {
-            Some(header) => {
-                watermark = watermark.max(header.flushed);
-                at = header.layout.end();
-                records.push(header);
-            }
-            None => match window.next_candidate(at)? {
-                Some(next) => at = next,
-                None => break,
-            },
+/// How many pages of a file may be unreadable; those are passed over as if they held nothing.
+#[derive(Debug)]
+pub struct Tolerance {
+    unreadable_pages: u64,
+    unreadable_pages_max: u64,
+}
+
+impl Tolerance {
+    /// So many.
+    pub fn pages(unreadable_pages_max: u64) -> Tolerance {
+        Tolerance {
+            unreadable_pages: 0,
+            unreadable_pages_max,
         }
     }
+
+    /// How many there were.
+    pub fn unreadable_pages(&self) -> u64 {
+        self.unreadable_pages
+    }
+
+    /// Reads `bytes` at `at`; what cannot be read, page by page, is zeros.
+    fn read(&mut self, file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        let failed = match read_exact_at(file, bytes, at) {
+            Err(error) if is_medium_error(&error) && self.unreadable_pages_max > 0 => error,
+            result => return result,
+        };
+        let mut from = 0;
+        while from < bytes.len() {
+            let position = at + from as u64;
+            let to = bytes
+                .len()
+                .min(from + (PAGE_BYTES - position % PAGE_BYTES) as usize);
+            match read_exact_at(file, &mut bytes[from..to], position) {
+                Err(error) if is_medium_error(&error) => {
+                    if self.unreadable_pages >= self.unreadable_pages_max {
+                        return Err(failed);
+                    }
+                    self.unreadable_pages += 1;
+                    bytes[from..to].fill(0);
+                }
+                result => result?,
+            }
+            from = to;
+        }
+        Ok(())
+    }
+}
+
+/// The records of a segment by position, as far as `tolerance` goes.
+pub fn readable_records(
+    file: &File,
+    salt: u64,
+    file_bytes: u64,
+    tolerance: &mut Tolerance,
+) -> io::Result<Vec<RecordHeader>> {
+    let gives_up = tolerance.unreadable_pages_max > 0;
+    let mut window = Window::new(file, file_bytes, tolerance);
+    let mut records: Vec<RecordHeader> = Vec::new();
+    let mut at = SEGMENT_HEADER_BYTES;
+    while at + RECORD_HEADER_BYTES as u64 <= file_bytes {
+        let next = window.record(at, salt).and_then(|record| match record {
+            Some(header) => {
+                let end = header.layout.end();
+                records.push(header);
+                Ok(Some(end))
+            }
+            None => window.next_candidate(at),
+        });
+        match next {
+            Ok(Some(next)) => at = next,
+            Ok(None) => break,
+            // What was found so far is worth having.
+            Err(error) if gives_up && is_medium_error(&error) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(records)
+}
+
+fn scan(file: &File, salt: u64, file_bytes: u64) -> io::Result<Scanned> {
+    let records = readable_records(file, salt, file_bytes, &mut Tolerance::pages(0))?;
+    let watermark = records.iter().map(|header| header.flushed).max().unwrap_or(0);
 
     let mut scanned = Scanned {
         table: Table::default(),
@@ -184,9 +247,8 @@ fn scan(file: &File, salt: u64, file_bytes: u64) -> io::Result<Scanned> {
 fn rewrite_verified(file: &File, layout: Layout, salt: u64) -> io::Result<bool> {
     let mut head = vec![0; (layout.payload_at() - layout.position) as usize];
     let mut payload = vec![0; layout.length as usize];
-    let read = file
-        .read_exact_at(&mut head, layout.position)
-        .and_then(|()| file.read_exact_at(&mut payload, layout.payload_at()));
+    let read = read_exact_at(file, &mut head, layout.position)
+        .and_then(|()| read_exact_at(file, &mut payload, layout.payload_at()));
     match read {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
@@ -203,6 +265,7 @@ fn rewrite_verified(file: &File, layout: Layout, salt: u64) -> io::Result<bool> 
 /// Reads ahead while records lie close together, and little where payloads are skipped.
 struct Window<'file> {
     file: &'file File,
+    tolerance: &'file mut Tolerance,
     file_bytes: u64,
     position: u64,
     bytes: Vec<u8>,
@@ -214,9 +277,10 @@ impl<'file> Window<'file> {
     /// What is read when the last window was used up.
     const MOST_BYTES: u64 = 256 << 10;
 
-    fn new(file: &'file File, file_bytes: u64) -> Window<'file> {
+    fn new(file: &'file File, file_bytes: u64, tolerance: &'file mut Tolerance) -> Window<'file> {
         Window {
             file,
+            tolerance,
             file_bytes,
             position: 0,
             bytes: Vec::new(),
@@ -237,7 +301,11 @@ impl<'file> Window<'file> {
             let take = wanted.max(length).min(self.file_bytes.saturating_sub(at));
             self.bytes.resize(take as usize, 0);
             self.position = at;
-            self.file.read_exact_at(&mut self.bytes, at)?;
+            if let Err(error) = self.tolerance.read(self.file, &mut self.bytes, at) {
+                // Nothing of it is known.
+                self.bytes.clear();
+                return Err(error);
+            }
         }
         let from = (at - self.position) as usize;
         Ok(&self.bytes[from..from + end.saturating_sub(at) as usize])

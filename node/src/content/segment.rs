@@ -263,10 +263,17 @@ pub enum Sealing {
     Sealed,
 }
 
+/// Reads all of `bytes` at `at`; every read of a segment but those of single chunks goes through here.
+pub fn read_exact_at(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
+    #[cfg(test)]
+    super::tests::bad_sectors::check(file, at, bytes.len() as u64)?;
+    file.read_exact_at(bytes, at)
+}
+
 /// Reads a sealed segment's table.
 pub fn read_table(file: &File, footer: &Footer) -> io::Result<Table> {
     let mut bytes = vec![0; (footer.end() - footer.position) as usize];
-    file.read_exact_at(&mut bytes, footer.position)?;
+    read_exact_at(file, &mut bytes, footer.position)?;
     footer
         .decode(&bytes)
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "its checksum does not match"))

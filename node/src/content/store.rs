@@ -8,7 +8,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{DirBuilderExt as _, FileExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,14 +26,19 @@ use super::error::{ContentError, Stopped};
 use super::index::{Index, Place};
 use super::io_thread::IoThread;
 use super::record::{Mark, RecordHeader, SEGMENT_HEADER_BYTES};
+use super::salvage::{Unreadable, files_set_aside, set_folder_aside};
 use super::scan::{Condition, open_segment};
 use super::segment::{Segment, drop_cached, parse_file_name};
 use super::writer::{Appended, OpenSegment, Writer};
+use crate::private_files::FOLDER_MODE;
 
 /// Most files kept open for reading; the rest are opened when needed. Far below the usual limit of 1024 per process.
 const OPEN_FILES_MAX: usize = 256;
 /// A chunk can move once while it is read (its segment was rewritten); more often is a fault.
 const READ_ATTEMPTS_MAX: usize = 3;
+/// A folder that cannot be listed may have been away for a moment: it is set aside only after so many attempts.
+const LIST_ATTEMPTS_MAX: u32 = 5;
+const LIST_PAUSE: Duration = Duration::from_millis(200);
 /// Largest segment: positions are 32 bits of 8 bytes, and one file should not be a disk.
 const SEGMENT_BYTES_MAX: u64 = 4 << 30;
 
@@ -64,6 +69,8 @@ pub struct OpenReport {
     pub scanned_segments: u64,
     /// Segments whose header does not match its checksum.
     pub damaged_headers: u64,
+    /// Segments that the disk does not give back whole, set aside; what could be read of them was written anew.
+    pub unreadable_segments: u64,
     /// Segments without a live record, removed.
     pub removed_segments: u64,
     /// Chunks held.
@@ -114,15 +121,23 @@ impl ContentStore {
         options: ContentOptions,
     ) -> Result<(ContentStore, OpenReport), ContentError> {
         let began = Instant::now();
-        let folder = open_folder(directory)?;
+        let (folder, listed) = open_and_list(directory)?;
         let mut report = OpenReport::default();
         let mut next_sequence = 0;
         let mut segments = Vec::new();
         let mut full = Vec::new();
         let mut entries = Vec::new();
-        for (sequence, salt, path) in list_segments(directory)? {
+        let mut unreadable = Vec::new();
+        for (sequence, salt, path) in listed {
             next_sequence = sequence + 1;
-            let Some(found) = open_segment(path.clone(), sequence, salt)? else {
+            let found = match open_segment(path.clone(), sequence, salt) {
+                Err(error) if error.is_bad_copy() => {
+                    unreadable.push(Unreadable { path, salt, error });
+                    continue;
+                }
+                found => found?,
+            };
+            let Some(found) = found else {
                 std::fs::remove_file(&path).map_err(|source| ContentError::io("remove", &path, source))?;
                 report.removed_segments += 1;
                 continue;
@@ -162,6 +177,7 @@ impl ContentStore {
             io_thread,
         };
         report.removed_segments += store.tidy_after_open(superseded)?;
+        report.unreadable_segments = store.salvage_all(unreadable)?;
         report.segments = store.index.segments().len() as u64;
         (report.chunks, report.payload_bytes) = store.index.counts();
         report.elapsed = began.elapsed();
@@ -295,6 +311,11 @@ impl ContentStore {
         Err(self.writer.fault.files_gone(&segment.path).into())
     }
 
+    /// Files that the disk did not give back whole and that were set aside, now or by an earlier process. Blocks.
+    pub fn files_set_aside(&self) -> Vec<PathBuf> {
+        files_set_aside(&self.writer.directory)
+    }
+
     /// Resolves when the store has stopped, with the reason: the node must stop.
     pub fn fatal(&self) -> impl Future<Output = Stopped> + Send + use<> {
         let mut first = self.writer.fault.subscribe();
@@ -422,10 +443,37 @@ impl ContentOptions {
     }
 }
 
+/// A segment's sequence, salt and path.
+type Listed = (u32, u64, PathBuf);
+
+/// The folder, locked, and the segments in it. One that the disk cannot list is set aside: its content is fetched from
+/// other nodes, into an empty one.
+fn open_and_list(directory: &Path) -> Result<(File, Vec<Listed>), ContentError> {
+    let folder = open_folder(directory)?;
+    let mut attempt = 1;
+    let error = loop {
+        match list_segments(directory) {
+            Err(error) if error.is_bad_copy() && attempt == LIST_ATTEMPTS_MAX => break error,
+            Err(error) if error.is_bad_copy() => attempt += 1,
+            listed => return Ok((folder, listed?)),
+        }
+        std::thread::sleep(LIST_PAUSE);
+    };
+    let aside = set_folder_aside(directory)?;
+    drop(folder);
+    tracing::error!(%error, set_aside = %aside.display(), "the content folder cannot be listed; all content is fetched from other nodes. The disk fails");
+    let folder = open_folder(directory)?;
+    Ok((folder, list_segments(directory)?))
+}
+
 /// Makes the folder if need be, and locks it against other processes.
 fn open_folder(directory: &Path) -> Result<File, ContentError> {
     if !directory.is_dir() {
-        std::fs::create_dir_all(directory).map_err(|source| ContentError::io("make", directory, source))?;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(FOLDER_MODE)
+            .create(directory)
+            .map_err(|source| ContentError::io("make", directory, source))?;
         if let Some(parent) = directory.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             File::open(parent)
                 .and_then(|parent| parent.sync_all())
@@ -443,8 +491,10 @@ fn open_folder(directory: &Path) -> Result<File, ContentError> {
 }
 
 /// The segments in `directory`: sequence, salt, path; oldest first.
-fn list_segments(directory: &Path) -> Result<Vec<(u32, u64, PathBuf)>, ContentError> {
+fn list_segments(directory: &Path) -> Result<Vec<Listed>, ContentError> {
     let failed = |source| ContentError::io("list", directory, source);
+    #[cfg(test)]
+    super::tests::bad_sectors::check_folder(directory).map_err(failed)?;
     let mut segments = Vec::new();
     for file in std::fs::read_dir(directory).map_err(failed)? {
         let file = file.map_err(failed)?;

@@ -20,7 +20,9 @@ use axum::extract::DefaultBodyLimit;
 use axum::extract::rejection::BytesRejection;
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
+use tower_http::timeout::RequestBodyTimeoutLayer;
 
+use crate::api::connections::Patience;
 use crate::api::rest::error::ApiError;
 use crate::node::{Node, Parts};
 use crate::transport::ClusterSecret;
@@ -42,6 +44,7 @@ pub fn router(node: Arc<Node>, secret: Option<ClusterSecret>) -> Router {
         .merge(recovery::routes())
         .merge(repair::routes())
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(RequestBodyTimeoutLayer::new(Patience::default().let_go_after))
         .with_state(node)
 }
 

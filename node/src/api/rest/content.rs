@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use async_stream::try_stream;
 use bytes::{Bytes, BytesMut};
-use futures::Stream;
+use futures::{Stream, StreamExt as _};
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 use quorumfs_proto::{FsError, InodeNumber, Piece};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -20,6 +20,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::calls::{Calls, ExtentsPage};
 use super::error::CallError;
 use super::open_inodes::HeldInode;
+use super::turns::Turn;
 
 /// Chunks of one download that are fetched ahead: 8 MiB at most.
 const READ_AHEAD_MAX: usize = 8;
@@ -45,7 +46,7 @@ pub(super) struct Content {
     /// Chunks fetched ahead by all downloads of this node.
     pub(super) read_ahead: Arc<Semaphore>,
     /// Makes one of the node's downloads, until the stream ends.
-    pub(super) slot: OwnedSemaphorePermit,
+    pub(super) turn: Turn,
 }
 
 /// Why a stream broke off.
@@ -82,10 +83,33 @@ enum Fetch {
 }
 
 impl Content {
+    /// All of it at once, and its turn is over; `None` if the version is gone meanwhile.
+    pub(super) async fn whole(self) -> Result<Option<Bytes>, CallError> {
+        let mut bytes = BytesMut::with_capacity((self.end - self.start) as usize);
+        let stream = self.stream();
+        tokio::pin!(stream);
+        while let Some(next) = stream.next().await {
+            match next {
+                Ok(part) => bytes.extend_from_slice(&part),
+                Err(error) => {
+                    let broken = error
+                        .into_inner()
+                        .and_then(|inner| inner.downcast::<Broken>().ok());
+                    return match broken.map(|broken| *broken) {
+                        Some(Broken::Call(error)) => Err(error),
+                        Some(Broken::Changed) => Ok(None),
+                        None => Err(CallError::Verdict(FsError::Io)),
+                    };
+                }
+            }
+        }
+        Ok(Some(bytes.freeze()))
+    }
+
     /// Streams exactly `end - start` bytes, or an error. Dropped: what is under way is given up.
     pub(super) fn stream(self) -> impl Stream<Item = Result<Bytes, io::Error>> + Send + 'static {
         try_stream! {
-            let Content { calls, held, version, start, end, first_page, read_ahead, slot } = self;
+            let Content { calls, held, version, start, end, first_page, read_ahead, turn } = self;
             let source = Source { calls, inode: held.inode(), version };
             let mut parts = Parts::new(source.clone(), start, end, first_page);
             let mut ahead: VecDeque<Fetch> = VecDeque::new();
@@ -122,7 +146,7 @@ impl Content {
                     }
                 }
             }
-            drop((held, slot));
+            drop((held, turn));
         }
     }
 }

@@ -7,13 +7,12 @@ use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::header::{
     ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, HeaderValue,
-    LAST_MODIFIED, X_CONTENT_TYPE_OPTIONS,
+    LAST_MODIFIED, RANGE, X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::{HeaderMap, Method, StatusCode};
 use axum::response::Response;
 use quorumfs_proto::{Attributes, FsError};
 
-use super::Service;
 use super::calls::{Calls, ExtentsPage, verdict};
 use super::conditional::{self, Verdict};
 use super::content::Content;
@@ -23,6 +22,8 @@ use super::path::FilePath;
 use super::places;
 use super::range::Selected;
 use super::times;
+use super::{SMALL_BYTES_MAX, Service};
+use crate::api::connections::{Pace, paced};
 
 /// How often a file is looked at again that changed or vanished between two questions about it.
 const LOOKS_MAX: usize = 20;
@@ -57,8 +58,13 @@ pub(super) async fn download(
     request: Request,
 ) -> Result<Response, ApiError> {
     let path = FilePath::from_url(super::path_of(request.uri()))?;
-    let (method, headers) = (request.method().clone(), request.headers().clone());
+    let pace = Pace::of(&request, service.patience);
+    let (method, mut headers) = (request.method().clone(), request.headers().clone());
     drop(request);
+    if method == Method::HEAD {
+        // Only a GET has ranges (RFC 9110 section 14.2).
+        headers.remove(RANGE);
+    }
     let calls = service.calls().await?;
     for _ in 0..LOOKS_MAX {
         let (held, attributes) = open(&service, &calls, &path).await?;
@@ -76,22 +82,37 @@ pub(super) async fn download(
         let body = if method == Method::HEAD || start == end {
             Body::empty()
         } else {
-            let slot = service.slot(&service.downloads, "downloads").await?;
+            let is_small = end - start <= SMALL_BYTES_MAX as u64;
+            let turns = if is_small {
+                &service.small_downloads
+            } else {
+                &service.downloads
+            };
+            let turn = service.turn(turns, &pace).await?;
             let Some(first_page) = first_page(&calls, &attributes, start, end).await? else {
                 tokio::time::sleep(Duration::from_millis(LOOK_PAUSE_MS)).await;
                 continue;
             };
             let content = Content {
-                calls,
+                calls: calls.clone(),
                 held,
                 version: attributes.content_version,
                 start,
                 end,
                 first_page,
                 read_ahead: Arc::clone(&service.read_ahead),
-                slot,
+                turn,
             };
-            Body::from_stream(content.stream())
+            if is_small {
+                // Before the client is sent a byte, so that no turn waits for it.
+                let Some(bytes) = content.whole().await? else {
+                    tokio::time::sleep(Duration::from_millis(LOOK_PAUSE_MS)).await;
+                    continue;
+                };
+                Body::from(bytes)
+            } else {
+                paced(content.stream(), Arc::clone(&pace))
+            }
         };
         let mut response = Response::new(body);
         *response.status_mut() = status;

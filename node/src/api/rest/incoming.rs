@@ -1,6 +1,6 @@
 //! The body of an upload, cut into chunks as it arrives. Holds less than two chunks' bytes.
 
-use std::time::Duration;
+use std::sync::Arc;
 
 use axum::body::{Body, BodyDataStream};
 use axum::http::StatusCode;
@@ -9,9 +9,7 @@ use futures::StreamExt as _;
 use quorumfs_proto::limits::{CHUNK_BYTES_MAX, FILE_BYTES_MAX};
 
 use super::error::ApiError;
-
-/// A client that sends nothing for so long has gone; what it holds here others may need.
-const IDLE_MAX: Duration = Duration::from_secs(60);
+use crate::api::connections::Pace;
 
 /// What has come and what is still to come.
 pub(super) struct Incoming {
@@ -22,19 +20,29 @@ pub(super) struct Incoming {
     /// Received and not yet handed on.
     waiting: Bytes,
     ended: bool,
-    idle_max: Duration,
+    pace: Arc<Pace>,
 }
 
 impl Incoming {
-    pub(super) fn new(body: Body, announced_bytes: Option<u64>) -> Incoming {
+    pub(super) fn new(body: Body, announced_bytes: Option<u64>, pace: Arc<Pace>) -> Incoming {
         Incoming {
             stream: body.into_data_stream(),
             announced_bytes,
             received_bytes: 0,
             waiting: Bytes::new(),
             ended: false,
-            idle_max: IDLE_MAX,
+            pace,
         }
+    }
+
+    /// Whether all of it has at most `bytes_max` bytes; waits until that is known.
+    pub(super) async fn fits_in(&mut self, bytes_max: usize) -> Result<bool, ApiError> {
+        let mut begun = BytesMut::new();
+        while begun.len() <= bytes_max && self.has_more().await? {
+            begun.extend_from_slice(&std::mem::take(&mut self.waiting));
+        }
+        self.waiting = begun.freeze();
+        Ok(self.waiting.len() <= bytes_max)
     }
 
     /// The next bytes: a whole chunk, or what is left; empty at the end. Fails where the body breaks off, or is
@@ -59,21 +67,21 @@ impl Incoming {
     /// Whether there is another byte; waits for it.
     pub(super) async fn has_more(&mut self) -> Result<bool, ApiError> {
         while self.waiting.is_empty() && !self.ended {
-            match tokio::time::timeout(self.idle_max, self.stream.next()).await {
-                Ok(Some(Ok(bytes))) => self.received(bytes)?,
-                Ok(Some(Err(error))) => {
+            match self.pace.client_does(self.stream.next()).await {
+                Some(Some(Ok(bytes))) => self.received(bytes)?,
+                Some(Some(Err(error))) => {
                     return Err(ApiError::bad_request(
                         "incomplete_body",
                         format!("the body broke off: {error}"),
                     )
                     .hint("nothing was stored"));
                 }
-                Ok(None) => self.finished()?,
-                Err(_) => {
+                Some(None) => self.finished()?,
+                None => {
                     return Err(ApiError::new(
                         StatusCode::REQUEST_TIMEOUT,
                         "body_timeout",
-                        format!("no byte of the body came for {:?}", self.idle_max),
+                        "no byte of the body came for too long",
                     )
                     .hint("nothing was stored"));
                 }
@@ -118,7 +126,13 @@ impl Incoming {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::connections::Patience;
     use futures::stream;
+    use std::time::Duration;
+
+    fn pace() -> Arc<Pace> {
+        Arc::new(Pace::new(Patience::default(), None, None))
+    }
 
     fn body(frames: Vec<Vec<u8>>) -> Body {
         Body::from_stream(stream::iter(frames.into_iter().map(Ok::<_, std::io::Error>)))
@@ -129,7 +143,7 @@ mod tests {
         let bytes: Vec<u8> = (0..2_500_000u32).map(|i| (i / 7) as u8).collect();
         for frame_bytes in [1000, 65_536, 1_500_000, 2_500_000] {
             let frames = bytes.chunks(frame_bytes).map(<[u8]>::to_vec).collect();
-            let mut incoming = Incoming::new(body(frames), Some(bytes.len() as u64));
+            let mut incoming = Incoming::new(body(frames), Some(bytes.len() as u64), pace());
             let mut got = Vec::new();
             let mut sizes = Vec::new();
             while incoming.has_more().await.unwrap() {
@@ -144,7 +158,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_empty_body_is_no_chunk() {
-        let mut incoming = Incoming::new(body(vec![vec![], vec![]]), Some(0));
+        let mut incoming = Incoming::new(body(vec![vec![], vec![]]), Some(0), pace());
         assert!(!incoming.has_more().await.unwrap());
         assert!(incoming.next_chunk().await.unwrap().is_empty());
     }
@@ -152,7 +166,7 @@ mod tests {
     #[tokio::test]
     async fn a_body_of_another_length_than_announced_is_refused() {
         for (announced, sent) in [(10, 9), (10, 11), (0, 1), (1, 0)] {
-            let mut incoming = Incoming::new(body(vec![vec![1; sent]]), Some(announced));
+            let mut incoming = Incoming::new(body(vec![vec![1; sent]]), Some(announced), pace());
             let error = incoming.next_chunk().await.unwrap_err();
             assert_eq!((error.status.as_u16(), error.code), (400, "length_mismatch"));
         }
@@ -160,9 +174,16 @@ mod tests {
 
     #[tokio::test]
     async fn a_silent_client_is_given_up_on() {
+        let impatient = Arc::new(Pace::new(
+            Patience {
+                let_go_after: Duration::from_millis(20),
+                ..Patience::default()
+            },
+            None,
+            None,
+        ));
         let silent = Body::from_stream(stream::pending::<Result<Bytes, std::io::Error>>());
-        let mut incoming = Incoming::new(silent, None);
-        incoming.idle_max = Duration::from_millis(20);
+        let mut incoming = Incoming::new(silent, None, impatient);
         let error = incoming.next_chunk().await.unwrap_err();
         assert_eq!(error.status, StatusCode::REQUEST_TIMEOUT);
     }

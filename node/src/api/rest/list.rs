@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use axum::Json;
 use axum::extract::{Request, State};
-use axum::http::header::{HeaderName, HeaderValue, LINK};
+use axum::http::header::{CONTENT_TYPE, HeaderName, HeaderValue, LINK};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
@@ -23,6 +23,7 @@ use super::path::{ListPrefix, display, encode_path, joined, percent_decoded};
 use super::places::kind_name;
 use super::times::rfc3339;
 use super::walk::{Depth, Found, Step, Walk};
+use crate::api::connections::Pace;
 
 const LIMIT_DEFAULT: usize = 1000;
 const LIMIT_MAX: usize = 10_000;
@@ -87,9 +88,10 @@ pub(super) async fn list(
     request: Request,
 ) -> Result<Response, ApiError> {
     let question = Question::from_query(request.uri().query().unwrap_or_default())?;
+    let pace = Pace::of(&request, service.patience);
     drop(request);
     let calls = service.calls().await?;
-    let _slot = service.slot(&service.lists, "lists").await?;
+    let turn = service.turn(&service.lists, &pace).await?;
     let Some(directory) = find_directory(&calls, &question.prefix).await? else {
         return Ok(Json(json!([])).into_response());
     };
@@ -127,7 +129,15 @@ pub(super) async fn list(
         headers.insert(LINK, value(link)?);
         headers.insert(NEXT_AFTER, value(after)?);
     }
-    Ok((StatusCode::OK, headers, Json(page)).into_response())
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    // Ten thousand entries take longer to encode than other requests should wait for.
+    let encoding = tokio::task::spawn_blocking(move || serde_json::to_vec(&page));
+    let encoded = encoding.await.map_err(|failed| failed.to_string());
+    drop(turn);
+    match encoded.and_then(|encoded| encoded.map_err(|failed| failed.to_string())) {
+        Ok(page) => Ok((StatusCode::OK, headers, page).into_response()),
+        Err(failed) => Err(ApiError::internal(format!("encode a page: {failed}"))),
+    }
 }
 
 /// The directory that the whole components of a prefix name; nothing can begin with them if there is none.

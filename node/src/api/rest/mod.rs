@@ -36,7 +36,9 @@
 //! - **Failures** are JSON `{code, message, hint}`. When no quorum answers within the time-out it is 503 with the reason
 //!   and `Retry-After`.
 //! - **Bounds**: an upload holds at most 8 MiB, a download 9 MiB, all uploads together 112 MiB, all downloads 128 MiB. Requests
-//!   above the number that this allows wait for their turn, at most as long as the time-out (503).
+//!   above the number that this allows wait for their turn, at most as long as the time-out (503). One client has three
+//!   quarters of the turns at most. Who neither sends nor takes a byte for 3 s gives way to requests that wait, and is let go
+//!   of after 30 s. Files and uploads of at most 64 KiB have turns of their own, which they hold only while the node is at work.
 
 mod calls;
 mod conditional;
@@ -55,6 +57,7 @@ mod places;
 mod range;
 mod store;
 mod times;
+mod turns;
 mod upload;
 mod walk;
 
@@ -72,7 +75,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use quorumfs_client::Client;
 use serde_json::{Value, json};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Semaphore, watch};
 use tower_http::catch_panic::CatchPanicLayer;
 
 use calls::Calls;
@@ -80,7 +83,9 @@ use error::ApiError;
 use idempotency::Idempotency;
 use open_inodes::OpenInodes;
 use store::Stored;
+use turns::{Turn, Turns};
 
+use super::connections::{Pace, Patience};
 use super::status::{StatusClient, StatusReport};
 
 /// How long a request waits for a quorum, unless told otherwise.
@@ -94,6 +99,10 @@ const UPLOAD_CHUNKS_MAX: usize = 48;
 const DOWNLOADS_MAX: usize = 64;
 /// Chunks fetched ahead, of all downloads: 64 MiB.
 const READ_AHEAD_CHUNKS_MAX: usize = 64;
+/// Files and uploads of at most so many bytes are small: each connection may hold as many beside the turns.
+const SMALL_BYTES_MAX: usize = 64 << 10;
+/// Small files that are fetched at once, and small uploads that are stored: 8 MiB each.
+const SMALL_MAX: usize = 128;
 /// Listings under way at once; each holds up to 20 MiB of entries and its page.
 const LISTS_MAX: usize = 4;
 
@@ -123,6 +132,8 @@ pub struct RestState {
     pub admin: Router,
     /// How long a request waits for a quorum ([`REQUEST_TIMEOUT`]).
     pub request_timeout: Duration,
+    /// How long clients that neither send nor take anything are waited for.
+    pub patience: Patience,
 }
 
 /// The routes of the REST interface. Needs a runtime around it.
@@ -131,13 +142,16 @@ pub fn router(state: RestState) -> Router {
         client: state.client,
         status: state.status,
         request_timeout: state.request_timeout,
+        patience: state.patience,
         open_inodes: Arc::default(),
         answers: Arc::new(Idempotency::new()),
-        uploads: Arc::new(Semaphore::new(UPLOADS_MAX)),
+        uploads: Turns::new("uploads", UPLOADS_MAX),
+        small_uploads: Turns::new("small uploads", SMALL_MAX),
         upload_chunks: Arc::new(Semaphore::new(UPLOAD_CHUNKS_MAX)),
-        downloads: Arc::new(Semaphore::new(DOWNLOADS_MAX)),
+        downloads: Turns::new("downloads", DOWNLOADS_MAX),
+        small_downloads: Turns::new("small downloads", SMALL_MAX),
         read_ahead: Arc::new(Semaphore::new(READ_AHEAD_CHUNKS_MAX)),
-        lists: Arc::new(Semaphore::new(LISTS_MAX)),
+        lists: Turns::new("lists", LISTS_MAX),
     });
     tokio::spawn(answer_for_open_inodes(
         service.client.clone(),
@@ -172,13 +186,16 @@ struct Service {
     client: watch::Receiver<ClientHandle>,
     status: StatusSource,
     request_timeout: Duration,
+    patience: Patience,
     open_inodes: Arc<OpenInodes>,
     answers: Arc<Idempotency<Stored>>,
-    uploads: Arc<Semaphore>,
+    uploads: Arc<Turns>,
+    small_uploads: Arc<Turns>,
     upload_chunks: Arc<Semaphore>,
-    downloads: Arc<Semaphore>,
+    downloads: Arc<Turns>,
+    small_downloads: Arc<Turns>,
     read_ahead: Arc<Semaphore>,
-    lists: Arc<Semaphore>,
+    lists: Arc<Turns>,
 }
 
 impl Service {
@@ -202,14 +219,8 @@ impl Service {
     }
 
     /// Waits for a turn.
-    async fn slot(&self, of: &Arc<Semaphore>, what: &str) -> Result<OwnedSemaphorePermit, ApiError> {
-        let turn = Arc::clone(of).acquire_owned();
-        match tokio::time::timeout(self.request_timeout, turn).await {
-            Ok(Ok(permit)) => Ok(permit),
-            _ => Err(ApiError::unavailable(format!(
-                "this node has as many {what} under way as it may"
-            ))),
-        }
+    async fn turn(&self, of: &Arc<Turns>, pace: &Arc<Pace>) -> Result<Turn, ApiError> {
+        of.take(pace, self.request_timeout).await
     }
 }
 

@@ -28,9 +28,11 @@ use tokio::task::JoinSet;
 use super::calls::{Calls, verdict};
 use super::error::ApiError;
 use super::incoming::Incoming;
-use super::open_inodes::{HeldInode, OpenInodes};
+use super::open_inodes::HeldInode;
 use super::path::FilePath;
 use super::places::{self, Directory, shown};
+use super::{SMALL_BYTES_MAX, Service};
+use crate::api::connections::Pace;
 
 /// Chunks of one upload on their way to the cluster. With the one that fills, and what the HTTP library holds of the
 /// next, an upload holds at most 8 MiB.
@@ -63,9 +65,10 @@ pub(super) enum Replace {
 /// An upload that may begin.
 pub(super) struct Upload {
     pub(super) calls: Calls,
-    pub(super) open_inodes: Arc<OpenInodes>,
-    /// Chunks in flight of all uploads of this node.
-    pub(super) chunks: Arc<Semaphore>,
+    /// Whose turns, open inodes and room for chunks it shares with the node's other requests.
+    pub(super) service: Arc<Service>,
+    /// How fast the body comes.
+    pub(super) pace: Arc<Pace>,
     pub(super) path: FilePath,
     pub(super) replace: Replace,
     pub(super) announced_bytes: Option<u64>,
@@ -136,7 +139,14 @@ impl Upload {
     pub(super) async fn run(self, body: Body) -> Result<Stored, ApiError> {
         // Before the first byte is asked for: a client that waits for "100 Continue" is spared sending the body.
         let place = self.place().await?;
-        let mut incoming = Incoming::new(body, self.announced_bytes);
+        let mut incoming = Incoming::new(body, self.announced_bytes, Arc::clone(&self.pace));
+        // What is small is here before it takes a turn, so that no turn waits for a client that sends nothing.
+        let turns = if incoming.fits_in(SMALL_BYTES_MAX).await? {
+            &self.service.small_uploads
+        } else {
+            &self.service.uploads
+        };
+        let _turn = self.service.turn(turns, &self.pace).await?;
         let first = incoming.next_chunk().await?;
         if incoming.has_more().await? {
             return self.store_large(place, first, incoming).await;
@@ -161,7 +171,7 @@ impl Upload {
     ) -> Result<Stored, ApiError> {
         let inode = place.owner.makes(NewKind::File, place.mode);
         let create = Command::single(Operation::CreateUnlinked { inode });
-        let opening = self.open_inodes.begin();
+        let opening = self.service.open_inodes.begin();
         let outcome = self.calls.mutate(create, &[]).await?;
         let held = Arc::new(opening.hold(entry(&outcome, 0)?));
 
@@ -196,7 +206,7 @@ impl Upload {
             while let Some(done) = in_flight.try_join_next() {
                 finished(Some(done))?;
             }
-            let permit = permit(&self.chunks).await?;
+            let permit = permit(&self.service.upload_chunks).await?;
             let length = chunk.len() as u64;
             in_flight.spawn(write_chunk(
                 self.calls.clone(),
@@ -268,7 +278,7 @@ impl Upload {
         let chunk = if payload.len() <= INLINE_BYTES_MAX as usize {
             fresh.inline()
         } else {
-            let _permit = permit(&self.chunks).await?;
+            let _permit = permit(&self.service.upload_chunks).await?;
             self.calls.in_time(self.calls.client.put_chunk(&fresh)).await?;
             fresh.stored()
         };

@@ -20,6 +20,7 @@ use super::error::{ApiError, ErrorBody};
 use super::idempotency::{KEY_BYTES_MAX, Lookup, Subject, UnderWay};
 use super::path::{FilePath, display};
 use super::store::{Replace, Stored, Upload};
+use crate::api::connections::Pace;
 
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Says that the answer is the one that the first upload with this key got.
@@ -78,13 +79,13 @@ pub(super) async fn upload(
     request: Request,
 ) -> Result<Response, ApiError> {
     let path = FilePath::from_url(super::path_of(request.uri()))?;
+    let pace = Pace::of(&request, service.patience);
     let (head, body) = request.into_parts();
     let headers = head.headers;
     refuse_unsupported(&headers)?;
     let announced_bytes = content_length(&headers)?;
     let key = idempotency_key(&headers)?;
     let calls = service.calls().await?;
-    let slot = service.slot(&service.uploads, "uploads").await?;
 
     let subject = Subject {
         path: path.to_bytes(),
@@ -103,8 +104,8 @@ pub(super) async fn upload(
     };
     let upload = Upload {
         calls,
-        open_inodes: Arc::clone(&service.open_inodes),
-        chunks: Arc::clone(&service.upload_chunks),
+        service: Arc::clone(&service),
+        pace,
         path: path.clone(),
         replace: if conditional::wants_absent(&headers) {
             Replace::Never
@@ -117,7 +118,6 @@ pub(super) async fn upload(
     // waits for. The task then sees the body break off and cleans up in order.
     let task = tokio::spawn(async move {
         let stored = upload.run(body).await?;
-        drop(slot);
         if let Some(under_way) = under_way {
             UnderWay::answered(under_way, stored.clone());
         }

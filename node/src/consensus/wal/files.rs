@@ -13,7 +13,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -383,6 +383,7 @@ fn allocate(path: &Path, bytes: u64) -> io::Result<File> {
         .read(true)
         .write(true)
         .create_new(true)
+        .mode(crate::private_files::FILE_MODE)
         .open(path)?;
     let length = i64::try_from(bytes).map_err(|_| io::Error::from(ErrorKind::FileTooLarge))?;
     match nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, length) {

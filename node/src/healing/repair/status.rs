@@ -66,6 +66,8 @@ pub struct RepairStatus {
     pub last_coverage_chunks: Option<u64>,
     /// The most that is verified per second.
     pub bytes_per_s_max: u64,
+    /// Files of this node's content store that its disk did not give back whole; set aside, they can be removed.
+    pub files_set_aside: Vec<String>,
     /// The last bad copy or failure.
     pub last_error: Option<LastError>,
     /// How the last check of the metadata on this node's disk ended that found it in order; null before the first.
@@ -82,6 +84,7 @@ impl Repair {
         let files = self.names.files_of(|| lost);
         let (_, held_bytes) = self.parts.content.counts();
         let rate = self.options.bytes_per_s.max(1);
+        let set_aside = self.parts.content.files_set_aside();
         let state = self.state.lock();
         let coverage = state.coverage;
         let begun = coverage.began_unix_ms > 0;
@@ -108,6 +111,7 @@ impl Repair {
             last_coverage_duration_ms: completed.then_some(coverage.completed_duration_ms),
             last_coverage_chunks: completed.then_some(coverage.completed_chunks),
             bytes_per_s_max: self.options.bytes_per_s,
+            files_set_aside: set_aside.iter().map(|path| path.display().to_string()).collect(),
             last_error: state.last_error.clone(),
             metadata_check: self.metadata_check.lock().clone(),
             trouble: self.parts.consensus.trouble(),

@@ -47,6 +47,19 @@ async fn head_describes_without_content() {
         assert_eq!(reply.header("content-type"), "text/html");
         assert_eq!(reply.header("x-content-type-options"), "nosniff");
         assert!(reply.header("last-modified").ends_with(" GMT"));
+        // Only a GET has ranges (RFC 9110 section 14.2).
+        for range in ["bytes=0-9", "bytes=100000-"] {
+            let reply = rest.ask("HEAD", uri, &[("range", range)], "").await;
+            assert_eq!(
+                (
+                    reply.status,
+                    reply.header("content-length"),
+                    reply.header("content-range")
+                ),
+                (200, "100000", ""),
+                "{uri} {range}"
+            );
+        }
     }
 }
 

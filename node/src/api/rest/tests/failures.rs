@@ -7,6 +7,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::cluster::REASON;
 use super::*;
+use crate::api::connections::{self, Limits, Patience};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_quorum_everything_is_503_in_time_and_works_again_after() {
@@ -93,6 +94,7 @@ async fn before_there_is_a_client_the_reason_is_said() {
         reason: REASON.to_string(),
     });
     let router = router(RestState {
+        patience: Patience::default(),
         client,
         admin: Router::new(),
         status: Arc::new(|| json!({ "writable": false, "reason": REASON })),
@@ -126,7 +128,8 @@ async fn served(rest: &Rest) -> std::net::SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let router = rest.router.clone();
-    tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+    let never = std::future::pending();
+    tokio::spawn(connections::serve(listener, router, Limits::default(), never));
     address
 }
 
@@ -188,4 +191,57 @@ async fn a_client_that_goes_away_in_the_middle_of_an_upload_leaves_nothing() {
             .await;
     }
     assert_eq!(rest.get("/files?kind=all").await.json(), json!([]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_stalls_is_given_up_and_leaves_nothing() {
+    let impatient = Patience {
+        let_go_after: Duration::from_secs(3),
+        yields_after: Duration::from_millis(100),
+    };
+    let rest = Rest::with(Duration::from_secs(10), impatient).await;
+    let address = served(&rest).await;
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let head = "PUT /upload/d/f HTTP/1.1\r\nHost: n\r\nContent-Length: 9000000\r\n\r\n";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream.write_all(&bytes(4_000_000)).await.unwrap();
+    rest.state()
+        .until("the upload is under way", |state| state.inodes() == 2)
+        .await;
+    rest.state()
+        .until("nothing is left", |state| state.inodes() == 1)
+        .await;
+    let mut answer = String::new();
+    // The connection may be reset, for there is more to come.
+    let _ = stream.read_to_string(&mut answer).await;
+    assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn downloads_that_stall_give_way_and_small_files_need_no_turn() {
+    let impatient = Patience {
+        let_go_after: Duration::from_secs(600),
+        yields_after: Duration::from_millis(100),
+    };
+    let rest = Rest::with(Duration::from_secs(10), impatient).await;
+    let address = served(&rest).await;
+    rest.put("large", bytes(12 << 20)).await;
+    rest.put("small", "hello").await;
+    let mut stalled = Vec::new();
+    for _ in 0..super::super::DOWNLOADS_MAX + 2 {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = "GET /download/large HTTP/1.1\r\nHost: n\r\n\r\n";
+        stream.write_all(request.as_bytes()).await.unwrap();
+        stalled.push(stream);
+    }
+    let ask = async |path: &str| {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: n\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.unwrap();
+        answer
+    };
+    assert!(ask("/download/small").await.ends_with(b"hello"));
+    assert!(ask("/download/large").await.ends_with(&bytes(12 << 20)));
 }

@@ -21,6 +21,7 @@ use tokio::sync::watch;
 use tower::ServiceExt as _;
 
 use super::{ClientHandle, RestState, router};
+use crate::api::connections::Patience;
 use cluster::{State, TestCluster};
 
 /// A node's REST interface and the cluster behind it.
@@ -64,11 +65,16 @@ impl Rest {
     }
 
     async fn with_timeout(request_timeout: Duration) -> Rest {
+        Rest::with(request_timeout, Patience::default()).await
+    }
+
+    async fn with(request_timeout: Duration, patience: Patience) -> Rest {
         let cluster = TestCluster::start().await;
         let client = cluster.client().await;
         let (handle, receiver) = watch::channel(ClientHandle::Ready(client.clone()));
         Rest {
             router: router(RestState {
+                patience,
                 client: receiver,
                 admin: Router::new(),
                 status: Arc::new(|| json!({ "writable": true, "node": 1 })),
