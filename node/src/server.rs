@@ -288,7 +288,8 @@ async fn run_parts(
         placement.clone(),
         transport.clone(),
     );
-    let stamps = Arc::new(StampClock::new());
+    let stamped = metadata.clone();
+    let stamps = Arc::new(StampClock::new(move || stamped.last_stamp()));
     let clock = ClockMonitor::new(config.ntp.clone(), Duration::from_millis(config.ntp_interval_ms));
     let health = HealthMonitor::new(
         Duration::from_millis(config.probe_interval_ms),

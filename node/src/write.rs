@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 use quorumfs_measure::Ending;
 use quorumfs_proto::call::{Mutation, SessionState};
 use quorumfs_proto::limits::SESSION_DESCRIPTION_BYTES_MAX;
-use quorumfs_proto::{CallReply, ChunkBody, ChunkId, FsError, Member, NodeId, Refusal, SessionId};
+use quorumfs_proto::{CallReply, ChunkBody, ChunkId, FsError, Member, NodeId, Refusal, SessionId, Timestamp};
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
@@ -252,6 +252,11 @@ impl Writer {
         result
     }
 
+    /// What a change would be stamped with now, and no change so far was later; `None`: not known for certain.
+    pub fn time(&self) -> Option<Timestamp> {
+        self.stamps.told()
+    }
+
     /// Makes a session known.
     pub async fn open_session(&self, session: SessionId, mut description: String) -> CallReply {
         // It is for people, and a full disk takes it too.
@@ -387,6 +392,7 @@ fn reply_to(decided: Result<CallResult, ProposeError>) -> CallReply {
         Ok(CallResult::Done) => CallReply::Session(SessionState::default()),
         Ok(CallResult::UnknownSession) => CallReply::Refused(Refusal::UnknownSession),
         Ok(CallResult::StaleSequence) => CallReply::Refused(Refusal::StaleSequence),
+        Ok(CallResult::NeverDecided) => CallReply::Refused(Refusal::NeverDecided),
         Err(ProposeError::NotLeader { leader }) => CallReply::Refused(Refusal::NotLeader {
             leader: leader.map(|member| member.addresses.grpc),
         }),

@@ -23,6 +23,7 @@ use tokio::sync::{Notify, watch};
 use tonic::transport::Channel;
 
 use crate::book::Book;
+use crate::clock::LeaderClock;
 use crate::connector::{Backoff, Connector, Purpose};
 use crate::discovery::{Search, Suspect, Tally};
 use crate::lease::Lease;
@@ -51,6 +52,7 @@ pub(crate) struct Cluster {
     wanted: Notify,
     finding: watch::Sender<Finding>,
     lease: Lease,
+    clock: LeaderClock,
 }
 
 #[derive(Debug)]
@@ -98,12 +100,18 @@ impl Cluster {
             wanted: Notify::new(),
             finding: watch::Sender::new(Finding::default()),
             lease: Lease::default(),
+            clock: LeaderClock::default(),
         })
     }
 
     /// Whether this client alone uses the cluster.
     pub(crate) fn lease(&self) -> &Lease {
         &self.lease
+    }
+
+    /// What the leader's clock shows.
+    pub(crate) fn clock(&self) -> &LeaderClock {
+        &self.clock
     }
 
     pub(crate) fn connector(&self) -> &Connector {

@@ -6,20 +6,18 @@
 //! it is told the right one.
 
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use bytes::Bytes;
 use quorumfs_proto::chunk::Piece;
 use quorumfs_proto::command::{Privileges, Target};
 use quorumfs_proto::limits::{CHUNK_BYTES_MAX, FILE_BYTES_MAX, INLINE_BYTES_MAX};
-use quorumfs_proto::{Command, FsError, Operation, OperationResult, Timestamp};
+use quorumfs_proto::{Command, FsError, Operation, OperationResult};
 
+use super::commit::Renewals;
 use super::{Cluster, Filesystem, FreshContent, Handle, Node};
 use crate::handles::Scope;
 use crate::write_buffer::Due;
-
-/// How often the chunk of one append is drawn anew after the cluster called it dead.
-const APPEND_RENEWALS_MAX: usize = 3;
 
 /// Where a write goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,7 +96,7 @@ impl<C: Cluster> Filesystem<C> {
         let due = {
             let mut state = node.state.lock();
             let full = state.buffer.write(offset, data);
-            state.mtime = Some(Timestamp::from(SystemTime::now()));
+            state.mtime = Some(self.cluster.now());
             state.dirty_since.get_or_insert_with(Instant::now);
             if privileges == Privileges::Drop {
                 state.privileges = Privileges::Drop;
@@ -136,13 +134,17 @@ impl<C: Cluster> Filesystem<C> {
     /// One command; the caller holds the file's turn.
     async fn append_part(&self, node: &Node<C>, part: Bytes, privileges: Privileges) -> Result<(), FsError> {
         let length = part.len() as u32;
-        for _ in 0..APPEND_RENEWALS_MAX {
+        let mut renewals = Renewals::default();
+        loop {
             let chunk = self.cluster.new_chunk(part.clone());
             let (named, stored) = if length <= INLINE_BYTES_MAX {
                 (chunk.inline(), Vec::new())
             } else {
                 match self.cluster.put_chunk(&chunk).await {
-                    Err(FsError::ChunkDead) => continue,
+                    Err(FsError::ChunkDead) => {
+                        renewals.another(chunk.id().session)?;
+                        continue;
+                    }
                     put => put?,
                 }
                 (chunk.stored(), vec![chunk.clone()])
@@ -162,7 +164,10 @@ impl<C: Cluster> Filesystem<C> {
                 }],
             };
             let outcome = match self.cluster.mutate(command, &stored).await {
-                Err(FsError::ChunkDead) => continue,
+                Err(FsError::ChunkDead) => {
+                    renewals.another(chunk.id().session)?;
+                    continue;
+                }
                 other => other?,
             };
             if let Some(OperationResult::Appended { offset }) = outcome.results.first()
@@ -182,6 +187,5 @@ impl<C: Cluster> Filesystem<C> {
             self.pages.forget(node.inode);
             return Ok(());
         }
-        Err(FsError::Io)
     }
 }

@@ -13,7 +13,7 @@ use futures::{Stream, StreamExt as _};
 use quorumfs_measure::Ending;
 use quorumfs_proto::call::SessionState;
 use quorumfs_proto::wire::file_system_server::FileSystem;
-use quorumfs_proto::{Call, CallReply, Refusal, SessionId, codec, wire};
+use quorumfs_proto::{Call, CallReply, Refusal, SessionId, Timestamp, codec, wire};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -153,10 +153,18 @@ impl FileSystem for FileSystemService {
 
     async fn get_chunks(
         &self,
+                let (reply, never_decided) = match reply {
+                    CallReply::Refused(Refusal::NeverDecided) => {
+                        (CallReply::Refused(Refusal::UnknownSession), true)
+                    }
+                    reply => (reply, false),
+                };
         request: Request<Streaming<wire::GetChunkRequest>>,
     ) -> Result<Response<Self::GetChunksStream>, Status> {
+                    clock_ns: clock_ns(&node, &reply),
         let node = self.node.clone();
         let answer = move |request: wire::GetChunkRequest| {
+                    never_decided,
             let node = node.clone();
             async move {
                 let (began, session) = (Instant::now(), request.session);
@@ -245,6 +253,17 @@ async fn measured(node: &Node, call: Call, request: &mut wire::CallRequest) -> (
 fn origin_of(node: &Node, session: SessionId) -> Origin {
     let describe = || match session.0 {
         // Peers, and programs older than the field, do not say who asks.
+/// The leader's clock, to go with `reply`; 0 where this node may not lead.
+fn clock_ns(node: &Node, reply: &CallReply) -> i64 {
+    let time = match reply {
+        CallReply::Refused(_) => None,
+        CallReply::Outcome(_) | CallReply::Answer(_) | CallReply::Session(_) => {
+            node.parts().and_then(|parts| parts.writer.time())
+        }
+    };
+    time.map_or(0, Timestamp::unix_ns)
+}
+
         0 => None,
         _ => description_of(node, session),
     };

@@ -75,20 +75,23 @@ pub enum LogBody {
 }
 
 /// What this program knows. 1: everything up to [`LogBody::Refuse`]. 2: [`LogBody::SetReplicas`], [`LogBody::Audit`], and a
-/// root directory whose times are not those of 1970.
-pub const FEATURE_LEVEL: u32 = 2;
+/// root directory whose times are not those of 1970. 3: a write's time is not after the stamp of its command.
+pub const FEATURE_LEVEL: u32 = 3;
 
 /// What applying an entry answers; equal on every node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CallResult {
     /// Of a mutation, now or when it was first applied.
     Outcome(Result<Outcome, FsError>),
-    /// The session is not known, or has ended without having decided this mutation: nothing was done.
+    /// The session is not known (any more): nothing was done, but whether it was done before nobody can tell.
     UnknownSession,
     /// The lane has decided a later mutation, or not yet the one before: nothing was done.
     StaleSequence,
     /// Of everything that is not a mutation, and of entries that carry no command.
     Done,
+    /// The session has ended, and its lanes show that it did not decide this mutation: nothing was done, nor ever will be.
+    /// Never stored.
+    NeverDecided,
 }
 
 /// What an applied entry asks of the content store. Empty for a mutation that was applied before.
@@ -158,6 +161,7 @@ impl fmt::Display for CallResult {
             CallResult::UnknownSession => write!(f, "unknown session"),
             CallResult::StaleSequence => write!(f, "stale sequence"),
             CallResult::Done => write!(f, "done"),
+            CallResult::NeverDecided => write!(f, "never decided"),
         }
     }
 }

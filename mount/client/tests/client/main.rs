@@ -6,4 +6,5 @@
 mod abandoned;
 mod calls;
 mod content;
+mod ended;
 mod fake;

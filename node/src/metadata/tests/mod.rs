@@ -2,6 +2,7 @@
 //! rules, `levels` of what is gated and compared, `full_disk` of snapshots without room, `pace` measures.
 
 mod against_model;
+mod ended;
 mod full_disk;
 mod levels;
 mod model;

@@ -116,6 +116,11 @@ pub fn at(index: u64) -> Position {
     }
 }
 
+/// Whether this is answered where the session does not live (any more).
+pub fn is_of_no_living_session(result: &CallResult) -> bool {
+    matches!(result, CallResult::UnknownSession | CallResult::NeverDecided)
+}
+
 pub fn name(text: &str) -> Name {
     Name::new(text.as_bytes().to_vec()).unwrap()
 }

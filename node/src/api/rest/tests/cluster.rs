@@ -187,6 +187,7 @@ impl State {
                     CallResult::Outcome(outcome) => CallReply::Outcome(outcome),
                     CallResult::UnknownSession => CallReply::Refused(Refusal::UnknownSession),
                     CallResult::StaleSequence => CallReply::Refused(Refusal::StaleSequence),
+                    CallResult::NeverDecided => CallReply::Refused(Refusal::NeverDecided),
                     CallResult::Done => unreachable!("a mutation has an outcome"),
                 }
             }
@@ -282,6 +283,7 @@ impl FileSystem for Service {
                 call_id,
                 reply: codec::encode(&reply),
                 lease_ms: 0,
+                ..CallResponse::default()
             })
         });
         Ok(Response::new(Box::pin(answers)))
