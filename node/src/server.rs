@@ -50,8 +50,9 @@ use crate::read::Reader;
 use crate::transport::{TlsFiles, Transport};
 use crate::write::Writer;
 
-/// Flow-control windows of the service: with the defaults, 1 MiB messages reach half the throughput (measured).
-const STREAM_WINDOW_BYTES: u32 = 8 << 20;
+/// Flow-control windows of the service: with the defaults, 1 MiB messages reach half the throughput (measured). A
+/// client's stream of chunks may fill its window whatever else this process carries, so it is no larger than it must.
+const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 /// After a failed attempt to open the node's own session.
 const CLIENT_RETRY_INTERVAL_MS: u64 = 500;

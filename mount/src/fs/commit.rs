@@ -319,6 +319,7 @@ impl<C: Cluster> Filesystem<C> {
                 }
             }
         }
+        self.open.bound_extents(node);
         self.learn(&outcome.touched);
     }
 

@@ -8,7 +8,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use fuser::{Errno, INodeNo, ReplyEntry, ReplyXattr, Request};
+use fuser::{Errno, INodeNo, ReplyEntry, ReplyWrite, ReplyXattr, Request};
 use quorumfs_measure::Ending;
 use quorumfs_proto::command::{NewInode, NewKind};
 use quorumfs_proto::{FsError, InodeNumber};
@@ -16,6 +16,7 @@ use quorumfs_proto::{FsError, InodeNumber};
 use super::answer::{View, answer_entry, answer_xattr};
 use super::convert;
 use super::inode_map::InodeMap;
+use super::payloads::WaitingPayloads;
 use super::presence::Presence;
 use crate::errno::errno;
 use crate::fs::{Cluster, Filesystem, OpenFlags};
@@ -60,6 +61,7 @@ pub struct FuseEdge<C: Cluster> {
     pub(super) view: View,
     runtime: tokio::runtime::Handle,
     statistics: Arc<Statistics>,
+    pub(super) payloads: WaitingPayloads,
 }
 
 impl<C: Cluster> FuseEdge<C> {
@@ -84,6 +86,7 @@ impl<C: Cluster> FuseEdge<C> {
             },
             runtime,
             statistics: Arc::default(),
+            payloads: WaitingPayloads::new(),
         }
     }
 
@@ -153,6 +156,21 @@ impl<C: Cluster> FuseEdge<C> {
                 Err(error) => reply.refuse(errno(error)),
             }
         });
+    }
+
+    /// As [`FuseEdge::serve`], for a write of `data`, which waits for room in memory first.
+    pub(super) fn serve_write<Work, Writing>(&self, reply: ReplyWrite, data: &[u8], work: Work)
+    where
+        Work: FnOnce(Arc<Filesystem<C>>, Bytes) -> Writing + Send + 'static,
+        Writing: Future<Output = Result<u32, FsError>> + Send + 'static,
+    {
+        let payload = self.payloads.take(data);
+        self.serve_moving(
+            (Verb::Write, reply),
+            |written: &u32| u64::from(*written),
+            move |fs| payload.give(move |data| work(fs, data)),
+            |reply, written: u32| reply.written(written),
+        );
     }
 
     /// mknod, mkdir, symlink.
