@@ -16,6 +16,7 @@ mod convert;
 mod edge;
 mod inode_map;
 mod notices;
+mod payloads;
 mod places;
 mod session;
 #[cfg(test)]
@@ -321,23 +322,16 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let data = Bytes::copy_from_slice(data);
         if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
             // A shared mapping's pages; whoever changed them is not known any more.
-            return self.serve_moving(
-                (Verb::Write, request.pid(), reply),
-                |written: &u32| u64::from(*written),
-                move |fs| async move { fs.write_back(handle.0, offset, data).await },
-                |reply, written: u32| reply.written(written),
-            );
+            return self.serve_write(reply, data, move |fs, data| async move {
+                fs.write_back(handle.0, offset, data).await
+            });
         }
         let (place, privileges) = convert::write_terms(offset, flags.0, write_flags);
-        self.serve_moving(
-            (Verb::Write, request.pid(), reply),
-            |written: &u32| u64::from(*written),
-            move |fs| async move { fs.write(handle.0, place, data, privileges).await },
-            |reply, written: u32| reply.written(written),
-        );
+        self.serve_write(reply, data, move |fs, data| async move {
+            fs.write(handle.0, place, data, privileges).await
+        });
     }
 
     fn flush(

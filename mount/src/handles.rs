@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use quorumfs_proto::command::Privileges;
 use quorumfs_proto::{Attributes, FsError, InodeNumber, Timestamp};
 
-use crate::caches::extent_cache::ExtentCache;
+use crate::caches::extent_cache::{ExtentCache, ExtentCount};
 use crate::caches::page_tail::PageTail;
 use crate::caches::page_versions::Dropping;
 use crate::readahead::Readahead;
@@ -283,6 +283,7 @@ impl<Put> Tables<Put> {
 #[derive(Debug)]
 pub struct OpenFiles<Put> {
     tables: Mutex<Tables<Put>>,
+    extents: ExtentCount,
 }
 
 impl<Put> Default for OpenFiles<Put> {
@@ -294,6 +295,7 @@ impl<Put> Default for OpenFiles<Put> {
                 last_handle: 0,
                 untold: VecDeque::new(),
             }),
+            extents: ExtentCount::default(),
         }
     }
 }
@@ -316,7 +318,7 @@ impl<Put> OpenFiles<Put> {
                     buffer: WriteBuffer::default(),
                     held_append: None,
                     puts: BTreeMap::new(),
-                    extents: ExtentCache::default(),
+                    extents: ExtentCache::counted_in(&self.extents),
                     tail: PageTail::default(),
                     writers: 0,
                     mtime: None,
@@ -402,6 +404,27 @@ impl<Put> OpenFiles<Put> {
             .inodes
             .get(&inode)
             .map(|entry| Arc::clone(&entry.node))
+    }
+
+    /// Has files other than `used` forget their extents, if there are too many in memory. The caller holds no file's state.
+    pub fn bound_extents(&self, used: &OpenInode<Put>) {
+        if !self.extents.is_exceeded() {
+            return;
+        }
+        let nodes: Vec<Arc<OpenInode<Put>>> = {
+            let tables = self.tables.lock();
+            tables
+                .inodes
+                .values()
+                .map(|entry| Arc::clone(&entry.node))
+                .collect()
+        };
+        for node in nodes.iter().filter(|node| node.inode != used.inode) {
+            if self.extents.has_room() {
+                return;
+            }
+            node.state.lock().extents.clear();
+        }
     }
 
     /// Whether nothing is open.

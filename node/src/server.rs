@@ -55,8 +55,9 @@ use crate::rewrite::Rewriter;
 use crate::transport::{TlsFiles, Transport};
 use crate::write::Writer;
 
-/// Flow-control windows of the service: with the defaults, 1 MiB messages reach half the throughput (measured).
-const STREAM_WINDOW_BYTES: u32 = 8 << 20;
+/// Flow-control windows of the service: with the defaults, 1 MiB messages reach half the throughput (measured). A
+/// client's stream of chunks may fill its window whatever else this process carries, so it is no larger than it must.
+const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 /// After a failed attempt to open the node's own session.
 const CLIENT_RETRY_INTERVAL_MS: u64 = 500;
@@ -318,7 +319,8 @@ async fn run_parts(
         placement.clone(),
         transport.clone(),
     );
-    let stamps = Arc::new(StampClock::new());
+    let stamped = metadata.clone();
+    let stamps = Arc::new(StampClock::new(move || stamped.last_stamp()));
     let clock = ClockMonitor::new(config.ntp.clone(), Duration::from_millis(config.ntp_interval_ms));
     let health = HealthMonitor::new(
         Duration::from_millis(config.probe_interval_ms),

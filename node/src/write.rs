@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use quorumfs_measure::Ending;
 use quorumfs_proto::call::{Mutation, SessionState};
 use quorumfs_proto::limits::SESSION_DESCRIPTION_BYTES_MAX;
-use quorumfs_proto::{CallReply, ChunkBody, ChunkId, FsError, Member, NodeId, Refusal, SessionId};
+use quorumfs_proto::{CallReply, ChunkBody, ChunkId, FsError, Member, NodeId, Refusal, SessionId, Timestamp};
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
@@ -275,6 +275,11 @@ impl Writer {
         self.decide(body, &[]).await
     }
 
+    /// What a change would be stamped with now, and no change so far was later; `None`: not known for certain.
+    pub fn time(&self) -> Option<Timestamp> {
+        self.stamps.told()
+    }
+
     /// Makes a session known; `key` says how it proves itself.
     pub async fn open_session(
         &self,
@@ -447,6 +452,7 @@ fn reply_to(decided: Result<CallResult, ProposeError>) -> CallReply {
                 place.inode
             ),
         }),
+        Ok(CallResult::NeverDecided) => CallReply::Refused(Refusal::NeverDecided),
         Err(ProposeError::NotLeader { leader }) => CallReply::Refused(Refusal::NotLeader {
             leader: leader.map(|member| member.addresses.grpc),
         }),

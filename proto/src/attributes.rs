@@ -1,8 +1,12 @@
 //! What is known of an inode.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::ids::InodeNumber;
+
+const NANOSECONDS_PER_S: i64 = 1_000_000_000;
 
 /// Seconds and nanoseconds since 1970-01-01T00:00:00Z. Ordered as time is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -21,6 +25,32 @@ impl Timestamp {
         Timestamp {
             seconds: self.seconds.saturating_add((sum / 1_000_000_000) as i64),
             nanoseconds: (sum % 1_000_000_000) as u32,
+        }
+    }
+
+    /// The moment `duration` after this one.
+    #[must_use]
+    pub fn plus(self, duration: Duration) -> Timestamp {
+        let seconds = i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
+        Timestamp {
+            seconds: self.seconds.saturating_add(seconds),
+            ..self
+        }
+        .plus_nanoseconds(duration.subsec_nanos())
+    }
+
+    /// In nanoseconds since 1970; what lies outside the years 1678 to 2262 at their end.
+    pub fn unix_ns(self) -> i64 {
+        self.seconds
+            .saturating_mul(NANOSECONDS_PER_S)
+            .saturating_add(i64::from(self.nanoseconds))
+    }
+
+    /// From nanoseconds since 1970.
+    pub fn from_unix_ns(nanoseconds: i64) -> Timestamp {
+        Timestamp {
+            seconds: nanoseconds.div_euclid(NANOSECONDS_PER_S),
+            nanoseconds: nanoseconds.rem_euclid(NANOSECONDS_PER_S) as u32,
         }
     }
 }
@@ -51,7 +81,7 @@ impl From<std::time::SystemTime> for Timestamp {
 
 impl From<Timestamp> for std::time::SystemTime {
     fn from(t: Timestamp) -> std::time::SystemTime {
-        use std::time::{Duration, UNIX_EPOCH};
+        use std::time::UNIX_EPOCH;
         let whole = Duration::from_secs(t.seconds.unsigned_abs());
         let whole = if t.seconds < 0 {
             UNIX_EPOCH.checked_sub(whole)

@@ -123,4 +123,8 @@ pub enum Refusal {
         /// What is wrong with it.
         reason: String,
     },
+    /// The session has ended, and its lanes prove that this mutation was not decided before: it never will be, and may be
+    /// sent again under another session. On the wire it is [`Refusal::UnknownSession`] with a flag in the envelope, which
+    /// clients that do not know it pass over.
+    NeverDecided,
 }

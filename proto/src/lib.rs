@@ -13,7 +13,7 @@
 //! [`chunk::NewChunk`] is within its bounds. Validation happens in the constructor and, because
 //! decoding goes through it, once on receipt; code behind an edge never checks again.
 //!
-//! This crate knows nothing of sockets, disks, FUSE, Raft or time.
+//! This crate knows nothing of sockets, disks, FUSE or Raft, and looks at no clock.
 
 pub mod attributes;
 pub mod call;
@@ -28,6 +28,7 @@ pub mod name;
 pub mod outcome;
 pub mod query;
 pub mod statistics;
+pub mod steady;
 
 /// Generated from `proto/*.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used)]
@@ -45,3 +46,4 @@ pub use member::{Addresses, ClusterId, Member, NodeId};
 pub use name::{Name, SymlinkTarget, XattrName};
 pub use outcome::{OperationResult, Outcome};
 pub use query::{Answer, Query};
+pub use steady::SteadyTime;

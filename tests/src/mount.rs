@@ -27,6 +27,8 @@ pub struct MountOptions {
     pub subdirectory: Option<String>,
     /// Where; a fresh folder unless given.
     pub directory: Option<PathBuf>,
+    /// Environment variables of its process.
+    pub variables: Vec<(String, String)>,
 }
 
 impl MountOptions {
@@ -74,6 +76,7 @@ impl Mount {
             .arg("--foreground")
             .env("RUST_BACKTRACE", "1")
             .env("NO_COLOR", "1");
+        command.envs(options.variables);
         if let Some(options) = &options.options {
             command.args(["-o", options]);
         }

@@ -1,6 +1,7 @@
 //! Who answers, whose clock is right, and whether a node can serve: as an administrator and a load balancer see it.
 
 use std::fs;
+use std::io::Write as _;
 use std::net::UdpSocket;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use nix::sys::time::TimeSpec;
 use quorumfs_tests::environment::{Finally, wait_for};
+use quorumfs_tests::mount::MountOptions;
 use quorumfs_tests::process::ManagedProcess;
 use quorumfs_tests::proxy::{Fault, Victim};
 use quorumfs_tests::{Cluster, Mount, Sandbox, shell, wait_until};
@@ -529,6 +532,13 @@ fn a_leap(cluster: &Cluster, mount: &Mount, attempt: usize, shift: &impl Fn(usiz
         stamp(&after) > stamp(&before),
         "time runs on: {before:?} {after:?}"
     );
+    // Slowly, but it does not stand still.
+    std::thread::sleep(Duration::from_secs(1));
+    fs::create_dir(make("onwards")).expect("mkdir");
+    let onwards = fs::metadata(make("onwards")).expect("stat");
+    let nanoseconds = |metadata: &fs::Metadata| metadata.ctime() * 1_000_000_000 + metadata.ctime_nsec();
+    let step = nanoseconds(&onwards) - nanoseconds(&after);
+    assert!(step > 100_000_000, "{step} ns in a second: time stands still");
     cluster.leader() == leader
 }
 
@@ -574,4 +584,41 @@ fn nodes_that_wait_for_each_other_do_not_quote_each_other_for_ever() {
     let growth = log_growth(&cluster, &[1, 2, 3]);
     println!("while nodes wait the logs grow by {growth:?} bytes");
     assert!(growth.iter().all(|bytes| *bytes < GROWTH_BYTES_MAX), "{growth:?}");
+#[test]
+fn a_mount_whose_clock_is_an_hour_behind_stamps_what_is_written_with_the_leaders() {
+    let sandbox = Sandbox::light("health-mount-clock");
+    let cluster = Cluster::start(&sandbox);
+    let variables = [
+        ("LD_PRELOAD", faketime_library()),
+        ("FAKETIME", String::from("-3600")),
+        ("FAKETIME_DONT_FAKE_MONOTONIC", String::from("1")),
+    ];
+    let mount = cluster.mount_with(MountOptions {
+        variables: variables.map(|(name, value)| (name.to_string(), value)).to_vec(),
+        ..MountOptions::default()
+    });
+    let mtime = |name: &str| {
+        fs::metadata(mount.path(name))
+            .expect("stat")
+            .modified()
+            .expect("mtime")
+    };
+    let mut object = fs::File::create(mount.path("obj.o")).expect("create");
+    for round in 0..3 {
+        // As `touch src.c` does; then the compiler writes.
+        let source = fs::File::create(mount.path("src.c")).expect("create");
+        nix::sys::stat::futimens(&source, &TimeSpec::UTIME_NOW, &TimeSpec::UTIME_NOW).expect("touch");
+        let touched = mtime("src.c");
+        object.write_all(b"code").expect("write");
+        let written = mtime("obj.o");
+        assert!(written >= touched, "round {round}: {written:?} after {touched:?}");
+        object.sync_all().expect("fsync");
+        assert_eq!(mtime("obj.o"), written, "round {round}: the time of the write");
+        let now = SystemTime::now();
+        let off = now
+            .duration_since(written)
+            .unwrap_or_else(|ahead| ahead.duration());
+        assert!(off < Duration::from_secs(60), "round {round}: {off:?} off");
+    }
+    mount.unmount();
 }

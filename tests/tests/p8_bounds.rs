@@ -275,4 +275,84 @@ fn p8_small_extents_are_put_together_unnoticed_and_give_way_to_a_write() {
     let expected = [&bytes[..1], &over, &bytes[bytes.len() - 1..]].concat();
     assert!(fs::read(mount.path("overwritten")).expect("read") == expected);
     healing::assert_same_metadata(&cluster);
+/// Programs that write at once, a MiB each.
+const BLOCKED_WRITERS: usize = 400;
+/// What the mount may take for them: 64 MiB of dirty bytes, 32 MiB of waiting ones, 32 MiB on their way, and itself.
+const BLOCKED_RESIDENT_BYTES_MAX: u64 = 224 << 20;
+
+#[test]
+fn p8_many_writers_that_are_blocked_do_not_fill_the_mounts_memory() {
+    let sandbox = Sandbox::light("p8-blocked-writers");
+    let cluster = Cluster::start(&sandbox);
+    let mount = cluster.mount();
+    let path = |number: usize| mount.path(format!("file-{number}"));
+    let files: Vec<File> = (0..BLOCKED_WRITERS)
+        .map(|number| {
+            let mut file = File::create(path(number)).expect("create");
+            // The kernel asks once for each file whether it has capabilities. Nobody could answer later.
+            file.write_all(b"first").expect("write");
+            file
+        })
+        .collect();
+    for slot in cluster.followers() {
+        cluster.kill(slot);
+    }
+    let start_all = || {
+        let stopped = |slot: &usize| !cluster.running().contains(slot);
+        cluster
+            .slots()
+            .filter(stopped)
+            .for_each(|slot| cluster.start_node(slot));
+    };
+    let content = |number: usize| vec![number as u8; 1 << 20];
+    let written = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = files
+            .into_iter()
+            .enumerate()
+            .map(|(number, file)| {
+                let written = &written;
+                scope.spawn(move || {
+                    file.write_all_at(&content(number), 0).expect("write");
+                    written.fetch_add(1, Ordering::SeqCst);
+                    posix::close(file)
+                })
+            })
+            .collect();
+        // Or else they wait for ever.
+        let in_the_end = Finally(start_all);
+        // Those that have room return, the others wait in the mount; then nothing moves any more.
+        let mut before = (0, 0);
+        wait_for("the mount comes to rest", Duration::from_secs(120), || {
+            std::thread::sleep(Duration::from_secs(1));
+            let now = (
+                written.load(Ordering::SeqCst),
+                resident_peak_bytes(mount.process_id()),
+            );
+            std::mem::replace(&mut before, now) == now && now.0 > 0
+        });
+        let (returned, peak) = before;
+        eprintln!(
+            "measured: {returned} writes returned; {} MiB resident at most",
+            peak >> 20
+        );
+        assert!(
+            returned < BLOCKED_WRITERS / 2,
+            "{returned} returned: they are not blocked"
+        );
+        assert!(peak < BLOCKED_RESIDENT_BYTES_MAX, "{} MiB resident", peak >> 20);
+        drop(in_the_end);
+        for writer in writers {
+            writer.join().expect("a writer").expect("close");
+        }
+    });
+    for number in 0..BLOCKED_WRITERS {
+        assert_eq!(
+            fs::read(path(number)).expect("read"),
+            content(number),
+            "file {number}"
+        );
+    }
+    let peak = resident_peak_bytes(mount.process_id());
+    eprintln!("measured: {} MiB resident at most, reading included", peak >> 20);
 }

@@ -74,9 +74,16 @@ impl Protocol for Calls {
         response.lease_ms
     }
 
+    fn clock_ns(response: &CallResponse) -> i64 {
+        response.clock_ns
+    }
+
     fn read(response: CallResponse) -> (u64, Reading<Received>) {
         let reading = match response.reply.len() {
             0..=DECODE_AT_ONCE_BYTES_MAX => match decode(&response.reply) {
+                CallReply::Refused(Refusal::UnknownSession) if response.never_decided => {
+                    Reading::Reply(Received::Decoded(CallReply::Refused(Refusal::NeverDecided)))
+                }
                 CallReply::Refused(Refusal::NotLeader { leader }) => Reading::NotLeader { hint: leader },
                 CallReply::Refused(Refusal::Unavailable { reason }) => Reading::Unavailable { reason },
                 reply => Reading::Reply(match response.unlinked {

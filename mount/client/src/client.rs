@@ -8,7 +8,7 @@ use bytes::Bytes;
 use quorumfs_proto::statistics::ClientStatistics;
 use quorumfs_proto::{
     Answer, Call, CallReply, ChunkId, ClusterId, Command, FsError, InodeNumber, Outcome, Query, Refusal,
-    SessionId, SessionSecret,
+    SessionId, SessionSecret, Timestamp,
 };
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -194,8 +194,8 @@ impl Client {
         self.inner.mutator.sessions.current().session
     }
 
-    /// Counts the sessions of this client, from 1. When it has changed, what was opened, locked or written and not
-    /// flushed before is lost.
+    /// Counts the sessions of this client, from 1. When it has changed, the cluster has let go of what the earlier session
+    /// held: chunks that no file names, and inodes without a name.
     pub fn generation(&self) -> u64 {
         self.inner.mutator.sessions.current().generation
     }
@@ -222,13 +222,25 @@ impl Client {
         self.inner.cluster.lease().held()
     }
 
+    /// What the leader's clock shows: what this client does itself is stamped with it. Never before the stamp of a change
+    /// that was answered, and never before what it was earlier.
+    pub fn now(&self) -> Timestamp {
+        self.inner.cluster.clock().now()
+    }
+
+    /// Whether a change whose caller was told that it timed out may still take effect.
+    pub fn has_unsettled_changes(&self) -> bool {
+        self.inner.mutator.abandoned.any()
+    }
+
     /// Changes metadata, once, however often it must be sent. `stored` are the chunks it names as stored; they are put
     /// again if a new leader asks for that.
     ///
     /// Waits for a lane and while there is no leader. [`FsError::TimedOut`]: the change may have taken effect or not; that
-    /// is settled in the background, before any later change of this client is sent. [`FsError::Io`]: the session was
-    /// lost under way, or the client is closed, and nobody knows. [`FsError::ChunkDead`]: make the chunks anew. Dropping
-    /// the future is like a time-out.
+    /// is settled in the background, before any later change of this client is sent. [`FsError::Io`]: the client is
+    /// closed, or the session was lost and forgotten under way, and nobody knows. (A session that has ended is remembered
+    /// for a day: what it decided is told, and what it did not is sent again under the next.) [`FsError::ChunkDead`]:
+    /// nothing was done; make the chunks anew. Dropping the future is like a time-out.
     pub async fn mutate(&self, command: Command, stored: &[FreshChunk]) -> Result<Outcome, FsError> {
         self.bounded(self.inner.mutator.mutate(command, stored)).await
     }

@@ -24,6 +24,7 @@ use tokio::sync::{Notify, watch};
 use tonic::transport::Channel;
 
 use crate::book::Book;
+use crate::clock::LeaderClock;
 use crate::connector::{Backoff, Connector, Purpose};
 use crate::discovery::{Search, Suspect, Tally};
 use crate::lease::Lease;
@@ -56,6 +57,7 @@ pub(crate) struct Cluster {
     hello: Mutex<Option<SessionHello>>,
     /// The cluster asks for a keep-alive, or may not know that this client is still there.
     nudged: Notify,
+    clock: LeaderClock,
 }
 
 #[derive(Debug)]
@@ -105,6 +107,7 @@ impl Cluster {
             lease: Lease::default(),
             hello: Mutex::new(None),
             nudged: Notify::new(),
+            clock: LeaderClock::default(),
         })
     }
 
@@ -140,6 +143,11 @@ impl Cluster {
     /// This machine's ends of the newest connections for calls.
     pub(crate) fn local_addresses(&self) -> Vec<String> {
         self.connector.local_addresses()
+    }
+
+    /// What the leader's clock shows.
+    pub(crate) fn clock(&self) -> &LeaderClock {
+        &self.clock
     }
 
     pub(crate) fn connector(&self) -> &Connector {

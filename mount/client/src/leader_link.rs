@@ -79,6 +79,11 @@ pub(crate) trait Protocol: Send + Sync + 'static {
         0
     }
 
+    /// The leader's clock that an answer carries; 0: none.
+    fn clock_ns(_response: &Self::Response) -> i64 {
+        0
+    }
+
     /// Which request is answered, and how.
     fn read(response: Self::Response) -> (u64, Reading<Self::Reply>);
 }
@@ -436,12 +441,13 @@ impl<P: Protocol> Stream<'_, P> {
             return None;
         }
         self.last_answer = Instant::now();
-        let lease_ms = P::lease_ms(&answer);
+        let (lease_ms, clock_ns) = (P::lease_ms(&answer), P::clock_ns(&answer));
         let (call_id, reading) = P::read(answer);
         let cluster = &self.link.shared.cluster;
         if let Some(asked) = self.link.shared.state.lock().outstanding.get(&call_id) {
             // It may answer the first of several sendings.
             cluster.lease().granted(asked.first_sent_boot, lease_ms);
+            cluster.clock().told(asked.first_sent_boot, clock_ns);
         }
         match reading {
             Reading::NotLeader { hint } => return Some(End::NotLeader { hint }),

@@ -27,6 +27,22 @@ impl BootTime {
         BootTime(Duration::from(now.expect("Linux has this clock since 2.6.39")))
     }
 
+    /// Since this machine was started.
+    pub(crate) fn uptime(self) -> Duration {
+        self.0
+    }
+
+    /// As [`BootTime::uptime`], in nanoseconds.
+    pub(crate) fn uptime_ns(self) -> i64 {
+        i64::try_from(self.0.as_nanos()).unwrap_or(i64::MAX)
+    }
+
+    /// So long after the start.
+    #[cfg(test)]
+    pub(crate) fn after(uptime: Duration) -> BootTime {
+        BootTime(uptime)
+    }
+
     fn until(self, later: BootTime) -> Duration {
         later.0.saturating_sub(self.0)
     }

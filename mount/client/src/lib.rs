@@ -24,7 +24,7 @@
 //! - `leader_link`: a stream that follows the leader and sends again what is not answered.
 //! - `cluster`: who leads and where everybody is; `discovery` judges what the nodes say,
 //!   `book` keeps their addresses.
-//! - `lease`: whether this client alone uses the cluster.
+//! - `lease`: whether this client alone uses the cluster; `clock`: what the leader's clock shows.
 //! - `connector`: connections and pauses.
 //!
 //! It knows nothing of FUSE, of files' buffers and caches, or of how a node works.
@@ -33,6 +33,7 @@ mod book;
 mod calls;
 mod chunk;
 mod client;
+mod clock;
 mod cluster;
 mod connector;
 mod discovery;

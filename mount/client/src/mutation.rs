@@ -9,7 +9,8 @@
 //! Invariants: every sending of a mutation carries the same request id and the same bytes. A request id that was ever
 //! sent is used for nothing else, except to void it: a command that does nothing, under the same id, takes effect
 //! only if the other has not and never will; its answer tells which. A mutation whose outcome is unknown is never
-//! sent under another session.
+//! sent under another session. One that its session never decided is: the session ended in the log before the cluster
+//! said so, and what comes of it later is refused.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -57,6 +58,11 @@ impl Abandoned {
         }
     }
 
+    /// Whether there is one.
+    pub(crate) fn any(&self) -> bool {
+        *self.0.borrow() > 0
+    }
+
     /// One more, until the answer is dropped.
     fn one_more(&self) -> Unresolved {
         self.0.send_modify(|count| *count += 1);
@@ -77,7 +83,8 @@ impl Drop for Unresolved {
 enum Settled {
     /// The cluster's word, or why the command was given up before it could take effect.
     Verdict(Result<Outcome, FsError>),
-    /// It was sent once and the cluster did not know the session: it did not and will not take effect.
+    /// Its session is over and it did not and will not take effect: the session's lanes say so, or it was sent once and
+    /// the cluster did not know the session then.
     NeverHappened,
     /// It may or may not have taken effect.
     Unknown,
@@ -213,6 +220,13 @@ impl Resolution {
                 (CallReply::Refused(Refusal::Invalid { reason }), None) => {
                     tracing::error!(request = ?self.lane.request(), reason, "the cluster refuses a command");
                     FsError::InvalidArgument
+                }
+                (CallReply::Refused(Refusal::NeverDecided), given_up) => {
+                    sessions.lose(&self.epoch, "it has ended");
+                    return match given_up {
+                        Some(error) => Settled::Verdict(Err(error)),
+                        None => Settled::NeverHappened,
+                    };
                 }
                 (CallReply::Refused(Refusal::UnknownSession), _) => {
                     sessions.lose(&self.epoch, "the cluster does not know it");

@@ -1,10 +1,13 @@
 //! Where the bytes of one file are, as of one version of its content.
 //!
 //! Invariants: pieces are disjoint; all are of the same version; what is not known is never taken for a hole.
-//! Bounded by [`PIECES_MAX`]: above it only what lies around the newest answer stays. Pure.
+//! Bounded by [`PIECES_MAX`]: above it only what lies around the newest answer stays. The caches of all files of a mount
+//! are counted together ([`ExtentCount`]), and whoever has added to one makes room in others. Pure.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use quorumfs_proto::{ChunkId, Piece};
 
@@ -16,9 +19,58 @@ pub const PIECES_MAX: usize = 16_384;
 /// several answers gets them together.
 const KEPT_BEFORE_BYTES: u64 = 1 << 20;
 
+/// What a piece costs: itself, and its part of what is known and of how far chunks reach.
+const PIECE_COST_BYTES: usize = 128;
+
+/// Most bytes of the extents of all files of a mount: those of 256 GiB in whole chunks.
+const MOUNT_BYTES_MAX: usize = 32 << 20;
+
+/// The pieces in all caches of a mount. Cloning shares it.
+#[derive(Clone, Debug, Default)]
+pub struct ExtentCount(Arc<AtomicUsize>);
+
+impl ExtentCount {
+    /// Whether there are too many.
+    pub fn is_exceeded(&self) -> bool {
+        self.pieces() > MOUNT_BYTES_MAX / PIECE_COST_BYTES
+    }
+
+    /// Whether so many were forgotten that there is room for a while.
+    pub fn has_room(&self) -> bool {
+        self.pieces() <= MOUNT_BYTES_MAX / PIECE_COST_BYTES / 2
+    }
+
+    fn pieces(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What one cache has added to the count.
+#[derive(Debug, Default)]
+struct Counted {
+    count: ExtentCount,
+    pieces: usize,
+}
+
+impl Counted {
+    fn set(&mut self, pieces: usize) {
+        // Wraps around to the difference.
+        let added = pieces.wrapping_sub(self.pieces);
+        self.count.0.fetch_add(added, Ordering::Relaxed);
+        self.pieces = pieces;
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.set(0);
+    }
+}
+
 /// The known extents of a file.
 #[derive(Debug, Default)]
 pub struct ExtentCache {
+    counted: Counted,
     version: u64,
     pieces: BTreeMap<u64, Piece>,
     /// Parts of the file that `pieces` tell everything about: start to end, disjoint and not touching.
@@ -28,11 +80,28 @@ pub struct ExtentCache {
 }
 
 impl ExtentCache {
-    /// Forgets everything.
+    /// One that is counted in `count`.
+    pub fn counted_in(count: &ExtentCount) -> ExtentCache {
+        ExtentCache {
+            counted: Counted {
+                count: count.clone(),
+                pieces: 0,
+            },
+            ..ExtentCache::default()
+        }
+    }
+
+    /// Forgets everything, and gives its memory back.
     pub fn clear(&mut self) {
-        self.pieces.clear();
-        self.known.clear();
-        self.reach.clear();
+        self.pieces = BTreeMap::new();
+        self.known = BTreeMap::new();
+        self.reach = HashMap::new();
+        self.count();
+    }
+
+    /// Counts what there is now.
+    fn count(&mut self) {
+        self.counted.set(self.pieces.len().max(self.reach.len()));
     }
 
     /// How far the file uses the chunk of `piece`, as far as is known: a chunk of many pieces is then fetched once.
@@ -86,6 +155,7 @@ impl ExtentCache {
             }
         }
         self.mark_known(range);
+        self.count();
     }
 
     /// A command of this mount put `pieces` into the file (later ones over earlier ones) and the content went from
@@ -106,6 +176,7 @@ impl ExtentCache {
             self.add(*piece);
             self.mark_known(range);
         }
+        self.count();
     }
 
     fn add(&mut self, piece: Piece) {
@@ -228,6 +299,22 @@ mod tests {
             Ok(Vec::new()),
             "two answers side by side"
         );
+    }
+
+    #[test]
+    fn the_pieces_of_all_caches_are_counted() {
+        let count = ExtentCount::default();
+        let mut first = ExtentCache::counted_in(&count);
+        let mut second = ExtentCache::counted_in(&count);
+        first.store(1, 0..30, vec![piece(0, 10, 1), piece(10, 10, 2)]);
+        second.store(1, 0..30, vec![piece(0, 10, 3)]);
+        assert_eq!(count.pieces(), 3);
+        second.patch(2, &[piece(20, 10, 4)]);
+        assert_eq!(count.pieces(), 4);
+        first.clear();
+        assert_eq!(count.pieces(), 2);
+        drop(second);
+        assert_eq!(count.pieces(), 0);
     }
 
     #[test]

@@ -13,8 +13,10 @@ use quorumfs_proto::{Attributes, InodeNumber, Name};
 
 /// Most inodes whose attributes are kept: some 16 MiB.
 const ATTRIBUTES_MAX: usize = 64 << 10;
-/// Most names kept of all directories known whole, each some 80 bytes; beyond it all directories are forgotten.
-const NAMES_MAX: usize = 256 << 10;
+/// Most bytes of names kept of all directories known whole; beyond it all directories are forgotten.
+const NAMES_BYTES_MAX: usize = 24 << 20;
+/// What a name costs beside its bytes.
+const NAME_OVERHEAD_BYTES: usize = 64;
 /// Most directories known whole.
 const DIRECTORIES_MAX: usize = 16 << 10;
 
@@ -26,7 +28,7 @@ pub struct LeaseView {
     lease: LeaseNumber,
     attributes: Cache<InodeNumber, Attributes>,
     directories: HashMap<InodeNumber, HashSet<Name>>,
-    names: usize,
+    names_bytes: usize,
 }
 
 impl Default for LeaseView {
@@ -35,7 +37,7 @@ impl Default for LeaseView {
             lease: 0,
             attributes: Cache::new(ATTRIBUTES_MAX),
             directories: HashMap::new(),
-            names: 0,
+            names_bytes: 0,
         }
     }
 }
@@ -52,7 +54,7 @@ impl LeaseView {
 
     fn forget_directories(&mut self) {
         self.directories = HashMap::new();
-        self.names = 0;
+        self.names_bytes = 0;
     }
 
     /// These attributes were answered to a question that was asked and answered under `lease`. Of two that cross on
@@ -86,8 +88,8 @@ impl LeaseView {
         if let Some(names) = self.directories.get_mut(&directory)
             && names.insert(name.clone())
         {
-            self.names += 1;
-            if self.names > NAMES_MAX {
+            self.names_bytes += name.as_bytes().len() + NAME_OVERHEAD_BYTES;
+            if self.names_bytes > NAMES_BYTES_MAX {
                 self.forget_directories();
             }
         }
@@ -159,6 +161,22 @@ mod tests {
         assert_eq!(view.attributes(1, InodeNumber(5)).unwrap().ctime.seconds, 7);
         view.forget(InodeNumber(5));
         assert!(view.attributes(1, InodeNumber(5)).is_none());
+    }
+
+    #[test]
+    fn names_are_bounded_in_bytes() {
+        let mut view = LeaseView::default();
+        let directory = InodeNumber(9);
+        view.made(1, directory);
+        let long = "x".repeat(240);
+        let names_max = NAMES_BYTES_MAX / 240;
+        for number in 0..names_max {
+            let name = Name::new(format!("{long}{number}").into_bytes()).unwrap();
+            view.may_name(directory, &name);
+            assert!(view.names_bytes <= NAMES_BYTES_MAX);
+        }
+        let other = Name::new(&b"a"[..]).unwrap();
+        assert!(!view.lacks(1, directory, &other), "it is forgotten");
     }
 
     #[test]

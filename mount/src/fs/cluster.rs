@@ -4,12 +4,12 @@
 //! programs run on.
 
 use std::future::Future;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use quorumfs_client::{Client, FreshChunk};
 use quorumfs_proto::query::Answer;
-use quorumfs_proto::{ChunkId, Command, FsError, InodeNumber, NewChunk, Outcome, Query};
+use quorumfs_proto::{ChunkId, Command, FsError, InodeNumber, NewChunk, Outcome, Query, Timestamp};
 
 /// Answers which of these unlinked inodes are not open here.
 pub type UnlinkedHandler = Box<dyn Fn(&[InodeNumber]) -> Vec<InodeNumber> + Send + Sync>;
@@ -60,6 +60,17 @@ pub trait Cluster: Send + Sync + 'static {
         None
     }
 
+    /// What the cluster's clock shows; never before the stamp of a change that was answered.
+    fn now(&self) -> Timestamp {
+        Timestamp::from(SystemTime::now())
+    }
+
+    /// Whether a change that ended without a verdict may still take effect. No later change is sent before that is
+    /// settled.
+    fn has_unsettled_changes(&self) -> bool {
+        false
+    }
+
     /// Who answers the cluster's question which unlinked inodes are still open here.
     fn set_unlinked_handler(&self, handler: UnlinkedHandler);
 }
@@ -103,6 +114,14 @@ impl Cluster for Client {
 
     fn lease(&self) -> Option<(Duration, u64)> {
         Client::lease(self)
+    }
+
+    fn now(&self) -> Timestamp {
+        Client::now(self)
+    }
+
+    fn has_unsettled_changes(&self) -> bool {
+        Client::has_unsettled_changes(self)
     }
 
     fn set_unlinked_handler(&self, handler: UnlinkedHandler) {

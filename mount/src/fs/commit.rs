@@ -13,15 +13,37 @@ use std::sync::Arc;
 use futures::FutureExt as _;
 use quorumfs_proto::chunk::Piece;
 use quorumfs_proto::command::{Privileges, Target};
-use quorumfs_proto::{Command, FsError, NewChunk, Operation, Outcome, Timestamp};
+use quorumfs_proto::{Command, FsError, NewChunk, Operation, Outcome, SessionId, Timestamp};
 
 use super::{Cluster, Filesystem, FreshContent, Node, Put};
 use crate::handles::{InodeState, OpenInode, Scope};
 use crate::interrupt::{interruptible, still_wanted};
 use crate::write_buffer::Pack;
 
-/// How often the chunks of one command are drawn and put anew after the cluster called them dead.
+/// How often the chunks of one command are drawn and put anew after the cluster called them dead although their session
+/// lives. Chunks of a session that is over do not count: that takes a minute without contact, and is waited out (P6).
 const RENEWALS_MAX: usize = 3;
+
+/// How often the chunks of one command were drawn anew.
+#[derive(Default)]
+pub(super) struct Renewals {
+    session: Option<SessionId>,
+    in_session: usize,
+}
+
+impl Renewals {
+    /// Chunks of `session` are dead. [`FsError::Io`] where new ones would be as well.
+    pub(super) fn another(&mut self, session: SessionId) -> Result<(), FsError> {
+        if self.session.replace(session) != Some(session) {
+            self.in_session = 0;
+        }
+        self.in_session += 1;
+        match self.in_session {
+            0..=RENEWALS_MAX => Ok(()),
+            _ => Err(FsError::Io),
+        }
+    }
+}
 
 impl<C: Cluster> Filesystem<C> {
     /// Commits what was written before the call.
@@ -204,7 +226,8 @@ impl<C: Cluster> Filesystem<C> {
         (mtime, privileges): (Option<Timestamp>, Privileges),
         operation: Option<Operation>,
     ) -> Result<Outcome, FsError> {
-        for _ in 0..RENEWALS_MAX {
+        let mut renewals = Renewals::default();
+        loop {
             let pieces: Vec<Piece> = packs
                 .iter()
                 .zip(&chunks)
@@ -226,11 +249,12 @@ impl<C: Cluster> Filesystem<C> {
                     self.settle(node, packs, &pieces, &outcome, operation.as_ref());
                     return Ok(outcome);
                 }
-                Err(FsError::ChunkDead) if !chunks.is_empty() => chunks = self.renew(packs).await?,
+                Err(FsError::ChunkDead) if !chunks.is_empty() => {
+                    chunks = self.renew(packs, &chunks, &mut renewals).await?;
+                }
                 Err(error) => return Err(error),
             }
         }
-        Err(FsError::Io)
     }
 
     /// The chunks of these packs, put.
@@ -244,24 +268,42 @@ impl<C: Cluster> Filesystem<C> {
             };
             match chunk {
                 // The session it was drawn in is over; the bytes are still here.
-                Err(FsError::ChunkDead) => return self.renew(packs).await,
+                Err(FsError::ChunkDead) => chunks.push(self.put_anew(pack, &mut Renewals::default()).await?),
                 chunk => chunks.push(chunk?),
             }
         }
         Ok(chunks)
     }
 
-    /// The same bytes as new chunks.
-    async fn renew(&self, packs: &[Arc<Pack>]) -> Result<Vec<C::Chunk>, FsError> {
+    /// The same bytes as new chunks in place of `dead` ones.
+    async fn renew(
+        &self,
+        packs: &[Arc<Pack>],
+        dead: &[C::Chunk],
+        renewals: &mut Renewals,
+    ) -> Result<Vec<C::Chunk>, FsError> {
+        if let Some(dead) = dead.first() {
+            renewals.another(dead.id().session)?;
+        }
         let mut chunks = Vec::with_capacity(packs.len());
         for pack in packs {
-            let chunk = self.cluster.new_chunk(pack.payload.clone());
-            if !pack.is_inline() {
-                self.cluster.put_chunk(&chunk).await?;
-            }
-            chunks.push(chunk);
+            chunks.push(self.put_anew(pack, renewals).await?);
         }
         Ok(chunks)
+    }
+
+    /// The bytes of `pack` as a new chunk, put. Sessions may end meanwhile.
+    async fn put_anew(&self, pack: &Pack, renewals: &mut Renewals) -> Result<C::Chunk, FsError> {
+        loop {
+            let chunk = self.cluster.new_chunk(pack.payload.clone());
+            if pack.is_inline() {
+                return Ok(chunk);
+            }
+            match self.cluster.put_chunk(&chunk).await {
+                Err(FsError::ChunkDead) => renewals.another(chunk.id().session)?,
+                put => return put.map(|()| chunk),
+            }
+        }
     }
 
     /// The cluster knows these bytes now.
@@ -291,6 +333,7 @@ impl<C: Cluster> Filesystem<C> {
                 }
             }
         }
+        self.open.bound_extents(node);
         self.learn(&outcome.touched);
     }
 
@@ -345,4 +388,23 @@ fn name_chunks<C: Cluster>(packs: &[Arc<Pack>], chunks: &[C::Chunk]) -> (Vec<New
 /// Whether `error` says that the command was not done because of what it asks.
 fn is_verdict(error: FsError) -> bool {
     !matches!(error, FsError::Io | FsError::TimedOut | FsError::ChunkDead)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_are_drawn_anew_for_every_session_that_ends_and_some_times_in_one() {
+        let mut renewals = Renewals::default();
+        for session in 1..20 {
+            assert_eq!(renewals.another(SessionId(session)), Ok(()));
+        }
+        let told: Vec<_> = (0..RENEWALS_MAX)
+            .map(|_| renewals.another(SessionId(19)))
+            .collect();
+        let (last, before) = told.split_last().unwrap();
+        assert!(before.iter().all(Result::is_ok));
+        assert_eq!(*last, Err(FsError::Io));
+    }
 }

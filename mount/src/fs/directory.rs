@@ -7,7 +7,7 @@
 //! Rule: attributes are told as they are after the request came, never from a page of an earlier one. Whoever is told
 //! takes them for new: the kernel would keep an old size or a removed name for as long as a lease lasts.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -24,6 +24,10 @@ const DOT_DOT_COOKIE: u64 = 2;
 
 /// Bytes of names asked for at once: some thousands.
 const PAGE_BYTES: u32 = 256 << 10;
+
+/// Pages that are kept of all open directories together: some 32 MiB. Who goes on reading where one was dropped asks
+/// for it again.
+const PAGES_MAX: usize = 64;
 
 /// What an entry takes in a caller's buffer beside its name, without and with attributes (the larger of what
 /// getdents(2) and its relatives use), and what names are padded to.
@@ -80,6 +84,41 @@ struct OpenDirectory {
 #[derive(Debug, Default)]
 pub(super) struct OpenDirectories {
     table: Mutex<(Handle, HashMap<Handle, Arc<OpenDirectory>>)>,
+    /// Handles with a page, the one that got its page last at the end.
+    paged: Mutex<VecDeque<Handle>>,
+}
+
+impl OpenDirectories {
+    /// `handle` has a new page; of too many the oldest that nobody reads right now are dropped. The caller holds the
+    /// handle's own.
+    fn has_page(&self, handle: Handle) {
+        let mut paged = self.paged.lock();
+        paged.retain(|other| *other != handle);
+        for _ in PAGES_MAX..=paged.len() {
+            let Some(oldest) = paged.pop_front() else { break };
+            let directory = self.table.lock().1.get(&oldest).cloned();
+            match directory.as_ref().map(|directory| directory.page.try_lock()) {
+                Some(Ok(mut page)) => *page = None,
+                Some(Err(_)) => paged.push_back(oldest),
+                None => {}
+            }
+        }
+        paged.push_back(handle);
+    }
+
+    /// `handle` is closed.
+    fn close(&self, handle: Handle) -> Option<Arc<OpenDirectory>> {
+        self.paged.lock().retain(|other| *other != handle);
+        self.table.lock().1.remove(&handle)
+    }
+
+    #[cfg(test)]
+    pub(super) fn pages(&self) -> usize {
+        let table = self.table.lock();
+        let held =
+            |directory: &&Arc<OpenDirectory>| directory.page.try_lock().is_ok_and(|page| page.is_some());
+        table.1.values().filter(held).count()
+    }
 }
 
 impl<C: Cluster> Filesystem<C> {
@@ -161,6 +200,7 @@ impl<C: Cluster> Filesystem<C> {
                 }
                 let fetched = self.directory_page(directory.inode, after, detail, PAGE_BYTES);
                 *names = Some(fetched.await?);
+                self.directories.has_page(handle);
                 continue;
             };
             let listed = self.list(&mut listing, &page.entries[at..]);
@@ -226,13 +266,7 @@ impl<C: Cluster> Filesystem<C> {
 
     /// The last descriptor of a directory handle is gone.
     pub fn release_directory(&self, handle: Handle) -> Result<(), FsError> {
-        self.directories
-            .table
-            .lock()
-            .1
-            .remove(&handle)
-            .map(|_| ())
-            .ok_or(FsError::Stale)
+        self.directories.close(handle).map(|_| ()).ok_or(FsError::Stale)
     }
 }
 

@@ -7,7 +7,8 @@
 //! Rules: an answer counts as learned under a lease only if the same lease was held when the question was sent and when
 //! its answer came, and no change of this mount was under way in between. The outcome of a change that cannot be learned
 //! so makes what was known of its inodes forgotten. A name is noted as possible before the command that makes it is
-//! sent, whatever becomes of it.
+//! sent, whatever becomes of it. A change that ends without a verdict (a time-out) may take effect whenever it likes until
+//! it is settled: everything is forgotten, and nothing counts as learned that was asked for before it is settled.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -17,7 +18,7 @@ use parking_lot::Mutex;
 use quorumfs_proto::command::{NewKind, RenameMode, Target};
 use quorumfs_proto::query::Answer;
 use quorumfs_proto::{
-    ChunkId, Command, FsError, InodeNumber, Name, Operation, OperationResult, Outcome, Query,
+    ChunkId, Command, FsError, InodeNumber, Name, Operation, OperationResult, Outcome, Query, Timestamp,
 };
 
 use super::cluster::{Cluster, UnlinkedHandler};
@@ -36,8 +37,14 @@ struct State {
     /// Changes sent since the start, and those of them that are answered.
     sent: u64,
     answered: u64,
-    /// A change ended without a verdict and may still take effect, whenever: from then on nothing is certain.
-    unsure: bool,
+    /// Changes that ended without a verdict. Each made everything forgotten.
+    undecided: u64,
+}
+
+/// What was known of the lease and of this mount's changes when something was sent.
+struct Sent {
+    lease: Option<LeaseNumber>,
+    undecided: u64,
 }
 
 impl<C: Cluster> Leased<C> {
@@ -53,12 +60,26 @@ impl<C: Cluster> Leased<C> {
         self.cluster.lease().map(|(_, number)| number)
     }
 
+    /// To be asked for before something is sent whose answer is to be learned from.
+    fn sending(&self) -> Sent {
+        // In this order: a change that ends without a verdict in between is counted by one of the two.
+        let undecided = self.state.lock().undecided;
+        let may_change = self.cluster.has_unsettled_changes();
+        Sent {
+            lease: self.number().filter(|_| !may_change),
+            undecided,
+        }
+    }
+
+    /// The lease under which the answer to what was `sent` may be learned; `state` is this one's own, locked.
+    fn learned_under(&self, sent: &Sent, state: &State) -> Option<LeaseNumber> {
+        let now = self.number().filter(|now| Some(*now) == sent.lease);
+        now.filter(|_| state.undecided == sent.undecided)
+    }
+
     fn known(&self, query: &Query) -> Option<Result<Answer, FsError>> {
         let number = self.number()?;
         let mut state = self.state.lock();
-        if state.unsure {
-            return None;
-        }
         match query {
             Query::Attributes { inode } => {
                 let attributes = state.view.attributes(number, *inode)?;
@@ -77,7 +98,7 @@ impl<C: Cluster> Cluster for Leased<C> {
     type Chunk = C::Chunk;
 
     async fn mutate(&self, command: Command, stored: &[C::Chunk]) -> Result<Outcome, FsError> {
-        let before = self.number();
+        let sent = self.sending();
         let named = names_made(&command);
         let directories = directories_made(&command);
         {
@@ -94,10 +115,9 @@ impl<C: Cluster> Cluster for Leased<C> {
         let result = self.cluster.mutate(command, stored).await;
         under_way.decided = !matches!(result, Err(FsError::TimedOut | FsError::Io));
         drop(under_way);
-        let after = self.number().filter(|after| Some(*after) == before);
         if let Ok(outcome) = &result {
             let mut state = self.state.lock();
-            match after {
+            match self.learned_under(&sent, &state) {
                 Some(number) => {
                     state.view.learn(number, &outcome.touched);
                     for at in directories {
@@ -131,24 +151,20 @@ impl<C: Cluster> Cluster for Leased<C> {
         if let Some(known) = self.known(&query) {
             return known;
         }
-        let before = self.number();
-        let sent = {
+        let changes = {
             let state = self.state.lock();
             (state.sent == state.answered).then_some(state.sent)
         };
+        let sent = self.sending();
         let answer = self.cluster.query(query).await?;
-        let after = self.number().filter(|after| Some(*after) == before);
-        if let (Some(number), Some(sent)) = (after, sent) {
-            let mut state = self.state.lock();
-            if state.sent == sent {
-                match &answer {
-                    Answer::Attributes(attributes) | Answer::Extents { attributes, .. } => {
-                        state.view.learn(number, std::slice::from_ref(attributes));
-                    }
-                    _ => {}
-                }
-            }
+        let mut state = self.state.lock();
+        if changes == Some(state.sent)
+            && let Some(number) = self.learned_under(&sent, &state)
+            && let Answer::Attributes(attributes) | Answer::Extents { attributes, .. } = &answer
+        {
+            state.view.learn(number, std::slice::from_ref(attributes));
         }
+        drop(state);
         Ok(answer)
     }
 
@@ -168,6 +184,14 @@ impl<C: Cluster> Cluster for Leased<C> {
         self.cluster.lease()
     }
 
+    fn now(&self) -> Timestamp {
+        self.cluster.now()
+    }
+
+    fn has_unsettled_changes(&self) -> bool {
+        self.cluster.has_unsettled_changes()
+    }
+
     fn set_unlinked_handler(&self, handler: UnlinkedHandler) {
         self.cluster.set_unlinked_handler(handler);
     }
@@ -183,7 +207,10 @@ impl<C> Drop for UnderWay<'_, C> {
     fn drop(&mut self) {
         let mut state = self.leased.state.lock();
         state.answered += 1;
-        state.unsure |= !self.decided;
+        if !self.decided {
+            state.undecided += 1;
+            state.view = LeaseView::default();
+        }
     }
 }
 

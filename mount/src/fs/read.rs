@@ -154,6 +154,8 @@ impl<C: Cluster> Filesystem<C> {
             };
             state.extents.store(attributes.content_version, from..to, pieces);
         }
+        drop(state);
+        self.open.bound_extents(node);
         Ok(is_current)
     }
 

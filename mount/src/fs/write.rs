@@ -6,13 +6,13 @@
 //! it is told the right one.
 
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures::FutureExt as _;
 use quorumfs_proto::command::Privileges;
 use quorumfs_proto::limits::FILE_BYTES_MAX;
-use quorumfs_proto::{FsError, Timestamp};
+use quorumfs_proto::FsError;
 
 use super::{Cluster, Filesystem, FreshContent, Handle, Node, Put};
 use crate::handles::{OpenFile, Scope};
@@ -125,7 +125,7 @@ impl<C: Cluster> Filesystem<C> {
         let due = {
             let mut state = node.state.lock();
             let full = state.buffer.write(offset, data);
-            state.mtime = Some(Timestamp::from(SystemTime::now()));
+            state.mtime = Some(self.cluster.now());
             state.dirty_since.get_or_insert_with(Instant::now);
             if privileges == Privileges::Drop {
                 state.privileges = Privileges::Drop;

@@ -8,7 +8,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use fuser::{Errno, INodeNo, ReplyEntry, ReplyXattr, Request};
+use fuser::{Errno, INodeNo, ReplyEntry, ReplyWrite, ReplyXattr, Request};
 use quorumfs_measure::Ending;
 use quorumfs_proto::command::{NewInode, NewKind};
 use quorumfs_proto::{FsError, InodeNumber};
@@ -17,6 +17,7 @@ use super::answer::{View, answer_entry, answer_xattr};
 use super::convert;
 use super::inode_map::InodeMap;
 use super::notices::Notices;
+use super::payloads::WaitingPayloads;
 use super::places::Place;
 use crate::errno::errno;
 use crate::fs::{Cluster, Filesystem, Handle, NewFile, OpenFlags, Opened};
@@ -63,6 +64,7 @@ pub struct FuseEdge<C: Cluster> {
     runtime: tokio::runtime::Handle,
     statistics: Arc<Statistics>,
     callers: Arc<Callers>,
+    pub(super) payloads: WaitingPayloads,
 }
 
 /// A request as it is served: what it asks for, the thread that waits for it, and its reply.
@@ -93,6 +95,7 @@ impl<C: Cluster> FuseEdge<C> {
             callers: Callers::watched(),
             runtime: runtime.clone(),
             statistics: Arc::default(),
+            payloads: WaitingPayloads::new(),
         }
     }
 
@@ -213,6 +216,21 @@ impl<C: Cluster> FuseEdge<C> {
                 }
             }
         });
+    }
+
+    /// As [`FuseEdge::serve`], for a write of `data`, which waits for room in memory first.
+    pub(super) fn serve_write<Work, Writing>(&self, reply: ReplyWrite, data: &[u8], work: Work)
+    where
+        Work: FnOnce(Arc<Filesystem<C>>, Bytes) -> Writing + Send + 'static,
+        Writing: Future<Output = Result<u32, FsError>> + Send + 'static,
+    {
+        let payload = self.payloads.take(data);
+        self.serve_moving(
+            (Verb::Write, reply),
+            |written: &u32| u64::from(*written),
+            move |fs| payload.give(move |data| work(fs, data)),
+            |reply, written: u32| reply.written(written),
+        );
     }
 
     /// mknod, mkdir, symlink.

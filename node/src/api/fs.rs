@@ -12,14 +12,16 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
 use quorumfs_measure::Ending;
 use quorumfs_proto::call::SessionState;
+use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 use quorumfs_proto::wire::file_system_server::FileSystem;
-use quorumfs_proto::{Call, CallReply, Refusal, SessionId, codec, wire};
+use quorumfs_proto::{Call, CallReply, Refusal, SessionId, Timestamp, codec, wire};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, error};
 
 use crate::cluster::call_stream::{CallStream, Standing};
+use super::carried::{CarriedBytes, StreamShare};
 use crate::cluster::leases::Grant;
 use crate::cluster::metrics::CountedCommand;
 use crate::cluster::metrics::kinds::{OperationKind, Origin};
@@ -32,7 +34,7 @@ use crate::write::PutError;
 
 /// Requests of one stream worked on at once: more than a client has lanes.
 const CALLS_PER_STREAM_MAX: usize = 256;
-/// Chunks of one stream worked on at once: at most so many MiB of one client in memory.
+/// Chunks of one stream worked on at once, as far as the budget of all streams ([`CarriedBytes`]) goes.
 const CHUNKS_PER_STREAM_MAX: usize = 48;
 /// Inodes that have just lost their last name, about which a session is asked at once.
 const UNLINKED_ASKED_MAX: usize = 2048;
@@ -43,19 +45,44 @@ pub type AnswerStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>
 /// See the module.
 pub struct FileSystemService {
     node: Arc<Node>,
+    carried: CarriedBytes,
 }
 
 impl FileSystemService {
     /// Serves `node`, from before it has found its cluster.
     pub fn new(node: Arc<Node>) -> FileSystemService {
-        FileSystemService { node }
+        FileSystemService {
+            node,
+            carried: CarriedBytes::default(),
+        }
     }
 }
 
 /// Answers each request of a stream by `answer`, at most `at_once_max` at a time, in the order they are done.
-pub fn answer_stream<Q, A, F, Fut>(
+pub fn answer_stream<Q, A, F, Fut>(requests: Streaming<Q>, at_once_max: usize, answer: F) -> AnswerStream<A>
+where
+    Q: Send + 'static,
+    A: Send + 'static,
+    F: Fn(Q) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = A> + Send + 'static,
+{
+    // Nothing is weighed, so nothing is waited for.
+    answer_weighed(
+        requests,
+        at_once_max,
+        CarriedBytes::bounded(0).stream(),
+        |_| 0,
+        answer,
+    )
+}
+
+/// As [`answer_stream`], for requests that carry chunks or ask for them: `bytes` tells how many. They count until the
+/// answer has been sent.
+pub fn answer_weighed<Q, A, F, Fut>(
     mut requests: Streaming<Q>,
     at_once_max: usize,
+    share: StreamShare,
+    bytes: fn(&Q) -> u32,
     answer: F,
 ) -> AnswerStream<A>
 where
@@ -77,17 +104,35 @@ where
                 }
                 None => break,
             };
+            let carried = tokio::select! {
+                biased;
+                carried = share.carry(bytes(&request)) => carried,
+                // Nobody wants to know: what this one asks for need not be done.
+                () = tell.closed() => break,
+            };
             let tell = tell.clone();
             let answer = answer(request);
             tokio::spawn(async move {
                 let answer = answer.await;
                 // A client that went away asks again elsewhere; what it asked for is done all the same.
-                let _ = tell.send(Ok(answer)).await;
+                let _ = tell.send((answer, carried)).await;
                 drop(place);
             });
         }
     });
-    Box::pin(ReceiverStream::new(answers))
+    Box::pin(ReceiverStream::new(answers).map(|(answer, _carried)| Ok(answer)))
+}
+
+/// What a put has in memory.
+fn bytes_put(request: &wire::PutChunkRequest) -> u32 {
+    u32::try_from(request.payload.len())
+        .unwrap_or(u32::MAX)
+        .min(CHUNK_BYTES_MAX)
+}
+
+/// What the answer to a get will have in memory, but for what it is widened by.
+fn bytes_got(request: &wire::GetChunkRequest) -> u32 {
+    request.length.min(CHUNK_BYTES_MAX)
 }
 
 #[tonic::async_trait]
@@ -118,10 +163,18 @@ impl FileSystem for FileSystemService {
                         CallReply::Refused(Refusal::Invalid { reason }).into()
                     }
                 };
+                let (reply, never_decided) = match answered.reply {
+                    CallReply::Refused(Refusal::NeverDecided) => {
+                        (CallReply::Refused(Refusal::UnknownSession), true)
+                    }
+                    reply => (reply, false),
+                };
                 wire::CallResponse {
                     call_id: request.call_id,
-                    reply: codec::encode(&answered.reply),
+                    clock_ns: clock_ns(&node, &reply),
+                    reply: codec::encode(&reply),
                     lease_ms: answered.grant.lease_ms(),
+                    never_decided,
                     unlinked: answered.question,
                     keep_alive_now: false,
                 }
@@ -159,9 +212,11 @@ impl FileSystem for FileSystemService {
                 response
             }
         };
-        Ok(Response::new(answer_stream(
+        Ok(Response::new(answer_weighed(
             request.into_inner(),
             CHUNKS_PER_STREAM_MAX,
+            self.carried.stream(),
+            bytes_put,
             answer,
         )))
     }
@@ -181,9 +236,11 @@ impl FileSystem for FileSystemService {
                 response
             }
         };
-        Ok(Response::new(answer_stream(
+        Ok(Response::new(answer_weighed(
             request.into_inner(),
             CHUNKS_PER_STREAM_MAX,
+            self.carried.stream(),
+            bytes_got,
             answer,
         )))
     }
@@ -228,6 +285,17 @@ impl From<CallReply> for Answered {
             question: None,
         }
     }
+}
+
+/// The leader's clock, to go with `reply`; 0 where this node may not lead.
+fn clock_ns(node: &Node, reply: &CallReply) -> i64 {
+    let time = match reply {
+        CallReply::Refused(_) => None,
+        CallReply::Outcome(_) | CallReply::Answer(_) | CallReply::Session(_) => {
+            node.parts().and_then(|parts| parts.writer.time())
+        }
+    };
+    time.map_or(0, Timestamp::unix_ns)
 }
 
 /// Carries out a call and counts it.

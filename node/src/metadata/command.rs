@@ -144,7 +144,7 @@ pub struct UnlinkedAnswer {
 /// root directory whose times are not those of 1970. 3: the work of every command is bounded ([`CallResult::Crowded`]),
 /// fragmented files are noted and rewritten ([`LogBody::Rewrite`]), every write takes file capabilities away, names of
 /// extended attributes are those of a known namespace; [`LogBody::OpenSessionWithKey`] to [`LogBody::NoteSilences`], and an
-/// unlink that writes no row for each session.
+/// unlink that writes no row for each session; a write's time is not after the stamp of its command.
 pub const FEATURE_LEVEL: u32 = 3;
 
 /// What applying an entry answers; equal on every node.
@@ -152,7 +152,7 @@ pub const FEATURE_LEVEL: u32 = 3;
 pub enum CallResult {
     /// Of a mutation, now or when it was first applied.
     Outcome(Result<Outcome, FsError>),
-    /// The session is not known, or has ended without having decided this mutation: nothing was done.
+    /// The session is not known (any more): nothing was done, but whether it was done before nobody can tell.
     UnknownSession,
     /// The lane has decided a later mutation, or not yet the one before: nothing was done.
     StaleSequence,
@@ -163,6 +163,9 @@ pub enum CallResult {
     Crowded(Crowded),
     /// A session of this id was opened with another key: nothing was done.
     WrongKey,
+    /// The session has ended, and its lanes show that it did not decide this mutation: nothing was done, nor ever will be.
+    /// Never stored.
+    NeverDecided,
 }
 
 /// Where a mutation would have had to replace more extents than one command may.
@@ -254,6 +257,7 @@ impl fmt::Display for CallResult {
             CallResult::Done => write!(f, "done"),
             CallResult::Crowded(place) => write!(f, "too many extents in inode {}", place.inode),
             CallResult::WrongKey => write!(f, "wrong key"),
+            CallResult::NeverDecided => write!(f, "never decided"),
         }
     }
 }

@@ -251,6 +251,11 @@ impl MetadataStore {
         self.state.lock().summary.position.clone()
     }
 
+    /// The stamp of the last command that views see.
+    pub fn last_stamp(&self) -> Timestamp {
+        self.state.lock().summary.last_stamp
+    }
+
     /// As [`MetadataStore::position`], with the number of copies that holds there.
     pub fn position_and_replicas(&self) -> (Position, Replicas) {
         let state = self.state.lock();

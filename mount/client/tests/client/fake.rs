@@ -73,7 +73,11 @@ pub struct World {
     pub leader: Option<usize>,
     pub beliefs: Vec<Option<usize>>,
     pub addresses: Vec<String>,
+    /// What the leader's clock shows; 0: it does not tell.
+    pub clock_ns: i64,
     pub sessions: HashSet<SessionId>,
+    /// Those that have ended and are remembered.
+    pub ended: HashSet<SessionId>,
     pub lanes: HashMap<(SessionId, Lane), (u64, CallReply)>,
     /// Mutations as they arrived at a leader, each sending.
     pub received: Vec<Mutation>,
@@ -115,13 +119,22 @@ impl World {
         self.confirmed.clear();
     }
 
+    /// All sessions so far are over; what they decided is remembered.
+    pub fn end_sessions(&mut self) {
+        self.ended.extend(std::mem::take(&mut self.sessions));
+    }
+
     fn mutate(&mut self, mutation: Mutation) -> CallReply {
         let request = mutation.request;
-        if !self.sessions.contains(&request.session) {
-            return CallReply::Refused(Refusal::UnknownSession);
-        }
         let lane = self.lanes.get(&(request.session, request.lane));
         let last = lane.map_or(0, |(sequence, _)| *sequence);
+        if !self.sessions.contains(&request.session) {
+            return match lane {
+                _ if !self.ended.contains(&request.session) => CallReply::Refused(Refusal::UnknownSession),
+                Some((sequence, reply)) if *sequence == request.sequence => reply.clone(),
+                _ => CallReply::Refused(Refusal::NeverDecided),
+            };
+        }
         match lane {
             Some((sequence, reply)) if *sequence == request.sequence => return reply.clone(),
             _ if request.sequence != last + 1 => return CallReply::Refused(Refusal::StaleSequence),
@@ -244,7 +257,9 @@ impl Fake {
             leader: Some(0),
             beliefs: vec![Some(0); nodes],
             addresses: Vec::new(),
+            clock_ns: 0,
             sessions: HashSet::new(),
+            ended: HashSet::new(),
             lanes: HashMap::new(),
             received: Vec::new(),
             executed: Vec::new(),
@@ -439,8 +454,16 @@ impl FileSystem for FakeNode {
                     }
                 };
                 let asks = matches!(reply, CallReply::Session(_)) && envelope.answers_unlinked;
+                let question = world.lock().question.take_if(|_| asks);
+                let never_decided = matches!(reply, CallReply::Refused(Refusal::NeverDecided));
+                let reply = match never_decided {
+                    true => CallReply::Refused(Refusal::UnknownSession),
+                    false => reply,
+                };
                 let response = wire::CallResponse {
-                    unlinked: world.lock().question.take_if(|_| asks),
+                    never_decided,
+                    clock_ns: world.lock().clock_ns,
+                    unlinked: question,
                     call_id: envelope.call_id,
                     reply: codec::encode(&reply),
                     lease_ms: 0,

@@ -6,5 +6,6 @@
 mod abandoned;
 mod calls;
 mod content;
+mod ended;
 mod fake;
 mod sessions;

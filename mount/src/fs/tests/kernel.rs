@@ -175,3 +175,35 @@ async fn privileges_that_a_write_takes_are_not_seen_again() {
     assert_eq!(mode().await, 0o6755, "set again");
     fs.release(handle).await.unwrap();
 }
+
+#[tokio::test]
+async fn the_pages_of_all_open_directories_are_bounded() {
+    let reference = Reference::new();
+    let fs = mount(&reference, 1);
+    for number in 0..30 {
+        create(&fs, &format!("file-{number:02}")).await;
+    }
+    let root = ROOT;
+    let detail = EntryDetail::Name;
+    let mut listings = Vec::new();
+    for _ in 0..100 {
+        let handle = fs.open_directory(root).await.unwrap();
+        let first = fs.read_directory(handle, 0, detail, 320).await.unwrap();
+        listings.push((handle, first));
+        assert!(fs.directories.pages() <= 64);
+    }
+    assert_eq!(fs.directories.pages(), 64);
+    for (handle, mut listed) in listings {
+        loop {
+            let after = listed.last().unwrap().cookie;
+            let more = fs.read_directory(handle, after, detail, 320).await.unwrap();
+            if more.is_empty() {
+                break;
+            }
+            listed.extend(more);
+        }
+        assert_eq!(listed.len(), 32, "dots too");
+        fs.release_directory(handle).unwrap();
+    }
+    assert_eq!(fs.directories.pages(), 0);
+}

@@ -2,6 +2,7 @@
 
 mod failures;
 mod kernel;
+mod leased;
 mod order;
 mod random;
 pub(crate) mod reference;

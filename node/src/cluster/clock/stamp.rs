@@ -1,18 +1,23 @@
-//! The clock that a leader stamps commands with: its own, unless that has leapt ahead of the others'.
+//! The clock that a leader stamps commands with, and tells mounts: its own, unless that has leapt ahead of the others'.
+//!
+//! What was applied, stamped or told is never followed by something earlier: where this node's clock is behind the last
+//! stamp applied (it was set back, or the leader before was ahead) time goes on slowly until it has caught up
+//! ([`SteadyTime`]).
 //!
 //! Applied time never runs backwards (the state machine takes the later of stamp and last stamp), so a single command
 //! stamped by a clock that is a year ahead would stop time for a year. So the wall clock is used only as far as it goes
 //! with the monotonic clock since it was last confirmed. Each round of probes compares it with the median of the others'
 //! clocks: within [`LEAP_MAX`] it is confirmed; ahead of that, the median is the anchor instead, and stamps go on from there
-//! with the monotonic clock. A clock that is behind does no harm that this could mend.
+//! with the monotonic clock.
 //!
 //! A clock may be wrong from the start, and a node that has just started may lead before its first round of probes: its
 //! first stamps wait a moment for a comparison with a majority ([`StampClock::stamp`]).
 
+use std::fmt;
 use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
-use quorumfs_proto::Timestamp;
+use quorumfs_proto::{SteadyTime, Timestamp};
 use tokio::sync::watch;
 
 /// So far the wall clock may be ahead.
@@ -27,6 +32,19 @@ pub struct StampClock {
     anchor: Mutex<Anchor>,
     /// Whether there was a comparison with a majority.
     compared: watch::Sender<bool>,
+    applied: AppliedTime,
+    began: Instant,
+    // Held for a comparison.
+    steady: Mutex<SteadyTime>,
+}
+
+/// The last stamp that was applied here.
+struct AppliedTime(Box<dyn Fn() -> Timestamp + Send + Sync>);
+
+impl fmt::Debug for AppliedTime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        (self.0)().fmt(f)
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -53,16 +71,13 @@ impl Anchor {
     }
 }
 
-impl Default for StampClock {
-    fn default() -> StampClock {
-        StampClock::new()
-    }
-}
-
 impl StampClock {
-    /// Trusts the wall clock as it is now, until the first comparison.
-    pub fn new() -> StampClock {
+    /// Trusts the wall clock as it is now, until the first comparison. `applied` tells the last stamp that was applied.
+    pub fn new(applied: impl Fn() -> Timestamp + Send + Sync + 'static) -> StampClock {
         StampClock {
+            applied: AppliedTime(Box::new(applied)),
+            began: Instant::now(),
+            steady: Mutex::default(),
             anchor: Mutex::new(Anchor {
                 wall: SystemTime::now(),
                 at: Instant::now(),
@@ -79,7 +94,12 @@ impl StampClock {
             let _ =
                 tokio::time::timeout(FIRST_COMPARISON_WAIT, compared.wait_for(|compared| *compared)).await;
         }
-        self.now()
+        self.advance()
+    }
+
+    /// What a client may stamp what it does with; `None` before the first comparison.
+    pub fn told(&self) -> Option<Timestamp> {
+        self.is_compared().then(|| self.advance())
     }
 
     /// Whether there was a comparison with a majority.
@@ -93,10 +113,28 @@ impl StampClock {
             .send_if_modified(|compared| !std::mem::replace(compared, true));
     }
 
-    /// What the time is.
+    /// What the time is. Nothing may be stamped with it.
     pub fn now(&self) -> Timestamp {
+        let (moment, wall) = self.wall();
+        let mut steady = self.steady.lock();
+        steady.advance(moment, (self.applied.0)());
+        steady.at(moment, wall)
+    }
+
+    /// What the time is; nothing that is stamped or told later is before it.
+    fn advance(&self) -> Timestamp {
+        let (moment, wall) = self.wall();
+        let mut steady = self.steady.lock();
+        steady.advance(moment, (self.applied.0)());
+        steady.advance(moment, wall)
+    }
+
+    /// This node's clock, but for its leaps, and the moment by the clock that only runs forward.
+    fn wall(&self) -> (Duration, Timestamp) {
         let anchor = *self.anchor.lock();
-        Timestamp::from(anchor.stamp(SystemTime::now(), Instant::now()))
+        let now = Instant::now();
+        let wall = anchor.stamp(SystemTime::now(), now);
+        (now.saturating_duration_since(self.began), Timestamp::from(wall))
     }
 
     /// By how much the wall clock was ahead of the others' at the last comparison, where that was too much.
@@ -148,7 +186,7 @@ mod tests {
 
     impl Story {
         fn begin() -> Story {
-            let clock = StampClock::new();
+            let clock = StampClock::new(Timestamp::default);
             let Anchor { wall, at: now, .. } = *clock.anchor.lock();
             Story { clock, wall, now }
         }
@@ -213,10 +251,11 @@ mod tests {
 
     #[tokio::test]
     async fn the_first_stamps_wait_for_the_first_comparison() {
-        let clock = StampClock::new();
+        let clock = StampClock::new(Timestamp::default);
         let began = Instant::now();
         clock.stamp().await;
         assert!(began.elapsed() >= FIRST_COMPARISON_WAIT, "nobody answers");
+        let clock = StampClock::new(Timestamp::default);
         let hour_back = SystemTime::now() - HOUR;
         let (stamp, ()) = tokio::join!(clock.stamp(), async {
             tokio::time::sleep(FIRST_COMPARISON_WAIT / 20).await;
@@ -227,6 +266,23 @@ mod tests {
         let began = Instant::now();
         clock.stamp().await;
         assert!(began.elapsed() < FIRST_COMPARISON_WAIT / 2);
+    }
+
+    #[tokio::test]
+    async fn a_clock_behind_what_was_applied_goes_on_from_there() {
+        let ahead = Timestamp::from(SystemTime::now() + HOUR);
+        let clock = StampClock::new(move || ahead);
+        assert_eq!(clock.told(), None, "nobody vouches for it");
+        clock.note_compared();
+        let first = clock.stamp().await;
+        assert!(first >= ahead);
+        std::thread::sleep(SECOND / 20);
+        let told = clock.told().unwrap();
+        assert!(
+            told >= first.plus(SECOND / 80) && told < first.plus(HOUR / 2),
+            "it stands still, or leaps: {first:?}, {told:?}"
+        );
+        assert!(clock.stamp().await >= told);
     }
 
     #[test]

@@ -112,6 +112,7 @@ kinds! {
         UnknownSession "unknown_session" "the session is not known or has ended",
         StaleSequence "stale_sequence" "a later call of the lane was decided already",
         Invalid "invalid" "the call is out of bounds",
+        NeverDecided "never_decided" "the session has ended without having decided the call",
     }
 }
 
@@ -186,6 +187,7 @@ impl RefusalKind {
             Refusal::UnknownSession => RefusalKind::UnknownSession,
             Refusal::StaleSequence => RefusalKind::StaleSequence,
             Refusal::Invalid { .. } => RefusalKind::Invalid,
+            Refusal::NeverDecided => RefusalKind::NeverDecided,
         })
     }
 }

@@ -28,7 +28,13 @@ impl Transaction<'_> {
         self.require_file(inode)?;
         self.put_pieces(inode, pieces, 0)?;
         if let Some(mtime) = mtime {
-            self.change(inode)?.mtime = valid_time(mtime)?;
+            // The client stamps by what it knows of the leader's clock. Nothing that happens later may seem earlier.
+            const FEATURE_LEVEL_MIN: u32 = 3;
+            let latest = match self.writer.summary.feature_level {
+                FEATURE_LEVEL_MIN.. => self.now,
+                _ => mtime,
+            };
+            self.change(inode)?.mtime = valid_time(mtime.min(latest))?;
         }
         self.lose_privileges(inode, privileges)?;
         Ok(OperationResult::Entry {

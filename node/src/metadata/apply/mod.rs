@@ -23,6 +23,7 @@ use super::command::{Applied, CallResult, Crowded, Effects, FEATURE_LEVEL, LogBo
 use super::fault::{Failure, StorageFault};
 use super::overlay::{Cell, Direction, KeyRange, Layers};
 use super::store::{MetadataStore, Position, Summary};
+use super::tables::{Inodes, LaneRecord, Lanes, Meta, Replicas, RowKey, RowOf, Rows, Sessions, Table};
 use super::tables::{Inodes, LaneRecord, Lanes, Meta, Replicas, RowKey, RowOf, Rows, Table};
 use rewrite::Replaced;
 use transaction::Transaction;
@@ -294,7 +295,14 @@ impl<'store> Batch<'store> {
         }
         // Of a session that has ended, what was decided is still told; nothing new is.
         let Some(&low_water) = self.writer.summary.living.get(&request.session) else {
-            return Ok(without_effects(CallResult::UnknownSession));
+            // As long as the session is remembered its lanes are complete, and it never lives again: what is next in a lane
+            // was not decided, whoever sent it and however often.
+            let is_next = last_sequence.checked_add(1) == Some(request.sequence);
+            let is_remembered = is_next && self.writer.get::<Sessions>(&request.session)?.is_some();
+            return Ok(without_effects(match is_remembered {
+                true => CallResult::NeverDecided,
+                false => CallResult::UnknownSession,
+            }));
         };
         if request.lane.0 >= LANES_MAX {
             let refused = CallResult::Outcome(Err(FsError::InvalidArgument));

@@ -42,6 +42,29 @@ fn below_its_level_nothing_new_takes_effect() {
 }
 
 #[test]
+fn a_write_from_a_clock_that_is_ahead_is_stamped_with_its_command() {
+    let mut node = Node::with_sessions(1);
+    let file = node.entry(create(ROOT, "file", NewKind::File));
+    let stamp = |seconds| Timestamp {
+        seconds,
+        nanoseconds: 0,
+    };
+    for (level, mtime, expected) in [(2, 900, 900), (3, 900, 500), (3, 300, 300)] {
+        node.apply(LogBody::RaiseFeatureLevel { level });
+        let write = Operation::Write {
+            inode: Target::Inode(file),
+            pieces: Vec::new(),
+            mtime: Some(stamp(mtime)),
+            privileges: Privileges::Keep,
+        };
+        let mutation = node.mutation(SessionId(1), Command::single(write));
+        node.apply_at(stamp(500), LogBody::Call(mutation));
+        let attributes = node.attributes(file);
+        assert_eq!(attributes.mtime.seconds, expected, "at level {level}");
+    }
+}
+
+#[test]
 fn a_level_that_is_not_known_stops_the_node() {
     let node = Node::new();
     let mut batch = node.store.begin();

@@ -7,6 +7,7 @@ mod against_model;
 mod bounded;
 mod damage;
 mod events;
+mod ended;
 mod full_disk;
 mod levels;
 mod model;

@@ -111,7 +111,7 @@ fn a_session_that_ended_is_not_opened_again_and_is_forgotten_on_request() {
     // What was decided is still told, nothing more is decided.
     assert_eq!(node.apply(LogBody::Call(decided.clone())).result, answer);
     let new = node.mutation(session, Command::single(create(ROOT, "b", NewKind::File)));
-    assert_eq!(node.apply(LogBody::Call(new)).result, CallResult::UnknownSession);
+    assert_eq!(node.apply(LogBody::Call(new)).result, CallResult::NeverDecided);
     node.apply(LogBody::ForgetSession { session });
     assert_eq!(
         node.apply(LogBody::Call(decided)).result,

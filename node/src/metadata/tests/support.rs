@@ -189,6 +189,11 @@ pub fn key(session: SessionId) -> SessionKey {
     }
 }
 
+/// Whether this is answered where the session does not live (any more).
+pub fn is_of_no_living_session(result: &CallResult) -> bool {
+    matches!(result, CallResult::UnknownSession | CallResult::NeverDecided)
+}
+
 pub fn name(text: &str) -> Name {
     Name::new(text.as_bytes().to_vec()).unwrap()
 }

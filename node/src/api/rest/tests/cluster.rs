@@ -188,6 +188,7 @@ impl State {
                     CallResult::UnknownSession => CallReply::Refused(Refusal::UnknownSession),
                     CallResult::StaleSequence => CallReply::Refused(Refusal::StaleSequence),
                     CallResult::Done | CallResult::Crowded(_) | CallResult::WrongKey => unreachable!("a mutation has an outcome"),
+                    CallResult::NeverDecided => CallReply::Refused(Refusal::NeverDecided),
                 }
             }
             Call::Query(query) => CallReply::Answer(self.answer(&query)),

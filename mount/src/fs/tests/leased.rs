@@ -1,0 +1,114 @@
+//! What a mount knows for certain, and when it does not.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use quorumfs_proto::command::{AttributeChanges, Target};
+use quorumfs_proto::query::Answer;
+use quorumfs_proto::{ChunkId, Command, FsError, InodeNumber, Operation, Outcome, Query};
+
+use super::reference::{Connection, Fresh, Reference};
+use crate::fs::Leased;
+use crate::fs::cluster::{Cluster, UnlinkedHandler};
+
+const ROOT: InodeNumber = InodeNumber::ROOT;
+
+/// A connection that alone uses the cluster, whose next change times out.
+#[derive(Clone)]
+struct Hasty {
+    connection: Connection,
+    times_out: Arc<AtomicBool>,
+    unsettled: Arc<AtomicBool>,
+}
+
+impl Cluster for Hasty {
+    type Chunk = Fresh;
+
+    async fn mutate(&self, command: Command, stored: &[Fresh]) -> Result<Outcome, FsError> {
+        if self.times_out.swap(false, Ordering::SeqCst) {
+            self.unsettled.store(true, Ordering::SeqCst);
+            return Err(FsError::TimedOut);
+        }
+        self.connection.mutate(command, stored).await
+    }
+
+    async fn query(&self, query: Query) -> Result<Answer, FsError> {
+        self.connection.query(query).await
+    }
+
+    fn new_chunk(&self, payload: Bytes) -> Fresh {
+        self.connection.new_chunk(payload)
+    }
+
+    async fn put_chunk(&self, chunk: &Fresh) -> Result<(), FsError> {
+        self.connection.put_chunk(chunk).await
+    }
+
+    async fn get_chunk(&self, id: ChunkId, offset: u32, length: u32) -> Result<Bytes, FsError> {
+        self.connection.get_chunk(id, offset, length).await
+    }
+
+    fn lease(&self) -> Option<(Duration, u64)> {
+        Some((Duration::from_secs(10), 1))
+    }
+
+    fn has_unsettled_changes(&self) -> bool {
+        self.unsettled.load(Ordering::SeqCst)
+    }
+
+    fn set_unlinked_handler(&self, handler: UnlinkedHandler) {
+        self.connection.set_unlinked_handler(handler);
+    }
+}
+
+fn chmod(mode: u16) -> Command {
+    Command::single(Operation::SetAttributes {
+        inode: Target::Inode(ROOT),
+        changes: AttributeChanges {
+            mode: Some(mode),
+            ..AttributeChanges::default()
+        },
+    })
+}
+
+/// The root's mode, and how many questions it took to learn it.
+async fn mode(leased: &Leased<Hasty>, reference: &Reference) -> (u16, u64) {
+    let before = reference.queries.load(Ordering::SeqCst);
+    let answer = leased.query(Query::Attributes { inode: ROOT }).await;
+    let Ok(Answer::Attributes(attributes)) = answer else {
+        panic!("{answer:?}");
+    };
+    (attributes.mode, reference.queries.load(Ordering::SeqCst) - before)
+}
+
+#[tokio::test]
+async fn a_change_that_timed_out_costs_certainty_until_it_is_settled() {
+    let reference = Reference::new();
+    let hasty = Hasty {
+        connection: reference.connect(1),
+        times_out: Arc::default(),
+        unsettled: Arc::default(),
+    };
+    let leased = Leased::new(hasty.clone());
+    assert_eq!(mode(&leased, &reference).await, (0o755, 1));
+    assert_eq!(mode(&leased, &reference).await, (0o755, 0));
+
+    hasty.times_out.store(true, Ordering::SeqCst);
+    assert_eq!(leased.mutate(chmod(0o700), &[]).await, Err(FsError::TimedOut));
+    for _ in 0..3 {
+        assert_eq!(
+            mode(&leased, &reference).await,
+            (0o755, 1),
+            "it may take effect at any moment"
+        );
+    }
+    hasty.connection.mutate(chmod(0o700), &[]).await.unwrap();
+    assert_eq!(mode(&leased, &reference).await, (0o700, 1));
+    hasty.unsettled.store(false, Ordering::SeqCst);
+    assert_eq!(mode(&leased, &reference).await, (0o700, 1));
+    for _ in 0..3 {
+        assert_eq!(mode(&leased, &reference).await, (0o700, 0), "certain again");
+    }
+}
