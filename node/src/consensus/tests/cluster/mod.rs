@@ -240,7 +240,7 @@ pub fn create_inline(session: u64, sequence: u64, name: &str, payload: Bytes) ->
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_command_is_not_proposed_when_what_it_relies_on_has_changed_while_it_waited() {
-    let cluster = Cluster::start(3, |_| {}).await;
+    let mut cluster = Cluster::start(3, |_| {}).await;
     cluster.open_sessions(1..2).await;
     let (command, _) = create_inline(1, 1, "file", Bytes::from_static(b"x"));
     let refused = loop {
