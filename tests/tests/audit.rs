@@ -37,9 +37,9 @@ fn forget_name(database: &Path, name: &str) -> bool {
 
 /// Restarts a node without a row of its names.
 fn make_wrong(cluster: &Cluster, slot: usize, name: &str) {
-    // What was applied goes to disk a little later.
+    // What was applied goes to disk two seconds later.
     wait_for("the name is on disk", LIMIT, || {
-        std::thread::sleep(Duration::from_secs(1));
+        std::thread::sleep(Duration::from_secs(4));
         cluster.terminate(slot);
         let forgotten = forget_name(&cluster.data_folder(slot).join("metadata.redb"), name);
         cluster.start_node(slot);
