@@ -53,7 +53,7 @@ async fn a_stream_is_told_once_for_whom_it_speaks() {
         session: session.0,
         secret: Bytes::copy_from_slice(&secret.0),
     };
-    assert_eq!(fake.world.lock().hellos, [hello.clone()]);
+    assert_eq!(fake.world.lock().hellos, std::slice::from_ref(&hello));
     fake.cut(0);
     let next = tokio::spawn({
         let client = client.clone();
