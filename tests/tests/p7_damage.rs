@@ -55,9 +55,8 @@ fn incarnation(cluster: &Cluster, slot: usize) -> Option<String> {
 }
 
 fn json(cluster: &Cluster, slot: usize, path: &str) -> Value {
-    let answer = cluster.http(slot).get(path);
-    match answer.status {
-        200 => answer.json(),
+    match cluster.http(slot).try_get(path) {
+        Ok(answer) if answer.status == 200 => answer.json(),
         _ => Value::Null,
     }
 }

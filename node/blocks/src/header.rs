@@ -25,7 +25,7 @@ const SLOT_BYTES: usize = 8 + 4 + 4 + CONTENT_BYTES + 4;
 #[derive(Debug)]
 pub enum Found {
     /// One of ours.
-    Header(Header),
+    Header(Box<Header>),
     /// One that a newer program made.
     UnknownVersion(u32),
     /// Neither slot is whole.
@@ -67,23 +67,24 @@ impl Header {
                 Err(error) => return Err(error),
             }
             match decode(&bytes) {
-                Some((VERSION, number, content)) => {
-                    if newest.as_ref().is_none_or(|newest| newest.number < number) {
-                        newest = Some(Header {
-                            content,
-                            number,
-                            synced_slot: slot,
-                            is_unsynced: false,
-                        });
-                    }
+                Some((VERSION, number, content))
+                    if newest.as_ref().is_none_or(|newest| newest.number < number) =>
+                {
+                    newest = Some(Header {
+                        content,
+                        number,
+                        synced_slot: slot,
+                        is_unsynced: false,
+                    });
                 }
+                Some((VERSION, ..)) => {}
                 Some((version, ..)) => unknown = Some(version),
                 None => {}
             }
         }
         Ok(match (newest, unknown) {
             (_, Some(version)) => Found::UnknownVersion(version),
-            (Some(header), None) => Found::Header(header),
+            (Some(header), None) => Found::Header(Box::new(header)),
             (None, None) => Found::Damaged,
         })
     }

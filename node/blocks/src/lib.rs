@@ -168,7 +168,7 @@ impl BlockFile {
             return Err(damaged(&format!("a file of {bytes} bytes was cut or lengthened")));
         }
         match Header::read(&file)? {
-            Found::Header(header) => Ok(BlockFile::with(file, header, on_damage)),
+            Found::Header(header) => Ok(BlockFile::with(file, *header, on_damage)),
             Found::UnknownVersion(version) => Err(io::Error::new(
                 ErrorKind::Unsupported,
                 format!("layout {version} of the database file is not known; use a newer program"),
