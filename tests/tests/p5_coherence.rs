@@ -298,7 +298,9 @@ fn p3_a_growing_file_shows_only_what_was_written() {
                 (&file).write_all(&[b'1'; 199]).expect("write");
                 file.sync_all().expect("fsync");
             }
-            _ => drop(path.metadata().expect("stat")),
+            _ => {
+                path.metadata().expect("stat");
+            }
         };
         meanwhile(3, others, || {
             let (mut bytes, mut reads, mut at, mut at_anew) = (vec![0; 1 << 20], 0, 0, 0);
@@ -328,7 +330,9 @@ fn p5_a_name_can_be_opened_whatever_others_do_with_it() {
     let sandbox = Sandbox::light("p5-names");
     let cluster = Cluster::start(&sandbox);
     let (here, there) = (cluster.mount(), cluster.mount());
-    let put = |text: &str| drop(cluster.http(1).post("/upload/replaced", text).expect(&[201]));
+    let put = |text: &str| {
+        cluster.http(1).post("/upload/replaced", text).expect(&[201]);
+    };
     put("version");
     meanwhile(
         6,
