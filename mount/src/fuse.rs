@@ -7,19 +7,16 @@
 //!   wait together; the kernel bounds how many.
 //! - Every request is answered exactly once. A panic in a handler answers EIO (fuser's replies do so when
 //!   they are dropped) and takes no thread with it.
-//! - The kernel keeps names and attributes for as long as the mount option says (by default it asks each
-//!   time), and a file's pages only if the filesystem says at open that they are still right. While a file is open
-//!   it drops them when it is told another size than its own. FUSE_EXPLICIT_INVAL_DATA would keep them: the zeros
-//!   behind the old end would be read as bytes of the file.
-//!
-//! Lookups are not counted, and FORGET has nothing to do: inode numbers are never used twice, and of the few
-//! inodes without a name the kernel is asked whether it still knows them (`presence`).
+//! - The kernel keeps names and attributes as long as the mount option says (by default it asks each time), and a
+//!   file's pages only if it is told at open that they are still right. It drops them when it is told another size.
+//!   Look-ups are not counted, FORGET has nothing to do: of inodes without a name the kernel is asked (`notices`).
 
 mod answer;
 mod convert;
 mod edge;
 mod inode_map;
-mod presence;
+mod notices;
+mod places;
 mod session;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -45,11 +42,12 @@ use quorumfs_proto::{Attributes, SymlinkTarget};
 use crate::fs::{Cluster, Opened};
 use crate::statistics::{ATTRIBUTE, Verb};
 use answer::{
-    GENERATION, answer_attr, answer_entries, answer_entry, answer_names, answer_ok, answer_space,
-    answer_xattr, open_flags,
+    GENERATION, answer_attr, answer_entries, answer_entry, answer_moved, answer_names, answer_ok,
+    answer_space, answer_xattr, open_flags,
 };
 use convert::SetAttrFields;
-use edge::{name_bytes, opening};
+use edge::{name_bytes, new_file, opening};
+use places::Place;
 
 pub use edge::FuseEdge;
 pub use session::serve_kernel;
@@ -88,12 +86,13 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         Ok(())
     }
 
-    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let (caller, place) = (request.pid(), Place::of(parent, name.as_bytes()));
         let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
         self.serve(
             (Verb::Lookup, reply),
-            move |fs| async move { fs.lookup(parent?, &name).await },
-            answer_entry(self.view.clone()),
+            move |fs| async move { fs.lookup_for(caller, parent?, &name).await },
+            answer_entry(self.view.clone(), place),
         );
     }
 
@@ -229,6 +228,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
+        let answer = answer_moved(self.view.clone(), from_parent, to_parent);
         let (from_parent, from_name) = (self.cluster_inode(from_parent), name_bytes(from_name));
         let (to_parent, to_name) = (self.cluster_inode(to_parent), name_bytes(to_name));
         self.serve(
@@ -238,7 +238,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
                 fs.rename(from_parent?, &from_name, to_parent?, &to_name, mode)
                     .await
             },
-            answer_ok,
+            answer,
         );
     }
 
@@ -251,16 +251,16 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         self.serve(
             (Verb::Link, reply),
             move |fs| async move { fs.link(inode?, parent?, &name).await },
-            answer_entry(self.view.clone()),
+            answer_entry(self.view.clone(), Place::Anywhere),
         );
     }
 
     fn open(&self, request: &Request, inode: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
-        let inode = self.cluster_inode(inode);
+        let (caller, inode) = (request.pid(), self.cluster_inode(inode));
         let flags = opening(flags.0, request.uid());
         self.serve(
             (Verb::Open, reply),
-            move |fs| async move { fs.open(inode?, flags).await },
+            move |fs| async move { fs.open_for(caller, inode?, flags).await },
             |reply, opened: Opened| reply.opened(FileHandle(opened.handle), open_flags(&opened)),
         );
     }
@@ -276,11 +276,11 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         reply: ReplyCreate,
     ) {
         let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
-        let (uid, gid, mode) = (request.uid(), request.gid(), convert::permissions(mode));
+        let (caller, new) = (request.pid(), new_file(mode, request));
         let (view, flags) = (self.view.clone(), opening(flags, request.uid()));
         self.serve(
             (Verb::Create, reply),
-            move |fs| async move { fs.create(parent?, &name, mode, uid, gid, flags).await },
+            move |fs| async move { fs.create_for(caller, parent?, &name, new, flags).await },
             move |reply, (attributes, opened): (Attributes, Opened)| {
                 let handle = FileHandle(opened.handle);
                 let attr = view.attr(&attributes);
@@ -417,7 +417,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     fn readdirplus(
         &self,
         _request: &Request,
-        _inode: INodeNo,
+        inode: INodeNo,
         handle: FileHandle,
         offset: u64,
         reply: ReplyDirectoryPlus,
@@ -429,7 +429,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
                 fs.read_directory(handle.0, offset, EntryDetail::Attributes, LISTING_BYTES)
                     .await
             },
-            answer_entries(view, offset),
+            answer_entries(view, inode, offset),
         );
     }
 

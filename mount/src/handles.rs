@@ -16,6 +16,7 @@ use quorumfs_proto::command::Privileges;
 use quorumfs_proto::{Attributes, FsError, InodeNumber, Timestamp};
 
 use crate::caches::extent_cache::ExtentCache;
+use crate::caches::page_tail::PageTail;
 use crate::caches::page_versions::Dropping;
 use crate::readahead::Readahead;
 use crate::write_buffer::WriteBuffer;
@@ -71,6 +72,8 @@ pub struct OpenInode<Put> {
     pub inode: InodeNumber,
     /// Whoever holds it may send commands about the content of this file: they take effect in the order of writing.
     pub turn: tokio::sync::Mutex<()>,
+    /// Whoever holds it drops pages of this file above.
+    pub page_turn: Arc<tokio::sync::Mutex<()>>,
     /// Everything else.
     pub state: Mutex<InodeState<Put>>,
 }
@@ -86,6 +89,10 @@ pub struct InodeState<Put> {
     pub puts: BTreeMap<u64, Put>,
     /// Where the committed bytes are.
     pub extents: ExtentCache,
+    /// What pages above hold behind the end of the file.
+    pub tail: PageTail,
+    /// Handles that may write.
+    pub writers: u32,
     /// When a program wrote last, while dirty.
     pub mtime: Option<Timestamp>,
     /// Whether the next flush drops privileges.
@@ -156,6 +163,12 @@ impl<Put> InodeState<Put> {
         if !self.view.as_ref().is_some_and(is_older) {
             self.view = Some(told.clone());
         }
+    }
+
+    /// How long the file is for programs of this mount, as far as is known.
+    pub fn size(&self) -> u64 {
+        let committed = self.view.as_ref().map_or(0, |view| view.size);
+        committed.max(self.buffer.end())
     }
 
     /// The attributes as programs of this mount see them: with what they wrote.
@@ -266,11 +279,14 @@ impl<Put> OpenFiles<Put> {
             node: Arc::new(OpenInode {
                 inode,
                 turn: tokio::sync::Mutex::new(()),
+                page_turn: Arc::default(),
                 state: Mutex::new(InodeState {
                     view: None,
                     buffer: WriteBuffer::default(),
                     puts: BTreeMap::new(),
                     extents: ExtentCache::default(),
+                    tail: PageTail::default(),
+                    writers: 0,
                     mtime: None,
                     privileges: Privileges::Keep,
                     privileges_sent: Privileges::Keep,
@@ -311,7 +327,11 @@ impl<Put> OpenFiles<Put> {
 
     /// Makes a hold into a handle.
     pub fn add(&self, node: Arc<OpenInode<Put>>, flags: OpenFlags, dropping: Option<Dropping>) -> Handle {
-        let seen = node.state.lock().failures.seen_by_new_handle();
+        let seen = {
+            let mut state = node.state.lock();
+            state.writers += u32::from(flags.write);
+            state.failures.seen_by_new_handle()
+        };
         let mut tables = self.tables.lock();
         tables.last_handle += 1;
         let handle = tables.last_handle;
@@ -338,7 +358,9 @@ impl<Put> OpenFiles<Put> {
 
     /// Ends a handle; its hold stays until [`OpenFiles::let_go`].
     pub fn remove(&self, handle: Handle) -> Result<Arc<OpenFile<Put>>, FsError> {
-        self.tables.lock().files.remove(&handle).ok_or(FsError::Stale)
+        let file = self.tables.lock().files.remove(&handle).ok_or(FsError::Stale)?;
+        file.node.state.lock().writers -= u32::from(file.flags.write);
+        Ok(file)
     }
 
     /// The open (or dirty) file of this number.

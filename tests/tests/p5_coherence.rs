@@ -1,8 +1,10 @@
 //! P5: a call that starts after another returned sees its effect, on any mount, through any node.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use quorumfs_tests::{Cluster, Random, Sandbox};
 
@@ -250,4 +252,161 @@ fn p5_every_node_answers_with_what_was_acknowledged_before() {
         );
     }
     mount.unmount();
+}
+
+/// Does `other`, again and again, in `threads` threads for as long as `calls` takes. Each is told how often it was done.
+fn meanwhile(threads: usize, other: impl Fn(usize, usize) + Sync, calls: impl FnOnce()) {
+    let stopped = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for thread in 0..threads {
+            let (stopped, other) = (&stopped, &other);
+            scope.spawn(move || {
+                let mut round = 0;
+                while !stopped.load(Ordering::Relaxed) {
+                    other(thread, round);
+                    round += 1;
+                }
+            });
+        }
+        // The threads end even if it panics.
+        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(calls));
+        stopped.store(true, Ordering::Relaxed);
+        if let Err(panic) = done {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
+
+#[test]
+fn p3_a_growing_file_shows_only_what_was_written() {
+    let sandbox = Sandbox::light("p3-growing");
+    let cluster = Cluster::start(&sandbox);
+    let mounts = [cluster.mount(), cluster.mount()];
+    for (writer, append) in [(&mounts[0], true), (&mounts[0], false), (&mounts[1], true)] {
+        let name = format!("log-{append}-{}", writer.process_id());
+        let file = OpenOptions::new()
+            .create(true)
+            .write(true)
+            .append(append)
+            .open(writer.path(&name))
+            .expect("create");
+        let path = mounts[1].path(&name);
+        let kept = File::open(&path).expect("open");
+        let others = |thread, _| match thread {
+            0 => {
+                // `append` or not, the file's own offset is its end.
+                (&file).write_all(&[b'1'; 199]).expect("write");
+                file.sync_all().expect("fsync");
+            }
+            _ => {
+                path.metadata().expect("stat");
+            }
+        };
+        meanwhile(3, others, || {
+            let (mut bytes, mut reads, mut at, mut at_anew) = (vec![0; 1 << 20], 0, 0, 0);
+            let mut look = |file: &File, at: &mut u64| {
+                let length = file.read_at(&mut bytes, *at).expect("read");
+                assert!(
+                    !bytes[..length].contains(&0),
+                    "{name}: bytes that nobody wrote behind {at}"
+                );
+                *at += length as u64;
+                reads += usize::from(length > 0);
+            };
+            for _ in 0..60 {
+                if kept.metadata().expect("fstat").len() > at {
+                    look(&kept, &mut at);
+                }
+                look(&File::open(&path).expect("open"), &mut at_anew);
+            }
+            assert!(reads > 10, "{name} grew");
+        });
+    }
+    mounts.into_iter().for_each(|mount| mount.unmount());
+}
+
+#[test]
+fn p5_a_name_can_be_opened_whatever_others_do_with_it() {
+    let sandbox = Sandbox::light("p5-names");
+    let cluster = Cluster::start(&sandbox);
+    let (here, there) = (cluster.mount(), cluster.mount());
+    let put = |text: &str| {
+        cluster.http(1).post("/upload/replaced", text).expect(&[201]);
+    };
+    put("version");
+    meanwhile(
+        6,
+        |thread, round| put(&format!("version {thread}.{round}")),
+        || {
+            for _ in 0..150 {
+                let text = fs::read_to_string(here.path("replaced")).expect("open by name");
+                assert!(text.starts_with("version"), "{text}");
+                here.path("replaced").metadata().expect("stat by name");
+            }
+        },
+    );
+    let make = |path: &Path| {
+        let file = OpenOptions::new().create(true).append(true).open(path);
+        file.expect("open for creation").write_all(b"x").expect("append");
+    };
+    let remove = |path: &Path| match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => panic!("unlink: {error}"),
+        _ => {}
+    };
+    meanwhile(
+        4,
+        |thread, _| match thread {
+            0 => make(&there.path("churn")),
+            1 => remove(&here.path("churn")),
+            _ => remove(&there.path("churn")),
+        },
+        || (0..100).for_each(|_| make(&here.path("churn"))),
+    );
+    here.unmount();
+    there.unmount();
+}
+
+#[test]
+fn p5_a_directory_that_another_mount_moved_can_be_used() {
+    let sandbox = Sandbox::light("p5-moved");
+    let cluster = Cluster::start(&sandbox);
+    let (here, there) = (cluster.mount(), cluster.mount());
+    for name in ["incoming", "running", "elsewhere"] {
+        fs::create_dir(there.path(name)).expect("mkdir");
+    }
+    // The kernel is busy with the old parent, and with renames.
+    let busy = |thread, round| {
+        let from = here.path(format!("incoming/{thread}-{round}"));
+        let to = here.path(format!("elsewhere/{thread}-{round}"));
+        fs::write(&from, "").expect("create");
+        fs::rename(&from, &to).expect("rename");
+        fs::remove_file(&to).expect("unlink");
+    };
+    meanwhile(2, busy, || {
+        for round in 0..20 {
+            let at = |place: &str, below: &str| format!("{place}/job-{round}{below}");
+            fs::create_dir_all(there.path(at("incoming", "/below"))).expect("mkdir");
+            let open = File::open(here.path(at("incoming", "/below"))).expect("open");
+            fs::rename(there.path(at("incoming", "")), there.path(at("running", ""))).expect("move");
+            match round % 3 {
+                0 => {
+                    fs::write(here.path(at("running", "/below/data")), "x").expect("create at the new place")
+                }
+                1 => fs::rename(here.path(at("running", "/below")), here.path(at("elsewhere", "")))
+                    .expect("move what is below"),
+                _ => fs::rename(here.path(at("running", "")), here.path(at("incoming", "")))
+                    .expect("move back"),
+            }
+            let held = open.metadata().expect("fstat").ino();
+            let new = [
+                at("running", "/below"),
+                at("elsewhere", ""),
+                at("incoming", "/below"),
+            ];
+            let seen = here.path(&new[round % 3]).metadata().expect("stat").ino();
+            assert_eq!(held, seen, "it is the same directory");
+        }
+    });
+    here.unmount();
+    there.unmount();
 }

@@ -16,7 +16,7 @@ impl<C: Cluster> Filesystem<C> {
         _handle: Option<Handle>,
     ) -> Result<Attributes, FsError> {
         let told = self.told_attributes(Query::Attributes { inode }).await?;
-        Ok(self.present(told))
+        Ok(self.present(told).await)
     }
 
     /// The attributes that `query` asks for, as the cluster tells them.
@@ -50,13 +50,19 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Does what changes one inode, after what was written to it, and answers its attributes.
     async fn change(&self, inode: InodeNumber, operation: Operation) -> Result<Attributes, FsError> {
+        let resizes =
+            matches!(&operation, Operation::SetAttributes { changes, .. } if changes.size.is_some());
         let outcome = match self.open.find(inode) {
             Some(node) => self.commit_with(&node, operation).await?,
             None => self.mutate(operation).await?,
         };
-        match outcome.attributes_of(inode) {
-            Some(attributes) => Ok(self.present(attributes.clone())),
-            None => Ok(self.present(entry_of(&outcome)?.0)),
+        let attributes = match outcome.attributes_of(inode) {
+            Some(attributes) => attributes.clone(),
+            None => entry_of(&outcome)?.0,
+        };
+        match resizes {
+            true => Ok(self.present_resized(attributes)),
+            false => Ok(self.present(attributes).await),
         }
     }
 

@@ -211,12 +211,16 @@ impl<C: Cluster> Filesystem<C> {
 
     fn item(&self, entry: &DirectoryEntry) -> DirectoryItem {
         let attributes = entry.attributes.clone();
+        if attributes.is_some() && self.cluster.lease().is_some() {
+            // Names are kept above as long as the lease holds: it may be opened without a look-up.
+            self.looked_up.add(entry.inode);
+        }
         DirectoryItem {
             name: Bytes::from(entry.name.clone()),
             inode: entry.inode,
             kind: entry.kind,
             cookie: entry.cookie,
-            attributes: attributes.map(|attributes| self.present(attributes)),
+            attributes: attributes.map(|attributes| self.present_in_listing(attributes)),
         }
     }
 

@@ -25,8 +25,10 @@ mod directory;
 mod dirty;
 mod handed_over;
 mod leased;
+mod looked_up;
 mod namespace;
 mod open;
+mod pages;
 mod read;
 mod removed;
 mod write;
@@ -34,7 +36,7 @@ mod write;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use futures::future::{BoxFuture, Shared};
@@ -47,7 +49,10 @@ use tokio::sync::Semaphore;
 pub use self::cluster::{Cluster, FreshContent};
 pub use self::directory::DirectoryItem;
 pub use self::leased::Leased;
-pub use self::open::Opened;
+pub use self::looked_up::Caller;
+pub use self::namespace::Moved;
+pub use self::open::{NewFile, Opened};
+pub use self::pages::PagesAbove;
 pub use self::removed::UsedAbove;
 pub use self::write::Place;
 pub use crate::handles::{Handle, OpenFlags};
@@ -55,6 +60,7 @@ pub use crate::handles::{Handle, OpenFlags};
 use self::directory::OpenDirectories;
 use self::dirty::DirtyBytes;
 use self::handed_over::HandedOver;
+use self::looked_up::LookedUp;
 use self::removed::Removed;
 use crate::caches::chunk_cache::ChunkCache;
 use crate::caches::page_versions::PageVersions;
@@ -90,6 +96,10 @@ pub struct FsOptions {
     pub dirty_bytes_max: u64,
     /// How long they may stay so without a sync.
     pub dirty_age_ms: u64,
+    /// How long at least what was looked up can be opened although another mount takes its name meanwhile; twice as long
+    /// at most. The kernel sends the open within a second of the look-up (that long it may remember a name), and a moment
+    /// more on a busy machine.
+    pub looked_up_ms: u64,
     /// The directory that is mounted; it is its own parent.
     pub root: InodeNumber,
 }
@@ -102,6 +112,7 @@ impl Default for FsOptions {
             cache_bytes: 128 << 20,
             dirty_bytes_max: 64 << 20,
             dirty_age_ms: 1000,
+            looked_up_ms: 2000,
             root: InodeNumber::ROOT,
         }
     }
@@ -123,8 +134,10 @@ pub struct Filesystem<C: Cluster = quorumfs_client::Client> {
     handed_over: HandedOver<Put<C>>,
     chunks: ChunkCache,
     pages: PageVersions,
+    pages_above: OnceLock<Arc<dyn PagesAbove>>,
     readahead_permits: Semaphore,
     removed: Removed,
+    looked_up: LookedUp,
 }
 
 impl<C: Cluster> Filesystem<C> {
@@ -139,8 +152,10 @@ impl<C: Cluster> Filesystem<C> {
             handed_over: HandedOver::default(),
             chunks: ChunkCache::new(options.cache_bytes),
             pages: PageVersions::default(),
+            pages_above: OnceLock::new(),
             readahead_permits: Semaphore::new(READAHEAD_FETCHES_MAX),
             removed: Removed::default(),
+            looked_up: LookedUp::new(options.looked_up_ms),
             options,
         });
         let weak = Arc::downgrade(&filesystem);
@@ -221,18 +236,6 @@ impl<C: Cluster> Filesystem<C> {
         for attributes in touched {
             if let Some(node) = self.open.find(attributes.inode) {
                 node.state.lock().learn(attributes);
-            }
-        }
-    }
-
-    /// `attributes`, newly told by the cluster, as programs of this mount see them.
-    fn present(&self, attributes: Attributes) -> Attributes {
-        match self.open.find(attributes.inode) {
-            None => attributes,
-            Some(node) => {
-                let mut state = node.state.lock();
-                state.learn(&attributes);
-                state.attributes().unwrap_or(attributes)
             }
         }
     }

@@ -7,12 +7,22 @@
 use quorumfs_proto::command::{Held, IfExists, NewInode, RenameMode, Target};
 use quorumfs_proto::query::Answer;
 use quorumfs_proto::{
-    Attributes, FsError, InodeNumber, Name, Operation, OperationResult, Outcome, Query, SymlinkTarget,
+    Attributes, FileKind, FsError, InodeNumber, Name, Operation, OperationResult, Outcome, Query,
+    SymlinkTarget,
 };
 
 use super::removed::RemovedBy;
-use super::{Cluster, Filesystem, unexpected};
+use super::{Caller, Cluster, Filesystem, unexpected};
 use crate::handles::Scope;
+
+/// Directories that a rename moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// The one that was named.
+    pub there: Option<InodeNumber>,
+    /// The one it changed places with.
+    pub back: Option<InodeNumber>,
+}
 
 impl<C: Cluster> Filesystem<C> {
     /// What `name` names in `parent`. Knows "." and "..", of any inode that lives.
@@ -25,9 +35,28 @@ impl<C: Cluster> Filesystem<C> {
             }
             _ => {
                 let name = Name::new(name.to_vec())?;
-                let told = self.told_attributes(Query::Lookup { parent, name }).await?;
-                Ok(self.present(told))
+                let told = {
+                    // Until it is noted what this is about, it is not given up.
+                    let _under_way = self.removed.may_hold();
+                    let told = self.told_attributes(Query::Lookup { parent, name }).await?;
+                    self.looked_up.add(told.inode);
+                    told
+                };
+                Ok(self.present(told).await)
             }
+        }
+    }
+
+    /// As [`Filesystem::lookup`], for a thread whose creation may have found something just now.
+    pub async fn lookup_for(
+        &self,
+        caller: Caller,
+        parent: InodeNumber,
+        name: &[u8],
+    ) -> Result<Attributes, FsError> {
+        match self.looked_up.found_by(caller, parent, name) {
+            Some(found) => Ok(self.present(found).await),
+            None => self.lookup(parent, name).await,
         }
     }
 
@@ -54,7 +83,9 @@ impl<C: Cluster> Filesystem<C> {
             existing: IfExists::Refuse,
         };
         let outcome = self.mutate(make).await?;
-        Ok(entry_of(&outcome)?.0)
+        let (made, _) = entry_of(&outcome)?;
+        self.looked_up.add(made.inode);
+        Ok(made)
     }
 
     /// Where a symbolic link points.
@@ -84,7 +115,7 @@ impl<C: Cluster> Filesystem<C> {
             None => self.mutate(link).await?,
         };
         match outcome.attributes_of(inode) {
-            Some(attributes) => Ok(self.present(attributes.clone())),
+            Some(attributes) => Ok(self.present(attributes.clone()).await),
             None => self.attributes(inode, None).await,
         }
     }
@@ -93,7 +124,7 @@ impl<C: Cluster> Filesystem<C> {
     pub async fn unlink(&self, parent: InodeNumber, name: &[u8]) -> Result<(), FsError> {
         self.writable()?;
         let name = Name::new(name.to_vec())?;
-        let _under_way = self.removed.removal();
+        let _under_way = self.removed.may_hold();
         let outcome = self
             .mutate(Operation::Unlink {
                 parent: Target::Inode(parent),
@@ -110,7 +141,7 @@ impl<C: Cluster> Filesystem<C> {
         self.writable()?;
         let name = Name::new(name.to_vec())?;
         let parent = Target::Inode(parent);
-        let _under_way = self.removed.removal();
+        let _under_way = self.removed.may_hold();
         let outcome = self.mutate(Operation::RemoveDirectory { parent, name }).await?;
         self.removed_by(&outcome);
         Ok(())
@@ -125,7 +156,7 @@ impl<C: Cluster> Filesystem<C> {
         to_parent: InodeNumber,
         to_name: &[u8],
         mode: RenameMode,
-    ) -> Result<(), FsError> {
+    ) -> Result<Moved, FsError> {
         self.writable()?;
         let from_name = Name::new(from_name.to_vec())?;
         let to_name = Name::new(to_name.to_vec())?;
@@ -133,7 +164,7 @@ impl<C: Cluster> Filesystem<C> {
         if mode == RenameMode::Exchange {
             self.commit_named(to_parent, &to_name).await;
         }
-        let _under_way = self.removed.removal();
+        let _under_way = self.removed.may_hold();
         let outcome = self
             .mutate(Operation::Rename {
                 from_parent: Target::Inode(from_parent),
@@ -144,9 +175,10 @@ impl<C: Cluster> Filesystem<C> {
                 held: Held::Open,
             })
             .await?;
-        if let Some(OperationResult::Renamed {
-            other: Some(other), ..
-        }) = outcome.results.first()
+        let Some(OperationResult::Renamed { inode, other }) = outcome.results.first() else {
+            return Ok(Moved::default());
+        };
+        if let Some(other) = other
             && mode == RenameMode::Replace
             && outcome
                 .attributes_of(*other)
@@ -154,7 +186,17 @@ impl<C: Cluster> Filesystem<C> {
         {
             self.lost_its_name(*other);
         }
-        Ok(())
+        let directory = |inode: &InodeNumber| {
+            let attributes = outcome.attributes_of(*inode)?;
+            (attributes.kind == FileKind::Directory).then_some(*inode)
+        };
+        Ok(Moved {
+            there: directory(inode),
+            back: other
+                .as_ref()
+                .filter(|_| mode == RenameMode::Exchange)
+                .and_then(directory),
+        })
     }
 
     /// Commits what was written to the file of this name. A failure is kept for its handles.

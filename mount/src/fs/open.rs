@@ -8,7 +8,7 @@ use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber, Name, Operation
 
 use super::namespace::entry_of;
 use super::removed::RemovedBy;
-use super::{Cluster, Durability, Filesystem, Handle, Node, OpenFlags, Put};
+use super::{Caller, Cluster, Durability, Filesystem, Handle, Node, OpenFlags, Put};
 use crate::caches::page_versions::Dropping;
 use crate::handles::{OpenFile, Scope};
 
@@ -26,7 +26,32 @@ pub struct Opened {
     pub keep_cache: bool,
 }
 
+/// How often a creation is tried again because what had the name is gone when it is looked up.
+const CREATE_ATTEMPTS_MAX: u32 = 16;
+
+/// What a program says of a file that it creates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewFile {
+    /// Permissions, without the bits of the umask.
+    pub mode: u16,
+    /// Its owner.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+}
+
 impl<C: Cluster> Filesystem<C> {
+    /// As [`Filesystem::open`], for a thread whose creation may have found something just now.
+    pub async fn open_for(
+        &self,
+        caller: Caller,
+        inode: InodeNumber,
+        flags: OpenFlags,
+    ) -> Result<Opened, FsError> {
+        self.looked_up.goes_on(caller);
+        self.open(inode, flags).await
+    }
+
     /// Opens a file, as it is now (close-to-open).
     pub async fn open(&self, inode: InodeNumber, flags: OpenFlags) -> Result<Opened, FsError> {
         if flags.write || flags.truncate {
@@ -63,7 +88,8 @@ impl<C: Cluster> Filesystem<C> {
             _ => return Err(FsError::InvalidArgument),
         }
         // Nobody's name leads there any more; unless it is held here the cluster may already have been told so.
-        if view.links == 0 && self.open.holds(node.inode) == 1 && !self.removed.holds(node.inode) {
+        let may_open = || self.removed.holds(node.inode) || self.looked_up.may_open(node.inode);
+        if view.links == 0 && self.open.holds(node.inode) == 1 && !may_open() {
             return Err(FsError::Stale);
         }
         Ok(self.pages.opened(node.inode, view.content_version))
@@ -82,6 +108,11 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     fn opened(&self, node: Node<C>, flags: OpenFlags, dropping: Option<Dropping>) -> Opened {
+        if dropping.is_none() && !flags.append {
+            let mut state = node.state.lock();
+            let size = state.size();
+            state.tail.kept(size);
+        }
         Opened {
             handle: self.open.add(node, flags, dropping),
             direct_io: flags.append,
@@ -98,11 +129,7 @@ impl<C: Cluster> Filesystem<C> {
         Ok(file)
     }
 
-    /// Creates a regular file and opens it. `mode` is without the bits of the umask.
-    ///
-    /// Where there is one by now (of another mount, since the name was looked up) it answers [`FsError::Exists`] if
-    /// `flags` say exclusive and else [`FsError::Stale`]: the kernel allowed a creation, so nobody has checked whether
-    /// the program may open or truncate what is there. It looks the name up again then, and asks for an open.
+    /// As [`Filesystem::create_for`], for a thread that cannot be named.
     pub async fn create(
         &self,
         parent: InodeNumber,
@@ -112,22 +139,55 @@ impl<C: Cluster> Filesystem<C> {
         gid: u32,
         flags: OpenFlags,
     ) -> Result<(Attributes, Opened), FsError> {
+        let new = NewFile { mode, uid, gid };
+        self.create_for(0, parent, name, new, flags).await
+    }
+
+    /// Creates a regular file and opens it.
+    ///
+    /// Where there is one by now (of another mount, since the name was looked up) it answers [`FsError::Exists`] if
+    /// `flags` say exclusive and else [`FsError::Stale`]: the kernel allowed a creation, so nobody has checked whether
+    /// the program may open or truncate what is there. It looks the name up again then, as `caller`, finds what was found
+    /// here ([`Filesystem::lookup_for`]), and asks for an open.
+    pub async fn create_for(
+        &self,
+        caller: Caller,
+        parent: InodeNumber,
+        name: &[u8],
+        new: NewFile,
+        flags: OpenFlags,
+    ) -> Result<(Attributes, Opened), FsError> {
         self.writable()?;
+        self.looked_up.goes_on(caller);
         let create = Operation::Create {
             parent: Target::Inode(parent),
             name: Name::new(name.to_vec())?,
             inode: NewInode {
                 kind: NewKind::File,
-                mode,
-                uid,
-                gid,
+                mode: new.mode,
+                uid: new.uid,
+                gid: new.gid,
             },
             existing: IfExists::Refuse,
         };
-        let made = self.mutate(create).await.map_err(|error| match error {
-            FsError::Exists if !flags.exclusive => FsError::Stale,
-            other => other,
-        });
+        let mut attempt = 1;
+        // Another mount may take the name away before the file is held here.
+        let _under_way = self.removed.may_hold();
+        let made = loop {
+            match self.mutate(create.clone()).await {
+                Err(FsError::Exists) if !flags.exclusive => {}
+                made => break made,
+            }
+            match self.lookup(parent, name).await {
+                Ok(found) => {
+                    self.looked_up.found(caller, parent, name, found);
+                    return Err(FsError::Stale);
+                }
+                Err(FsError::NotFound) if attempt < CREATE_ATTEMPTS_MAX => attempt += 1,
+                Err(FsError::NotFound) => return Err(FsError::Stale),
+                Err(error) => return Err(error),
+            }
+        };
         let (attributes, _) = entry_of(&made?)?;
         let node = self.open.hold(attributes.inode);
         {

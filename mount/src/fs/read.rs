@@ -11,7 +11,8 @@ use quorumfs_proto::limits::FILE_BYTES_MAX;
 use quorumfs_proto::query::Answer;
 use quorumfs_proto::{FsError, Query};
 
-use super::{Cluster, Filesystem, Handle, Node, unexpected};
+use super::pages::LastByte;
+use super::{Cluster, Filesystem, Handle, Node, Put, unexpected};
 use crate::caches::extent_cache::clip;
 use crate::handles::InodeState;
 use crate::readahead::Pattern;
@@ -26,6 +27,9 @@ const READ_RETRY_MS: u64 = 50;
 
 /// Lookups that commits of this mount may overtake before a read asks them to wait.
 const OVERTAKEN_MAX: u32 = 3;
+
+/// How often a read that ends short is done again because the file has become longer meanwhile.
+const OUTGROWN_MAX: u32 = 100;
 
 /// Fetches of one read at once.
 const FETCHES_AT_ONCE_MAX: usize = 16;
@@ -53,9 +57,23 @@ impl<C: Cluster> Filesystem<C> {
         if !seen.ahead.is_empty() {
             self.read_ahead(&file.node, seen.ahead);
         }
-        for attempt in 1..=READ_ATTEMPTS_MAX {
+        let (mut attempt, mut outgrown) = (1, 0);
+        while attempt <= READ_ATTEMPTS_MAX {
             let snapshot = self.snapshot(&file.node, range.clone()).await?;
+            let end = snapshot.range.end;
             match self.assemble(snapshot, seen.pattern).await {
+                Ok(bytes) if end < range.end => {
+                    let mut state = file.node.state.lock();
+                    // A longer file may have been told to whoever would take what is missing for zeros.
+                    if state.size() > end && outgrown < OUTGROWN_MAX {
+                        outgrown += 1;
+                        continue;
+                    }
+                    if !file.flags.append {
+                        state.tail.read_short(end);
+                    }
+                    return Ok(bytes);
+                }
                 // The chunk is gone, so the file must have changed: look again.
                 Err(FsError::Stale) => {
                     tracing::debug!(inode = %file.node.inode, attempt, "a chunk is gone; extents are looked up again");
@@ -63,6 +81,7 @@ impl<C: Cluster> Filesystem<C> {
                     if attempt > 1 {
                         tokio::time::sleep(Duration::from_millis(READ_RETRY_MS * u64::from(attempt))).await;
                     }
+                    attempt += 1;
                 }
                 other => return other,
             }
@@ -128,6 +147,27 @@ impl<C: Cluster> Filesystem<C> {
             state.extents.store(attributes.content_version, from..to, pieces);
         }
         Ok(is_current)
+    }
+
+    /// The last byte of a file to which no program of this mount may write.
+    pub(super) async fn last_byte(&self, node: &Node<C>) -> Option<LastByte> {
+        for _ in 0..READ_ATTEMPTS_MAX {
+            let version_and_size = |state: &InodeState<Put<C>>| {
+                let view = state.view.as_ref()?;
+                let is_read_only = state.writers == 0 && state.buffer.is_clean();
+                is_read_only.then_some((view.content_version, view.size))
+            };
+            let (version, size) = version_and_size(&node.state.lock())?;
+            let range = size.checked_sub(1)?..size;
+            let snapshot = self.snapshot(node, range.clone()).await.ok()?;
+            if snapshot.range != range || version_and_size(&node.state.lock()) != Some((version, size)) {
+                continue;
+            }
+            let bytes = self.assemble(snapshot, Pattern::Sequential).await.ok()?;
+            let (at, byte) = (range.start, *bytes.first()?);
+            return Some(LastByte { version, at, byte });
+        }
+        None
     }
 
     async fn assemble(&self, snapshot: Snapshot, pattern: Pattern) -> Result<Bytes, FsError> {

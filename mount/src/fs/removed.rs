@@ -8,8 +8,8 @@
 //! - It is released a moment later, unless it is open, or whoever is above (`UsedAbove`) still knows the inode. The kernel
 //!   forgets an inode without a name together with its last user, and cannot come to know it again, as no answer names
 //!   it any more. So it is enough to ask now and then, about these few inodes; lookups need not be counted.
-//! - What another mount removed is held for the files open here alone: of that the kernel may remember unused names for
-//!   days.
+//! - What another mount removed is held for the files open here, and for as long as an open of what was looked up may be on
+//!   its way (`looked_up`): the kernel may remember unused names for days.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, OnceLock};
@@ -43,17 +43,17 @@ pub(super) struct Removed {
     used_above: OnceLock<Arc<UsedAbove>>,
 }
 
-/// Commands under way that may take a last name. Until they are answered it is not known here which inode's; the cluster
-/// may ask about it before.
+/// Calls under way after which this mount may have to hold an inode: commands that may take a last name, creations
+/// and look-ups. Until they are answered it is not known here which inode; the cluster may ask about it before.
 #[derive(Default)]
 struct Removals {
     begun: u64,
     under_way: BTreeSet<u64>,
-    /// What the cluster asks about, and how many removals had begun when it first did.
+    /// What the cluster asks about, and how many calls had begun when it first did.
     asked: HashMap<InodeNumber, u64>,
 }
 
-/// A command that may take a last name, until its outcome is noted.
+/// One of [`Removals`], until its outcome is noted.
 pub(super) struct Removal<'a> {
     removed: &'a Removed,
     number: u64,
@@ -66,7 +66,7 @@ impl Drop for Removal<'_> {
 }
 
 impl Removals {
-    /// Those of `inodes` that none of the removals under way can be about: all that had begun when the cluster first asked
+    /// Those of `inodes` that none of the calls under way can be about: all that had begun when the cluster first asked
     /// are answered.
     fn settled(&mut self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
         let before = std::mem::take(&mut self.asked);
@@ -79,8 +79,8 @@ impl Removals {
 }
 
 impl Removed {
-    /// A command is about to be sent that may take a last name.
-    pub(super) fn removal(&self) -> Removal<'_> {
+    /// A call is about to be sent that may take a last name, make a file or look one up.
+    pub(super) fn may_hold(&self) -> Removal<'_> {
         let mut removals = self.removals.lock();
         removals.begun += 1;
         let number = removals.begun;
@@ -136,11 +136,23 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Those of `inodes`, which have no name, that are not held here: the answer to the cluster's question.
     pub(super) fn not_held(&self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
-        // First, so that what a removal noted just now is seen.
-        let settled = self.removed.removals.lock().settled(inodes);
-        let mut not_held = self.open.not_open(&settled);
-        not_held.retain(|inode| !self.removed.holds(*inode));
-        not_held
+        // First, so that what a call noted just now is seen.
+        let mut settled = self.removed.removals.lock().settled(inodes);
+        settled.retain(|inode| !self.removed.holds(*inode));
+        self.give_up(&self.looked_up.not_recent(&settled))
+    }
+
+    /// Those of `inodes`, which have no name, that are not open here, nor will be any more.
+    fn give_up(&self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
+        // In this order: an open holds the inode first, and then sees that it was given up.
+        self.looked_up.give_up(inodes);
+        let not_open = self.open.not_open(inodes);
+        if not_open.len() < inodes.len() {
+            let mut open = inodes.to_vec();
+            open.retain(|inode| !not_open.contains(inode));
+            self.looked_up.keep(&open);
+        }
+        not_open
     }
 
     /// Tells the cluster which removed inodes it need not keep for this mount. What cannot be told now the cluster asks
@@ -164,6 +176,11 @@ impl<C: Cluster> Filesystem<C> {
         let mut removed = self.removed.all();
         // Before the others are asked about: what is opened in between is known above.
         removed.retain(|(inode, _)| self.open.holds(*inode) == 0);
+        removed.retain(|(inode, by)| match by {
+            // Whoever looked it up is known above, except for one who is about to look it up again.
+            RemovedBy::ThisMount => !self.looked_up.is_found(*inode),
+            RemovedBy::Another => !self.looked_up.not_recent(&[*inode]).is_empty(),
+        });
         let unused = move |used_above: Option<Arc<UsedAbove>>| {
             let is_used = |inode| used_above.as_ref().is_some_and(|used_above| used_above(inode));
             removed.retain(|(inode, by)| *by == RemovedBy::Another || !is_used(*inode));
@@ -176,7 +193,7 @@ impl<C: Cluster> Filesystem<C> {
                 .await
                 .unwrap_or_default(),
         };
-        self.open.not_open(&unused)
+        self.give_up(&unused)
     }
 }
 
@@ -190,13 +207,13 @@ mod tests {
         let removed = Removed::default();
         let settled = |inodes: &[InodeNumber]| removed.removals.lock().settled(inodes);
         assert_eq!(settled(&[early]), [early], "nothing is under way");
-        let first = removed.removal();
+        let first = removed.may_hold();
         assert_eq!(
             settled(&[early, late]),
             [early],
             "the first removal may be that of the late one"
         );
-        let _second = removed.removal();
+        let _second = removed.may_hold();
         assert!(settled(&[late]).is_empty());
         drop(first);
         assert_eq!(settled(&[late]), [late], "the second began after the question");

@@ -14,8 +14,8 @@ use quorumfs_proto::command::{Privileges, Target};
 use quorumfs_proto::limits::{CHUNK_BYTES_MAX, FILE_BYTES_MAX, INLINE_BYTES_MAX};
 use quorumfs_proto::{Command, FsError, Operation, OperationResult, Timestamp};
 
-use super::{Cluster, Filesystem, FreshContent, Handle, Node};
-use crate::handles::Scope;
+use super::{Cluster, Filesystem, FreshContent, Handle, Node, Put};
+use crate::handles::{OpenFile, Scope};
 use crate::write_buffer::Due;
 
 /// How often the chunk of one append is drawn anew after the cluster called it dead.
@@ -58,13 +58,36 @@ impl<C: Cluster> Filesystem<C> {
         }
         match place {
             Place::End(_) => self.append(&file.node, data, privileges).await?,
-            Place::At(_) => self.take(&file.node, offset, data, privileges).await,
+            Place::At(_) => {
+                if !file.flags.append {
+                    let mut state = file.node.state.lock();
+                    let size = state.size();
+                    state.tail.written(size, offset, offset + u64::from(length));
+                }
+                self.take(&file.node, offset, data, privileges).await;
+            }
         }
+        self.before_longer(&file, place, offset + u64::from(length)).await;
         if place == Place::At(offset) && file.flags.append {
             // These bytes did not go through the caches above, where another handle may just have read what was there.
             self.pages.forget(file.node.inode);
         }
         Ok(length)
+    }
+
+    /// A write up to `end` is about to be answered: the kernel takes the file for so long then.
+    async fn before_longer(&self, file: &OpenFile<Put<C>>, place: Place, end: u64) {
+        if file.flags.append {
+            // It went by the pages, so nothing above waits for its answer with a page locked.
+            return self.before_telling(&file.node, end).await;
+        }
+        let mut state = file.node.state.lock();
+        if let Place::End(offset) = place {
+            // The pages have it where the kernel thinks the end is.
+            state.tail.read_short(offset);
+        }
+        let told = state.tail.told();
+        state.tail.tell_at_once(end.max(told));
     }
 
     /// Takes what programs changed through a shared mapping, as the kernel writes it back: of whichever handle it

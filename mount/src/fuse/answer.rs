@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fuser::{
-    FileAttr, FileType, FopenFlags, Generation, ReplyAttr, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
-    ReplyEntry, ReplyStatfs, ReplyXattr,
+    FileAttr, FileType, FopenFlags, Generation, INodeNo, ReplyAttr, ReplyDirectory, ReplyDirectoryPlus,
+    ReplyEmpty, ReplyEntry, ReplyStatfs, ReplyXattr,
 };
 use quorumfs_proto::Attributes;
 use quorumfs_proto::limits::NAME_BYTES_MAX;
@@ -16,8 +16,9 @@ use quorumfs_proto::query::Space;
 
 use super::convert::{self, XattrFit};
 use super::inode_map::InodeMap;
+use super::places::{Place, Places, is_tagged};
 use crate::errno::errno;
-use crate::fs::{DirectoryItem, Opened};
+use crate::fs::{DirectoryItem, Moved, Opened};
 
 /// The block size of statfs(2), in which it counts.
 const STATFS_BLOCK_BYTES: u32 = 4096;
@@ -31,6 +32,8 @@ const BYTES_PER_INODE: u64 = 1024;
 pub struct View {
     /// Its numbers.
     pub inodes: InodeMap,
+    /// Where it knows directories.
+    pub places: Arc<Places>,
     /// How long the kernel may keep names and attributes, from now. Asked at each answer, because it runs out.
     pub cache: Arc<dyn Fn() -> Duration + Send + Sync>,
 }
@@ -44,6 +47,27 @@ impl View {
             return Duration::ZERO;
         }
         (self.cache)()
+    }
+
+    /// `attributes` of what is named at `place`, and how long the kernel may keep them and the name. It takes the number in
+    /// them for its own; where that is not the inode's, it has to ask for the attributes, which tell the right one.
+    pub fn entry(&self, attributes: &Attributes, place: Place) -> (FileAttr, Duration, Duration) {
+        let mut attr = self.attr(attributes);
+        if attr.kind == FileType::Directory {
+            attr.ino = self.places.number(attr.ino, place);
+        }
+        let keep = self.keep(&attr);
+        let keep_attributes = if is_tagged(attr.ino) { Duration::ZERO } else { keep };
+        (attr, keep_attributes, keep)
+    }
+
+    /// This mount moved directories: one to `to_parent`, and the one that was there, to `from_parent`.
+    pub fn moved(&self, moved: &Moved, from_parent: INodeNo, to_parent: INodeNo) {
+        for (directory, parent) in [(moved.there, to_parent), (moved.back, from_parent)] {
+            if let Some(directory) = directory {
+                self.places.moved(self.inodes.to_kernel(directory), parent);
+            }
+        }
     }
 
     /// `attributes` as the kernel is told.
@@ -64,10 +88,18 @@ pub fn open_flags(opened: &Opened) -> FopenFlags {
 }
 
 /// lookup, mkdir, link, …: an inode that the kernel may remember by name.
-pub fn answer_entry(view: View) -> impl FnOnce(ReplyEntry, Attributes) {
+pub fn answer_entry(view: View, place: Place) -> impl FnOnce(ReplyEntry, Attributes) {
     move |reply, attributes| {
-        let attr = view.attr(&attributes);
-        reply.entry(&view.keep(&attr), &attr, GENERATION);
+        let (attr, keep_attributes, keep) = view.entry(&attributes, place);
+        reply.entry_with_ttls(&keep_attributes, &keep, &attr, GENERATION);
+    }
+}
+
+/// rename.
+pub fn answer_moved(view: View, from: INodeNo, to: INodeNo) -> impl FnOnce(ReplyEmpty, Moved) {
+    move |reply, moved| {
+        view.moved(&moved, from, to);
+        reply.ok();
     }
 }
 
@@ -123,17 +155,27 @@ pub fn answer_names(view: View, start: u64) -> impl FnOnce(ReplyDirectory, Vec<D
     }
 }
 
-/// READDIRPLUS from `start`: as many as fit, each looked up as well.
-pub fn answer_entries(view: View, start: u64) -> impl FnOnce(ReplyDirectoryPlus, Vec<DirectoryItem>) {
+/// READDIRPLUS of `directory` from `start`: as many as fit, each looked up as well.
+pub fn answer_entries(
+    view: View,
+    directory: INodeNo,
+    start: u64,
+) -> impl FnOnce(ReplyDirectoryPlus, Vec<DirectoryItem>) {
     move |mut reply, items| {
         for (item, offset) in items.iter().zip(convert::resume_offsets(start, &items)) {
             let name = OsStr::from_bytes(&item.name);
-            let attr = match &item.attributes {
-                Some(attributes) => view.attr(attributes),
+            let (attr, keep) = match &item.attributes {
+                Some(attributes) => {
+                    let (attr, keep, _) = view.entry(attributes, Place::In(directory));
+                    (attr, keep)
+                }
                 // "." and "..": of these the kernel takes nothing but number and kind.
-                None => convert::bare_attr(view.inodes.to_kernel(item.inode), item.kind),
+                None => {
+                    let number = view.inodes.to_kernel(item.inode);
+                    (convert::bare_attr(number, item.kind), Duration::ZERO)
+                }
             };
-            if reply.add(attr.ino, offset, name, &view.keep(&attr), &attr, GENERATION) {
+            if reply.add(attr.ino, offset, name, &keep, &attr, GENERATION) {
                 break;
             }
         }

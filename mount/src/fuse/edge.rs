@@ -16,9 +16,10 @@ use quorumfs_proto::{FsError, InodeNumber};
 use super::answer::{View, answer_entry, answer_xattr};
 use super::convert;
 use super::inode_map::InodeMap;
-use super::presence::Presence;
+use super::notices::Notices;
+use super::places::Place;
 use crate::errno::errno;
-use crate::fs::{Cluster, Filesystem, OpenFlags};
+use crate::fs::{Cluster, Filesystem, NewFile, OpenFlags};
 use crate::statistics::{Statistics, Verb, attribute_value};
 
 /// A reply that can be an error. Dropped without an answer it says EIO.
@@ -80,6 +81,7 @@ impl<C: Cluster> FuseEdge<C> {
             filesystem,
             view: View {
                 inodes: InodeMap::new(root),
+                places: Arc::default(),
                 cache: Arc::new(kept),
             },
             runtime,
@@ -87,11 +89,15 @@ impl<C: Cluster> FuseEdge<C> {
         }
     }
 
-    /// From now on the kernel is asked which removed inodes programs still use.
-    pub(super) fn tell_what_is_used(&self, presence: Presence) {
-        let inodes = self.view.inodes;
-        let used = move |inode| presence.may_know(inodes.to_kernel(inode));
+    /// From now on the kernel is asked which removed inodes programs still use, and told which pages are not right any
+    /// more.
+    pub(super) fn reach_kernel(&self, notices: Notices) {
+        let (inodes, notices) = (self.view.inodes, Arc::new(notices));
+        let asked = Arc::clone(&notices);
+        let places = Arc::clone(&self.view.places);
+        let used = move |inode| asked.may_know(places.last_number(inodes.to_kernel(inode)));
         self.filesystem.set_used_above(Arc::new(used));
+        self.filesystem.set_pages_above(notices);
     }
 
     /// What is counted of the requests.
@@ -165,6 +171,7 @@ impl<C: Cluster> FuseEdge<C> {
         mode: u32,
         reply: (Verb, ReplyEntry),
     ) {
+        let place = Place::In(parent);
         let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
         let (uid, gid) = (request.uid(), request.gid());
         self.serve(
@@ -178,7 +185,7 @@ impl<C: Cluster> FuseEdge<C> {
                 };
                 fs.make_node(parent?, &name, inode).await
             },
-            answer_entry(self.view.clone()),
+            answer_entry(self.view.clone(), place),
         );
     }
 }
@@ -188,6 +195,15 @@ pub(super) fn opening(flags: i32, caller_uid: u32) -> OpenFlags {
     OpenFlags {
         privileges: convert::privileges_of(caller_uid),
         ..OpenFlags::from(flags)
+    }
+}
+
+/// The file that `request` creates with this mode.
+pub(super) fn new_file(mode: u32, request: &Request) -> NewFile {
+    NewFile {
+        mode: convert::permissions(mode),
+        uid: request.uid(),
+        gid: request.gid(),
     }
 }
 

@@ -5,11 +5,21 @@
 //! and its own inverse, but the kernel is never told the changed number of the cluster's root, which lies
 //! outside of such a mount: a number made up in a file handle must not lead there.
 //!
+//! The kernel may know a directory under several numbers (`places`): they differ in a tag above the inode's own bits.
+//!
 //! Knows nothing of how many lookups the kernel holds: cluster numbers are never used twice, so forgetting
 //! one early is harmless.
 
 use fuser::INodeNo;
 use quorumfs_proto::{FsError, InodeNumber};
+
+/// Bits of an inode's own number. A cluster counts its inodes from 1, and does not come to make so many.
+pub const INODE_BITS: u32 = 48;
+
+/// The kernel's `inode` without the tag that says where it was found.
+pub fn untagged(inode: INodeNo) -> INodeNo {
+    INodeNo(inode.0 & ((1 << INODE_BITS) - 1))
+}
 
 /// The map of one mount.
 #[derive(Clone, Copy, Debug)]
@@ -30,7 +40,7 @@ impl InodeMap {
 
     /// What the cluster calls the kernel's `inode`. [`FsError::Stale`] for what this mount does not reach.
     pub fn to_cluster(self, inode: INodeNo) -> Result<InodeNumber, FsError> {
-        let inode = InodeNumber(inode.0);
+        let inode = InodeNumber(untagged(inode).0);
         if inode == self.root && self.root != InodeNumber::ROOT {
             return Err(FsError::Stale);
         }
@@ -55,7 +65,7 @@ mod tests {
     #[test]
     fn a_whole_mount_changes_no_number() {
         let map = InodeMap::new(InodeNumber::ROOT);
-        for number in [1, 2, 7, u64::MAX] {
+        for number in [1, 2, 7, (1 << INODE_BITS) - 1] {
             assert_eq!(map.to_kernel(InodeNumber(number)), INodeNo(number));
             assert_eq!(map.to_cluster(INodeNo(number)), Ok(InodeNumber(number)));
         }
@@ -67,6 +77,7 @@ mod tests {
         assert_eq!(map.to_kernel(InodeNumber(7)), INodeNo::ROOT);
         assert_eq!(map.to_cluster(INodeNo::ROOT), Ok(InodeNumber(7)));
         assert_eq!(map.to_cluster(INodeNo(8)), Ok(InodeNumber(8)));
+        assert_eq!(map.to_cluster(INodeNo(8 | 3 << INODE_BITS)), Ok(InodeNumber(8)));
         assert_eq!(
             map.to_cluster(INodeNo(7)),
             Err(FsError::Stale),

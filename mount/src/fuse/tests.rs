@@ -2,6 +2,8 @@
 //! they are not, the tests say that they were skipped.
 
 mod coherence;
+mod names;
+mod sizes;
 
 use std::collections::BTreeSet;
 use std::ffi::CString;

@@ -149,6 +149,7 @@ impl World {
             dirty_bytes_max: 6 << 20,
             cache_bytes: 8 << 20,
             dirty_age_ms: 20,
+            looked_up_ms: 0,
             ..FsOptions::default()
         };
         let mounts = [1, 2].map(|session| Filesystem::new(reference.connect(session), options.clone()));
@@ -337,7 +338,8 @@ impl World {
     async fn rename(&mut self, mount: usize, from: u8, to: u8, mode: RenameMode) {
         let renamed = self.mounts[mount]
             .rename(ROOT, &spelled(from), ROOT, &spelled(to), mode)
-            .await;
+            .await
+            .map(|_| ());
         let (source, target) = (self.names.get(&from).copied(), self.names.get(&to).copied());
         match (source, target, mode) {
             (None, ..) | (_, None, RenameMode::Exchange) => assert_eq!(renamed, Err(FsError::NotFound)),

@@ -1,0 +1,244 @@
+//! What programs of this mount have just looked up, and so may be about to open.
+//!
+//! A call by name is two requests: a look-up, then an open (or a stat, a chmod, …) of the inode that was found. When
+//! another session takes the last name of that inode in between, the call must not fail: the name led there when the call
+//! began. So the cluster is asked to keep what was looked up within the last seconds, and such an inode can be opened
+//! although it has no name. Each open gives one whole version of a file that is replaced again and again.
+//!
+//! A creation that finds a file is the other way round: the kernel must look the name up again, and then finds that file,
+//! for the thread that tried to create it, even if it has lost its name meanwhile.
+//!
+//! Invariant: an inode of which the cluster was told that it need not keep it for this mount is not opened any more.
+
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use quorumfs_proto::{Attributes, InodeNumber};
+
+/// Inodes looked up in the time that they are kept, and inodes given up: beyond it the older ones are kept for less.
+const INODES_MAX: usize = 64 << 10;
+
+/// How long the kernel may take to look a name up again that a creation found: it waits for other changes of the
+/// directory first.
+const FOUND_MS: u64 = 5_000;
+
+/// Threads that are to look a name up again.
+const FOUND_MAX: usize = 1024;
+
+/// The thread that makes a call, as the kernel names it. 0: a thread that cannot be named.
+pub type Caller = u32;
+
+/// Inodes of the last seconds.
+#[derive(Debug)]
+struct Recent {
+    newer: HashSet<InodeNumber>,
+    older: HashSet<InodeNumber>,
+    since: Instant,
+    /// How long at least an inode stays; twice as long at most.
+    kept: Duration,
+}
+
+impl Recent {
+    fn new(kept_ms: u64) -> Recent {
+        Recent {
+            newer: HashSet::new(),
+            older: HashSet::new(),
+            since: Instant::now(),
+            kept: Duration::from_millis(kept_ms),
+        }
+    }
+
+    fn turn(&mut self, now: Instant) {
+        let age = now.saturating_duration_since(self.since);
+        if age >= self.kept || self.newer.len() >= INODES_MAX {
+            self.older = std::mem::take(&mut self.newer);
+            self.since = now;
+        }
+        if age >= 2 * self.kept {
+            self.older.clear();
+        }
+    }
+
+    fn insert(&mut self, inode: InodeNumber, now: Instant) {
+        self.turn(now);
+        self.newer.insert(inode);
+    }
+
+    fn contains(&mut self, inode: InodeNumber, now: Instant) -> bool {
+        self.turn(now);
+        self.newer.contains(&inode) || self.older.contains(&inode)
+    }
+
+    fn remove(&mut self, inode: InodeNumber) {
+        self.newer.remove(&inode);
+        self.older.remove(&inode);
+    }
+}
+
+/// What a creation found.
+#[derive(Debug)]
+struct Found {
+    parent: InodeNumber,
+    name: Vec<u8>,
+    attributes: Attributes,
+    at: Instant,
+}
+
+/// See the module. The lock is held for a look-up.
+#[derive(Debug)]
+pub(super) struct LookedUp {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    looked_up: Recent,
+    given_up: Recent,
+    found: HashMap<Caller, Found>,
+}
+
+impl Found {
+    fn is_young(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.at) < Duration::from_millis(FOUND_MS)
+    }
+}
+
+impl State {
+    fn is_found(&self, inode: InodeNumber, now: Instant) -> bool {
+        let is_it = |found: &Found| found.attributes.inode == inode && found.is_young(now);
+        self.found.values().any(is_it)
+    }
+}
+
+impl LookedUp {
+    /// Nothing is looked up yet. What is stays for `kept_ms`.
+    pub(super) fn new(kept_ms: u64) -> LookedUp {
+        LookedUp {
+            state: Mutex::new(State {
+                looked_up: Recent::new(kept_ms),
+                given_up: Recent::new(kept_ms.max(FOUND_MS)),
+                found: HashMap::new(),
+            }),
+        }
+    }
+
+    /// Programs are told of `inode`.
+    pub(super) fn add(&self, inode: InodeNumber) {
+        self.state.lock().looked_up.insert(inode, Instant::now());
+    }
+
+    /// Whether `inode` may be opened although it has no name, and nobody here has it open.
+    pub(super) fn may_open(&self, inode: InodeNumber) -> bool {
+        let (mut state, now) = (self.state.lock(), Instant::now());
+        let is_kept = state.looked_up.contains(inode, now) || state.is_found(inode, now);
+        is_kept && !state.given_up.contains(inode, now)
+    }
+
+    /// Whether a thread is about to look `inode` up again, which its creation found.
+    pub(super) fn is_found(&self, inode: InodeNumber) -> bool {
+        let (state, now) = (self.state.lock(), Instant::now());
+        state.is_found(inode, now)
+    }
+
+    /// Those of `inodes` that were not looked up lately.
+    pub(super) fn not_recent(&self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
+        let (mut state, now) = (self.state.lock(), Instant::now());
+        let is_old =
+            |inode: &&InodeNumber| !state.looked_up.contains(**inode, now) && !state.is_found(**inode, now);
+        inodes.iter().filter(is_old).copied().collect()
+    }
+
+    /// From now on `inodes` are not opened any more.
+    pub(super) fn give_up(&self, inodes: &[InodeNumber]) {
+        let (mut state, now) = (self.state.lock(), Instant::now());
+        for inode in inodes {
+            state.given_up.insert(*inode, now);
+        }
+    }
+
+    /// They are after all.
+    pub(super) fn keep(&self, inodes: &[InodeNumber]) {
+        let mut state = self.state.lock();
+        for inode in inodes {
+            state.given_up.remove(*inode);
+        }
+    }
+
+    /// `caller` could not create `name`, because it leads to the inode of `attributes`.
+    pub(super) fn found(&self, caller: Caller, parent: InodeNumber, name: &[u8], attributes: Attributes) {
+        let (mut state, at) = (self.state.lock(), Instant::now());
+        // Few, and most threads never come back for theirs.
+        state.found.retain(|_, found| found.is_young(at));
+        if caller != 0 && state.found.len() < FOUND_MAX {
+            let name = name.to_vec();
+            let found = Found {
+                parent,
+                name,
+                attributes,
+                at,
+            };
+            state.found.insert(caller, found);
+        }
+    }
+
+    /// What `caller`'s creation of `name` found a moment ago.
+    pub(super) fn found_by(&self, caller: Caller, parent: InodeNumber, name: &[u8]) -> Option<Attributes> {
+        let state = self.state.lock();
+        let found = state.found.get(&caller)?;
+        let is_it = found.parent == parent && found.name == name && found.is_young(Instant::now());
+        is_it.then(|| found.attributes.clone())
+    }
+
+    /// `caller` goes on: what its creation found is of no use any more.
+    pub(super) fn goes_on(&self, caller: Caller) {
+        let mut state = self.state.lock();
+        if !state.found.is_empty() {
+            state.found.remove(&caller);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEPT_MS: u64 = 2_000;
+
+    #[test]
+    fn what_was_looked_up_is_kept_for_a_while_and_what_was_given_up_is_not_opened() {
+        let mut recent = Recent::new(KEPT_MS);
+        let (start, inode) = (recent.since, InodeNumber(7));
+        let after = |ms| start + Duration::from_millis(ms);
+        recent.insert(inode, after(KEPT_MS - 1));
+        assert!(recent.contains(inode, after(KEPT_MS)));
+        assert!(recent.contains(inode, after(2 * KEPT_MS - 1)));
+        assert!(!recent.contains(inode, after(2 * KEPT_MS)));
+        recent.insert(inode, after(3 * KEPT_MS));
+        assert!(
+            !recent.contains(inode, after(9 * KEPT_MS)),
+            "nothing came for long"
+        );
+
+        let looked_up = LookedUp::new(KEPT_MS);
+        assert!(!looked_up.may_open(inode));
+        looked_up.add(inode);
+        assert!(looked_up.may_open(inode));
+        assert!(looked_up.not_recent(&[inode]).is_empty());
+        looked_up.give_up(&[inode]);
+        assert!(!looked_up.may_open(inode));
+        looked_up.keep(&[inode]);
+        assert!(looked_up.may_open(inode));
+    }
+
+    #[test]
+    fn the_inodes_that_are_remembered_are_bounded() {
+        let mut recent = Recent::new(KEPT_MS);
+        let now = recent.since;
+        for inode in 0..5 * INODES_MAX as u64 {
+            recent.insert(InodeNumber(inode), now);
+        }
+        assert!(recent.newer.len() + recent.older.len() <= 2 * INODES_MAX);
+        assert!(recent.contains(InodeNumber(4 * INODES_MAX as u64), now));
+    }
+}

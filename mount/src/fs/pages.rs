@@ -1,0 +1,137 @@
+//! What programs are told of a file that is open here, and when.
+//!
+//! Whoever is above (the kernel) keeps pages of open files. Where they are zero behind an end that the file has outgrown,
+//! a larger size is told only after they are dropped ([`crate::caches::page_tail`]). Every answer with attributes goes
+//! through [`Filesystem::present`] or one of its relatives, and every read through [`Filesystem::read`], which notes here
+//! that it ended short.
+//!
+//! - Pages are dropped on a thread of tokio's blocking pool, never on one that serves requests: the kernel waits for reads
+//!   under way. So no read, and no write through pages, may wait for it; attributes may.
+//! - The kernel takes no size from an answer whose request is older than the dropping. It would go on with the old size
+//!   until it asks again: a read at the old end would find nothing, a mapping would end there. So it is given the last
+//!   byte of the file, which moves its end. Where a program of this mount may write to the file that is left out: the
+//!   byte could overwrite a newer one.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use quorumfs_proto::{Attributes, InodeNumber};
+
+use super::{Cluster, Filesystem, Node};
+
+/// How long an answer waits for the last byte of the file.
+const LAST_BYTE_TIMEOUT_MS: u64 = 1000;
+
+/// Whoever keeps pages of files above. Both calls may block until reads under way are answered.
+pub trait PagesAbove: Send + Sync {
+    /// Drops the pages of `inode` from that of the byte `from` on.
+    fn drop_from(&self, inode: InodeNumber, from: u64);
+    /// Takes `byte`, at `at`, for the last one of `inode`, unless that is longer.
+    fn end_with(&self, inode: InodeNumber, at: u64, byte: u8);
+}
+
+/// The last byte of a file, as of a version of its content.
+pub(super) struct LastByte {
+    pub(super) version: u64,
+    pub(super) at: u64,
+    pub(super) byte: u8,
+}
+
+impl<C: Cluster> Filesystem<C> {
+    /// Who keeps pages above. Without anybody no answer waits.
+    pub fn set_pages_above(&self, pages: Arc<dyn PagesAbove>) {
+        // There is one edge for one filesystem, so nobody has said so before.
+        let _ = self.pages_above.set(pages);
+    }
+
+    /// `attributes`, newly told by the cluster, as programs of this mount see them. Returns when they may be told.
+    pub(super) async fn present(&self, attributes: Attributes) -> Attributes {
+        let Some(node) = self.open.find(attributes.inode) else {
+            return attributes;
+        };
+        let seen = {
+            let mut state = node.state.lock();
+            state.learn(&attributes);
+            state.attributes().unwrap_or(attributes)
+        };
+        self.before_telling(&node, seen.size).await;
+        seen
+    }
+
+    /// As [`Filesystem::present`], for an answer that others wait behind: with the size that was told before, where the
+    /// newest would have to wait.
+    pub(super) fn present_in_listing(&self, attributes: Attributes) -> Attributes {
+        self.present_now(attributes, |state, seen| {
+            if !state.tail.tell(seen.size) {
+                seen.size = state.tail.told();
+            }
+        })
+    }
+
+    /// As [`Filesystem::present`], for the answer to a change of the size: the kernel drops the pages itself, and holds
+    /// back writing until it has the answer, so that dropping them here could wait for ever.
+    pub(super) fn present_resized(&self, attributes: Attributes) -> Attributes {
+        self.present_now(attributes, |state, seen| state.tail.tell_at_once(seen.size))
+    }
+
+    fn present_now(
+        &self,
+        attributes: Attributes,
+        tell: impl FnOnce(&mut crate::handles::InodeState<super::Put<C>>, &mut Attributes),
+    ) -> Attributes {
+        let Some(node) = self.open.find(attributes.inode) else {
+            return attributes;
+        };
+        let mut state = node.state.lock();
+        state.learn(&attributes);
+        let mut seen = state.attributes().unwrap_or(attributes);
+        tell(&mut state, &mut seen);
+        seen
+    }
+
+    /// Returns when programs may be told that `node` is `size` bytes long. The caller holds neither the file's turn nor
+    /// anything that a read waits for.
+    pub(super) async fn before_telling(&self, node: &Node<C>, size: u64) {
+        if node.state.lock().tail.tell(size) {
+            return;
+        }
+        let turn = Arc::clone(&node.page_turn).lock_owned().await;
+        if node.state.lock().tail.tell(size) {
+            return;
+        }
+        let Some(above) = self.pages_above.get().cloned() else {
+            let mut state = node.state.lock();
+            state.tail.begin(size);
+            state.tail.done();
+            state.tail.tell_at_once(size);
+            return;
+        };
+        let limit = Duration::from_millis(LAST_BYTE_TIMEOUT_MS);
+        let last = tokio::time::timeout(limit, self.last_byte(node)).await;
+        let last = last.ok().flatten();
+        let dropped = Arc::clone(node);
+        // It is run to its end even if nobody waits for it any more.
+        let dropping = tokio::task::spawn_blocking(move || {
+            let from = {
+                let mut state = dropped.state.lock();
+                let newest = state.size().max(size);
+                state.tail.begin(newest)
+            };
+            above.drop_from(dropped.inode, from);
+            let last = last.filter(|last| {
+                let state = dropped.state.lock();
+                let is_newest = |view: &Attributes| view.content_version == last.version;
+                state.writers == 0 && state.view.as_ref().is_some_and(is_newest)
+            });
+            if let Some(last) = last {
+                above.end_with(dropped.inode, last.at, last.byte);
+            }
+            let mut state = dropped.state.lock();
+            state.tail.done();
+            state.tail.tell_at_once(size);
+            drop(turn);
+        });
+        // It fails if the process is about to end, and then nobody is told anything.
+        let _ = dropping.await;
+    }
+}

@@ -1,0 +1,97 @@
+//! What the kernel is told and asked without a request of its own.
+//!
+//! - Whether it knows an inode. It is told that the inode's attributes are not right any more, which does no harm, and says
+//!   that there is no such inode where it has none. fuser's own notifier keeps that answer to itself, so the messages are
+//!   written here.
+//! - That pages of a file are not right any more, and where the file ends. The kernel waits for the lock of these pages,
+//!   and so for reads under way: never to be called from a thread that serves requests.
+
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use fuser::INodeNo;
+use quorumfs_proto::InodeNumber;
+
+use super::inode_map::InodeMap;
+use crate::fs::PagesAbove;
+
+/// FUSE_NOTIFY_INVAL_INODE and FUSE_NOTIFY_STORE of linux/fuse.h.
+const NOTIFY_INVAL_INODE: i32 = 2;
+const NOTIFY_STORE: i32 = 4;
+/// `fuse_out_header`.
+const HEADER_BYTES: usize = 16;
+/// Attributes alone, no pages.
+const ATTRIBUTES_ONLY: i64 = -1;
+
+/// A way to the kernel beside fuser's.
+pub(super) struct Notices {
+    device: File,
+    inodes: InodeMap,
+}
+
+impl Notices {
+    /// # Errors
+    /// Without a file descriptor to spare.
+    pub(super) fn new(device: BorrowedFd<'_>, inodes: InodeMap) -> io::Result<Notices> {
+        let device = File::from(device.as_fd().try_clone_to_owned()?);
+        Ok(Notices { device, inodes })
+    }
+
+    /// Whether the kernel knows `inode`, or cannot be asked. Waits while it is getting rid of it.
+    pub(super) fn may_know(&self, inode: INodeNo) -> bool {
+        !is_unknown(self.send(&invalidation(inode, ATTRIBUTES_ONLY)))
+    }
+
+    fn send(&self, message: &[u8]) -> io::Result<usize> {
+        (&self.device).write(message)
+    }
+
+    fn tell(&self, what: &'static str, inode: InodeNumber, message: &[u8]) {
+        match self.send(message) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(%inode, %error, "the kernel does not take that {what}");
+            }
+            _ => {}
+        }
+    }
+}
+
+impl PagesAbove for Notices {
+    fn drop_from(&self, inode: InodeNumber, from: u64) {
+        let from = i64::try_from(from).unwrap_or(i64::MAX);
+        let message = invalidation(self.inodes.to_kernel(inode), from);
+        self.tell("pages are to be dropped", inode, &message);
+    }
+
+    fn end_with(&self, inode: InodeNumber, at: u64, byte: u8) {
+        let mut body = Vec::with_capacity(25);
+        body.extend(self.inodes.to_kernel(inode).0.to_ne_bytes());
+        body.extend(at.to_ne_bytes());
+        // One byte, and padding.
+        body.extend([1u32, 0].map(u32::to_ne_bytes).concat());
+        body.push(byte);
+        self.tell("a file has become longer", inode, &message(NOTIFY_STORE, &body));
+    }
+}
+
+fn is_unknown(sent: io::Result<usize>) -> bool {
+    matches!(sent, Err(error) if error.raw_os_error() == Some(libc::ENOENT))
+}
+
+/// `fuse_notify_inval_inode_out`: to the end of the file.
+fn invalidation(inode: INodeNo, from: i64) -> Vec<u8> {
+    let body = [inode.0.to_ne_bytes(), from.to_ne_bytes(), 0i64.to_ne_bytes()].concat();
+    message(NOTIFY_INVAL_INODE, &body)
+}
+
+fn message(code: i32, body: &[u8]) -> Vec<u8> {
+    let length = HEADER_BYTES + body.len();
+    let mut message = Vec::with_capacity(length);
+    message.extend((length as u32).to_ne_bytes());
+    message.extend(code.to_ne_bytes());
+    // The header names the request that is answered: none.
+    message.extend(0u64.to_ne_bytes());
+    message.extend(body);
+    message
+}
