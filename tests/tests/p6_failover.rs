@@ -1,6 +1,6 @@
 //! P6: while no leader is there, calls wait; they do not fail.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::Write as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -10,8 +10,6 @@ use quorumfs_tests::environment::{Finally, pause_max, wait_for};
 use quorumfs_tests::healing::assert_same_metadata;
 use quorumfs_tests::mount::MountOptions;
 use quorumfs_tests::prober::Prober;
-use quorumfs_tests::process::read_log;
-use quorumfs_tests::proxy::{Fault, Victim};
 use quorumfs_tests::random::Content;
 use quorumfs_tests::tree::{self, TreeSize};
 use quorumfs_tests::{Cluster, Mount, Random, Sandbox, scaled, shell};
@@ -247,76 +245,4 @@ fn write_and_sync(path: &Path, content: &[u8]) -> std::io::Result<()> {
     file.write_all(content)?;
     file.sync_all()?;
     file.set_len(content.len() as u64)
-}
-
-/// Until the cluster ends the session of a mount of which it hears nothing: a minute after the last election.
-const SESSION_END_LIMIT: Duration = Duration::from_secs(180);
-
-#[test]
-fn p6_a_mount_that_is_cut_off_for_longer_than_its_session_loses_nothing_that_was_in_flight() {
-    let sandbox = Sandbox::light("p6-cut-off");
-    let cluster = Cluster::builder(&sandbox).proxied().start();
-    let mount = cluster.mount();
-    let mut files = ["written", "appended", "large"].map(|name| {
-        let mut options = File::options();
-        options.create(true).append(name == "appended").write(true);
-        let mut file = options.open(mount.path(name)).expect("open");
-        // What the kernel asks before a file's first write is asked now.
-        file.write_all(b"first ").expect("write");
-        file.sync_all().expect("fsync");
-        file
-    });
-    let content = vec![b'7'; 3 << 20];
-    let (leader, followers) = (cluster.leader(), cluster.followers());
-    followers.iter().for_each(|slot| cluster.kill(*slot));
-    std::thread::scope(|scope| {
-        let [written, appended, large] = &mut files;
-        let commands = [
-            scope.spawn(|| written.write_all(b"second").and_then(|()| written.sync_all())),
-            scope.spawn(|| appended.write_all(b"second")),
-            scope.spawn(|| large.write_all(&content).and_then(|()| large.sync_all())),
-        ];
-        // Or else they wait for ever.
-        let in_the_end = Finally(|| {
-            let stopped = |slot: &usize| !cluster.running().contains(slot);
-            cluster
-                .slots()
-                .filter(stopped)
-                .for_each(|slot| cluster.start_node(slot));
-            cluster.slots().for_each(|slot| cluster.proxy(slot).heal());
-        });
-        // They were sent again and again by then, to a leader that cannot commit them, and will not lead again.
-        wait_for("the mount says that it waits", Duration::from_secs(60), || {
-            // (Keep-alives may be answered all the same.)
-            let log = read_log(&sandbox.log_path("mount-1"));
-            log.contains("no leader answers; calls wait") || log.contains("calls are answered again")
-        });
-        for slot in cluster.slots() {
-            let victim = Victim::Process(mount.process_id());
-            cluster.proxy(slot).set(Fault::Refuse, victim);
-        }
-        cluster.kill(leader);
-        followers.iter().for_each(|slot| cluster.start_node(*slot));
-        wait_for("the session has ended", SESSION_END_LIMIT, || {
-            let told = |slot: &usize| cluster.log(*slot).contains("nothing heard of it for too long");
-            followers.iter().any(told)
-        });
-        drop(in_the_end);
-        for command in commands {
-            command.join().expect("a writer").expect("what was in flight");
-        }
-    });
-    // What was open stays so.
-    files[0].write_all(b" third").expect("write");
-    files[0].sync_all().expect("fsync");
-    let elsewhere = cluster.mount();
-    let read = |name: &str| fs::read(elsewhere.path(name)).expect("read");
-    assert_eq!(read("written"), b"first second third");
-    assert_eq!(read("appended"), b"first second");
-    assert!(
-        read("large") == [&b"first "[..], &content].concat(),
-        "large differs"
-    );
-    mount.unmount();
-    elsewhere.unmount();
 }
