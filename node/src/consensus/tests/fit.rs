@@ -1,6 +1,5 @@
 //! Logs and states that a stop left beside each other.
 
-use bytes::Bytes;
 use openraft::storage::{RaftLogReader as _, RaftLogStorage as _};
 use quorumfs_proto::codec;
 
@@ -16,7 +15,7 @@ use crate::metadata::Position;
 fn state(applied: LogId) -> Position {
     Position {
         index: applied.index,
-        log_id: Some(Bytes::from(codec::encode(&applied))),
+        log_id: Some(codec::encode(&applied)),
         membership: None,
     }
 }
