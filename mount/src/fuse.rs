@@ -324,12 +324,12 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     ) {
         if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
             // A shared mapping's pages; whoever changed them is not known any more.
-            return self.serve_write(reply, data, move |fs, data| async move {
+            return self.serve_write((request.pid(), reply), data, move |fs, data| async move {
                 fs.write_back(handle.0, offset, data).await
             });
         }
         let (place, privileges) = convert::write_terms(offset, flags.0, write_flags);
-        self.serve_write(reply, data, move |fs, data| async move {
+        self.serve_write((request.pid(), reply), data, move |fs, data| async move {
             fs.write(handle.0, place, data, privileges).await
         });
     }
@@ -412,7 +412,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
 
     fn readdirplus(
         &self,
-        _request: &Request,
+        request: &Request,
         inode: INodeNo,
         handle: FileHandle,
         offset: u64,

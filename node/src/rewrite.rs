@@ -34,7 +34,7 @@ use crate::content::StoredChunk;
 use crate::healing::pace::Pacer;
 use crate::metadata::{
     COMMAND_FREED_EXTENTS_MAX, CallResult, Crowded, Failure, LogBody, MetadataStore, Run, RunTerms, Runs,
-    View,
+    SessionKey, View,
 };
 use crate::read::Reader;
 use crate::write::Writer;
@@ -300,7 +300,7 @@ impl Rewriter {
             return Ok(Rewritten::Overtaken);
         };
         let session = self.own_session().await?;
-        self.sessions.heard_of(session.id);
+        self.sessions.in_use(session.id);
         let id = ChunkId {
             session: session.id,
             counter: session.next_counter.fetch_add(1, Ordering::Relaxed),
@@ -419,13 +419,18 @@ impl Rewriter {
             opened: Instant::now(),
             next_counter: AtomicU64::new(0),
         };
-        match self
-            .writer
-            .open_session(session.id, DESCRIPTION.to_string())
-            .await
-        {
-            CallReply::Session(_) => Ok(Arc::clone(own.insert(Arc::new(session)))),
-            other => Err(format!("opening a session was answered: {other:?}")),
+        let open = LogBody::OpenContentSession {
+            session: session.id,
+            description: DESCRIPTION.to_string(),
+            key: SessionKey {
+                secret: Sha256(rand::random()),
+                certificate: None,
+            },
+        };
+        match self.writer.housekeep(open).await {
+            Ok(CallResult::Done) => Ok(Arc::clone(own.insert(Arc::new(session)))),
+            Ok(other) => Err(format!("opening a session was answered: {other}")),
+            Err(error) => Err(error.to_string()),
         }
     }
 

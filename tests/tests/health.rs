@@ -584,6 +584,8 @@ fn nodes_that_wait_for_each_other_do_not_quote_each_other_for_ever() {
     let growth = log_growth(&cluster, &[1, 2, 3]);
     println!("while nodes wait the logs grow by {growth:?} bytes");
     assert!(growth.iter().all(|bytes| *bytes < GROWTH_BYTES_MAX), "{growth:?}");
+}
+
 #[test]
 fn a_mount_whose_clock_is_an_hour_behind_stamps_what_is_written_with_the_leaders() {
     let sandbox = Sandbox::light("health-mount-clock");

@@ -3,17 +3,17 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
-use std::os::unix::fs::MetadataExt as _;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use quorumfs_proto::command::{IfExists, NewInode, NewKind, Privileges, Target};
 use quorumfs_proto::limits::{COMMAND_PIECES_MAX, EXTENTS_ANSWER_MAX};
 use quorumfs_proto::{
     Answer, Attributes, CallReply, Command, InodeNumber, Name, Operation, OperationResult, Outcome, Piece,
     Query,
 };
-use nix::sys::signal::Signal;
 use quorumfs_tests::environment::{Finally, wait_for};
 use quorumfs_tests::process::resident_peak_bytes;
 use quorumfs_tests::random::Content;
@@ -276,6 +276,8 @@ fn p8_small_extents_are_put_together_unnoticed_and_give_way_to_a_write() {
     let expected = [&bytes[..1], &over, &bytes[bytes.len() - 1..]].concat();
     assert!(fs::read(mount.path("overwritten")).expect("read") == expected);
     healing::assert_same_metadata(&cluster);
+}
+
 /// Programs that write at once, a MiB each.
 const BLOCKED_WRITERS: usize = 400;
 /// What the mount may take for them: 64 MiB of dirty bytes, 32 MiB of waiting ones, 32 MiB on their way, and itself.

@@ -10,11 +10,11 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use futures::FutureExt as _;
+use quorumfs_proto::FsError;
 use quorumfs_proto::command::Privileges;
 use quorumfs_proto::limits::FILE_BYTES_MAX;
-use quorumfs_proto::FsError;
 
-use super::{Cluster, Filesystem, FreshContent, Handle, Node, Put};
+use super::{Cluster, Filesystem, Handle, Node, Put};
 use crate::handles::{OpenFile, Scope};
 use crate::interrupt::interruptible;
 use crate::write_buffer::Due;

@@ -219,14 +219,18 @@ impl<C: Cluster> FuseEdge<C> {
     }
 
     /// As [`FuseEdge::serve`], for a write of `data`, which waits for room in memory first.
-    pub(super) fn serve_write<Work, Writing>(&self, reply: ReplyWrite, data: &[u8], work: Work)
-    where
+    pub(super) fn serve_write<Work, Writing>(
+        &self,
+        (thread, reply): (u32, ReplyWrite),
+        data: &[u8],
+        work: Work,
+    ) where
         Work: FnOnce(Arc<Filesystem<C>>, Bytes) -> Writing + Send + 'static,
         Writing: Future<Output = Result<u32, FsError>> + Send + 'static,
     {
         let payload = self.payloads.take(data);
         self.serve_moving(
-            (Verb::Write, reply),
+            (Verb::Write, thread, reply),
             |written: &u32| u64::from(*written),
             move |fs| payload.give(move |data| work(fs, data)),
             |reply, written: u32| reply.written(written),

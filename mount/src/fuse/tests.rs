@@ -3,9 +3,9 @@
 
 mod append;
 mod coherence;
+mod interrupt;
 mod names;
 mod sizes;
-mod interrupt;
 
 use std::collections::BTreeSet;
 use std::ffi::CString;

@@ -20,8 +20,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, error};
 
-use crate::cluster::call_stream::{CallStream, Standing};
 use super::carried::{CarriedBytes, StreamShare};
+use crate::cluster::call_stream::{CallStream, Standing};
 use crate::cluster::leases::Grant;
 use crate::cluster::metrics::CountedCommand;
 use crate::cluster::metrics::kinds::{OperationKind, Origin};

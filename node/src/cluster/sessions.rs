@@ -70,6 +70,19 @@ struct Heard {
     asked: InodeNumber,
 }
 
+impl Heard {
+    fn now(nudges: mpsc::WeakSender<()>) -> Heard {
+        Heard {
+            at: Instant::now(),
+            connection: None,
+            is_direct: false,
+            ended_at: None,
+            nudges,
+            asked: InodeNumber(0),
+        }
+    }
+}
+
 /// An answer, and where its sender waits.
 type Waiting = (UnlinkedAnswer, oneshot::Sender<Result<(), Refusal>>);
 
@@ -110,16 +123,21 @@ impl SessionKeeper {
         self.hear(session, stream, |_| {});
     }
 
+    /// A session of this node's own, which has no stream, is in use.
+    pub fn in_use(&self, session: SessionId) {
+        let (nobody, _) = mpsc::channel(1);
+        let mut heard = self.heard.lock();
+        let heard = heard
+            .entry(session)
+            .or_insert_with(|| Heard::now(nobody.downgrade()));
+        heard.at = Instant::now();
+    }
+
     fn hear(&self, session: SessionId, stream: &CallStream, note: impl FnOnce(&mut Heard)) {
         let mut heard = self.heard.lock();
-        let heard = heard.entry(session).or_insert_with(|| Heard {
-            at: Instant::now(),
-            connection: None,
-            is_direct: false,
-            ended_at: None,
-            nudges: stream.nudges(),
-            asked: InodeNumber(0),
-        });
+        let heard = heard
+            .entry(session)
+            .or_insert_with(|| Heard::now(stream.nudges()));
         heard.at = Instant::now();
         heard.ended_at = None;
         let is_same = match (&heard.connection, stream.connection()) {

@@ -531,7 +531,8 @@ impl Consensus {
     fn recovered(&self) -> Result<(), String> {
         if self.0.stood_down.load(Ordering::Acquire) {
             return Err(
-                "this node's metadata is damaged or not that of the majority: it is about to be set aside".to_string(),
+                "this node's metadata is damaged or not that of the majority: it is about to be set aside"
+                    .to_string(),
             );
         }
         match self.0.recovered.load(Ordering::Acquire) {
@@ -557,6 +558,7 @@ fn takes_space(command: &LogCommand) -> bool {
         | LogBody::Audit
         | LogBody::Settle { .. }
         | LogBody::OpenSessionWithKey { .. }
+        | LogBody::OpenContentSession { .. }
         | LogBody::AnswerUnlinked { .. }
         | LogBody::Reclaim { .. }
         | LogBody::NoteSilences { .. } => false,

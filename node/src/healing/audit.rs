@@ -44,8 +44,6 @@ const ASK_INTERVAL_MS: u64 = 500;
 const ASK_MS_MAX: u64 = 600_000;
 /// How long one may take to answer: from memory.
 const ANSWER_TIMEOUT_MS: u64 = 2_000;
-/// An audit that is asked for because rows contradict each other is not asked for again before this has passed.
-const SUSPICION_INTERVAL: Duration = Duration::from_secs(60);
 /// The feature level at which audits begin.
 const FEATURE_LEVEL_MIN: u32 = 2;
 

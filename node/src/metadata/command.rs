@@ -109,6 +109,16 @@ pub enum LogBody {
         /// How it proves itself.
         key: SessionKey,
     },
+    /// As [`LogBody::OpenSessionWithKey`], for a session of the leader's own in which it makes chunks. It opens no files, so
+    /// it is never asked about unlinked inodes, and none waits for it.
+    OpenContentSession {
+        /// Drawn at random by the leader.
+        session: SessionId,
+        /// For people.
+        description: String,
+        /// Nobody else speaks for the session.
+        key: SessionKey,
+    },
     /// Which unlinked inodes sessions hold.
     AnswerUnlinked {
         /// What each says; what is out of date is passed over.
@@ -227,7 +237,9 @@ impl fmt::Display for LogCommand {
                     request.session, request.lane.0, request.sequence
                 )
             }
-            LogBody::OpenSession { session, .. } | LogBody::OpenSessionWithKey { session, .. } => {
+            LogBody::OpenSession { session, .. }
+            | LogBody::OpenSessionWithKey { session, .. }
+            | LogBody::OpenContentSession { session, .. } => {
                 write!(f, "open session {session}")
             }
             LogBody::EndSession { session } => write!(f, "end session {session}"),

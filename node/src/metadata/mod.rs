@@ -47,10 +47,10 @@ mod view;
 pub(crate) mod tests;
 
 pub use apply::{Batch, COMMAND_FREED_EXTENTS_MAX};
+pub use check::{CheckCursor, Checked};
 pub use command::{
     Applied, CallResult, Crowded, Effects, FEATURE_LEVEL, InlineChunk, LogBody, LogCommand, UnlinkedAnswer,
 };
-pub use check::{CheckCursor, Checked};
 pub use fault::{Failure, StorageFault};
 pub use fragments::{Run, RunTerms, Runs};
 pub use names::{ChunkFiles, NamedFile};

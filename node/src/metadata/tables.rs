@@ -46,21 +46,17 @@ pub(super) enum Table {
     Reclaimable = 10,
     Chunks = 11,
     Fragmented = 12,
+    Unlinked = 13,
+    UnlinkedQueue = 14,
+    Holds = 15,
+    Marks = 16,
+    Departed = 17,
+    SessionKeys = 18,
+    Silences = 19,
 }
 
 impl Table {
-    pub(super) const COUNT: usize = 13;
-    Unlinked = 12,
-    UnlinkedQueue = 13,
-    Holds = 14,
-    Marks = 15,
-    Departed = 16,
-    SessionKeys = 17,
-    Silences = 18,
-}
-
-impl Table {
-    pub(super) const COUNT: usize = 19;
+    pub(super) const COUNT: usize = 20;
     pub(super) const ALL: [Table; Table::COUNT] = [
         Table::Meta,
         Table::Inodes,
@@ -181,9 +177,10 @@ rows_by_number!(
     ()
 );
 
-rows_by_inode!(
+rows_by_number!(
     /// Files that may have many small extents side by side, with the content version at which that was noted last.
     Fragmented,
+    InodeNumber,
     u64
 );
 

@@ -24,7 +24,6 @@ use super::fault::{Failure, StorageFault};
 use super::overlay::{Cell, Direction, KeyRange, Layers};
 use super::store::{MetadataStore, Position, Summary};
 use super::tables::{Inodes, LaneRecord, Lanes, Meta, Replicas, RowKey, RowOf, Rows, Sessions, Table};
-use super::tables::{Inodes, LaneRecord, Lanes, Meta, Replicas, RowKey, RowOf, Rows, Table};
 use rewrite::Replaced;
 use transaction::Transaction;
 
@@ -255,6 +254,14 @@ impl<'store> Batch<'store> {
             } => self
                 .writer
                 .open_session_with_key(now, *session, description, key)
+                .map(without_effects),
+            LogBody::OpenContentSession {
+                session,
+                description,
+                key,
+            } => self
+                .writer
+                .open_content_session(now, *session, description, key)
                 .map(without_effects),
             LogBody::AnswerUnlinked { answers } => {
                 self.writer.answer_unlinked(answers)?;

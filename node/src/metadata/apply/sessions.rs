@@ -58,6 +58,21 @@ impl Writer {
         Ok(opened)
     }
 
+    /// As [`Writer::open_session_with_key`], for a session that never holds an unlinked inode: it has answered for all.
+    pub(super) fn open_content_session(
+        &mut self,
+        now: Timestamp,
+        session: SessionId,
+        description: &str,
+        key: &SessionKey,
+    ) -> Result<CallResult, StorageFault> {
+        let opened = self.open_session_with_key(now, session, description, key)?;
+        if opened == CallResult::Done {
+            self.put_mark(session, u64::MAX);
+        }
+        Ok(opened)
+    }
+
     pub(super) fn end_session(
         &mut self,
         now: Timestamp,

@@ -471,13 +471,6 @@ fn run(events: Vec<Event>, level: u32) {
         dead: Vec::new(),
         contents: BTreeMap::new(),
         rewritten: BTreeMap::new(),
-    };
-    if newest_level {
-        let mut batch = node.store.begin();
-        let level = FEATURE_LEVEL;
-        history.apply(&mut batch, LogBody::RaiseFeatureLevel { level });
-        batch.publish(at(history.log.len() as u64));
-        history.model.raise();
         marks: BTreeMap::new(),
     };
     history.model.asks = level >= 3;
@@ -485,12 +478,7 @@ fn run(events: Vec<Event>, level: u32) {
         let mut batch = node.store.begin();
         history.apply(&mut batch, LogBody::RaiseFeatureLevel { level });
         batch.publish(at(history.log.len() as u64));
-        // The root directory gets its times.
-        let now = history.model.now;
-        let root = history.model.inodes.get_mut(&InodeNumber::ROOT).unwrap();
-        let attributes = &mut root.attributes;
-        (attributes.atime, attributes.mtime) = (now, now);
-        (attributes.ctime, attributes.birth_time) = (now, now);
+        history.model.raise(level);
     }
     let mut events = (0..SESSIONS as u8)
         .map(Event::Open)

@@ -6,8 +6,8 @@
 mod against_model;
 mod bounded;
 mod damage;
-mod events;
 mod ended;
+mod events;
 mod full_disk;
 mod levels;
 mod model;

@@ -69,13 +69,9 @@ impl Model {
         model
     }
 
-    pub fn tick(&mut self, stamp: Timestamp) {
-        self.now = stamp.max(self.now.plus_nanoseconds(1));
-    }
-
-    /// Everything that the program knows is allowed.
-    pub fn raise(&mut self) {
-        self.writes_drop_capabilities = true;
+    /// The feature level is `level`, 2 or more.
+    pub fn raise(&mut self, level: u32) {
+        self.writes_drop_capabilities = level >= 3;
         let now = self.now;
         if let Some(root) = self.inodes.get_mut(&InodeNumber::ROOT) {
             let attributes = &mut root.attributes;
@@ -90,17 +86,6 @@ impl Model {
                 }
             }
         }
-    }
-
-    pub fn end_session(&mut self, session: SessionId) {
-        self.living.remove(&session);
-        for inode in self.inodes.values_mut() {
-            inode.held_by.remove(&session);
-        }
-    }
-
-    pub fn forget_doomed(&mut self) {
-        self.inodes.retain(|_, inode| !inode.is_doomed());
     }
 
     pub fn run(&mut self, session: SessionId, command: &Command) -> Verdict<Vec<OperationResult>> {

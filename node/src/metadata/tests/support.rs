@@ -67,6 +67,8 @@ impl Node {
             self.sequences.insert((SessionId(1), Lane(0)), sequence - 1);
         }
         result
+    }
+
     /// One at feature level 3 with open sessions 1 to `sessions`, which answer about unlinked inodes in order.
     pub fn asking(sessions: u64) -> Node {
         let mut node = Node::new();

@@ -187,7 +187,9 @@ impl State {
                     CallResult::Outcome(outcome) => CallReply::Outcome(outcome),
                     CallResult::UnknownSession => CallReply::Refused(Refusal::UnknownSession),
                     CallResult::StaleSequence => CallReply::Refused(Refusal::StaleSequence),
-                    CallResult::Done | CallResult::Crowded(_) | CallResult::WrongKey => unreachable!("a mutation has an outcome"),
+                    CallResult::Done | CallResult::Crowded(_) | CallResult::WrongKey => {
+                        unreachable!("a mutation has an outcome")
+                    }
                     CallResult::NeverDecided => CallReply::Refused(Refusal::NeverDecided),
                 }
             }
