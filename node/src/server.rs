@@ -4,14 +4,14 @@
 //! moment, and refuse the rest with the reason. Once the cluster is found, the disk's state is opened, the consensus
 //! begins, and [`Node::parts`] is there.
 
+mod own_client;
+
 use std::future::Future;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::FutureExt as _;
-use quorumfs_client::{Client, ClientOptions};
 use quorumfs_proto::limits::MESSAGE_BYTES_MAX;
 use quorumfs_proto::wire::file_system_server::FileSystemServer;
 use quorumfs_proto::wire::peer_server::PeerServer;
@@ -22,6 +22,7 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tracing::{info, warn};
 
+use self::own_client::{close_session, open_client};
 use crate::api::connections::{self, Limits};
 use crate::api::fs::FileSystemService;
 use crate::api::http_metrics::counted;
@@ -30,16 +31,15 @@ use crate::api::rest::{self, ClientHandle, RestState};
 use crate::api::{admin, status};
 use crate::cluster::bootstrap::{find_membership, watch_for_strangers};
 use crate::cluster::clock::{ClockMonitor, StampClock};
+use crate::cluster::features;
 use crate::cluster::health::HealthMonitor;
 use crate::cluster::identity::DataFolder;
 use crate::cluster::leases::Leases;
 use crate::cluster::membership::Roster;
-use crate::cluster::metrics::kinds::REST_DESCRIPTION;
 use crate::cluster::placement::Placement;
 use crate::cluster::renounce::{Leave, Renounced, Renouncing};
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
-use crate::cluster::{credential, features};
 use crate::config::Config;
 use crate::consensus::{AppliedEffects, Consensus, ConsensusError, ConsensusOptions, FatalError};
 use crate::content::{ContentOptions, ContentStore, PeerChunks, Stopped};
@@ -59,12 +59,8 @@ use crate::write::Writer;
 /// client's stream of chunks may fill its window whatever else this process carries, so it is no larger than it must.
 const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
-/// After a failed attempt to open the node's own session.
-const CLIENT_RETRY_INTERVAL_MS: u64 = 500;
 /// Batches of applied entries that wait for recovery and sweeper; what does not fit they find in their passes.
 const EFFECTS_QUEUED_MAX: usize = 4096;
-/// How long a stopping node waits for the cluster to hear that its session is over.
-const CLOSE_TIMEOUT_MS: u64 = 2_500;
 /// How long open requests may take to end after a shutdown was asked for.
 const DRAIN_TIMEOUT_MS: u64 = 2_000;
 
@@ -494,56 +490,6 @@ async fn hand_on_effects(
             sweeper.dead(dead);
         }
         recovery.applied(&effects);
-    }
-}
-
-/// Opens the session through which REST reads and writes; tries until there is a leader.
-async fn open_client(
-    config: Config,
-    tls: Option<tonic::transport::ClientTlsConfig>,
-    client: watch::Sender<ClientHandle>,
-) {
-    let mut addresses = vec![config.grpc.clone()];
-    addresses.extend(
-        config
-            .members
-            .iter()
-            .filter(|member| **member != config.grpc)
-            .cloned(),
-    );
-    loop {
-        let options = ClientOptions {
-            addresses: addresses.clone(),
-            description: format!("{REST_DESCRIPTION} {} at {}", config.slot, config.http),
-            call_timeout: Some(Duration::from_millis(config.request_timeout_ms)),
-            tls: tls.clone(),
-            ..ClientOptions::default()
-        };
-        match Client::connect(options).await {
-            Ok(connected) => {
-                client.send_replace(ClientHandle::Ready(connected.clone()));
-                credential::keep(&config.data, connected).await;
-                return;
-            }
-            Err(error) => {
-                client.send_replace(ClientHandle::Connecting {
-                    reason: error.to_string(),
-                });
-            }
-        }
-        tokio::time::sleep(Duration::from_millis(CLIENT_RETRY_INTERVAL_MS)).await;
-    }
-}
-
-/// Ends this node's session, so that nothing waits for it any more.
-async fn close_session(folder: &Path, client: &watch::Receiver<ClientHandle>) {
-    let ClientHandle::Ready(client) = client.borrow().clone() else {
-        return;
-    };
-    let limit = Duration::from_millis(CLOSE_TIMEOUT_MS);
-    match tokio::time::timeout(limit, client.close()).await {
-        Ok(()) => credential::forget(folder),
-        Err(_) => info!("no leader heard that this node's session is over"),
     }
 }
 

@@ -542,50 +542,6 @@ fn a_leap(cluster: &Cluster, mount: &Mount, attempt: usize, shift: &impl Fn(usiz
     cluster.leader() == leader
 }
 
-/// Bytes that the log of a node grows by in [`LOG_TIME`].
-fn log_growth(cluster: &Cluster, slots: &[usize]) -> Vec<usize> {
-    const LOG_TIME: Duration = Duration::from_secs(15);
-    let lengths = || -> Vec<usize> { slots.iter().map(|slot| cluster.log(*slot).len()).collect() };
-    let before = lengths();
-    std::thread::sleep(LOG_TIME);
-    lengths()
-        .iter()
-        .zip(before)
-        .map(|(now, before)| now - before)
-        .collect()
-}
-
-#[test]
-fn a_node_that_is_away_does_not_fill_the_logs_of_the_others() {
-    // Each warning of the consensus library once, and one line of ours; not two lines a second.
-    const GROWTH_BYTES_MAX: usize = 6_000;
-    let sandbox = Sandbox::light("log-away");
-    let cluster = Cluster::start(&sandbox);
-    let away = cluster.followers()[0];
-    cluster.kill(away);
-    let left = cluster.running();
-    let growth = log_growth(&cluster, &left);
-    println!("with a node away the logs grow by {growth:?} bytes");
-    assert!(growth.iter().all(|bytes| *bytes < GROWTH_BYTES_MAX), "{growth:?}");
-}
-
-#[test]
-fn nodes_that_wait_for_each_other_do_not_quote_each_other_for_ever() {
-    const GROWTH_BYTES_MAX: usize = 10_000;
-    let sandbox = Sandbox::light("log-waiting");
-    let cluster = Cluster::start(&sandbox);
-    cluster.kill_all();
-    for slot in [1, 2] {
-        std::fs::remove_dir_all(cluster.data_folder(slot)).expect("wipe");
-    }
-    cluster.start_all();
-    cluster.wait_log(1, &["not serving yet"], Duration::from_secs(30));
-    cluster.wait_log(2, &["not serving yet"], Duration::from_secs(30));
-    let growth = log_growth(&cluster, &[1, 2, 3]);
-    println!("while nodes wait the logs grow by {growth:?} bytes");
-    assert!(growth.iter().all(|bytes| *bytes < GROWTH_BYTES_MAX), "{growth:?}");
-}
-
 #[test]
 fn a_mount_whose_clock_is_an_hour_behind_stamps_what_is_written_with_the_leaders() {
     let sandbox = Sandbox::light("health-mount-clock");

@@ -113,7 +113,8 @@ fn p6_programs_that_wait_for_a_quorum_can_be_killed() {
         ),
         ("append", "exec dd if=/dev/zero bs=1M count=2 conv=notrunc >&4"),
         ("close", "printf kept >&3; exec 3>&-"),
-        ("exit", "printf kept >&3; kill -9 $$"),
+        // Without a redirection of its own, at whose end the shell would close a copy and wait for that.
+        ("exit", "exec >&3; printf kept; kill -9 $$"),
         // When it has filled the room for what is written, all others that write wait for that.
         (LAST, "exec dd if=/dev/zero bs=1M count=200 conv=notrunc >&3"),
     ];
@@ -264,7 +265,9 @@ fn p6_a_mount_without_a_quorum_can_be_taken_away() {
     stop_quorum(&cluster);
     fs::write(sandbox.path("gate.go"), "").expect("open the gate");
     writing.wait_blocked();
-    let reading = Program::start("cat", forced.directory(), "exec cat file");
+    // Not begun in the folder: who starts a program waits until it is there.
+    let read = format!("exec cat '{}'", forced.path("file").display());
+    let reading = Program::start("cat", &sandbox.path(""), &read);
     reading.wait_blocked();
 
     // The kernel refuses the first where something is in use, and lets go of it all the same.
@@ -314,12 +317,11 @@ fn cluster_script(sandbox: &Sandbox, mount: &Path) {
     fs::write(state.join("cluster.env"), settings).expect("write the script's settings");
     let run = |action: &str| {
         let script = workspace_folder().join("scripts/cluster.sh");
-        let command = format!(
-            "QUORUMFS_STATE='{}' '{}' {action}",
+        shell(&format!(
+            "QUORUMFS_STATE='{}' timeout 60 '{}' {action} 2>&1",
             state.display(),
             script.display()
-        );
-        shell(&format!("timeout 60 {command} 2>&1"))
+        ))
     };
     let status = run("status");
     assert!(

@@ -335,3 +335,47 @@ fn p8_many_writers_that_are_blocked_do_not_fill_the_mounts_memory() {
         assert!(peak < BLOCKED_RESIDENT_BYTES_MAX, "{} MiB resident", peak >> 20);
     });
 }
+
+/// Bytes that the log of a node grows by in [`LOG_TIME`].
+fn log_growth(cluster: &Cluster, slots: &[usize]) -> Vec<usize> {
+    const LOG_TIME: Duration = Duration::from_secs(15);
+    let lengths = || -> Vec<usize> { slots.iter().map(|slot| cluster.log(*slot).len()).collect() };
+    let before = lengths();
+    std::thread::sleep(LOG_TIME);
+    lengths()
+        .iter()
+        .zip(before)
+        .map(|(now, before)| now - before)
+        .collect()
+}
+
+#[test]
+fn p8_a_node_that_is_away_does_not_fill_the_logs_of_the_others() {
+    // Each warning of the consensus library once, and one line of ours; not two lines a second.
+    const GROWTH_BYTES_MAX: usize = 6_000;
+    let sandbox = Sandbox::light("log-away");
+    let cluster = Cluster::start(&sandbox);
+    let away = cluster.followers()[0];
+    cluster.kill(away);
+    let left = cluster.running();
+    let growth = log_growth(&cluster, &left);
+    println!("with a node away the logs grow by {growth:?} bytes");
+    assert!(growth.iter().all(|bytes| *bytes < GROWTH_BYTES_MAX), "{growth:?}");
+}
+
+#[test]
+fn p8_nodes_that_wait_for_each_other_do_not_quote_each_other_for_ever() {
+    const GROWTH_BYTES_MAX: usize = 10_000;
+    let sandbox = Sandbox::light("log-waiting");
+    let cluster = Cluster::start(&sandbox);
+    cluster.kill_all();
+    for slot in [1, 2] {
+        std::fs::remove_dir_all(cluster.data_folder(slot)).expect("wipe");
+    }
+    cluster.start_all();
+    cluster.wait_log(1, &["not serving yet"], Duration::from_secs(30));
+    cluster.wait_log(2, &["not serving yet"], Duration::from_secs(30));
+    let growth = log_growth(&cluster, &[1, 2, 3]);
+    println!("while nodes wait the logs grow by {growth:?} bytes");
+    assert!(growth.iter().all(|bytes| *bytes < GROWTH_BYTES_MAX), "{growth:?}");
+}

@@ -51,9 +51,6 @@ const LONGER_FILES: &[(&str, usize)] = &[
     ("mount/src/fs/tests/reference.rs", 729),
     ("mount/src/fs/tests/verbs.rs", 627),
     ("mount/src/write_buffer.rs", 603),
-    ("node/src/metadata/tests/against_model.rs", 649),
-    ("node/src/metadata/tests/against_model.rs", 651),
-    ("node/src/metadata/tests/model.rs", 613),
     ("node/src/metadata/tests/stories.rs", 828),
 ];
 

@@ -63,6 +63,9 @@ impl Protocol for Calls {
 
     fn greet(request: &mut CallRequest, cluster: &Cluster, greeted: u64) -> u64 {
         request.hello = cluster.hello().filter(|hello| hello.session != greeted);
+        if request.hello.is_some() {
+            request.local_addresses = cluster.local_addresses();
+        }
         request.hello.as_ref().map_or(greeted, |hello| hello.session)
     }
 

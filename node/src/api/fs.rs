@@ -3,24 +3,22 @@
 //! Decodes an envelope, calls the write or the read path, encodes the answer. So many requests of one stream are
 //! worked on at once; further ones wait in the connection's flow-control window, so a client cannot fill memory.
 
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
-use futures::{Stream, StreamExt as _};
+use futures::StreamExt as _;
 use quorumfs_measure::Ending;
 use quorumfs_proto::call::SessionState;
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 use quorumfs_proto::wire::file_system_server::FileSystem;
 use quorumfs_proto::{Call, CallReply, Refusal, SessionId, Timestamp, codec, wire};
-use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
-use tracing::{debug, error};
+use tracing::error;
 
-use super::carried::{CarriedBytes, StreamShare};
+use super::answers::{AnswerStream, answer_stream, answer_weighed};
+use super::carried::CarriedBytes;
 use crate::cluster::call_stream::{CallStream, Standing};
 use crate::cluster::leases::Grant;
 use crate::cluster::metrics::CountedCommand;
@@ -39,9 +37,6 @@ const CHUNKS_PER_STREAM_MAX: usize = 48;
 /// Inodes that have just lost their last name, about which a session is asked at once.
 const UNLINKED_ASKED_MAX: usize = 2048;
 
-/// What every stream of answers is.
-pub type AnswerStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
-
 /// See the module.
 pub struct FileSystemService {
     node: Arc<Node>,
@@ -56,71 +51,6 @@ impl FileSystemService {
             carried: CarriedBytes::default(),
         }
     }
-}
-
-/// Answers each request of a stream by `answer`, at most `at_once_max` at a time, in the order they are done.
-pub fn answer_stream<Q, A, F, Fut>(requests: Streaming<Q>, at_once_max: usize, answer: F) -> AnswerStream<A>
-where
-    Q: Send + 'static,
-    A: Send + 'static,
-    F: Fn(Q) -> Fut + Send + Sync + 'static,
-    Fut: Future<Output = A> + Send + 'static,
-{
-    // Nothing is weighed, so nothing is waited for.
-    answer_weighed(
-        requests,
-        at_once_max,
-        CarriedBytes::bounded(0).stream(),
-        |_| 0,
-        answer,
-    )
-}
-
-/// As [`answer_stream`], for requests that carry chunks or ask for them: `bytes` tells how many. They count until the
-/// answer has been sent.
-pub fn answer_weighed<Q, A, F, Fut>(
-    mut requests: Streaming<Q>,
-    at_once_max: usize,
-    share: StreamShare,
-    bytes: fn(&Q) -> u32,
-    answer: F,
-) -> AnswerStream<A>
-where
-    Q: Send + 'static,
-    A: Send + 'static,
-    F: Fn(Q) -> Fut + Send + Sync + 'static,
-    Fut: Future<Output = A> + Send + 'static,
-{
-    let (tell, answers) = mpsc::channel(at_once_max);
-    let places = Arc::new(Semaphore::new(at_once_max));
-    tokio::spawn(async move {
-        // The semaphore is never closed.
-        while let Ok(place) = places.clone().acquire_owned().await {
-            let request = match requests.next().await {
-                Some(Ok(request)) => request,
-                Some(Err(status)) => {
-                    debug!(%status, "a stream of requests broke");
-                    break;
-                }
-                None => break,
-            };
-            let carried = tokio::select! {
-                biased;
-                carried = share.carry(bytes(&request)) => carried,
-                // Nobody wants to know: what this one asks for need not be done.
-                () = tell.closed() => break,
-            };
-            let tell = tell.clone();
-            let answer = answer(request);
-            tokio::spawn(async move {
-                let answer = answer.await;
-                // A client that went away asks again elsewhere; what it asked for is done all the same.
-                let _ = tell.send((answer, carried)).await;
-                drop(place);
-            });
-        }
-    });
-    Box::pin(ReceiverStream::new(answers).map(|(answer, _carried)| Ok(answer)))
 }
 
 /// What a put has in memory.
@@ -154,6 +84,7 @@ impl FileSystem for FileSystemService {
             // Now, not when the request's turn comes: the requests behind it count on it.
             if let Some(hello) = request.hello.take() {
                 stream.hello(&hello);
+                stream.comes_from(&request.local_addresses);
             }
             async move {
                 let answered = match codec::decode::<Call>(&request.call) {

@@ -1,6 +1,7 @@
 //! The edges: each decodes, calls, encodes; nothing else.
 
 pub mod admin;
+pub mod answers;
 pub mod carried;
 pub mod connections;
 pub mod fs;

@@ -9,7 +9,8 @@ use quorumfs_proto::wire::peer_server::Peer;
 use quorumfs_proto::{CallReply, ChunkId, ClusterId, Member, NodeId, Refusal, wire};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::fs::{AnswerStream, answer_stream, chunk_refused};
+use super::answers::{AnswerStream, answer_stream};
+use super::fs::chunk_refused;
 use crate::cluster::identity::Membership;
 use crate::cluster::membership::{Gone, Removal, RosterError};
 use crate::cluster::metrics::report::Throughput;

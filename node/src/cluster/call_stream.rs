@@ -4,7 +4,7 @@
 //! then, where there was one). The state keeps the secret's digest. Sessions of clients without a secret are known by
 //! their number alone. One that was opened before all nodes knew of keys gets its key with a keep-alive.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use quorumfs_proto::{Refusal, SessionId, SessionSecret, Sha256, wire};
@@ -25,6 +25,8 @@ pub struct CallStream {
     proven: AtomicU64,
     certificate: Option<Sha256>,
     connection: Option<Connection>,
+    /// Whether the connection ends at the client itself.
+    is_direct: AtomicBool,
     nudges: mpsc::Sender<()>,
 }
 
@@ -52,6 +54,7 @@ impl CallStream {
             proven: AtomicU64::new(0),
             certificate,
             connection,
+            is_direct: AtomicBool::new(false),
             nudges,
         };
         (stream, requests)
@@ -120,6 +123,20 @@ impl CallStream {
         let claim = claims.iter().find(|(claimed, _)| *claimed == session);
         let is_secret = claim.is_some_and(|(_, secret)| secret.0.ct_eq(&key.secret.0).into());
         is_secret && (key.certificate.is_none() || key.certificate == self.certificate)
+    }
+
+    /// The client says which addresses its ends of connections have.
+    pub fn comes_from(&self, addresses: &[String]) {
+        let is_direct = self
+            .connection
+            .as_ref()
+            .is_some_and(|connection| connection.comes_from(addresses));
+        self.is_direct.store(is_direct, Ordering::Relaxed);
+    }
+
+    /// Whether the connection ends at the client itself, as far as it has said so.
+    pub fn is_direct(&self) -> bool {
+        self.is_direct.load(Ordering::Relaxed)
     }
 
     /// The connection that carries it.

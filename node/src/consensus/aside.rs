@@ -23,7 +23,7 @@ impl Consensus {
         let began = Instant::now();
         while self.is_leader() && began.elapsed() < STEP_ASIDE_TIMEOUT {
             if let Some(to) = self.most_up_to_date_voter(|voter| may_lead(voter.0)) {
-                tracing::warn!(%to, "this node must stop: handing leadership on");
+                tracing::warn!(%to, "this node's state is about to be set aside: handing leadership on");
                 // An error means that openraft has stopped, and then this node does not lead.
                 let _ = self.0.raft.trigger().transfer_leader(to).await;
             }

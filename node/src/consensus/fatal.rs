@@ -44,7 +44,7 @@ impl Error for FatalError {
     }
 }
 
-/// Raised at most once; the first reason stands.
+/// The first reason stands, unless it costs only the state and a later one costs more.
 #[derive(Clone, Debug)]
 pub struct FatalSignal(Arc<watch::Sender<Option<FatalError>>>);
 
@@ -77,11 +77,14 @@ impl FatalSignal {
 
     fn raise_error(&self, error: FatalError) -> FatalError {
         self.0.send_if_modified(|current| {
-            let first = current.is_none();
-            if first {
+            let is_worse = match current {
+                None => true,
+                Some(current) => current.costs_state() && !error.costs_state(),
+            };
+            if is_worse {
                 *current = Some(error.clone());
             }
-            first
+            is_worse
         });
         error
     }

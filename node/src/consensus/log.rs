@@ -230,9 +230,7 @@ impl LogStore {
         let shared = &self.0.shared;
         let mut memory = shared.memory.lock();
         while !memory.is_placed(index) {
-            if let Some(fatal) = shared.fatal.raised() {
-                return Err(fatal.into());
-            }
+            self.healthy()?;
             // The time-out only bounds how late a fatal error raised elsewhere is seen.
             shared.flushed.wait_for(&mut memory, Duration::from_millis(100));
         }
@@ -252,10 +250,12 @@ impl LogStore {
         }
     }
 
+    /// A node that has lost only its state goes on to vote and to keep the log: without it there may be no majority to make
+    /// the state anew from.
     fn healthy(&self) -> io::Result<()> {
         match self.0.shared.fatal.raised() {
-            None => Ok(()),
-            Some(fatal) => Err(fatal.into()),
+            Some(fatal) if !fatal.costs_state() => Err(fatal.into()),
+            _ => Ok(()),
         }
     }
 
@@ -384,8 +384,14 @@ impl RaftLogReader<TypeConfig> for LogStore {
 
     /// Empty where entry `start` is gone: a stream that has been given up may ask for it still, and entries that follow a
     /// hole must not be sent. openraft makes a question of it.
+    /// Empty where entry `start` is gone: a stream that has been given up may still ask for it, and entries that follow a
+    /// hole must not be sent. openraft asks again where an answer is empty.
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<Entry>> {
-        self.read_from_first(start..end, REPLICATION_BYTES_MAX).await
+        let mut entries = self.read(start..end, REPLICATION_BYTES_MAX).await?;
+        if entries.first().is_some_and(|first| first.log_id.index != start) {
+            entries.clear();
+        }
+        Ok(entries)
     }
 
     async fn entries_stream<RB>(&mut self, range: RB) -> impl Stream<Item = io::Result<Entry>> + OptionalSend

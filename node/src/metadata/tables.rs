@@ -590,10 +590,8 @@ mod tests {
         let name = Name::new(vec![b'x'; 255]).unwrap();
         let key = DirentKey::new(InodeNumber(7), &name);
         let parsed = Dirents::parse(&Dirents::key(&key)).unwrap();
-        assert_eq!(
-            (parsed.directory, parsed.cookie, parsed.name),
-            (key.directory, key.cookie, name)
-        );
+        let parts = (key.directory, key.cookie, name);
+        assert_eq!((parsed.directory, parsed.cookie, parsed.name), parts);
         for table in Table::ALL {
             assert_eq!(Table::from_number(table.number()), Some(table));
         }

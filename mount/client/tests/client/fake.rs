@@ -5,7 +5,6 @@
 //! took effect.
 
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,12 +20,13 @@ use quorumfs_proto::{
     Addresses, Answer, Call, CallReply, ChunkBody, ChunkId, Command, FsError, InodeNumber, Lane, Member,
     NodeId, Operation, OperationResult, Outcome, Refusal, SessionId, codec,
 };
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
+
+use crate::proxy::proxy;
 
 /// What a node does with one call.
 pub enum Act {
@@ -236,7 +236,7 @@ impl World {
 
 /// What lies between a client and a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wire {
+pub enum Wire {
     Open,
     /// As a stopped process: connections are taken, nothing moves.
     Frozen,
@@ -333,64 +333,6 @@ impl Fake {
 
     pub fn on_get(&self, act: impl FnMut(usize, ChunkId) -> GetAct + Send + 'static) {
         self.world.lock().on_get = Box::new(act);
-    }
-}
-
-async fn proxy(behind: SocketAddr) -> (SocketAddr, watch::Sender<Wire>) {
-    let (wire, states) = watch::channel(Wire::Open);
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
-        loop {
-            let Ok((outer, _)) = listener.accept().await else {
-                return;
-            };
-            if *states.borrow() == Wire::Cut {
-                // As near to a refused connection as a listener comes that must take the same port again.
-                outer.set_zero_linger().unwrap();
-                continue;
-            }
-            let mut states = states.clone();
-            tokio::spawn(async move {
-                let Ok(inner) = TcpStream::connect(behind).await else {
-                    return;
-                };
-                let (outer_in, outer_out) = outer.into_split();
-                let (inner_in, inner_out) = inner.into_split();
-                let mut cut = states.clone();
-                tokio::select! {
-                    _ = cut.wait_for(|state| *state == Wire::Cut) => {}
-                    _ = pump(outer_in, inner_out, states.clone()) => {}
-                    _ = pump(inner_in, outer_out, states.clone()) => {}
-                }
-                // What was in the middle of freezing stays open until it is cut or mended.
-                let _ = states.wait_for(|state| *state != Wire::Frozen).await;
-            });
-        }
-    });
-    (address, wire)
-}
-
-async fn pump(
-    mut from: tokio::net::tcp::OwnedReadHalf,
-    mut to: tokio::net::tcp::OwnedWriteHalf,
-    mut states: watch::Receiver<Wire>,
-) {
-    let mut buffer = vec![0; 64 << 10];
-    loop {
-        if states.wait_for(|state| *state == Wire::Open).await.is_err() {
-            return;
-        }
-        let read = match from.read(&mut buffer).await {
-            Ok(0) | Err(_) => return,
-            Ok(read) => read,
-        };
-        if states.wait_for(|state| *state == Wire::Open).await.is_err() {
-            return;
-        }
-        if to.write_all(&buffer[..read]).await.is_err() {
-            return;
-        }
     }
 }
 

@@ -8,4 +8,5 @@ mod calls;
 mod content;
 mod ended;
 mod fake;
+mod proxy;
 mod sessions;

@@ -147,13 +147,11 @@ fn a_file_that_is_cut_again_and_again_waits_for_its_steps() {
 fn each_step_of_freeing_an_unlinked_file_begins_where_the_last_one_ended() {
     let mut node = Node::at_newest_level(1);
     let file = fragmented(&mut node, 40);
-    node.operate(unlink(ROOT, "fragmented", Held::NotOpen)).unwrap();
+    node.unlink_for_all("fragmented");
+    node.apply(LogBody::Reclaim {
+        work_max: COMMAND_FREED_EXTENTS_MAX,
+    });
     assert_eq!(node.view().reclaimable(10).unwrap(), [file]);
-    let step = LogBody::ReclaimUnlinked {
-        inode: file,
-        extents_max: COMMAND_FREED_EXTENTS_MAX,
-    };
-    node.apply(step);
     // Somebody who does not know that it is being freed writes where it was freed already.
     node.call(1, write_chunks(Target::Inode(file), 1, 1000, &[0], 1))
         .0
@@ -203,12 +201,9 @@ fn the_count_of_extended_attributes_never_goes_below_none() {
     for text in ["security.capability", "user.a", "user.b", "user.c", "user.d"] {
         node.operate(set_xattr(text)).unwrap();
     }
-    node.operate(unlink(ROOT, "file", Held::NotOpen)).unwrap();
-    // One step takes three of the five away, the capability among them.
-    node.apply(LogBody::ReclaimUnlinked {
-        inode: file,
-        extents_max: 4,
-    });
+    node.unlink_for_all("file");
+    // One step takes four of the five away, the capability among them.
+    node.apply(LogBody::Reclaim { work_max: 4 });
     assert_eq!(node.attributes(file).xattr_count, 1);
     let changes = AttributeChanges {
         uid: Some(7),

@@ -9,6 +9,7 @@ mod damage;
 mod ended;
 mod events;
 mod full_disk;
+mod history;
 mod levels;
 mod model;
 mod model_attributes;

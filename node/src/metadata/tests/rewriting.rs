@@ -101,15 +101,8 @@ fn extents_that_changed_are_not_replaced_and_the_chunk_is_dead() {
             append(node, file, 600, 9, 10);
         },
         |node, _| {
-            node.operate(unlink(ROOT, "log", Held::NotOpen)).unwrap();
-            for inode in node.view().reclaimable(10).unwrap() {
-                for _ in 0..9 {
-                    node.apply(LogBody::ReclaimUnlinked {
-                        inode,
-                        extents_max: 9,
-                    });
-                }
-            }
+            node.unlink_for_all("log");
+            node.reclaim(9);
         },
     ];
     for (number, change) in changes.into_iter().enumerate() {

@@ -50,13 +50,6 @@ impl Node {
         node
     }
 
-    /// As [`Node::with_sessions`], with everything allowed that this program knows.
-    pub fn at_newest_level(sessions: u64) -> Node {
-        let mut node = Node::with_sessions(sessions);
-        node.apply(LogBody::RaiseFeatureLevel { level: FEATURE_LEVEL });
-        node
-    }
-
     /// The result of a new mutation of session 1, whatever it is.
     pub fn result_of(&mut self, command: Command) -> CallResult {
         let mutation = self.mutation(SessionId(1), command);
@@ -69,10 +62,11 @@ impl Node {
         result
     }
 
-    /// One at feature level 3 with open sessions 1 to `sessions`, which answer about unlinked inodes in order.
-    pub fn asking(sessions: u64) -> Node {
+    /// One with everything allowed that this program knows, and open sessions 1 to `sessions`, which answer about unlinked
+    /// inodes in order.
+    pub fn at_newest_level(sessions: u64) -> Node {
         let mut node = Node::new();
-        node.apply(LogBody::RaiseFeatureLevel { level: 3 });
+        node.apply(LogBody::RaiseFeatureLevel { level: FEATURE_LEVEL });
         for session in 1..=sessions {
             node.open_with_key(session);
         }
@@ -102,6 +96,15 @@ impl Node {
             answers: vec![answer],
         });
         page.inodes.len()
+    }
+
+    /// The last name of `name` in the root directory goes, and no session holds the inode.
+    pub fn unlink_for_all(&mut self, text: &str) {
+        self.operate(unlink(InodeNumber::ROOT, text, Held::NotOpen))
+            .unwrap();
+        for session in self.view().living_sessions() {
+            self.answer_all(session.0, &[]);
+        }
     }
 
     /// Frees what can be freed, in steps of `work_max`; what became dead by it.

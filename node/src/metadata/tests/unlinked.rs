@@ -23,7 +23,7 @@ fn is_there(node: &Node, inode: InodeNumber) -> bool {
 
 /// Rows and bytes that one unlink adds.
 fn cost_of_unlink(sessions: u64) -> (usize, u64) {
-    let mut node = Node::asking(sessions);
+    let mut node = Node::at_newest_level(sessions);
     node.operate(create(ROOT, "f", NewKind::File)).unwrap();
     let (rows, bytes) = (dump(&node.view()).len(), node.store.overlay_bytes());
     node.operate(unlink(ROOT, "f", Held::Open)).unwrap();
@@ -47,7 +47,7 @@ fn an_unlink_costs_the_same_however_many_sessions_there_are() {
 
 #[test]
 fn an_unlinked_file_lives_until_every_session_has_answered_and_let_go() {
-    let mut node = Node::asking(3);
+    let mut node = Node::at_newest_level(3);
     let file = unlinked_file(&mut node, "f", 1);
     for session in [1, 2] {
         assert_eq!(node.answer_all(session, &[]), 1);
@@ -73,7 +73,7 @@ fn an_unlinked_file_lives_until_every_session_has_answered_and_let_go() {
 
 #[test]
 fn a_session_that_holds_much_keeps_nothing_else() {
-    let mut node = Node::asking(2);
+    let mut node = Node::at_newest_level(2);
     let held: Vec<InodeNumber> = (0..100)
         .map(|n| unlinked_file(&mut node, &format!("held-{n}"), n + 1))
         .collect();
@@ -96,7 +96,7 @@ fn a_session_that_holds_much_keeps_nothing_else() {
 
 #[test]
 fn a_session_that_opens_later_is_not_asked_and_one_that_has_ended_is_not_waited_for() {
-    let mut node = Node::asking(2);
+    let mut node = Node::at_newest_level(2);
     let file = unlinked_file(&mut node, "f", 1);
     node.open_with_key(3);
     assert_eq!(node.answer_all(3, &[]), 0);
@@ -112,7 +112,7 @@ fn a_session_that_opens_later_is_not_asked_and_one_that_has_ended_is_not_waited_
 
 #[test]
 fn a_session_that_ends_lets_go_of_more_than_one_step_drops() {
-    let mut node = Node::asking(2);
+    let mut node = Node::at_newest_level(2);
     let held: Vec<InodeNumber> = (0..5 * u64::from(COMMAND_FREED_EXTENTS_MAX))
         .map(|n| unlinked_file(&mut node, &format!("{n}"), n + 1))
         .collect();
@@ -136,7 +136,7 @@ fn a_session_that_ends_lets_go_of_more_than_one_step_drops() {
 
 #[test]
 fn an_answer_counts_once_and_only_for_what_was_asked() {
-    let mut node = Node::asking(1);
+    let mut node = Node::at_newest_level(1);
     let first = unlinked_file(&mut node, "first", 1);
     let page = node.view().unlinked_page(SessionId(1), 10).unwrap().unwrap();
     let answer = |held: &[InodeNumber]| LogBody::AnswerUnlinked {
@@ -199,7 +199,7 @@ fn what_was_unlinked_before_the_level_drains_and_older_clients_are_asked_about_e
 
 #[test]
 fn a_file_without_a_name_is_its_makers_alone() {
-    let mut node = Node::asking(2);
+    let mut node = Node::at_newest_level(2);
     let make = || Operation::CreateUnlinked {
         inode: new_inode(NewKind::File),
     };
@@ -227,7 +227,7 @@ fn a_file_without_a_name_is_its_makers_alone() {
 
 #[test]
 fn a_session_is_opened_again_with_its_own_key_only() {
-    let mut node = Node::asking(1);
+    let mut node = Node::at_newest_level(1);
     let open = |secret: &[u8]| LogBody::OpenSessionWithKey {
         session: SessionId(1),
         description: String::new(),
@@ -247,7 +247,7 @@ fn a_session_is_opened_again_with_its_own_key_only() {
 
 #[test]
 fn a_silence_is_known_until_the_session_speaks_or_ends() {
-    let mut node = Node::asking(2);
+    let mut node = Node::at_newest_level(2);
     let note = |silences: &[(u64, u64)]| LogBody::NoteSilences {
         silences: silences.iter().map(|(id, ms)| (SessionId(*id), *ms)).collect(),
     };

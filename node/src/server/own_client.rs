@@ -1,0 +1,68 @@
+//! The node's own session, through which REST reads and writes: opened when there is a leader, closed when the node stops.
+
+use std::path::Path;
+use std::time::Duration;
+
+use quorumfs_client::{Client, ClientOptions};
+use tokio::sync::watch;
+use tracing::info;
+
+use crate::api::rest::ClientHandle;
+use crate::cluster::credential;
+use crate::cluster::metrics::kinds::REST_DESCRIPTION;
+use crate::config::Config;
+
+/// After a failed attempt to open the node's own session.
+const CLIENT_RETRY_INTERVAL_MS: u64 = 500;
+/// How long a stopping node waits for the cluster to hear that its session is over.
+const CLOSE_TIMEOUT_MS: u64 = 2_500;
+
+/// Opens the session through which REST reads and writes; tries until there is a leader.
+pub async fn open_client(
+    config: Config,
+    tls: Option<tonic::transport::ClientTlsConfig>,
+    client: watch::Sender<ClientHandle>,
+) {
+    let mut addresses = vec![config.grpc.clone()];
+    addresses.extend(
+        config
+            .members
+            .iter()
+            .filter(|member| **member != config.grpc)
+            .cloned(),
+    );
+    loop {
+        let options = ClientOptions {
+            addresses: addresses.clone(),
+            description: format!("{REST_DESCRIPTION} {} at {}", config.slot, config.http),
+            call_timeout: Some(Duration::from_millis(config.request_timeout_ms)),
+            tls: tls.clone(),
+            ..ClientOptions::default()
+        };
+        match Client::connect(options).await {
+            Ok(connected) => {
+                client.send_replace(ClientHandle::Ready(connected.clone()));
+                credential::keep(&config.data, connected).await;
+                return;
+            }
+            Err(error) => {
+                client.send_replace(ClientHandle::Connecting {
+                    reason: error.to_string(),
+                });
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(CLIENT_RETRY_INTERVAL_MS)).await;
+    }
+}
+
+/// Ends this node's session, so that nothing waits for it any more.
+pub async fn close_session(folder: &Path, client: &watch::Receiver<ClientHandle>) {
+    let ClientHandle::Ready(client) = client.borrow().clone() else {
+        return;
+    };
+    let limit = Duration::from_millis(CLOSE_TIMEOUT_MS);
+    match tokio::time::timeout(limit, client.close()).await {
+        Ok(()) => credential::forget(folder),
+        Err(_) => info!("no leader heard that this node's session is over"),
+    }
+}
