@@ -49,7 +49,7 @@ const FILE_LINES_MAX: usize = 600;
 /// Longer files, each with its length: a ratchet. It may shrink and must not grow.
 const LONGER_FILES: &[(&str, usize)] = &[
     ("mount/src/fs/tests/reference.rs", 729),
-    ("mount/src/fs/tests/verbs.rs", 627),
+    ("mount/src/fs/tests/verbs.rs", 625),
     ("mount/src/write_buffer.rs", 603),
     ("node/src/metadata/tests/stories.rs", 828),
 ];
