@@ -119,6 +119,8 @@ pub struct HeldAppend {
     pub data: Bytes,
     /// Whether they drop privileges.
     pub privileges: Privileges,
+    /// When the first of them came.
+    pub since: Instant,
 }
 
 /// Files that are not open any more whose failures nobody was told. Beyond it the oldest is given up: it was logged.

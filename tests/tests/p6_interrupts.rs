@@ -257,7 +257,8 @@ fn p6_a_mount_without_a_quorum_can_be_taken_away() {
     }
     let inode = std::os::unix::fs::MetadataExt::ino(&fs::metadata(ended.path("file")).expect("stat"));
     let dirty = format!(
-        "exec 3<>file; : >'{0}'; until [ -e '{0}.go' ]; do sleep 0.05; done; printf new >&3; exec 3>&-",
+        // The kernel asks about capabilities before the first write, which nobody could answer later.
+        "exec 3<>file; printf old >&3; : >'{0}'; until [ -e '{0}.go' ]; do sleep 0.05; done; printf new >&3; exec 3>&-",
         sandbox.path("gate").display()
     );
     let writing = Program::start("writer", ended.directory(), &dirty);

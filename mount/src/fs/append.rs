@@ -11,7 +11,7 @@
 //! and its failure is told to the file's handles.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures::FutureExt as _;
@@ -32,12 +32,41 @@ const APPEND_RENEWALS_MAX: usize = 3;
 /// of 64 KiB make it more for several buffers, and the same for one.
 const SECOND_PART_BYTES_MAX: usize = 64 << 10;
 
+/// For so long what is not this write's own waits for a second part: longer than the kernel takes to send it. A program's
+/// own `fsync` behind such a write waits as long.
+const SECOND_PART_WAIT: Duration = Duration::from_millis(20);
+/// Where there is always another first part, nobody waits longer for the file's turn than this.
+const SECOND_PART_WAIT_MAX: Duration = Duration::from_millis(200);
+/// Between two looks whether it is there.
+const SECOND_PART_TICK: Duration = Duration::from_millis(1);
+
 /// The most that one command appends.
 const PIECE_BYTES_MAX: usize = CHUNK_BYTES_MAX as usize;
 
 /// Whether an append of so many bytes may be the first part of a write of [`PIECE_BYTES_MAX`] or less.
 fn may_continue(bytes: usize) -> bool {
     (PIECE_BYTES_MAX - SECOND_PART_BYTES_MAX..PIECE_BYTES_MAX).contains(&bytes)
+}
+
+/// The file's turn, for a commit: not between the two parts of an append, which would then be two.
+pub(super) async fn take_turn_after_append<Put>(
+    node: &OpenInode<Put>,
+) -> Result<tokio::sync::MutexGuard<'_, ()>, FsError> {
+    let began = Instant::now();
+    loop {
+        let turn = take_turn(node).await?;
+        let may_continue = node
+            .state
+            .lock()
+            .held_append
+            .as_ref()
+            .is_some_and(|held| held.since.elapsed() < SECOND_PART_WAIT);
+        if !may_continue || began.elapsed() >= SECOND_PART_WAIT_MAX {
+            return Ok(turn);
+        }
+        drop(turn);
+        tokio::time::sleep(SECOND_PART_TICK).await;
+    }
 }
 
 impl<C: Cluster> Filesystem<C> {
@@ -60,6 +89,7 @@ impl<C: Cluster> Filesystem<C> {
                     Privileges::Drop => Privileges::Drop,
                     Privileges::Keep => privileges,
                 },
+                since: held.since,
             };
             // Not given up with this caller: the first part was acknowledged to another, perhaps.
             return self.commit_held(node, joined).await;
@@ -68,7 +98,11 @@ impl<C: Cluster> Filesystem<C> {
         let _kept = self.commit_in_turn(node, Scope::Everything).await;
         if may_continue(data.len()) {
             let mut state = node.state.lock();
-            state.held_append = Some(HeldAppend { data, privileges });
+            state.held_append = Some(HeldAppend {
+                data,
+                privileges,
+                since: Instant::now(),
+            });
             state.dirty_since.get_or_insert_with(Instant::now);
             self.dirty.account(node, &mut state);
             return Ok(());

@@ -15,6 +15,7 @@ use quorumfs_proto::chunk::Piece;
 use quorumfs_proto::command::{Privileges, Target};
 use quorumfs_proto::{Command, FsError, NewChunk, Operation, Outcome, SessionId, Timestamp};
 
+use super::append::take_turn_after_append;
 use super::{Cluster, Filesystem, FreshContent, Node, Put};
 use crate::handles::{InodeState, OpenInode, Scope};
 use crate::interrupt::{interruptible, still_wanted};
@@ -51,7 +52,7 @@ impl<C: Cluster> Filesystem<C> {
         self.settle_handed_over().await;
         let verdict = {
             // Given up here, what was written waits for the next commit.
-            let _turn = take_turn(node).await?;
+            let _turn = take_turn_after_append(node).await?;
             self.commit_in_turn(node, scope).await
         };
         self.open.retire(node);
@@ -106,7 +107,7 @@ impl<C: Cluster> Filesystem<C> {
     pub(super) async fn commit_with(&self, node: &Node<C>, operation: Operation) -> Result<Outcome, FsError> {
         self.settle_handed_over().await;
         let outcome = {
-            let _turn = take_turn(node).await?;
+            let _turn = take_turn_after_append(node).await?;
             self.commit_with_in_turn(node, operation).await
         };
         self.open.retire(node);
