@@ -293,7 +293,8 @@ fn p6_a_mount_without_a_quorum_can_be_taken_away() {
     // The first asks to write what is dirty, the second not to wait for it.
     ended.signal(Signal::SIGTERM);
     ended.signal(Signal::SIGTERM);
-    assert!(!ended.wait_ended(Duration::from_secs(40)).success());
+    // Half a minute for those that use it, then as much as is tried to write and to say goodbye.
+    assert!(!ended.wait_ended(Duration::from_secs(70)).success());
     let log = ended.log();
     let line = log
         .lines()
