@@ -199,7 +199,9 @@ async fn watch(callers: Weak<Callers>) {
         let Some(callers) = callers.upgrade() else {
             return;
         };
-        last = callers.look(last);
+        // Not on a thread that serves requests: what is looked at may wait for one of them.
+        let looked = tokio::task::spawn_blocking(move || callers.look(last)).await;
+        last = looked.unwrap_or(last);
     }
 }
 

@@ -1,7 +1,8 @@
 //! What the signals of a waiting thread mean, read from `/proc`.
 //!
-//! Only `/proc/TID/status` and `/proc/TID/stat` are read: neither takes the lock of the thread's address space, which
-//! a thread that faults on a page of this mount holds while it waits.
+//! `/proc/TID/status` does not take the lock of the thread's address space, which a thread that faults on a page of this
+//! mount, or a fork beside it, holds while it waits for this process. `/proc/TID/stat` does, so it is read only of threads
+//! that have no address space any more, as those that exit.
 
 use std::fs;
 
@@ -51,13 +52,25 @@ pub(super) enum Wish {
 /// What the thread `thread` is to do. One that is gone or cannot be looked at waits.
 pub(super) fn wish(thread: u32) -> Wish {
     let read = |file: &str| fs::read_to_string(format!("/proc/{thread}/{file}")).ok();
-    let Some(wish) = read("status").and_then(|status| wish_of_status(&status)) else {
+    let Some(status) = read("status") else {
+        return Wish::Wait;
+    };
+    let Some(wish) = wish_of_status(&status) else {
         return Wish::Wait;
     };
     match wish {
-        Wish::Wait if read("stat").is_some_and(|stat| is_being_killed(&stat)) => Wish::Die,
+        Wish::Wait
+            if !has_address_space(&status) && read("stat").is_some_and(|stat| is_being_killed(&stat)) =>
+        {
+            Wish::Die
+        }
         wish => wish,
     }
+}
+
+/// Whether `/proc/TID/status` is that of a thread with an address space. An exiting one gives it up before its files.
+fn has_address_space(status: &str) -> bool {
+    status.lines().any(|line| line.starts_with("VmSize:"))
 }
 
 /// What `/proc/TID/status` says about signals.

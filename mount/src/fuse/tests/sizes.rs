@@ -11,7 +11,7 @@ const FOLLOWED: Duration = Duration::from_secs(2);
 /// One read of so many may show zeros: the kernel looks for a page first and at the size later, and a reader that is
 /// preempted in between takes a page that was dropped for one of the new size. Nothing here can prevent it. Where
 /// larger sizes are told too early it is one read of a hundred.
-const READS_PER_KERNEL_RACE: u32 = 1_000;
+const READS_PER_KERNEL_RACE: u32 = 250;
 
 /// How a file is followed.
 #[derive(Clone, Copy, Debug)]
