@@ -8,10 +8,9 @@ use super::*;
 /// How long each way of following a file is tried.
 const FOLLOWED: Duration = Duration::from_secs(2);
 
-/// One read of so many may show zeros: the kernel looks for a page first and at the size later, and a reader that is
-/// preempted in between takes a page that was dropped for one of the new size. Nothing here can prevent it. Where
-/// larger sizes are told too early it is one read of a hundred.
-const READS_PER_KERNEL_RACE: u32 = 250;
+/// A known fault: where reader and writer are on one mount, about one read of a thousand still shows zeros under load. The
+/// cause is not found. Without what this tests it is one of a hundred, so the test still tells the two apart.
+const READS_PER_KNOWN_FAULT: u32 = 250;
 
 /// How a file is followed.
 #[derive(Clone, Copy, Debug)]
@@ -62,7 +61,7 @@ fn follow(reader: &TestMount, mut writer: File, name: &str, how: Follow) -> (u32
 }
 
 /// Follows files that `writer` appends to and overwrites at the end, in both ways.
-fn follow_each_way(reader: &TestMount, writer: &TestMount) {
+fn follow_each_way(reader: &TestMount, writer: &TestMount) -> (u32, u32) {
     let (mut reads_total, mut with_zeros_total) = (0, 0);
     for append in [true, false] {
         for how in [Follow::KeptOpen, Follow::OpenedAnew] {
@@ -77,11 +76,7 @@ fn follow_each_way(reader: &TestMount, writer: &TestMount) {
             with_zeros_total += with_zeros;
         }
     }
-    let allowed = (reads_total / READS_PER_KERNEL_RACE).max(1);
-    assert!(
-        with_zeros_total <= allowed,
-        "{with_zeros_total} of {reads_total} reads"
-    );
+    (reads_total, with_zeros_total)
 }
 
 #[test]
@@ -91,7 +86,8 @@ fn a_file_that_another_mount_makes_longer_shows_no_zeros() {
     }
     let reference = Reference::new();
     let (one, other) = (mount(&reference, 1), mount(&reference, 2));
-    follow_each_way(&one, &other);
+    let (reads, with_zeros) = follow_each_way(&one, &other);
+    assert_eq!(with_zeros, 0, "of {reads} reads");
     one.unmount();
     other.unmount();
 }
@@ -102,7 +98,9 @@ fn a_file_that_its_own_mount_makes_longer_shows_no_zeros() {
         return;
     }
     let mount = mount(&Reference::new(), 1);
-    follow_each_way(&mount, &mount);
+    let (reads, with_zeros) = follow_each_way(&mount, &mount);
+    let allowed = (reads / READS_PER_KNOWN_FAULT).max(1);
+    assert!(with_zeros <= allowed, "{with_zeros} of {reads} reads");
     mount.unmount();
 }
 
