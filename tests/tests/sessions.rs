@@ -1,14 +1,16 @@
 //! Sessions: whom the cluster waits for before it frees what was unlinked, and who speaks for whom.
 
 use std::fs::{self, File};
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nix::sys::statvfs::statvfs;
 use quorumfs_proto::call::{Call, CallReply, Refusal};
 use quorumfs_proto::command::{IfExists, NewInode, NewKind, Operation, Target};
 use quorumfs_proto::{InodeNumber, Name};
-use quorumfs_tests::environment::wait_for;
+use quorumfs_tests::environment::{Finally, wait_for};
+use quorumfs_tests::proxy::{Fault, Victim};
 use quorumfs_tests::wire_client::WireClient;
 use quorumfs_tests::{Cluster, Mount, Sandbox};
 
@@ -111,6 +113,56 @@ fn p7_processes_that_are_gone_are_not_waited_for() {
     wait_for("what it held is freed", SOON, || inodes(&mount) <= before);
     wait_for_sessions(&cluster, 4);
     drop(files);
+    mount.unmount();
+}
+
+/// The cluster ended the session meanwhile, and says that it never decided the write that was on its way.
+#[test]
+fn p6_a_write_waits_out_a_cut_that_is_longer_than_its_session_lives() {
+    let sandbox = Sandbox::light("long-cut");
+    let cluster = Cluster::builder(&sandbox).proxied().start();
+    let (mount, other) = (cluster.mount(), cluster.mount());
+    let path = mount.path("log");
+    let lines = AtomicUsize::new(0);
+    let (wanted, is_over) = (AtomicUsize::new(usize::MAX), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let _over = Finally(|| is_over.store(true, Ordering::SeqCst));
+            let mut file = File::options().append(true).create(true).open(&path).expect("open");
+            while lines.load(Ordering::SeqCst) < wanted.load(Ordering::SeqCst) {
+                let line = format!("{}\n", lines.load(Ordering::SeqCst));
+                file.write_all(line.as_bytes()).expect("write");
+                file.sync_all().expect("sync");
+                lines.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        let more_lines = |count: usize| {
+            let enough = lines.load(Ordering::SeqCst) + count;
+            wait_for("lines are written", SOON, || {
+                lines.load(Ordering::SeqCst) >= enough || is_over.load(Ordering::SeqCst)
+            });
+        };
+        // The writer ends also when this thread panics.
+        let enough = Finally(|| wanted.store(0, Ordering::SeqCst));
+        more_lines(20);
+        let leader = cluster.leader();
+        for slot in 1..=3 {
+            cluster.proxy(slot).set(Fault::Refuse, Victim::Process(mount.process_id()));
+        }
+        // Longer than the session can live: a minute.
+        cluster.wait_log(leader, &["session ended"], 3 * SOON);
+        assert!(!writer.is_finished(), "the program saw an error");
+        for slot in 1..=3 {
+            cluster.proxy(slot).heal();
+        }
+        more_lines(20);
+        drop(enough);
+        writer.join().expect("no call failed");
+    });
+    let written = fs::read_to_string(other.path("log")).expect("read");
+    let expected: String = (0..lines.load(Ordering::SeqCst)).map(|n| format!("{n}\n")).collect();
+    assert_eq!(written, expected, "each line once, in order");
+    other.unmount();
     mount.unmount();
 }
 

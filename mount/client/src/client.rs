@@ -168,6 +168,7 @@ impl Client {
             sessions,
             runtime: tokio::runtime::Handle::current(),
             abandoned: Abandoned::default(),
+            answering: tokio::sync::Mutex::default(),
         });
         let keeper = Arc::new(Keeper::new(mutator.clone()));
         tokio::spawn({

@@ -10,6 +10,7 @@ use quorumfs_proto::limits::{HELD_ASKED_MAX, KEEP_ALIVE_INTERVAL_MS};
 use quorumfs_proto::statistics::ClientStatistics;
 use quorumfs_proto::wire::UnlinkedQuestion;
 use quorumfs_proto::{Call, CallReply, Command, InodeNumber, Operation, Refusal};
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
@@ -27,6 +28,8 @@ pub(crate) struct Keeper {
     mutator: Arc<Mutator>,
     unlinked: Mutex<Option<Arc<UnlinkedHandler>>>,
     statistics: Mutex<Option<Arc<StatisticsSource>>>,
+    /// Inodes were released, and there are others to be asked about.
+    ask_on: Arc<Notify>,
 }
 
 impl Keeper {
@@ -35,6 +38,7 @@ impl Keeper {
             mutator,
             unlinked: Mutex::new(None),
             statistics: Mutex::new(None),
+            ask_on: Arc::default(),
         }
     }
 
@@ -71,6 +75,11 @@ impl Keeper {
                     }
                     ticks.reset();
                 }
+                () = self.ask_on.notified() => {
+                    if self.keep_alive(&mut release).await == Kept::Closed {
+                        return;
+                    }
+                }
             }
         }
     }
@@ -80,6 +89,8 @@ impl Keeper {
         let epoch = self.mutator.sessions.current();
         let session = epoch.session;
         let mut call = Call::KeepAlive { session };
+        // Kept until the last answer is decided.
+        let mut _answering = None;
         loop {
             let source = self.statistics.lock().clone();
             let statistics = source.map(|source| (&source()).into());
@@ -103,21 +114,25 @@ impl Keeper {
                 .map(|question| &question.inodes[..])
                 .unwrap_or_default();
             let asked = asked.iter().map(|inode| InodeNumber(*inode));
+            // Before the handler looks: what is released after that waits for the answer.
+            _answering = None;
+            _answering = Some(self.mutator.answering.lock().await);
             // Asked in one go: the handler compares with what it was asked the last time.
             let inodes: Vec<InodeNumber> = state.unlinked.iter().copied().chain(asked).collect();
             let free: HashSet<InodeNumber> = match inodes.is_empty() {
                 true => HashSet::new(),
                 false => handler(&inodes).into_iter().collect(),
             };
-            let is_first = release.as_ref().is_none_or(JoinHandle::is_finished);
-            let may_ask_on = state.unlinked.len() >= HELD_ASKED_MAX && is_first;
-            let mut released = Vec::new();
-            if is_first {
-                released.extend(state.unlinked.into_iter().filter(|inode| free.contains(inode)));
-            }
-            let has_released = !released.is_empty();
-            if has_released {
-                *release = Some(self.release_unlinked(released));
+            if release.as_ref().is_none_or(JoinHandle::is_finished) {
+                let others_are_left = state.unlinked.len() >= HELD_ASKED_MAX;
+                let released: Vec<InodeNumber> = state
+                    .unlinked
+                    .into_iter()
+                    .filter(|inode| free.contains(inode))
+                    .collect();
+                if !released.is_empty() {
+                    *release = Some(self.release_unlinked(released, others_are_left));
+                }
             }
             call = match question {
                 Some(UnlinkedQuestion {
@@ -134,7 +149,6 @@ impl Keeper {
                         .filter(|inode| !free.contains(inode))
                         .collect(),
                 },
-                None if may_ask_on && has_released => Call::KeepAlive { session },
                 None => return Kept::Alive,
             };
         }
@@ -155,13 +169,15 @@ impl Keeper {
         }
     }
 
-    fn release_unlinked(&self, inodes: Vec<InodeNumber>) -> JoinHandle<()> {
-        let mutator = self.mutator.clone();
+    fn release_unlinked(&self, inodes: Vec<InodeNumber>, others_are_left: bool) -> JoinHandle<()> {
+        let (mutator, ask_on) = (self.mutator.clone(), self.ask_on.clone());
         tokio::spawn(async move {
             let command = Command::single(Operation::ReleaseUnlinked { inodes });
-            if let Err(error) = mutator.mutate(command, &[]).await {
+            match mutator.mutate(command, &[]).await {
+                Ok(_) if others_are_left => ask_on.notify_one(),
+                Ok(_) => {}
                 // A later keep-alive names them again.
-                tracing::warn!(%error, "could not release unlinked inodes");
+                Err(error) => tracing::warn!(%error, "could not release unlinked inodes"),
             }
         })
     }

@@ -42,6 +42,9 @@ pub(crate) struct Mutator {
     /// Finishes what callers do not wait for.
     pub(crate) runtime: Handle,
     pub(crate) abandoned: Abandoned,
+    /// Held while the cluster's question about unlinked inodes is answered. Invariant: an answer that says "held" is decided
+    /// before the release of the same inode, which would find nothing to release otherwise.
+    pub(crate) answering: tokio::sync::Mutex<()>,
 }
 
 /// How many mutations were sent, are not waited for any more and have no verdict yet. At most as many as there are
@@ -97,6 +100,10 @@ impl Mutator {
         command: Command,
         stored: &[FreshChunk],
     ) -> Result<Outcome, FsError> {
+        let releases = |operation: &Operation| matches!(operation, Operation::ReleaseUnlinked { .. });
+        if command.operations.iter().any(releases) {
+            drop(self.answering.lock().await);
+        }
         loop {
             self.abandoned.resolved().await;
             let epoch = self.sessions.alive().await;

@@ -109,6 +109,12 @@ impl State {
         let is_it = |found: &Found| found.attributes.inode == inode && found.is_young(now);
         self.found.values().any(is_it)
     }
+
+    /// Whether it was looked up lately and not given up since.
+    fn is_kept(&mut self, inode: InodeNumber, now: Instant) -> bool {
+        let is_recent = self.looked_up.contains(inode, now) || self.is_found(inode, now);
+        is_recent && !self.given_up.contains(inode, now)
+    }
 }
 
 impl LookedUp {
@@ -130,9 +136,7 @@ impl LookedUp {
 
     /// Whether `inode` may be opened although it has no name, and nobody here has it open.
     pub(super) fn may_open(&self, inode: InodeNumber) -> bool {
-        let (mut state, now) = (self.state.lock(), Instant::now());
-        let is_kept = state.looked_up.contains(inode, now) || state.is_found(inode, now);
-        is_kept && !state.given_up.contains(inode, now)
+        self.state.lock().is_kept(inode, Instant::now())
     }
 
     /// Whether a thread is about to look `inode` up again, which its creation found.
@@ -141,12 +145,14 @@ impl LookedUp {
         state.is_found(inode, now)
     }
 
-    /// Those of `inodes` that were not looked up lately.
+    /// Those of `inodes` that were not looked up lately, or were given up since.
     pub(super) fn not_recent(&self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
         let (mut state, now) = (self.state.lock(), Instant::now());
-        let is_old =
-            |inode: &&InodeNumber| !state.looked_up.contains(**inode, now) && !state.is_found(**inode, now);
-        inodes.iter().filter(is_old).copied().collect()
+        inodes
+            .iter()
+            .filter(|inode| !state.is_kept(**inode, now))
+            .copied()
+            .collect()
     }
 
     /// From now on `inodes` are not opened any more.
@@ -227,6 +233,7 @@ mod tests {
         assert!(looked_up.not_recent(&[inode]).is_empty());
         looked_up.give_up(&[inode]);
         assert!(!looked_up.may_open(inode));
+        assert_eq!(looked_up.not_recent(&[inode]), [inode]);
         looked_up.keep(&[inode]);
         assert!(looked_up.may_open(inode));
     }

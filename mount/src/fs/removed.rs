@@ -11,7 +11,7 @@
 //! - What another mount removed is held for the files open here, and for as long as an open of what was looked up may be on
 //!   its way (`looked_up`): the kernel may remember unused names for days.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -139,7 +139,13 @@ impl<C: Cluster> Filesystem<C> {
         // First, so that what a call noted just now is seen.
         let mut settled = self.removed.removals.lock().settled(inodes);
         settled.retain(|inode| !self.removed.holds(*inode));
-        self.give_up(&self.looked_up.not_recent(&settled))
+        let not_held = self.give_up(&self.looked_up.not_recent(&settled));
+        // Whatever else is held is released as soon as it can be, not when the cluster asks the next time.
+        let free: HashSet<InodeNumber> = not_held.iter().copied().collect();
+        for inode in settled.into_iter().filter(|inode| !free.contains(inode)) {
+            self.removed.add(inode, RemovedBy::Another);
+        }
+        not_held
     }
 
     /// Those of `inodes`, which have no name, that are not open here, nor will be any more.
@@ -148,8 +154,9 @@ impl<C: Cluster> Filesystem<C> {
         self.looked_up.give_up(inodes);
         let not_open = self.open.not_open(inodes);
         if not_open.len() < inodes.len() {
+            let closed: HashSet<InodeNumber> = not_open.iter().copied().collect();
             let mut open = inodes.to_vec();
-            open.retain(|inode| !not_open.contains(inode));
+            open.retain(|inode| !closed.contains(inode));
             self.looked_up.keep(&open);
         }
         not_open

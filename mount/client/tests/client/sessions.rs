@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use quorumfs_proto::InodeNumber;
 use quorumfs_proto::wire::{CallResponse, SessionHello, UnlinkedQuestion};
+use quorumfs_proto::{Call, Command, InodeNumber, Operation};
 
 use crate::calls::{connect, created, make};
-use crate::fake::Fake;
+use crate::fake::{Act, Fake};
 
 const MS: Duration = Duration::from_millis(1);
 
@@ -20,24 +20,59 @@ async fn a_client_that_is_nudged_answers_what_it_is_asked_at_once() {
         inodes.iter().copied().filter(is_free).collect()
     });
     let began = Instant::now();
-    let back = {
-        let mut world = fake.world.lock();
-        world.question = Some(UnlinkedQuestion {
-            from: 3,
-            through: 9,
-            inodes: vec![6, 7, 8],
-        });
-        world.back.as_ref().and_then(|back| back.upgrade()).unwrap()
+    let question = UnlinkedQuestion {
+        from: 3,
+        through: 9,
+        inodes: vec![6, 7, 8],
     };
-    let nudge = CallResponse {
-        keep_alive_now: true,
-        ..CallResponse::default()
-    };
-    back.send(Ok(nudge)).await.unwrap();
+    nudge(&fake, question).await;
     while fake.world.lock().answers.is_empty() {
         assert!(began.elapsed() < 4_000 * MS, "it waited for its time");
         tokio::time::sleep(10 * MS).await;
     }
+    assert_eq!(fake.world.lock().answers, [(3, 9, vec![InodeNumber(7)])]);
+}
+
+fn nudge(fake: &Fake, question: UnlinkedQuestion) -> impl Future<Output = ()> + use<> {
+    let back = {
+        let mut world = fake.world.lock();
+        world.question = Some(question);
+        world.back.as_ref().and_then(|back| back.upgrade()).unwrap()
+    };
+    async move {
+        let nudge = CallResponse {
+            keep_alive_now: true,
+            ..CallResponse::default()
+        };
+        back.send(Ok(nudge)).await.unwrap();
+    }
+}
+
+/// A release that overtakes the answer "held" finds nothing to release, and the inode stays held.
+#[tokio::test]
+async fn a_release_does_not_overtake_the_answer_that_says_held() {
+    let fake = Fake::start(1).await;
+    let client = connect(&fake, None).await;
+    fake.on_call(|_, call| match call {
+        Call::AnswerUnlinked { .. } => Act::After(300 * MS),
+        _ => Act::Normal,
+    });
+    let (asked, mut is_asked) = tokio::sync::mpsc::unbounded_channel();
+    client.set_unlinked_handler(move |_| {
+        asked.send(()).unwrap();
+        Vec::new()
+    });
+    let question = UnlinkedQuestion {
+        from: 3,
+        through: 9,
+        inodes: vec![7],
+    };
+    nudge(&fake, question).await;
+    is_asked.recv().await.unwrap();
+    let release = Operation::ReleaseUnlinked {
+        inodes: vec![InodeNumber(7)],
+    };
+    client.mutate(Command::single(release), &[]).await.unwrap();
     assert_eq!(fake.world.lock().answers, [(3, 9, vec![InodeNumber(7)])]);
 }
 
