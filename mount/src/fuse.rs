@@ -40,7 +40,7 @@ use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{Attributes, SymlinkTarget};
 
-use crate::fs::{Cluster, Opened};
+use crate::fs::{Cluster, Opened, Order};
 use crate::statistics::{ATTRIBUTE, Verb};
 use answer::{
     GENERATION, answer_attr, answer_entries, answer_entry, answer_moved, answer_names, answer_ok,
@@ -302,10 +302,11 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let order = Order(request.unique().0);
         self.serve_moving(
             (Verb::Read, request.pid(), reply),
             |bytes: &Bytes| bytes.len() as u64,
-            move |fs| async move { fs.read(handle.0, offset, size).await },
+            move |fs| async move { fs.read(handle.0, offset, size, order).await },
             |reply, bytes: Bytes| reply.data(&bytes),
         );
     }
@@ -328,9 +329,10 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
                 fs.write_back(handle.0, offset, data).await
             });
         }
+        let order = Order(request.unique().0);
         let (place, privileges) = convert::write_terms(offset, flags.0, write_flags);
         self.serve_write((request.pid(), reply), data, move |fs, data| async move {
-            fs.write(handle.0, place, data, privileges).await
+            fs.write(handle.0, place, data, privileges, order).await
         });
     }
 

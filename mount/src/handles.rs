@@ -42,6 +42,14 @@ pub struct OpenFlags {
     pub exclusive: bool,
 }
 
+impl OpenFlags {
+    /// Whether programs can change pages above through such a handle. One of O_APPEND writes beside them; for reading too it
+    /// can be mapped.
+    pub fn writes_pages(self) -> bool {
+        self.write && (self.read || !self.append)
+    }
+}
+
 impl From<i32> for OpenFlags {
     /// The flags of open(2), of an unprivileged caller.
     fn from(flags: i32) -> OpenFlags {
@@ -94,8 +102,10 @@ pub struct InodeState<Put> {
     pub extents: ExtentCache,
     /// What pages above hold behind the end of the file.
     pub tail: PageTail,
-    /// Handles that may write.
-    pub writers: u32,
+    /// Handles through which programs may write to the pages above.
+    pub page_writers: u32,
+    /// What this mount appended last.
+    pub appended_last: Option<LastByte>,
     /// When a program wrote last, while dirty.
     pub mtime: Option<Timestamp>,
     /// Whether the next flush drops privileges.
@@ -110,6 +120,17 @@ pub struct InodeState<Put> {
     pub charged_bytes: u64,
     /// Flushes that failed.
     pub failures: Failures,
+}
+
+/// The last byte of a file, as of a version of its content.
+#[derive(Clone, Copy, Debug)]
+pub struct LastByte {
+    /// The version.
+    pub version: u64,
+    /// Its offset.
+    pub at: u64,
+    /// The byte.
+    pub byte: u8,
 }
 
 /// Bytes that were appended and are not committed yet.
@@ -322,7 +343,8 @@ impl<Put> OpenFiles<Put> {
                     puts: BTreeMap::new(),
                     extents: ExtentCache::counted_in(&self.extents),
                     tail: PageTail::default(),
-                    writers: 0,
+                    page_writers: 0,
+                    appended_last: None,
                     mtime: None,
                     privileges: Privileges::Keep,
                     privileges_sent: Privileges::Keep,
@@ -365,7 +387,7 @@ impl<Put> OpenFiles<Put> {
     pub fn add(&self, node: Arc<OpenInode<Put>>, flags: OpenFlags, dropping: Option<Dropping>) -> Handle {
         let seen = {
             let mut state = node.state.lock();
-            state.writers += u32::from(flags.write);
+            state.page_writers += u32::from(flags.writes_pages());
             state.failures.seen_by_new_handle()
         };
         let mut tables = self.tables.lock();
@@ -395,7 +417,7 @@ impl<Put> OpenFiles<Put> {
     /// Ends a handle; its hold stays until [`OpenFiles::let_go`].
     pub fn remove(&self, handle: Handle) -> Result<Arc<OpenFile<Put>>, FsError> {
         let file = self.tables.lock().files.remove(&handle).ok_or(FsError::Stale)?;
-        file.node.state.lock().writers -= u32::from(file.flags.write);
+        file.node.state.lock().page_writers -= u32::from(file.flags.writes_pages());
         Ok(file)
     }
 

@@ -10,7 +10,34 @@
 //!   the newest one known. A read that is answered later covers every size that was told before.
 //! - A size is told ([`PageTail::tell`]) only if no page above is zero below it.
 //!
+//! A program's write puts its bytes into the page first and is sent then. If the page is dropped, a read that is sent later
+//! fills a new one, with zeros where the write goes. So a write replaces the zeros of a short read only if that was sent
+//! before it ([`Order`]: requests are not answered in the order in which they are sent). Of a write of several pages the
+//! first may be dropped and read before the write is sent; so it counts too whether any was dropped shortly before.
+//!
 //! A read that is under way above while pages are dropped delays the dropping: the kernel holds the lock of its pages. Pure.
+
+use std::time::{Duration, Instant};
+
+/// How long the kernel may take from when it puts the first bytes of a write into pages until the write arrives here: 1 MiB,
+/// from memory that may have to be read from a disk first.
+const COPIED_WITHIN: Duration = Duration::from_secs(1);
+
+/// The smallest page.
+const PAGE_BYTES: u64 = 4096;
+
+/// When the kernel sent a request: one sent later has a larger number. (FUSE's `unique`: one counter for each connection.)
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Order(pub u64);
+
+/// A write through pages.
+#[derive(Clone, Copy, Debug)]
+pub struct Sent {
+    /// When the kernel sent it.
+    pub order: Order,
+    /// When it arrived.
+    pub at: Instant,
+}
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -19,8 +46,12 @@ pub struct PageTail {
     zeros_from: Option<u64>,
     /// Pages are being dropped: whatever is told before that is done may come too early.
     dropping: bool,
+    /// When the newest of the reads was sent that ended short.
+    newest_short: Order,
+    /// When pages were dropped last.
+    dropped_at: Option<Instant>,
     /// The size that was told last.
-    told: u64,
+    told: Option<u64>,
 }
 
 impl PageTail {
@@ -29,25 +60,42 @@ impl PageTail {
         self.zeros_from = Some(self.zeros_from.map_or(size, |from| from.min(size)));
     }
 
-    /// A read is answered that ends at the end of the file, `end`.
-    pub fn read_short(&mut self, end: u64) {
+    /// A read sent at `order` is answered that ends at the end of the file, `end`.
+    pub fn read_short(&mut self, end: u64, order: Order) {
         self.kept(end);
+        self.newest_short = self.newest_short.max(order);
     }
 
-    /// A program of this mount wrote `offset..end` through the pages above, into a file of `size_before`: they have these
-    /// bytes, and zeros only where the file has a hole.
-    pub fn written(&mut self, size_before: u64, offset: u64, end: u64) {
+    /// A program of this mount wrote `offset..end` through the pages above, into a file of `size_before`: the pages
+    /// have these bytes, and zeros only where the file has a hole. To be called in the step that
+    /// shows the bytes to reads.
+    pub fn written(&mut self, size_before: u64, offset: u64, end: u64, sent: Sent) {
+        let is_one_page = offset / PAGE_BYTES == end.saturating_sub(1) / PAGE_BYTES;
+        let is_early = |dropped_at: Instant| dropped_at + COPIED_WITHIN < sent.at;
+        let pages_were_kept = is_one_page || !self.dropping && self.dropped_at.is_none_or(is_early);
         if let Some(from) = &mut self.zeros_from
             && (offset <= *from || size_before <= *from)
+            && self.newest_short <= sent.order
+            && pages_were_kept
         {
             *from = end.max(*from);
         }
     }
 
+    /// Whether pages above are zero below `size`.
+    pub fn has_zeros_below(&self, size: u64) -> bool {
+        self.zeros_from.is_some_and(|from| from < size)
+    }
+
+    /// The kernel drops pages of its own accord, at an open.
+    pub fn dropped(&mut self, now: Instant) {
+        self.dropped_at = Some(now);
+    }
+
     /// An answer is about to tell `size`. `false`: it must wait until pages are dropped ([`PageTail::begin`]).
     #[must_use]
     pub fn tell(&mut self, size: u64) -> bool {
-        if self.dropping || self.zeros_from.is_some_and(|from| from < size) {
+        if self.dropping || self.has_zeros_below(size) {
             return false;
         }
         self.tell_at_once(size);
@@ -56,16 +104,21 @@ impl PageTail {
 
     /// As [`PageTail::tell`], for what cannot wait.
     pub fn tell_at_once(&mut self, size: u64) {
-        if size < self.told {
+        if self.told.is_some_and(|told| size < told) {
             // What was cut off the kernel makes zero before it drops the pages.
             self.kept(size);
         }
-        self.told = size;
+        self.told = Some(size);
     }
 
-    /// The size that was told last.
-    pub fn told(&self) -> u64 {
-        self.told
+    /// As [`PageTail::tell_at_once`], of a write up to `end`.
+    pub fn tell_written(&mut self, end: u64) {
+        self.tell_at_once(self.told.map_or(end, |told| end.max(told)));
+    }
+
+    /// The size that was told last; before that, the one at which pages end.
+    pub fn told(&self) -> Option<u64> {
+        self.told.or(self.zeros_from)
     }
 
     /// Pages are going to be dropped so that `size`, the newest known, can be told: answers from where on.
@@ -76,8 +129,9 @@ impl PageTail {
     }
 
     /// They are dropped.
-    pub fn done(&mut self) {
+    pub fn done(&mut self, now: Instant) {
         self.dropping = false;
+        self.dropped(now);
     }
 }
 
@@ -85,18 +139,25 @@ impl PageTail {
 mod tests {
     use super::*;
 
+    const EARLY: Order = Order(1);
+    const LATE: Order = Order(2);
+
+    fn sent(at: Instant, order: Order) -> Sent {
+        Sent { order, at }
+    }
+
     #[test]
     fn a_larger_size_waits_for_the_pages_of_a_short_read() {
         let mut tail = PageTail::default();
         assert!(tail.tell(10), "nothing is cached");
-        tail.read_short(10);
+        tail.read_short(10, EARLY);
         assert!(tail.tell(10));
         assert!(!tail.tell(20));
-        assert_eq!(tail.told(), 10);
+        assert_eq!(tail.told(), Some(10));
         assert_eq!(tail.begin(20), 10);
         assert!(!tail.tell(20), "not yet");
-        tail.read_short(20);
-        tail.done();
+        tail.read_short(20, EARLY);
+        tail.done(Instant::now());
         assert!(tail.tell(20));
         assert!(!tail.tell(21), "a page that was read meanwhile ends at 20");
     }
@@ -104,24 +165,55 @@ mod tests {
     #[test]
     fn a_short_read_while_pages_are_dropped_counts_for_the_next_size() {
         let mut tail = PageTail::default();
-        tail.read_short(10);
+        tail.read_short(10, EARLY);
         tail.begin(20);
-        tail.read_short(15);
-        tail.done();
+        tail.read_short(15, EARLY);
+        tail.done(Instant::now());
         assert!(!tail.tell(20));
         assert_eq!(tail.begin(20), 15);
     }
 
     #[test]
     fn own_writes_replace_the_zeros() {
-        let mut tail = PageTail::default();
-        tail.read_short(10);
-        tail.written(10, 10, 30);
+        let (mut tail, now) = (PageTail::default(), Instant::now());
+        tail.read_short(10, EARLY);
+        tail.written(10, 10, 30, sent(now, LATE));
         assert!(tail.tell(30));
-        tail.written(30, 40, 50);
+        tail.written(30, 40, 50, sent(now, LATE));
         assert!(tail.tell(50), "a hole of this mount's own");
-        tail.written(70, 80, 90);
+        tail.written(70, 80, 90, sent(now, LATE));
         assert!(!tail.tell(90), "others wrote between 50 and 70");
+    }
+
+    #[test]
+    fn a_write_does_not_replace_zeros_in_a_page_that_was_read_after_it_was_sent() {
+        let (mut tail, now) = (PageTail::default(), Instant::now());
+        tail.read_short(10, LATE);
+        tail.written(10, 10, 30, sent(now, EARLY));
+        assert!(!tail.tell(30));
+        assert_eq!(tail.begin(30), 10);
+    }
+
+    #[test]
+    fn a_write_of_several_pages_does_not_replace_zeros_soon_after_one_was_dropped() {
+        let (mut tail, dropped) = (PageTail::default(), Instant::now());
+        tail.read_short(10, EARLY);
+        assert_eq!(tail.begin(10), 10);
+        tail.done(dropped);
+        tail.read_short(10, EARLY);
+        tail.written(10, 10, 5000, sent(dropped + COPIED_WITHIN / 2, LATE));
+        assert!(!tail.tell(5000), "its bytes may have gone into the dropped page");
+        tail.written(10, 10, 5000, sent(dropped + 2 * COPIED_WITHIN, LATE));
+        assert!(tail.tell(5000));
+    }
+
+    #[test]
+    fn before_any_size_is_told_pages_end_where_they_were_read_to() {
+        let mut tail = PageTail::default();
+        assert_eq!(tail.told(), None);
+        tail.read_short(10, EARLY);
+        assert!(!tail.tell(20));
+        assert_eq!(tail.told(), Some(10));
     }
 
     #[test]

@@ -22,7 +22,7 @@ use quorumfs_proto::{Command, FsError, Operation, OperationResult};
 
 use super::commit::take_turn;
 use super::{Cluster, Filesystem, FreshContent, Node};
-use crate::handles::{HeldAppend, OpenInode, Scope};
+use crate::handles::{HeldAppend, LastByte, OpenInode, Scope};
 use crate::interrupt::interruptible;
 
 /// How often the chunk of one append is drawn anew after the cluster called it dead.
@@ -181,6 +181,11 @@ impl<C: Cluster> Filesystem<C> {
                     state.extents.patch(attributes.content_version, &[piece]);
                     // With the new size known, the held bytes must not be counted once more.
                     state.learn(attributes);
+                    state.appended_last = data.last().map(|byte| LastByte {
+                        version: attributes.content_version,
+                        at: *offset + u64::from(length) - 1,
+                        byte: *byte,
+                    });
                 }
                 if state.held_append.take().is_some() {
                     self.dirty.account(node, &mut state);

@@ -319,7 +319,7 @@ impl<C: Cluster> Filesystem<C> {
         {
             let mut state = node.state.lock();
             self.forget_packs(node, &mut state, packs);
-            let before = state.view.as_ref().map(|view| view.content_version);
+            let known = state.view.as_ref().map(|view| view.content_version);
             if let Some(attributes) = outcome.attributes_of(node.inode) {
                 state.learn(attributes);
                 let after = attributes.content_version;
@@ -329,8 +329,9 @@ impl<C: Cluster> Filesystem<C> {
                 } else if !packs.is_empty() {
                     state.extents.patch(after, pieces);
                 }
-                if let Some(before) = before.filter(|before| before + 1 == after) {
-                    self.pages.changed_here(node.inode, before, after);
+                // Where pieces were named it is this command that made the version, even if another call has told of it.
+                if !packs.is_empty() || known.is_some_and(|known| known + 1 == after) {
+                    self.pages.changed_here(node.inode, after - 1, after);
                 }
             }
         }

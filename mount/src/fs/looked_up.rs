@@ -139,10 +139,14 @@ impl LookedUp {
         self.state.lock().is_kept(inode, Instant::now())
     }
 
-    /// Whether a thread is about to look `inode` up again, which its creation found.
-    pub(super) fn is_found(&self, inode: InodeNumber) -> bool {
+    /// Those of `inodes` that no thread is about to look up again, because its creation found it.
+    pub(super) fn not_found(&self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
         let (state, now) = (self.state.lock(), Instant::now());
-        state.is_found(inode, now)
+        inodes
+            .iter()
+            .filter(|inode| !state.is_found(**inode, now))
+            .copied()
+            .collect()
     }
 
     /// Those of `inodes` that were not looked up lately, or were given up since.

@@ -58,6 +58,7 @@ pub use self::open::{NewFile, Opened};
 pub use self::pages::PagesAbove;
 pub use self::removed::UsedAbove;
 pub use self::write::Place;
+pub use crate::caches::page_tail::Order;
 pub use crate::handles::{Handle, OpenFlags};
 
 use self::directory::OpenDirectories;
@@ -173,6 +174,10 @@ impl<C: Cluster> Filesystem<C> {
             Arc::downgrade(&filesystem),
             filesystem.options.dirty_age_ms,
         ));
+        tokio::spawn(release_removed(
+            Arc::downgrade(&filesystem),
+            filesystem.options.dirty_age_ms,
+        ));
         filesystem
     }
 
@@ -256,11 +261,10 @@ impl<C: Cluster> Filesystem<C> {
     }
 }
 
-/// Commits what has been dirty for too long, and releases what was unlinked, until the filesystem is gone.
+/// Commits what has been dirty for too long, until the filesystem is gone.
 async fn grow_old<C: Cluster>(filesystem: Weak<Filesystem<C>>, dirty_age_ms: u64) {
     let dirty_age = Duration::from_millis(dirty_age_ms);
-    let mut tick = tokio::time::interval((dirty_age / 4).max(Duration::from_millis(10)));
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut tick = ticks(dirty_age_ms);
     loop {
         tick.tick().await;
         let Some(filesystem) = filesystem.upgrade() else {
@@ -276,10 +280,28 @@ async fn grow_old<C: Cluster>(filesystem: Weak<Filesystem<C>>, dirty_age_ms: u64
                 filesystem.commit_in_background(&node, Scope::Everything);
             }
         }
+    }
+}
+
+/// Releases what was unlinked and is not in use any more, until the filesystem is gone.
+async fn release_removed<C: Cluster>(filesystem: Weak<Filesystem<C>>, dirty_age_ms: u64) {
+    let mut tick = ticks(dirty_age_ms);
+    loop {
+        tick.tick().await;
+        let Some(filesystem) = filesystem.upgrade() else {
+            return;
+        };
         if !filesystem.removed.is_empty() {
             filesystem.release_unlinked().await;
         }
     }
+}
+
+fn ticks(dirty_age_ms: u64) -> tokio::time::Interval {
+    let interval = Duration::from_millis((dirty_age_ms / 4).max(10));
+    let mut ticks = tokio::time::interval(interval);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    ticks
 }
 
 /// The cluster answered something else than was asked: a defect there, an input/output error here.

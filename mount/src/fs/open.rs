@@ -1,6 +1,7 @@
 //! Opening, creating, closing, syncing.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use quorumfs_proto::command::{AttributeChanges, IfExists, NewInode, NewKind, Privileges, Target};
 use quorumfs_proto::limits::FILE_BYTES_MAX;
@@ -108,10 +109,14 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     fn opened(&self, node: Node<C>, flags: OpenFlags, dropping: Option<Dropping>) -> Opened {
-        if dropping.is_none() && !flags.append {
+        {
             let mut state = node.state.lock();
             let size = state.size();
-            state.tail.kept(size);
+            match dropping {
+                None if flags.append => {}
+                None => state.tail.kept(size),
+                Some(_) => state.tail.dropped(Instant::now()),
+            }
         }
         Opened {
             handle: self.open.add(node, flags, dropping),
@@ -125,6 +130,7 @@ impl<C: Cluster> Filesystem<C> {
         let file = self.open.get(handle)?;
         if let Some(dropping) = file.dropping.lock().take() {
             self.pages.dropped(file.node.inode, dropping);
+            file.node.state.lock().tail.dropped(Instant::now());
         }
         Ok(file)
     }

@@ -9,11 +9,14 @@
 //!   under way. So no read, and no write through pages, may wait for it; attributes may.
 //! - The kernel takes no size from an answer whose request is older than the dropping. It would go on with the old size
 //!   until it asks again: a read at the old end would find nothing, a mapping would end there. So it is given the last
-//!   byte of the file, which moves its end. Where a program of this mount may write to the file that is left out: the
-//!   byte could overwrite a newer one.
+//!   byte of the file, which moves its end. Where a program of this mount may write through pages that is left out: the byte
+//!   could overwrite a newer one.
+//! - An answer with attributes that makes the file longer may do harm later: the kernel then makes zero what lies behind the
+//!   new end in its page, and it may come to that only after a further append. The last byte moves the end without that,
+//!   so it is given before the answer.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use quorumfs_proto::{Attributes, InodeNumber};
 
@@ -22,19 +25,18 @@ use super::{Cluster, Filesystem, Node};
 /// How long an answer waits for the last byte of the file.
 const LAST_BYTE_TIMEOUT_MS: u64 = 1000;
 
-/// Whoever keeps pages of files above. Both calls may block until reads under way are answered.
+/// How long the answer to a write waits until a page is dropped. The kernel may hold that page's lock until it has the
+/// answer: then there are no zeros in it that a program can see, and nothing to wait for.
+const WRITTEN_TIMEOUT_MS: u64 = 10;
+
+/// Whoever keeps pages of files above. All calls may block until reads under way are answered.
 pub trait PagesAbove: Send + Sync {
     /// Drops the pages of `inode` from that of the byte `from` on.
     fn drop_from(&self, inode: InodeNumber, from: u64);
+    /// Drops the page of `inode` that holds the byte `at`.
+    fn drop_page_of(&self, inode: InodeNumber, at: u64);
     /// Takes `byte`, at `at`, for the last one of `inode`, unless that is longer.
     fn end_with(&self, inode: InodeNumber, at: u64, byte: u8);
-}
-
-/// The last byte of a file, as of a version of its content.
-pub(super) struct LastByte {
-    pub(super) version: u64,
-    pub(super) at: u64,
-    pub(super) byte: u8,
 }
 
 impl<C: Cluster> Filesystem<C> {
@@ -63,7 +65,7 @@ impl<C: Cluster> Filesystem<C> {
     pub(super) fn present_in_listing(&self, attributes: Attributes) -> Attributes {
         self.present_now(attributes, |state, seen| {
             if !state.tail.tell(seen.size) {
-                seen.size = state.tail.told();
+                seen.size = state.tail.told().unwrap_or(seen.size);
             }
         })
     }
@@ -102,7 +104,7 @@ impl<C: Cluster> Filesystem<C> {
         let Some(above) = self.pages_above.get().cloned() else {
             let mut state = node.state.lock();
             state.tail.begin(size);
-            state.tail.done();
+            state.tail.done(Instant::now());
             state.tail.tell_at_once(size);
             return;
         };
@@ -121,17 +123,62 @@ impl<C: Cluster> Filesystem<C> {
             let last = last.filter(|last| {
                 let state = dropped.state.lock();
                 let is_newest = |view: &Attributes| view.content_version == last.version;
-                state.writers == 0 && state.view.as_ref().is_some_and(is_newest)
+                state.page_writers == 0 && state.view.as_ref().is_some_and(is_newest)
             });
             if let Some(last) = last {
                 above.end_with(dropped.inode, last.at, last.byte);
             }
             let mut state = dropped.state.lock();
-            state.tail.done();
+            state.tail.done(Instant::now());
             state.tail.tell_at_once(size);
             drop(turn);
         });
         // It fails if the process is about to end, and then nobody is told anything.
         let _ = dropping.await;
+    }
+
+    /// As [`Filesystem::before_telling`], for the answer to a write through pages up to `end`. Only one page can be in the
+    /// way, in which a read ended that was sent after the write; the kernel may hold others of the write until it has
+    /// the answer.
+    pub(super) async fn before_telling_written(&self, node: &Node<C>, end: u64) {
+        {
+            let mut state = node.state.lock();
+            if !state.tail.has_zeros_below(end) {
+                return state.tail.tell_written(end);
+            }
+        }
+        let Some(above) = self.pages_above.get().cloned() else {
+            return node.state.lock().tail.tell_written(end);
+        };
+        let dropping = async {
+            let turn = Arc::clone(&node.page_turn).lock_owned().await;
+            if !node.state.lock().tail.has_zeros_below(end) {
+                return;
+            }
+            let dropped = Arc::clone(node);
+            // It is run to its end even if nobody waits for it any more.
+            let dropping = tokio::task::spawn_blocking(move || {
+                let from = {
+                    let mut state = dropped.state.lock();
+                    let newest = state.size().max(end);
+                    state.tail.begin(newest)
+                };
+                above.drop_page_of(dropped.inode, from);
+                dropped.state.lock().tail.done(Instant::now());
+                drop(turn);
+            });
+            let _ = dropping.await;
+        };
+        let _ = tokio::time::timeout(Duration::from_millis(WRITTEN_TIMEOUT_MS), dropping).await;
+        node.state.lock().tail.tell_written(end);
+    }
+
+    /// The bytes of `node` from `from` on were changed beside the pages: returns when these are dropped.
+    pub(super) async fn drop_pages(&self, node: &Node<C>, from: u64) {
+        let Some(above) = self.pages_above.get().cloned() else {
+            return;
+        };
+        let inode = node.inode;
+        let _ = tokio::task::spawn_blocking(move || above.drop_from(inode, from)).await;
     }
 }

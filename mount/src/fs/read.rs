@@ -12,10 +12,9 @@ use quorumfs_proto::query::Answer;
 use quorumfs_proto::{FsError, Query};
 
 use super::commit::take_turn;
-use super::pages::LastByte;
-use super::{Cluster, Filesystem, Handle, Node, Put, unexpected};
+use super::{Cluster, Filesystem, Handle, Node, Order, Put, unexpected};
 use crate::caches::extent_cache::clip;
-use crate::handles::{InodeState, Scope};
+use crate::handles::{InodeState, LastByte, Scope};
 use crate::interrupt::{interruptible, still_wanted};
 use crate::readahead::Pattern;
 use crate::write_buffer::{self, DirtyPart};
@@ -49,7 +48,13 @@ struct Snapshot {
 
 impl<C: Cluster> Filesystem<C> {
     /// Reads up to `length` bytes at `offset`: fewer only at the end of the file.
-    pub async fn read(self: &Arc<Self>, handle: Handle, offset: u64, length: u32) -> Result<Bytes, FsError> {
+    pub async fn read(
+        self: &Arc<Self>,
+        handle: Handle,
+        offset: u64,
+        length: u32,
+        order: Order,
+    ) -> Result<Bytes, FsError> {
         let file = self.used(handle)?;
         if !file.flags.read {
             return Err(FsError::NotPermitted);
@@ -72,7 +77,7 @@ impl<C: Cluster> Filesystem<C> {
                         continue;
                     }
                     if !file.flags.append {
-                        state.tail.read_short(end);
+                        state.tail.read_short(end, order);
                     }
                     return Ok(bytes);
                 }
@@ -159,15 +164,31 @@ impl<C: Cluster> Filesystem<C> {
         Ok(is_current)
     }
 
-    /// The last byte of a file to which no program of this mount may write.
+    /// The last byte of a file whose pages no program of this mount may write to.
     pub(super) async fn last_byte(&self, node: &Node<C>) -> Option<LastByte> {
         for _ in 0..READ_ATTEMPTS_MAX {
             let version_and_size = |state: &InodeState<Put<C>>| {
                 let view = state.view.as_ref()?;
-                let is_read_only = state.writers == 0 && state.buffer.is_clean();
+                let is_read_only = state.page_writers == 0 && state.buffer.is_clean();
                 is_read_only.then_some((view.content_version, view.size))
             };
-            let (version, size) = version_and_size(&node.state.lock())?;
+            let (version, size) = {
+                let state = node.state.lock();
+                let newest = version_and_size(&state)?;
+                if let Some(held) = &state.held_append {
+                    // It is not committed for this.
+                    let (version, size) = newest;
+                    let at = size + held.data.len() as u64 - 1;
+                    let byte = *held.data.last()?;
+                    return Some(LastByte { version, at, byte });
+                }
+                if let Some(last) = state.appended_last
+                    && (last.version, last.at + 1) == newest
+                {
+                    return Some(last);
+                }
+                newest
+            };
             let range = size.checked_sub(1)?..size;
             let snapshot = self.snapshot(node, range.clone()).await.ok()?;
             if snapshot.range != range || version_and_size(&node.state.lock()) != Some((version, size)) {

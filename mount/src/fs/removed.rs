@@ -19,7 +19,8 @@ use quorumfs_proto::{InodeNumber, Operation};
 
 use super::{Cluster, Filesystem};
 
-/// Removed inodes that are remembered; of what does not fit only those that are open as files are held.
+/// Inodes that this mount removed, and that others removed, which are remembered. Of what does not fit only those that are
+/// open as files are held, and the cluster asks about them again.
 const REMOVED_MAX: usize = 65_536;
 
 /// Inodes in one `ReleaseUnlinked`: a command of some 10 KiB.
@@ -38,9 +39,16 @@ pub(super) enum RemovedBy {
 /// The removed inodes that the cluster keeps for this mount, as far as they are known here.
 #[derive(Default)]
 pub(super) struct Removed {
-    inodes: Mutex<HashMap<InodeNumber, RemovedBy>>,
+    inodes: Mutex<Inodes>,
     removals: Mutex<Removals>,
     used_above: OnceLock<Arc<UsedAbove>>,
+}
+
+/// Each in one of both.
+#[derive(Debug, Default)]
+struct Inodes {
+    by_this_mount: HashSet<InodeNumber>,
+    by_others: HashSet<InodeNumber>,
 }
 
 /// Calls under way after which this mount may have to hold an inode: commands that may take a last name, creations
@@ -94,35 +102,42 @@ impl Removed {
     /// `inode` has no name any more, and is to be released when nobody uses it.
     pub(super) fn add(&self, inode: InodeNumber, by: RemovedBy) {
         let mut inodes = self.inodes.lock();
-        if inodes.len() < REMOVED_MAX || inodes.contains_key(&inode) {
-            let known = inodes.entry(inode).or_insert(by);
-            if by == RemovedBy::ThisMount {
-                *known = by;
+        match by {
+            RemovedBy::ThisMount if inodes.by_this_mount.len() < REMOVED_MAX => {
+                inodes.by_others.remove(&inode);
+                inodes.by_this_mount.insert(inode);
             }
+            RemovedBy::Another
+                if inodes.by_others.len() < REMOVED_MAX && !inodes.by_this_mount.contains(&inode) =>
+            {
+                inodes.by_others.insert(inode);
+            }
+            _ => {}
         }
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.inodes.lock().is_empty()
+        let inodes = self.inodes.lock();
+        inodes.by_this_mount.is_empty() && inodes.by_others.is_empty()
     }
 
     /// Whether the cluster keeps `inode` for this mount until it is told otherwise.
     pub(super) fn holds(&self, inode: InodeNumber) -> bool {
-        self.inodes.lock().get(&inode) == Some(&RemovedBy::ThisMount)
+        self.inodes.lock().by_this_mount.contains(&inode)
     }
 
-    fn all(&self) -> Vec<(InodeNumber, RemovedBy)> {
-        self.inodes
-            .lock()
-            .iter()
-            .map(|(inode, by)| (*inode, *by))
-            .collect()
+    /// What this mount removed, and what others removed.
+    fn all(&self) -> (Vec<InodeNumber>, Vec<InodeNumber>) {
+        let inodes = self.inodes.lock();
+        let listed = |set: &HashSet<InodeNumber>| set.iter().copied().collect();
+        (listed(&inodes.by_this_mount), listed(&inodes.by_others))
     }
 
     fn forget(&self, released: &[InodeNumber]) {
         let mut inodes = self.inodes.lock();
         for inode in released {
-            inodes.remove(inode);
+            inodes.by_this_mount.remove(inode);
+            inodes.by_others.remove(inode);
         }
     }
 }
@@ -180,26 +195,22 @@ impl<C: Cluster> Filesystem<C> {
 
     /// The removed inodes that nobody uses.
     async fn unused(&self) -> Vec<InodeNumber> {
-        let mut removed = self.removed.all();
-        // Before the others are asked about: what is opened in between is known above.
-        removed.retain(|(inode, _)| self.open.holds(*inode) == 0);
-        removed.retain(|(inode, by)| match by {
-            // Whoever looked it up is known above, except for one who is about to look it up again.
-            RemovedBy::ThisMount => !self.looked_up.is_found(*inode),
-            RemovedBy::Another => !self.looked_up.not_recent(&[*inode]).is_empty(),
-        });
-        let unused = move |used_above: Option<Arc<UsedAbove>>| {
-            let is_used = |inode| used_above.as_ref().is_some_and(|used_above| used_above(inode));
-            removed.retain(|(inode, by)| *by == RemovedBy::Another || !is_used(*inode));
-            removed.into_iter().map(|(inode, _)| inode).collect::<Vec<_>>()
-        };
-        let unused = match self.removed.used_above.get().cloned() {
-            None => unused(None),
+        let (by_this_mount, by_others) = self.removed.all();
+        // Before the others are asked about: what is opened in between is known above. Whoever looked up what this mount
+        // removed is known above, except for one who is about to look it up again.
+        let by_this_mount = self.looked_up.not_found(&self.open.not_open(&by_this_mount));
+        let mut unused = self.looked_up.not_recent(&self.open.not_open(&by_others));
+        match self.removed.used_above.get().cloned() {
+            None => unused.extend(by_this_mount),
             // Whoever was the last to use an inode waits there until it is gone. A panic releases nothing.
-            some => tokio::task::spawn_blocking(move || unused(some))
-                .await
-                .unwrap_or_default(),
-        };
+            Some(used_above) => {
+                let is_unused = move |inode: &InodeNumber| !used_above(*inode);
+                let asked = tokio::task::spawn_blocking(move || {
+                    by_this_mount.into_iter().filter(is_unused).collect::<Vec<_>>()
+                });
+                unused.extend(asked.await.unwrap_or_default());
+            }
+        }
         self.give_up(&unused)
     }
 }
@@ -236,5 +247,15 @@ mod tests {
         assert!(removed.holds(InodeNumber(5)));
         removed.forget(&[InodeNumber(5)]);
         assert!(removed.is_empty());
+    }
+
+    #[test]
+    fn what_others_removed_takes_no_room_from_what_this_mount_removed() {
+        let removed = Removed::default();
+        for inode in 0..=REMOVED_MAX as u64 {
+            removed.add(InodeNumber(inode), RemovedBy::Another);
+        }
+        removed.add(InodeNumber(u64::MAX), RemovedBy::ThisMount);
+        assert!(removed.holds(InodeNumber(u64::MAX)));
     }
 }

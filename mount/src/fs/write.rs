@@ -14,7 +14,8 @@ use quorumfs_proto::FsError;
 use quorumfs_proto::command::Privileges;
 use quorumfs_proto::limits::FILE_BYTES_MAX;
 
-use super::{Cluster, Filesystem, Handle, Node, Put};
+use super::{Cluster, Filesystem, Handle, Node, Order, Put};
+use crate::caches::page_tail::Sent;
 use crate::handles::{OpenFile, Scope};
 use crate::interrupt::interruptible;
 use crate::write_buffer::Due;
@@ -37,6 +38,7 @@ impl<C: Cluster> Filesystem<C> {
         place: Place,
         data: Bytes,
         privileges: Privileges,
+        order: Order,
     ) -> Result<u32, FsError> {
         self.writable()?;
         let file = self.used(handle)?;
@@ -57,35 +59,37 @@ impl<C: Cluster> Filesystem<C> {
         match place {
             Place::End(_) => self.append(&file.node, data, privileges).await?,
             Place::At(_) => {
-                if !file.flags.append {
-                    let mut state = file.node.state.lock();
-                    let size = state.size();
-                    state.tail.written(size, offset, offset + u64::from(length));
-                }
-                self.take(&file.node, offset, data, privileges).await?;
+                let at = Instant::now();
+                let through_pages = (!file.flags.append).then_some(Sent { order, at });
+                self.take(&file.node, offset, data, privileges, through_pages)
+                    .await?;
             }
         }
-        self.before_longer(&file, place, offset + u64::from(length)).await;
         if place == Place::At(offset) && file.flags.append {
             // These bytes did not go through the caches above, where another handle may just have read what was there.
             self.pages.forget(file.node.inode);
+            self.drop_pages(&file.node, offset).await;
         }
+        self.before_longer(&file, place, offset + u64::from(length), order)
+            .await;
         Ok(length)
     }
 
     /// A write up to `end` is about to be answered: the kernel takes the file for so long then.
-    async fn before_longer(&self, file: &OpenFile<Put<C>>, place: Place, end: u64) {
+    async fn before_longer(&self, file: &OpenFile<Put<C>>, place: Place, end: u64, order: Order) {
         if file.flags.append {
             // It went by the pages, so nothing above waits for its answer with a page locked.
             return self.before_telling(&file.node, end).await;
         }
-        let mut state = file.node.state.lock();
-        if let Place::End(offset) = place {
-            // The pages have it where the kernel thinks the end is.
-            state.tail.read_short(offset);
+        match place {
+            Place::At(_) => self.before_telling_written(&file.node, end).await,
+            Place::End(offset) => {
+                let mut state = file.node.state.lock();
+                // The pages have it where the kernel thinks the end is.
+                state.tail.read_short(offset, order);
+                state.tail.tell_written(end);
+            }
         }
-        let told = state.tail.told();
-        state.tail.tell_at_once(end.max(told));
     }
 
     /// Takes what programs changed through a shared mapping, as the kernel writes it back: of whichever handle it
@@ -108,22 +112,29 @@ impl<C: Cluster> Filesystem<C> {
             .map_or(0, |attributes| attributes.size);
         data.truncate(usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX));
         if !data.is_empty() {
-            self.take(&file.node, offset, data, Privileges::Keep).await?;
+            self.take(&file.node, offset, data, Privileges::Keep, None)
+                .await?;
         }
         Ok(length)
     }
 
-    /// Puts `data` into the file's buffer, when there is room.
+    /// Puts `data` into the file's buffer, when there is room. `through_pages`: programs above see it in the file's pages.
     async fn take(
         self: &Arc<Self>,
         node: &Node<C>,
         offset: u64,
         data: Bytes,
         privileges: Privileges,
+        through_pages: Option<Sent>,
     ) -> Result<(), FsError> {
         interruptible(self.dirty.room(|| self.relieve()).map(Ok)).await?;
         let due = {
             let mut state = node.state.lock();
+            if let Some(sent) = through_pages {
+                let size = state.size();
+                let end = offset + data.len() as u64;
+                state.tail.written(size, offset, end, sent);
+            }
             let full = state.buffer.write(offset, data);
             state.mtime = Some(self.cluster.now());
             state.dirty_since.get_or_insert_with(Instant::now);

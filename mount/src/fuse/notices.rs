@@ -23,6 +23,8 @@ const NOTIFY_STORE: i32 = 4;
 const HEADER_BYTES: usize = 16;
 /// Attributes alone, no pages.
 const ATTRIBUTES_ONLY: i64 = -1;
+/// However long the file is.
+const TO_THE_END: i64 = 0;
 
 /// A way to the kernel beside fuser's.
 pub(super) struct Notices {
@@ -40,7 +42,7 @@ impl Notices {
 
     /// Whether the kernel knows `inode`, or cannot be asked. Waits while it is getting rid of it.
     pub(super) fn may_know(&self, inode: INodeNo) -> bool {
-        !is_unknown(self.send(&invalidation(inode, ATTRIBUTES_ONLY)))
+        !is_unknown(self.send(&invalidation(inode, ATTRIBUTES_ONLY, TO_THE_END)))
     }
 
     fn send(&self, message: &[u8]) -> io::Result<usize> {
@@ -60,8 +62,14 @@ impl Notices {
 impl PagesAbove for Notices {
     fn drop_from(&self, inode: InodeNumber, from: u64) {
         let from = i64::try_from(from).unwrap_or(i64::MAX);
-        let message = invalidation(self.inodes.to_kernel(inode), from);
+        let message = invalidation(self.inodes.to_kernel(inode), from, TO_THE_END);
         self.tell("pages are to be dropped", inode, &message);
+    }
+
+    fn drop_page_of(&self, inode: InodeNumber, at: u64) {
+        let at = i64::try_from(at).unwrap_or(i64::MAX);
+        let message = invalidation(self.inodes.to_kernel(inode), at, 1);
+        self.tell("a page is to be dropped", inode, &message);
     }
 
     fn end_with(&self, inode: InodeNumber, at: u64, byte: u8) {
@@ -79,9 +87,9 @@ fn is_unknown(sent: io::Result<usize>) -> bool {
     matches!(sent, Err(error) if error.raw_os_error() == Some(libc::ENOENT))
 }
 
-/// `fuse_notify_inval_inode_out`: to the end of the file.
-fn invalidation(inode: INodeNo, from: i64) -> Vec<u8> {
-    let body = [inode.0.to_ne_bytes(), from.to_ne_bytes(), 0i64.to_ne_bytes()].concat();
+/// `fuse_notify_inval_inode_out`.
+fn invalidation(inode: INodeNo, from: i64, length: i64) -> Vec<u8> {
+    let body = [inode.0.to_ne_bytes(), from.to_ne_bytes(), length.to_ne_bytes()].concat();
     message(NOTIFY_INVAL_INODE, &body)
 }
 

@@ -53,8 +53,18 @@ fn nudge(fake: &Fake, question: UnlinkedQuestion) -> impl Future<Output = ()> + 
 async fn a_release_does_not_overtake_the_answer_that_says_held() {
     let fake = Fake::start(1).await;
     let client = connect(&fake, None).await;
-    fake.on_call(|_, call| match call {
-        Call::AnswerUnlinked { .. } => Act::After(300 * MS),
+    let taken = 300 * MS;
+    let mut answered = None;
+    let (released, mut is_released) = tokio::sync::mpsc::unbounded_channel();
+    fake.on_call(move |_, call| match call {
+        Call::AnswerUnlinked { .. } => {
+            answered = Some(Instant::now());
+            Act::After(taken)
+        }
+        Call::Mutate(_) => {
+            released.send(answered.map(|since| since.elapsed())).unwrap();
+            Act::Normal
+        }
         _ => Act::Normal,
     });
     let (asked, mut is_asked) = tokio::sync::mpsc::unbounded_channel();
@@ -73,7 +83,12 @@ async fn a_release_does_not_overtake_the_answer_that_says_held() {
         inodes: vec![InodeNumber(7)],
     };
     client.mutate(Command::single(release), &[]).await.unwrap();
-    assert_eq!(fake.world.lock().answers, [(3, 9, vec![InodeNumber(7)])]);
+    let after = is_released
+        .recv()
+        .await
+        .unwrap()
+        .expect("the answer was sent first");
+    assert!(after >= taken, "after {after:?} it was not decided");
 }
 
 #[tokio::test]

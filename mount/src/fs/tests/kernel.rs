@@ -7,7 +7,7 @@ use quorumfs_proto::{FsError, InodeNumber};
 
 use super::reference::Reference;
 use super::support::{ageless, close, create, mount, mount_with, read_write, write};
-use crate::fs::{OpenFlags, Place};
+use crate::fs::{OpenFlags, Order, Place};
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
 
@@ -96,10 +96,10 @@ async fn pages_are_kept_only_once_older_ones_are_surely_dropped() {
     // The kernel may not have the first answer yet, and still have the pages from before.
     let second = fs.open(inode, read_write()).await.unwrap();
     assert!(!second.keep_cache);
-    fs.read(older.handle, 0, 10).await.unwrap();
+    fs.read(older.handle, 0, 10, Order::default()).await.unwrap();
     let third = fs.open(inode, read_write()).await.unwrap();
     assert!(!third.keep_cache, "a request of an older handle says nothing");
-    fs.read(second.handle, 0, 10).await.unwrap();
+    fs.read(second.handle, 0, 10, Order::default()).await.unwrap();
     let fourth = fs.open(inode, read_write()).await.unwrap();
     assert!(fourth.keep_cache, "it has opened the second, and dropped them");
     for opened in [older, first, second, third, fourth] {
@@ -127,10 +127,12 @@ async fn each_write_says_whether_it_appends() {
     ] {
         let bytes = Bytes::from_static(bytes);
         let length = bytes.len() as u32;
-        let written = fs.write(handle, place, bytes, Privileges::Keep).await;
+        let written = fs
+            .write(handle, place, bytes, Privileges::Keep, Order::default())
+            .await;
         assert_eq!(written, Ok(length));
     }
-    let all = fs.read(plain.handle, 0, 100).await.unwrap();
+    let all = fs.read(plain.handle, 0, 100, Order::default()).await.unwrap();
     assert_eq!(all, b"0x2345678"[..]);
     close(&fs, append.handle).await;
     close(&fs, plain.handle).await;
@@ -152,12 +154,13 @@ async fn privileges_that_a_write_takes_are_not_seen_again() {
         Place::At(0),
         Bytes::from_static(b"by root"),
         Privileges::Keep,
+        Order::default(),
     )
     .await
     .unwrap();
     assert_eq!(mode().await, 0o6755);
     let other = Bytes::from_static(b"by somebody");
-    fs.write(handle, Place::At(0), other, Privileges::Drop)
+    fs.write(handle, Place::At(0), other, Privileges::Drop, Order::default())
         .await
         .unwrap();
     assert_eq!(mode().await, 0o755, "not committed yet");

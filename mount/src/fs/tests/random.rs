@@ -14,7 +14,7 @@ use quorumfs_proto::{FsError, InodeNumber};
 
 use super::reference::{Connection, Reference};
 use super::support::place;
-use crate::fs::{Filesystem, FsOptions, Handle, OpenFlags};
+use crate::fs::{Filesystem, FsOptions, Handle, OpenFlags, Order};
 use crate::handles::Scope;
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
@@ -195,6 +195,7 @@ impl World {
                         place(fs, open.handle, offset),
                         Bytes::from(data.clone()),
                         Privileges::Keep,
+                        Order::default(),
                     )
                     .await;
                 assert_eq!(written, Ok(length as u32));
@@ -212,7 +213,7 @@ impl World {
             } => {
                 let Some(open) = self.open.get(handle) else { return };
                 let read = self.mounts[open.mount]
-                    .read(open.handle, offset, length)
+                    .read(open.handle, offset, length, Order::default())
                     .await
                     .unwrap();
                 let expected = model_read(&self.files[open.file], offset, length);
@@ -376,7 +377,10 @@ impl World {
                     .open(found.inode, OpenFlags::from(libc::O_RDONLY))
                     .await
                     .unwrap();
-                let read = fs.read(opened.handle, 0, 8 << 20).await.unwrap();
+                let read = fs
+                    .read(opened.handle, 0, 8 << 20, Order::default())
+                    .await
+                    .unwrap();
                 assert!(read == self.files[*file], "{name} is the same everywhere");
                 fs.release(opened.handle).await.unwrap();
             }

@@ -11,7 +11,7 @@ use quorumfs_proto::{FsError, InodeNumber, Operation};
 use super::reference::{Connection, Reference};
 use super::support::{close, create, mount, mount_with, read_write, write};
 use super::verbs::{ROOT, written_operations};
-use crate::fs::{Filesystem, FsOptions};
+use crate::fs::{Filesystem, FsOptions, Order};
 
 fn soon() -> FsOptions {
     FsOptions {
@@ -49,7 +49,10 @@ async fn an_unlinked_file_lives_as_long_as_it_is_open_anywhere() {
     other.release_unlinked().await;
     reference.reclaim();
     fs.fsync(handle).await.unwrap();
-    assert_eq!(fs.read(handle, 0, 100).await.unwrap(), &b"still here"[..]);
+    assert_eq!(
+        fs.read(handle, 0, 100, Order::default()).await.unwrap(),
+        &b"still here"[..]
+    );
     assert_eq!(
         other.open(inode, read_write()).await,
         Err(FsError::Stale),
@@ -112,7 +115,10 @@ async fn what_is_used_above_is_kept_and_may_be_opened_again() {
     known.lock().clear();
     tokio::time::sleep(Duration::from_millis(60)).await;
     reference.reclaim();
-    assert_eq!(fs.read(again, 0, 100).await.unwrap(), &b"content"[..]);
+    assert_eq!(
+        fs.read(again, 0, 100, Order::default()).await.unwrap(),
+        &b"content"[..]
+    );
     close(&fs, again).await;
     wait_for_inodes(&reference, 1).await;
 }
@@ -138,7 +144,10 @@ async fn an_open_that_arrives_during_an_unlink_is_good_or_fails() {
         good += 1;
         reference.reclaim();
         fs.release_unlinked().await;
-        assert_eq!(fs.read(opened.handle, 0, 100).await.unwrap(), &b"content"[..]);
+        assert_eq!(
+            fs.read(opened.handle, 0, 100, Order::default()).await.unwrap(),
+            &b"content"[..]
+        );
         close(&fs, opened.handle).await;
     }
     assert!(good > 0, "no open came in time: the test shows nothing");

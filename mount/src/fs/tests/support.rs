@@ -7,7 +7,7 @@ use quorumfs_proto::InodeNumber;
 use quorumfs_proto::command::Privileges;
 
 use super::reference::{Connection, Reference};
-use crate::fs::{Filesystem, FsOptions, Handle, OpenFlags, Place};
+use crate::fs::{Filesystem, FsOptions, Handle, OpenFlags, Order, Place};
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
 
@@ -59,6 +59,7 @@ pub(super) async fn write(fs: &Arc<Filesystem<Connection>>, handle: Handle, offs
             place(fs, handle, offset),
             Bytes::copy_from_slice(data),
             Privileges::Keep,
+            Order::default(),
         )
         .await;
     assert_eq!(written, Ok(data.len() as u32));

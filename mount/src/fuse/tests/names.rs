@@ -44,7 +44,9 @@ async fn put(fs: &Arc<Filesystem<Connection>>, name: &[u8], bytes: &[u8]) {
     let place = crate::fs::Place::At(0);
     let keep = quorumfs_proto::command::Privileges::Keep;
     let bytes = bytes::Bytes::copy_from_slice(bytes);
-    fs.write(opened.handle, place, bytes, keep).await.unwrap();
+    fs.write(opened.handle, place, bytes, keep, crate::fs::Order::default())
+        .await
+        .unwrap();
     fs.flush(opened.handle).await.unwrap();
     fs.release(opened.handle).await.unwrap();
 }
