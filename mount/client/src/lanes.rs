@@ -1,7 +1,8 @@
 //! The lanes of a session: each carries one mutation at a time and counts them (P4).
 //!
 //! Invariant: a lane is taken from [`Lanes::take`] until [`TakenLane::decided`] says that its sequence number has a
-//! verdict in the cluster. A lane dropped without that is never used again: its number may still be decided.
+//! verdict in the cluster, or [`TakenLane::unused`] that it was never sent. A lane dropped without that is never used
+//! again: its number may still be decided.
 //! Lanes are taken last in, first out, so that a client that sends one call at a time uses one lane.
 
 use std::sync::Arc;
@@ -67,7 +68,16 @@ impl TakenLane {
 
     /// The cluster remembers a verdict for [`TakenLane::request`]: the lane is free for the next.
     pub(crate) fn decided(self) {
-        self.lanes.free.lock().push((self.lane, self.sequence + 1));
+        self.free_from(self.sequence + 1);
+    }
+
+    /// Nothing was sent as [`TakenLane::request`]: the lane is free, and its number too.
+    pub(crate) fn unused(self) {
+        self.free_from(self.sequence);
+    }
+
+    fn free_from(&self, sequence: u64) {
+        self.lanes.free.lock().push((self.lane, sequence));
         self.lanes.permits.add_permits(1);
     }
 }
@@ -97,6 +107,9 @@ mod tests {
         assert_eq!(seen.len(), rest.len(), "no lane twice");
 
         first.decided();
+        let again = take().unwrap();
+        assert_eq!((again.lane, again.sequence), (Lane(0), 2));
+        again.unused();
         let again = take().unwrap();
         assert_eq!((again.lane, again.sequence), (Lane(0), 2));
         drop(again);

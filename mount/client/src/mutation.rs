@@ -119,6 +119,11 @@ impl Mutator {
             let Some(lane) = epoch.lanes.take().await else {
                 continue;
             };
+            if self.abandoned.any() {
+                // Given up while this waited for the lane. Whoever gave it up has been told, so it goes first.
+                lane.unused();
+                continue;
+            }
             let given_up = CancellationToken::new();
             let resolution = Resolution::new(self.clone(), epoch, lane, command.clone(), stored.to_vec());
             let settled = Completing {

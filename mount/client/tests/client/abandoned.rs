@@ -1,5 +1,7 @@
 //! Calls that their callers gave up: they are settled before anything later is sent (P1, P4).
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::calls::{
@@ -7,6 +9,7 @@ use crate::calls::{
 };
 use crate::fake::{Act, Fake};
 use bytes::Bytes;
+use quorumfs_proto::limits::LANES_MAX;
 use quorumfs_proto::{Call, CallReply, Command, FsError, Operation, Refusal};
 
 const MS: Duration = Duration::from_millis(1);
@@ -116,4 +119,57 @@ async fn a_call_that_was_given_up_puts_no_chunk_again() {
     created(client.mutate(make("later"), &[]).await);
     tokio::time::sleep(500 * MS).await;
     assert_eq!(executed(&fake), [void(), make("later")]);
+}
+
+#[tokio::test]
+async fn a_call_that_waits_for_a_lane_is_sent_after_what_was_given_up_meanwhile() {
+    let fake = Fake::start(1).await;
+    let client = connect(&fake, None).await;
+    let call = |command: Command| {
+        let client = client.clone();
+        tokio::spawn(async move { client.mutate(command, &[]).await })
+    };
+    let busy = |number: u16| make(format!("busy {number}"));
+    let undecided = Arc::new(AtomicBool::new(true));
+    fake.on_call({
+        let undecided = Arc::clone(&undecided);
+        move |_, call| match call {
+            call if is_of(call, &make("given up")) => Act::Lose,
+            call if is_of(call, &void()) && undecided.load(Ordering::SeqCst) => unavailable(),
+            call if (1..LANES_MAX).any(|number| is_of(call, &busy(number))) => Act::After(2_000 * MS),
+            _ => Act::Normal,
+        }
+    });
+    let given_up = call(make("given up"));
+    let others: Vec<_> = (1..LANES_MAX).map(|number| call(busy(number))).collect();
+    while received_requests(&fake).len() < usize::from(LANES_MAX) {
+        tokio::time::sleep(MS).await;
+    }
+    let waiting = call(make("later"));
+    tokio::time::sleep(50 * MS).await;
+    given_up.abort();
+    assert!(given_up.await.unwrap_err().is_cancelled());
+    for other in others {
+        created(other.await.unwrap());
+    }
+    // There are lanes again.
+    tokio::time::sleep(200 * MS).await;
+    assert!(
+        !executed(&fake).contains(&make("later")),
+        "the one given up may still take effect"
+    );
+    undecided.store(false, Ordering::SeqCst);
+    created(waiting.await.unwrap());
+    let decided = executed(&fake);
+    assert_eq!(decided[usize::from(LANES_MAX) - 1..], [void(), make("later")]);
+    // The lane that it did not use is as good as the others.
+    for round in 0..2 {
+        let all: Vec<_> = (0..LANES_MAX)
+            .map(|number| call(make(format!("{round} {number}"))))
+            .collect();
+        for each in all {
+            created(each.await.unwrap());
+        }
+    }
+    assert_once_and_in_order(&fake, 3 * usize::from(LANES_MAX) + 1);
 }
