@@ -6,7 +6,9 @@
 //! although it has no name. Each open gives one whole version of a file that is replaced again and again.
 //!
 //! A creation that finds a file is the other way round: the kernel must look the name up again, and then finds that file,
-//! for the thread that tried to create it, even if it has lost its name meanwhile.
+//! for the thread that tried to create it, even if it has lost its name meanwhile. Only that look-up does: the open may
+//! end without a request of its own (EACCES, EISDIR), and what the thread looks up later must be as new as any. So it
+//! does not find it either if this mount has taken the name away since.
 //!
 //! Invariant: an inode of which the cluster was told that it need not keep it for this mount is not opened any more.
 
@@ -79,9 +81,10 @@ impl Recent {
 /// What a creation found.
 #[derive(Debug)]
 struct Found {
-    parent: InodeNumber,
-    name: Vec<u8>,
     attributes: Attributes,
+    /// Under which name, until that is looked up again. From then on the inode may be opened, and nothing else.
+    name: Option<(InodeNumber, Vec<u8>)>,
+    /// When it was found, or looked up again.
     at: Instant,
 }
 
@@ -99,6 +102,11 @@ struct State {
 }
 
 impl Found {
+    fn is_named(&self, parent: InodeNumber, name: &[u8]) -> bool {
+        let own = self.name.as_ref();
+        own.is_some_and(|(own_parent, own_name)| *own_parent == parent && own_name == name)
+    }
+
     fn is_young(&self, now: Instant) -> bool {
         now.saturating_duration_since(self.at) < Duration::from_millis(FOUND_MS)
     }
@@ -181,23 +189,32 @@ impl LookedUp {
         // Few, and most threads never come back for theirs.
         state.found.retain(|_, found| found.is_young(at));
         if caller != 0 && state.found.len() < FOUND_MAX {
-            let name = name.to_vec();
             let found = Found {
-                parent,
-                name,
                 attributes,
+                name: Some((parent, name.to_vec())),
                 at,
             };
             state.found.insert(caller, found);
         }
     }
 
-    /// What `caller`'s creation of `name` found a moment ago.
+    /// What `caller`'s creation of `name` found a moment ago; told once.
     pub(super) fn found_by(&self, caller: Caller, parent: InodeNumber, name: &[u8]) -> Option<Attributes> {
-        let state = self.state.lock();
-        let found = state.found.get(&caller)?;
-        let is_it = found.parent == parent && found.name == name && found.is_young(Instant::now());
-        is_it.then(|| found.attributes.clone())
+        let (mut state, now) = (self.state.lock(), Instant::now());
+        let found = state.found.get_mut(&caller)?;
+        if !found.is_named(parent, name) || !found.is_young(now) {
+            return None;
+        }
+        // It is kept for the open, which comes now or never.
+        found.name = None;
+        found.at = now;
+        Some(found.attributes.clone())
+    }
+
+    /// This mount took `name` away, or gave it to another inode: nobody finds under it what was there before.
+    pub(super) fn name_changed(&self, parent: InodeNumber, name: &[u8]) {
+        let mut state = self.state.lock();
+        state.found.retain(|_, found| !found.is_named(parent, name));
     }
 
     /// `caller` goes on: what its creation found is of no use any more.

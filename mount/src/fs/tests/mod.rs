@@ -1,6 +1,7 @@
 //! The verbs against a cluster in memory.
 
 mod failures;
+mod found;
 mod kernel;
 mod leased;
 mod order;

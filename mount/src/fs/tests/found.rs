@@ -1,0 +1,92 @@
+//! What a creation found is there for the look-up that follows it, and for no other.
+
+use std::sync::Arc;
+
+use quorumfs_proto::command::RenameMode;
+use quorumfs_proto::{FsError, InodeNumber};
+
+use super::reference::{Connection, Reference};
+use super::support::{ageless, close, create, mount, mount_with, read_write};
+use super::verbs::ROOT;
+use crate::fs::{Caller, Filesystem, NewFile};
+
+const CALLER: Caller = 7;
+const NEW: NewFile = NewFile {
+    mode: 0o644,
+    uid: 0,
+    gid: 0,
+};
+
+/// Two mounts. A creation of "file" by `CALLER` on the first has just found what the second made.
+async fn found() -> (
+    Arc<Reference>,
+    Arc<Filesystem<Connection>>,
+    Arc<Filesystem<Connection>>,
+    InodeNumber,
+) {
+    let reference = Reference::new();
+    let (fs, other) = (mount_with(&reference, 1, ageless()), mount(&reference, 2));
+    let (inode, handle) = create(&other, "file").await;
+    close(&other, handle).await;
+    let refused = fs.create_for(CALLER, ROOT, b"file", NEW, read_write()).await;
+    assert_eq!(refused.map(|_| ()), Err(FsError::Stale));
+    (reference, fs, other, inode)
+}
+
+async fn looked_up(fs: &Filesystem<Connection>) -> Result<InodeNumber, FsError> {
+    let found = fs.lookup_for(CALLER, ROOT, b"file").await;
+    found.map(|attributes| attributes.inode)
+}
+
+#[tokio::test]
+async fn it_can_be_opened_although_it_has_lost_its_name() {
+    let (reference, fs, other, inode) = found().await;
+    other.unlink(ROOT, b"file").await.unwrap();
+    other.flush_all().await.unwrap();
+    reference.reclaim();
+    assert_eq!(looked_up(&fs).await, Ok(inode));
+    fs.release_unlinked().await;
+    reference.reclaim();
+    let opened = fs.open_for(CALLER, inode, read_write()).await.unwrap();
+    close(&fs, opened.handle).await;
+}
+
+#[tokio::test]
+async fn an_open_that_ended_after_the_look_up_leaves_nothing_behind() {
+    // EACCES, EISDIR or ELOOP: no open is asked for.
+    let (_, fs, _, inode) = found().await;
+    assert_eq!(looked_up(&fs).await, Ok(inode));
+    fs.unlink(ROOT, b"file").await.unwrap();
+    assert_eq!(looked_up(&fs).await, Err(FsError::NotFound), "removed here");
+
+    let (_, fs, other, inode) = found().await;
+    assert_eq!(looked_up(&fs).await, Ok(inode));
+    let (another, handle) = create(&other, "another").await;
+    close(&other, handle).await;
+    other
+        .rename(ROOT, b"another", ROOT, b"file", RenameMode::Replace)
+        .await
+        .unwrap();
+    assert_eq!(looked_up(&fs).await, Ok(another), "replaced elsewhere");
+}
+
+#[tokio::test]
+async fn a_name_that_this_mount_takes_away_is_not_found() {
+    let (_, fs, _, _) = found().await;
+    fs.unlink(ROOT, b"file").await.unwrap();
+    assert_eq!(looked_up(&fs).await, Err(FsError::NotFound));
+
+    let (_, fs, _, _) = found().await;
+    fs.rename(ROOT, b"file", ROOT, b"elsewhere", RenameMode::Replace)
+        .await
+        .unwrap();
+    assert_eq!(looked_up(&fs).await, Err(FsError::NotFound));
+
+    let (_, fs, _, _) = found().await;
+    let (another, handle) = create(&fs, "another").await;
+    close(&fs, handle).await;
+    fs.rename(ROOT, b"another", ROOT, b"file", RenameMode::Replace)
+        .await
+        .unwrap();
+    assert_eq!(looked_up(&fs).await, Ok(another));
+}
