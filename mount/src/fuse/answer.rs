@@ -166,7 +166,7 @@ pub fn answer_entries(
             let name = OsStr::from_bytes(&item.name);
             let (attr, keep) = match &item.attributes {
                 Some(attributes) => {
-                    let (attr, keep, _) = view.entry(attributes, Place::In(directory));
+                    let (attr, keep, _) = view.entry(attributes, Place::of(directory, &item.name));
                     (attr, keep)
                 }
                 // "." and "..": of these the kernel takes nothing but number and kind.

@@ -105,7 +105,14 @@ impl<C: Cluster> FuseEdge<C> {
         let (inodes, notices) = (self.view.inodes, Arc::new(notices));
         let asked = Arc::clone(&notices);
         let places = Arc::clone(&self.view.places);
-        let used = move |inode| asked.may_know(places.last_number(inodes.to_kernel(inode)));
+        let used = move |inode| {
+            let plain = inodes.to_kernel(inode);
+            for (parent, name) in places.take_left(plain) {
+                asked.forget_name(parent, &name);
+            }
+            let numbers = places.numbers(plain);
+            numbers.into_iter().any(|number| asked.may_know(number))
+        };
         self.filesystem.set_used_above(Arc::new(used));
         self.filesystem.set_pages_above(notices);
     }
@@ -247,8 +254,9 @@ impl<C: Cluster> FuseEdge<C> {
         mode: u32,
         (verb, reply): (Verb, ReplyEntry),
     ) {
-        let place = Place::In(parent);
-        let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
+        let name = name_bytes(name);
+        let place = Place::In(parent, name.clone());
+        let parent = self.cluster_inode(parent);
         let (uid, gid) = (request.uid(), request.gid());
         self.serve(
             (verb, request.pid(), reply),

@@ -3,6 +3,7 @@
 //! - Whether it knows an inode. It is told that the inode's attributes are not right any more, which does no harm, and says
 //!   that there is no such inode where it has none. fuser's own notifier keeps that answer to itself, so the messages are
 //!   written here.
+//! - That a name does not lead any more where it led.
 //! - That pages of a file are not right any more, and where the file ends. The kernel waits for the lock of these pages,
 //!   and so for reads under way: never to be called from a thread that serves requests.
 
@@ -16,8 +17,9 @@ use quorumfs_proto::InodeNumber;
 use super::inode_map::InodeMap;
 use crate::fs::PagesAbove;
 
-/// FUSE_NOTIFY_INVAL_INODE and FUSE_NOTIFY_STORE of linux/fuse.h.
+/// FUSE_NOTIFY_INVAL_INODE, FUSE_NOTIFY_INVAL_ENTRY and FUSE_NOTIFY_STORE of linux/fuse.h.
 const NOTIFY_INVAL_INODE: i32 = 2;
+const NOTIFY_INVAL_ENTRY: i32 = 3;
 const NOTIFY_STORE: i32 = 4;
 /// `fuse_out_header`.
 const HEADER_BYTES: usize = 16;
@@ -43,6 +45,24 @@ impl Notices {
     /// Whether the kernel knows `inode`, or cannot be asked. Waits while it is getting rid of it.
     pub(super) fn may_know(&self, inode: INodeNo) -> bool {
         !is_unknown(self.send(&invalidation(inode, ATTRIBUTES_ONLY, TO_THE_END)))
+    }
+
+    /// What the kernel knows by `name` in `parent` it is to look up again; where nobody uses it, it forgets it. Waits for
+    /// changes of that directory that are under way.
+    pub(super) fn forget_name(&self, parent: INodeNo, name: &[u8]) {
+        if name.is_empty() {
+            return;
+        }
+        let mut body = Vec::with_capacity(17 + name.len());
+        body.extend(parent.0.to_ne_bytes());
+        // Its length, and no flags.
+        body.extend([name.len() as u32, 0].map(u32::to_ne_bytes).concat());
+        body.extend(name);
+        body.push(0);
+        // Where it does not know the name there is nothing to forget; else it is kept, as if it were in use.
+        if let Err(error) = self.send(&message(NOTIFY_INVAL_ENTRY, &body)) {
+            tracing::debug!(%parent, %error, "the kernel does not forget a name");
+        }
     }
 
     fn send(&self, message: &[u8]) -> io::Result<usize> {

@@ -13,7 +13,12 @@
 //! A number is the inode's own with a tag in the upper bits. The tag is 0 until a directory moves. Bounded by count: of a
 //! directory that is remembered no more the kernel is told the number without a tag, and if it has been moved meanwhile a
 //! call may fail once.
+//!
+//! All numbers that a directory was given are remembered with it, since the kernel may know it under any of them: a
+//! working directory keeps the number of its place long after the newest one is forgotten. So are the names under which it
+//! was told of older ones: it may keep these for days, and the directory with them, although nobody uses it.
 
+use bytes::Bytes;
 use fuser::INodeNo;
 use parking_lot::Mutex;
 use quick_cache::unsync::Cache;
@@ -23,11 +28,15 @@ use super::inode_map::{INODE_BITS, untagged};
 /// Directories remembered: some 4 MiB at most.
 const DIRECTORIES_MAX: usize = 64 << 10;
 
+/// Tags remembered of a directory that is moved again and again: beyond it the oldest is forgotten, and a directory that
+/// nobody uses but under that number counts as unused. At most 4 MiB for all directories.
+const TAGS_MAX: usize = 32;
+
 /// Where an answer names an inode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// By a name in this directory of the kernel.
-    In(INodeNo),
+    /// By this name in this directory of the kernel.
+    In(INodeNo, Bytes),
     /// As the directory that was asked about, ".".
     Itself(INodeNo),
     /// As the directory above, "..", or anything that is no directory.
@@ -40,15 +49,27 @@ impl Place {
         match name {
             b"." => Place::Itself(parent),
             b".." => Place::Anywhere,
-            _ => Place::In(parent),
+            _ => Place::In(parent, Bytes::copy_from_slice(name)),
         }
     }
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Known {
-    number: INodeNo,
     parent: INodeNo,
+    /// Empty where this mount gave it, and the kernel has not asked since.
+    name: Bytes,
+    /// Where it was told of it before another mount moved it, the oldest first. As many as tags at most.
+    left: Vec<(INodeNo, Bytes)>,
+    /// Of the numbers that the kernel was told, the newest last; before these it was told the one without a tag.
+    tags: Vec<u16>,
+}
+
+impl Known {
+    /// The number that it was told last.
+    fn number(&self, plain: INodeNo) -> INodeNo {
+        self.tags.last().map_or(plain, |tag| tagged(plain, *tag))
+    }
 }
 
 /// See the module. The lock is held for a look-up.
@@ -74,9 +95,9 @@ impl Default for Places {
 }
 
 impl State {
-    fn next_tag(&mut self) -> u64 {
+    fn next_tag(&mut self) -> u16 {
         self.last_tag = self.last_tag.checked_add(1).unwrap_or(1);
-        u64::from(self.last_tag)
+        self.last_tag
     }
 }
 
@@ -87,33 +108,84 @@ impl Places {
             return plain;
         }
         let mut state = self.state.lock();
-        let known = state.directories.get(&plain).copied();
-        let parent = match place {
+        let known = state.directories.get(&plain);
+        let (parent, name) = match place {
             Place::Itself(number) => return number,
-            Place::Anywhere => return known.map_or(plain, |known| known.number),
-            Place::In(parent) => parent,
+            Place::Anywhere => return known.map_or(plain, |known| known.number(plain)),
+            Place::In(parent, name) => (parent, name),
         };
-        let number = match known {
-            Some(known) if known.parent == parent => return known.number,
-            Some(_) => INodeNo(plain.0 | state.next_tag() << INODE_BITS),
-            None => plain,
+        let known = match known {
+            Some(known) if known.parent == parent && known.name == name => return known.number(plain),
+            Some(known) if known.parent == parent => Known {
+                name,
+                ..known.clone()
+            },
+            Some(known) => {
+                let mut known = known.clone();
+                push_bounded(&mut known.left, (known.parent, known.name));
+                push_bounded(&mut known.tags, state.next_tag());
+                Known {
+                    parent,
+                    name,
+                    ..known
+                }
+            }
+            None => Known {
+                parent,
+                name,
+                left: Vec::new(),
+                tags: Vec::new(),
+            },
         };
-        state.directories.insert(plain, Known { number, parent });
+        let number = known.number(plain);
+        state.directories.insert(plain, known);
         number
     }
 
     /// This mount moved the directory `plain` from one parent to another: the kernel moves its record.
     pub fn moved(&self, plain: INodeNo, to_parent: INodeNo) {
         let mut state = self.state.lock();
-        let number = state.directories.get(&plain).map_or(plain, |known| known.number);
-        let parent = to_parent;
-        state.directories.insert(plain, Known { number, parent });
+        let known = state.directories.get(&plain);
+        let known = Known {
+            parent: to_parent,
+            name: Bytes::new(),
+            left: known.map_or_else(Vec::new, |known| known.left.clone()),
+            tags: known.map_or_else(Vec::new, |known| known.tags.clone()),
+        };
+        state.directories.insert(plain, known);
     }
 
-    /// What the kernel called `plain` last.
-    pub fn last_number(&self, plain: INodeNo) -> INodeNo {
-        self.number(plain, Place::Anywhere)
+    /// All that the kernel may call `plain`, the newest first.
+    pub fn numbers(&self, plain: INodeNo) -> Vec<INodeNo> {
+        let state = self.state.lock();
+        let tags = state.directories.get(&plain).map_or(&[][..], |known| &known.tags);
+        let given = tags.iter().rev().map(|tag| tagged(plain, *tag));
+        given.chain([plain]).collect()
     }
+
+    /// The names that do not lead to `plain` any more and that the kernel may still know it by; told once.
+    pub fn take_left(&self, plain: INodeNo) -> Vec<(INodeNo, Bytes)> {
+        let mut state = self.state.lock();
+        match state.directories.get(&plain).cloned() {
+            Some(mut known) if !known.left.is_empty() => {
+                let left = std::mem::take(&mut known.left);
+                state.directories.insert(plain, known);
+                left
+            }
+            _ => Vec::new(),
+        }
+    }
+}
+
+fn push_bounded<T>(items: &mut Vec<T>, item: T) {
+    if items.len() == TAGS_MAX {
+        items.remove(0);
+    }
+    items.push(item);
+}
+
+fn tagged(plain: INodeNo, tag: u16) -> INodeNo {
+    INodeNo(plain.0 | u64::from(tag) << INODE_BITS)
 }
 
 /// Whether `number` says that the directory was moved.
@@ -125,8 +197,8 @@ pub fn is_tagged(number: INodeNo) -> bool {
 mod tests {
     use super::*;
 
-    const OLD: Place = Place::In(INodeNo(10));
-    const NEW: Place = Place::In(INodeNo(11));
+    const OLD: Place = Place::In(INodeNo(10), Bytes::from_static(b"name"));
+    const NEW: Place = Place::In(INodeNo(11), Bytes::from_static(b"name"));
 
     #[test]
     fn a_directory_keeps_its_number_until_another_mount_moves_it() {
@@ -161,11 +233,35 @@ mod tests {
     }
 
     #[test]
+    fn all_numbers_of_a_directory_are_remembered() {
+        let (places, directory) = (Places::default(), INodeNo(7));
+        assert_eq!(places.numbers(directory), [directory]);
+        let mut given = vec![places.number(directory, OLD)];
+        for place in [NEW, OLD, NEW] {
+            given.insert(0, places.number(directory, place));
+        }
+        places.moved(directory, INodeNo(12));
+        let renamed = Place::of(INodeNo(12), b"renamed");
+        assert_eq!(places.number(directory, renamed), given[0]);
+        assert_eq!(places.numbers(directory), given);
+        let name = Bytes::from_static(b"name");
+        let left = [10, 11, 10].map(|parent| (INodeNo(parent), name.clone()));
+        assert_eq!(places.take_left(directory), left);
+        assert!(places.take_left(directory).is_empty());
+        for round in 0..2 * TAGS_MAX {
+            given.insert(0, places.number(directory, [OLD, NEW][round % 2].clone()));
+        }
+        given.truncate(TAGS_MAX);
+        given.push(directory);
+        assert_eq!(places.numbers(directory), given, "the newest, and the first");
+    }
+
+    #[test]
     fn tags_are_used_in_turn() {
         let (places, directory) = (Places::default(), INodeNo(7));
         let mut last = places.number(directory, OLD);
         for round in 0..2 * usize::from(u16::MAX) {
-            let next = places.number(directory, [NEW, OLD][round % 2]);
+            let next = places.number(directory, [NEW, OLD][round % 2].clone());
             assert!(next != last && is_tagged(next));
             last = next;
         }

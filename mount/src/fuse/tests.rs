@@ -55,14 +55,19 @@ pub(crate) fn mount(reference: &Arc<Reference>, session: u64) -> TestMount {
 }
 
 fn mount_with(reference: &Arc<Reference>, session: u64, flags: MsFlags, root: InodeNumber) -> TestMount {
-    let directory = tempfile::tempdir().unwrap();
-    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    let runtime = tokio::runtime::Runtime::new().unwrap();
     let options = FsOptions {
         root,
         read_only: flags.contains(MsFlags::MS_RDONLY),
         ..FsOptions::default()
     };
+    mount_as(reference, session, flags, options)
+}
+
+fn mount_as(reference: &Arc<Reference>, session: u64, flags: MsFlags, options: FsOptions) -> TestMount {
+    let directory = tempfile::tempdir().unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let root = options.root;
     let filesystem = {
         let _inside = runtime.enter();
         Filesystem::new(reference.connect(session), options)

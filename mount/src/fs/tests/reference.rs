@@ -278,8 +278,10 @@ impl State {
     fn directory(&mut self, inode: InodeNumber) -> Result<&mut Inode, FsError> {
         let now = self.now();
         let inode = self.inodes.get_mut(&inode).ok_or(FsError::NotFound)?;
-        if inode.attributes.kind != FileKind::Directory {
-            return Err(FsError::NotDirectory);
+        match (inode.attributes.kind, inode.attributes.links) {
+            (FileKind::Directory, 1..) => {}
+            (FileKind::Directory, 0) => return Err(FsError::NotFound),
+            _ => return Err(FsError::NotDirectory),
         }
         inode.attributes.mtime = now;
         inode.attributes.ctime = now;
@@ -311,7 +313,7 @@ impl State {
     ) -> bool {
         let now = self.now();
         let inode = self.inodes.get_mut(&inode).expect("it had a name");
-        inode.attributes.links -= 1;
+        inode.attributes.links -= 1 + u32::from(inode.attributes.kind == FileKind::Directory);
         inode.attributes.ctime = now;
         if inode.attributes.links == 0 {
             inode.pins = all.clone();
@@ -406,15 +408,13 @@ impl State {
                 Ok(OperationResult::Removed { inode, last })
             }
             Operation::RemoveDirectory { parent, name } => {
-                let parent = number(parent);
-                let inode = self.named(parent, name)?;
+                let inode = self.named(number(parent), name)?;
                 if !self.get(inode)?.entries.is_empty() {
                     return Err(FsError::NotEmpty);
                 }
-                self.directory(parent)?.entries.remove(name);
-                self.inodes.remove(&inode);
-                touched.insert(parent);
-                Ok(OperationResult::Removed { inode, last: true })
+                let (parent, name, held) = (*parent, name.clone(), Held::Open);
+                let unlink = Operation::Unlink { parent, name, held };
+                self.operate(&unlink, session, sessions, results, touched)
             }
             Operation::Rename {
                 from_parent,

@@ -1,5 +1,6 @@
 //! A call by name never fails because another mount gave the name to something else meanwhile.
 
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
@@ -277,4 +278,66 @@ fn a_directory_that_this_mount_moves_stays_the_same_to_its_kernel() {
     });
     assert_eq!(failed_call, 0);
     mount.unmount();
+}
+
+#[test]
+fn a_removed_working_directory_answers_stat_although_another_mount_moved_it_before() {
+    if !can_mount() {
+        return;
+    }
+    let reference = Reference::new();
+    // The other mount does not keep what it looked up.
+    let forgetful = FsOptions {
+        looked_up_ms: 0,
+        ..FsOptions::default()
+    };
+    let (one, other) = (
+        mount(&reference, 1),
+        mount_as(&reference, 2, MsFlags::empty(), forgetful),
+    );
+    // Moved once, and there and back and on: the kernel has known it under several numbers by then.
+    for (round, places) in [&["q"][..], &["q", "p", "q"]].into_iter().enumerate() {
+        let at = |place: &str| format!("{round}/{place}/sub");
+        fs::create_dir_all(other.path(&at("p"))).unwrap();
+        fs::create_dir(other.path(&format!("{round}/q"))).unwrap();
+        let used = |place: &str| {
+            let mut options = File::options();
+            let options = options.read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY);
+            options.open(one.path(&at(place))).unwrap()
+        };
+        let mut place = "p";
+        let mut working = vec![used(place)];
+        let number = working[0].metadata().unwrap().ino();
+        for next in places {
+            fs::rename(other.path(&at(place)), other.path(&at(next))).unwrap();
+            place = next;
+            working.push(used(place));
+        }
+        // The newest number is not used; each of those before it is the last one in use at some time.
+        drop(working.pop());
+        fs::remove_dir(one.path(&at(place))).unwrap();
+        while let Some(newest) = working.pop() {
+            // It is released within that time where nobody is seen to use it.
+            std::thread::sleep(Duration::from_millis(700));
+            reference.reclaim();
+            let told = newest.metadata().unwrap();
+            assert_eq!(
+                (told.ino(), told.nlink()),
+                (number, 0),
+                "round {round}, of {}",
+                working.len() + 1
+            );
+        }
+    }
+    let begin = std::time::Instant::now();
+    while reference.inode_count() != 7 {
+        assert!(
+            begin.elapsed() < Duration::from_secs(10),
+            "they are never released"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+        reference.reclaim();
+    }
+    one.unmount();
+    other.unmount();
 }
