@@ -137,11 +137,31 @@ pub struct LastByte {
 #[derive(Clone, Debug)]
 pub struct HeldAppend {
     /// The bytes.
-    pub data: Bytes,
+    pub first: Bytes,
+    /// What came behind them as the second part.
+    pub second: Bytes,
     /// Whether they drop privileges.
     pub privileges: Privileges,
-    /// When the first of them came.
+    /// When the first of them came, and then when that was answered.
     pub since: Instant,
+    /// Whether more may come.
+    pub stage: AppendStage,
+}
+
+/// What may become of a [`HeldAppend`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AppendStage {
+    /// It may get a second part, whoever has the file's turn.
+    Open,
+    /// It is whole, or on its way.
+    Closed,
+}
+
+impl HeldAppend {
+    /// How many they are.
+    pub fn bytes(&self) -> usize {
+        self.first.len() + self.second.len()
+    }
 }
 
 /// Files that are not open any more whose failures nobody was told. Beyond it the oldest is given up: it was logged.
@@ -202,7 +222,7 @@ impl<Put> InodeState<Put> {
     }
 
     fn held_bytes(&self) -> u64 {
-        self.held_append.as_ref().map_or(0, |held| held.data.len() as u64)
+        self.held_append.as_ref().map_or(0, |held| held.bytes() as u64)
     }
 
     /// Takes what the cluster told, unless it is older than what is known. (Each change moves ctime forward.)

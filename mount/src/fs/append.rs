@@ -9,6 +9,10 @@
 //! piece with it, both are one command. It may be a write of its own, which does no harm. A held part is a dirty byte
 //! like any other: it goes before all that was written after it, with the next commit or read of the file or with age,
 //! and its failure is told to the file's handles.
+//!
+//! Rule: a second part is put to the first as soon as it arrives, before it waits for anything, the file's turn included.
+//! So whoever commits may wait for it with the turn taken, and what the second part itself has to wait for (what was
+//! handed over before it, the first part's own file among that) commits both together.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,7 +26,7 @@ use quorumfs_proto::{Command, FsError, Operation, OperationResult};
 
 use super::commit::take_turn;
 use super::{Cluster, Filesystem, FreshContent, Node};
-use crate::handles::{HeldAppend, LastByte, OpenInode, Scope};
+use crate::handles::{AppendStage, HeldAppend, LastByte, OpenInode, Scope};
 use crate::interrupt::interruptible;
 
 /// How often the chunk of one append is drawn anew after the cluster called it dead.
@@ -35,8 +39,8 @@ const SECOND_PART_BYTES_MAX: usize = 64 << 10;
 /// For so long what is not this write's own waits for a second part: longer than the kernel takes to send it. A program's
 /// own `fsync` behind such a write waits as long.
 const SECOND_PART_WAIT: Duration = Duration::from_millis(20);
-/// Where there is always another first part, nobody waits longer for the file's turn than this.
-const SECOND_PART_WAIT_MAX: Duration = Duration::from_millis(200);
+/// As above, for what no request asked for, which comes at any moment: longer than a busy machine lets the writer wait.
+const SECOND_PART_WAIT_UNASKED: Duration = Duration::from_millis(200);
 /// Between two looks whether it is there.
 const SECOND_PART_TICK: Duration = Duration::from_millis(1);
 
@@ -52,21 +56,32 @@ fn may_continue(bytes: usize) -> bool {
 pub(super) async fn take_turn_after_append<Put>(
     node: &OpenInode<Put>,
 ) -> Result<tokio::sync::MutexGuard<'_, ()>, FsError> {
-    let began = Instant::now();
+    let turn = take_turn(node).await?;
+    // With the turn, so that there is no other first part then. The second one does not need it.
+    while expects_second_part(node, SECOND_PART_WAIT) {
+        tokio::time::sleep(SECOND_PART_TICK).await;
+    }
+    Ok(turn)
+}
+
+/// As above, for a commit that nobody waits for. It gives way to whoever does, and to appends that follow one another:
+/// each of these commits what was written before it.
+pub(super) async fn take_turn_in_background<Put>(node: &OpenInode<Put>) -> tokio::sync::MutexGuard<'_, ()> {
     loop {
-        let turn = take_turn(node).await?;
-        let may_continue = node
-            .state
-            .lock()
-            .held_append
-            .as_ref()
-            .is_some_and(|held| held.since.elapsed() < SECOND_PART_WAIT);
-        if !may_continue || began.elapsed() >= SECOND_PART_WAIT_MAX {
-            return Ok(turn);
+        let turn = node.turn.lock().await;
+        if !expects_second_part(node, SECOND_PART_WAIT_UNASKED) {
+            return turn;
         }
         drop(turn);
         tokio::time::sleep(SECOND_PART_TICK).await;
     }
+}
+
+/// Whether what `node` holds back may still get its second part, if that is waited for so long.
+fn expects_second_part<Put>(node: &OpenInode<Put>, wait: Duration) -> bool {
+    let state = node.state.lock();
+    let held = state.held_append.as_ref();
+    held.is_some_and(|held| held.stage == AppendStage::Open && held.since.elapsed() < wait)
 }
 
 impl<C: Cluster> Filesystem<C> {
@@ -77,31 +92,31 @@ impl<C: Cluster> Filesystem<C> {
         mut data: Bytes,
         privileges: Privileges,
     ) -> Result<(), FsError> {
+        if self.continue_held(node, &data, privileges) {
+            self.settle_handed_over().await;
+            // Not given up with this caller: the first part was acknowledged to another, perhaps.
+            let _turn = node.turn.lock().await;
+            return match held_stage(node) {
+                Some(AppendStage::Closed) => self.commit_held_append(node).await,
+                // Somebody else has committed it. If that failed, the file's handles are told.
+                Some(AppendStage::Open) | None => Ok(()),
+            };
+        }
         self.settle_handed_over().await;
         if may_continue(data.len()) {
             interruptible(self.dirty.room(|| self.relieve()).map(Ok)).await?;
         }
         let _turn = take_turn(node).await?;
-        if let Some(held) = held_before(node, data.len()) {
-            let joined = HeldAppend {
-                data: joined(&held.data, &data),
-                privileges: match held.privileges {
-                    Privileges::Drop => Privileges::Drop,
-                    Privileges::Keep => privileges,
-                },
-                since: held.since,
-            };
-            // Not given up with this caller: the first part was acknowledged to another, perhaps.
-            return self.commit_held(node, joined).await;
-        }
         // What other handles wrote before may be what moves the end; if it fails, they are told.
         let _kept = self.commit_in_turn(node, Scope::Everything).await;
         if may_continue(data.len()) {
             let mut state = node.state.lock();
             state.held_append = Some(HeldAppend {
-                data,
+                first: data,
+                second: Bytes::new(),
                 privileges,
                 since: Instant::now(),
+                stage: AppendStage::Open,
             });
             state.dirty_since.get_or_insert_with(Instant::now);
             self.dirty.account(node, &mut state);
@@ -114,19 +129,56 @@ impl<C: Cluster> Filesystem<C> {
         Ok(())
     }
 
-    /// Commits the append that is held back, if there is one; the caller holds the file's turn.
-    pub(super) async fn commit_held_append(&self, node: &Node<C>) -> Result<(), FsError> {
-        let held = node.state.lock().held_append.clone();
-        match held {
-            Some(held) => self.commit_held(node, held).await,
-            None => Ok(()),
+    /// Takes `data` for the second part of what `node` holds back, if it can be that: both fit into one piece, and nothing
+    /// was written behind the first meanwhile. Else there is none.
+    fn continue_held(&self, node: &Node<C>, data: &Bytes, privileges: Privileges) -> bool {
+        let mut state = node.state.lock();
+        let committed = state.view.as_ref().map_or(0, |view| view.size);
+        let buffer_end = state.buffer.end();
+        let Some(held) = &mut state.held_append else {
+            return false;
+        };
+        if held.stage == AppendStage::Closed {
+            return false;
+        }
+        held.stage = AppendStage::Closed;
+        let fits = held.bytes() + data.len() <= PIECE_BYTES_MAX;
+        if !fits || buffer_end > committed + held.bytes() as u64 {
+            return false;
+        }
+        held.second = data.clone();
+        if privileges == Privileges::Drop {
+            held.privileges = privileges;
+        }
+        self.dirty.account(node, &mut state);
+        true
+    }
+
+    /// An append to `node` is about to be answered: from now on its second part is waited for.
+    pub(super) fn answering_append(&self, node: &Node<C>) {
+        let mut state = node.state.lock();
+        if let Some(held) = &mut state.held_append {
+            held.since = Instant::now();
         }
     }
 
-    /// Commits `held`, which is, or begins with, what the file holds back.
-    async fn commit_held(&self, node: &Node<C>, held: HeldAppend) -> Result<(), FsError> {
-        let bytes = held.data.len();
-        let appended = self.append_piece(node, held.data, held.privileges).await;
+    /// Commits the append that is held back, if there is one; the caller holds the file's turn.
+    pub(super) async fn commit_held_append(&self, node: &Node<C>) -> Result<(), FsError> {
+        let held = {
+            let mut state = node.state.lock();
+            let Some(held) = &mut state.held_append else {
+                return Ok(());
+            };
+            // What would be put to it now would be lost with it.
+            held.stage = AppendStage::Closed;
+            held.clone()
+        };
+        let bytes = held.bytes();
+        let data = match held.second.is_empty() {
+            true => held.first,
+            false => joined(&held.first, &held.second),
+        };
+        let appended = self.append_piece(node, data, held.privileges).await;
         if let Err(error) = appended {
             tracing::warn!(inode = %node.inode, bytes, %error, "appended bytes could not be committed and are given up");
             let mut state = node.state.lock();
@@ -200,13 +252,8 @@ impl<C: Cluster> Filesystem<C> {
     }
 }
 
-/// What `node` holds back, if an append of so many bytes fits into one piece with it and nothing was written behind it
-/// meanwhile.
-fn held_before<Put>(node: &OpenInode<Put>, bytes: usize) -> Option<HeldAppend> {
-    let state = node.state.lock();
-    let held = state.held_append.as_ref()?;
-    let end = state.view.as_ref().map_or(0, |view| view.size) + held.data.len() as u64;
-    (held.data.len() + bytes <= PIECE_BYTES_MAX && state.buffer.end() <= end).then(|| held.clone())
+fn held_stage<Put>(node: &OpenInode<Put>) -> Option<AppendStage> {
+    node.state.lock().held_append.as_ref().map(|held| held.stage)
 }
 
 fn joined(first: &Bytes, second: &Bytes) -> Bytes {

@@ -15,7 +15,7 @@ use quorumfs_proto::chunk::Piece;
 use quorumfs_proto::command::{Privileges, Target};
 use quorumfs_proto::{Command, FsError, NewChunk, Operation, Outcome, SessionId, Timestamp};
 
-use super::append::take_turn_after_append;
+use super::append::{take_turn_after_append, take_turn_in_background};
 use super::{Cluster, Filesystem, FreshContent, Node, Put};
 use crate::handles::{InodeState, OpenInode, Scope};
 use crate::interrupt::{interruptible, still_wanted};
@@ -73,7 +73,7 @@ impl<C: Cluster> Filesystem<C> {
         tokio::spawn(async move {
             filesystem.settle_handed_over().await;
             {
-                let _turn = node.turn.lock().await;
+                let _turn = take_turn_in_background(&node).await;
                 let scope = node.state.lock().queued.take().unwrap_or(scope);
                 // What fails is kept for the file's handles.
                 let _kept = filesystem.commit_in_turn(&node, scope).await;

@@ -13,8 +13,10 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use super::append::take_turn_after_append;
 use super::{Cluster, Durability, Filesystem, Node};
 use crate::handles::{OpenInode, Scope};
+use crate::interrupt::uninterrupted;
 
 /// Closes that returned early. Each has at least one dirty byte, so the bound of those is theirs too.
 #[derive(Debug)]
@@ -86,8 +88,8 @@ impl<C: Cluster> Filesystem<C> {
                     _ => return,
                 }
             };
-            {
-                let _turn = node.turn.lock().await;
+            // Whoever waits here may be gone, but others wait for the same.
+            if let Ok(_turn) = uninterrupted(take_turn_after_append(&node)).await {
                 let _kept = self.commit_up_to(&node, last).await;
             }
             {

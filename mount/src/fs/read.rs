@@ -178,8 +178,8 @@ impl<C: Cluster> Filesystem<C> {
                 if let Some(held) = &state.held_append {
                     // It is not committed for this.
                     let (version, size) = newest;
-                    let at = size + held.data.len() as u64 - 1;
-                    let byte = *held.data.last()?;
+                    let at = size + held.bytes() as u64 - 1;
+                    let byte = *held.second.last().or(held.first.last())?;
                     return Some(LastByte { version, at, byte });
                 }
                 if let Some(last) = state.appended_last

@@ -72,6 +72,9 @@ impl<C: Cluster> Filesystem<C> {
         }
         self.before_longer(&file, place, offset + u64::from(length), order)
             .await;
+        if matches!(place, Place::End(_)) {
+            self.answering_append(&file.node);
+        }
         Ok(length)
     }
 

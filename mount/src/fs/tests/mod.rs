@@ -1,5 +1,6 @@
 //! The verbs against a cluster in memory.
 
+mod appends;
 mod failures;
 mod found;
 mod kernel;

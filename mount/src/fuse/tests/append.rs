@@ -1,8 +1,10 @@
 //! How large a write to the end of a file is whole, and from which buffers.
 
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
+use crate::fs::Durability;
 
 const MIB: usize = 1 << 20;
 /// Each of four writers.
@@ -13,6 +15,13 @@ const RECORDS: usize = 6;
 fn torn(bytes: usize, append: fn(&File, &[u8])) -> usize {
     let reference = Reference::new();
     let mounts = [mount(&reference, 1), mount(&reference, 2)];
+    let torn = torn_on(&mounts, RECORDS, bytes, append);
+    mounts.into_iter().for_each(TestMount::unmount);
+    torn
+}
+
+/// As [`torn`], on these mounts and with `records` from each writer.
+fn torn_on(mounts: &[TestMount; 2], records: usize, bytes: usize, append: fn(&File, &[u8])) -> usize {
     File::create(mounts[0].path("log")).unwrap();
     std::thread::scope(|scope| {
         for (mount, letter) in [(0, b'a'), (1, b'b'), (0, b'c'), (1, b'd')] {
@@ -20,16 +29,15 @@ fn torn(bytes: usize, append: fn(&File, &[u8])) -> usize {
                 .append(true)
                 .open(mounts[mount].path("log"))
                 .unwrap();
-            scope.spawn(move || (0..RECORDS).for_each(|_| append(&file, &vec![letter; bytes])));
+            scope.spawn(move || (0..records).for_each(|_| append(&file, &vec![letter; bytes])));
         }
     });
     let all = fs::read(mounts[1].path("log")).unwrap();
-    assert_eq!(all.len(), 4 * RECORDS * bytes, "records are lost");
+    assert_eq!(all.len(), 4 * records * bytes, "records are lost");
     for letter in b'a'..=b'd' {
         let own = all.iter().filter(|byte| **byte == letter).count();
-        assert_eq!(own, RECORDS * bytes, "bytes of a writer are lost");
+        assert_eq!(own, records * bytes, "bytes of a writer are lost");
     }
-    mounts.into_iter().for_each(TestMount::unmount);
     all.chunks(bytes)
         .filter(|record| record.iter().any(|byte| *byte != record[0]))
         .count()
@@ -67,6 +75,45 @@ fn appends_of_up_to_one_mib_are_whole_from_any_buffer() {
         assert_eq!(written, record.len() as isize);
     };
     assert_eq!(torn(MIB, in_eight), 0);
+}
+
+#[test]
+fn appends_are_whole_while_other_files_fill_the_room_of_dirty_bytes() {
+    if !can_mount() {
+        return;
+    }
+    for durability in [Durability::Close, Durability::Fsync] {
+        let reference = Reference::new();
+        let mounts = [1, 2].map(|session| {
+            let options = FsOptions {
+                durability,
+                // Full all the time: whatever is dirty is to be committed with each write.
+                dirty_bytes_max: 2 << 20,
+                ..FsOptions::default()
+            };
+            mount_as(&reference, session, MsFlags::empty(), options)
+        });
+        let stopped = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for mount in &mounts {
+                let (stopped, bytes) = (&stopped, pattern(MIB - 1));
+                scope.spawn(move || {
+                    while !stopped.load(Ordering::Relaxed) {
+                        let data = File::create(mount.path("data")).unwrap();
+                        (0..16).for_each(|at| data.write_all_at(&bytes, at * MIB as u64).unwrap());
+                    }
+                });
+            }
+            let torn = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                torn_on(&mounts, 4 * RECORDS, MIB, |file, record| {
+                    write_from(1, file, record)
+                })
+            }));
+            stopped.store(true, Ordering::Relaxed);
+            assert_eq!(torn.unwrap(), 0, "{durability:?}");
+        });
+        mounts.into_iter().for_each(TestMount::unmount);
+    }
 }
 
 #[test]

@@ -1,0 +1,142 @@
+//! Both parts of an append are one command, whatever else has to be committed between them.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use quorumfs_proto::{InodeNumber, Operation};
+
+use super::reference::{Connection, Reference};
+use super::support::{ageless, create, mount, mount_with, write};
+use super::verbs::{MIB, contents, written_operations};
+use crate::fs::{Durability, Filesystem, FsOptions, Handle, OpenFlags};
+
+/// The kernel sends the second part sooner; a test that was held up for longer shows nothing.
+const SECOND_PART_DELAY_MAX: Duration = Duration::from_millis(10);
+
+async fn append_to(fs: &Arc<Filesystem<Connection>>, inode: InodeNumber) -> Handle {
+    let flags = OpenFlags::from(libc::O_WRONLY | libc::O_APPEND);
+    fs.open(inode, flags).await.unwrap().handle
+}
+
+/// The lengths of what was appended, by command.
+fn appended(reference: &Reference) -> Vec<u32> {
+    let operations = written_operations(reference);
+    let appends = operations.iter().filter_map(|operation| match operation {
+        Operation::Append { pieces, .. } => Some(pieces.iter().map(|piece| piece.length).sum()),
+        _ => None,
+    });
+    appends.collect()
+}
+
+/// Does `between` once the first part of an append of 1 MiB to `log` is answered, has another mount append, and then
+/// sends the second. The record must be whole.
+async fn in_two_parts(options: FsOptions, between: impl AsyncFn(&Arc<Filesystem<Connection>>, InodeNumber)) {
+    for _ in 0..100 {
+        let reference = Reference::new();
+        let (fs, other) = (mount_with(&reference, 1, options.clone()), mount(&reference, 2));
+        let (log, _) = create(&fs, "log").await;
+        let (own, theirs) = (append_to(&fs, log).await, append_to(&other, log).await);
+        let record = vec![b'a'; MIB as usize];
+        let (first, second) = record.split_at(record.len() - 100);
+        // What fills the room of dirty bytes is there already.
+        let (_, data) = create(&fs, "data").await;
+        for at in 0..3 {
+            write(&fs, data, at * MIB, first).await;
+        }
+        let began = Instant::now();
+        write(&fs, own, 0, first).await;
+        between(&fs, log).await;
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        write(&other, theirs, 0, b"other").await;
+        let is_in_time = began.elapsed() < SECOND_PART_DELAY_MAX;
+        write(&fs, own, 0, second).await;
+        if is_in_time {
+            assert_eq!(appended(&reference), [5, MIB as u32]);
+            assert_eq!(
+                contents(&other, "log").await,
+                [b"other", &record[..]].concat(),
+                "the record was torn"
+            );
+            return;
+        }
+    }
+    panic!("the machine is too slow: the test shows nothing");
+}
+
+#[tokio::test]
+async fn a_commit_that_makes_room_does_not_tear_an_append() {
+    let options = FsOptions {
+        dirty_bytes_max: 4 * MIB - 1000,
+        ..ageless()
+    };
+    in_two_parts(options, async |fs, _| {
+        let (_, another) = create(fs, "another").await;
+        // Waits for room, and all that is dirty is to be committed.
+        write(fs, another, 0, b"more").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_close_that_is_handed_over_does_not_tear_an_append() {
+    let options = FsOptions {
+        durability: Durability::Fsync,
+        ..ageless()
+    };
+    in_two_parts(options, async |fs, log| {
+        // Another program closes the same file.
+        let closing = append_to(fs, log).await;
+        fs.flush(closing).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_second_part_waits_for_the_closes_before_it_and_is_not_torn_by_them() {
+    let options = FsOptions {
+        durability: Durability::Fsync,
+        ..ageless()
+    };
+    let reference = Reference::new();
+    let (fs, other) = (mount_with(&reference, 1, options), mount(&reference, 2));
+    let (log, _) = create(&fs, "log").await;
+    let (own, theirs) = (append_to(&fs, log).await, append_to(&other, log).await);
+    let record = vec![b'a'; MIB as usize];
+    let (first, second) = record.split_at(record.len() - 100);
+    let (_, data) = create(&fs, "data").await;
+    write(&fs, data, 0, &record[..100_000]).await;
+    write(&fs, own, 0, first).await;
+    let slow = reference.put_gate.write().await;
+    fs.flush(data).await.unwrap();
+    fs.flush(own).await.unwrap();
+    let appending = tokio::spawn({
+        let (fs, second) = (Arc::clone(&fs), second.to_vec());
+        async move { write(&fs, own, 0, &second).await }
+    });
+    // Much longer than a second part is waited for: it is there.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!appending.is_finished());
+    write(&other, theirs, 0, b"other").await;
+    drop(slow);
+    appending.await.unwrap();
+    assert_eq!(appended(&reference), [5, MIB as u32]);
+    assert_eq!(
+        contents(&other, "log").await,
+        [b"other", &record[..]].concat(),
+        "the record was torn"
+    );
+}
+
+#[tokio::test]
+async fn whole_appends_that_look_like_first_parts_do_not_hold_each_other_up() {
+    let reference = Reference::new();
+    let fs = mount_with(&reference, 1, ageless());
+    let (log, _) = create(&fs, "log").await;
+    let own = append_to(&fs, log).await;
+    let record = vec![b'a'; MIB as usize - 100];
+    for _ in 0..3 {
+        write(&fs, own, 0, &record).await;
+    }
+    fs.fsync(own).await.unwrap();
+    assert_eq!(appended(&reference), [record.len() as u32; 3]);
+}
