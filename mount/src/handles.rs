@@ -146,6 +146,8 @@ pub struct HeldAppend {
     pub since: Instant,
     /// Whether more may come.
     pub stage: AppendStage,
+    /// Whether a second part is known to come.
+    pub more_is_known: bool,
 }
 
 /// What may become of a [`HeldAppend`].

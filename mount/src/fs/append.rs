@@ -5,6 +5,8 @@
 //! come in two parts. It holds the file's lock meanwhile: the second part is this mount's next append to the file, right
 //! after the answer to the first.
 //!
+//! How long a write(2) is the kernel shows while it waits for an answer; of other calls it is not known.
+//!
 //! Rule: a part that may be a first one ([`may_continue`]) is answered and held back; if the next append fits into one
 //! piece with it, both are one command. It may be a write of its own, which does no harm. A held part is a dirty byte
 //! like any other: it goes before all that was written after it, with the next commit or read of the file or with age,
@@ -41,14 +43,23 @@ const SECOND_PART_BYTES_MAX: usize = 64 << 10;
 const SECOND_PART_WAIT: Duration = Duration::from_millis(20);
 /// As above, for what no request asked for, which comes at any moment: longer than a busy machine lets the writer wait.
 const SECOND_PART_WAIT_UNASKED: Duration = Duration::from_millis(200);
+/// For so long both wait where it is known that there is one: its program may be killed before it is sent.
+const SECOND_PART_WAIT_KNOWN: Duration = Duration::from_secs(1);
 /// Between two looks whether it is there.
 const SECOND_PART_TICK: Duration = Duration::from_millis(1);
 
 /// The most that one command appends.
 const PIECE_BYTES_MAX: usize = CHUNK_BYTES_MAX as usize;
 
-/// Whether an append of so many bytes may be the first part of a write of [`PIECE_BYTES_MAX`] or less.
-fn may_continue(bytes: usize) -> bool {
+/// Whether an append of so many bytes may be the first part of a write of [`PIECE_BYTES_MAX`] or less. `more_bytes`: how much
+/// of it is to come, if that is known.
+fn may_continue(bytes: usize, more_bytes: Option<u64>) -> bool {
+    may_be_a_part(bytes)
+        && more_bytes.is_none_or(|more| more > 0 && bytes as u64 + more <= PIECE_BYTES_MAX as u64)
+}
+
+/// Whether the kernel may have split a write so that its first part is so long.
+pub(crate) fn may_be_a_part(bytes: usize) -> bool {
     (PIECE_BYTES_MAX - SECOND_PART_BYTES_MAX..PIECE_BYTES_MAX).contains(&bytes)
 }
 
@@ -80,8 +91,14 @@ pub(super) async fn take_turn_in_background<Put>(node: &OpenInode<Put>) -> tokio
 /// Whether what `node` holds back may still get its second part, if that is waited for so long.
 fn expects_second_part<Put>(node: &OpenInode<Put>, wait: Duration) -> bool {
     let state = node.state.lock();
-    let held = state.held_append.as_ref();
-    held.is_some_and(|held| held.stage == AppendStage::Open && held.since.elapsed() < wait)
+    let Some(held) = state.held_append.as_ref() else {
+        return false;
+    };
+    let wait = match held.more_is_known {
+        true => SECOND_PART_WAIT_KNOWN,
+        false => wait,
+    };
+    held.stage == AppendStage::Open && held.since.elapsed() < wait
 }
 
 impl<C: Cluster> Filesystem<C> {
@@ -91,6 +108,7 @@ impl<C: Cluster> Filesystem<C> {
         node: &Node<C>,
         mut data: Bytes,
         privileges: Privileges,
+        more_bytes: Option<u64>,
     ) -> Result<(), FsError> {
         if self.continue_held(node, &data, privileges) {
             self.settle_handed_over().await;
@@ -103,13 +121,13 @@ impl<C: Cluster> Filesystem<C> {
             };
         }
         self.settle_handed_over().await;
-        if may_continue(data.len()) {
+        if may_continue(data.len(), more_bytes) {
             interruptible(self.dirty.room(|| self.relieve()).map(Ok)).await?;
         }
         let _turn = take_turn(node).await?;
         // What other handles wrote before may be what moves the end; if it fails, they are told.
         let _kept = self.commit_in_turn(node, Scope::Everything).await;
-        if may_continue(data.len()) {
+        if may_continue(data.len(), more_bytes) {
             let mut state = node.state.lock();
             state.held_append = Some(HeldAppend {
                 first: data,
@@ -117,6 +135,7 @@ impl<C: Cluster> Filesystem<C> {
                 privileges,
                 since: Instant::now(),
                 stage: AppendStage::Open,
+                more_is_known: more_bytes.is_some(),
             });
             state.dirty_since.get_or_insert_with(Instant::now);
             self.dirty.account(node, &mut state);

@@ -60,6 +60,7 @@ pub use self::removed::UsedAbove;
 pub use self::write::Place;
 pub use crate::caches::page_tail::Order;
 pub use crate::handles::{Handle, OpenFlags};
+pub(crate) use append::may_be_a_part;
 
 use self::directory::OpenDirectories;
 use self::dirty::DirtyBytes;

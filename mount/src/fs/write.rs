@@ -25,8 +25,13 @@ use crate::write_buffer::Due;
 pub enum Place {
     /// There.
     At(u64),
-    /// To the end of the file, wherever that is by then. (The kernel thinks there.)
-    End(u64),
+    /// To the end of the file, wherever that is by then.
+    End {
+        /// Where the kernel thinks that it is.
+        offset: u64,
+        /// How many bytes of the same write(2) are still to come, if that is known.
+        more_bytes: Option<u64>,
+    },
 }
 
 impl<C: Cluster> Filesystem<C> {
@@ -46,7 +51,7 @@ impl<C: Cluster> Filesystem<C> {
             return Err(FsError::NotPermitted);
         }
         let length = u32::try_from(data.len()).map_err(|_| FsError::InvalidArgument)?;
-        let (Place::At(offset) | Place::End(offset)) = place;
+        let (Place::At(offset) | Place::End { offset, .. }) = place;
         if offset
             .checked_add(u64::from(length))
             .is_none_or(|end| end > FILE_BYTES_MAX)
@@ -57,7 +62,9 @@ impl<C: Cluster> Filesystem<C> {
             return Ok(0);
         }
         match place {
-            Place::End(_) => self.append(&file.node, data, privileges).await?,
+            Place::End { more_bytes, .. } => {
+                self.append(&file.node, data, privileges, more_bytes).await?;
+            }
             Place::At(_) => {
                 let at = Instant::now();
                 let through_pages = (!file.flags.append).then_some(Sent { order, at });
@@ -72,7 +79,7 @@ impl<C: Cluster> Filesystem<C> {
         }
         self.before_longer(&file, place, offset + u64::from(length), order)
             .await;
-        if matches!(place, Place::End(_)) {
+        if matches!(place, Place::End { .. }) {
             self.answering_append(&file.node);
         }
         Ok(length)
@@ -86,7 +93,7 @@ impl<C: Cluster> Filesystem<C> {
         }
         match place {
             Place::At(_) => self.before_telling_written(&file.node, end).await,
-            Place::End(offset) => {
+            Place::End { offset, .. } => {
                 let mut state = file.node.state.lock();
                 // The pages have it where the kernel thinks the end is.
                 state.tail.read_short(offset, order);

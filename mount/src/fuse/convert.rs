@@ -186,7 +186,10 @@ pub fn write_terms(offset: u64, open_flags: i32, write_flags: WriteFlags) -> (Pl
     let place = if open_flags & libc::O_APPEND == 0 {
         Place::At(offset)
     } else {
-        Place::End(offset)
+        Place::End {
+            offset,
+            more_bytes: None,
+        }
     };
     let privileges = if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) {
         Privileges::Drop

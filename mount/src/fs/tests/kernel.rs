@@ -122,8 +122,22 @@ async fn each_write_says_whether_it_appends() {
     write(&other, elsewhere, 0, b"45").await;
     for (handle, place, bytes) in [
         (append.handle, Place::At(1), &b"x"[..]),
-        (plain.handle, Place::End(4), b"67"),
-        (append.handle, Place::End(4), b"8"),
+        (
+            plain.handle,
+            Place::End {
+                offset: 4,
+                more_bytes: None,
+            },
+            b"67",
+        ),
+        (
+            append.handle,
+            Place::End {
+                offset: 4,
+                more_bytes: None,
+            },
+            b"8",
+        ),
     ] {
         let bytes = Bytes::from_static(bytes);
         let length = bytes.len() as u32;

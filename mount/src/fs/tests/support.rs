@@ -14,7 +14,10 @@ const ROOT: InodeNumber = InodeNumber::ROOT;
 /// Where the kernel says that a write goes, as long as nobody changed the flags that the file was opened with.
 pub fn place(fs: &Filesystem<Connection>, handle: Handle, offset: u64) -> Place {
     match fs.open.get(handle) {
-        Ok(file) if file.flags.append => Place::End(offset),
+        Ok(file) if file.flags.append => Place::End {
+            offset,
+            more_bytes: None,
+        },
         _ => Place::At(offset),
     }
 }

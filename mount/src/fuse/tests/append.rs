@@ -52,6 +52,32 @@ fn write_from(misalignment: usize, file: &File, record: &[u8]) {
     assert_eq!(file.write(&room[at..at + record.len()]).unwrap(), record.len());
 }
 
+/// The same by one writev(2), of which the mount cannot know how long it is.
+fn write_in_eight(file: &File, record: &[u8]) {
+    let parts: Vec<libc::iovec> = record
+        .chunks(record.len().div_ceil(8))
+        .map(|part| libc::iovec {
+            iov_base: part.as_ptr().cast_mut().cast(),
+            iov_len: part.len(),
+        })
+        .collect();
+    let written = unsafe { libc::writev(file.as_raw_fd(), parts.as_ptr(), parts.len() as i32) };
+    assert_eq!(written, record.len() as isize);
+}
+
+/// The whole of `record` in one request, which for all that the mount can know is a first part.
+fn write_in_one(file: &File, record: &[u8]) {
+    let mut room = vec![0u8; record.len() + 4096];
+    let at = room.as_ptr().align_offset(4096);
+    room[at..at + record.len()].copy_from_slice(record);
+    let part = libc::iovec {
+        iov_base: room[at..].as_mut_ptr().cast(),
+        iov_len: record.len(),
+    };
+    let written = unsafe { libc::writev(file.as_raw_fd(), &raw const part, 1) };
+    assert_eq!(written, record.len() as isize);
+}
+
 #[test]
 fn appends_of_up_to_one_mib_are_whole_from_any_buffer() {
     if !can_mount() {
@@ -63,18 +89,7 @@ fn appends_of_up_to_one_mib_are_whole_from_any_buffer() {
     // One request, which looks like the first of two.
     assert_eq!(torn(MIB - 100, |file, record| write_from(0, file, record)), 0);
     assert_eq!(torn(MIB - 100, |file, record| write_from(200, file, record)), 0);
-    let in_eight = |file: &File, record: &[u8]| {
-        let parts: Vec<libc::iovec> = record
-            .chunks(record.len().div_ceil(8))
-            .map(|part| libc::iovec {
-                iov_base: part.as_ptr().cast_mut().cast(),
-                iov_len: part.len(),
-            })
-            .collect();
-        let written = unsafe { libc::writev(file.as_raw_fd(), parts.as_ptr(), parts.len() as i32) };
-        assert_eq!(written, record.len() as isize);
-    };
-    assert_eq!(torn(MIB, in_eight), 0);
+    assert_eq!(torn(MIB, write_in_eight), 0);
 }
 
 #[test]
@@ -135,32 +150,32 @@ fn an_append_is_seen_and_kept_although_more_of_it_may_follow() {
     let reference = Reference::new();
     let (one, other) = (mount(&reference, 1), mount(&reference, 2));
     let bytes = pattern(MIB - 1);
-    let mut log = File::options()
+    let log = File::options()
         .create(true)
         .append(true)
         .read(true)
         .open(one.path("log"))
         .unwrap();
-    log.write_all(&bytes).unwrap();
+    write_in_one(&log, &bytes);
     assert_eq!(fs::metadata(one.path("log")).unwrap().len(), bytes.len() as u64);
     let mut seen = vec![0; bytes.len()];
     log.read_exact_at(&mut seen, 0).unwrap();
     assert!(seen == bytes, "read through its own handle");
-    log.write_all(&bytes).unwrap();
+    write_in_one(&log, &bytes);
     assert!(
         fs::read(one.path("log")).unwrap() == [&bytes[..], &bytes[..]].concat(),
         "read by another"
     );
-    log.write_all(&bytes).unwrap();
+    write_in_one(&log, &bytes);
     log.sync_all().unwrap();
     assert_eq!(
         fs::metadata(other.path("log")).unwrap().len(),
         3 * bytes.len() as u64
     );
-    log.write_all(&bytes).unwrap();
+    write_in_one(&log, &bytes);
     log.set_len(2).unwrap();
     assert_eq!(fs::read(other.path("log")).unwrap(), bytes[..2]);
-    log.write_all(&bytes).unwrap();
+    write_in_one(&log, &bytes);
     drop(log);
     assert_eq!(
         fs::metadata(other.path("log")).unwrap().len(),
@@ -168,8 +183,8 @@ fn an_append_is_seen_and_kept_although_more_of_it_may_follow() {
         "closed"
     );
     // With age alone.
-    let mut log = File::options().append(true).open(one.path("log")).unwrap();
-    log.write_all(&bytes).unwrap();
+    let log = File::options().append(true).open(one.path("log")).unwrap();
+    write_in_one(&log, &bytes);
     let begin = std::time::Instant::now();
     while fs::metadata(other.path("log")).unwrap().len() != 2 + 2 * bytes.len() as u64 {
         assert!(
@@ -197,7 +212,7 @@ fn an_append_that_fails_after_its_answer_is_told() {
         .unwrap();
     *reference.put_fault.lock() = Some(quorumfs_proto::FsError::NoSpace);
     let told = || {
-        write_from(0, &log, &pattern(MIB - 1));
+        write_in_one(&log, &pattern(MIB - 1));
         let told = log.sync_all();
         told.is_err_and(|error| error.raw_os_error() == Some(libc::ENOSPC))
     };

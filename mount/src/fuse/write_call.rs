@@ -1,0 +1,48 @@
+//! The write(2) that a WRITE request is part of.
+//!
+//! The kernel splits long writes without saying so. While a thread waits for the answer to the first part it shows the
+//! call that it is in, with its arguments, in `/proc/TID/syscall` (proc_pid_syscall(5)).
+
+use std::fs;
+
+/// How many bytes the thread `thread`, which waits for an answer, writes with one call. `None`: that cannot be seen, or it is
+/// another call than write(2) and pwrite(2).
+pub(super) fn bytes_of_write(thread: u32) -> Option<u64> {
+    parse(&fs::read_to_string(format!("/proc/{thread}/syscall")).ok()?)
+}
+
+/// The number of the call in decimal, then its arguments in hexadecimal.
+fn parse(shown: &str) -> Option<u64> {
+    let mut fields = shown.split_ascii_whitespace();
+    let number: i64 = fields.next()?.parse().ok()?;
+    if number != libc::SYS_write && number != libc::SYS_pwrite64 {
+        return None;
+    }
+    let count = fields.nth(2)?;
+    u64::from_str_radix(count.strip_prefix("0x")?, 16).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_length_of_a_write_is_read() {
+        let write = format!(
+            "{} 0x3 0x7ffc0001 0x100000 0x0 0x0 0x0 0x7ffc 0x7f00\n",
+            libc::SYS_write
+        );
+        assert_eq!(parse(&write), Some(1 << 20));
+        assert_eq!(
+            parse(&write.replacen(&libc::SYS_write.to_string(), "20", 1)),
+            None
+        );
+        assert_eq!(parse("running\n"), None);
+        assert_eq!(parse("-1 0x7ffc 0x7f00\n"), None);
+    }
+
+    #[test]
+    fn a_thread_that_is_gone_writes_nothing() {
+        assert_eq!(bytes_of_write(u32::MAX), None);
+    }
+}
