@@ -79,7 +79,7 @@ pub enum StartAgain {
     /// a new incarnation: it asks its cluster to take it in, with the content that it kept.
     #[error(transparent)]
     AsNew(#[from] Renounced),
-    /// It could not be made anew after all: others failed at the same time.
+    /// It could not be made anew after all (others failed at the same time), or it need not be: its disk is in order.
     #[error("{0}; the node starts again as it was")]
     AsItWas(String),
     /// Content was taken away under it. It is who it was, and fetches what it lacks.
@@ -414,6 +414,9 @@ async fn run_parts(
         reason = consensus_fault.fatal() => {
             if reason.costs_state() && has_others(config) {
                 return Err(lost_state(&reason).into());
+            }
+            if reason.is_over_after_start() {
+                return Err(StartAgain::AsItWas(reason.to_string()).into());
             }
             reason.to_string()
         }

@@ -67,6 +67,14 @@ impl PeerService {
     }
 }
 
+impl PeerService {
+    /// Why this node's state cannot be relied on; empty: it can, as far as the node knows.
+    fn trouble(&self) -> String {
+        let of_consensus = || self.node.parts().and_then(|parts| parts.consensus.trouble());
+        self.node.trouble().or_else(of_consensus).unwrap_or_default()
+    }
+}
+
 fn member_of(member: Option<wire::Member>) -> Result<Member, Status> {
     let member = member.ok_or_else(|| Status::invalid_argument("no node is named"))?;
     Member::try_from(member).map_err(|error| Status::invalid_argument(error.to_string()))
@@ -100,7 +108,7 @@ impl Peer for PeerService {
             empty: self.node.folder().is_fresh(),
             members: members.into_iter().map(Into::into).collect(),
             feature_level: FEATURE_LEVEL,
-            trouble: self.node.trouble().unwrap_or_default(),
+            trouble: self.trouble(),
         }))
     }
 

@@ -101,14 +101,18 @@ impl Renouncing<'_> {
         let mut part = self.consensus.as_ref();
         if let Some(consensus) = part {
             consensus.step_aside(|_| true).await;
-            // Where nobody can take over as it is, the others elect one without it.
-            if consensus.is_leader() {
-                stop(consensus).await;
-                part = None;
-            }
         }
         let mut told: Option<(String, tokio::time::Instant)> = None;
         loop {
+            // Whatever made it the leader: who leads and answers nothing holds all others up.
+            if let Some(consensus) = part.filter(|consensus| consensus.is_leader()) {
+                consensus.step_aside(|_| true).await;
+                // Where nobody can take over as it is, the others elect one without it.
+                if consensus.is_leader() {
+                    stop(consensus).await;
+                    part = None;
+                }
+            }
             match (self.ask().await, part) {
                 (Ok(()), None) => return Leave::Granted,
                 (Ok(()), Some(consensus)) => return self.stop_and_confirm(consensus).await,

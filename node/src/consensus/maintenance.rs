@@ -4,7 +4,6 @@ use std::time::{Duration, Instant};
 
 use openraft::async_runtime::WatchReceiver;
 
-use super::types::VoterId;
 use super::{Consensus, Ordering};
 
 /// How often all is looked at. Also how late a hanging flush is noticed.
@@ -60,6 +59,7 @@ impl Consensus {
             self.bound_log(&mut asked).await;
             self.end_streams_that_hold_up(&mut asked);
             self.hand_on_if_slow(&mut hand_on).await;
+            self.end_futile_hand_on();
         }
     }
 
@@ -152,24 +152,13 @@ impl Consensus {
         if slowest_ms < self.0.options.slow_flush_ms || !self.is_leader() {
             return;
         }
-        let Some(to) = self.most_up_to_date_voter(|_| true) else {
+        let candidates = self.voters_up_to_date();
+        if candidates.is_empty() || !hand_on.due(HAND_ON_INTERVAL) {
             return;
-        };
-        if hand_on.due(HAND_ON_INTERVAL) {
-            tracing::warn!(slowest_ms, %to, "flushing the log is slow: handing leadership on");
-            let _ = self.0.raft.trigger().transfer_leader(to).await;
         }
-    }
-
-    /// A voter other than this node that `may` lead and has flushed everything committed.
-    pub(super) fn most_up_to_date_voter(&self, may: impl Fn(&VoterId) -> bool) -> Option<VoterId> {
-        let metrics = self.metrics();
-        let voters: Vec<VoterId> = metrics.membership_config.voter_ids().collect();
-        let (to, matched) = metrics
-            .replication?
-            .into_iter()
-            .filter(|(id, _)| voters.contains(id) && *id != self.0.id && may(id))
-            .max_by_key(|(_, matched)| *matched)?;
-        (matched >= metrics.cluster_committed).then_some(to)
+        match self.hand_on(candidates).await {
+            Ok(to) => tracing::warn!(slowest_ms, %to, "flushing the log is slow: handing leadership on"),
+            Err(error) => tracing::warn!(slowest_ms, %error, "flushing the log is slow"),
+        }
     }
 }

@@ -98,6 +98,10 @@ struct Inner {
     cluster: ClusterId,
     raft: Raft<TypeConfig, StateMachine>,
     log: LogStore,
+    /// The way to the other members.
+    network: NetworkFactory,
+    /// In which term, and when, leadership was last handed on.
+    handed_on: Mutex<Option<(u64, Instant)>>,
     intake: Intake,
     metadata: Arc<MetadataStore>,
     flusher: Arc<Flusher>,
@@ -211,6 +215,8 @@ impl Consensus {
             raft,
             intake: Intake::new(log.clone(), options.wal.file_bytes),
             log,
+            network: network.clone(),
+            handed_on: Mutex::default(),
             metadata,
             flusher,
             cutoff,
@@ -383,12 +389,6 @@ impl Consensus {
         changed.await.map(|_| ()).map_err(membership_error)
     }
 
-    /// Asks `to`, a voter, to take over; it does if its log is as long.
-    pub async fn transfer_leadership(&self, to: NodeId) -> Result<(), ConsensusError> {
-        let transferred = self.0.raft.trigger().transfer_leader(VoterId(to)).await;
-        transferred.map_err(|error| ConsensusError::Raft(Box::new(error)))
-    }
-
     /// This node.
     pub fn id(&self) -> NodeId {
         self.0.id.0
@@ -530,10 +530,7 @@ impl Consensus {
 
     fn recovered(&self) -> Result<(), String> {
         if self.0.stood_down.load(Ordering::Acquire) {
-            return Err(
-                "this node's metadata is damaged or not that of the majority: it is about to be set aside"
-                    .to_string(),
-            );
+            return Err(status::STOOD_DOWN.to_string());
         }
         match self.0.recovered.load(Ordering::Acquire) {
             true => Ok(()),

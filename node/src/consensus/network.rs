@@ -23,7 +23,7 @@ use openraft::raft::{
     TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use openraft::{OptionalSend, RaftTypeConfig};
-use quorumfs_proto::{Addresses, codec, wire};
+use quorumfs_proto::{Addresses, Member, codec, wire};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +40,9 @@ const SETUP_TIMEOUT: Duration = Duration::from_millis(1_500);
 /// How long an append may go unanswered: the follower flushes before it answers, and a slow disk is no reason
 /// to send all again.
 const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a node may take to say whether it could lead.
+const HELLO_TIMEOUT: Duration = Duration::from_millis(500);
 
 type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
 
@@ -107,6 +110,28 @@ impl NetworkFactory {
             cutoff,
             fatal,
         }
+    }
+}
+
+impl NetworkFactory {
+    /// Whether `member` is there and could lead: it says so itself.
+    pub async fn ask_whether_it_can_lead(&self, member: &Member) -> Result<(), String> {
+        let ask = async {
+            let peer = self.transport.peer(&member.addresses, Purpose::Raft);
+            let mut peer = peer.map_err(|error| error.to_string())?;
+            let answer = peer.hello(wire::HelloRequest::default()).await;
+            let answer = answer
+                .map_err(|status| status.message().to_string())?
+                .into_inner();
+            let found = answer.node.and_then(|node| Member::try_from(node).ok());
+            match found.is_some_and(|found| found.id == member.id) {
+                true if answer.trouble.is_empty() => Ok(()),
+                true => Err(answer.trouble),
+                false => Err("another incarnation is there".to_string()),
+            }
+        };
+        let asked = tokio::time::timeout(HELLO_TIMEOUT, ask).await;
+        asked.unwrap_or_else(|_| Err("it does not answer".to_string()))
     }
 }
 

@@ -8,6 +8,10 @@ use serde::Serialize;
 use super::Consensus;
 use super::log::LogStatus;
 
+/// What a node says that is about to set its state aside.
+pub(super) const STOOD_DOWN: &str =
+    "this node's metadata is damaged or not that of the majority: it is about to be set aside";
+
 /// What a node is in the consensus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -92,10 +96,13 @@ impl Consensus {
         }
     }
 
-    /// Why this node must stop, if it must: its state cannot be relied on.
+    /// Why this node's state cannot be relied on, if it cannot: it must not lead.
     pub fn trouble(&self) -> Option<String> {
-        let fatal = self.0.fatal.raised();
-        fatal.map(|fatal| format!("this node must stop: {fatal}"))
+        if let Some(fatal) = self.0.fatal.raised() {
+            return Some(format!("this node must stop: {fatal}"));
+        }
+        let stood_down = self.0.stood_down.load(super::Ordering::Acquire);
+        stood_down.then(|| STOOD_DOWN.to_string())
     }
 
     fn unwritable_reason(&self) -> Option<String> {

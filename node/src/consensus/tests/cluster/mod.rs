@@ -1,6 +1,7 @@
 //! Whole nodes in one process, over real connections: election, proposals, death and return, snapshots,
 //! members.
 
+mod aside;
 mod node;
 mod rates;
 mod slow;
