@@ -108,34 +108,53 @@ impl Consensus {
     }
 
     /// Whether this node leads a quorum in which `node` does not count, as it would have to if `node` were gone. Voters
-    /// count that answer what is sent to them from now on. A node that stopped before it asked counts for nobody.
+    /// count that answer what is sent to them from now on and hold, flushed, all that is committed now, and with it all
+    /// that was acknowledged before: an answer to a heartbeat alone says only that a voter lives, however far behind it is.
+    ///
+    /// A voter whose metadata is damaged counts with its log, as it does in every other vote; one whose log is damaged has
+    /// stopped and does not answer.
     pub async fn quorum_without(&self, node: NodeId) -> Result<(), String> {
-        if let Some(fatal) = self.0.fatal.raised() {
-            return Err(format!("the leader must stop itself: {fatal}"));
+        if let Some(trouble) = self.trouble() {
+            return Err(format!("the leader cannot tell: {trouble}"));
         }
         let asked = Instant::now();
         let _ = self.0.raft.trigger().heartbeat().await;
+        let mut must_hold = None;
         loop {
             if !self.is_leader() {
                 return Err("the leader that was asked does not lead any more".to_string());
             }
             let metrics = self.metrics();
+            // What earlier leaders acknowledged is committed with the first entry of this one.
+            let committed = metrics.cluster_committed;
+            if must_hold.is_none()
+                && committed.is_some_and(|id| id.committed_leader_id().term == metrics.current_term)
+            {
+                must_hold = committed;
+            }
             let acknowledged = metrics.heartbeat.unwrap_or_default();
+            let replicated = metrics.replication.unwrap_or_default();
             let answers = |id: &NodeId| {
-                let at = acknowledged.iter().find(|(voter, _)| voter.0 == *id);
-                let at = at.and_then(|(_, at)| at.as_ref());
+                let at = acknowledged.get(&VoterId(*id)).and_then(|at| at.as_ref());
                 *id == self.id() || at.is_some_and(|at| at.elapsed() < asked.elapsed())
             };
+            let holds = |id: &NodeId| {
+                let matched = replicated.get(&VoterId(*id)).copied().flatten();
+                must_hold.is_some() && matched >= must_hold
+            };
             let short = self.voter_sets().into_iter().find_map(|voters| {
-                let living = voters.iter().filter(|id| **id != node && answers(id)).count();
-                (living <= voters.len() / 2).then_some((living, voters.len()))
+                let others = || voters.iter().filter(|id| **id != node);
+                let living = others().filter(|id| answers(id)).count();
+                let whole = others().filter(|id| answers(id) && holds(id)).count();
+                (whole <= voters.len() / 2).then_some((living, whole, voters.len()))
             });
-            let Some((living, of)) = short else {
+            let Some((living, whole, of)) = short else {
                 return Ok(());
             };
             if asked.elapsed() > ANSWER_TIMEOUT {
                 return Err(format!(
-                    "of {of} voters {living} live without this node, and a majority must"
+                    "of {of} voters {living} live without this node, {whole} of them hold all that was acknowledged, and \
+                     a majority must"
                 ));
             }
             tokio::time::sleep(LOOK_INTERVAL).await;
