@@ -296,10 +296,28 @@ fn blocks_of(offset: u64, bytes: usize) -> io::Result<std::ops::Range<u64>> {
     }
 }
 
+/// What a disk or a filesystem says of data that it cannot give: EUCLEAN and EBADMSG are checksums of ext4, XFS and btrfs
+/// that do not match, ENODATA and EILSEQ a sector that the medium does not give back (errno(3), Linux block/blk-core.c).
+const MEDIUM_ERRORS: [i32; 6] = [
+    libc::EIO,
+    libc::EUCLEAN,
+    libc::EBADMSG,
+    libc::ENODATA,
+    libc::EILSEQ,
+    libc::EREMOTEIO,
+];
+
+/// Whether a disk or a filesystem says so of data that it cannot give. Only what a read met means that: after a write or
+/// a flush it is not known what the disk holds.
+pub fn is_medium_error(error: &io::Error) -> bool {
+    error
+        .raw_os_error()
+        .is_some_and(|errno| MEDIUM_ERRORS.contains(&errno))
+}
+
 /// Whether the disk does not have what was asked for: a sector that cannot be read, or the end of a file that was cut.
 fn is_unreadable(error: &io::Error) -> bool {
-    const EIO: i32 = 5;
-    error.raw_os_error() == Some(EIO) || error.kind() == ErrorKind::UnexpectedEof
+    is_medium_error(error) || error.kind() == ErrorKind::UnexpectedEof
 }
 
 fn damaged(what: &str) -> io::Error {

@@ -256,3 +256,20 @@ fn a_plain_database_is_taken_over() {
     check(&again).unwrap();
     assert!(again.check_integrity().unwrap());
 }
+
+#[test]
+fn what_disks_and_filesystems_say_of_data_that_they_cannot_give_is_damage() {
+    // EIO, EUCLEAN, EBADMSG, ENODATA, EILSEQ, EREMOTEIO.
+    for errno in [5, 117, 74, 61, 84, 121] {
+        let folder = tempfile::tempdir().unwrap();
+        let told = Arc::new(AtomicU64::new(0));
+        let hears = told.clone();
+        let on_damage: OnDamage = Arc::new(move |_| {
+            hears.fetch_add(1, Ordering::Relaxed);
+        });
+        let blocks = BlockFile::create(file(&folder.path().join("blocks")), on_damage);
+        let error = blocks.told(io::Error::from_raw_os_error(errno));
+        assert_eq!(error.kind(), ErrorKind::InvalidData, "errno {errno}");
+        assert_eq!(told.load(Ordering::Relaxed), 1, "errno {errno}");
+    }
+}

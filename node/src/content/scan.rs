@@ -16,9 +16,10 @@ use std::path::PathBuf;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
+use quorumfs_blocks::is_medium_error;
 use quorumfs_proto::chunk::blocks_match;
 
-use super::error::{ContentError, Stopped, is_medium_error};
+use super::error::{ContentError, Stopped};
 use super::record::{
     Entry, FORMAT_VERSION, Footer, Layout, Mark, PAGE_BYTES, RECORD_HEADER_BYTES, RecordHeader,
     SEGMENT_HEADER_BYTES, TRAILER_BYTES, Table, UNIT_BYTES, segment_version,
