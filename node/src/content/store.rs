@@ -69,8 +69,10 @@ pub struct OpenReport {
     pub scanned_segments: u64,
     /// Segments whose header does not match its checksum.
     pub damaged_headers: u64,
-    /// Segments that the disk does not give back whole, set aside; what could be read of them was written anew.
+    /// Segments that the disk does not give back whole, set aside; what was found in them was written anew.
     pub unreadable_segments: u64,
+    /// Of these, how many have so much that is unreadable that the rest was not looked at.
+    pub partly_read_segments: u64,
     /// Segments without a live record, removed.
     pub removed_segments: u64,
     /// Chunks held.
@@ -177,7 +179,8 @@ impl ContentStore {
             io_thread,
         };
         report.removed_segments += store.tidy_after_open(superseded)?;
-        report.unreadable_segments = store.salvage_all(unreadable)?;
+        let set_aside = store.salvage_all(unreadable)?;
+        (report.unreadable_segments, report.partly_read_segments) = (set_aside.files, set_aside.partly_read);
         report.segments = store.index.segments().len() as u64;
         (report.chunks, report.payload_bytes) = store.index.counts();
         report.elapsed = began.elapsed();
