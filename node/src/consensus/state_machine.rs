@@ -21,11 +21,11 @@ use parking_lot::Mutex;
 use quorumfs_proto::{ChunkId, NodeId, codec};
 use tokio::sync::mpsc;
 
-use super::fatal::{FatalError, FatalSignal};
+use super::fatal::{FatalError, FatalSignal, StartAnew};
 use super::flusher::Flusher;
 use super::log::LogStore;
 use super::meters::Meters;
-use super::rescue::{Rescued, rescue_content};
+use super::rescue::{RescueError, Rescued, rescue_content};
 use super::snapshot::{Builder, SnapshotData, SnapshotTraffic, held_snapshot};
 use super::types::{Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::content::StoredChunk;
@@ -266,7 +266,15 @@ impl StateMachine {
             let unstored = self.flusher.unstored_after(None, 1);
             let first = unstored.first().map_or(beyond, |(oldest, _)| beyond.min(*oldest));
             let rescued = rescue_content(self.flusher.content(), &self.log, &received.view(), first);
-            match rescued.map_err(|error| self.fatal.raise("keep the content of the log", error))? {
+            // Where the snapshot's file is damaged, what it was to replace is not.
+            let rescued = rescued.map_err(|error| match error {
+                RescueError::State(failure) => {
+                    let damaged = StartAnew(failure.to_string());
+                    self.fatal.raise("look up content in a snapshot", damaged)
+                }
+                error => self.fatal.raise("keep the content of the log", error),
+            });
+            match rescued? {
                 Rescued::All => {}
                 Rescued::AllBut(chunks) => {
                     tracing::warn!(chunks, "content for which there is no room goes with the log");

@@ -64,6 +64,15 @@ impl DamageSignal {
         }
     }
 
+    /// What is told to this one is told to `other` too, what was found before as well.
+    pub(super) fn joins(&self, other: &DamageSignal) {
+        let other = other.clone();
+        self.listen(move |fault| match fault {
+            StorageFault::Damaged { what } => other.raise(&what),
+            fault => other.raise(&fault.to_string()),
+        });
+    }
+
     /// Passes `fault` on, and tells of it if it is damage.
     pub(super) fn noted(&self, fault: StorageFault) -> StorageFault {
         if fault.is_damage() {

@@ -352,10 +352,11 @@ impl MetadataStore {
     pub fn begin_install(&self) -> Result<Installation, StorageFault> {
         let number = self.installations.fetch_add(1, Ordering::Relaxed);
         let purpose = format!("{INSTALLATION}{number}");
+        // Damage of that file is none of this state's, before it takes its place.
         let installation = Installation::begin(
             path_beside(&self.path, &purpose),
             self.options,
-            self.damage.clone(),
+            DamageSignal::default(),
         )?;
         installation.check_room()?;
         Ok(installation)
@@ -370,6 +371,7 @@ impl MetadataStore {
         std::fs::rename(file.path(), &self.path).map_err(StorageFault::io("put the snapshot in place"))?;
         sync_directory_of(&self.path)?;
         let position = next.durable_position.clone();
+        next.layers.base.database().damage().joins(&self.damage);
         let replaced = {
             let mut state = self.state.lock();
             let mut next = next;
