@@ -162,13 +162,31 @@ impl BlockFile {
     /// [`ErrorKind::InvalidData`]: the file is damaged, which `on_damage` is not told of. [`ErrorKind::Unsupported`]: a
     /// newer program made it.
     pub fn open(file: File, on_damage: OnDamage) -> io::Result<BlockFile> {
+        BlockFile::open_with(file, on_damage, File::sync_data)
+    }
+
+    /// As [`BlockFile::open`], with what makes durable what was found.
+    fn open_with(
+        file: File,
+        on_damage: OnDamage,
+        sync: impl FnOnce(&File) -> io::Result<()>,
+    ) -> io::Result<BlockFile> {
         let bytes = file.metadata()?.len();
         // One that is empty was never finished.
         if layout::logical_bytes(bytes).is_none_or(|logical| logical == 0) {
             return Err(damaged(&format!("a file of {bytes} bytes was cut or lengthened")));
         }
         match Header::read(&file)? {
-            Found::Header(header) => Ok(BlockFile::with(file, *header, on_damage)),
+            Found::Header(header) => {
+                // A process that was killed may have written the newest header and not synced it, and it is taken for one
+                // that is: the next one goes over the other, which may be the only one that the disk has.
+                match sync(&file) {
+                    // Nothing is written to such a file.
+                    Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => {}
+                    synced => synced?,
+                }
+                Ok(BlockFile::with(file, *header, on_damage))
+            }
             Found::UnknownVersion(version) => Err(io::Error::new(
                 ErrorKind::Unsupported,
                 format!("layout {version} of the database file is not known; use a newer program"),

@@ -273,3 +273,22 @@ fn what_disks_and_filesystems_say_of_data_that_they_cannot_give_is_damage() {
         assert_eq!(told.load(Ordering::Relaxed), 1, "errno {errno}");
     }
 }
+
+#[test]
+fn what_a_killed_process_wrote_last_is_synced_before_it_counts_as_synced() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("blocks");
+    make(&path);
+    let synced = AtomicU64::new(0);
+    let counted = |file: &File| {
+        synced.fetch_add(1, Ordering::Relaxed);
+        file.sync_data()
+    };
+    drop(BlockFile::open_with(file(&path), nobody(), counted).unwrap());
+    assert_eq!(synced.load(Ordering::Relaxed), 1);
+    // Where that fails nobody knows what the disk has.
+    let failing = |_: &File| Err(io::Error::from_raw_os_error(libc::EIO));
+    let refused = BlockFile::open_with(file(&path), nobody(), failing).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EIO));
+    check(&database(BlockFile::open(file(&path), nobody()).unwrap()).unwrap()).unwrap();
+}
