@@ -4,6 +4,7 @@
 //! moment, and refuse the rest with the reason. Once the cluster is found, the disk's state is opened, the consensus
 //! begins, and [`Node::parts`] is there.
 
+mod log_only;
 mod own_client;
 
 use std::future::Future;
@@ -15,13 +16,14 @@ use futures::FutureExt as _;
 use quorumfs_proto::limits::MESSAGE_BYTES_MAX;
 use quorumfs_proto::wire::file_system_server::FileSystemServer;
 use quorumfs_proto::wire::peer_server::PeerServer;
-use quorumfs_proto::{Addresses, Member};
+use quorumfs_proto::{Addresses, ClusterId, Member};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tracing::{info, warn};
 
+use self::log_only::LogOnly;
 use self::own_client::{close_session, open_client};
 use crate::api::connections::{self, Limits};
 use crate::api::fs::FileSystemService;
@@ -48,7 +50,7 @@ use crate::healing::recovery::Recovery;
 use crate::healing::repair::{Repair, RepairOptions, RepairParts};
 use crate::healing::sweep::Sweeper;
 use crate::incoming::{incoming, only_from_nodes};
-use crate::metadata::{MetadataOptions, MetadataStore, StorageFault};
+use crate::metadata::{MetadataOptions, MetadataStore, Position, StorageFault};
 use crate::node::{Node, Parts};
 use crate::read::Reader;
 use crate::rewrite::Rewriter;
@@ -158,12 +160,9 @@ pub async fn serve(
     // While this node still serves: it may be the leader that is to hear of it.
     close_session(&config.data, &closing).await;
     let _ = stop.send(true);
-    if let Some(parts) = node.parts() {
-        let _ = tokio::time::timeout(
-            Duration::from_millis(DRAIN_TIMEOUT_MS),
-            parts.consensus.shutdown(),
-        )
-        .await;
+    if let Some((_, consensus)) = node.consensus() {
+        let drained = consensus.shutdown();
+        let _ = tokio::time::timeout(Duration::from_millis(DRAIN_TIMEOUT_MS), drained).await;
     }
     result
 }
@@ -188,7 +187,7 @@ async fn may_start_again(
         own: node.own(),
         cluster: membership.cluster,
         transport,
-        consensus: node.parts().map(|parts| parts.consensus.clone()),
+        consensus: node.consensus().map(|(_, consensus)| consensus.clone()),
         why,
     };
     match renouncing.wait(|waits| node.set_trouble(waits)).await {
@@ -218,32 +217,34 @@ async fn run_parts(
 
     let data = config.data.clone();
     let opened = tokio::task::spawn_blocking(move || {
-        let metadata = MetadataStore::open(&data.join(METADATA_FILE), MetadataOptions::default())
-            .context("open metadata database")?;
+        log_only::tidy(&data)?;
         let (content, report) = ContentStore::open(&data.join("content"), ContentOptions::default())
             .context("open content store")?;
         info!(?report, "content store opened");
-        anyhow::Ok((Arc::new(metadata), Arc::new(content)))
+        let metadata = MetadataStore::open(&data.join(METADATA_FILE), MetadataOptions::default())
+            .context("open metadata database");
+        anyhow::Ok((metadata.map(Arc::new), Arc::new(content)))
     });
-    let (metadata, content) = match opened.await.context("open the data folder")? {
+    let (metadata, content) = opened.await.context("open the data folder")??;
+    let options = consensus_options(config, node, membership.cluster, &content)?;
+    let log_only = LogOnly {
+        node,
+        transport,
+        content: &content,
+        options: options.clone(),
+    };
+    let metadata = match metadata {
         Err(error) if is_damaged_metadata(&error) && has_others(config) => {
-            return Err(StartAgain::AsNew(Renounced::Metadata {
+            let why = Renounced::Metadata {
                 reason: format!("{error:#}"),
                 entry: None,
-            })
-            .into());
+            };
+            return Err(log_only.begin(why, Position::default()).await.into());
         }
-        opened => opened?,
+        metadata => metadata?,
     };
 
     let (effects, applied) = tokio::sync::mpsc::channel(EFFECTS_QUEUED_MAX);
-    let mut options = ConsensusOptions::new(node.own().id, membership.cluster, config.data.join(LOG_FOLDER));
-    let capacity_bytes = content
-        .space()
-        .context("ask for the size of the disk")?
-        .capacity_bytes;
-    options.log_in_files_of(log_file_bytes(capacity_bytes));
-    options.had_log = node.folder().took_part();
     let consensus = Consensus::start(
         options,
         metadata.clone(),
@@ -254,7 +255,10 @@ async fn run_parts(
     .await;
     let consensus = match consensus {
         Ok(consensus) => consensus,
-        Err(ConsensusError::Metadata(fatal)) if has_others(config) => return Err(lost_state(&fatal).into()),
+        Err(ConsensusError::Metadata(fatal)) if has_others(config) => {
+            let known = metadata.durable_position();
+            return Err(log_only.begin(lost_state(&fatal), known).await.into());
+        }
         Err(error) if error.costs_incarnation() && has_others(config) => {
             return Err(StartAgain::AsNew(Renounced::Log(error)).into());
         }
@@ -413,7 +417,7 @@ async fn run_parts(
     let reason = tokio::select! {
         reason = consensus_fault.fatal() => {
             if reason.costs_state() && has_others(config) {
-                return Err(lost_state(&reason).into());
+                return Err(StartAgain::AsNew(lost_state(&reason)).into());
             }
             if reason.is_over_after_start() {
                 return Err(StartAgain::AsItWas(reason.to_string()).into());
@@ -432,11 +436,27 @@ async fn run_parts(
     anyhow::bail!("the node stops because its disk failed: {reason}")
 }
 
-fn lost_state(fatal: &FatalError) -> StartAgain {
-    StartAgain::AsNew(Renounced::Metadata {
+fn lost_state(fatal: &FatalError) -> Renounced {
+    Renounced::Metadata {
         reason: fatal.to_string(),
         entry: fatal.entry,
-    })
+    }
+}
+
+fn consensus_options(
+    config: &Config,
+    node: &Node,
+    cluster: ClusterId,
+    content: &ContentStore,
+) -> anyhow::Result<ConsensusOptions> {
+    let mut options = ConsensusOptions::new(node.own().id, cluster, config.data.join(LOG_FOLDER));
+    let capacity_bytes = content
+        .space()
+        .context("ask for the size of the disk")?
+        .capacity_bytes;
+    options.log_in_files_of(log_file_bytes(capacity_bytes));
+    options.had_log = node.folder().took_part();
+    Ok(options)
 }
 
 /// Whether there are nodes from which what is lost here can be had.

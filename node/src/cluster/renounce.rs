@@ -2,7 +2,8 @@
 //!
 //! A node whose log or metadata is damaged is made anew from the others. It gives nothing up before a leader has said that
 //! a majority lives without it (`membership::renounce`). Until then it keeps what it has where it is, says what it waits
-//! for, and where its log is in order goes on to keep the log and to vote, without leading or answering anything.
+//! for, and where its log is in order goes on to keep the log and to vote, without leading or answering anything; one that
+//! finds the damage when it starts too (`server::log_only`).
 
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;

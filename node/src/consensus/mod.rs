@@ -160,7 +160,6 @@ impl Consensus {
         effects: mpsc::Sender<AppliedEffects>,
         fatal: FatalSignal,
     ) -> Result<Consensus, ConsensusError> {
-        let config = Arc::new(options.raft_config().validate()?);
         let log = {
             let (directory, wal, fatal) = (options.directory.clone(), options.wal.clone(), fatal.clone());
             let open = tokio::task::spawn_blocking(move || LogStore::open(&directory, &wal, fatal));
@@ -173,7 +172,10 @@ impl Consensus {
         if options.had_log && log.is_empty() {
             return Err(ConsensusError::AllLost);
         }
-        fit::fit_log(&log, &durable).await?;
+        if let Some(known) = &options.log_only {
+            fit::stand_in(&metadata, &log, known)?;
+        }
+        fit::fit_log(&log, &metadata.durable_position()).await?;
         let age_max = Duration::from_millis(options.flush_age_ms);
         let flusher = {
             let (metadata, log, fatal) = (metadata.clone(), log.clone(), fatal.clone());
@@ -182,6 +184,40 @@ impl Consensus {
             let started = tokio::task::spawn_blocking(start).await;
             started.map_err(std::io::Error::other)??
         };
+        let started = Consensus::take_part(
+            options,
+            metadata,
+            log.clone(),
+            flusher.clone(),
+            transport,
+            effects,
+            fatal,
+        );
+        let started = started.await;
+        if started.is_err() {
+            // Whoever starts again, in another way, opens the log anew.
+            let stop = move || {
+                flusher.stop();
+                log.close();
+            };
+            tokio::task::spawn_blocking(stop)
+                .await
+                .map_err(std::io::Error::other)?;
+        }
+        started
+    }
+
+    /// Brings the state up to what the log holds for certain, and takes part.
+    async fn take_part(
+        options: ConsensusOptions,
+        metadata: Arc<MetadataStore>,
+        log: LogStore,
+        flusher: Arc<Flusher>,
+        transport: Arc<Transport>,
+        effects: mpsc::Sender<AppliedEffects>,
+        fatal: FatalSignal,
+    ) -> Result<Consensus, ConsensusError> {
+        let config = Arc::new(options.raft_config().validate()?);
         let traffic = SnapshotTraffic::new(options.hold_log_bytes_max);
         let meters = Arc::new(Meters::default());
         let (audited, takes_part) = (Arc::default(), Arc::new(AtomicBool::new(false)));
@@ -189,6 +225,7 @@ impl Consensus {
             effects,
             audited: Arc::clone(&audited),
             takes_part: Arc::clone(&takes_part),
+            log_only: options.log_only.is_some(),
         };
         let machine = StateMachine::new(
             metadata.clone(),
@@ -225,7 +262,7 @@ impl Consensus {
             admission_units,
             barrier: Barrier::default(),
             recovered: AtomicBool::new(false),
-            stood_down: AtomicBool::new(false),
+            stood_down: AtomicBool::new(options.log_only.is_some()),
             heard_of_leader: Arc::default(),
             has_room: AtomicBool::new(true),
             meters,

@@ -115,6 +115,9 @@ impl Consensus {
     where
         S: Stream<Item = Result<wire::SnapshotPiece, Status>> + Send + Unpin,
     {
+        if let Some(trouble) = self.trouble() {
+            return Err(Status::failed_precondition(trouble));
+        }
         let mut incoming = incoming;
         let Ok(mut refusals) = self.0.receiving.try_lock() else {
             return Err(Status::aborted("another snapshot is being received"));

@@ -68,6 +68,8 @@ pub struct Outlets {
     pub audited: Arc<Mutex<Option<View>>>,
     /// Whether the node takes part already: see [`StateMachine::held_up`].
     pub takes_part: Arc<AtomicBool>,
+    /// Whether nothing is applied, for there is no state to apply it to.
+    pub log_only: bool,
 }
 
 /// See the module.
@@ -365,6 +367,16 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     where
         Strm: Stream<Item = io::Result<EntryResponder<TypeConfig>>> + Unpin + OptionalSend,
     {
+        if self.outlets.log_only {
+            while let Some(entry) = entries.next().await {
+                let (entry, _) =
+                    entry.map_err(|error| self.fatal.raise("read the log to apply it", error))?;
+                if let EntryPayload::Membership(membership) = entry.payload {
+                    self.membership = StoredMembership::new(Some(entry.log_id), membership);
+                }
+            }
+            return Ok(());
+        }
         let mut ended = false;
         while !ended {
             let mut batch = Vec::new();
@@ -402,7 +414,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<Builder> {
         // Behind a new snapshot the log is purged, and a follower that is being sent the old one would need
         // another: so not now, unless the log has grown too long for that.
-        if !force && self.traffic.must_wait(self.log.weight_bytes()) {
+        if self.outlets.log_only || !force && self.traffic.must_wait(self.log.weight_bytes()) {
             return None;
         }
         Some(self.get_snapshot_builder().await)
