@@ -243,6 +243,10 @@ async fn run_parts(
         }
         metadata => metadata?,
     };
+    if let Some(index) = node.folder().contradicted_at() {
+        let why = Renounced::State { index };
+        return Err(log_only.begin(why, metadata.durable_position()).await.into());
+    }
 
     let (effects, applied) = tokio::sync::mpsc::channel(EFFECTS_QUEUED_MAX);
     let consensus = Consensus::start(
@@ -330,12 +334,18 @@ async fn run_parts(
         stamps.clone(),
     );
     let sessions = SessionKeeper::new(consensus.clone(), metadata.clone(), stamps.clone());
+    let contradicted = node.clone();
     let auditor = Auditor::new(
         consensus.clone(),
         metadata.clone(),
         transport.clone(),
         stamps.clone(),
         Duration::from_secs(config.audit_interval_s),
+        move |index| {
+            if let Err(failed) = contradicted.folder().note_contradicted(index) {
+                warn!(%failed, "cannot note that a majority has other metadata");
+            }
+        },
     );
     tokio::spawn(features::run(
         consensus.clone(),

@@ -88,11 +88,16 @@ impl Consensus {
         others.into_iter().map(|(_, id)| id).collect()
     }
 
-    /// Serves nothing more, does not stand for election, and hands leadership to a voter that `may_lead`. Returns when this
-    /// node does not lead, or after [`STEP_ASIDE_TIMEOUT`].
-    pub async fn step_aside(&self, may_lead: impl Fn(NodeId) -> bool) {
+    /// From now on this node serves nothing and does not stand for election.
+    pub fn stand_down(&self) {
         self.0.stood_down.store(true, Ordering::Release);
         self.0.raft.runtime_config().elect(false);
+    }
+
+    /// Stands down, and hands leadership to a voter that `may_lead`. Returns when this node does not lead, or after
+    /// [`STEP_ASIDE_TIMEOUT`].
+    pub async fn step_aside(&self, may_lead: impl Fn(NodeId) -> bool) {
+        self.stand_down();
         let began = Instant::now();
         while self.is_leader() && began.elapsed() < STEP_ASIDE_TIMEOUT {
             let mut candidates = self.voters_up_to_date();

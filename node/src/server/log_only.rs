@@ -1,4 +1,5 @@
-//! A node whose metadata are lost when it starts, and whose log is in order: it votes with the log until it is let go.
+//! A node whose metadata are lost when it starts, or known to be wrong, and whose log is in order: it votes with the log
+//! until it is let go.
 //!
 //! Two of three whose metadata are damaged, if they only waited, would wait for ever: the third cannot lead alone, and
 //! nobody else lets them go. What they had acknowledged may be in their logs alone. Nothing is applied, and nothing is
