@@ -44,7 +44,7 @@ use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::config::Config;
 use crate::consensus::{AppliedEffects, Consensus, ConsensusError, ConsensusOptions, FatalError};
-use crate::content::{ContentOptions, ContentStore, PeerChunks, Stopped};
+use crate::content::{ContentOptions, ContentStore, PeerChunks, Stopped, Unlisted};
 use crate::healing::audit::Auditor;
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::{Repair, RepairOptions, RepairParts};
@@ -216,10 +216,18 @@ async fn run_parts(
     transport.set_cluster(membership.cluster);
 
     let data = config.data.clone();
+    let unlisted = match has_others(config) {
+        true => Unlisted::SetAside,
+        false => Unlisted::Refuse,
+    };
     let opened = tokio::task::spawn_blocking(move || {
         log_only::tidy(&data)?;
-        let (content, report) = ContentStore::open(&data.join("content"), ContentOptions::default())
-            .context("open content store")?;
+        let content_options = ContentOptions {
+            unlisted,
+            ..ContentOptions::default()
+        };
+        let (content, report) =
+            ContentStore::open(&data.join("content"), content_options).context("open content store")?;
         info!(?report, "content store opened");
         let metadata = MetadataStore::open(&data.join(METADATA_FILE), MetadataOptions::default())
             .context("open metadata database");

@@ -66,6 +66,18 @@ pub enum ContentError {
         /// Its version.
         found: u32,
     },
+    /// The folder cannot be listed, and no other node has what is in it.
+    #[error(
+        "{source}; no other node has what is in it, so it stays as it is: repair the filesystem of {}, or put a copy of the \
+         folder in its place",
+        path.display()
+    )]
+    Unlisted {
+        /// The folder.
+        path: PathBuf,
+        /// What the disk said the last time.
+        source: Box<ContentError>,
+    },
     /// Another process has the folder open.
     #[error("{} is in use by another process", path.display())]
     InUse {

@@ -172,11 +172,19 @@ fn a_torn_segment_with_a_bad_sector_is_salvaged_too() {
 }
 
 #[test]
-fn a_folder_that_cannot_be_listed_is_set_aside() {
+fn a_folder_that_cannot_be_listed_is_set_aside_where_others_have_its_content() {
     let parent = tempfile::tempdir().unwrap();
     let folder = parent.path().join("content");
     sealed(&folder, 3);
     BAD_FOLDERS.lock().push(folder.clone());
+    let alone = ContentOptions {
+        unlisted: Unlisted::Refuse,
+        ..options()
+    };
+    let refused = ContentStore::open(&folder, alone).unwrap_err();
+    assert!(matches!(refused, ContentError::Unlisted { .. }), "{refused}");
+    assert_eq!(segment_files(&folder).len(), 1, "it stays where it is");
+
     let (store, report) = open(&folder);
     assert_eq!((report.segments, report.chunks), (0, 0));
     store.append(&chunk(1, 100)).unwrap();

@@ -237,6 +237,7 @@ impl TestNode {
         let content_options = ContentOptions {
             segment_bytes: 4 << 20,
             reserve_bytes: 0,
+            ..ContentOptions::default()
         };
         let content = ContentStore::open(&self.folder.path().join("content"), content_options).unwrap();
         let content = Arc::new(content.0);
