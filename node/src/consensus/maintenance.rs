@@ -51,11 +51,12 @@ impl Consensus {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
-            // Such a node keeps its log as it is: see `StateMachine::held_up`.
-            if self.0.fatal.raised().is_some() {
+            self.look_for_room().await;
+            // Such a node keeps its log, which may be all that it has, as it is: see `StateMachine::held_up`. What bounds it
+            // is the room on its disk.
+            if self.trouble().is_some() {
                 continue;
             }
-            self.look_for_room().await;
             self.bound_log(&mut asked).await;
             self.end_streams_that_hold_up(&mut asked);
             self.hand_on_if_slow(&mut hand_on).await;
