@@ -102,6 +102,11 @@ pub(super) struct Summary {
     /// Those that were silent when a leader last looked, for how long in milliseconds.
     pub(super) silences: OrdMap<SessionId, u64>,
     pub(super) named_change: NamedChange,
+    /// Below these keys the tables of unlinked inodes are empty, so nobody need look there: the rows that were taken out of
+    /// them since the last flush lie in the overlays as removed. They say where a scan begins, never what it finds, so they
+    /// may differ between nodes, and are lowest after a start.
+    pub(super) queue_from: (u64, InodeNumber),
+    pub(super) reclaimable_from: InodeNumber,
 }
 
 impl Summary {
@@ -129,6 +134,8 @@ impl Summary {
             marks,
             silences,
             named_change: NamedChange::default(),
+            queue_from: (0, InodeNumber(0)),
+            reclaimable_from: InodeNumber(0),
         })
     }
 
