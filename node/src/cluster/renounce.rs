@@ -106,10 +106,10 @@ impl Renouncing<'_> {
         let mut told: Option<(String, tokio::time::Instant)> = None;
         loop {
             // Whatever made it the leader: who leads and answers nothing holds all others up.
-            if let Some(consensus) = part.filter(|consensus| consensus.is_leader()) {
+            if let Some(consensus) = part.filter(|consensus| consensus.claims_to_lead()) {
                 consensus.step_aside(|_| true).await;
                 // Where nobody can take over as it is, the others elect one without it.
-                if consensus.is_leader() {
+                if consensus.claims_to_lead() {
                     stop(consensus).await;
                     part = None;
                 }

@@ -66,7 +66,7 @@ impl Consensus {
         let Some((term, at)) = *self.0.handed_on.lock() else {
             return;
         };
-        if at.elapsed() > SUCCESSION_TIMEOUT && self.term() == term && self.is_leader() {
+        if at.elapsed() > SUCCESSION_TIMEOUT && self.term() == term && self.claims_to_lead() {
             let nobody = StartAnew("nobody has taken leadership over".to_string());
             self.0.fatal.raise("hand leadership on", nobody);
         }
@@ -99,7 +99,7 @@ impl Consensus {
     pub async fn step_aside(&self, may_lead: impl Fn(NodeId) -> bool) {
         self.stand_down();
         let began = Instant::now();
-        while self.is_leader() && began.elapsed() < STEP_ASIDE_TIMEOUT {
+        while self.claims_to_lead() && began.elapsed() < STEP_ASIDE_TIMEOUT {
             let mut candidates = self.voters_up_to_date();
             candidates.retain(|voter| may_lead(*voter));
             // An error means that nobody can now; others may have caught up at the next look.

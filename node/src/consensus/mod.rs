@@ -48,7 +48,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use openraft::async_runtime::WatchReceiver;
+use openraft::async_runtime::{Instant as _, WatchReceiver};
 use openraft::errors::{ClientWriteError, Fatal, ForwardToLeader, RaftError};
 use openraft::{Raft, RaftMetrics};
 use parking_lot::Mutex;
@@ -440,13 +440,35 @@ impl Consensus {
     pub fn leader(&self) -> Option<Member> {
         let metrics = self.metrics();
         let id = metrics.current_leader?;
+        if id == self.0.id && !self.has_quorum(&metrics) {
+            return None;
+        }
         Some(member(id, metrics.membership_config.get_node(&id)?))
     }
 
-    /// Whether this node believes to lead. Another may already have been elected; only what a quorum confirms
-    /// is sure.
+    /// Whether this node believes to lead, and has lately heard from so many others that it may. Another may already have
+    /// been elected; only what a quorum confirms is sure.
     pub fn is_leader(&self) -> bool {
+        let watched = self.0.raft.metrics();
+        let metrics = watched.borrow_watched();
+        metrics.current_leader == Some(self.0.id) && self.has_quorum(&metrics)
+    }
+
+    /// Whether this node was elected and nobody has told it otherwise, be it that nobody answers it any more.
+    pub fn claims_to_lead(&self) -> bool {
         self.0.raft.metrics().borrow_watched().current_leader == Some(self.0.id)
+    }
+
+    /// Whether a quorum has acknowledged this leader within the time in which others could have elected another.
+    fn has_quorum(&self, metrics: &RaftMetrics<TypeConfig>) -> bool {
+        let quorum_ms_max = u128::from(2 * self.0.options.timings.election_ms_max);
+        // A single voter acknowledges to itself with each command, and there may be none for long; who was just elected
+        // has not been acknowledged yet.
+        metrics.membership_config.voter_ids().eq([self.0.id])
+            || metrics
+                .last_quorum_acked
+                .as_ref()
+                .is_none_or(|acknowledged| acknowledged.elapsed().as_millis() <= quorum_ms_max)
     }
 
     /// The term this node is in; in each there is at most one leader.

@@ -1,7 +1,6 @@
 //! What a node says about its part in the consensus.
 
 use openraft::ServerState;
-use openraft::async_runtime::Instant as _;
 use quorumfs_proto::{Member, NodeId};
 use serde::Serialize;
 
@@ -76,7 +75,9 @@ impl Consensus {
                 ServerState::Learner => Role::Learner,
                 ServerState::Follower => Role::Follower,
                 ServerState::Candidate => Role::Candidate,
-                ServerState::Leader => Role::Leader,
+                ServerState::Leader if self.is_leader() => Role::Leader,
+                // It was elected, and would be again.
+                ServerState::Leader => Role::Candidate,
                 ServerState::Shutdown => Role::Stopped,
             },
             term: metrics.current_term,
@@ -122,22 +123,16 @@ impl Consensus {
         if metrics.current_leader.is_none() {
             return Some("no leader is known".to_string());
         }
-        let quorum_ms_max = u128::from(2 * self.0.options.timings.election_ms_max);
+        if self.claims_to_lead() && !self.is_leader() {
+            return Some("no quorum answers".to_string());
+        }
+        let silence_ms_max = u128::from(2 * self.0.options.timings.election_ms_max);
         if !self.is_leader()
             && let Some(heard) = *self.0.heard_of_leader.lock()
-            && heard.elapsed().as_millis() > quorum_ms_max
+            && heard.elapsed().as_millis() > silence_ms_max
         {
             let seconds = heard.elapsed().as_secs();
             return Some(format!("the leader has not been heard of for {seconds} s"));
-        }
-        // A single voter acknowledges to itself with each command, and there may be none for long.
-        let single = metrics.membership_config.voter_ids().eq([self.0.id]);
-        if self.is_leader()
-            && !single
-            && let Some(acknowledged) = &metrics.last_quorum_acked
-            && acknowledged.elapsed().as_millis() > quorum_ms_max
-        {
-            return Some("no quorum answers".to_string());
         }
         if self.0.log.status().disk_full || self.0.flusher.disk_full() {
             return Some("the disk is full".to_string());
