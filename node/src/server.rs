@@ -6,6 +6,7 @@
 
 mod log_only;
 mod own_client;
+mod stores;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use futures::FutureExt as _;
 use quorumfs_proto::limits::MESSAGE_BYTES_MAX;
 use quorumfs_proto::wire::file_system_server::FileSystemServer;
 use quorumfs_proto::wire::peer_server::PeerServer;
-use quorumfs_proto::{Addresses, ClusterId, Member};
+use quorumfs_proto::{Addresses, Member};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tonic::service::interceptor::InterceptedService;
@@ -25,6 +26,7 @@ use tracing::{info, warn};
 
 use self::log_only::LogOnly;
 use self::own_client::{close_session, open_client};
+use self::stores::{consensus_options, has_others, is_damaged_metadata, open_stores};
 use crate::api::connections::{self, Limits};
 use crate::api::fs::FileSystemService;
 use crate::api::http_metrics::counted;
@@ -43,14 +45,14 @@ use crate::cluster::renounce::{Leave, Renounced, Renouncing};
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::config::Config;
-use crate::consensus::{AppliedEffects, Consensus, ConsensusError, ConsensusOptions, FatalError};
-use crate::content::{ContentOptions, ContentStore, PeerChunks, Stopped, Unlisted};
+use crate::consensus::{AppliedEffects, Consensus, ConsensusError, FatalError};
+use crate::content::{PeerChunks, Stopped};
 use crate::healing::audit::Auditor;
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::{Repair, RepairOptions, RepairParts};
 use crate::healing::sweep::Sweeper;
 use crate::incoming::{incoming, only_from_nodes};
-use crate::metadata::{MetadataOptions, MetadataStore, Position, StorageFault};
+use crate::metadata::Position;
 use crate::node::{Node, Parts};
 use crate::read::Reader;
 use crate::rewrite::Rewriter;
@@ -215,25 +217,7 @@ async fn run_parts(
     .await?;
     transport.set_cluster(membership.cluster);
 
-    let data = config.data.clone();
-    let unlisted = match has_others(config) {
-        true => Unlisted::SetAside,
-        false => Unlisted::Refuse,
-    };
-    let opened = tokio::task::spawn_blocking(move || {
-        log_only::tidy(&data)?;
-        let content_options = ContentOptions {
-            unlisted,
-            ..ContentOptions::default()
-        };
-        let (content, report) =
-            ContentStore::open(&data.join("content"), content_options).context("open content store")?;
-        info!(?report, "content store opened");
-        let metadata = MetadataStore::open(&data.join(METADATA_FILE), MetadataOptions::default())
-            .context("open metadata database");
-        anyhow::Ok((metadata.map(Arc::new), Arc::new(content)))
-    });
-    let (metadata, content) = opened.await.context("open the data folder")??;
+    let (metadata, content) = open_stores(config).await?;
     let options = consensus_options(config, node, membership.cluster, &content)?;
     let log_only = LogOnly {
         node,
@@ -459,39 +443,6 @@ fn lost_state(fatal: &FatalError) -> Renounced {
         reason: fatal.to_string(),
         entry: fatal.entry,
     }
-}
-
-fn consensus_options(
-    config: &Config,
-    node: &Node,
-    cluster: ClusterId,
-    content: &ContentStore,
-) -> anyhow::Result<ConsensusOptions> {
-    let mut options = ConsensusOptions::new(node.own().id, cluster, config.data.join(LOG_FOLDER));
-    let capacity_bytes = content
-        .space()
-        .context("ask for the size of the disk")?
-        .capacity_bytes;
-    options.log_in_files_of(log_file_bytes(capacity_bytes));
-    options.had_log = node.folder().took_part();
-    Ok(options)
-}
-
-/// Whether there are nodes from which what is lost here can be had.
-fn has_others(config: &Config) -> bool {
-    config.members.len() > 1 || !config.founds
-}
-
-fn is_damaged_metadata(error: &anyhow::Error) -> bool {
-    let fault = error.downcast_ref::<StorageFault>();
-    fault.is_some_and(StorageFault::is_damage)
-}
-
-/// How long a log file is on a disk of `capacity_bytes`: the log and what is kept free for it take some of these, which
-/// must leave a small disk to content.
-fn log_file_bytes(capacity_bytes: u64) -> u64 {
-    const PART_OF_CAPACITY: u64 = 64;
-    (capacity_bytes / PART_OF_CAPACITY).clamp(8 << 20, 64 << 20)
 }
 
 /// Founds the cluster, if this node's log is empty still. Every founder does: with the same members it is the same act.
