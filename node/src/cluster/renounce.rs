@@ -12,7 +12,7 @@ use quorumfs_proto::{ClusterId, Member, wire};
 use tracing::{error, warn};
 
 use crate::config::Config;
-use crate::consensus::{Consensus, ConsensusError};
+use crate::consensus::{Consensus, ConsensusError, SteppedAside};
 use crate::transport::{Purpose, Transport};
 
 /// How often the leader is asked.
@@ -100,19 +100,15 @@ impl Renouncing<'_> {
             "{trouble}; this node asks the others to let it be made anew"
         ));
         let mut part = self.consensus.as_ref();
-        if let Some(consensus) = part {
-            consensus.step_aside(|_| true).await;
-        }
         let mut told: Option<(String, tokio::time::Instant)> = None;
         loop {
-            // Whatever made it the leader: who leads and answers nothing holds all others up.
-            if let Some(consensus) = part.filter(|consensus| consensus.claims_to_lead()) {
-                consensus.step_aside(|_| true).await;
-                // Where nobody can take over as it is, the others elect one without it.
-                if consensus.claims_to_lead() {
-                    stop(consensus).await;
-                    part = None;
-                }
+            // Whatever made it the leader: who leads and answers nothing holds all others up. Where one that can take over
+            // does not, the others elect one without this node.
+            if let Some(consensus) = part
+                && consensus.step_aside(|_| true).await == SteppedAside::InVain
+            {
+                stop(consensus).await;
+                part = None;
             }
             match (self.ask().await, part) {
                 (Ok(()), None) => return Leave::Granted,

@@ -24,6 +24,17 @@ const SUCCESSION_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the others may take to answer the leader: many heartbeats.
 const ANSWER_TIMEOUT: Duration = Duration::from_millis(1_500);
 
+/// What became of a node that was to make way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SteppedAside {
+    /// It does not lead.
+    Follows,
+    /// Another was asked to lead, and does not.
+    InVain,
+    /// No voter that can lead has all entries. This one goes on to hand them out: nobody else can.
+    NobodyCanLead,
+}
+
 impl Consensus {
     /// Asks `to`, a voter, to take over; it does if it can lead and its log is as long.
     pub async fn transfer_leadership(&self, to: NodeId) -> Result<(), ConsensusError> {
@@ -96,20 +107,34 @@ impl Consensus {
 
     /// Stands down, and hands leadership to a voter that `may_lead`. Returns when this node does not lead, or after
     /// [`STEP_ASIDE_TIMEOUT`].
-    pub async fn step_aside(&self, may_lead: impl Fn(NodeId) -> bool) {
+    pub async fn step_aside(&self, may_lead: impl Fn(NodeId) -> bool) -> SteppedAside {
         self.stand_down();
         let began = Instant::now();
+        let has_handed_on = self
+            .0
+            .handed_on
+            .lock()
+            .is_some_and(|(term, _)| term == self.term());
+        let mut stepped = match has_handed_on {
+            true => SteppedAside::InVain,
+            false => SteppedAside::NobodyCanLead,
+        };
         while self.claims_to_lead() && began.elapsed() < STEP_ASIDE_TIMEOUT {
             let mut candidates = self.voters_up_to_date();
             candidates.retain(|voter| may_lead(*voter));
             // An error means that nobody can now; others may have caught up at the next look.
             if let Ok(to) = self.hand_on(candidates).await {
                 tracing::warn!(%to, "this node's state is about to be set aside: handing leadership on");
+                stepped = SteppedAside::InVain;
             }
             tokio::time::sleep(4 * LOOK_INTERVAL).await;
         }
         // Those that wait for entries that will not be applied here ask the new leader.
         self.0.barrier.close();
+        match self.claims_to_lead() {
+            true => stepped,
+            false => SteppedAside::Follows,
+        }
     }
 
     /// Whether this node leads a quorum in which `node` does not count, as it would have to if `node` were gone. Voters

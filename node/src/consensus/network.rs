@@ -10,7 +10,7 @@
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::{Stream, StreamExt};
@@ -92,6 +92,8 @@ pub struct NetworkFactory {
     traffic: SnapshotTraffic,
     cutoff: Cutoff,
     fatal: FatalSignal,
+    /// Whether the sender's state is not to be relied on: its log goes to others, its state does not.
+    stood_down: Arc<AtomicBool>,
 }
 
 impl NetworkFactory {
@@ -102,6 +104,7 @@ impl NetworkFactory {
         traffic: SnapshotTraffic,
         cutoff: Cutoff,
         fatal: FatalSignal,
+        stood_down: Arc<AtomicBool>,
     ) -> NetworkFactory {
         NetworkFactory {
             id,
@@ -109,6 +112,7 @@ impl NetworkFactory {
             traffic,
             cutoff,
             fatal,
+            stood_down,
         }
     }
 }
@@ -326,6 +330,9 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         _option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        if self.shared.stood_down.load(Ordering::Acquire) || self.shared.fatal.raised().is_some() {
+            return Err(NetworkError::from_string("this node's state is not to be relied on").into());
+        }
         let mut cancel = pin!(cancel);
         let _turn = tokio::select! {
             turn = self.shared.traffic.turn() => turn,
