@@ -128,7 +128,11 @@ fn p6_a_write_waits_out_a_cut_that_is_longer_than_its_session_lives() {
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
             let _over = Finally(|| is_over.store(true, Ordering::SeqCst));
-            let mut file = File::options().append(true).create(true).open(&path).expect("open");
+            let mut file = File::options()
+                .append(true)
+                .create(true)
+                .open(&path)
+                .expect("open");
             while lines.load(Ordering::SeqCst) < wanted.load(Ordering::SeqCst) {
                 let line = format!("{}\n", lines.load(Ordering::SeqCst));
                 file.write_all(line.as_bytes()).expect("write");
@@ -147,7 +151,9 @@ fn p6_a_write_waits_out_a_cut_that_is_longer_than_its_session_lives() {
         more_lines(20);
         let leader = cluster.leader();
         for slot in 1..=3 {
-            cluster.proxy(slot).set(Fault::Refuse, Victim::Process(mount.process_id()));
+            cluster
+                .proxy(slot)
+                .set(Fault::Refuse, Victim::Process(mount.process_id()));
         }
         // Longer than the session can live: a minute.
         cluster.wait_log(leader, &["session ended"], 3 * SOON);
@@ -160,7 +166,9 @@ fn p6_a_write_waits_out_a_cut_that_is_longer_than_its_session_lives() {
         writer.join().expect("no call failed");
     });
     let written = fs::read_to_string(other.path("log")).expect("read");
-    let expected: String = (0..lines.load(Ordering::SeqCst)).map(|n| format!("{n}\n")).collect();
+    let expected: String = (0..lines.load(Ordering::SeqCst))
+        .map(|n| format!("{n}\n"))
+        .collect();
     assert_eq!(written, expected, "each line once, in order");
     other.unmount();
     mount.unmount();
