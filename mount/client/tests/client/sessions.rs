@@ -111,7 +111,10 @@ async fn a_leader_that_answers_keep_alives_and_refuses_the_rest_is_not_called_wi
     let fake = Fake::start(1).await;
     let client = connect(&fake, None).await;
     fake.on_call(|_, call| match call {
-        Call::CloseSession { .. } => Act::Reply(CallReply::Refused(Refusal::NotLeader { leader: None })),
+        // It asks others first, and answers a keep-alive meanwhile.
+        Call::CloseSession { .. } => {
+            Act::ReplyAfter(5 * MS, CallReply::Refused(Refusal::NotLeader { leader: None }))
+        }
         _ => Act::Normal,
     });
     let before = fake.world.lock().calls_streams;
