@@ -37,6 +37,8 @@ pub struct Node {
     invitation: Invitation,
     metrics: Arc<Metrics>,
     parts: OnceLock<Parts>,
+    /// In the place of the parts, where the state is lost and the log is not: it votes.
+    log_only: OnceLock<(ClusterId, Consensus)>,
 }
 
 /// What a node is made of, once it knows its cluster.
@@ -88,12 +90,25 @@ impl Node {
             invitation: Invitation::default(),
             metrics: Arc::default(),
             parts: OnceLock::new(),
+            log_only: OnceLock::new(),
         }
     }
 
     /// The node knows its cluster: from now on its edges serve. Only the first call counts.
     pub fn begin(&self, parts: Parts) {
         let _ = self.parts.set(parts);
+    }
+
+    /// The node has nothing but its log: it takes part in the consensus of its cluster, and its edges serve nothing else.
+    pub fn begin_with_log_only(&self, cluster: ClusterId, consensus: Consensus) {
+        let _ = self.log_only.set((cluster, consensus));
+    }
+
+    /// The part that it takes in the consensus of its cluster, with its state or without.
+    pub fn consensus(&self) -> Option<(ClusterId, &Consensus)> {
+        let of_parts = self.parts().map(|parts| (parts.cluster, &parts.consensus));
+        let alone = || self.log_only.get();
+        of_parts.or_else(|| alone().map(|(cluster, consensus)| (*cluster, consensus)))
     }
 
     /// What its administrator should know although it has begun.

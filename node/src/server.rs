@@ -4,7 +4,9 @@
 //! moment, and refuse the rest with the reason. Once the cluster is found, the disk's state is opened, the consensus
 //! begins, and [`Node::parts`] is there.
 
+mod log_only;
 mod own_client;
+mod stores;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -22,7 +24,9 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tracing::{info, warn};
 
+use self::log_only::LogOnly;
 use self::own_client::{close_session, open_client};
+use self::stores::{consensus_options, has_others, is_damaged_metadata, open_stores};
 use crate::api::connections::{self, Limits};
 use crate::api::fs::FileSystemService;
 use crate::api::http_metrics::counted;
@@ -41,14 +45,14 @@ use crate::cluster::renounce::{Leave, Renounced, Renouncing};
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::config::Config;
-use crate::consensus::{AppliedEffects, Consensus, ConsensusError, ConsensusOptions, FatalError};
-use crate::content::{ContentOptions, ContentStore, PeerChunks, Stopped};
+use crate::consensus::{AppliedEffects, Consensus, ConsensusError, FatalError};
+use crate::content::{PeerChunks, Stopped};
 use crate::healing::audit::Auditor;
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::{Repair, RepairOptions, RepairParts};
 use crate::healing::sweep::Sweeper;
 use crate::incoming::{incoming, only_from_nodes};
-use crate::metadata::{MetadataOptions, MetadataStore, StorageFault};
+use crate::metadata::Position;
 use crate::node::{Node, Parts};
 use crate::read::Reader;
 use crate::rewrite::Rewriter;
@@ -79,7 +83,7 @@ pub enum StartAgain {
     /// a new incarnation: it asks its cluster to take it in, with the content that it kept.
     #[error(transparent)]
     AsNew(#[from] Renounced),
-    /// It could not be made anew after all: others failed at the same time.
+    /// It could not be made anew after all (others failed at the same time), or it need not be: its disk is in order.
     #[error("{0}; the node starts again as it was")]
     AsItWas(String),
     /// Content was taken away under it. It is who it was, and fetches what it lacks.
@@ -158,12 +162,9 @@ pub async fn serve(
     // While this node still serves: it may be the leader that is to hear of it.
     close_session(&config.data, &closing).await;
     let _ = stop.send(true);
-    if let Some(parts) = node.parts() {
-        let _ = tokio::time::timeout(
-            Duration::from_millis(DRAIN_TIMEOUT_MS),
-            parts.consensus.shutdown(),
-        )
-        .await;
+    if let Some((_, consensus)) = node.consensus() {
+        let drained = consensus.shutdown();
+        let _ = tokio::time::timeout(Duration::from_millis(DRAIN_TIMEOUT_MS), drained).await;
     }
     result
 }
@@ -188,7 +189,7 @@ async fn may_start_again(
         own: node.own(),
         cluster: membership.cluster,
         transport,
-        consensus: node.parts().map(|parts| parts.consensus.clone()),
+        consensus: node.consensus().map(|(_, consensus)| consensus.clone()),
         why,
     };
     match renouncing.wait(|waits| node.set_trouble(waits)).await {
@@ -216,34 +217,30 @@ async fn run_parts(
     .await?;
     transport.set_cluster(membership.cluster);
 
-    let data = config.data.clone();
-    let opened = tokio::task::spawn_blocking(move || {
-        let metadata = MetadataStore::open(&data.join(METADATA_FILE), MetadataOptions::default())
-            .context("open metadata database")?;
-        let (content, report) = ContentStore::open(&data.join("content"), ContentOptions::default())
-            .context("open content store")?;
-        info!(?report, "content store opened");
-        anyhow::Ok((Arc::new(metadata), Arc::new(content)))
-    });
-    let (metadata, content) = match opened.await.context("open the data folder")? {
+    let (metadata, content) = open_stores(config).await?;
+    let options = consensus_options(config, node, membership.cluster, &content)?;
+    let log_only = LogOnly {
+        node,
+        transport,
+        content: &content,
+        options: options.clone(),
+    };
+    let metadata = match metadata {
         Err(error) if is_damaged_metadata(&error) && has_others(config) => {
-            return Err(StartAgain::AsNew(Renounced::Metadata {
+            let why = Renounced::Metadata {
                 reason: format!("{error:#}"),
                 entry: None,
-            })
-            .into());
+            };
+            return Err(log_only.begin(why, Position::default()).await.into());
         }
-        opened => opened?,
+        metadata => metadata?,
     };
+    if let Some(index) = node.folder().contradicted_at() {
+        let why = Renounced::State { index };
+        return Err(log_only.begin(why, metadata.durable_position()).await.into());
+    }
 
     let (effects, applied) = tokio::sync::mpsc::channel(EFFECTS_QUEUED_MAX);
-    let mut options = ConsensusOptions::new(node.own().id, membership.cluster, config.data.join(LOG_FOLDER));
-    let capacity_bytes = content
-        .space()
-        .context("ask for the size of the disk")?
-        .capacity_bytes;
-    options.log_in_files_of(log_file_bytes(capacity_bytes));
-    options.had_log = node.folder().took_part();
     let consensus = Consensus::start(
         options,
         metadata.clone(),
@@ -254,7 +251,10 @@ async fn run_parts(
     .await;
     let consensus = match consensus {
         Ok(consensus) => consensus,
-        Err(ConsensusError::Metadata(fatal)) if has_others(config) => return Err(lost_state(&fatal).into()),
+        Err(ConsensusError::Metadata(fatal)) if has_others(config) => {
+            let known = metadata.durable_position();
+            return Err(log_only.begin(lost_state(&fatal), known).await.into());
+        }
         Err(error) if error.costs_incarnation() && has_others(config) => {
             return Err(StartAgain::AsNew(Renounced::Log(error)).into());
         }
@@ -326,12 +326,18 @@ async fn run_parts(
         stamps.clone(),
     );
     let sessions = SessionKeeper::new(consensus.clone(), metadata.clone(), stamps.clone());
+    let contradicted = node.clone();
     let auditor = Auditor::new(
         consensus.clone(),
         metadata.clone(),
         transport.clone(),
         stamps.clone(),
         Duration::from_secs(config.audit_interval_s),
+        move |index| {
+            if let Err(failed) = contradicted.folder().note_contradicted(index) {
+                warn!(%failed, "cannot note that a majority has other metadata");
+            }
+        },
     );
     tokio::spawn(features::run(
         consensus.clone(),
@@ -413,7 +419,10 @@ async fn run_parts(
     let reason = tokio::select! {
         reason = consensus_fault.fatal() => {
             if reason.costs_state() && has_others(config) {
-                return Err(lost_state(&reason).into());
+                return Err(StartAgain::AsNew(lost_state(&reason)).into());
+            }
+            if reason.is_over_after_start() {
+                return Err(StartAgain::AsItWas(reason.to_string()).into());
             }
             reason.to_string()
         }
@@ -429,28 +438,11 @@ async fn run_parts(
     anyhow::bail!("the node stops because its disk failed: {reason}")
 }
 
-fn lost_state(fatal: &FatalError) -> StartAgain {
-    StartAgain::AsNew(Renounced::Metadata {
+fn lost_state(fatal: &FatalError) -> Renounced {
+    Renounced::Metadata {
         reason: fatal.to_string(),
         entry: fatal.entry,
-    })
-}
-
-/// Whether there are nodes from which what is lost here can be had.
-fn has_others(config: &Config) -> bool {
-    config.members.len() > 1 || !config.founds
-}
-
-fn is_damaged_metadata(error: &anyhow::Error) -> bool {
-    let fault = error.downcast_ref::<StorageFault>();
-    fault.is_some_and(StorageFault::is_damage)
-}
-
-/// How long a log file is on a disk of `capacity_bytes`: the log and what is kept free for it take some of these, which
-/// must leave a small disk to content.
-fn log_file_bytes(capacity_bytes: u64) -> u64 {
-    const PART_OF_CAPACITY: u64 = 64;
-    (capacity_bytes / PART_OF_CAPACITY).clamp(8 << 20, 64 << 20)
+    }
 }
 
 /// Founds the cluster, if this node's log is empty still. Every founder does: with the same members it is the same act.

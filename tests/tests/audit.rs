@@ -133,3 +133,52 @@ fn p7_a_leader_with_other_metadata_is_found_soon_and_hands_on_before_it_begins_a
     );
     mount.unmount();
 }
+
+/// As a node notes what an audit has found, before it does anything else about it.
+fn note_contradicted(cluster: &Cluster, slot: usize) {
+    let path = cluster.data_folder(slot).join("identity.toml");
+    let text = std::fs::read_to_string(&path).expect("read the identity");
+    std::fs::write(&path, format!("contradicted_at = 9\n{text}")).expect("note it");
+}
+
+#[test]
+fn p3_what_a_majority_contradicted_is_not_served_after_a_restart() {
+    let sandbox = Sandbox::light("audit-restart");
+    let cluster = Cluster::start(&sandbox);
+    let mount = cluster.mount();
+    std::fs::write(mount.path("file-to-forget"), vec![7; 100_000]).expect("write");
+    let wrong = cluster.followers()[0];
+    make_wrong(&cluster, wrong, "file-to-forget");
+    cluster.wait_at_rest();
+    let before = incarnation_of(&cluster, wrong);
+
+    // With one other it is a majority, and nobody can let it go.
+    let absent = cluster.slots().find(|slot| *slot != wrong).expect("another");
+    let other = 6 - wrong - absent;
+    cluster.kill_all();
+    note_contradicted(&cluster, wrong);
+    cluster.start_node(wrong);
+    cluster.start_node(other);
+    for round in 0..2 {
+        assert_eq!(
+            std::fs::read(mount.path("file-to-forget")).expect("read"),
+            vec![7; 100_000]
+        );
+        std::fs::write(mount.path(format!("round-{round}")), "it votes").expect("write");
+        assert_eq!(cluster.leader(), other);
+        let status: serde_json::Value = cluster.http(wrong).get("/status").expect(&[200]).json();
+        let reason = status["reason"].as_str().unwrap_or_default();
+        assert!(reason.contains("differs from that of a majority"), "{status}");
+        cluster.restart(other);
+        cluster.wait_log(wrong, &["until a majority lives without it"], LIMIT);
+    }
+
+    cluster.start_node(absent);
+    wait_for("it takes part as a new incarnation", LIMIT, || {
+        incarnation_of(&cluster, wrong) != before
+    });
+    cluster.wait_voters(&[1, 2, 3], LIMIT);
+    cluster.wait_at_rest();
+    assert_same_metadata(&cluster);
+    mount.unmount();
+}

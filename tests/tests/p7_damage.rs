@@ -225,6 +225,46 @@ fn p7_two_nodes_with_damaged_metadata_are_made_anew_one_after_the_other() {
     mount.unmount();
 }
 
+/// Damages a node's metadata so that they cannot be opened: both copies of the header.
+fn damage_header(cluster: &Cluster, slot: usize) {
+    use std::os::unix::fs::FileExt as _;
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(cluster.data_folder(slot).join("metadata.redb"))
+        .expect("open");
+    file.write_all_at(&[0x5a; 2 * 4096], 0).expect("write");
+    file.sync_all().expect("sync");
+}
+
+#[test]
+fn p7_two_nodes_whose_metadata_cannot_be_opened_are_made_anew_one_after_the_other() {
+    let sandbox = Sandbox::light("two-unopened");
+    let cluster = Cluster::start(&sandbox);
+    let mount = cluster.mount();
+    write_tree(&mount);
+    assert_same_metadata(&cluster);
+    cluster.wait_at_rest();
+    let before: Vec<_> = cluster.slots().map(|slot| incarnation(&cluster, slot)).collect();
+    cluster.kill_all();
+    damage_header(&cluster, 1);
+    damage_header(&cluster, 3);
+    let began = Instant::now();
+    cluster.start_all();
+    assert_tree(&mount);
+    for slot in [1, 3] {
+        wait_for("it is made anew", LIMIT, || {
+            incarnation(&cluster, slot).is_some_and(|now| Some(now) != before[slot - 1])
+        });
+    }
+    cluster.wait_voters(&[1, 2, 3], LIMIT);
+    eprintln!("both after {} ms", began.elapsed().as_millis());
+    assert_eq!(incarnation(&cluster, 2), before[1]);
+    assert_tree(&mount);
+    cluster.wait_at_rest();
+    assert_same_metadata(&cluster);
+    mount.unmount();
+}
+
 /// `quorumfs-node recover` for a node that is down: whether it did, and what it says.
 fn recover(cluster: &Cluster, slot: usize, more: &[&str]) -> (bool, String) {
     let node = cluster.command(slot);

@@ -35,6 +35,8 @@ const SILENCE_MS_MAX: u64 = 600;
 const SILENCE_BREAK_MS: u64 = 10_000;
 /// A stream that is not accepted in this time (a stopped process still takes connections) is given up.
 const OPEN_TIMEOUT_MS: u64 = 1_500;
+/// A stream that ends sooner was of no use, whatever was answered on it.
+const FRUITFUL_MS_MIN: u64 = 1_000;
 /// A request is never sent again on one stream less often than this.
 const RESEND_AFTER_MS_MAX: u64 = 30_000;
 
@@ -296,7 +298,7 @@ impl<P: Protocol> LeaderLink<P> {
     pub(crate) async fn run(self) {
         let mut findings = self.shared.cluster.findings();
         let mut backoff = Backoff::new();
-        // Streams in a row that brought no answer.
+        // Streams in a row that brought no answer, or ended soon.
         let mut fruitless = 0u32;
         loop {
             if self.shared.state.lock().outstanding.is_empty() {
@@ -318,12 +320,14 @@ impl<P: Protocol> LeaderLink<P> {
                 last_answer: Instant::now(),
                 answered: false,
             };
+            let began = Instant::now();
             let end = stream.serve(&address, &mut findings).await;
             let (number, answered) = (stream.finding.number, stream.answered);
             let waiting_since = self.detach();
             // An idle client too shows the next leader, or the same one, that it is still there.
             self.shared.cluster.nudge();
-            if answered {
+            // A node that answers one call and refuses the next would else be called again without a pause.
+            if answered && began.elapsed() >= Duration::from_millis(FRUITFUL_MS_MIN) {
                 fruitless = 0;
                 backoff = Backoff::new();
             }

@@ -54,7 +54,7 @@ impl Header {
         }
     }
 
-    /// Reads both slots.
+    /// Reads both slots. The newest is taken for synced: whoever goes on to write syncs the file before.
     pub fn read(file: &File) -> io::Result<Found> {
         let mut newest: Option<Header> = None;
         let mut unknown = None;

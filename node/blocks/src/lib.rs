@@ -162,13 +162,31 @@ impl BlockFile {
     /// [`ErrorKind::InvalidData`]: the file is damaged, which `on_damage` is not told of. [`ErrorKind::Unsupported`]: a
     /// newer program made it.
     pub fn open(file: File, on_damage: OnDamage) -> io::Result<BlockFile> {
+        BlockFile::open_with(file, on_damage, File::sync_data)
+    }
+
+    /// As [`BlockFile::open`], with what makes durable what was found.
+    fn open_with(
+        file: File,
+        on_damage: OnDamage,
+        sync: impl FnOnce(&File) -> io::Result<()>,
+    ) -> io::Result<BlockFile> {
         let bytes = file.metadata()?.len();
         // One that is empty was never finished.
         if layout::logical_bytes(bytes).is_none_or(|logical| logical == 0) {
             return Err(damaged(&format!("a file of {bytes} bytes was cut or lengthened")));
         }
         match Header::read(&file)? {
-            Found::Header(header) => Ok(BlockFile::with(file, *header, on_damage)),
+            Found::Header(header) => {
+                // A process that was killed may have written the newest header and not synced it, and it is taken for one
+                // that is: the next one goes over the other, which may be the only one that the disk has.
+                match sync(&file) {
+                    // Nothing is written to such a file.
+                    Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => {}
+                    synced => synced?,
+                }
+                Ok(BlockFile::with(file, *header, on_damage))
+            }
             Found::UnknownVersion(version) => Err(io::Error::new(
                 ErrorKind::Unsupported,
                 format!("layout {version} of the database file is not known; use a newer program"),
@@ -296,10 +314,28 @@ fn blocks_of(offset: u64, bytes: usize) -> io::Result<std::ops::Range<u64>> {
     }
 }
 
+/// What a disk or a filesystem says of data that it cannot give: EUCLEAN and EBADMSG are checksums of ext4, XFS and btrfs
+/// that do not match, ENODATA and EILSEQ a sector that the medium does not give back (errno(3), Linux block/blk-core.c).
+const MEDIUM_ERRORS: [i32; 6] = [
+    libc::EIO,
+    libc::EUCLEAN,
+    libc::EBADMSG,
+    libc::ENODATA,
+    libc::EILSEQ,
+    libc::EREMOTEIO,
+];
+
+/// Whether a disk or a filesystem says so of data that it cannot give. Only what a read met means that: after a write or
+/// a flush it is not known what the disk holds.
+pub fn is_medium_error(error: &io::Error) -> bool {
+    error
+        .raw_os_error()
+        .is_some_and(|errno| MEDIUM_ERRORS.contains(&errno))
+}
+
 /// Whether the disk does not have what was asked for: a sector that cannot be read, or the end of a file that was cut.
 fn is_unreadable(error: &io::Error) -> bool {
-    const EIO: i32 = 5;
-    error.raw_os_error() == Some(EIO) || error.kind() == ErrorKind::UnexpectedEof
+    is_medium_error(error) || error.kind() == ErrorKind::UnexpectedEof
 }
 
 fn damaged(what: &str) -> io::Error {

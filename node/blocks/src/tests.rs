@@ -256,3 +256,39 @@ fn a_plain_database_is_taken_over() {
     check(&again).unwrap();
     assert!(again.check_integrity().unwrap());
 }
+
+#[test]
+fn what_disks_and_filesystems_say_of_data_that_they_cannot_give_is_damage() {
+    // EIO, EUCLEAN, EBADMSG, ENODATA, EILSEQ, EREMOTEIO.
+    for errno in [5, 117, 74, 61, 84, 121] {
+        let folder = tempfile::tempdir().unwrap();
+        let told = Arc::new(AtomicU64::new(0));
+        let hears = told.clone();
+        let on_damage: OnDamage = Arc::new(move |_| {
+            hears.fetch_add(1, Ordering::Relaxed);
+        });
+        let blocks = BlockFile::create(file(&folder.path().join("blocks")), on_damage);
+        let error = blocks.told(io::Error::from_raw_os_error(errno));
+        assert_eq!(error.kind(), ErrorKind::InvalidData, "errno {errno}");
+        assert_eq!(told.load(Ordering::Relaxed), 1, "errno {errno}");
+    }
+}
+
+#[test]
+fn what_a_killed_process_wrote_last_is_synced_before_it_counts_as_synced() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("blocks");
+    make(&path);
+    let synced = AtomicU64::new(0);
+    let counted = |file: &File| {
+        synced.fetch_add(1, Ordering::Relaxed);
+        file.sync_data()
+    };
+    drop(BlockFile::open_with(file(&path), nobody(), counted).unwrap());
+    assert_eq!(synced.load(Ordering::Relaxed), 1);
+    // Where that fails nobody knows what the disk has.
+    let failing = |_: &File| Err(io::Error::from_raw_os_error(libc::EIO));
+    let refused = BlockFile::open_with(file(&path), nobody(), failing).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EIO));
+    check(&database(BlockFile::open(file(&path), nobody()).unwrap()).unwrap()).unwrap();
+}

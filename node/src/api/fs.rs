@@ -461,9 +461,18 @@ async fn open_session(
     if let Err(refusal) = parts.sessions.admit_new(session) {
         return CallReply::Refused(refusal).into();
     }
+    let was_known = parts
+        .metadata
+        .view()
+        .map_err(Failure::from)
+        .and_then(|view| Ok(view.session(session)?.is_some()));
     let origin = description.clone();
     let reply = parts.writer.open_session(session, description, key).await;
     if matches!(reply, CallReply::Session(_)) {
+        // Who asks to open what is there already may not be who opened it.
+        if matches!(was_known, Ok(false)) {
+            stream.has_opened(session);
+        }
         node.metrics().opened(session, &origin);
         parts.sessions.heard_of(session, stream);
     }

@@ -14,7 +14,7 @@ use super::fs::chunk_refused;
 use crate::cluster::identity::Membership;
 use crate::cluster::membership::{Gone, Removal, RosterError};
 use crate::cluster::metrics::report::Throughput;
-use crate::consensus::{BarrierError, ProposeError};
+use crate::consensus::{BarrierError, Consensus, ProposeError};
 use crate::content::Verdict;
 use crate::content::peers::VERIFY_IDS_MAX;
 use crate::content::wire::{get_response, put_response, range_asked, stored_chunk};
@@ -45,15 +45,27 @@ impl PeerService {
     /// The parts, for a request that names this cluster and, if any, this node.
     fn admit<T>(&self, request: &Request<T>) -> Result<&Parts, Status> {
         let parts = self.node.parts().ok_or_else(|| Status::unavailable(NOT_READY))?;
+        self.must_be_meant(request, parts.cluster)?;
+        Ok(parts)
+    }
+
+    /// As [`PeerService::admit`], for messages of the consensus: a node that has lost its state votes with its log.
+    fn admit_to_consensus<T>(&self, request: &Request<T>) -> Result<Consensus, Status> {
+        let consensus = self.node.consensus();
+        let (cluster, consensus) = consensus.ok_or_else(|| Status::unavailable(NOT_READY))?;
+        self.must_be_meant(request, cluster)?;
+        Ok(consensus.clone())
+    }
+
+    fn must_be_meant<T>(&self, request: &Request<T>, cluster: ClusterId) -> Result<(), Status> {
         let named = request
             .metadata()
             .get(CLUSTER_KEY)
             .and_then(|value| value.to_str().ok())
             .unwrap_or("none");
-        if named != parts.cluster.to_string() {
-            let own = parts.cluster;
+        if named != cluster.to_string() {
             return Err(Status::failed_precondition(format!(
-                "this node belongs to cluster {own}, not to {named}"
+                "this node belongs to cluster {cluster}, not to {named}"
             )));
         }
         // What this node holds counts for the incarnation that was asked, so no other may answer in its name.
@@ -62,8 +74,20 @@ impl PeerService {
             Some(meant) if meant.as_bytes() != own.as_bytes() => Err(Status::failed_precondition(format!(
                 "this is node {own}, another is meant"
             ))),
-            _ => Ok(parts),
+            _ => Ok(()),
         }
+    }
+}
+
+impl PeerService {
+    /// Why this node's state cannot be relied on; empty: it can, as far as the node knows.
+    fn trouble(&self) -> String {
+        let of_consensus = || {
+            self.node
+                .consensus()
+                .and_then(|(_, consensus)| consensus.trouble())
+        };
+        self.node.trouble().or_else(of_consensus).unwrap_or_default()
     }
 }
 
@@ -100,7 +124,7 @@ impl Peer for PeerService {
             empty: self.node.folder().is_fresh(),
             members: members.into_iter().map(Into::into).collect(),
             feature_level: FEATURE_LEVEL,
-            trouble: self.node.trouble().unwrap_or_default(),
+            trouble: self.trouble(),
         }))
     }
 
@@ -281,14 +305,14 @@ impl Peer for PeerService {
         &self,
         request: Request<Streaming<wire::RaftMessage>>,
     ) -> Result<Response<Self::AppendEntriesStream>, Status> {
-        let consensus = self.admit(&request)?.consensus.clone();
+        let consensus = self.admit_to_consensus(&request)?;
         Ok(Response::new(Box::pin(
             consensus.append_stream(request.into_inner()),
         )))
     }
 
     async fn vote(&self, request: Request<wire::RaftMessage>) -> Result<Response<wire::RaftMessage>, Status> {
-        let consensus = self.admit(&request)?.consensus.clone();
+        let consensus = self.admit_to_consensus(&request)?;
         consensus.vote(request.into_inner()).await.map(Response::new)
     }
 
@@ -296,7 +320,7 @@ impl Peer for PeerService {
         &self,
         request: Request<wire::RaftMessage>,
     ) -> Result<Response<wire::RaftMessage>, Status> {
-        let consensus = self.admit(&request)?.consensus.clone();
+        let consensus = self.admit_to_consensus(&request)?;
         consensus.pre_vote(request.into_inner()).await.map(Response::new)
     }
 
@@ -304,7 +328,7 @@ impl Peer for PeerService {
         &self,
         request: Request<wire::RaftMessage>,
     ) -> Result<Response<wire::RaftMessage>, Status> {
-        let consensus = self.admit(&request)?.consensus.clone();
+        let consensus = self.admit_to_consensus(&request)?;
         consensus
             .transfer_leader(request.into_inner())
             .await
@@ -315,7 +339,7 @@ impl Peer for PeerService {
         &self,
         request: Request<Streaming<wire::SnapshotPiece>>,
     ) -> Result<Response<wire::RaftMessage>, Status> {
-        let consensus = self.admit(&request)?.consensus.clone();
+        let consensus = self.admit_to_consensus(&request)?;
         consensus
             .install_snapshot(request.into_inner())
             .await

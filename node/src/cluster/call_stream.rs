@@ -2,7 +2,8 @@
 //!
 //! A session is proven by the secret with which it was opened, shown once on each stream (and by the certificate shown
 //! then, where there was one). The state keeps the secret's digest. Sessions of clients without a secret are known by
-//! their number alone. One that was opened before all nodes knew of keys gets its key with a keep-alive.
+//! their number alone. One that was opened before all nodes knew of keys gets its key with a keep-alive on the stream that
+//! opened it; on any other nothing tells its client from one that has heard its number, and it stays without.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -20,7 +21,7 @@ const CLAIMS_MAX: usize = 4;
 /// See the module.
 pub struct CallStream {
     /// The newest last.
-    claims: Mutex<Vec<(SessionId, Sha256)>>,
+    claims: Mutex<Vec<Claim>>,
     /// The session that was proven last; 0: none.
     proven: AtomicU64,
     certificate: Option<Sha256>,
@@ -28,6 +29,15 @@ pub struct CallStream {
     /// Whether the connection ends at the client itself.
     is_direct: AtomicBool,
     nudges: mpsc::Sender<()>,
+}
+
+/// That a client speaks for a session.
+#[derive(Clone, Copy)]
+struct Claim {
+    session: SessionId,
+    secret: Sha256,
+    /// Whether the session was opened on this stream, with this secret.
+    has_opened: bool,
 }
 
 /// What is known of the session for which a call speaks.
@@ -77,11 +87,25 @@ impl CallStream {
 
     fn claim(&self, session: SessionId, secret: Sha256) {
         let mut claims = self.claims.lock();
-        claims.retain(|(claimed, _)| *claimed != session);
+        let has_opened = claims
+            .iter()
+            .any(|claim| claim.session == session && claim.secret == secret && claim.has_opened);
+        claims.retain(|claim| claim.session != session);
         if claims.len() >= CLAIMS_MAX {
             claims.remove(0);
         }
-        claims.push((session, secret));
+        claims.push(Claim {
+            session,
+            secret,
+            has_opened,
+        });
+    }
+
+    /// `session`, which was not known before, was opened on this stream.
+    pub fn has_opened(&self, session: SessionId) {
+        for claim in &mut *self.claims.lock() {
+            claim.has_opened |= claim.session == session;
+        }
     }
 
     /// Whether calls of this stream speak for `session`, as far as this node's state tells.
@@ -107,12 +131,12 @@ impl CallStream {
         Ok(Standing::Proven)
     }
 
-    /// How the session could prove itself, by what this stream has shown.
-    pub fn key_shown(&self, session: SessionId) -> Option<SessionKey> {
+    /// How the session proves itself from now on, if it was opened on this stream.
+    pub fn key_of_opened(&self, session: SessionId) -> Option<SessionKey> {
         let claims = self.claims.lock();
-        let claim = claims.iter().find(|(claimed, _)| *claimed == session);
-        claim.map(|(_, secret)| SessionKey {
-            secret: *secret,
+        let claim = claims.iter().find(|claim| claim.session == session)?;
+        claim.has_opened.then_some(SessionKey {
+            secret: claim.secret,
             certificate: self.certificate,
         })
     }
@@ -120,8 +144,8 @@ impl CallStream {
     /// Whether this stream has shown what proves the session. How long it takes tells nothing of where secrets differ.
     pub fn shows(&self, session: SessionId, key: &SessionKey) -> bool {
         let claims = self.claims.lock();
-        let claim = claims.iter().find(|(claimed, _)| *claimed == session);
-        let is_secret = claim.is_some_and(|(_, secret)| secret.0.ct_eq(&key.secret.0).into());
+        let claim = claims.iter().find(|claim| claim.session == session);
+        let is_secret = claim.is_some_and(|claim| claim.secret.0.ct_eq(&key.secret.0).into());
         is_secret && (key.certificate.is_none() || key.certificate == self.certificate)
     }
 
@@ -181,6 +205,25 @@ mod tests {
         let (stolen, _) = CallStream::new(None, None);
         stolen.hello(&hello(&SECRET.0));
         assert!(!stolen.shows(SESSION, &key), "the certificate is missing");
+    }
+
+    #[test]
+    fn a_session_without_a_key_gets_one_only_on_the_stream_that_opened_it() {
+        let (opened, _) = CallStream::new(None, None);
+        let key = opened.key_of_new(SESSION, &SECRET);
+        assert_eq!(opened.key_of_opened(SESSION), None, "it was there before");
+        opened.has_opened(SESSION);
+        opened.hello(&hello(&SECRET.0));
+        assert_eq!(opened.key_of_opened(SESSION), Some(key));
+
+        // Whoever has heard its number.
+        let (other, _) = CallStream::new(None, None);
+        other.hello(&hello(&[2; 32]));
+        assert_eq!(other.key_of_opened(SESSION), None);
+        other.key_of_new(SESSION, &SessionSecret([2; 32]));
+        assert_eq!(other.key_of_opened(SESSION), None);
+        opened.hello(&hello(&[2; 32]));
+        assert_eq!(opened.key_of_opened(SESSION), None, "another secret");
     }
 
     #[test]

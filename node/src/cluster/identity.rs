@@ -78,6 +78,9 @@ struct IdentityFile {
     took_part: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     cluster: Option<String>,
+    /// The entry at which a majority had other metadata than this incarnation: these are not used any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    contradicted_at: Option<u64>,
     /// What the incarnation before left behind and is not set aside yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     leaves_behind: Option<Remains>,
@@ -104,6 +107,7 @@ struct Identity {
     id: NodeId,
     reborn: bool,
     took_part: bool,
+    contradicted_at: Option<u64>,
     leaves_behind: Option<Remains>,
     replaces: Vec<ClusterId>,
     membership: Option<Membership>,
@@ -235,6 +239,17 @@ impl DataFolder {
         self.change(|identity| identity.took_part = true)
     }
 
+    /// The entry at which a majority had other metadata ([`DataFolder::note_contradicted`]).
+    pub fn contradicted_at(&self) -> Option<u64> {
+        self.identity.lock().contradicted_at
+    }
+
+    /// A majority has other metadata at entry `index`: this incarnation's are not to be used again, whatever happens until
+    /// it is made anew. Durable when it returns.
+    pub fn note_contradicted(&self, index: u64) -> Result<(), IdentityError> {
+        self.change(|identity| identity.contradicted_at = Some(index))
+    }
+
     /// Gives the incarnation up, for what it had promised to remember is lost: writes a new identity that belongs to no
     /// cluster, and sets `lost` (names in the folder) aside. Content stays. Nothing else may use the folder; open it
     /// anew afterwards.
@@ -274,6 +289,8 @@ impl DataFolder {
                 cluster,
                 founders: Vec::new(),
             };
+            // Who decided so was that cluster's majority, and it is lost.
+            identity.contradicted_at = None;
             let before = identity.membership.replace(next);
             identity.replaces.extend(before.map(|before| before.cluster));
         })
@@ -306,6 +323,7 @@ impl Identity {
             id: NodeId { slot, incarnation },
             reborn: false,
             took_part: false,
+            contradicted_at: None,
             leaves_behind: None,
             replaces: Vec::new(),
             membership: None,
@@ -360,6 +378,7 @@ fn write(folder: &Path, identity: &Identity) -> std::io::Result<()> {
         incarnation: format!("{:016x}", identity.id.incarnation),
         reborn: identity.reborn,
         took_part: identity.took_part,
+        contradicted_at: identity.contradicted_at,
         leaves_behind: identity.leaves_behind.clone(),
         replaces: identity.replaces.iter().map(ClusterId::to_string).collect(),
         cluster: membership.map(|m| m.cluster.to_string()),
@@ -410,6 +429,7 @@ fn parse(text: &str) -> Result<Identity, String> {
         id,
         reborn: file.reborn,
         took_part: file.took_part,
+        contradicted_at: file.contradicted_at,
         leaves_behind: file.leaves_behind,
         replaces: file.replaces.iter().map(cluster_of).collect::<Result<_, _>>()?,
         membership: None,
@@ -473,6 +493,21 @@ mod tests {
                 ..
             })
         ));
+    }
+
+    #[test]
+    fn what_a_majority_contradicts_is_known_after_a_restart_until_the_node_is_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = DataFolder::open(dir.path(), 1).unwrap();
+        assert_eq!(folder.contradicted_at(), None);
+        folder.note_contradicted(17).unwrap();
+        drop(folder);
+        let folder = DataFolder::open(dir.path(), 1).unwrap();
+        assert_eq!(folder.contradicted_at(), Some(17));
+        folder.renounce(&[]).unwrap();
+        assert_eq!(folder.contradicted_at(), None);
+        drop(folder);
+        assert_eq!(DataFolder::open(dir.path(), 1).unwrap().contradicted_at(), None);
     }
 
     #[test]

@@ -70,6 +70,13 @@ pub async fn recover(
         "node {} of cluster {}: last entry {index} of term {term}, applied on disk up to {}",
         own.id, membership.cluster, remains.applied
     )?;
+    if let Some(index) = folder.contradicted_at() {
+        writeln!(
+            report,
+            "A majority found that its metadata at entry {index} are not what was agreed to: choose another node if one is \
+             left. If none is, what this one has counts from then on, right or wrong."
+        )?;
+    }
     let transport = Transport::new(
         config
             .tls

@@ -2,7 +2,8 @@
 //!
 //! A node whose log or metadata is damaged is made anew from the others. It gives nothing up before a leader has said that
 //! a majority lives without it (`membership::renounce`). Until then it keeps what it has where it is, says what it waits
-//! for, and where its log is in order goes on to keep the log and to vote, without leading or answering anything.
+//! for, and where its log is in order goes on to keep the log and to vote, without leading or answering anything; one that
+//! finds the damage when it starts too (`server::log_only`).
 
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
@@ -11,7 +12,7 @@ use quorumfs_proto::{ClusterId, Member, wire};
 use tracing::{error, warn};
 
 use crate::config::Config;
-use crate::consensus::{Consensus, ConsensusError};
+use crate::consensus::{Consensus, ConsensusError, SteppedAside};
 use crate::transport::{Purpose, Transport};
 
 /// How often the leader is asked.
@@ -99,16 +100,16 @@ impl Renouncing<'_> {
             "{trouble}; this node asks the others to let it be made anew"
         ));
         let mut part = self.consensus.as_ref();
-        if let Some(consensus) = part {
-            consensus.step_aside(|_| true).await;
-            // Where nobody can take over as it is, the others elect one without it.
-            if consensus.is_leader() {
+        let mut told: Option<(String, tokio::time::Instant)> = None;
+        loop {
+            // Whatever made it the leader: who leads and answers nothing holds all others up. Where one that can take over
+            // does not, the others elect one without this node.
+            if let Some(consensus) = part
+                && consensus.step_aside(|_| true).await == SteppedAside::InVain
+            {
                 stop(consensus).await;
                 part = None;
             }
-        }
-        let mut told: Option<(String, tokio::time::Instant)> = None;
-        loop {
             match (self.ask().await, part) {
                 (Ok(()), None) => return Leave::Granted,
                 (Ok(()), Some(consensus)) => return self.stop_and_confirm(consensus).await,

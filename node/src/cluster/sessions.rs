@@ -176,12 +176,12 @@ impl SessionKeeper {
         Ok(())
     }
 
-    /// A session that was opened before all nodes knew of keys gets the one that its client shows.
+    /// A session that was opened before all nodes knew of keys gets one, on the stream that opened it.
     async fn give_key(&self, view: &View, session: SessionId, stream: &CallStream) -> Result<(), Failure> {
         if view.feature_level() < UNLINKED_QUEUE_LEVEL || view.session_key(session)?.is_some() {
             return Ok(());
         }
-        let (Some(key), Some(record)) = (stream.key_shown(session), view.session(session)?) else {
+        let (Some(key), Some(record)) = (stream.key_of_opened(session), view.session(session)?) else {
             return Ok(());
         };
         let description = record.description;

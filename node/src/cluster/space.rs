@@ -243,15 +243,21 @@ impl SpaceMonitor {
             return;
         }
         let voters: BTreeSet<NodeId> = self.consensus.voter_sets().into_iter().flatten().collect();
-        let with_room = self
+        let mut with_room: Vec<(NodeId, Room)> = self
             .heard_lately()
-            .filter(|(id, room)| room.has_room && voters.contains(id));
-        let Some((to, _)) = with_room.max_by_key(|(_, room)| room.available_bytes) else {
+            .filter(|(id, room)| room.has_room && voters.contains(id))
+            .collect();
+        with_room.sort_by_key(|(_, room)| std::cmp::Reverse(room.available_bytes));
+        if with_room.is_empty() {
             return;
-        };
-        info!(to = to.slot, "this node's disk is full: handing leadership on");
-        if let Err(error) = self.consensus.transfer_leadership(to).await {
-            warn!(%error, "leadership could not be handed on; the next look tries again");
+        }
+        match self
+            .consensus
+            .hand_on(with_room.into_iter().map(|(id, _)| id))
+            .await
+        {
+            Ok(to) => info!(to = to.slot, "this node's disk is full: handing leadership on"),
+            Err(error) => warn!(%error, "this node's disk is full; the next look tries again"),
         }
     }
 

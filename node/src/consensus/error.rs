@@ -58,6 +58,9 @@ pub enum ConsensusError {
     /// openraft does not start, or has stopped.
     #[error("consensus: {0}")]
     Raft(Box<Fatal<TypeConfig>>),
+    /// Nobody of those who were asked can lead.
+    #[error("leadership cannot be handed on: {0}")]
+    HandOn(String),
     /// Not allowed now.
     #[error("initialize: {0}")]
     Initialize(Box<InitializeError<TypeConfig>>),

@@ -32,6 +32,18 @@ impl FatalError {
     }
 }
 
+/// What a node stops for that need only start again: nothing on its disk is in doubt.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct StartAnew(pub String);
+
+impl FatalError {
+    /// Whether the node is as good as before once it has started again.
+    pub fn is_over_after_start(&self) -> bool {
+        self.source.is::<StartAnew>()
+    }
+}
+
 impl fmt::Display for FatalError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.doing, self.source)

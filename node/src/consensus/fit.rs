@@ -3,13 +3,17 @@
 //! The log begins where the metadata end, or before. Where entries between them are missing, as when the metadata are
 //! gone and the log was purged, what follows would be applied to a state that it was not made for: that costs the
 //! incarnation. Where a snapshot was put in place and the node was killed before its log was cut, the log is cut now.
+//!
+//! Where the metadata are lost and the log is not, new ones stand in for them, so that the node can vote with its log.
 
 use openraft::storage::RaftLogStorage as _;
+use quorumfs_proto::codec;
 
 use super::error::ConsensusError;
+use super::fatal::FatalSignal;
 use super::log::LogStore;
 use super::state_machine::decode_position;
-use crate::metadata::Position;
+use crate::metadata::{MetadataStore, Position};
 
 /// Makes `log` fit a state that goes up to `state`, if it can be.
 pub async fn fit_log(log: &LogStore, state: &Position) -> Result<(), ConsensusError> {
@@ -51,4 +55,27 @@ pub async fn fit_log(log: &LogStore, state: &Position) -> Result<(), ConsensusEr
             _ => Ok(()),
         },
     }
+}
+
+/// Has `metadata`, which are empty, stand in for lost ones that went up to `known`, or to what `log` has purged where that
+/// is more: nothing is purged that was not applied. Blocks for a flush.
+pub fn stand_in(metadata: &MetadataStore, log: &LogStore, known: &Position) -> Result<(), ConsensusError> {
+    let (applied, _) = decode_position(known)?;
+    let position = match log.purged() {
+        Some(purged) if applied.is_none_or(|applied| applied < purged) => Position {
+            index: purged.index,
+            log_id: Some(codec::encode(&purged)),
+            membership: None,
+        },
+        _ => known.clone(),
+    };
+    if position.log_id.is_some() {
+        metadata.begin().publish(position);
+        metadata.freeze();
+        let stood_in = metadata.flush();
+        stood_in.map_err(|fault| {
+            ConsensusError::Metadata(FatalSignal::default().raise("make metadata that stand in", fault))
+        })?;
+    }
+    Ok(())
 }

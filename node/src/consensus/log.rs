@@ -187,6 +187,11 @@ impl LogStore {
         self.0.shared.memory.lock().last_log_id()
     }
 
+    /// The last entry that is held no more.
+    pub fn purged(&self) -> Option<LogId> {
+        self.0.shared.memory.lock().purged
+    }
+
     /// Entry `index`, if it is held. Blocking.
     pub fn read_entry(&self, index: u64) -> io::Result<Option<Entry>> {
         let found = self.0.shared.memory.lock().read(index..index + 1, u64::MAX);

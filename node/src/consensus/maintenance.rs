@@ -4,7 +4,6 @@ use std::time::{Duration, Instant};
 
 use openraft::async_runtime::WatchReceiver;
 
-use super::types::VoterId;
 use super::{Consensus, Ordering};
 
 /// How often all is looked at. Also how late a hanging flush is noticed.
@@ -52,14 +51,16 @@ impl Consensus {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
-            // Such a node keeps its log as it is: see `StateMachine::held_up`.
-            if self.0.fatal.raised().is_some() {
+            self.look_for_room().await;
+            // Such a node keeps its log, which may be all that it has, as it is: see `StateMachine::held_up`. What bounds it
+            // is the room on its disk.
+            if self.trouble().is_some() {
                 continue;
             }
-            self.look_for_room().await;
             self.bound_log(&mut asked).await;
             self.end_streams_that_hold_up(&mut asked);
             self.hand_on_if_slow(&mut hand_on).await;
+            self.end_futile_hand_on();
         }
     }
 
@@ -152,24 +153,13 @@ impl Consensus {
         if slowest_ms < self.0.options.slow_flush_ms || !self.is_leader() {
             return;
         }
-        let Some(to) = self.most_up_to_date_voter(|_| true) else {
+        let candidates = self.voters_up_to_date();
+        if candidates.is_empty() || !hand_on.due(HAND_ON_INTERVAL) {
             return;
-        };
-        if hand_on.due(HAND_ON_INTERVAL) {
-            tracing::warn!(slowest_ms, %to, "flushing the log is slow: handing leadership on");
-            let _ = self.0.raft.trigger().transfer_leader(to).await;
         }
-    }
-
-    /// A voter other than this node that `may` lead and has flushed everything committed.
-    pub(super) fn most_up_to_date_voter(&self, may: impl Fn(&VoterId) -> bool) -> Option<VoterId> {
-        let metrics = self.metrics();
-        let voters: Vec<VoterId> = metrics.membership_config.voter_ids().collect();
-        let (to, matched) = metrics
-            .replication?
-            .into_iter()
-            .filter(|(id, _)| voters.contains(id) && *id != self.0.id && may(id))
-            .max_by_key(|(_, matched)| *matched)?;
-        (matched >= metrics.cluster_committed).then_some(to)
+        match self.hand_on(candidates).await {
+            Ok(to) => tracing::warn!(slowest_ms, %to, "flushing the log is slow: handing leadership on"),
+            Err(error) => tracing::warn!(slowest_ms, %error, "flushing the log is slow"),
+        }
     }
 }

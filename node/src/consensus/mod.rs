@@ -35,6 +35,7 @@ mod rescue;
 mod revocable;
 mod service;
 mod snapshot;
+mod standing;
 mod state_machine;
 mod status;
 #[cfg(test)]
@@ -72,6 +73,7 @@ use crate::content::ContentStore;
 use crate::metadata::{CallResult, LogBody, LogCommand, MetadataStore, StorageFault, View};
 use crate::transport::Transport;
 
+pub use self::aside::SteppedAside;
 pub use self::error::{BarrierError, ConsensusError, MembershipError, ProposeError};
 pub use self::fatal::FatalError;
 pub use self::log::LogStatus;
@@ -98,6 +100,10 @@ struct Inner {
     cluster: ClusterId,
     raft: Raft<TypeConfig, StateMachine>,
     log: LogStore,
+    /// The way to the other members.
+    network: NetworkFactory,
+    /// In which term, and when, leadership was last handed on.
+    handed_on: Mutex<Option<(u64, Instant)>>,
     intake: Intake,
     metadata: Arc<MetadataStore>,
     flusher: Arc<Flusher>,
@@ -110,7 +116,7 @@ struct Inner {
     /// Whether the state is at least as new as when the node was stopped.
     recovered: AtomicBool,
     /// Whether this node is about to set its state aside, and serves nothing more.
-    stood_down: AtomicBool,
+    stood_down: Arc<AtomicBool>,
     /// When this node last took something, be it nothing new, from the leader it follows.
     heard_of_leader: Arc<Mutex<Option<Instant>>>,
     /// Whether commands that take space are admitted.
@@ -156,7 +162,6 @@ impl Consensus {
         effects: mpsc::Sender<AppliedEffects>,
         fatal: FatalSignal,
     ) -> Result<Consensus, ConsensusError> {
-        let config = Arc::new(options.raft_config().validate()?);
         let log = {
             let (directory, wal, fatal) = (options.directory.clone(), options.wal.clone(), fatal.clone());
             let open = tokio::task::spawn_blocking(move || LogStore::open(&directory, &wal, fatal));
@@ -169,7 +174,10 @@ impl Consensus {
         if options.had_log && log.is_empty() {
             return Err(ConsensusError::AllLost);
         }
-        fit::fit_log(&log, &durable).await?;
+        if let Some(known) = &options.log_only {
+            fit::stand_in(&metadata, &log, known)?;
+        }
+        fit::fit_log(&log, &metadata.durable_position()).await?;
         let age_max = Duration::from_millis(options.flush_age_ms);
         let flusher = {
             let (metadata, log, fatal) = (metadata.clone(), log.clone(), fatal.clone());
@@ -178,6 +186,40 @@ impl Consensus {
             let started = tokio::task::spawn_blocking(start).await;
             started.map_err(std::io::Error::other)??
         };
+        let started = Consensus::take_part(
+            options,
+            metadata,
+            log.clone(),
+            flusher.clone(),
+            transport,
+            effects,
+            fatal,
+        );
+        let started = started.await;
+        if started.is_err() {
+            // Whoever starts again, in another way, opens the log anew.
+            let stop = move || {
+                flusher.stop();
+                log.close();
+            };
+            tokio::task::spawn_blocking(stop)
+                .await
+                .map_err(std::io::Error::other)?;
+        }
+        started
+    }
+
+    /// Brings the state up to what the log holds for certain, and takes part.
+    async fn take_part(
+        options: ConsensusOptions,
+        metadata: Arc<MetadataStore>,
+        log: LogStore,
+        flusher: Arc<Flusher>,
+        transport: Arc<Transport>,
+        effects: mpsc::Sender<AppliedEffects>,
+        fatal: FatalSignal,
+    ) -> Result<Consensus, ConsensusError> {
+        let config = Arc::new(options.raft_config().validate()?);
         let traffic = SnapshotTraffic::new(options.hold_log_bytes_max);
         let meters = Arc::new(Meters::default());
         let (audited, takes_part) = (Arc::default(), Arc::new(AtomicBool::new(false)));
@@ -185,6 +227,7 @@ impl Consensus {
             effects,
             audited: Arc::clone(&audited),
             takes_part: Arc::clone(&takes_part),
+            log_only: options.log_only.is_some(),
         };
         let machine = StateMachine::new(
             metadata.clone(),
@@ -197,7 +240,15 @@ impl Consensus {
         )?;
         let id = VoterId(options.id);
         let cutoff = Cutoff::default();
-        let network = NetworkFactory::new(id, transport, traffic, cutoff.clone(), fatal.clone());
+        let stood_down = Arc::new(AtomicBool::new(options.log_only.is_some()));
+        let network = NetworkFactory::new(
+            id,
+            transport,
+            traffic,
+            cutoff.clone(),
+            fatal.clone(),
+            stood_down.clone(),
+        );
         let raft = Raft::new(id, config, network.clone(), log.clone(), machine)
             .await
             .map_err(|error| ConsensusError::Raft(Box::new(error)))?;
@@ -211,6 +262,8 @@ impl Consensus {
             raft,
             intake: Intake::new(log.clone(), options.wal.file_bytes),
             log,
+            network: network.clone(),
+            handed_on: Mutex::default(),
             metadata,
             flusher,
             cutoff,
@@ -219,7 +272,7 @@ impl Consensus {
             admission_units,
             barrier: Barrier::default(),
             recovered: AtomicBool::new(false),
-            stood_down: AtomicBool::new(false),
+            stood_down,
             heard_of_leader: Arc::default(),
             has_room: AtomicBool::new(true),
             meters,
@@ -383,67 +436,6 @@ impl Consensus {
         changed.await.map(|_| ()).map_err(membership_error)
     }
 
-    /// Asks `to`, a voter, to take over; it does if its log is as long.
-    pub async fn transfer_leadership(&self, to: NodeId) -> Result<(), ConsensusError> {
-        let transferred = self.0.raft.trigger().transfer_leader(VoterId(to)).await;
-        transferred.map_err(|error| ConsensusError::Raft(Box::new(error)))
-    }
-
-    /// This node.
-    pub fn id(&self) -> NodeId {
-        self.0.id.0
-    }
-
-    /// The cluster it belongs to.
-    pub fn cluster(&self) -> ClusterId {
-        self.0.cluster
-    }
-
-    /// Who leads, as far as this node knows.
-    pub fn leader(&self) -> Option<Member> {
-        let metrics = self.metrics();
-        let id = metrics.current_leader?;
-        Some(member(id, metrics.membership_config.get_node(&id)?))
-    }
-
-    /// Whether this node believes to lead. Another may already have been elected; only what a quorum confirms
-    /// is sure.
-    pub fn is_leader(&self) -> bool {
-        self.0.raft.metrics().borrow_watched().current_leader == Some(self.0.id)
-    }
-
-    /// The term this node is in; in each there is at most one leader.
-    pub fn term(&self) -> u64 {
-        self.0.raft.metrics().borrow_watched().current_term
-    }
-
-    /// The voters: one set, or two while they change. What must be on a quorum must be on one of each.
-    pub fn voter_sets(&self) -> Vec<BTreeSet<NodeId>> {
-        let membership = self.metrics().membership_config;
-        let sets = membership.get_joint_config().iter();
-        sets.map(|set| set.iter().map(|id| id.0).collect()).collect()
-    }
-
-    /// The voters of the newest configuration.
-    pub fn voters(&self) -> BTreeSet<NodeId> {
-        self.voter_sets().pop().unwrap_or_default()
-    }
-
-    /// By how many entries `member` is behind what is committed; `None` where this node does not lead or has not heard
-    /// of it yet.
-    pub fn lag_of(&self, member: NodeId) -> Option<u64> {
-        let metrics = self.metrics();
-        let matched = *metrics.replication.as_ref()?.get(&VoterId(member))?;
-        let committed = metrics.cluster_committed.map_or(0, |id| id.index);
-        Some(committed.saturating_sub(matched.map_or(0, |id| id.index)))
-    }
-
-    /// All members, voters and learners.
-    pub fn members(&self) -> Vec<Member> {
-        let membership = self.metrics().membership_config;
-        membership.nodes().map(|(id, node)| member(*id, node)).collect()
-    }
-
     /// How many [`AppliedEffects`] were sent, and how many passed over because their receiver was slow.
     pub fn effects_sent_and_dropped(&self) -> (u64, u64) {
         let counts = &self.0.meters.effects;
@@ -530,10 +522,7 @@ impl Consensus {
 
     fn recovered(&self) -> Result<(), String> {
         if self.0.stood_down.load(Ordering::Acquire) {
-            return Err(
-                "this node's metadata is damaged or not that of the majority: it is about to be set aside"
-                    .to_string(),
-            );
+            return Err(status::STOOD_DOWN.to_string());
         }
         match self.0.recovered.load(Ordering::Acquire) {
             true => Ok(()),

@@ -10,7 +10,7 @@
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::{Stream, StreamExt};
@@ -23,7 +23,7 @@ use openraft::raft::{
     TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use openraft::{OptionalSend, RaftTypeConfig};
-use quorumfs_proto::{Addresses, codec, wire};
+use quorumfs_proto::{Addresses, Member, codec, wire};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +40,9 @@ const SETUP_TIMEOUT: Duration = Duration::from_millis(1_500);
 /// How long an append may go unanswered: the follower flushes before it answers, and a slow disk is no reason
 /// to send all again.
 const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a node may take to say whether it could lead.
+const HELLO_TIMEOUT: Duration = Duration::from_millis(500);
 
 type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
 
@@ -89,6 +92,8 @@ pub struct NetworkFactory {
     traffic: SnapshotTraffic,
     cutoff: Cutoff,
     fatal: FatalSignal,
+    /// Whether the sender's state is not to be relied on: its log goes to others, its state does not.
+    stood_down: Arc<AtomicBool>,
 }
 
 impl NetworkFactory {
@@ -99,6 +104,7 @@ impl NetworkFactory {
         traffic: SnapshotTraffic,
         cutoff: Cutoff,
         fatal: FatalSignal,
+        stood_down: Arc<AtomicBool>,
     ) -> NetworkFactory {
         NetworkFactory {
             id,
@@ -106,7 +112,30 @@ impl NetworkFactory {
             traffic,
             cutoff,
             fatal,
+            stood_down,
         }
+    }
+}
+
+impl NetworkFactory {
+    /// Whether `member` is there and could lead: it says so itself.
+    pub async fn ask_whether_it_can_lead(&self, member: &Member) -> Result<(), String> {
+        let ask = async {
+            let peer = self.transport.peer(&member.addresses, Purpose::Raft);
+            let mut peer = peer.map_err(|error| error.to_string())?;
+            let answer = peer.hello(wire::HelloRequest::default()).await;
+            let answer = answer
+                .map_err(|status| status.message().to_string())?
+                .into_inner();
+            let found = answer.node.and_then(|node| Member::try_from(node).ok());
+            match found.is_some_and(|found| found.id == member.id) {
+                true if answer.trouble.is_empty() => Ok(()),
+                true => Err(answer.trouble),
+                false => Err("another incarnation is there".to_string()),
+            }
+        };
+        let asked = tokio::time::timeout(HELLO_TIMEOUT, ask).await;
+        asked.unwrap_or_else(|_| Err("it does not answer".to_string()))
     }
 }
 
@@ -301,6 +330,9 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         _option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        if self.shared.stood_down.load(Ordering::Acquire) || self.shared.fatal.raised().is_some() {
+            return Err(NetworkError::from_string("this node's state is not to be relied on").into());
+        }
         let mut cancel = pin!(cancel);
         let _turn = tokio::select! {
             turn = self.shared.traffic.turn() => turn,

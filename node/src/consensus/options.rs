@@ -6,6 +6,7 @@ use openraft::{Config, SnapshotPolicy};
 use quorumfs_proto::{ClusterId, NodeId};
 
 use super::wal::WalOptions;
+use crate::metadata::Position;
 
 /// Entries in one message to a follower; its bytes are bounded by the log reader.
 const REPLICATION_ENTRIES_MAX: u64 = 1024;
@@ -47,6 +48,9 @@ pub struct ConsensusOptions {
     pub directory: PathBuf,
     /// Whether this incarnation has had a log: then an empty one is a lost one.
     pub had_log: bool,
+    /// Set where this node's state is lost or must not be used: the node keeps the log and votes, and applies nothing. The
+    /// metadata that it is given are new and stand in for the lost ones, which went up to here as far as that is known.
+    pub log_only: Option<Position>,
     /// How the log is kept.
     pub wal: WalOptions,
     /// Elections.
@@ -80,6 +84,7 @@ impl ConsensusOptions {
             cluster,
             directory,
             had_log: false,
+            log_only: None,
             wal,
             timings: Timings::default(),
             admission_bytes_max: 64 << 20,
@@ -109,6 +114,8 @@ impl ConsensusOptions {
             election_timeout_min: self.timings.election_ms_min,
             election_timeout_max: self.timings.election_ms_max,
             enable_pre_vote: Some(true),
+            // Who has no state cannot lead.
+            enable_elect: self.log_only.is_none(),
             // A restarted leader has not committed what it has in its log; it stands for election as
             // everyone.
             enable_leader_restore: Some(false),

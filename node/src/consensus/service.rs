@@ -97,9 +97,15 @@ impl Consensus {
         Ok(to_wire(&answer))
     }
 
-    /// `TransferLeader`.
+    /// `TransferLeader`. A node that cannot be relied on refuses: openraft would stand for election at once, whatever it
+    /// was told about elections ([`Consensus::step_aside`]).
     pub async fn transfer_leader(&self, message: wire::RaftMessage) -> Result<wire::RaftMessage, Status> {
         let request: TransferLeaderRequest<TypeConfig> = body(self.0.id, &message)?;
+        if *request.to_node_id() == self.0.id
+            && let Some(trouble) = self.trouble()
+        {
+            return Err(Status::failed_precondition(trouble));
+        }
         let answer = self.0.raft.handle_transfer_leader(request).await;
         Ok(to_wire(&answer.map_err(stopped)?))
     }
@@ -109,6 +115,9 @@ impl Consensus {
     where
         S: Stream<Item = Result<wire::SnapshotPiece, Status>> + Send + Unpin,
     {
+        if let Some(trouble) = self.trouble() {
+            return Err(Status::failed_precondition(trouble));
+        }
         let mut incoming = incoming;
         let Ok(mut refusals) = self.0.receiving.try_lock() else {
             return Err(Status::aborted("another snapshot is being received"));

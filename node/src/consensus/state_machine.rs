@@ -21,11 +21,11 @@ use parking_lot::Mutex;
 use quorumfs_proto::{ChunkId, NodeId, codec};
 use tokio::sync::mpsc;
 
-use super::fatal::{FatalError, FatalSignal};
+use super::fatal::{FatalError, FatalSignal, StartAnew};
 use super::flusher::Flusher;
 use super::log::LogStore;
 use super::meters::Meters;
-use super::rescue::{Rescued, rescue_content};
+use super::rescue::{RescueError, Rescued, rescue_content};
 use super::snapshot::{Builder, SnapshotData, SnapshotTraffic, held_snapshot};
 use super::types::{Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::content::StoredChunk;
@@ -68,6 +68,8 @@ pub struct Outlets {
     pub audited: Arc<Mutex<Option<View>>>,
     /// Whether the node takes part already: see [`StateMachine::held_up`].
     pub takes_part: Arc<AtomicBool>,
+    /// Whether nothing is applied, for there is no state to apply it to.
+    pub log_only: bool,
 }
 
 /// See the module.
@@ -266,7 +268,15 @@ impl StateMachine {
             let unstored = self.flusher.unstored_after(None, 1);
             let first = unstored.first().map_or(beyond, |(oldest, _)| beyond.min(*oldest));
             let rescued = rescue_content(self.flusher.content(), &self.log, &received.view(), first);
-            match rescued.map_err(|error| self.fatal.raise("keep the content of the log", error))? {
+            // Where the snapshot's file is damaged, what it was to replace is not.
+            let rescued = rescued.map_err(|error| match error {
+                RescueError::State(failure) => {
+                    let damaged = StartAnew(failure.to_string());
+                    self.fatal.raise("look up content in a snapshot", damaged)
+                }
+                error => self.fatal.raise("keep the content of the log", error),
+            });
+            match rescued? {
                 Rescued::All => {}
                 Rescued::AllBut(chunks) => {
                     tracing::warn!(chunks, "content for which there is no room goes with the log");
@@ -357,6 +367,16 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     where
         Strm: Stream<Item = io::Result<EntryResponder<TypeConfig>>> + Unpin + OptionalSend,
     {
+        if self.outlets.log_only {
+            while let Some(entry) = entries.next().await {
+                let (entry, _) =
+                    entry.map_err(|error| self.fatal.raise("read the log to apply it", error))?;
+                if let EntryPayload::Membership(membership) = entry.payload {
+                    self.membership = StoredMembership::new(Some(entry.log_id), membership);
+                }
+            }
+            return Ok(());
+        }
         let mut ended = false;
         while !ended {
             let mut batch = Vec::new();
@@ -394,7 +414,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<Builder> {
         // Behind a new snapshot the log is purged, and a follower that is being sent the old one would need
         // another: so not now, unless the log has grown too long for that.
-        if !force && self.traffic.must_wait(self.log.weight_bytes()) {
+        if self.outlets.log_only || !force && self.traffic.must_wait(self.log.weight_bytes()) {
             return None;
         }
         Some(self.get_snapshot_builder().await)

@@ -1,12 +1,15 @@
 //! What a node says about its part in the consensus.
 
 use openraft::ServerState;
-use openraft::async_runtime::Instant as _;
 use quorumfs_proto::{Member, NodeId};
 use serde::Serialize;
 
 use super::Consensus;
 use super::log::LogStatus;
+
+/// What a node says that is about to set its state aside.
+pub(super) const STOOD_DOWN: &str =
+    "this node's metadata is damaged or not that of the majority: it is about to be set aside";
 
 /// What a node is in the consensus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -72,7 +75,9 @@ impl Consensus {
                 ServerState::Learner => Role::Learner,
                 ServerState::Follower => Role::Follower,
                 ServerState::Candidate => Role::Candidate,
-                ServerState::Leader => Role::Leader,
+                ServerState::Leader if self.is_leader() => Role::Leader,
+                // It was elected, and would be again.
+                ServerState::Leader => Role::Candidate,
                 ServerState::Shutdown => Role::Stopped,
             },
             term: metrics.current_term,
@@ -92,10 +97,13 @@ impl Consensus {
         }
     }
 
-    /// Why this node must stop, if it must: its state cannot be relied on.
+    /// Why this node's state cannot be relied on, if it cannot: it must not lead.
     pub fn trouble(&self) -> Option<String> {
-        let fatal = self.0.fatal.raised();
-        fatal.map(|fatal| format!("this node must stop: {fatal}"))
+        if let Some(fatal) = self.0.fatal.raised() {
+            return Some(format!("this node must stop: {fatal}"));
+        }
+        let stood_down = self.0.stood_down.load(super::Ordering::Acquire);
+        stood_down.then(|| STOOD_DOWN.to_string())
     }
 
     fn unwritable_reason(&self) -> Option<String> {
@@ -115,22 +123,16 @@ impl Consensus {
         if metrics.current_leader.is_none() {
             return Some("no leader is known".to_string());
         }
-        let quorum_ms_max = u128::from(2 * self.0.options.timings.election_ms_max);
+        if self.claims_to_lead() && !self.is_leader() {
+            return Some("no quorum answers".to_string());
+        }
+        let silence_ms_max = u128::from(2 * self.0.options.timings.election_ms_max);
         if !self.is_leader()
             && let Some(heard) = *self.0.heard_of_leader.lock()
-            && heard.elapsed().as_millis() > quorum_ms_max
+            && heard.elapsed().as_millis() > silence_ms_max
         {
             let seconds = heard.elapsed().as_secs();
             return Some(format!("the leader has not been heard of for {seconds} s"));
-        }
-        // A single voter acknowledges to itself with each command, and there may be none for long.
-        let single = metrics.membership_config.voter_ids().eq([self.0.id]);
-        if self.is_leader()
-            && !single
-            && let Some(acknowledged) = &metrics.last_quorum_acked
-            && acknowledged.elapsed().as_millis() > quorum_ms_max
-        {
-            return Some("no quorum answers".to_string());
         }
         if self.0.log.status().disk_full || self.0.flusher.disk_full() {
             return Some("the disk is full".to_string());

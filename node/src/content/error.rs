@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use quorumfs_blocks::is_medium_error;
 use quorumfs_proto::ChunkId;
 
 /// Why the content store did not do what it was asked.
@@ -65,6 +66,18 @@ pub enum ContentError {
         /// Its version.
         found: u32,
     },
+    /// The folder cannot be listed, and no other node has what is in it.
+    #[error(
+        "{source}; no other node has what is in it, so it stays as it is: repair the filesystem of {}, or put a copy of the \
+         folder in its place",
+        path.display()
+    )]
+    Unlisted {
+        /// The folder.
+        path: PathBuf,
+        /// What the disk said the last time.
+        source: Box<ContentError>,
+    },
     /// Another process has the folder open.
     #[error("{} is in use by another process", path.display())]
     InUse {
@@ -112,24 +125,6 @@ impl From<Stopped> for ContentError {
     fn from(Stopped { reason, .. }: Stopped) -> ContentError {
         ContentError::Fatal { reason }
     }
-}
-
-/// What a disk or a filesystem says of data that it cannot give: EUCLEAN and EBADMSG are checksums of ext4, XFS and btrfs
-/// that do not match, ENODATA and EILSEQ a sector that the medium does not give back (errno(3), Linux block/blk-core.c).
-const MEDIUM_ERRORS: [i32; 6] = [
-    libc::EIO,
-    libc::EUCLEAN,
-    libc::EBADMSG,
-    libc::ENODATA,
-    libc::EILSEQ,
-    libc::EREMOTEIO,
-];
-
-/// Whether a disk or a filesystem says so of data that it cannot give.
-pub(super) fn is_medium_error(error: &io::Error) -> bool {
-    error
-        .raw_os_error()
-        .is_some_and(|errno| MEDIUM_ERRORS.contains(&errno))
 }
 
 impl ContentError {

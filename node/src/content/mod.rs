@@ -35,4 +35,4 @@ pub use chunk::{ChunkRange, Space, StoredChunk};
 pub use error::{ContentError, Stopped};
 pub use peers::{FetchError, HeldError, PeerChunks, PushError, Verdict};
 pub use reclaim::{Quarantined, Rewritten};
-pub use store::{ContentOptions, ContentStore, FlushCounts, OpenReport};
+pub use store::{ContentOptions, ContentStore, FlushCounts, OpenReport, Unlisted};

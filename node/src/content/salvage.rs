@@ -2,9 +2,10 @@
 //! aside.
 //!
 //! The file keeps its bad sectors, so that nothing else is laid there; its name says what it is. What could not be read is
-//! missing from the index, so that it is fetched from other nodes. Nothing is lost that was readable: the file is set aside
-//! only when all that was found in it is on disk elsewhere, and where that cannot be, it stays as it is and is tried again
-//! when the store is opened next.
+//! missing from the index, so that it is fetched from other nodes. The file is set aside only when all that was found in it
+//! is on disk elsewhere, and where that cannot be, it stays as it is and is tried again when the store is opened next.
+//! Nothing is lost that was readable, but for one case: a file with too many unreadable pages is not looked at beyond
+//! these. What lies there may be readable, so the file is to be kept until others hold its chunks.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -42,24 +43,43 @@ pub(super) struct Salvaged {
     pub(super) lost_records: u64,
     /// Pages that were looked at and could not be read.
     pub(super) unreadable_pages: u64,
+    /// From which offset on the file was not looked at, because of these.
+    pub(super) not_looked_at_from: Option<u64>,
+}
+
+/// What salvaging came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct SetAside {
+    /// Files that were set aside.
+    pub(super) files: u64,
+    /// Of these, those that were not looked at to the end.
+    pub(super) partly_read: u64,
 }
 
 impl ContentStore {
     /// Takes what can be read out of each of `unreadable`, and sets the files aside. Blocks.
-    pub(super) fn salvage_all(&self, unreadable: Vec<Unreadable>) -> Result<u64, ContentError> {
-        let mut set_aside = 0;
+    pub(super) fn salvage_all(&self, unreadable: Vec<Unreadable>) -> Result<SetAside, ContentError> {
+        let mut set_aside = SetAside::default();
         for Unreadable { path, salt, error } in unreadable {
             match self.salvage(&path, salt) {
                 Ok((salvaged, aside)) => {
-                    set_aside += 1;
+                    set_aside.files += 1;
+                    set_aside.partly_read += u64::from(salvaged.not_looked_at_from.is_some());
+                    let advice = match salvaged.not_looked_at_from {
+                        None => String::from("all of it was looked at: the file can be removed"),
+                        Some(offset) => format!(
+                            "it was not looked at beyond offset {offset}, and chunks that can be read may lie there: keep \
+                             the file until no chunk is missing"
+                        ),
+                    };
                     tracing::error!(
                         %error,
                         chunks = salvaged.chunks,
                         lost_records = salvaged.lost_records,
                         unreadable_pages = salvaged.unreadable_pages,
                         set_aside = %aside.display(),
-                        "a content segment cannot be read; what could be was written anew, the rest is fetched from other \
-                         nodes. The disk fails; the file can be removed"
+                        "a content segment cannot be read; what was found in it was written anew, the rest is fetched from \
+                         other nodes. The disk fails; {advice}"
                     );
                 }
                 Err(failed @ ContentError::Fatal { .. }) => return Err(failed),
@@ -105,6 +125,7 @@ impl ContentStore {
         let records = readable_records(file, salt, file_bytes, &mut tolerance)
             .map_err(|source| ContentError::io("scan a segment in", &self.writer.directory, source))?;
         salvaged.unreadable_pages = tolerance.unreadable_pages();
+        salvaged.not_looked_at_from = tolerance.gave_up_at();
         for header in records {
             if header.mark == Mark::Dead || self.contains(header.id) {
                 continue;

@@ -16,9 +16,10 @@ use std::path::PathBuf;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
+use quorumfs_blocks::is_medium_error;
 use quorumfs_proto::chunk::blocks_match;
 
-use super::error::{ContentError, Stopped, is_medium_error};
+use super::error::{ContentError, Stopped};
 use super::record::{
     Entry, FORMAT_VERSION, Footer, Layout, Mark, PAGE_BYTES, RECORD_HEADER_BYTES, RecordHeader,
     SEGMENT_HEADER_BYTES, TRAILER_BYTES, Table, UNIT_BYTES, segment_version,
@@ -144,6 +145,8 @@ struct Scanned {
 pub struct Tolerance {
     unreadable_pages: u64,
     unreadable_pages_max: u64,
+    /// Where there were more, and the rest was not looked at.
+    gave_up_at: Option<u64>,
 }
 
 impl Tolerance {
@@ -152,7 +155,13 @@ impl Tolerance {
         Tolerance {
             unreadable_pages: 0,
             unreadable_pages_max,
+            gave_up_at: None,
         }
+    }
+
+    /// The offset from which on the file was not looked at, because too much before it could not be read.
+    pub fn gave_up_at(&self) -> Option<u64> {
+        self.gave_up_at
     }
 
     /// How many there were.
@@ -212,7 +221,10 @@ pub fn readable_records(
             Ok(Some(next)) => at = next,
             Ok(None) => break,
             // What was found so far is worth having.
-            Err(error) if gives_up && is_medium_error(&error) => break,
+            Err(error) if gives_up && is_medium_error(&error) => {
+                window.tolerance.gave_up_at = Some(at);
+                break;
+            }
             Err(error) => return Err(error),
         }
     }

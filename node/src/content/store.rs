@@ -49,6 +49,17 @@ pub struct ContentOptions {
     pub segment_bytes: u64,
     /// What content leaves free of the disk for log, metadata and who deletes; at most a sixteenth of the disk.
     pub reserve_bytes: u64,
+    /// What is done about a folder that the disk does not list.
+    pub unlisted: Unlisted,
+}
+
+/// What is done about a content folder that the disk does not list, again and again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unlisted {
+    /// It is set aside, and its content fetched from other nodes.
+    SetAside,
+    /// It stays, and the store does not open: nobody else has its content.
+    Refuse,
 }
 
 impl Default for ContentOptions {
@@ -56,6 +67,7 @@ impl Default for ContentOptions {
         ContentOptions {
             segment_bytes: 256 << 20,
             reserve_bytes: 256 << 20,
+            unlisted: Unlisted::Refuse,
         }
     }
 }
@@ -69,8 +81,10 @@ pub struct OpenReport {
     pub scanned_segments: u64,
     /// Segments whose header does not match its checksum.
     pub damaged_headers: u64,
-    /// Segments that the disk does not give back whole, set aside; what could be read of them was written anew.
+    /// Segments that the disk does not give back whole, set aside; what was found in them was written anew.
     pub unreadable_segments: u64,
+    /// Of these, how many have so much that is unreadable that the rest was not looked at.
+    pub partly_read_segments: u64,
     /// Segments without a live record, removed.
     pub removed_segments: u64,
     /// Chunks held.
@@ -121,7 +135,7 @@ impl ContentStore {
         options: ContentOptions,
     ) -> Result<(ContentStore, OpenReport), ContentError> {
         let began = Instant::now();
-        let (folder, listed) = open_and_list(directory)?;
+        let (folder, listed) = open_and_list(directory, options.unlisted)?;
         let mut report = OpenReport::default();
         let mut next_sequence = 0;
         let mut segments = Vec::new();
@@ -177,7 +191,8 @@ impl ContentStore {
             io_thread,
         };
         report.removed_segments += store.tidy_after_open(superseded)?;
-        report.unreadable_segments = store.salvage_all(unreadable)?;
+        let set_aside = store.salvage_all(unreadable)?;
+        (report.unreadable_segments, report.partly_read_segments) = (set_aside.files, set_aside.partly_read);
         report.segments = store.index.segments().len() as u64;
         (report.chunks, report.payload_bytes) = store.index.counts();
         report.elapsed = began.elapsed();
@@ -446,9 +461,9 @@ impl ContentOptions {
 /// A segment's sequence, salt and path.
 type Listed = (u32, u64, PathBuf);
 
-/// The folder, locked, and the segments in it. One that the disk cannot list is set aside: its content is fetched from
-/// other nodes, into an empty one.
-fn open_and_list(directory: &Path) -> Result<(File, Vec<Listed>), ContentError> {
+/// The folder, locked, and the segments in it. One that the disk cannot list is set aside, where others have its content:
+/// that is fetched into an empty one.
+fn open_and_list(directory: &Path, unlisted: Unlisted) -> Result<(File, Vec<Listed>), ContentError> {
     let folder = open_folder(directory)?;
     let mut attempt = 1;
     let error = loop {
@@ -459,6 +474,12 @@ fn open_and_list(directory: &Path) -> Result<(File, Vec<Listed>), ContentError> 
         }
         std::thread::sleep(LIST_PAUSE);
     };
+    if unlisted == Unlisted::Refuse {
+        return Err(ContentError::Unlisted {
+            path: directory.to_path_buf(),
+            source: Box::new(error),
+        });
+    }
     let aside = set_folder_aside(directory)?;
     drop(folder);
     tracing::error!(%error, set_aside = %aside.display(), "the content folder cannot be listed; all content is fetched from other nodes. The disk fails");

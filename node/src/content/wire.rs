@@ -84,6 +84,7 @@ pub fn status_of(error: &ContentError) -> ChunkStatus {
         ContentError::OutOfRange { .. } | ContentError::Malformed { .. } => ChunkStatus::Invalid,
         ContentError::Io { .. }
         | ContentError::UnknownVersion { .. }
+        | ContentError::Unlisted { .. }
         | ContentError::InUse { .. }
         | ContentError::Fatal { .. } => ChunkStatus::Unavailable,
     }

@@ -90,16 +90,22 @@ pub struct Auditor {
     /// Whether an audit is under way here.
     is_comparing: AtomicBool,
     contradicted: watch::Sender<Option<u64>>,
+    note: Arc<NoteContradicted>,
 }
 
+/// Makes it durable that a majority contradicts this node at an entry. Blocks.
+type NoteContradicted = dyn Fn(u64) + Send + Sync;
+
 impl Auditor {
-    /// The leader has everyone compared every `interval`. Nothing is done before [`Auditor::run`].
+    /// The leader has everyone compared every `interval`. Nothing is done before [`Auditor::run`]. `note` is told, before
+    /// anybody else, at which entry a majority contradicts this node: when it starts again it must know that.
     pub fn new(
         consensus: Consensus,
         metadata: Arc<MetadataStore>,
         transport: Arc<Transport>,
         stamps: Arc<StampClock>,
         interval: Duration,
+        note: impl Fn(u64) + Send + Sync + 'static,
     ) -> Arc<Auditor> {
         Arc::new(Auditor {
             consensus,
@@ -111,6 +117,7 @@ impl Auditor {
             last: Mutex::default(),
             is_comparing: AtomicBool::new(false),
             contradicted: watch::Sender::new(None),
+            note: Arc::new(note),
         })
     }
 
@@ -274,6 +281,10 @@ impl Auditor {
             if is_over {
                 conclude(index, outcome, &slots(false));
                 if outcome == AuditOutcome::Contradicted {
+                    self.consensus.stand_down();
+                    let note = self.note.clone();
+                    // A panic is in the log; the verdict stands all the same.
+                    let _ = tokio::task::spawn_blocking(move || note(index)).await;
                     let agreed = majority(&answers, voters.len());
                     self.consensus.step_aside(|node| agreed.contains(&node)).await;
                     self.contradicted.send_replace(Some(index));

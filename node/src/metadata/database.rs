@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use quorumfs_blocks::{BlockFile, Kind, OnDamage, convert, kind_of};
+use quorumfs_blocks::{BlockFile, Kind, OnDamage, convert, is_medium_error, kind_of};
 use redb::ReadableDatabase as _;
 
 use super::fault::StorageFault;
@@ -64,6 +64,15 @@ impl DamageSignal {
         }
     }
 
+    /// What is told to this one is told to `other` too, what was found before as well.
+    pub(super) fn joins(&self, other: &DamageSignal) {
+        let other = other.clone();
+        self.listen(move |fault| match fault {
+            StorageFault::Damaged { what } => other.raise(&what),
+            fault => other.raise(&fault.to_string()),
+        });
+    }
+
     /// Passes `fault` on, and tells of it if it is damage.
     pub(super) fn noted(&self, fault: StorageFault) -> StorageFault {
         if fault.is_damage() {
@@ -91,9 +100,9 @@ impl Database {
         cache_bytes: usize,
         damage: DamageSignal,
     ) -> Result<Database, StorageFault> {
-        let io = StorageFault::io("open the metadata database");
-        let file = open_file(OpenOptions::new().read(true).write(true), path).map_err(io)?;
-        let kind = kind_of(&file).map_err(StorageFault::io("look at the metadata database"))?;
+        let file = open_file(OpenOptions::new().read(true).write(true), path);
+        let file = file.map_err(cannot_open("open the metadata database"))?;
+        let kind = kind_of(&file).map_err(cannot_open("look at the metadata database"))?;
         let plain = kind == Kind::Plain && !take_over(path, &file, cache_bytes)?;
         drop(file);
         let redb = guarded(&damage, || {
@@ -194,6 +203,14 @@ fn panic_message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("it does not say why")
+}
+
+/// What it means that a database, which is there, cannot be opened: the disk may not give the file back.
+fn cannot_open(doing: &'static str) -> impl FnOnce(std::io::Error) -> StorageFault {
+    move |error| match is_medium_error(&error) {
+        true => StorageFault::damaged(format!("{doing}: {error}")),
+        false => StorageFault::io(doing)(error),
+    }
 }
 
 fn open_file(options: &OpenOptions, path: &Path) -> std::io::Result<File> {

@@ -381,6 +381,8 @@ impl<'a> Scan<'a> {
         mut decode: impl FnMut(&[u8], &[u8]) -> Result<T, StorageFault>,
     ) -> Result<Option<T>, StorageFault> {
         loop {
+            #[cfg(test)]
+            visited::count();
             let comes_first = |one: &[u8], other: &[u8]| match self.direction {
                 Direction::Up => one < other,
                 Direction::Down => one > other,
@@ -422,5 +424,23 @@ impl<'a> Scan<'a> {
                 return decode(key, value).map(Some);
             }
         }
+    }
+}
+
+/// How many rows scans of this thread have come by, removed ones as well.
+#[cfg(test)]
+pub(super) mod visited {
+    use std::cell::Cell;
+
+    thread_local! {
+        static ROWS: Cell<u64> = const { Cell::new(0) };
+    }
+
+    pub(super) fn count() {
+        ROWS.set(ROWS.get() + 1);
+    }
+
+    pub(in crate::metadata) fn rows() -> u64 {
+        ROWS.get()
     }
 }

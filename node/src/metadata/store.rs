@@ -102,6 +102,11 @@ pub(super) struct Summary {
     /// Those that were silent when a leader last looked, for how long in milliseconds.
     pub(super) silences: OrdMap<SessionId, u64>,
     pub(super) named_change: NamedChange,
+    /// Below these keys the tables of unlinked inodes are empty, so nobody need look there: the rows that were taken out of
+    /// them since the last flush lie in the overlays as removed. They say where a scan begins, never what it finds, so they
+    /// may differ between nodes, and are lowest after a start.
+    pub(super) queue_from: (u64, InodeNumber),
+    pub(super) reclaimable_from: InodeNumber,
 }
 
 impl Summary {
@@ -129,6 +134,8 @@ impl Summary {
             marks,
             silences,
             named_change: NamedChange::default(),
+            queue_from: (0, InodeNumber(0)),
+            reclaimable_from: InodeNumber(0),
         })
     }
 
@@ -352,10 +359,11 @@ impl MetadataStore {
     pub fn begin_install(&self) -> Result<Installation, StorageFault> {
         let number = self.installations.fetch_add(1, Ordering::Relaxed);
         let purpose = format!("{INSTALLATION}{number}");
+        // Damage of that file is none of this state's, before it takes its place.
         let installation = Installation::begin(
             path_beside(&self.path, &purpose),
             self.options,
-            self.damage.clone(),
+            DamageSignal::default(),
         )?;
         installation.check_room()?;
         Ok(installation)
@@ -370,6 +378,7 @@ impl MetadataStore {
         std::fs::rename(file.path(), &self.path).map_err(StorageFault::io("put the snapshot in place"))?;
         sync_directory_of(&self.path)?;
         let position = next.durable_position.clone();
+        next.layers.base.database().damage().joins(&self.damage);
         let replaced = {
             let mut state = self.state.lock();
             let mut next = next;

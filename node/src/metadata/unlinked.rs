@@ -5,6 +5,7 @@ use quorumfs_proto::{InodeNumber, SessionId};
 
 use super::fault::Failure;
 use super::overlay::{Direction, KeyRange};
+use super::store::Summary;
 use super::tables::{Departed, Holds, Orphans, Pins, Reclaimable, Rows, UnlinkedQueue};
 use super::view::View;
 
@@ -17,6 +18,18 @@ pub struct UnlinkedPage {
     pub through: u64,
     /// Which.
     pub inodes: Vec<InodeNumber>,
+}
+
+impl Summary {
+    /// Where rows of the queue can be.
+    pub(super) fn queued(&self) -> KeyRange {
+        KeyRange::prefix(&[]).starting_at(&UnlinkedQueue::key(&self.queue_from))
+    }
+
+    /// Where rows of what can be freed can be.
+    pub(super) fn reclaimable(&self) -> KeyRange {
+        KeyRange::prefix(&[]).starting_at(&Reclaimable::key(&self.reclaimable_from))
+    }
 }
 
 impl View {
@@ -48,7 +61,7 @@ impl View {
     pub fn sessions_to_ask(&self) -> Result<Vec<SessionId>, Failure> {
         let last = self
             .layers
-            .scan::<UnlinkedQueue>(KeyRange::prefix(&[]), Direction::Down)?
+            .scan::<UnlinkedQueue>(self.summary.queued(), Direction::Down)?
             .next()
             .transpose()?;
         let Some(((newest, _), ())) = last else {
@@ -91,20 +104,20 @@ impl View {
 
     /// Whether a [`super::LogBody::Reclaim`] has something to do.
     pub fn has_reclaimable(&self) -> Result<bool, Failure> {
-        let all = || KeyRange::prefix(&[]);
         let answered_by_all = self.summary.marks.lowest();
-        let oldest = self.layers.scan::<UnlinkedQueue>(all(), Direction::Up)?.next();
+        let queued = self.summary.queued();
+        let oldest = self.layers.scan::<UnlinkedQueue>(queued, Direction::Up)?.next();
         Ok(oldest
             .transpose()?
             .is_some_and(|((since, _), ())| since <= answered_by_all)
             || self
                 .layers
-                .scan::<Reclaimable>(all(), Direction::Up)?
+                .scan::<Reclaimable>(self.summary.reclaimable(), Direction::Up)?
                 .next()
                 .is_some()
             || self
                 .layers
-                .scan::<Departed>(all(), Direction::Up)?
+                .scan::<Departed>(KeyRange::prefix(&[]), Direction::Up)?
                 .next()
                 .is_some())
     }

@@ -42,6 +42,8 @@ pub enum Act {
     DoAndBreak,
     /// Does nothing and says this.
     Reply(CallReply),
+    /// As [`Act::Reply`], after this.
+    ReplyAfter(Duration, CallReply),
 }
 
 /// What a node does with one put.
@@ -392,6 +394,10 @@ impl FileSystem for FakeNode {
                                 return;
                             }
                             Act::Reply(reply) => (reply, None),
+                            Act::ReplyAfter(delay, reply) => {
+                                world.mutations_under_way += 1;
+                                (reply, Some(delay))
+                            }
                         }
                     }
                 };

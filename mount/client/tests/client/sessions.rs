@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use quorumfs_proto::wire::{CallResponse, SessionHello, UnlinkedQuestion};
-use quorumfs_proto::{Call, Command, InodeNumber, Operation};
+use quorumfs_proto::{Call, CallReply, Command, InodeNumber, Operation, Refusal};
 
 use crate::calls::{connect, created, make};
 use crate::fake::{Act, Fake};
@@ -117,4 +117,24 @@ async fn a_stream_is_told_once_for_whom_it_speaks() {
     let hellos = fake.world.lock().hellos.clone();
     assert!(hellos.len() > 1, "the next stream is told too");
     assert!(hellos.iter().all(|told| *told == hello));
+}
+
+/// As one that has lost its quorum does.
+#[tokio::test]
+async fn a_leader_that_answers_keep_alives_and_refuses_the_rest_is_not_called_without_pause() {
+    const STREAMS_MAX: usize = 40;
+    let fake = Fake::start(1).await;
+    let client = connect(&fake, None).await;
+    fake.on_call(|_, call| match call {
+        // It asks others first, and answers a keep-alive meanwhile.
+        Call::CloseSession { .. } => {
+            Act::ReplyAfter(5 * MS, CallReply::Refused(Refusal::NotLeader { leader: None }))
+        }
+        _ => Act::Normal,
+    });
+    let before = fake.world.lock().calls_streams;
+    client.close().await;
+    let streams = fake.world.lock().calls_streams - before;
+    println!("{streams} streams");
+    assert!(streams < STREAMS_MAX, "{streams} streams until it gave up");
 }

@@ -248,16 +248,13 @@ impl Roster {
 
     /// A leader that is to leave lets another do it.
     async fn hand_on(&self, remaining: &BTreeSet<NodeId>) -> RosterError {
-        let nearest = remaining
-            .iter()
-            .min_by_key(|id| self.consensus.lag_of(**id).unwrap_or(u64::MAX));
-        let Some(to) = nearest.copied() else {
+        if remaining.is_empty() {
             return RosterError::Refused("the last voter cannot be removed".to_string());
-        };
-        match self.consensus.transfer_leadership(to).await {
-            Ok(()) => {
-                RosterError::Unavailable("the leader is among them and hands leadership on".to_string())
-            }
+        }
+        let mut nearest: Vec<NodeId> = remaining.iter().copied().collect();
+        nearest.sort_by_key(|id| self.consensus.lag_of(*id).unwrap_or(u64::MAX));
+        match self.consensus.hand_on(nearest).await {
+            Ok(_) => RosterError::Unavailable("the leader is among them and hands leadership on".to_string()),
             Err(error) => RosterError::Unavailable(error.to_string()),
         }
     }

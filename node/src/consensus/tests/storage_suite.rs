@@ -66,6 +66,7 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, Guard> for OnDisk {
             effects,
             audited: Arc::default(),
             takes_part: Arc::default(),
+            log_only: false,
         };
         let machine = StateMachine::new(
             metadata,

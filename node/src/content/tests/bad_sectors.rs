@@ -113,6 +113,33 @@ fn a_segment_that_cannot_be_read_whole_is_set_aside_and_what_can_be_is_kept() {
 }
 
 #[test]
+fn a_segment_with_too_much_that_is_unreadable_is_said_not_to_be_looked_at_to_the_end() {
+    const PAGE: u64 = 4096;
+    const BAD_PAGES: u64 = 300;
+    let folder = tempfile::tempdir().unwrap();
+    let (chunks, segment) = sealed(folder.path(), 120);
+    let end = std::fs::metadata(&segment).unwrap().len();
+    spoil(&segment, end - PAGE..end);
+    spoil(&segment, 20 * PAGE..(20 + BAD_PAGES) * PAGE);
+    let (store, report) = open(folder.path());
+    assert_eq!(
+        (report.unreadable_segments, report.partly_read_segments),
+        (1, 1),
+        "{report:?}"
+    );
+    // What lies behind it is readable still, where it is.
+    assert!(!store.holds(chunks[119].id));
+    let aside = &store.files_set_aside()[0];
+    find(aside, &chunks[119].payload[..64]);
+
+    let folder = tempfile::tempdir().unwrap();
+    let (_, segment) = sealed(folder.path(), 40);
+    spoil(&segment, 0..PAGE);
+    let (_, report) = open(folder.path());
+    assert_eq!((report.unreadable_segments, report.partly_read_segments), (1, 0));
+}
+
+#[test]
 fn what_was_discarded_does_not_come_back_from_an_unreadable_segment() {
     let folder = tempfile::tempdir().unwrap();
     let (chunks, segment) = sealed(folder.path(), 40);
@@ -145,11 +172,19 @@ fn a_torn_segment_with_a_bad_sector_is_salvaged_too() {
 }
 
 #[test]
-fn a_folder_that_cannot_be_listed_is_set_aside() {
+fn a_folder_that_cannot_be_listed_is_set_aside_where_others_have_its_content() {
     let parent = tempfile::tempdir().unwrap();
     let folder = parent.path().join("content");
     sealed(&folder, 3);
     BAD_FOLDERS.lock().push(folder.clone());
+    let alone = ContentOptions {
+        unlisted: Unlisted::Refuse,
+        ..options()
+    };
+    let refused = ContentStore::open(&folder, alone).unwrap_err();
+    assert!(matches!(refused, ContentError::Unlisted { .. }), "{refused}");
+    assert_eq!(segment_files(&folder).len(), 1, "it stays where it is");
+
     let (store, report) = open(&folder);
     assert_eq!((report.segments, report.chunks), (0, 0));
     store.append(&chunk(1, 100)).unwrap();

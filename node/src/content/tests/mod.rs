@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use quorumfs_proto::{ChunkId, SessionId, Sha256};
 
-use super::{ContentOptions, ContentStore, OpenReport, StoredChunk};
+use super::{ContentError, ContentOptions, ContentStore, OpenReport, StoredChunk, Unlisted};
 
 /// The id of the test chunk `counter`.
 fn id(counter: u64) -> ChunkId {
@@ -44,6 +44,7 @@ fn options() -> ContentOptions {
     ContentOptions {
         segment_bytes: 4 << 20,
         reserve_bytes: 64 << 10,
+        unlisted: Unlisted::SetAside,
     }
 }
 

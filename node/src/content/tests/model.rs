@@ -35,7 +35,7 @@ proptest! {
     #[test]
     fn the_store_is_a_map_through_crashes(steps in prop::collection::vec(steps(), 1..80)) {
         let folder = tempfile::tempdir().unwrap();
-        let options = ContentOptions { segment_bytes: 600 << 10, reserve_bytes: 0 };
+        let options = ContentOptions { segment_bytes: 600 << 10, reserve_bytes: 0, ..options() };
         let mut store = ContentStore::open(folder.path(), options.clone()).unwrap().0;
         let mut model: BTreeMap<u64, StoredChunk> = BTreeMap::new();
         for step in steps {

@@ -11,7 +11,7 @@ use quorumfs_proto::{FileKind, FsError, InodeNumber, OperationResult, Timestamp}
 use super::super::command::Crowded;
 use super::super::fault::Failure;
 use super::super::overlay::{Direction, KeyRange};
-use super::super::tables::{Cut, ExtentRecord, Extents, Reclaimable, Rows as _};
+use super::super::tables::{Cut, ExtentRecord, Extents, Rows as _};
 use super::CUTS_MAX;
 use super::attributes::valid_time;
 use super::transaction::Transaction;
@@ -94,7 +94,7 @@ impl Transaction<'_> {
                 false => record.trim_cursor.min(size),
             };
             record.cuts.push(Cut { from: size, version });
-            self.writer.put::<Reclaimable>(&inode, &());
+            self.writer.put_reclaimable(inode);
         }
         Ok(())
     }

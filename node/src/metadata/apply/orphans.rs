@@ -121,7 +121,7 @@ impl Transaction<'_> {
             self.writer.remove::<Pins>(&(session, inode));
             self.writer.put::<Orphans>(&inode, &orphan);
             if orphan.waiting_for.is_empty() {
-                self.writer.put::<Reclaimable>(&inode, &());
+                self.writer.put_reclaimable(inode);
                 self.reclaim(inode)?;
             }
         }
@@ -259,7 +259,7 @@ impl Transaction<'_> {
             self.writer.put::<Pins>(&(*session, inode), &());
         }
         if orphan.waiting_for.is_empty() {
-            self.writer.put::<Reclaimable>(&inode, &());
+            self.writer.put_reclaimable(inode);
         }
         self.writer.put::<Orphans>(&inode, orphan);
     }

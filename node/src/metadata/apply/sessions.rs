@@ -7,7 +7,7 @@ use super::super::command::CallResult;
 use super::super::fault::StorageFault;
 use super::super::overlay::KeyRange;
 use super::super::tables::{
-    Departed, Lanes, Marks, Orphans, Pins, Reclaimable, SessionKey, SessionKeys, SessionRecord, Sessions,
+    Departed, Lanes, Marks, Orphans, Pins, SessionKey, SessionKeys, SessionRecord, Sessions,
 };
 use super::{COMMAND_FREED_EXTENTS_MAX, Writer};
 
@@ -155,7 +155,7 @@ impl Writer {
             };
             orphan.waiting_for.retain(|waiting| *waiting != session);
             if orphan.waiting_for.is_empty() {
-                self.put::<Reclaimable>(&inode, &());
+                self.put_reclaimable(inode);
             }
             self.put::<Orphans>(&inode, &orphan);
         }

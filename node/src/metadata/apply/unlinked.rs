@@ -122,7 +122,14 @@ impl Transaction<'_> {
     /// Frees what is known to be reclaimable.
     fn reclaim_ready(&mut self) -> Result<(), Failure> {
         let max = self.extents_left as usize;
-        let ready = self.writer.collect::<Reclaimable>(KeyRange::prefix(&[]), max)?;
+        let range = self.writer.summary.reclaimable();
+        let ready = self.writer.collect::<Reclaimable>(range, max)?;
+        // Below the first there is none; where one was looked for and there is none at all, none up to the newest inode.
+        if max > 0 {
+            let first = ready.first().map(|(inode, ())| *inode);
+            let newest = InodeNumber(self.writer.summary.next_inode);
+            self.writer.summary.reclaimable_from = first.unwrap_or(newest);
+        }
         for (inode, ()) in ready {
             if self.extents_left == 0 {
                 break;
@@ -136,7 +143,7 @@ impl Transaction<'_> {
     /// Takes from the queue what all sessions have answered for, and frees what nobody holds.
     fn reclaim_answered(&mut self) -> Result<(), Failure> {
         let lowest = self.writer.summary.marks.lowest();
-        let mut answered = KeyRange::prefix(&[]);
+        let mut answered = self.writer.summary.queued();
         if let Some(next) = lowest.checked_add(1) {
             answered = answered.before(&UnlinkedQueue::key(&(next, InodeNumber(0))));
         }
@@ -146,10 +153,12 @@ impl Transaction<'_> {
                 break;
             }
             self.writer.remove::<UnlinkedQueue>(&(since, inode));
+            // They are taken out in order, and come in behind all others.
+            self.writer.summary.queue_from = (since, inode);
             let record = self.writer.unlinked(inode)?;
             if record.holds == 0 {
                 // Until it is gone; then it is taken out again.
-                self.writer.put::<Reclaimable>(&inode, &());
+                self.writer.put_reclaimable(inode);
                 self.reclaim(inode)?;
             }
             self.extents_left = self.extents_left.saturating_sub(1);
@@ -184,8 +193,14 @@ impl Writer {
         if record.holds > 0 || self.layers.contains::<UnlinkedQueue>(&(record.since, inode))? {
             return Ok(Holding::Somebody);
         }
-        self.put::<Reclaimable>(&inode, &());
+        self.put_reclaimable(inode);
         Ok(Holding::Nobody)
+    }
+
+    pub(super) fn put_reclaimable(&mut self, inode: InodeNumber) {
+        self.put::<Reclaimable>(&inode, &());
+        let from = &mut self.summary.reclaimable_from;
+        *from = inode.min(*from);
     }
 
     /// As far as `max` goes.

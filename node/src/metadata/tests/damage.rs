@@ -163,3 +163,66 @@ fn a_panic_inside_the_database_is_damage() {
     assert_eq!(told.lock().len(), 1);
     assert!(told.lock()[0].contains("5000"), "{:?}", told.lock());
 }
+
+#[test]
+fn damage_of_a_snapshot_that_is_being_received_does_not_cost_the_state() {
+    let folder = tempfile::tempdir().unwrap();
+    let (sound, path) = (folder.path().join("sound"), folder.path().join("metadata.redb"));
+    make(&sound);
+    std::fs::copy(&sound, &path).unwrap();
+    let options = MetadataOptions {
+        // Too little to keep what was written.
+        cache_bytes: 64 << 10,
+        ..MetadataOptions::default()
+    };
+    let (source, store) = (
+        open(&sound).unwrap(),
+        MetadataStore::open(&path, options).unwrap(),
+    );
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let hears = told.clone();
+    store.on_damage(move |fault| hears.lock().push(fault.to_string()));
+    let receive = || {
+        let before: Vec<_> = std::fs::read_dir(folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect();
+        let mut installation = store.begin_install().unwrap();
+        for row in source.snapshot().unwrap().rows() {
+            installation.add(&[row.unwrap()]).unwrap();
+        }
+        let received = installation.finish().unwrap();
+        let mut files = std::fs::read_dir(folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        (received, files.find(|file| !before.contains(file)).unwrap())
+    };
+    let spoil = |file: &Path| {
+        let bytes = file.metadata().unwrap().len();
+        let file = std::fs::OpenOptions::new().write(true).open(file).unwrap();
+        (64 << 10..bytes - 4096)
+            .step_by(4096)
+            .for_each(|at| file.write_all_at(&[0x5a; 64], at).unwrap());
+    };
+    let finds = |view: &crate::metadata::View| {
+        (1..=FILES).any(|file| {
+            matches!(
+                view.lookup(InodeNumber::ROOT, &name_of(file)),
+                Err(Failure::Fault(_))
+            )
+        })
+    };
+
+    let (received, file) = receive();
+    spoil(&file);
+    assert!(finds(&received.view()), "the damage is found");
+    assert!(told.lock().is_empty(), "{:?}", told.lock());
+    assert_eq!(check_all(&store).unwrap(), check_all(&source).unwrap());
+    drop(received);
+
+    let (received, _) = receive();
+    store.install(received).unwrap();
+    spoil(&path);
+    assert!(finds(&store.view().unwrap()), "the damage is found");
+    assert_eq!(told.lock().len(), 1, "now it is this node's state");
+}

@@ -3,6 +3,7 @@
 use quorumfs_proto::command::*;
 use quorumfs_proto::*;
 
+use super::super::overlay::visited;
 use super::super::*;
 use super::support::*;
 
@@ -265,4 +266,40 @@ fn a_silence_is_known_until_the_session_speaks_or_ends() {
         session: SessionId(2),
     });
     assert!(node.view().silences().is_empty());
+}
+
+#[test]
+fn freeing_does_not_come_by_what_was_freed_before() {
+    const FILES: u64 = 2_000;
+    const ROWS_PER_FILE_MAX: u64 = 40;
+    let mut node = Node::at_newest_level(1);
+    for n in 0..FILES {
+        unlinked_file(&mut node, &format!("{n}"), n + 1);
+    }
+    assert_eq!(node.answer_all(1, &[]), FILES as usize);
+    let before = visited::rows();
+    assert_eq!(node.reclaim(7).len(), FILES as usize);
+    let visited = visited::rows() - before;
+    eprintln!("measured: {visited} rows visited to free {FILES} files");
+    assert!(visited < ROWS_PER_FILE_MAX * FILES, "{visited}");
+    check_invariants(&node.view());
+
+    // One with a low number is found, although those above it went first.
+    let low = node.entry(create(ROOT, "low", NewKind::File));
+    unlinked_file(&mut node, "high", FILES + 10);
+    node.answer_all(1, &[]);
+    assert_eq!(node.reclaim(7).len(), 1);
+    node.operate(unlink(ROOT, "low", Held::Open)).unwrap();
+    assert_eq!(node.answer_all(1, &[low]), 1);
+    node.reclaim(7);
+    assert!(is_there(&node, low));
+    unlinked_file(&mut node, "higher", FILES + 20);
+    node.answer_all(1, &[]);
+    node.reclaim(7);
+    node.apply(LogBody::EndSession {
+        session: SessionId(1),
+    });
+    node.reclaim(7);
+    assert!(!is_there(&node, low));
+    check_invariants(&node.view());
 }

@@ -1,6 +1,7 @@
 //! Whole nodes in one process, over real connections: election, proposals, death and return, snapshots,
 //! members.
 
+mod aside;
 mod node;
 mod rates;
 mod slow;
@@ -381,6 +382,10 @@ async fn a_leader_without_a_quorum_says_so_and_serves_no_reads() {
     let read = tokio::time::timeout(Duration::from_secs(20), consensus.barrier()).await;
     assert!(matches!(read, Ok(Err(_))), "{read:?}");
     eventually("it says that no quorum answers", || !consensus.status().writable).await;
+    eventually("it does not take itself for the leader", || {
+        !consensus.is_leader() && consensus.leader().is_none()
+    })
+    .await;
     drop(consensus);
     let back = cluster.others(leader)[0];
     cluster.restart(back).await;

@@ -40,7 +40,7 @@ pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-struct Service(Consensus);
+struct Service(Member, Consensus);
 
 fn elsewhere<T>() -> Result<Response<T>, Status> {
     Err(Status::unimplemented("not part of this test"))
@@ -56,19 +56,19 @@ impl Peer for Service {
         &self,
         request: Request<Streaming<RaftMessage>>,
     ) -> Result<Response<Self::AppendEntriesStream>, Status> {
-        Ok(Response::new(self.0.append_stream(request.into_inner())))
+        Ok(Response::new(self.1.append_stream(request.into_inner())))
     }
 
     async fn vote(&self, request: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
-        self.0.vote(request.into_inner()).await.map(Response::new)
+        self.1.vote(request.into_inner()).await.map(Response::new)
     }
 
     async fn pre_vote(&self, request: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
-        self.0.pre_vote(request.into_inner()).await.map(Response::new)
+        self.1.pre_vote(request.into_inner()).await.map(Response::new)
     }
 
     async fn transfer_leader(&self, request: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
-        let answer = self.0.transfer_leader(request.into_inner()).await;
+        let answer = self.1.transfer_leader(request.into_inner()).await;
         answer.map(Response::new)
     }
 
@@ -76,12 +76,16 @@ impl Peer for Service {
         &self,
         request: Request<Streaming<SnapshotPiece>>,
     ) -> Result<Response<RaftMessage>, Status> {
-        let answer = self.0.install_snapshot(request.into_inner()).await;
+        let answer = self.1.install_snapshot(request.into_inner()).await;
         answer.map(Response::new)
     }
 
     async fn hello(&self, _: Request<HelloRequest>) -> Result<Response<HelloResponse>, Status> {
-        elsewhere()
+        Ok(Response::new(HelloResponse {
+            node: Some(self.0.clone().into()),
+            trouble: self.1.trouble().unwrap_or_default(),
+            ..HelloResponse::default()
+        }))
     }
 
     async fn push_chunks(
@@ -233,17 +237,18 @@ impl TestNode {
         let content_options = ContentOptions {
             segment_bytes: 4 << 20,
             reserve_bytes: 0,
+            ..ContentOptions::default()
         };
         let content = ContentStore::open(&self.folder.path().join("content"), content_options).unwrap();
         let content = Arc::new(content.0);
         let transport = Arc::new(Transport::new(None));
         let (sender, effects) = mpsc::channel(10_000);
-        let address = self.member.addresses.grpc.clone();
+        let (address, member) = (self.member.addresses.grpc.clone(), self.member.clone());
         let (options, metadata_too, content_too) = (self.options.clone(), metadata.clone(), content.clone());
         let started = runtime.spawn(async move {
             let consensus = Consensus::start(options, metadata_too, content_too, transport, sender).await?;
             let listener = TcpListener::bind(address).await.unwrap();
-            let service = PeerServer::new(Service(consensus.clone()))
+            let service = PeerServer::new(Service(member, consensus.clone()))
                 .max_decoding_message_size(quorumfs_proto::limits::MESSAGE_BYTES_MAX);
             tokio::spawn(
                 tonic::transport::Server::builder()

@@ -8,6 +8,7 @@ use super::super::log_files::SmallDisk;
 use super::super::open_session;
 use super::node::{Cluster, eventually};
 use crate::consensus::AppliedEffects;
+use crate::metadata::StorageFault;
 
 /// Bytes of each command.
 const COMMAND_BYTES: usize = 4 << 10;
@@ -128,4 +129,36 @@ async fn a_log_that_was_without_its_reserve_has_it_as_soon_as_there_is_room_and_
     assert_eq!(files(), before + 1, "the reserve is all that is new");
     drop(consensus);
     cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p8_a_node_whose_state_is_damaged_looks_for_room_for_its_log() {
+    let Some(disk) = SmallDisk::of_kibibytes(4096) else {
+        println!("skipped: not allowed to mount");
+        return;
+    };
+    let cluster = Cluster::start(1, |options| {
+        options.directory = disk.0.path().join("log");
+        options.wal.file_bytes = 256 << 10;
+    })
+    .await;
+    let consensus = cluster.node(cluster.ids()[0]).consensus();
+    eventually("it leads and has room", || {
+        consensus.is_leader() && consensus.has_room()
+    })
+    .await;
+    let what = "a block does not match its checksum".to_string();
+    consensus
+        .0
+        .fatal
+        .raise("read the metadata", StorageFault::Damaged { what });
+    let filler = disk.0.path().join("filler");
+    let mut bytes = 4096 << 10;
+    while bytes > 64 << 10 && std::fs::write(&filler, vec![1; bytes]).is_err() {
+        bytes -= 64 << 10;
+    }
+    eventually("it sees that there is no room", || !consensus.has_room()).await;
+    std::fs::remove_file(&filler).unwrap();
+    eventually("it sees that there is room again", || consensus.has_room()).await;
+    drop(consensus);
 }

@@ -1,0 +1,89 @@
+//! Who leads and who belongs, as this node knows it.
+
+use std::collections::BTreeSet;
+
+use openraft::RaftMetrics;
+use openraft::async_runtime::{Instant as _, WatchReceiver as _};
+use quorumfs_proto::{ClusterId, Member, NodeId};
+
+use super::Consensus;
+use super::types::{TypeConfig, VoterId, member};
+
+impl Consensus {
+    /// This node.
+    pub fn id(&self) -> NodeId {
+        self.0.id.0
+    }
+
+    /// The cluster it belongs to.
+    pub fn cluster(&self) -> ClusterId {
+        self.0.cluster
+    }
+
+    /// Who leads, as far as this node knows.
+    pub fn leader(&self) -> Option<Member> {
+        let metrics = self.metrics();
+        let id = metrics.current_leader?;
+        if id == self.0.id && !self.has_quorum(&metrics) {
+            return None;
+        }
+        Some(member(id, metrics.membership_config.get_node(&id)?))
+    }
+
+    /// Whether this node believes to lead, and has lately heard from so many others that it may. Another may already have
+    /// been elected; only what a quorum confirms is sure.
+    pub fn is_leader(&self) -> bool {
+        let watched = self.0.raft.metrics();
+        let metrics = watched.borrow_watched();
+        metrics.current_leader == Some(self.0.id) && self.has_quorum(&metrics)
+    }
+
+    /// Whether this node was elected and nobody has told it otherwise, be it that nobody answers it any more.
+    pub fn claims_to_lead(&self) -> bool {
+        self.0.raft.metrics().borrow_watched().current_leader == Some(self.0.id)
+    }
+
+    /// Whether a quorum has acknowledged this leader within the time in which others could have elected another.
+    fn has_quorum(&self, metrics: &RaftMetrics<TypeConfig>) -> bool {
+        let quorum_ms_max = u128::from(2 * self.0.options.timings.election_ms_max);
+        // A single voter acknowledges to itself with each command, and there may be none for long; who was just elected
+        // has not been acknowledged yet.
+        metrics.membership_config.voter_ids().eq([self.0.id])
+            || metrics
+                .last_quorum_acked
+                .as_ref()
+                .is_none_or(|acknowledged| acknowledged.elapsed().as_millis() <= quorum_ms_max)
+    }
+
+    /// The term this node is in; in each there is at most one leader.
+    pub fn term(&self) -> u64 {
+        self.0.raft.metrics().borrow_watched().current_term
+    }
+
+    /// The voters: one set, or two while they change. What must be on a quorum must be on one of each.
+    pub fn voter_sets(&self) -> Vec<BTreeSet<NodeId>> {
+        let membership = self.metrics().membership_config;
+        let sets = membership.get_joint_config().iter();
+        sets.map(|set| set.iter().map(|id| id.0).collect()).collect()
+    }
+
+    /// The voters of the newest configuration.
+    pub fn voters(&self) -> BTreeSet<NodeId> {
+        self.voter_sets().pop().unwrap_or_default()
+    }
+
+    /// By how many entries `member` is behind what is committed; `None` where this node does not lead or has not heard
+    /// of it yet.
+    pub fn lag_of(&self, member: NodeId) -> Option<u64> {
+        let metrics = self.metrics();
+        let matched = *metrics.replication.as_ref()?.get(&VoterId(member))?;
+        let committed = metrics.cluster_committed.map_or(0, |id| id.index);
+        Some(committed.saturating_sub(matched.map_or(0, |id| id.index)))
+    }
+
+    /// All members, voters and learners.
+    pub fn members(&self) -> Vec<Member> {
+        let membership = self.metrics().membership_config;
+        membership.nodes().map(|(id, node)| member(*id, node)).collect()
+    }
+}
