@@ -7,8 +7,7 @@
 //!
 //! A creation that finds a file is the other way round: the kernel must look the name up again, and then finds that file,
 //! for the thread that tried to create it, even if it has lost its name meanwhile. Only that look-up does: the open may
-//! end without a request of its own (EACCES, EISDIR), and what the thread looks up later must be as new as any. So it
-//! does not find it either if this mount has taken the name away since.
+//! end without a request of its own (EACCES, EISDIR), and what the thread looks up later must be as new as any.
 //!
 //! Invariant: an inode of which the cluster was told that it need not keep it for this mount is not opened any more.
 
@@ -209,12 +208,6 @@ impl LookedUp {
         found.name = None;
         found.at = now;
         Some(found.attributes.clone())
-    }
-
-    /// This mount took `name` away, or gave it to another inode: nobody finds under it what was there before.
-    pub(super) fn name_changed(&self, parent: InodeNumber, name: &[u8]) {
-        let mut state = self.state.lock();
-        state.found.retain(|_, found| !found.is_named(parent, name));
     }
 
     /// `caller` goes on: what its creation found is of no use any more.

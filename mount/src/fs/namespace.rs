@@ -125,15 +125,14 @@ impl<C: Cluster> Filesystem<C> {
         self.writable()?;
         let name = Name::new(name.to_vec())?;
         let _under_way = self.removed.may_hold();
-        let unlink = Operation::Unlink {
-            parent: Target::Inode(parent),
-            name: name.clone(),
-            held: Held::Open,
-        };
-        let unlinked = self.mutate(unlink).await;
-        // Without a verdict too: it may have taken effect.
-        self.looked_up.name_changed(parent, name.as_bytes());
-        self.removed_by(&unlinked?);
+        let outcome = self
+            .mutate(Operation::Unlink {
+                parent: Target::Inode(parent),
+                name,
+                held: Held::Open,
+            })
+            .await?;
+        self.removed_by(&outcome);
         Ok(())
     }
 
@@ -141,14 +140,10 @@ impl<C: Cluster> Filesystem<C> {
     pub async fn remove_directory(&self, parent: InodeNumber, name: &[u8]) -> Result<(), FsError> {
         self.writable()?;
         let name = Name::new(name.to_vec())?;
+        let parent = Target::Inode(parent);
         let _under_way = self.removed.may_hold();
-        let remove = Operation::RemoveDirectory {
-            parent: Target::Inode(parent),
-            name: name.clone(),
-        };
-        let removed = self.mutate(remove).await;
-        self.looked_up.name_changed(parent, name.as_bytes());
-        self.removed_by(&removed?);
+        let outcome = self.mutate(Operation::RemoveDirectory { parent, name }).await?;
+        self.removed_by(&outcome);
         Ok(())
     }
 
@@ -170,18 +165,16 @@ impl<C: Cluster> Filesystem<C> {
             self.commit_named(to_parent, &to_name).await;
         }
         let _under_way = self.removed.may_hold();
-        let rename = Operation::Rename {
-            from_parent: Target::Inode(from_parent),
-            from_name: from_name.clone(),
-            to_parent: Target::Inode(to_parent),
-            to_name: to_name.clone(),
-            mode,
-            held: Held::Open,
-        };
-        let renamed = self.mutate(rename).await;
-        self.looked_up.name_changed(from_parent, from_name.as_bytes());
-        self.looked_up.name_changed(to_parent, to_name.as_bytes());
-        let outcome = renamed?;
+        let outcome = self
+            .mutate(Operation::Rename {
+                from_parent: Target::Inode(from_parent),
+                from_name,
+                to_parent: Target::Inode(to_parent),
+                to_name,
+                mode,
+                held: Held::Open,
+            })
+            .await?;
         let Some(OperationResult::Renamed { inode, other }) = outcome.results.first() else {
             return Ok(Moved::default());
         };

@@ -68,6 +68,15 @@ pub(super) async fn write(fs: &Arc<Filesystem<Connection>>, handle: Handle, offs
     assert_eq!(written, Ok(data.len() as u32));
 }
 
+pub(super) async fn read(
+    fs: &Arc<Filesystem<Connection>>,
+    handle: Handle,
+    offset: u64,
+    length: u32,
+) -> Bytes {
+    fs.read(handle, offset, length, Order::default()).await.unwrap()
+}
+
 pub(super) async fn close(fs: &Arc<Filesystem<Connection>>, handle: Handle) {
     fs.flush(handle).await.unwrap();
     fs.release(handle).await.unwrap();

@@ -10,8 +10,8 @@ use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{FileKind, FsError, InodeNumber, Operation, SymlinkTarget, Timestamp};
 
 use super::reference::{Connection, Reference};
-use super::support::{ageless, close, create, mount, mount_with, read_write, write};
-use crate::fs::{Durability, Filesystem, FsOptions, OpenFlags, Order};
+use super::support::{ageless, close, create, mount, mount_with, read, read_write, write};
+use crate::fs::{Durability, Filesystem, FsOptions, OpenFlags};
 
 pub const ROOT: InodeNumber = InodeNumber::ROOT;
 pub const MIB: u64 = 1 << 20;
@@ -24,10 +24,7 @@ pub async fn contents(fs: &Arc<Filesystem<Connection>>, name: &str) -> Vec<u8> {
         .unwrap();
     let mut all = Vec::new();
     loop {
-        let part = fs
-            .read(opened.handle, all.len() as u64, 128 << 10, Order::default())
-            .await
-            .unwrap();
+        let part = read(&fs, opened.handle, all.len() as u64, 128 << 10).await;
         if part.is_empty() {
             break;
         }
@@ -286,7 +283,7 @@ async fn a_reader_whose_chunk_is_gone_looks_again() {
     let writer = other.open(inode, read_write()).await.unwrap().handle;
     write(&other, writer, 0, &pattern(200_000, 2)).await;
     close(&other, writer).await;
-    assert!(fs.read(reader, 0, 200_000, Order::default()).await.unwrap() == pattern(200_000, 2));
+    assert!(read(&fs, reader, 0, 200_000).await == pattern(200_000, 2));
 }
 
 #[tokio::test]
@@ -324,10 +321,7 @@ async fn a_sequential_reader_fetches_each_chunk_once_and_ahead() {
     }
     close(&fs, handle).await;
     let opened = reader.open(inode, OpenFlags::from(libc::O_RDONLY)).await.unwrap();
-    let first = reader
-        .read(opened.handle, 0, 128 << 10, Order::default())
-        .await
-        .unwrap();
+    let first = read(&reader, opened.handle, 0, 128 << 10).await;
     assert!(first == data[..128 << 10]);
     tokio::time::sleep(Duration::from_millis(20)).await;
     assert!(
@@ -531,13 +525,7 @@ async fn a_read_only_mount_changes_nothing() {
     let created = fs.create(ROOT, b"x", 0o644, 0, 0, read_write()).await;
     assert_eq!(created.map(|_| ()), refused);
     let reader = fs.open(inode, OpenFlags::from(libc::O_RDONLY)).await.unwrap();
-    assert_eq!(
-        fs.read(reader.handle, 0, 10, Order::default())
-            .await
-            .unwrap()
-            .len(),
-        0
-    );
+    assert_eq!(read(&fs, reader.handle, 0, 10).await.len(), 0);
     assert_eq!(reference.commands.lock().len(), before);
 }
 
@@ -556,16 +544,13 @@ async fn holes_read_as_zeros_and_truncation_cuts() {
     };
     fs.set_attributes(inode, None, size(3 * MIB + 1)).await.unwrap();
     fs.set_attributes(inode, None, size(3 * MIB + 3)).await.unwrap();
-    let end = fs.read(handle, 3 * MIB, 100, Order::default()).await.unwrap();
+    let end = read(&fs, handle, 3 * MIB, 100).await;
     assert_eq!(end, &b"e\0\0"[..]);
     let cut = fs
         .open(inode, OpenFlags::from(libc::O_RDWR | libc::O_TRUNC))
         .await
         .unwrap();
-    assert_eq!(
-        fs.read(cut.handle, 0, 100, Order::default()).await.unwrap().len(),
-        0
-    );
+    assert_eq!(read(&fs, cut.handle, 0, 100).await.len(), 0);
     assert_eq!(fs.attributes(inode, None).await.unwrap().size, 0);
 }
 
@@ -612,10 +597,7 @@ async fn a_reader_never_sees_less_than_was_written_before() {
                     .wrapping_add(1_442_695_040_888_963_407);
                 let block = (at >> 33) % BLOCKS;
                 let least = published[block as usize].load(Ordering::SeqCst);
-                let read = fs
-                    .read(handle, block * BLOCK, BLOCK as u32, Order::default())
-                    .await
-                    .unwrap();
+                let read = read(&fs, handle, block * BLOCK, BLOCK as u32).await;
                 let (words, rest) = read.as_chunks::<8>();
                 assert!(rest.is_empty() && words.len() as u64 == BLOCK / 8);
                 for word in words {
