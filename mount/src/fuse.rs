@@ -41,7 +41,7 @@ use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{Attributes, SymlinkTarget};
 
-use crate::fs::{self, Cluster, Opened, Order, may_be_a_part};
+use crate::fs::{Cluster, Opened, Order};
 use crate::statistics::{ATTRIBUTE, Verb};
 use answer::{
     GENERATION, answer_attr, answer_entries, answer_entry, answer_moved, answer_names, answer_ok,
@@ -331,16 +331,9 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
             });
         }
         let (order, thread) = (Order(request.unique().0), request.pid());
-        let (mut place, privileges) = convert::write_terms(offset, flags.0, write_flags);
+        let (place, privileges) = convert::write_terms(offset, flags.0, write_flags);
         self.serve_write((thread, reply), data, move |fs, data| async move {
-            if let fs::Place::End { more_bytes, .. } = &mut place
-                && may_be_a_part(data.len())
-            {
-                // Not on a thread of the runtime: what is read there may have to wait.
-                let whole = tokio::task::spawn_blocking(move || write_call::bytes_of_write(thread)).await;
-                let whole = whole.ok().flatten();
-                *more_bytes = whole.and_then(|whole| whole.checked_sub(data.len() as u64));
-            }
+            let place = write_call::with_rest(place, thread, data.len()).await;
             fs.write(handle.0, place, data, privileges, order).await
         });
     }

@@ -5,9 +5,26 @@
 
 use std::fs;
 
+use crate::fs::{Place, may_be_a_part};
+
+/// `place` of a request of so many bytes, with what is still to come where that matters and can be seen.
+pub(super) async fn with_rest(mut place: Place, thread: u32, bytes: usize) -> Place {
+    if let Place::End { more_bytes, .. } = &mut place
+        && may_be_a_part(bytes)
+    {
+        // Not on a thread of the runtime: what is read there may have to wait.
+        let whole = tokio::task::spawn_blocking(move || bytes_of_write(thread)).await;
+        *more_bytes = whole
+            .ok()
+            .flatten()
+            .and_then(|whole| whole.checked_sub(bytes as u64));
+    }
+    place
+}
+
 /// How many bytes the thread `thread`, which waits for an answer, writes with one call. `None`: that cannot be seen, or it is
 /// another call than write(2) and pwrite(2).
-pub(super) fn bytes_of_write(thread: u32) -> Option<u64> {
+fn bytes_of_write(thread: u32) -> Option<u64> {
     parse(&fs::read_to_string(format!("/proc/{thread}/syscall")).ok()?)
 }
 

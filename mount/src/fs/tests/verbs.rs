@@ -24,7 +24,7 @@ pub async fn contents(fs: &Arc<Filesystem<Connection>>, name: &str) -> Vec<u8> {
         .unwrap();
     let mut all = Vec::new();
     loop {
-        let part = read(&fs, opened.handle, all.len() as u64, 128 << 10).await;
+        let part = read(fs, opened.handle, all.len() as u64, 128 << 10).await;
         if part.is_empty() {
             break;
         }
