@@ -36,7 +36,7 @@ const SILENCE_BREAK_MS: u64 = 10_000;
 /// A stream that is not accepted in this time (a stopped process still takes connections) is given up.
 const OPEN_TIMEOUT_MS: u64 = 1_500;
 /// A stream that ends sooner was of no use, whatever was answered on it.
-const FRUITFUL_MS_MIN: u64 = 1_000;
+const FRUITFUL_MS_MIN: u64 = 100;
 /// A request is never sent again on one stream less often than this.
 const RESEND_AFTER_MS_MAX: u64 = 30_000;
 
