@@ -10,7 +10,6 @@ use quorumfs_proto::limits::{HELD_ASKED_MAX, KEEP_ALIVE_INTERVAL_MS};
 use quorumfs_proto::statistics::ClientStatistics;
 use quorumfs_proto::wire::UnlinkedQuestion;
 use quorumfs_proto::{Call, CallReply, Command, InodeNumber, Operation, Refusal};
-use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
@@ -28,8 +27,6 @@ pub(crate) struct Keeper {
     mutator: Arc<Mutator>,
     unlinked: Mutex<Option<Arc<UnlinkedHandler>>>,
     statistics: Mutex<Option<Arc<StatisticsSource>>>,
-    /// Inodes were released, and there are others to be asked about.
-    ask_on: Arc<Notify>,
 }
 
 impl Keeper {
@@ -38,7 +35,6 @@ impl Keeper {
             mutator,
             unlinked: Mutex::new(None),
             statistics: Mutex::new(None),
-            ask_on: Arc::default(),
         }
     }
 
@@ -75,11 +71,6 @@ impl Keeper {
                     }
                     ticks.reset();
                 }
-                () = self.ask_on.notified() => {
-                    if self.keep_alive(&mut release).await == Kept::Closed {
-                        return;
-                    }
-                }
             }
         }
     }
@@ -89,8 +80,8 @@ impl Keeper {
         let epoch = self.mutator.sessions.current();
         let session = epoch.session;
         let mut call = Call::KeepAlive { session };
-        // Kept until the last answer is decided.
-        let mut _answering = None;
+        // What is released after the handler has looked waits until the answer is decided.
+        let _answering = self.mutator.answering.lock().await;
         loop {
             let source = self.statistics.lock().clone();
             let statistics = source.map(|source| (&source()).into());
@@ -114,9 +105,6 @@ impl Keeper {
                 .map(|question| &question.inodes[..])
                 .unwrap_or_default();
             let asked = asked.iter().map(|inode| InodeNumber(*inode));
-            // Before the handler looks: what is released after that waits for the answer.
-            _answering = None;
-            _answering = Some(self.mutator.answering.lock().await);
             // Asked in one go: the handler compares with what it was asked the last time.
             let inodes: Vec<InodeNumber> = state.unlinked.iter().copied().chain(asked).collect();
             let free: HashSet<InodeNumber> = match inodes.is_empty() {
@@ -170,11 +158,11 @@ impl Keeper {
     }
 
     fn release_unlinked(&self, inodes: Vec<InodeNumber>, others_are_left: bool) -> JoinHandle<()> {
-        let (mutator, ask_on) = (self.mutator.clone(), self.ask_on.clone());
+        let mutator = self.mutator.clone();
         tokio::spawn(async move {
             let command = Command::single(Operation::ReleaseUnlinked { inodes });
             match mutator.mutate(command, &[]).await {
-                Ok(_) if others_are_left => ask_on.notify_one(),
+                Ok(_) if others_are_left => mutator.calls.cluster().nudge(),
                 Ok(_) => {}
                 // A later keep-alive names them again.
                 Err(error) => tracing::warn!(%error, "could not release unlinked inodes"),
