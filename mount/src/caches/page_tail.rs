@@ -66,9 +66,8 @@ impl PageTail {
         self.newest_short = self.newest_short.max(order);
     }
 
-    /// A program of this mount wrote `offset..end` through the pages above, into a file of `size_before`: the pages
-    /// have these bytes, and zeros only where the file has a hole. To be called in the step that
-    /// shows the bytes to reads.
+    /// A program of this mount wrote `offset..end` through the pages above, into a file of `size_before`: the pages have
+    /// these bytes, and zeros only where the file has a hole. To be called in the step that shows the bytes to reads.
     pub fn written(&mut self, size_before: u64, offset: u64, end: u64, sent: Sent) {
         let is_one_page = offset / PAGE_BYTES == end.saturating_sub(1) / PAGE_BYTES;
         let is_early = |dropped_at: Instant| dropped_at + COPIED_WITHIN < sent.at;

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quorumfs_proto::{Attributes, InodeNumber};
+use tokio::sync::OwnedMutexGuard;
 
 use super::{Cluster, Filesystem, Node};
 
@@ -111,30 +112,19 @@ impl<C: Cluster> Filesystem<C> {
         let limit = Duration::from_millis(LAST_BYTE_TIMEOUT_MS);
         let last = tokio::time::timeout(limit, self.last_byte(node)).await;
         let last = last.ok().flatten();
-        let dropped = Arc::clone(node);
-        // It is run to its end even if nobody waits for it any more.
-        let dropping = tokio::task::spawn_blocking(move || {
-            let from = {
-                let mut state = dropped.state.lock();
-                let newest = state.size().max(size);
-                state.tail.begin(newest)
-            };
-            above.drop_from(dropped.inode, from);
+        drop_in_turn::<C>(node, turn, size, move |node, from| {
+            above.drop_from(node.inode, from);
             let last = last.filter(|last| {
-                let state = dropped.state.lock();
+                let state = node.state.lock();
                 let is_newest = |view: &Attributes| view.content_version == last.version;
                 state.page_writers == 0 && state.view.as_ref().is_some_and(is_newest)
             });
             if let Some(last) = last {
-                above.end_with(dropped.inode, last.at, last.byte);
+                above.end_with(node.inode, last.at, last.byte);
             }
-            let mut state = dropped.state.lock();
-            state.tail.done(Instant::now());
-            state.tail.tell_at_once(size);
-            drop(turn);
-        });
-        // It fails if the process is about to end, and then nobody is told anything.
-        let _ = dropping.await;
+        })
+        .await;
+        node.state.lock().tail.tell_at_once(size);
     }
 
     /// As [`Filesystem::before_telling`], for the answer to a write through pages up to `end`. Only one page can be in the
@@ -155,19 +145,10 @@ impl<C: Cluster> Filesystem<C> {
             if !node.state.lock().tail.has_zeros_below(end) {
                 return;
             }
-            let dropped = Arc::clone(node);
-            // It is run to its end even if nobody waits for it any more.
-            let dropping = tokio::task::spawn_blocking(move || {
-                let from = {
-                    let mut state = dropped.state.lock();
-                    let newest = state.size().max(end);
-                    state.tail.begin(newest)
-                };
-                above.drop_page_of(dropped.inode, from);
-                dropped.state.lock().tail.done(Instant::now());
-                drop(turn);
-            });
-            let _ = dropping.await;
+            drop_in_turn::<C>(node, turn, end, move |node, from| {
+                above.drop_page_of(node.inode, from);
+            })
+            .await;
         };
         let _ = tokio::time::timeout(Duration::from_millis(WRITTEN_TIMEOUT_MS), dropping).await;
         node.state.lock().tail.tell_written(end);
@@ -181,4 +162,28 @@ impl<C: Cluster> Filesystem<C> {
         let inode = node.inode;
         let _ = tokio::task::spawn_blocking(move || above.drop_from(inode, from)).await;
     }
+}
+
+/// Has `drop_pages` drop the pages of `node` so that `size` can be told: it is given the offset from which on they may be
+/// zero. It holds `turn`, and is run to its end on a thread that may wait for the kernel, even if nobody waits for it any
+/// more.
+async fn drop_in_turn<C: Cluster>(
+    node: &Node<C>,
+    turn: OwnedMutexGuard<()>,
+    size: u64,
+    drop_pages: impl FnOnce(&Node<C>, u64) + Send + 'static,
+) {
+    let node = Arc::clone(node);
+    let dropping = tokio::task::spawn_blocking(move || {
+        let from = {
+            let mut state = node.state.lock();
+            let newest = state.size().max(size);
+            state.tail.begin(newest)
+        };
+        drop_pages(&node, from);
+        node.state.lock().tail.done(Instant::now());
+        drop(turn);
+    });
+    // It fails if the process is about to end, and then nobody is told anything.
+    let _ = dropping.await;
 }
