@@ -88,8 +88,8 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
     }
 
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let (caller, place) = (request.pid(), Place::of(parent, name.as_bytes()));
-        let (parent, name) = (self.cluster_inode(parent), name_bytes(name));
+        let (caller, name) = (request.pid(), name_bytes(name));
+        let (place, parent) = (Place::of(parent, &name), self.cluster_inode(parent));
         self.serve(
             (Verb::Lookup, caller, reply),
             move |fs| async move { fs.lookup_for(caller, parent?, &name).await },

@@ -45,11 +45,11 @@ pub enum Place {
 
 impl Place {
     /// Of what a look-up of `name` in `parent` finds.
-    pub fn of(parent: INodeNo, name: &[u8]) -> Place {
-        match name {
+    pub fn of(parent: INodeNo, name: &Bytes) -> Place {
+        match &name[..] {
             b"." => Place::Itself(parent),
             b".." => Place::Anywhere,
-            _ => Place::In(parent, Bytes::copy_from_slice(name)),
+            _ => Place::In(parent, name.clone()),
         }
     }
 }
@@ -241,7 +241,7 @@ mod tests {
             given.insert(0, places.number(directory, place));
         }
         places.moved(directory, INodeNo(12));
-        let renamed = Place::of(INodeNo(12), b"renamed");
+        let renamed = Place::of(INodeNo(12), &Bytes::from_static(b"renamed"));
         assert_eq!(places.number(directory, renamed), given[0]);
         assert_eq!(places.numbers(directory), given);
         let name = Bytes::from_static(b"name");
