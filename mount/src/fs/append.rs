@@ -121,13 +121,14 @@ impl<C: Cluster> Filesystem<C> {
             };
         }
         self.settle_handed_over().await;
-        if may_continue(data.len(), more_bytes) {
+        let may_continue = may_continue(data.len(), more_bytes);
+        if may_continue {
             interruptible(self.dirty.room(|| self.relieve()).map(Ok)).await?;
         }
         let _turn = take_turn(node).await?;
         // What other handles wrote before may be what moves the end; if it fails, they are told.
         let _kept = self.commit_in_turn(node, Scope::Everything).await;
-        if may_continue(data.len(), more_bytes) {
+        if may_continue {
             let mut state = node.state.lock();
             state.held_append = Some(HeldAppend {
                 first: data,
