@@ -3,8 +3,8 @@
 //! A node that has lost what it had promised, or whose state is damaged, could be made anew from the others; but only if
 //! these are a majority without it. If two of three went at once, nobody could tell any more what was acknowledged, though
 //! what they threw away may have said it. So such a node asks the leader, who lets it go if a quorum in which it does not
-//! count answers from then on and holds all that is committed. The node stops taking part before it asks for the last time: of two that ask at once at
-//! most one finds the other among those that answer.
+//! count answers from then on and holds all that is committed. The node stops taking part before it asks for the last
+//! time: of two that ask at once at most one finds the other among those that answer.
 
 use std::time::{Duration, Instant};
 
