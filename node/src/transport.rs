@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use quorumfs_proto::limits::MESSAGE_BYTES_MAX;
-use quorumfs_proto::wire::peer_client::PeerClient;
 use quorumfs_proto::{Addresses, ClusterId, Member, NodeId, Sha256};
+use quorumfs_wire::peer_client::PeerClient;
 use subtle::ConstantTimeEq as _;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;

@@ -1,13 +1,8 @@
 //! The words that the parts of QuorumFS exchange.
 //!
-//! Two layers, and nothing else:
-//!
-//! - [`wire`]: what tonic and prost generate from the `.proto` files: envelopes, chunk transfer,
-//!   and the opaque, versioned messages of the consensus.
-//! - domain types: [`command::Command`] (what changes metadata), [`query::Query`] (what reads it),
-//!   [`call`] (how a mount says either), and the newtypes they are made of. They travel in the
-//!   envelopes, lie in the Raft log and in the tables, always in the one versioned encoding of
-//!   [`codec`].
+//! [`command::Command`] (what changes metadata), [`query::Query`] (what reads it), [`call`] (how a mount says either), and
+//! the types they are made of. They lie in the Raft log and in the tables, and travel in the messages of
+//! `quorumfs_wire`, always in the one versioned encoding of [`codec`].
 //!
 //! A domain type cannot hold what is not valid: [`name::Name`] has no slash, a
 //! [`chunk::NewChunk`] is within its bounds. Validation happens in the constructor and, because
@@ -29,12 +24,6 @@ pub mod outcome;
 pub mod query;
 pub mod statistics;
 pub mod steady;
-
-/// Generated from `proto/*.proto`.
-#[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used)]
-pub mod wire {
-    tonic::include_proto!("quorumfs.v1");
-}
 
 pub use attributes::{Attributes, FileKind, Timestamp};
 pub use call::{Call, CallReply, Refusal};

@@ -4,8 +4,6 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::wire;
-
 /// Who a node is to the consensus: its configured slot and the random number its data folder got when it was first
 /// made. A folder that lost its content gets a new one, so that it never votes for what it has forgotten.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -73,58 +71,4 @@ pub struct Member {
     pub id: NodeId,
     /// Where.
     pub addresses: Addresses,
-}
-
-/// A wire message that is not a member.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not a member: {0}")]
-pub struct NotAMember(&'static str);
-
-impl TryFrom<wire::Member> for Member {
-    type Error = NotAMember;
-    fn try_from(member: wire::Member) -> Result<Member, NotAMember> {
-        let slot = u16::try_from(member.slot).map_err(|_| NotAMember("slot above 65535"))?;
-        if slot == 0 || member.incarnation == 0 {
-            return Err(NotAMember("slot and incarnation begin at 1"));
-        }
-        Ok(Member {
-            id: NodeId {
-                slot,
-                incarnation: member.incarnation,
-            },
-            addresses: Addresses {
-                grpc: member.grpc_address,
-                http: member.http_address,
-            },
-        })
-    }
-}
-
-impl From<Member> for wire::Member {
-    fn from(member: Member) -> wire::Member {
-        wire::Member {
-            slot: u32::from(member.id.slot),
-            incarnation: member.id.incarnation,
-            grpc_address: member.addresses.grpc,
-            http_address: member.addresses.http,
-        }
-    }
-}
-
-impl From<crate::ids::ChunkId> for wire::ChunkId {
-    fn from(id: crate::ids::ChunkId) -> wire::ChunkId {
-        wire::ChunkId {
-            session: id.session.0,
-            counter: id.counter,
-        }
-    }
-}
-
-impl From<wire::ChunkId> for crate::ids::ChunkId {
-    fn from(id: wire::ChunkId) -> crate::ids::ChunkId {
-        crate::ids::ChunkId {
-            session: crate::ids::SessionId(id.session),
-            counter: id.counter,
-        }
-    }
 }

@@ -8,11 +8,11 @@ use quorumfs_proto::call::{Call, CallReply, Mutation, Refusal};
 use quorumfs_proto::chunk::block_crcs;
 use quorumfs_proto::codec::{decode, encode};
 use quorumfs_proto::command::{Command, Operation};
-use quorumfs_proto::wire;
-use quorumfs_proto::wire::file_system_client::FileSystemClient;
 use quorumfs_proto::{
     Answer, ChunkBody, ChunkId, Lane, NewChunk, Query, RequestId, SessionId, SessionSecret, Sha256,
 };
+use quorumfs_wire as wire;
+use quorumfs_wire::file_system_client::FileSystemClient;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;

@@ -5,12 +5,12 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::time::Duration;
 
-use quorumfs_proto::wire;
-use quorumfs_proto::wire::peer_client::PeerClient;
 use quorumfs_tests::damage::open_metadata;
 use quorumfs_tests::environment::wait_for;
 use quorumfs_tests::healing::assert_same_metadata;
 use quorumfs_tests::{Cluster, Sandbox};
+use quorumfs_wire as wire;
+use quorumfs_wire::peer_client::PeerClient;
 use redb::ReadableTable as _;
 
 const LIMIT: Duration = Duration::from_secs(60);

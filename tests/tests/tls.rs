@@ -3,12 +3,12 @@
 
 use std::path::{Path, PathBuf};
 
-use quorumfs_proto::wire::RaftMessage;
-use quorumfs_proto::wire::peer_client::PeerClient;
 use quorumfs_tests::environment::binary;
 use quorumfs_tests::mount::{MountOptions, is_mounted};
 use quorumfs_tests::shell::shell_fails;
 use quorumfs_tests::{Cluster, Sandbox};
+use quorumfs_wire::RaftMessage;
+use quorumfs_wire::peer_client::PeerClient;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair,
     KeyUsagePurpose, SanType,

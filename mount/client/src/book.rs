@@ -8,8 +8,8 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use quorumfs_proto::wire::DiscoverResponse;
 use quorumfs_proto::{ClusterId, Member, NodeId};
+use quorumfs_wire::DiscoverResponse;
 
 /// A cluster has at most seven voters and few learners; more addresses than this are not asked.
 const ADDRESSES_MAX: usize = 64;

@@ -4,9 +4,9 @@
 
 use bytes::Bytes;
 use quorumfs_proto::codec;
-use quorumfs_proto::wire::file_system_client::FileSystemClient;
-use quorumfs_proto::wire::{CallRequest, CallResponse, ClientStatistics, UnlinkedQuestion};
 use quorumfs_proto::{Call, CallReply, Refusal, limits};
+use quorumfs_wire::file_system_client::FileSystemClient;
+use quorumfs_wire::{CallRequest, CallResponse, ClientStatistics, UnlinkedQuestion};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Response, Status, Streaming};

@@ -12,7 +12,8 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use quorumfs_proto::chunk::block_crcs;
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
-use quorumfs_proto::{ChunkBody, ChunkId, NewChunk, SessionId, Sha256, wire};
+use quorumfs_proto::{ChunkBody, ChunkId, NewChunk, SessionId, Sha256};
+use quorumfs_wire as wire;
 
 /// The chunks of one session.
 #[derive(Debug)]

@@ -17,9 +17,9 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 use parking_lot::Mutex;
-use quorumfs_proto::wire::file_system_client::FileSystemClient;
-use quorumfs_proto::wire::{DiscoverRequest, DiscoverResponse, SessionHello};
 use quorumfs_proto::{ClusterId, Member, NodeId, SessionId, SessionSecret};
+use quorumfs_wire::file_system_client::FileSystemClient;
+use quorumfs_wire::{DiscoverRequest, DiscoverResponse, SessionHello};
 use tokio::sync::{Notify, watch};
 use tonic::transport::Channel;
 

@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 
 use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use quorumfs_proto::limits::MESSAGE_BYTES_MAX;
-use quorumfs_proto::wire::file_system_client::FileSystemClient;
+use quorumfs_wire::file_system_client::FileSystemClient;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint, Error, Uri};
 
 /// A node that does not take a connection in this time is not reachable; far below the 3 s a failover may take.

@@ -8,8 +8,8 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use quorumfs_proto::limits::{HELD_ASKED_MAX, KEEP_ALIVE_INTERVAL_MS};
 use quorumfs_proto::statistics::ClientStatistics;
-use quorumfs_proto::wire::UnlinkedQuestion;
 use quorumfs_proto::{Call, CallReply, Command, InodeNumber, Operation, Refusal};
+use quorumfs_wire::UnlinkedQuestion;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 

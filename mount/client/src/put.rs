@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use quorumfs_proto::FsError;
-use quorumfs_proto::wire::file_system_client::FileSystemClient;
-use quorumfs_proto::wire::{ChunkStatus, PutChunkRequest, PutChunkResponse};
+use quorumfs_wire::file_system_client::FileSystemClient;
+use quorumfs_wire::{ChunkStatus, PutChunkRequest, PutChunkResponse};
 use tokio::sync::Semaphore;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;

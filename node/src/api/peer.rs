@@ -5,8 +5,9 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use quorumfs_proto::wire::peer_server::Peer;
-use quorumfs_proto::{CallReply, ChunkId, ClusterId, Member, NodeId, Refusal, wire};
+use quorumfs_proto::{CallReply, ChunkId, ClusterId, Member, NodeId, Refusal};
+use quorumfs_wire as wire;
+use quorumfs_wire::peer_server::Peer;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::answers::{AnswerStream, answer_stream};

@@ -20,7 +20,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use quorumfs_proto::{ClusterId, Member, wire};
+use quorumfs_proto::{ClusterId, Member};
+use quorumfs_wire as wire;
 use sha2::Digest as _;
 use tracing::{error, info, warn};
 

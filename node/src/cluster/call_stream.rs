@@ -8,7 +8,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use quorumfs_proto::{Refusal, SessionId, SessionSecret, Sha256, wire};
+use quorumfs_proto::{Refusal, SessionId, SessionSecret, Sha256};
+use quorumfs_wire as wire;
 use subtle::ConstantTimeEq as _;
 use tokio::sync::mpsc;
 

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
-use quorumfs_proto::{Member, wire};
+use quorumfs_proto::Member;
+use quorumfs_wire as wire;
 use tracing::{info, warn};
 
 use super::clock::StampClock;

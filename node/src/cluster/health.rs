@@ -20,7 +20,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 use parking_lot::Mutex;
-use quorumfs_proto::{Member, NodeId, wire};
+use quorumfs_proto::{Member, NodeId};
+use quorumfs_wire as wire;
 use tokio::time::MissedTickBehavior;
 use tracing::{info, warn};
 

@@ -22,7 +22,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use quorumfs_proto::{Member, NodeId, wire};
+use quorumfs_proto::{Member, NodeId};
+use quorumfs_wire as wire;
 use tracing::{debug, info, warn};
 
 use self::removal::Aim;

@@ -8,7 +8,8 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use quorumfs_proto::{ClusterId, Member, wire};
+use quorumfs_proto::{ClusterId, Member};
+use quorumfs_wire as wire;
 
 use super::identity::DataFolder;
 use crate::config::Config;

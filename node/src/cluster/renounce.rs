@@ -8,7 +8,8 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
-use quorumfs_proto::{ClusterId, Member, wire};
+use quorumfs_proto::{ClusterId, Member};
+use quorumfs_wire as wire;
 use tracing::{error, warn};
 
 use crate::config::Config;

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use quorumfs_proto::limits::{HELD_ASKED_MAX, SESSION_TIMEOUT_MS};
-use quorumfs_proto::{InodeNumber, Refusal, SessionId, wire};
+use quorumfs_proto::{InodeNumber, Refusal, SessionId};
+use quorumfs_wire as wire;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tracing::{info, warn};
 

@@ -14,7 +14,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use quorumfs_proto::{Member, NodeId, wire};
+use quorumfs_proto::{Member, NodeId};
+use quorumfs_wire as wire;
 use tracing::{info, warn};
 
 use super::placement::Placement;

@@ -23,7 +23,8 @@ use openraft::raft::{
     TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use openraft::{OptionalSend, RaftTypeConfig};
-use quorumfs_proto::{Addresses, Member, codec, wire};
+use quorumfs_proto::{Addresses, Member, codec};
+use quorumfs_wire as wire;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 

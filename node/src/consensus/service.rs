@@ -9,7 +9,7 @@ use futures::{Stream, StreamExt};
 use openraft::alias::SnapshotOf;
 use openraft::raft::{AppendEntriesRequest, TransferLeaderRequest, VoteRequest};
 use parking_lot::Mutex;
-use quorumfs_proto::wire;
+use quorumfs_wire as wire;
 use serde::de::DeserializeOwned;
 use tonic::Status;
 

@@ -13,7 +13,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use futures::{Stream, StreamExt};
 use openraft::alias::SnapshotOf;
 use openraft::storage::RaftSnapshotBuilder;
-use quorumfs_proto::wire;
+use quorumfs_wire as wire;
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 

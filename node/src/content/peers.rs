@@ -13,11 +13,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use quorumfs_proto::wire::{
+use quorumfs_proto::{ChunkId, Member, NodeId, Sha256};
+use quorumfs_wire::{
     ChunkStatus, GetChunkRequest, GetChunkResponse, HeldChunksRequest, PutChunkRequest, PutChunkResponse,
     VerifyChunksRequest,
 };
-use quorumfs_proto::{ChunkId, Member, NodeId, Sha256};
 use tokio::sync::Semaphore;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Response, Status, Streaming};
@@ -376,7 +376,7 @@ impl PeerChunks {
         if answer.verdicts.len() != ids.len() {
             return Err(failed("it answered about other chunks".to_string()));
         }
-        let verdict = |answer: quorumfs_proto::wire::ChunkVerdict| match answer.status() {
+        let verdict = |answer: quorumfs_wire::ChunkVerdict| match answer.status() {
             ChunkStatus::Ok => Verdict::Healthy,
             ChunkStatus::NotFound => Verdict::Missing,
             ChunkStatus::Corrupt => Verdict::Corrupt(answer.detail),

@@ -3,10 +3,8 @@
 use bytes::Bytes;
 use quorumfs_proto::chunk::blocks_match;
 use quorumfs_proto::limits::{BLOCK_BYTES, CHUNK_BYTES_MAX};
-use quorumfs_proto::wire::{
-    ChunkStatus, GetChunkRequest, GetChunkResponse, PutChunkRequest, PutChunkResponse,
-};
 use quorumfs_proto::{ChunkId, Sha256};
+use quorumfs_wire::{ChunkStatus, GetChunkRequest, GetChunkResponse, PutChunkRequest, PutChunkResponse};
 
 use super::chunk::{ChunkRange, StoredChunk};
 use super::error::ContentError;

@@ -22,7 +22,8 @@ use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use parking_lot::Mutex;
-use quorumfs_proto::{Member, NodeId, Sha256, wire};
+use quorumfs_proto::{Member, NodeId, Sha256};
+use quorumfs_wire as wire;
 use serde::Serialize;
 use tokio::sync::watch;
 use tracing::{debug, error, warn};

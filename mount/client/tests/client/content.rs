@@ -6,7 +6,7 @@ use crate::fake::{Fake, GetAct, PutAct};
 use bytes::Bytes;
 use quorumfs_client::{Client, ClientOptions, FreshChunk};
 use quorumfs_proto::FsError;
-use quorumfs_proto::wire::ChunkStatus;
+use quorumfs_wire::ChunkStatus;
 
 const MS: Duration = Duration::from_millis(1);
 const MIB: usize = 1 << 20;

@@ -14,12 +14,13 @@ use parking_lot::Mutex;
 use quorumfs_proto::call::{Mutation, SessionState};
 use quorumfs_proto::chunk::block_crcs;
 use quorumfs_proto::query::Space;
-use quorumfs_proto::wire::file_system_server::{FileSystem, FileSystemServer};
-use quorumfs_proto::wire::{self, ChunkStatus};
 use quorumfs_proto::{
     Addresses, Answer, Call, CallReply, ChunkBody, ChunkId, Command, FsError, InodeNumber, Lane, Member,
     NodeId, Operation, OperationResult, Outcome, Refusal, SessionId, codec,
 };
+use quorumfs_wire as wire;
+use quorumfs_wire::ChunkStatus;
+use quorumfs_wire::file_system_server::{FileSystem, FileSystemServer};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::Stream;

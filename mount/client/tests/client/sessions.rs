@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use quorumfs_proto::wire::{CallResponse, SessionHello, UnlinkedQuestion};
 use quorumfs_proto::{Call, CallReply, Command, InodeNumber, Operation, Refusal};
+use quorumfs_wire::{CallResponse, SessionHello, UnlinkedQuestion};
 
 use crate::calls::{connect, created, make};
 use crate::fake::{Act, Fake};

@@ -13,7 +13,8 @@ use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
-use quorumfs_proto::{Member, wire};
+use quorumfs_proto::Member;
+use quorumfs_wire as wire;
 use serde::{Deserialize, Serialize};
 use tonic::Code;
 

@@ -6,7 +6,8 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::routing::get;
 use axum::{Json, Router};
-use quorumfs_proto::{Member, wire};
+use quorumfs_proto::Member;
+use quorumfs_wire as wire;
 use serde::Serialize;
 
 use super::parts;

@@ -8,7 +8,8 @@ use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use quorumfs_proto::{FsError, Name, wire};
+use quorumfs_proto::{FsError, Name};
+use quorumfs_wire as wire;
 use serde::Deserialize;
 
 use super::membership::of_the_leader;

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use quorumfs_proto::{NodeId, wire};
+use quorumfs_proto::NodeId;
+use quorumfs_wire as wire;
 
 use super::judgement::HealthState;
 use super::merged::{AgedView, Belief, View};

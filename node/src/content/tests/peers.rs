@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use futures::{Stream, StreamExt};
 use parking_lot::Mutex;
-use quorumfs_proto::wire;
-use quorumfs_proto::wire::peer_server::{Peer, PeerServer};
-use quorumfs_proto::wire::*;
 use quorumfs_proto::{Addresses, ChunkId, Member, NodeId};
+use quorumfs_wire as wire;
+use quorumfs_wire::peer_server::{Peer, PeerServer};
+use quorumfs_wire::*;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status, Streaming};
@@ -52,8 +52,8 @@ impl Peer for TestPeer {
 
     async fn may_renounce(
         &self,
-        _: Request<quorumfs_proto::wire::MayRenounceRequest>,
-    ) -> Result<Response<quorumfs_proto::wire::MayRenounceResponse>, Status> {
+        _: Request<quorumfs_wire::MayRenounceRequest>,
+    ) -> Result<Response<quorumfs_wire::MayRenounceResponse>, Status> {
         elsewhere()
     }
 
@@ -205,8 +205,8 @@ impl Peer for TestPeer {
     }
     async fn verify_chunks(
         &self,
-        _: Request<quorumfs_proto::wire::VerifyChunksRequest>,
-    ) -> Result<Response<quorumfs_proto::wire::VerifyChunksResponse>, Status> {
+        _: Request<quorumfs_wire::VerifyChunksRequest>,
+    ) -> Result<Response<quorumfs_wire::VerifyChunksResponse>, Status> {
         elsewhere()
     }
 

@@ -314,7 +314,7 @@ impl Repair {
                 .transport
                 .peer(&leader.addresses, Purpose::Control)
                 .map_err(|error| error.to_string())?;
-            let answer = peer.read_index(quorumfs_proto::wire::ReadIndexRequest {}).await;
+            let answer = peer.read_index(quorumfs_wire::ReadIndexRequest {}).await;
             let goal = answer.map_err(|status| status.to_string())?.into_inner().index;
             while self.parts.metadata.position().index < goal {
                 tokio::time::sleep(Duration::from_millis(2)).await;

@@ -15,14 +15,14 @@ use quorumfs_proto::call::SessionState;
 use quorumfs_proto::chunk::block_crcs;
 use quorumfs_proto::limits::{BLOCK_BYTES, MESSAGE_BYTES_MAX};
 use quorumfs_proto::query::Space;
-use quorumfs_proto::wire::file_system_server::{FileSystem, FileSystemServer};
-use quorumfs_proto::wire::{
-    CallRequest, CallResponse, ChunkStatus, DiscoverRequest, DiscoverResponse, GetChunkRequest,
-    GetChunkResponse, PutChunkRequest, PutChunkResponse,
-};
 use quorumfs_proto::{
     Addresses, Answer, Call, CallReply, ChunkId, FsError, Member, NodeId, Query, Refusal, Timestamp, codec,
-    wire,
+};
+use quorumfs_wire as wire;
+use quorumfs_wire::file_system_server::{FileSystem, FileSystemServer};
+use quorumfs_wire::{
+    CallRequest, CallResponse, ChunkStatus, DiscoverRequest, DiscoverResponse, GetChunkRequest,
+    GetChunkResponse, PutChunkRequest, PutChunkResponse,
 };
 use tokio::sync::Semaphore;
 use tokio_stream::wrappers::TcpListenerStream;

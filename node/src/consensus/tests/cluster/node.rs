@@ -8,10 +8,10 @@ use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use futures::stream::BoxStream;
-use quorumfs_proto::wire;
-use quorumfs_proto::wire::peer_server::{Peer, PeerServer};
-use quorumfs_proto::wire::*;
 use quorumfs_proto::{Addresses, ClusterId, NodeId};
+use quorumfs_wire as wire;
+use quorumfs_wire::peer_server::{Peer, PeerServer};
+use quorumfs_wire::*;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
@@ -169,8 +169,8 @@ impl Peer for Service {
     }
     async fn verify_chunks(
         &self,
-        _: Request<quorumfs_proto::wire::VerifyChunksRequest>,
-    ) -> Result<Response<quorumfs_proto::wire::VerifyChunksResponse>, Status> {
+        _: Request<quorumfs_wire::VerifyChunksRequest>,
+    ) -> Result<Response<quorumfs_wire::VerifyChunksResponse>, Status> {
         elsewhere()
     }
 

@@ -1,0 +1,113 @@
+//! The statistics of a client as they travel.
+
+use quorumfs_measure::Latency;
+use quorumfs_proto::statistics::{CacheStatistics, ClientStatistics, VerbStatistics};
+
+use crate::messages;
+
+/// Most verbs that are taken from a client.
+const VERBS_MAX: usize = 64;
+/// Most bytes of a verb's name.
+const VERB_BYTES_MAX: usize = 32;
+
+impl From<&ClientStatistics> for messages::ClientStatistics {
+    fn from(statistics: &ClientStatistics) -> messages::ClientStatistics {
+        messages::ClientStatistics {
+            uptime_s: statistics.uptime_s,
+            verbs: statistics
+                .verbs
+                .iter()
+                .map(|row| messages::VerbStatistics {
+                    verb: row.verb.clone(),
+                    count: row.count,
+                    failures: row.failures,
+                    bytes: row.bytes,
+                    mean_us: row.latency.mean_us,
+                    p50_us: row.latency.p50_us,
+                    p90_us: row.latency.p90_us,
+                    p99_us: row.latency.p99_us,
+                    max_us: row.latency.max_us,
+                })
+                .collect(),
+            cache_hits: statistics.cache.hits,
+            cache_misses: statistics.cache.misses,
+            cache_bytes: statistics.cache.bytes,
+            dirty_bytes: statistics.dirty_bytes,
+        }
+    }
+}
+
+impl From<messages::ClientStatistics> for ClientStatistics {
+    /// What is out of bounds is left out: it is only shown.
+    fn from(told: messages::ClientStatistics) -> ClientStatistics {
+        let fits = |row: &messages::VerbStatistics| row.verb.len() <= VERB_BYTES_MAX;
+        ClientStatistics {
+            uptime_s: told.uptime_s,
+            verbs: told
+                .verbs
+                .into_iter()
+                .filter(fits)
+                .take(VERBS_MAX)
+                .map(|row| VerbStatistics {
+                    verb: row.verb,
+                    count: row.count,
+                    failures: row.failures,
+                    bytes: row.bytes,
+                    latency: Latency {
+                        mean_us: row.mean_us,
+                        p50_us: row.p50_us,
+                        p90_us: row.p90_us,
+                        p99_us: row.p99_us,
+                        max_us: row.max_us,
+                    },
+                })
+                .collect(),
+            cache: CacheStatistics {
+                hits: told.cache_hits,
+                misses: told.cache_misses,
+                bytes: told.cache_bytes,
+            },
+            dirty_bytes: told.dirty_bytes,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn they_arrive_as_they_were_sent_within_bounds() {
+        let row = |verb: &str| VerbStatistics {
+            verb: verb.to_string(),
+            count: 5,
+            failures: 1,
+            bytes: 4096,
+            latency: Latency {
+                mean_us: 3,
+                p50_us: 2,
+                p90_us: 4,
+                p99_us: 8,
+                max_us: 9,
+            },
+        };
+        let statistics = ClientStatistics {
+            uptime_s: 60,
+            verbs: vec![row("read"), row("write")],
+            cache: CacheStatistics {
+                hits: 10,
+                misses: 2,
+                bytes: 1 << 20,
+            },
+            dirty_bytes: 77,
+        };
+        let wire = messages::ClientStatistics::from(&statistics);
+        assert_eq!(ClientStatistics::from(wire.clone()), statistics);
+        let mut hostile = wire;
+        hostile.verbs = vec![hostile.verbs[0].clone(); 10_000];
+        hostile.verbs[0].verb = "x".repeat(100_000);
+        let taken = ClientStatistics::from(hostile);
+        assert_eq!(taken.verbs.len(), VERBS_MAX);
+        assert!(taken.verbs.iter().all(|row| row.verb == "read"));
+    }
+}
