@@ -13,7 +13,7 @@
 //!    on a quorum in this term, stamps the time, and proposes it: [`consensus::Consensus::propose`].
 //! 4. openraft appends it to the log ([`consensus`]'s WAL, many entries to one flush) here and on the followers. Once
 //!    a majority has flushed it, it is committed, whatever dies next (P1).
-//! 5. The apply thread decides it: [`metadata`]'s `apply` looks at the session's lane first (a retry hears the first
+//! 5. The apply thread decides it: [`quorumfs_metadata`]'s `apply` looks at the session's lane first (a retry hears the first
 //!    answer, P4), then changes inodes and extents in the overlay, all or nothing. The outcome, with the new
 //!    attributes of all it touched, travels back to the mount, and `close` returns.
 //! 6. Later, off every path: the overlay goes to redb in one durable transaction, the log behind it is purged, and
@@ -26,14 +26,14 @@
 //!
 //! 1. `open` asks the leader for the file's attributes and extents: [`read::Reader::query`] makes sure that it still leads
 //!    and has applied what was acknowledged before ([`consensus::Consensus::barrier`]), then answers from one
-//!    consistent [`metadata::View`].
+//!    consistent [`quorumfs_metadata::View`].
 //! 2. `read` asks any node for a range of a chunk: [`read::Reader::chunk`] reads whole blocks and checks their CRCs. A
 //!    node that lacks the chunk, or whose copy is bad, fetches it from another for the caller and heals itself (P3, P7).
 //!
 //! # Layers
 //!
 //! Modules import only downwards: [`server`], [`api`], [`node`], [`mod@write`], [`read`], [`healing`], [`cluster`], [`consensus`],
-//! [`metadata`] and [`content`] (which never know each other), [`transport`], [`incoming`]; [`config`] is plain data for all.
+//! [`quorumfs_metadata`] and [`content`] (which never know each other), [`transport`], [`incoming`]; [`config`] is plain data for all.
 //! `write` and `read` use `healing` and `cluster` beside them: the read path asks recovery for what it found missing.
 
 pub mod api;
@@ -44,7 +44,6 @@ pub mod content;
 pub mod healing;
 pub mod incoming;
 pub mod logging;
-pub mod metadata;
 pub mod node;
 pub mod private_files;
 pub mod read;

@@ -22,10 +22,10 @@ use crate::healing::audit::Auditor;
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::Repair;
 use crate::healing::sweep::Sweeper;
-use crate::metadata::MetadataStore;
 use crate::read::Reader;
 use crate::rewrite::Rewriter;
 use crate::write::Writer;
+use quorumfs_metadata::MetadataStore;
 
 /// A node as its edges see it.
 pub struct Node {

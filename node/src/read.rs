@@ -18,10 +18,7 @@ use crate::consensus::{BarrierError, Consensus};
 use crate::content::{ChunkRange, ContentError, ContentStore, PeerChunks};
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::Repair;
-use crate::metadata::{Failure, MetadataStore, StorageFault, View};
-
-/// Rows that a query may read on a runtime thread: a few hundred microseconds of work.
-const ROWS_IN_PLACE_MAX: u64 = 256;
+use quorumfs_metadata::{Failure, MetadataStore, StorageFault};
 
 /// The path every read takes.
 pub struct Reader {
@@ -88,7 +85,7 @@ impl Reader {
                 inodes: view.inode_count(),
             })));
         }
-        if !is_long(&view, query) {
+        if !view.is_long(query) {
             return Failure::split(view.answer(query));
         }
         let query = query.clone();
@@ -141,79 +138,11 @@ impl Reader {
     }
 }
 
-/// Whether answering may take longer than a runtime thread should be kept: a megabyte of a directory takes 40 ms.
-fn is_long(view: &View, query: &Query) -> bool {
-    let attributes = |inode| view.attributes(inode).ok();
-    match query {
-        Query::ReadDirectory { inode, .. } => {
-            attributes(*inode).is_some_and(|directory| directory.size > ROWS_IN_PLACE_MAX)
-        }
-        // Each version of the content brings a command's pieces, mostly one.
-        Query::Extents { inode, .. } => {
-            attributes(*inode).is_some_and(|file| file.content_version > ROWS_IN_PLACE_MAX)
-        }
-        Query::ListXattrs { inode } => {
-            attributes(*inode).is_some_and(|inode| u64::from(inode.xattr_count) > ROWS_IN_PLACE_MAX)
-        }
-        Query::Lookup { .. }
-        | Query::Attributes { .. }
-        | Query::Resolve { .. }
-        | Query::ReadLink { .. }
-        | Query::GetXattr { .. }
-        | Query::Space => false,
-    }
-}
-
 /// A task of the runtime that panicked or was cancelled, as a failed read.
 pub fn task_failed(failed: tokio::task::JoinError) -> ContentError {
     ContentError::Io {
         action: "finish a task on",
         path: "content".into(),
         source: std::io::Error::other(failed),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use quorumfs_proto::command::{Command, NewKind, Target};
-    use quorumfs_proto::query::EntryDetail;
-    use quorumfs_proto::{InodeNumber, Name};
-
-    use super::*;
-    use crate::metadata::tests::support::{Node, create, write_chunks};
-
-    #[test]
-    fn only_what_is_short_is_answered_on_a_runtime_thread() {
-        let mut node = Node::with_sessions(1);
-        let root = InodeNumber::ROOT;
-        let list = Query::ReadDirectory {
-            inode: root,
-            after: 0,
-            bytes_max: u32::MAX,
-            detail: EntryDetail::Attributes,
-        };
-        let file = node.entry(create(root, "file", NewKind::File));
-        let extents = Query::Extents {
-            inode: file,
-            from: 0,
-            to: u64::MAX,
-            pieces_max: u32::MAX,
-        };
-        assert!(!is_long(&node.view(), &list) && !is_long(&node.view(), &extents));
-        for number in 0..=ROWS_IN_PLACE_MAX {
-            node.call(
-                1,
-                Command::single(create(root, &format!("{number}"), NewKind::File)),
-            )
-            .0
-            .unwrap();
-            node.call(1, write_chunks(Target::Inode(file), 1, number + 1, &[number], 1))
-                .0
-                .unwrap();
-        }
-        assert!(is_long(&node.view(), &list) && is_long(&node.view(), &extents));
-        let parent = root;
-        let name = Name::new(&b"file"[..]).unwrap();
-        assert!(!is_long(&node.view(), &Query::Lookup { parent, name }));
     }
 }

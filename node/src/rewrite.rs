@@ -32,12 +32,12 @@ use crate::cluster::sessions::SessionKeeper;
 use crate::consensus::Consensus;
 use crate::content::StoredChunk;
 use crate::healing::pace::Pacer;
-use crate::metadata::{
+use crate::read::Reader;
+use crate::write::Writer;
+use quorumfs_metadata::{
     COMMAND_FREED_EXTENTS_MAX, CallResult, Crowded, Failure, LogBody, MetadataStore, Run, RunTerms, Runs,
     SessionKey, View,
 };
-use crate::read::Reader;
-use crate::write::Writer;
 
 /// How often it is looked whether files are noted.
 const LOOK_INTERVAL_MS: u64 = 2_000;

@@ -52,12 +52,12 @@ use crate::healing::recovery::Recovery;
 use crate::healing::repair::{Repair, RepairOptions, RepairParts};
 use crate::healing::sweep::Sweeper;
 use crate::incoming::{incoming, only_from_nodes};
-use crate::metadata::Position;
 use crate::node::{Node, Parts};
 use crate::read::Reader;
 use crate::rewrite::Rewriter;
 use crate::transport::{TlsFiles, Transport};
 use crate::write::Writer;
+use quorumfs_metadata::Position;
 
 /// Flow-control windows of the service: with the defaults, 1 MiB messages reach half the throughput (measured). A
 /// client's stream of chunks may fill its window whatever else this process carries, so it is no larger than it must.

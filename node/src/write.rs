@@ -34,7 +34,7 @@ use crate::cluster::placement::Placement;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::{Consensus, ProposeError};
 use crate::content::{ContentError, ContentStore, PeerChunks, PushError, StoredChunk};
-use crate::metadata::{CallResult, Crowded, LogBody, LogCommand, SessionKey};
+use quorumfs_metadata::{CallResult, Crowded, LogBody, LogCommand, SessionKey};
 
 /// How long a chunk may take to reach a quorum before the client is told to put it again.
 const QUORUM_TIMEOUT_MS: u64 = 10_000;

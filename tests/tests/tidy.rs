@@ -17,7 +17,6 @@ const NODE_LAYERS: &[&str] = &[
     "healing",
     "cluster",
     "consensus",
-    "metadata",
     "content",
     "config",
     "transport",
@@ -25,9 +24,6 @@ const NODE_LAYERS: &[&str] = &[
     "incoming",
     "private_files",
 ];
-
-/// Neither may know the other, whichever is on top.
-const NODE_STRANGERS: (&str, &str) = ("metadata", "content");
 
 /// The modules of `mount`, top to bottom.
 const MOUNT_LAYERS: &[&str] = &[
@@ -51,7 +47,7 @@ const LONGER_FILES: &[(&str, usize)] = &[
     ("mount/src/fs/tests/reference.rs", 729),
     ("mount/src/fs/tests/verbs.rs", 625),
     ("mount/src/write_buffer.rs", 603),
-    ("node/src/metadata/tests/stories.rs", 828),
+    ("node/metadata/src/tests/stories.rs", 828),
 ];
 
 /// Each has tests whose names begin with it (`p1_…`).
@@ -156,16 +152,15 @@ fn first_word(text: &str) -> Option<String> {
     word.starts_with(|c: char| c.is_lowercase()).then_some(word)
 }
 
-/// What points up in the layers, or to a stranger.
-fn wrong_uses(crate_folder: &str, layers: &[&str], strangers: Option<(&str, &str)>) -> Vec<String> {
+/// What points up in the layers.
+fn wrong_uses(crate_folder: &str, layers: &[&str]) -> Vec<String> {
     let rank = |module: &str| layers.iter().position(|layer| *layer == module);
     let mut wrong = Vec::new();
     for (path, text) in sources(&format!("{crate_folder}/src")) {
         let own = module_of(&path, crate_folder);
         for used in modules_used(&text) {
             let upwards = matches!((rank(&own), rank(&used)), (Some(own), Some(used)) if used < own);
-            let strange = strangers.is_some_and(|(a, b)| (own == a && used == b) || (own == b && used == a));
-            if upwards || strange {
+            if upwards {
                 wrong.push(format!("{}: {own} uses {used}", path.display()));
             }
         }
@@ -175,8 +170,8 @@ fn wrong_uses(crate_folder: &str, layers: &[&str], strangers: Option<(&str, &str
 
 #[test]
 fn imports_point_down_the_layers() {
-    let mut wrong = wrong_uses("node", NODE_LAYERS, Some(NODE_STRANGERS));
-    wrong.extend(wrong_uses("mount", MOUNT_LAYERS, None));
+    let mut wrong = wrong_uses("node", NODE_LAYERS);
+    wrong.extend(wrong_uses("mount", MOUNT_LAYERS));
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
@@ -296,7 +291,7 @@ fn every_promise_is_tested() {
 
 #[test]
 fn the_layer_check_sees_what_it_should() {
-    let text = "use crate::metadata::View;\n// crate::comment\nuse crate::{content::{store, x}, Item, read};\nlet a = crate::write::put();";
+    let text = "use crate::consensus::View;\n// crate::comment\nuse crate::{content::{store, x}, Item, read};\nlet a = crate::write::put();";
     let used: Vec<String> = modules_used(text).into_iter().collect();
-    assert_eq!(used, ["content", "metadata", "read", "write"]);
+    assert_eq!(used, ["consensus", "content", "read", "write"]);
 }

@@ -27,9 +27,9 @@ use crate::cluster::metrics::kinds::{OperationKind, Origin};
 use crate::cluster::sessions::UNLINKED_QUEUE_LEVEL;
 use crate::content::wire::{get_response, range_asked, stored_chunk};
 use crate::incoming::{certificate_of, connection_of};
-use crate::metadata::{Failure, SessionKey, UnlinkedAnswer};
 use crate::node::{Node, Parts};
 use crate::write::PutError;
+use quorumfs_metadata::{Failure, SessionKey, UnlinkedAnswer};
 
 /// Requests of one stream worked on at once: more than a client has lanes.
 const CALLS_PER_STREAM_MAX: usize = 256;

@@ -20,10 +20,10 @@ use crate::content::Verdict;
 use crate::content::peers::VERIFY_IDS_MAX;
 use crate::content::wire::{get_response, put_response, range_asked, stored_chunk};
 use crate::healing::completeness::{Asked, LACKING_CHUNKS_MAX, completeness};
-use crate::metadata::FEATURE_LEVEL;
 use crate::node::{Node, Parts};
 use crate::read::task_failed;
 use crate::transport::{CLUSTER_KEY, NODE_KEY};
+use quorumfs_metadata::FEATURE_LEVEL;
 
 /// Chunks of one stream worked on at once.
 const CHUNKS_PER_STREAM_MAX: usize = 64;

@@ -6,8 +6,8 @@ use utoipa::ToSchema;
 
 use crate::cluster::clock::ClockReport;
 use crate::consensus::Role;
-use crate::metadata::Failure;
 use crate::node::{Node, Parts};
+use quorumfs_metadata::Failure;
 
 /// A node: who it is and where.
 #[derive(Clone, Debug, Serialize, ToSchema)]

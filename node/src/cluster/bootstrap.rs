@@ -28,8 +28,8 @@ use tracing::{error, info, warn};
 use super::identity::{DataFolder, IdentityError, Membership};
 use crate::config::Config;
 use crate::logging::Told;
-use crate::metadata::FEATURE_LEVEL;
 use crate::transport::{Purpose, Transport};
+use quorumfs_metadata::FEATURE_LEVEL;
 
 /// How often the members are asked.
 const ASK_INTERVAL_MS: u64 = 300;

@@ -14,7 +14,7 @@ use subtle::ConstantTimeEq as _;
 use tokio::sync::mpsc;
 
 use crate::incoming::Connection;
-use crate::metadata::{Failure, MetadataStore, SessionKey};
+use quorumfs_metadata::{Failure, MetadataStore, SessionKey};
 
 /// Sessions that one stream may claim: a client has one at a time, and the next when that is lost.
 const CLAIMS_MAX: usize = 4;

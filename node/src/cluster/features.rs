@@ -14,8 +14,8 @@ use tracing::{info, warn};
 
 use super::clock::StampClock;
 use crate::consensus::Consensus;
-use crate::metadata::{FEATURE_LEVEL, LogBody, LogCommand, MetadataStore};
 use crate::transport::{Purpose, Transport};
+use quorumfs_metadata::{FEATURE_LEVEL, LogBody, LogCommand, MetadataStore};
 
 /// How often the leader looks, as long as its program knows more than the level.
 const LOOK_INTERVAL_MS: u64 = 1_000;

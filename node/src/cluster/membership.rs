@@ -29,8 +29,8 @@ use tracing::{debug, info, warn};
 use self::removal::Aim;
 use super::placement::{Layout, Placement};
 use crate::consensus::{Consensus, MembershipError};
-use crate::metadata::MetadataStore;
 use crate::transport::{Peer, Purpose, Transport};
+use quorumfs_metadata::MetadataStore;
 
 pub use self::removal::{Gone, Removal};
 

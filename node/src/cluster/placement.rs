@@ -25,7 +25,7 @@ use tokio::sync::watch;
 use tracing::error;
 
 use crate::consensus::{Consensus, voters_at};
-use crate::metadata::{MetadataStore, Position, Replicas};
+use quorumfs_metadata::{MetadataStore, Position, Replicas};
 
 /// The fixed key of the weights: every node must weigh alike.
 const WEIGHT_KEY: [u8; 16] = *b"QuorumFS chunks.";

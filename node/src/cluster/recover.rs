@@ -14,8 +14,8 @@ use quorumfs_wire as wire;
 use super::identity::DataFolder;
 use crate::config::Config;
 use crate::consensus::{ConsensusOptions, Remains};
-use crate::metadata::{MetadataOptions, MetadataStore};
 use crate::transport::{Purpose, TlsFiles, Transport};
+use quorumfs_metadata::{MetadataOptions, MetadataStore};
 
 /// How long a member may take to say how it is.
 const ANSWER_TIMEOUT: Duration = Duration::from_millis(2_000);

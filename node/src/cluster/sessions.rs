@@ -23,7 +23,7 @@ use crate::cluster::call_stream::CallStream;
 use crate::cluster::clock::StampClock;
 use crate::consensus::{Consensus, ProposeError};
 use crate::incoming::Connection;
-use crate::metadata::{Failure, LogBody, LogCommand, MetadataStore, UnlinkedAnswer, View};
+use quorumfs_metadata::{Failure, LogBody, LogCommand, MetadataStore, UnlinkedAnswer, View};
 
 /// From this feature level on sessions answer for unlinked inodes in the order in which these were unlinked.
 pub const UNLINKED_QUEUE_LEVEL: u32 = 3;

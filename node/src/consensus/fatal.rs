@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use crate::metadata::StorageFault;
+use quorumfs_metadata::StorageFault;
 
 /// Why the node must stop.
 #[derive(Clone, Debug)]

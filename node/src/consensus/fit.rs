@@ -13,7 +13,7 @@ use super::error::ConsensusError;
 use super::fatal::FatalSignal;
 use super::log::LogStore;
 use super::state_machine::decode_position;
-use crate::metadata::{MetadataStore, Position};
+use quorumfs_metadata::{MetadataStore, Position};
 
 /// Makes `log` fit a state that goes up to `state`, if it can be.
 pub async fn fit_log(log: &LogStore, state: &Position) -> Result<(), ConsensusError> {

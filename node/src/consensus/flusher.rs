@@ -31,7 +31,7 @@ use super::log::LogStore;
 use super::types::Entry;
 use super::unstored::Unstored;
 use crate::content::{ContentError, ContentStore, StoredChunk};
-use crate::metadata::{LogBody, LogCommand, MetadataStore, Position, StorageFault};
+use quorumfs_metadata::{LogBody, LogCommand, MetadataStore, Position, StorageFault};
 
 /// How often the thread looks whether there is something to do.
 const TICK_MS: u64 = 250;

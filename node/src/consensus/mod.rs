@@ -70,8 +70,8 @@ use self::snapshot::SnapshotTraffic;
 use self::state_machine::{Outlets, StateMachine};
 use self::types::{TypeConfig, VoterId, member};
 use crate::content::ContentStore;
-use crate::metadata::{CallResult, LogBody, LogCommand, MetadataStore, StorageFault, View};
 use crate::transport::Transport;
+use quorumfs_metadata::{CallResult, LogBody, LogCommand, MetadataStore, StorageFault, View};
 
 pub use self::aside::SteppedAside;
 pub use self::error::{BarrierError, ConsensusError, MembershipError, ProposeError};

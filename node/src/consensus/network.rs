@@ -421,7 +421,7 @@ async fn next_answer(
 /// Ends when a snapshot makes no progress any more; says for how long.
 async fn stalled(
     sent: Arc<AtomicU64>,
-    reading: &mut tokio::task::JoinHandle<Result<(), crate::metadata::StorageFault>>,
+    reading: &mut tokio::task::JoinHandle<Result<(), quorumfs_metadata::StorageFault>>,
     fatal: &FatalSignal,
 ) -> Duration {
     let mut before = 0;

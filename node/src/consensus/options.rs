@@ -6,7 +6,7 @@ use openraft::{Config, SnapshotPolicy};
 use quorumfs_proto::{ClusterId, NodeId};
 
 use super::wal::WalOptions;
-use crate::metadata::Position;
+use quorumfs_metadata::Position;
 
 /// Entries in one message to a follower; its bytes are bounded by the log reader.
 const REPLICATION_ENTRIES_MAX: u64 = 1024;

@@ -15,7 +15,7 @@ use super::log::LogStore;
 use super::options::ConsensusOptions;
 use super::state_machine::decode_position;
 use super::types::{Entry, LogId, TypeConfig, Vote, VoterId, member};
-use crate::metadata::MetadataStore;
+use quorumfs_metadata::MetadataStore;
 
 /// The log and state of a node that is down.
 pub struct Remains {

@@ -19,7 +19,7 @@ use super::rescue::{Rescued, rescue_content};
 use super::snapshot::{ReceiveError, SnapshotData, receive_header, receive_rows};
 use super::types::TypeConfig;
 use super::types::VoterId;
-use crate::metadata::{StorageFault, View};
+use quorumfs_metadata::{StorageFault, View};
 
 /// The body of a message, if it is for `this` node: not for one that was here before.
 fn body<T: DeserializeOwned>(this: VoterId, message: &wire::RaftMessage) -> Result<T, Status> {

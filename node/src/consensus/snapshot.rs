@@ -20,7 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::flusher::Flusher;
 use super::state_machine::decode_position;
 use super::types::{SnapshotMeta, TypeConfig};
-use crate::metadata::{MetadataStore, Received, Row, Snapshot, StorageFault};
+use quorumfs_metadata::{MetadataStore, Received, Row, Snapshot, StorageFault};
 
 /// Bytes of rows in one piece: large enough that a message's cost is nothing, small enough to be a unit of
 /// progress.

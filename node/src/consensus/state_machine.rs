@@ -1,6 +1,6 @@
 //! openraft's state machine: the metadata, and the content that commands bring.
 //!
-//! Entries are applied in batches: one [`Batch`](crate::metadata::Batch), published at once, and only then
+//! Entries are applied in batches: one [`Batch`](quorumfs_metadata::Batch), published at once, and only then
 //! are those told who proposed them. Content that rode inside goes to the content store before its entry can
 //! be seen.
 //!
@@ -29,7 +29,7 @@ use super::rescue::{RescueError, Rescued, rescue_content};
 use super::snapshot::{Builder, SnapshotData, SnapshotTraffic, held_snapshot};
 use super::types::{Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::content::StoredChunk;
-use crate::metadata::{CallResult, LogBody, LogCommand, MetadataStore, Position, Snapshot, View};
+use quorumfs_metadata::{CallResult, LogBody, LogCommand, MetadataStore, Position, Snapshot, View};
 
 /// Most entries published at once: the first of them waits for the last.
 const BATCH_ENTRIES_MAX: usize = 1024;
@@ -305,7 +305,7 @@ impl StateMachine {
 fn copy_of(
     metadata: &MetadataStore,
     snapshot: &Snapshot,
-) -> Result<crate::metadata::Received, crate::metadata::StorageFault> {
+) -> Result<quorumfs_metadata::Received, quorumfs_metadata::StorageFault> {
     let mut installation = metadata.begin_install()?;
     for row in snapshot.rows() {
         installation.add(&[row?])?;

@@ -11,7 +11,7 @@ use std::fmt;
 use quorumfs_proto::{Addresses, Member, NodeId};
 use serde::{Deserialize, Serialize};
 
-use crate::metadata::{CallResult, LogCommand};
+use quorumfs_metadata::{CallResult, LogCommand};
 
 /// [`NodeId`] as openraft sees it. A type of its own because openraft's storage suite makes ids from numbers,
 /// which nothing but a test may.

@@ -32,8 +32,8 @@ use self::schedule::{Schedule, Standing, Step};
 use super::unix_ms;
 use crate::cluster::clock::StampClock;
 use crate::consensus::{Consensus, ProposeError};
-use crate::metadata::{LogBody, LogCommand, MetadataStore, StorageFault, View};
 use crate::transport::{Purpose, Transport};
+use quorumfs_metadata::{LogBody, LogCommand, MetadataStore, StorageFault, View};
 
 /// How often it is looked whether there is something to digest.
 const LOOK_INTERVAL_MS: u64 = 200;

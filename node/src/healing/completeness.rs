@@ -9,7 +9,7 @@ use quorumfs_proto::{ChunkId, NodeId};
 
 use crate::cluster::placement::Layout;
 use crate::content::ContentStore;
-use crate::metadata::{Failure, MetadataStore};
+use quorumfs_metadata::{Failure, MetadataStore};
 
 /// With so many missing the node is not whole, and nothing is waited for.
 pub const LACKING_CHUNKS_MAX: usize = 4096;
@@ -117,7 +117,7 @@ pub async fn completeness(
 mod tests {
     use super::*;
     use crate::content::ContentOptions;
-    use crate::metadata::MetadataOptions;
+    use quorumfs_metadata::MetadataOptions;
 
     #[tokio::test]
     async fn who_should_hold_nothing_is_not_whole() {

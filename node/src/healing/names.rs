@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use quorumfs_proto::ChunkId;
 use tracing::warn;
 
-use crate::metadata::MetadataStore;
+use quorumfs_metadata::MetadataStore;
 
 /// Rows of extents and of directories that are read for one answer: a second's work or two.
 const ROWS_MAX: u64 = 1_000_000;

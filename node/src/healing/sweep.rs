@@ -29,7 +29,7 @@ use self::marks::{ENDED, Marks, Progress, Stretch};
 use super::repair::Repair;
 use crate::consensus::Consensus;
 use crate::content::{ContentError, ContentStore, Rewritten};
-use crate::metadata::{Failure, MetadataStore, SessionRecord, View};
+use quorumfs_metadata::{Failure, MetadataStore, SessionRecord, View};
 
 /// How long dead chunks are gathered, so that they are punched together.
 const GATHER_MS: u64 = 1_000;

@@ -15,9 +15,9 @@ use super::StartAgain;
 use crate::cluster::renounce::Renounced;
 use crate::consensus::{Consensus, ConsensusError, ConsensusOptions};
 use crate::content::ContentStore;
-use crate::metadata::{MetadataOptions, MetadataStore, Position};
 use crate::node::Node;
 use crate::transport::Transport;
+use quorumfs_metadata::{MetadataOptions, MetadataStore, Position};
 
 /// Metadata that stand in for lost ones, in the data folder.
 const STAND_IN_FILE: &str = "stand-in.redb";

@@ -10,8 +10,8 @@ use super::{LOG_FOLDER, METADATA_FILE, log_only};
 use crate::config::Config;
 use crate::consensus::ConsensusOptions;
 use crate::content::{ContentOptions, ContentStore, Unlisted};
-use crate::metadata::{MetadataOptions, MetadataStore, StorageFault};
 use crate::node::Node;
+use quorumfs_metadata::{MetadataOptions, MetadataStore, StorageFault};
 
 /// The metadata, or why they do not open, and the content.
 type Stores = (anyhow::Result<Arc<MetadataStore>>, Arc<ContentStore>);

@@ -10,7 +10,7 @@ use crate::consensus::fit::fit_log;
 use crate::consensus::log::LogStore;
 use crate::consensus::types::LogId;
 use crate::consensus::wal::WalOptions;
-use crate::metadata::Position;
+use quorumfs_metadata::Position;
 
 fn state(applied: LogId) -> Position {
     Position {

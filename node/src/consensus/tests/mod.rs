@@ -13,7 +13,7 @@ use quorumfs_proto::{SessionId, Timestamp};
 
 use super::log::LogStore;
 use super::types::{Entry, LogId, TypeConfig, Vote};
-use crate::metadata::{LogBody, LogCommand};
+use quorumfs_metadata::{LogBody, LogCommand};
 
 /// A command that the state shows afterwards: it makes `session` known by `description`.
 fn open_session(session: u64, description: impl Into<String>) -> LogCommand {

@@ -10,7 +10,7 @@ use crate::consensus::rescue::{Rescued, rescue_content};
 use crate::consensus::types::Entry;
 use crate::consensus::wal::WalOptions;
 use crate::content::{ContentOptions, ContentStore};
-use crate::metadata::{LogCommand, MetadataOptions, MetadataStore, Position};
+use quorumfs_metadata::{LogCommand, MetadataOptions, MetadataStore, Position};
 
 fn entry_of(index: u64, command: LogCommand) -> Entry {
     Entry {

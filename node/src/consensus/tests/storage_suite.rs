@@ -14,7 +14,7 @@ use crate::consensus::state_machine::{Outlets, StateMachine};
 use crate::consensus::types::TypeConfig;
 use crate::consensus::wal::WalOptions;
 use crate::content::{ContentOptions, ContentStore};
-use crate::metadata::{MetadataOptions, MetadataStore};
+use quorumfs_metadata::{MetadataOptions, MetadataStore};
 
 struct OnDisk;
 

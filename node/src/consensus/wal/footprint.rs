@@ -6,7 +6,7 @@ use openraft::EntryPayload;
 use quorumfs_proto::{NewChunk, Operation, Piece};
 
 use crate::consensus::types::Entry;
-use crate::metadata::{LogBody, LogCommand};
+use quorumfs_metadata::{LogBody, LogCommand};
 
 /// What the allocator takes for each allocation beside what was asked for, on average: its header and the rounding.
 const ALLOCATION_BYTES: usize = 16;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use quorumfs_proto::ChunkId;
 
-use crate::metadata::NamedChange;
+use quorumfs_metadata::NamedChange;
 
 /// Missing chunks that are known by name; 40 bytes each. A walk finds the rest when there is room again.
 pub const MISSING_MAX: usize = 256 << 10;

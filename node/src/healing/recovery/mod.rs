@@ -37,7 +37,7 @@ use super::unix_ms;
 use crate::cluster::placement::{Picture, Placement};
 use crate::consensus::{AppliedEffects, Consensus};
 use crate::content::{ContentStore, PeerChunks};
-use crate::metadata::{Failure, MetadataStore};
+use quorumfs_metadata::{Failure, MetadataStore};
 
 pub use self::offer::{OfferError, Offered};
 pub use self::status::{PassKind, PassReport, RecoveryStatus, SyncReport};

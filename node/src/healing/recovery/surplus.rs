@@ -16,7 +16,7 @@ use super::Recovery;
 use super::ledger::WalkReason;
 use crate::cluster::placement::{Layout, Picture};
 use crate::content::peers::HELD_IDS_MAX;
-use crate::metadata::Failure;
+use quorumfs_metadata::Failure;
 
 /// Chunks known by name; a walk finds the rest when these are gone.
 const SURPLUS_MAX: usize = 256 << 10;

@@ -10,7 +10,7 @@ use tracing::{debug, warn};
 use super::{LastError, Repair};
 use crate::healing::pace::Pacer;
 use crate::healing::unix_ms;
-use crate::metadata::{Checked, StorageFault};
+use quorumfs_metadata::{Checked, StorageFault};
 
 /// From the end of one check to the beginning of the next.
 const CHECK_INTERVAL: Duration = Duration::from_secs(3600);

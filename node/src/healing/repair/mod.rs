@@ -36,8 +36,8 @@ use super::unix_ms;
 use crate::cluster::placement::Placement;
 use crate::consensus::Consensus;
 use crate::content::{ContentError, ContentStore, PeerChunks, Quarantined};
-use crate::metadata::{ChunkRecord, MetadataStore};
 use crate::transport::Transport;
+use quorumfs_metadata::{ChunkRecord, MetadataStore};
 
 pub use self::metadata::MetadataCheck;
 pub use self::status::{LastError, RepairStatus};

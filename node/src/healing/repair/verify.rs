@@ -13,8 +13,8 @@ use tracing::debug;
 use super::{Looked, Repair};
 use crate::content::Verdict;
 use crate::content::peers::VERIFY_IDS_MAX;
-use crate::metadata::{Failure, StorageFault};
 use crate::transport::Purpose;
+use quorumfs_metadata::{Failure, StorageFault};
 
 /// Chunks verified by one request: 2 GiB of large ones; a request for more says up to where it got.
 const CHUNKS_MAX: usize = 2048;

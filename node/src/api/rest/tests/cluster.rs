@@ -29,7 +29,7 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::metadata::{CallResult, Failure, LogBody, LogCommand, MetadataOptions, MetadataStore, Position};
+use quorumfs_metadata::{CallResult, Failure, LogBody, LogCommand, MetadataOptions, MetadataStore, Position};
 
 /// Why a test's cluster says that it cannot decide.
 pub(super) const REASON: &str = "2 of 3 nodes are on holiday";

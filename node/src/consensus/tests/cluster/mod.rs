@@ -23,7 +23,7 @@ use super::open_session;
 use crate::consensus::network::{Addressed, to_wire};
 use crate::consensus::types::{TypeConfig, VoterId};
 use crate::consensus::{AppliedEffects, BarrierError, ConsensusError, ProposeError};
-use crate::metadata::{CallResult, LogBody, LogCommand};
+use quorumfs_metadata::{CallResult, LogBody, LogCommand};
 
 fn sessions(node: &TestNode) -> BTreeMap<u64, String> {
     let view = node.metadata().view().unwrap();

@@ -23,8 +23,8 @@ use crate::consensus::{
     AppliedEffects, BarrierError, Consensus, ConsensusError, ConsensusOptions, ProposeError,
 };
 use crate::content::{ContentOptions, ContentStore};
-use crate::metadata::{CallResult, LogCommand, MetadataOptions, MetadataStore};
 use crate::transport::Transport;
+use quorumfs_metadata::{CallResult, LogCommand, MetadataOptions, MetadataStore};
 
 type Member = quorumfs_proto::Member;
 

@@ -8,7 +8,7 @@ use super::super::log_files::SmallDisk;
 use super::super::open_session;
 use super::node::{Cluster, eventually};
 use crate::consensus::AppliedEffects;
-use crate::metadata::StorageFault;
+use quorumfs_metadata::StorageFault;
 
 /// Bytes of each command.
 const COMMAND_BYTES: usize = 4 << 10;

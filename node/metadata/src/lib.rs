@@ -37,6 +37,7 @@ mod listing;
 mod marks;
 mod names;
 mod overlay;
+mod query_cost;
 mod snapshot;
 mod store;
 mod tables;
@@ -44,7 +45,7 @@ mod unlinked;
 mod view;
 
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;
 
 pub use apply::{Batch, COMMAND_FREED_EXTENTS_MAX};
 pub use check::{CheckCursor, Checked};

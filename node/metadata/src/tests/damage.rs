@@ -9,9 +9,9 @@ use quorumfs_proto::command::NewKind;
 use quorumfs_proto::{InodeNumber, Name};
 
 use super::support::{Node, create, name};
-use crate::metadata::database::{DamageSignal, Database};
-use crate::metadata::tables::Table;
-use crate::metadata::{Failure, MetadataOptions, MetadataStore, StorageFault};
+use crate::database::{DamageSignal, Database};
+use crate::tables::Table;
+use crate::{Failure, MetadataOptions, MetadataStore, StorageFault};
 
 const FILES: u64 = 3_000;
 
@@ -204,7 +204,7 @@ fn damage_of_a_snapshot_that_is_being_received_does_not_cost_the_state() {
             .step_by(4096)
             .for_each(|at| file.write_all_at(&[0x5a; 64], at).unwrap());
     };
-    let finds = |view: &crate::metadata::View| {
+    let finds = |view: &crate::View| {
         (1..=FILES).any(|file| {
             matches!(
                 view.lookup(InodeNumber::ROOT, &name_of(file)),

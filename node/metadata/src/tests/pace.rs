@@ -1,4 +1,4 @@
-//! How fast `apply` is: `cargo test --release -p quorumfs-node metadata::tests::pace -- --ignored --nocapture`.
+//! How fast `apply` is: `cargo test --release -p quorumfs-metadata tests::pace -- --ignored --nocapture`.
 
 use std::time::Instant;
 

@@ -440,7 +440,7 @@ pub(super) mod visited {
         ROWS.set(ROWS.get() + 1);
     }
 
-    pub(in crate::metadata) fn rows() -> u64 {
+    pub(crate) fn rows() -> u64 {
         ROWS.get()
     }
 }
