@@ -27,8 +27,8 @@ pub struct Checked {
 }
 
 impl MetadataStore {
-    /// Reads about `bytes_max` bytes of rows from `from` on, or from the beginning. Damage is told as whoever reads is told
-    /// of it. Blocking.
+    /// Reads about `bytes_max` bytes of rows from `from` on, or from the beginning, and after the last row what redb keeps
+    /// beside them. Damage is told as whoever reads is told of it. Blocking.
     pub fn check(&self, from: Option<CheckCursor>, bytes_max: u64) -> Result<Checked, StorageFault> {
         let base = self.base();
         let (mut at, mut after) = from.map_or((0, None), |cursor| (cursor.table, Some(cursor.after)));
@@ -61,6 +61,9 @@ impl MetadataStore {
                 break;
             }
             (at, after) = (at + 1, None);
+        }
+        if checked.next.is_none() {
+            self.commit_nothing()?;
         }
         Ok(checked)
     }

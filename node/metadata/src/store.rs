@@ -341,6 +341,18 @@ impl MetadataStore {
         Ok(position)
     }
 
+    /// Commits nothing: what redb keeps for itself (which pages are free, which will be) is read by a commit only, and the
+    /// next one is to find it whole. Where there is no room for a commit, that is left to the one that comes with room.
+    pub(super) fn commit_nothing(&self) -> Result<(), StorageFault> {
+        let _one_at_a_time = self.flushing.lock();
+        let database = self.state.lock().layers.base.database().clone();
+        match self.check_room(&Overlay::new()) {
+            Err(StorageFault::NoSpace { .. }) => return Ok(()),
+            room => room?,
+        }
+        database.guarded(|| Ok(database.begin_durable()?.commit()?))
+    }
+
     /// A stable read of what the database holds durably; applies and flushes go on meanwhile.
     pub fn snapshot(&self) -> Result<Snapshot, StorageFault> {
         let state = self.state.lock();

@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use quorumfs_proto::command::NewKind;
-use quorumfs_proto::{InodeNumber, Name};
+use quorumfs_proto::{InodeNumber, Name, SessionId};
 
 use super::support::{Node, create, name};
 use crate::database::{DamageSignal, Database};
 use crate::tables::Table;
-use crate::{Failure, MetadataOptions, MetadataStore, StorageFault};
+use crate::{Failure, LogBody, MetadataOptions, MetadataStore, StorageFault};
 
 const FILES: u64 = 3_000;
 
@@ -225,4 +225,63 @@ fn damage_of_a_snapshot_that_is_being_received_does_not_cost_the_state() {
     spoil(&path);
     assert!(finds(&store.view().unwrap()), "the damage is found");
     assert_eq!(told.lock().len(), 1, "now it is this node's state");
+}
+
+#[test]
+fn what_a_check_has_passed_a_flush_does_not_stumble_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let sound = folder.path().join("sound");
+    let mut node = Node::with_sessions(1);
+    for round in 0..6 {
+        for file in 0..200 {
+            node.entry(create(
+                InodeNumber::ROOT,
+                &format!("{round} {file}"),
+                NewKind::File,
+            ));
+        }
+        node.store.freeze();
+        node.store.flush().unwrap();
+    }
+    // As a killed process leaves it.
+    std::fs::copy(node.folder.path().join("metadata.redb"), &sound).unwrap();
+    let bytes = std::fs::read(&sound).unwrap();
+    let mut missed = Vec::new();
+    let (mut found, mut harmless) = (0, 0);
+    for block in (0..bytes.len()).step_by(4096) {
+        let Some(at) = bytes[block..bytes.len().min(block + 4096)]
+            .iter()
+            .position(|byte| *byte != 0)
+        else {
+            continue;
+        };
+        let mut damaged = bytes.clone();
+        damaged[block + at] ^= 0x10;
+        let path = folder.path().join(format!("block {block}"));
+        std::fs::write(&path, &damaged).unwrap();
+        let checked = open(&path).and_then(|store| check_all(&store).map(|_| store));
+        let Ok(store) = checked else {
+            found += 1;
+            continue;
+        };
+        node.store = store;
+        node.index = node.store.position().index;
+        let flushed = (0..3).try_for_each(|round| {
+            node.apply(LogBody::OpenSession {
+                session: SessionId(100 + round),
+                description: String::new(),
+            });
+            node.store.freeze();
+            node.store.flush().map(|_| ())
+        });
+        match flushed {
+            Ok(()) => harmless += 1,
+            Err(fault) => missed.push((block / 4096, fault.to_string())),
+        }
+    }
+    println!(
+        "{found} found, {harmless} harmless, {} missed: {missed:#?}",
+        missed.len()
+    );
+    assert!(missed.is_empty());
 }
