@@ -6,8 +6,8 @@
 //!
 //! 1. The mount cuts the bytes into chunks and sends each in its `PutChunks` stream to the leader, where
 //!    [`api::fs`] decodes it and calls [`write::Writer::put_chunk`].
-//! 2. The leader appends it to its own store ([`content::ContentStore::put`]) and at the same time pushes it to every
-//!    other member ([`content::PeerChunks::push`], served by [`api::peer`] there). Each answers after a flush that
+//! 2. The leader appends it to its own store ([`quorumfs_content::ContentStore::put`]) and at the same time pushes it to every
+//!    other member ([`replication::PeerChunks::push`], served by [`api::peer`] there). Each answers after a flush that
 //!    it shares with whatever else waited. When a majority has the chunk on disk, the mount is told (P2).
 //! 3. The mount sends one command that names the three chunks. [`write::Writer::mutate`] sees that each is known to be
 //!    on a quorum in this term, stamps the time, and proposes it: [`consensus::Consensus::propose`].
@@ -33,20 +33,20 @@
 //! # Layers
 //!
 //! Modules import only downwards: [`server`], [`api`], [`node`], [`mod@write`], [`read`], [`healing`], [`cluster`], [`consensus`],
-//! [`quorumfs_metadata`] and [`content`] (which never know each other), [`transport`], [`incoming`]; [`config`] is plain data for all.
+//! [`replication`], [`transport`], [`incoming`]; [`config`] is plain data for all.
 //! `write` and `read` use `healing` and `cluster` beside them: the read path asks recovery for what it found missing.
 
 pub mod api;
 pub mod cluster;
 pub mod config;
 pub mod consensus;
-pub mod content;
 pub mod healing;
 pub mod incoming;
 pub mod logging;
 pub mod node;
 pub mod private_files;
 pub mod read;
+pub mod replication;
 pub mod rewrite;
 pub mod server;
 pub mod transport;

@@ -17,7 +17,6 @@ use crate::cluster::placement::Placement;
 use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::Consensus;
-use crate::content::ContentStore;
 use crate::healing::audit::Auditor;
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::Repair;
@@ -25,6 +24,7 @@ use crate::healing::sweep::Sweeper;
 use crate::read::Reader;
 use crate::rewrite::Rewriter;
 use crate::write::Writer;
+use quorumfs_content::ContentStore;
 use quorumfs_metadata::MetadataStore;
 
 /// A node as its edges see it.

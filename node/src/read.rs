@@ -15,9 +15,10 @@ use tracing::{error, warn};
 use crate::cluster::placement::Placement;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::{BarrierError, Consensus};
-use crate::content::{ChunkRange, ContentError, ContentStore, PeerChunks};
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::Repair;
+use crate::replication::PeerChunks;
+use quorumfs_content::{ChunkRange, ContentError, ContentStore};
 use quorumfs_metadata::{Failure, MetadataStore, StorageFault};
 
 /// The path every read takes.

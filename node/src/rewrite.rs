@@ -30,10 +30,10 @@ use tracing::{debug, info, warn};
 
 use crate::cluster::sessions::SessionKeeper;
 use crate::consensus::Consensus;
-use crate::content::StoredChunk;
 use crate::healing::pace::Pacer;
 use crate::read::Reader;
 use crate::write::Writer;
+use quorumfs_content::StoredChunk;
 use quorumfs_metadata::{
     COMMAND_FREED_EXTENTS_MAX, CallResult, Crowded, Failure, LogBody, MetadataStore, Run, RunTerms, Runs,
     SessionKey, View,

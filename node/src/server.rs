@@ -46,7 +46,6 @@ use crate::cluster::sessions::SessionKeeper;
 use crate::cluster::space::SpaceMonitor;
 use crate::config::Config;
 use crate::consensus::{AppliedEffects, Consensus, ConsensusError, FatalError};
-use crate::content::{PeerChunks, Stopped};
 use crate::healing::audit::Auditor;
 use crate::healing::recovery::Recovery;
 use crate::healing::repair::{Repair, RepairOptions, RepairParts};
@@ -54,9 +53,11 @@ use crate::healing::sweep::Sweeper;
 use crate::incoming::{incoming, only_from_nodes};
 use crate::node::{Node, Parts};
 use crate::read::Reader;
+use crate::replication::PeerChunks;
 use crate::rewrite::Rewriter;
 use crate::transport::{TlsFiles, Transport};
 use crate::write::Writer;
+use quorumfs_content::Stopped;
 use quorumfs_metadata::Position;
 
 /// Flow-control windows of the service: with the defaults, 1 MiB messages reach half the throughput (measured). A

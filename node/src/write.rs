@@ -33,7 +33,8 @@ use crate::cluster::metrics::replication::{CopyPlace, Journey};
 use crate::cluster::placement::Placement;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::{Consensus, ProposeError};
-use crate::content::{ContentError, ContentStore, PeerChunks, PushError, StoredChunk};
+use crate::replication::{PeerChunks, PushError};
+use quorumfs_content::{ContentError, ContentStore, StoredChunk};
 use quorumfs_metadata::{CallResult, Crowded, LogBody, LogCommand, SessionKey};
 
 /// How long a chunk may take to reach a quorum before the client is told to put it again.

@@ -17,7 +17,7 @@ const NODE_LAYERS: &[&str] = &[
     "healing",
     "cluster",
     "consensus",
-    "content",
+    "replication",
     "config",
     "transport",
     "logging",
@@ -291,7 +291,7 @@ fn every_promise_is_tested() {
 
 #[test]
 fn the_layer_check_sees_what_it_should() {
-    let text = "use crate::consensus::View;\n// crate::comment\nuse crate::{content::{store, x}, Item, read};\nlet a = crate::write::put();";
+    let text = "use crate::consensus::View;\n// crate::comment\nuse crate::{replication::{store, x}, Item, read};\nlet a = crate::write::put();";
     let used: Vec<String> = modules_used(text).into_iter().collect();
-    assert_eq!(used, ["consensus", "content", "read", "write"]);
+    assert_eq!(used, ["consensus", "read", "replication", "write"]);
 }

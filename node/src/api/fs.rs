@@ -25,9 +25,9 @@ use crate::cluster::leases::Grant;
 use crate::cluster::metrics::CountedCommand;
 use crate::cluster::metrics::kinds::{OperationKind, Origin};
 use crate::cluster::sessions::UNLINKED_QUEUE_LEVEL;
-use crate::content::wire::{get_response, range_asked, stored_chunk};
 use crate::incoming::{certificate_of, connection_of};
 use crate::node::{Node, Parts};
+use crate::replication::messages::{get_response, range_asked, stored_chunk};
 use crate::write::PutError;
 use quorumfs_metadata::{Failure, SessionKey, UnlinkedAnswer};
 

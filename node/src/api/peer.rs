@@ -16,12 +16,12 @@ use crate::cluster::identity::Membership;
 use crate::cluster::membership::{Gone, Removal, RosterError};
 use crate::cluster::metrics::report::Throughput;
 use crate::consensus::{BarrierError, Consensus, ProposeError};
-use crate::content::Verdict;
-use crate::content::peers::VERIFY_IDS_MAX;
-use crate::content::wire::{get_response, put_response, range_asked, stored_chunk};
 use crate::healing::completeness::{Asked, LACKING_CHUNKS_MAX, completeness};
 use crate::node::{Node, Parts};
 use crate::read::task_failed;
+use crate::replication::Verdict;
+use crate::replication::messages::{get_response, put_response, range_asked, stored_chunk};
+use crate::replication::peers::VERIFY_IDS_MAX;
 use crate::transport::{CLUSTER_KEY, NODE_KEY};
 use quorumfs_metadata::FEATURE_LEVEL;
 

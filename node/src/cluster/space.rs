@@ -20,8 +20,8 @@ use tracing::{info, warn};
 
 use super::placement::Placement;
 use crate::consensus::Consensus;
-use crate::content::ContentStore;
 use crate::transport::{Purpose, Transport};
+use quorumfs_content::ContentStore;
 
 /// How often disks are looked at and peers are asked.
 const LOOK_INTERVAL_MS: u64 = 500;

@@ -30,7 +30,7 @@ use super::fatal::{FatalError, FatalSignal};
 use super::log::LogStore;
 use super::types::Entry;
 use super::unstored::Unstored;
-use crate::content::{ContentError, ContentStore, StoredChunk};
+use quorumfs_content::{ContentError, ContentStore, StoredChunk};
 use quorumfs_metadata::{LogBody, LogCommand, MetadataStore, Position, StorageFault};
 
 /// How often the thread looks whether there is something to do.

@@ -69,8 +69,8 @@ use self::rescue::RoomRefusals;
 use self::snapshot::SnapshotTraffic;
 use self::state_machine::{Outlets, StateMachine};
 use self::types::{TypeConfig, VoterId, member};
-use crate::content::ContentStore;
 use crate::transport::Transport;
+use quorumfs_content::ContentStore;
 use quorumfs_metadata::{CallResult, LogBody, LogCommand, MetadataStore, StorageFault, View};
 
 pub use self::aside::SteppedAside;

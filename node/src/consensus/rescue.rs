@@ -14,7 +14,7 @@ use quorumfs_proto::{ChunkBody, NewChunk};
 
 use super::log::LogStore;
 use super::types::Entry;
-use crate::content::{ContentError, ContentStore, StoredChunk};
+use quorumfs_content::{ContentError, ContentStore, StoredChunk};
 use quorumfs_metadata::{Failure, LogBody, LogCommand, View};
 
 /// Who found no room for a snapshot, or for what it would take away, does not look at another for so long: to send one

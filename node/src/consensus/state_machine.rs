@@ -28,7 +28,7 @@ use super::meters::Meters;
 use super::rescue::{RescueError, Rescued, rescue_content};
 use super::snapshot::{Builder, SnapshotData, SnapshotTraffic, held_snapshot};
 use super::types::{Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
-use crate::content::StoredChunk;
+use quorumfs_content::StoredChunk;
 use quorumfs_metadata::{CallResult, LogBody, LogCommand, MetadataStore, Position, Snapshot, View};
 
 /// Most entries published at once: the first of them waits for the last.

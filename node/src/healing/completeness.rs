@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use quorumfs_proto::{ChunkId, NodeId};
 
 use crate::cluster::placement::Layout;
-use crate::content::ContentStore;
+use quorumfs_content::ContentStore;
 use quorumfs_metadata::{Failure, MetadataStore};
 
 /// With so many missing the node is not whole, and nothing is waited for.
@@ -116,7 +116,7 @@ pub async fn completeness(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::content::ContentOptions;
+    use quorumfs_content::ContentOptions;
     use quorumfs_metadata::MetadataOptions;
 
     #[tokio::test]

@@ -28,7 +28,7 @@ use tracing::{debug, info, warn};
 use self::marks::{ENDED, Marks, Progress, Stretch};
 use super::repair::Repair;
 use crate::consensus::Consensus;
-use crate::content::{ContentError, ContentStore, Rewritten};
+use quorumfs_content::{ContentError, ContentStore, Rewritten};
 use quorumfs_metadata::{Failure, MetadataStore, SessionRecord, View};
 
 /// How long dead chunks are gathered, so that they are punched together.

@@ -14,9 +14,9 @@ use tracing::{info, warn};
 use super::StartAgain;
 use crate::cluster::renounce::Renounced;
 use crate::consensus::{Consensus, ConsensusError, ConsensusOptions};
-use crate::content::ContentStore;
 use crate::node::Node;
 use crate::transport::Transport;
+use quorumfs_content::ContentStore;
 use quorumfs_metadata::{MetadataOptions, MetadataStore, Position};
 
 /// Metadata that stand in for lost ones, in the data folder.

@@ -9,8 +9,8 @@ use tracing::info;
 use super::{LOG_FOLDER, METADATA_FILE, log_only};
 use crate::config::Config;
 use crate::consensus::ConsensusOptions;
-use crate::content::{ContentOptions, ContentStore, Unlisted};
 use crate::node::Node;
+use quorumfs_content::{ContentOptions, ContentStore, Unlisted};
 use quorumfs_metadata::{MetadataOptions, MetadataStore, StorageFault};
 
 /// The metadata, or why they do not open, and the content.

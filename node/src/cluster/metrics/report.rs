@@ -13,7 +13,7 @@ use super::{Metrics, STATUS_CLASSES};
 use crate::cluster::placement::Placement;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::{Consensus, Role};
-use crate::content::ContentStore;
+use quorumfs_content::ContentStore;
 
 /// What a node counted since it started. Durations are in microseconds.
 #[derive(Clone, Debug, Serialize, ToSchema)]

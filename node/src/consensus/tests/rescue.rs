@@ -9,7 +9,7 @@ use crate::consensus::log::LogStore;
 use crate::consensus::rescue::{Rescued, rescue_content};
 use crate::consensus::types::Entry;
 use crate::consensus::wal::WalOptions;
-use crate::content::{ContentOptions, ContentStore};
+use quorumfs_content::{ContentOptions, ContentStore};
 use quorumfs_metadata::{LogCommand, MetadataOptions, MetadataStore, Position};
 
 fn entry_of(index: u64, command: LogCommand) -> Entry {

@@ -13,7 +13,7 @@ use crate::consensus::snapshot::SnapshotTraffic;
 use crate::consensus::state_machine::{Outlets, StateMachine};
 use crate::consensus::types::TypeConfig;
 use crate::consensus::wal::WalOptions;
-use crate::content::{ContentOptions, ContentStore};
+use quorumfs_content::{ContentOptions, ContentStore};
 use quorumfs_metadata::{MetadataOptions, MetadataStore};
 
 struct OnDisk;

@@ -12,7 +12,8 @@ use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
 use super::Recovery;
-use crate::content::{ContentError, FetchError};
+use crate::replication::FetchError;
+use quorumfs_content::ContentError;
 
 /// Chunks fetched at once: small ones wait for each other's flush.
 const FETCHES_MAX: usize = 32;
@@ -166,7 +167,7 @@ impl Recovery {
         }
     }
 
-    async fn store(&self, chunk: crate::content::StoredChunk) -> Fetched {
+    async fn store(&self, chunk: quorumfs_content::StoredChunk) -> Fetched {
         let (id, bytes) = (chunk.id, chunk.payload.len() as u64);
         match self.content.put(chunk).await {
             Ok(()) => {

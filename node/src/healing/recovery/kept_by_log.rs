@@ -14,7 +14,7 @@ use quorumfs_proto::{ChunkId, NodeId};
 use tracing::{debug, info};
 
 use super::Recovery;
-use crate::content::peers::HELD_IDS_MAX;
+use crate::replication::peers::HELD_IDS_MAX;
 
 /// How often the others are asked while the log is held up.
 const ASK_INTERVAL_MS: u64 = 1_000;

@@ -36,7 +36,8 @@ use super::pace::{Pacer, RateMeter};
 use super::unix_ms;
 use crate::cluster::placement::{Picture, Placement};
 use crate::consensus::{AppliedEffects, Consensus};
-use crate::content::{ContentStore, PeerChunks};
+use crate::replication::PeerChunks;
+use quorumfs_content::ContentStore;
 use quorumfs_metadata::{Failure, MetadataStore};
 
 pub use self::offer::{OfferError, Offered};

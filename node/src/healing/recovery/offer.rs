@@ -4,7 +4,7 @@ use bytes::Bytes;
 use quorumfs_proto::{ChunkId, Sha256};
 
 use super::Recovery;
-use crate::content::{ContentError, StoredChunk};
+use quorumfs_content::{ContentError, StoredChunk};
 
 /// What became of a copy that was offered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

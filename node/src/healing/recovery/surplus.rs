@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 use super::Recovery;
 use super::ledger::WalkReason;
 use crate::cluster::placement::{Layout, Picture};
-use crate::content::peers::HELD_IDS_MAX;
+use crate::replication::peers::HELD_IDS_MAX;
 use quorumfs_metadata::Failure;
 
 /// Chunks known by name; a walk finds the rest when these are gone.

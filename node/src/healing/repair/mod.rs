@@ -35,8 +35,9 @@ use super::recovery::ledger::WalkReason;
 use super::unix_ms;
 use crate::cluster::placement::Placement;
 use crate::consensus::Consensus;
-use crate::content::{ContentError, ContentStore, PeerChunks, Quarantined};
+use crate::replication::PeerChunks;
 use crate::transport::Transport;
+use quorumfs_content::{ContentError, ContentStore, Quarantined};
 use quorumfs_metadata::{ChunkRecord, MetadataStore};
 
 pub use self::metadata::MetadataCheck;

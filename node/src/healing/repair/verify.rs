@@ -11,8 +11,8 @@ use serde::Serialize;
 use tracing::debug;
 
 use super::{Looked, Repair};
-use crate::content::Verdict;
-use crate::content::peers::VERIFY_IDS_MAX;
+use crate::replication::Verdict;
+use crate::replication::peers::VERIFY_IDS_MAX;
 use crate::transport::Purpose;
 use quorumfs_metadata::{Failure, StorageFault};
 

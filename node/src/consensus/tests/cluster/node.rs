@@ -22,8 +22,8 @@ use super::super::open_session;
 use crate::consensus::{
     AppliedEffects, BarrierError, Consensus, ConsensusError, ConsensusOptions, ProposeError,
 };
-use crate::content::{ContentOptions, ContentStore};
 use crate::transport::Transport;
+use quorumfs_content::{ContentOptions, ContentStore};
 use quorumfs_metadata::{CallResult, LogCommand, MetadataOptions, MetadataStore};
 
 type Member = quorumfs_proto::Member;

@@ -90,7 +90,7 @@ pub struct Writer {
     /// Flushed when an entry of the folder has changed; locked as long as the store is open.
     pub folder: File,
     /// The first failed flush.
-    pub fault: Fault,
+    pub fault: Arc<Fault>,
     options: ContentOptions,
     index: Arc<Index>,
     tail: Mutex<Tail>,
@@ -113,7 +113,7 @@ impl Writer {
         Writer {
             directory,
             folder,
-            fault: Fault::new(),
+            fault: Arc::new(Fault::new()),
             options,
             index,
             tail: Mutex::new(Tail {

@@ -22,10 +22,10 @@ use tokio::sync::Semaphore;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Response, Status, Streaming};
 
-use super::chunk::{ChunkRange, StoredChunk};
+use super::messages::{MalformedChunk, chunk_range, put_request};
 use super::stream::{Line, Lost, Protocol};
-use super::wire::{MalformedChunk, chunk_range, put_request};
 use crate::transport::{Peer, Purpose, Transport};
+use quorumfs_content::{ChunkRange, StoredChunk};
 
 /// Most bytes of chunks under way to one peer: at 100 MB/s more than half a second's worth; a peer that is further
 /// behind is left to recovery.

@@ -1,11 +1,10 @@
 //! The content store as its callers see it, on a real disk, through crashes, damage and full disks.
 
-pub(in crate::content) mod bad_sectors;
+pub(crate) mod bad_sectors;
 mod damage;
 mod disk_full;
 mod model;
 mod pace;
-mod peers;
 mod store;
 
 use std::fs::File;

@@ -30,8 +30,9 @@ use super::salvage::{Unreadable, files_set_aside, set_folder_aside};
 use super::scan::{Condition, open_segment};
 use super::segment::{Segment, drop_cached, parse_file_name};
 use super::writer::{Appended, OpenSegment, Writer};
-use crate::private_files::FOLDER_MODE;
 
+/// The folder is for the daemon's user alone: it holds all files' content.
+const FOLDER_MODE: u32 = 0o700;
 /// Most files kept open for reading; the rest are opened when needed. Far below the usual limit of 1024 per process.
 const OPEN_FILES_MAX: usize = 256;
 /// A chunk can move once while it is read (its segment was rewritten); more often is a fault.
@@ -333,15 +334,8 @@ impl ContentStore {
 
     /// Resolves when the store has stopped, with the reason: the node must stop.
     pub fn fatal(&self) -> impl Future<Output = Stopped> + Send + use<> {
-        let mut first = self.writer.fault.subscribe();
-        async move {
-            let stopped = first.wait_for(Option::is_some).await.ok();
-            match stopped.and_then(|stopped| stopped.clone()) {
-                Some(stopped) => stopped,
-                // The store is gone without a failure: there will be none.
-                None => std::future::pending().await,
-            }
-        }
+        let fault = Arc::clone(&self.writer.fault);
+        async move { fault.failure().await }
     }
 
     /// Does `with` at the place of `id`; again where the chunk has moved meanwhile.

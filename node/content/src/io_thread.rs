@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use mea::oneshot;
+use mea::semaphore::{OwnedSemaphorePermit, Semaphore};
 
 use super::chunk::StoredChunk;
 use super::error::ContentError;
@@ -17,8 +18,6 @@ use super::writer::Writer;
 const PUT_QUEUE_BYTES_MAX: usize = 64 << 20;
 /// What is written at most before it is flushed, so that the first of many puts does not wait for all of them.
 const FLUSH_BYTES_MAX: usize = 16 << 20;
-/// Semaphores count permits in 32 bits and less; admission counts in these.
-const PERMIT_BYTES: usize = 1 << 10;
 
 enum Job {
     Put {
@@ -53,7 +52,7 @@ impl IoThread {
             .spawn(move || run(&writer, &jobs, &counter))?;
         Ok(IoThread {
             queue: Some(queue),
-            admission: Arc::new(Semaphore::new(PUT_QUEUE_BYTES_MAX / PERMIT_BYTES)),
+            admission: Arc::new(Semaphore::new(PUT_QUEUE_BYTES_MAX)),
             thread: Some(thread),
             puts,
         })
@@ -62,11 +61,9 @@ impl IoThread {
     /// Writes `chunk`; durable when it returns.
     pub async fn put(&self, chunk: StoredChunk) -> Result<(), ContentError> {
         chunk.check_shape()?;
-        let permits = u32::try_from(chunk.payload.len().div_ceil(PERMIT_BYTES)).unwrap_or(u32::MAX);
         let admission = Arc::clone(&self.admission)
-            .acquire_many_owned(permits)
-            .await
-            .map_err(|_| stopped())?;
+            .acquire_owned(chunk.payload.len())
+            .await;
         let (done, answer) = oneshot::channel();
         self.send(Job::Put {
             chunk,
@@ -80,7 +77,7 @@ impl IoThread {
     pub fn flush(&self) -> Result<(), ContentError> {
         let (done, answer) = oneshot::channel();
         self.send(Job::Flush { done: Some(done) })?;
-        futures::executor::block_on(answer).map_err(|_| stopped())?
+        futures::executor::block_on(answer.into_future()).map_err(|_| stopped())?
     }
 
     /// Lets it flush soon; nobody waits.

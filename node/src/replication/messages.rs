@@ -6,8 +6,8 @@ use quorumfs_proto::limits::{BLOCK_BYTES, CHUNK_BYTES_MAX};
 use quorumfs_proto::{ChunkId, Sha256};
 use quorumfs_wire::{ChunkStatus, GetChunkRequest, GetChunkResponse, PutChunkRequest, PutChunkResponse};
 
-use super::chunk::{ChunkRange, StoredChunk};
-use super::error::ContentError;
+use quorumfs_content::ContentError;
+use quorumfs_content::{ChunkRange, StoredChunk};
 
 /// A message that is no chunk.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

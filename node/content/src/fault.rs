@@ -8,17 +8,20 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::sync::OnceLock;
 #[cfg(test)]
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use tokio::sync::watch;
+use mea::latch::Latch;
 
 use super::error::Stopped;
 
 /// Flushes files, and remembers the first failure.
 #[derive(Debug)]
 pub struct Fault {
-    first: watch::Sender<Option<Stopped>>,
+    first: OnceLock<Stopped>,
+    /// Opens once `first` is set.
+    failed: Latch,
     /// Tests make flushes fail.
     #[cfg(test)]
     pub fail_flushes: AtomicBool,
@@ -28,7 +31,8 @@ impl Fault {
     /// Nothing has failed yet.
     pub fn new() -> Fault {
         Fault {
-            first: watch::Sender::new(None),
+            first: OnceLock::new(),
+            failed: Latch::new(1),
             #[cfg(test)]
             fail_flushes: AtomicBool::new(false),
         }
@@ -36,15 +40,16 @@ impl Fault {
 
     /// An error once a flush has failed.
     pub fn check(&self) -> Result<(), Stopped> {
-        match &*self.first.borrow() {
+        match self.first.get() {
             None => Ok(()),
             Some(stopped) => Err(stopped.clone()),
         }
     }
 
-    /// Who wants to be told.
-    pub fn subscribe(&self) -> watch::Receiver<Option<Stopped>> {
-        self.first.subscribe()
+    /// Waits for the first failure.
+    pub async fn failure(&self) -> Stopped {
+        self.failed.wait().await;
+        self.first.get().expect("set before the latch opens").clone()
     }
 
     /// Flushes `file`.
@@ -78,13 +83,9 @@ impl Fault {
 
     /// Stops for `reason`, if this is the first; answers what the first was.
     fn stop(&self, reason: impl FnOnce() -> Stopped) -> Stopped {
-        let mut answer = None;
-        self.first.send_if_modified(|first| {
-            let is_first = first.is_none();
-            answer = Some(first.get_or_insert_with(reason).clone());
-            is_first
-        });
-        answer.expect("set by the closure, which is always called")
+        let first = self.first.get_or_init(reason).clone();
+        self.failed.count_down();
+        first
     }
 
     fn sync_data(&self, file: &File) -> io::Result<()> {

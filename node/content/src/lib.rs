@@ -1,4 +1,4 @@
-//! Content: immutable chunks in append-only segments on this node's disk, and their transfer between nodes.
+//! Content: immutable chunks in append-only segments on this node's disk.
 //!
 //! A put goes [`ContentStore::put`] → the I/O thread's queue → `Writer::append` (one `pwritev` into the active
 //! segment, the index is told) → `Writer::flush` (one `fdatasync` for all who wait) → answered. A read goes
@@ -18,21 +18,17 @@ mod error;
 mod fault;
 mod index;
 mod io_thread;
-pub mod peers;
 mod reclaim;
 mod record;
 mod salvage;
 mod scan;
 mod segment;
-pub mod store;
-mod stream;
+mod store;
 #[cfg(test)]
 mod tests;
-pub mod wire;
 mod writer;
 
 pub use chunk::{ChunkRange, Space, StoredChunk};
 pub use error::{ContentError, Stopped};
-pub use peers::{FetchError, HeldError, PeerChunks, PushError, Verdict};
 pub use reclaim::{Quarantined, Rewritten};
 pub use store::{ContentOptions, ContentStore, FlushCounts, OpenReport, Unlisted};

@@ -6,18 +6,48 @@ use std::time::{Duration, Instant};
 
 use futures::{Stream, StreamExt};
 use parking_lot::Mutex;
-use quorumfs_proto::{Addresses, ChunkId, Member, NodeId};
+use quorumfs_content::{ContentError, ContentOptions, ContentStore, StoredChunk, Unlisted};
+use quorumfs_proto::{Addresses, ChunkId, Member, NodeId, SessionId, Sha256};
 use quorumfs_wire as wire;
 use quorumfs_wire::peer_server::{Peer, PeerServer};
 use quorumfs_wire::*;
+use rand::rngs::SmallRng;
+use rand::{RngExt as _, SeedableRng as _};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::super::wire::{get_response, put_response, range_asked, stored_chunk};
-use super::super::{FetchError, PeerChunks, PushError};
-use super::*;
+use super::messages::{get_response, put_response, range_asked, stored_chunk};
+use super::peers::{FetchError, PeerChunks, PushError};
 use crate::transport::Transport;
+
+/// The id of the test chunk `counter`.
+fn id(counter: u64) -> ChunkId {
+    ChunkId {
+        session: SessionId(7),
+        counter,
+    }
+}
+
+/// A chunk whose bytes follow from its number.
+fn chunk(counter: u64, length: usize) -> StoredChunk {
+    let mut payload = vec![0; length];
+    SmallRng::seed_from_u64(counter).fill(&mut payload[..]);
+    StoredChunk::computed(id(counter), Sha256::of(&payload), payload.into())
+}
+
+fn open(directory: &std::path::Path) -> ContentStore {
+    let options = ContentOptions {
+        segment_bytes: 4 << 20,
+        reserve_bytes: 64 << 10,
+        unlisted: Unlisted::SetAside,
+    };
+    ContentStore::open(directory, options).unwrap().0
+}
+
+fn assert_served(store: &ContentStore, chunk: &StoredChunk) {
+    assert_eq!(&store.read_whole(chunk.id).unwrap(), chunk);
+}
 
 /// What the peer does wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +101,7 @@ impl Peer for TestPeer {
                 let call_id = request.call_id;
                 match manner {
                     Manner::Silent => std::future::pending().await,
-                    Manner::Full => Ok(put_response(call_id, &Err(super::super::ContentError::NoSpace))),
+                    Manner::Full => Ok(put_response(call_id, &Err(ContentError::NoSpace))),
                     _ => match stored_chunk(request) {
                         Ok(chunk) => Ok(put_response(call_id, &store.put(chunk).await)),
                         Err(error) => Ok(PutChunkResponse {
@@ -241,7 +271,7 @@ struct Serving {
 impl Pair {
     async fn new(manner: Manner) -> Pair {
         let folder = tempfile::tempdir().unwrap();
-        let store = Arc::new(open(folder.path()).0);
+        let store = Arc::new(open(folder.path()));
         let manner = Arc::new(Mutex::new(manner));
         let (serving, address) = serve(&store, &manner, "127.0.0.1:0");
         let transport = Arc::new(Transport::new(None));

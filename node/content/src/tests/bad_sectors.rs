@@ -20,7 +20,7 @@ fn spoil(path: &Path, range: Range<u64>) {
 }
 
 /// Whether this range of `file` can be read.
-pub(in crate::content) fn check(file: &File, at: u64, bytes: u64) -> io::Result<()> {
+pub(crate) fn check(file: &File, at: u64, bytes: u64) -> io::Result<()> {
     let bad = BAD.lock();
     if bad.is_empty() {
         return Ok(());
@@ -39,7 +39,7 @@ pub(in crate::content) fn check(file: &File, at: u64, bytes: u64) -> io::Result<
 }
 
 /// Whether `directory` can be listed.
-pub(in crate::content) fn check_folder(directory: &Path) -> io::Result<()> {
+pub(crate) fn check_folder(directory: &Path) -> io::Result<()> {
     let mut bad = BAD_FOLDERS.lock();
     // What was moved away is another folder.
     match bad.iter().position(|folder| folder == directory) {
