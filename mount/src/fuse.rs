@@ -1,4 +1,4 @@
-//! The edge towards the kernel: each request is decoded, given to [`crate::fs::Filesystem`], and its answer encoded.
+//! The edge towards the kernel: each request is decoded, given to [`quorumfs_fs::Filesystem`], and its answer encoded.
 //! Nothing else.
 //!
 //! - Decoding is cheap and happens on fuser's threads. The work is a future that is polled once right there,
@@ -41,7 +41,6 @@ use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{Attributes, SymlinkTarget};
 
-use crate::fs::{Cluster, Opened, Order};
 use crate::statistics::{ATTRIBUTE, Verb};
 use answer::{
     GENERATION, answer_attr, answer_entries, answer_entry, answer_moved, answer_names, answer_ok,
@@ -50,6 +49,7 @@ use answer::{
 use convert::SetAttrFields;
 use edge::{close, close_directory, name_bytes, new_file, opening};
 use places::Place;
+use quorumfs_fs::{Cluster, Opened, Order};
 
 pub use edge::FuseEdge;
 pub use session::serve_kernel;

@@ -23,10 +23,10 @@ use tokio::time::Instant;
 use tonic::transport::ClientTlsConfig;
 
 use crate::daemon::{Readiness, Report};
-use crate::fs::{Cluster, Durability, Filesystem, FsOptions, Leased};
 use crate::fuse::{FuseEdge, serve_kernel};
 use crate::mountpoint::{MountPoint, MountPointError, Mounted, Unmounting, Urgency};
 use crate::options::{Access, DurabilityOption, MountRequest};
+use quorumfs_fs::{Cluster, Durability, Filesystem, FsOptions, Leased};
 
 /// How long a stopping mount goes on for those who still use it: service managers kill after 90 s, and what
 /// was flushed is safe.
@@ -368,8 +368,8 @@ mod tests {
     use std::fs::{self, File};
     use std::io::Write;
 
-    use crate::fs::tests::reference::{Connection, Reference};
     use crate::fuse::tests::{TestMount, can_mount, mount};
+    use quorumfs_memory::{Connection, MemoryCluster};
 
     fn service(mount: &mut TestMount) -> Service<Connection> {
         Service {
@@ -396,7 +396,7 @@ mod tests {
         if !can_mount() {
             return;
         }
-        let mut mount = mount(&Reference::new(), 1);
+        let mut mount = mount(&MemoryCluster::new(), 1);
         fs::write(mount.path("file"), "x").unwrap();
         assert_eq!(stop(&mut mount, 1, STOP_TIMEOUT), Ok(()));
         assert!(!mount.path("file").exists(), "it is still mounted");
@@ -407,7 +407,7 @@ mod tests {
         if !can_mount() {
             return;
         }
-        let mut mount = mount(&Reference::new(), 1);
+        let mut mount = mount(&MemoryCluster::new(), 1);
         assert_eq!(mount.mounted.unmount(Urgency::Polite).unwrap(), Unmounting::Done);
         assert_eq!(stop(&mut mount, 0, STOP_TIMEOUT), Ok(()));
     }
@@ -417,16 +417,16 @@ mod tests {
         if !can_mount() {
             return;
         }
-        let reference = Reference::new();
+        let cluster = MemoryCluster::new();
         for (stops, timeout) in [(1, Duration::from_millis(300)), (2, STOP_TIMEOUT)] {
-            let mut mount = mount(&reference, stops as u64);
+            let mut mount = mount(&cluster, stops as u64);
             let mut open = File::create(mount.path("file")).unwrap();
             open.write_all(b"unsynced").unwrap();
             let begin = Instant::now();
             assert_eq!(stop(&mut mount, stops, timeout), Ok(()));
             assert!(begin.elapsed() < STOP_TIMEOUT / 2, "{:?}", begin.elapsed());
             assert!(!mount.path("file").exists(), "it is still mounted");
-            let again = self::mount(&reference, 9);
+            let again = self::mount(&cluster, 9);
             assert_eq!(fs::read(again.path("file")).unwrap(), b"unsynced");
             again.unmount();
         }
@@ -437,10 +437,10 @@ mod tests {
         if !can_mount() {
             return;
         }
-        let reference = Reference::new();
-        let mut mount = mount(&reference, 1);
+        let cluster = MemoryCluster::new();
+        let mut mount = mount(&cluster, 1);
         let mut open = File::create(mount.path("file")).unwrap();
-        *reference.put_fault.lock() = Some(FsError::NoSpace);
+        *cluster.put_fault.lock() = Some(FsError::NoSpace);
         open.write_all(&vec![1; 100_000]).unwrap();
         assert_eq!(
             stop(&mut mount, 1, Duration::from_millis(300)),

@@ -16,7 +16,7 @@
 //!
 //! Behind it, imports pointing only down this list:
 //!
-//! - `client`: what users see; time-outs.
+//! - `interface`: what users see, as a trait. `client`: the one that reaches a real cluster; time-outs.
 //! - `keeper`: keep-alives, a new session for a lost one, release of unlinked inodes.
 //! - `mutation`: one mutation from its lane to its verdict.
 //! - `session`, `lanes`, `chunk`: what belongs to one session.
@@ -38,6 +38,7 @@ mod cluster;
 mod connector;
 mod discovery;
 mod get;
+mod interface;
 mod keeper;
 mod lanes;
 mod leader_link;
@@ -49,3 +50,4 @@ mod sources;
 
 pub use chunk::FreshChunk;
 pub use client::{Client, ClientOptions, ConnectError};
+pub use interface::{Cluster, FreshContent, UnlinkedHandler};

@@ -18,7 +18,7 @@ use super::convert::{self, XattrFit};
 use super::inode_map::InodeMap;
 use super::places::{Place, Places, is_tagged};
 use crate::errno::errno;
-use crate::fs::{DirectoryItem, Moved, Opened};
+use quorumfs_fs::{DirectoryItem, Moved, Opened};
 
 /// The block size of statfs(2), in which it counts.
 const STATFS_BLOCK_BYTES: u32 = 4096;

@@ -7,7 +7,7 @@ use fuser::{FileAttr, FileType, INodeNo, RenameFlags, TimeOrNow, WriteFlags};
 use quorumfs_proto::command::{AttributeChanges, NewKind, Privileges, RenameMode, SetTime, XattrMode};
 use quorumfs_proto::{Attributes, FileKind, FsError, Timestamp, XattrName};
 
-use crate::fs::{DirectoryItem, Place};
+use quorumfs_fs::{DirectoryItem, Place};
 
 /// What programs are told to read and write at a time. The C library sizes its buffers by it, and each of its
 /// writes is a request of its own, so larger is faster; it costs every open stream that much memory.

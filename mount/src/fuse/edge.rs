@@ -20,9 +20,9 @@ use super::notices::Notices;
 use super::payloads::WaitingPayloads;
 use super::places::Place;
 use crate::errno::errno;
-use crate::fs::{Cluster, Filesystem, Handle, NewFile, OpenFlags, Opened};
-use crate::interrupt::{Caller, Callers, Tolerance, in_vain};
 use crate::statistics::{Statistics, Verb, attribute_value};
+use quorumfs_fs::interrupt::{Caller, Callers, Tolerance, in_vain};
+use quorumfs_fs::{Cluster, Filesystem, Handle, NewFile, OpenFlags, Opened};
 
 /// A reply that can be an error. Dropped without an answer it says EIO.
 pub trait Refuse: Send + 'static {

@@ -15,7 +15,7 @@ use fuser::INodeNo;
 use quorumfs_proto::InodeNumber;
 
 use super::inode_map::InodeMap;
-use crate::fs::PagesAbove;
+use quorumfs_fs::PagesAbove;
 
 /// FUSE_NOTIFY_INVAL_INODE, FUSE_NOTIFY_INVAL_ENTRY and FUSE_NOTIFY_STORE of linux/fuse.h.
 const NOTIFY_INVAL_INODE: i32 = 2;

@@ -8,8 +8,8 @@ use tokio::sync::oneshot;
 
 use super::FuseEdge;
 use super::notices::Notices;
-use crate::fs::Cluster;
 use crate::options::Access;
+use quorumfs_fs::Cluster;
 
 /// The threads only decode and copy, so a few saturate any kernel.
 const THREADS_MAX: usize = 8;

@@ -23,10 +23,10 @@ use nix::mount::{MntFlags, MsFlags};
 use quorumfs_proto::InodeNumber;
 
 use super::{FuseEdge, serve_kernel};
-use crate::fs::tests::reference::{Connection, Reference};
-use crate::fs::{Filesystem, FsOptions};
 use crate::mountpoint::{MountPoint, Mounted, Unmounting, Urgency};
 use crate::options::{Access, Stacking};
+use quorumfs_fs::{Filesystem, FsOptions};
+use quorumfs_memory::{Connection, MemoryCluster};
 
 /// A test that hangs in its own mount could never be ended: after this the mount is torn down under it.
 const TEST_TIMEOUT: Duration = Duration::from_secs(60);
@@ -50,27 +50,27 @@ pub(crate) fn can_mount() -> bool {
     can
 }
 
-pub(crate) fn mount(reference: &Arc<Reference>, session: u64) -> TestMount {
-    mount_with(reference, session, MsFlags::empty(), InodeNumber::ROOT)
+pub(crate) fn mount(cluster: &Arc<MemoryCluster>, session: u64) -> TestMount {
+    mount_with(cluster, session, MsFlags::empty(), InodeNumber::ROOT)
 }
 
-fn mount_with(reference: &Arc<Reference>, session: u64, flags: MsFlags, root: InodeNumber) -> TestMount {
+fn mount_with(cluster: &Arc<MemoryCluster>, session: u64, flags: MsFlags, root: InodeNumber) -> TestMount {
     let options = FsOptions {
         root,
         read_only: flags.contains(MsFlags::MS_RDONLY),
         ..FsOptions::default()
     };
-    mount_as(reference, session, flags, options)
+    mount_as(cluster, session, flags, options)
 }
 
-fn mount_as(reference: &Arc<Reference>, session: u64, flags: MsFlags, options: FsOptions) -> TestMount {
+fn mount_as(cluster: &Arc<MemoryCluster>, session: u64, flags: MsFlags, options: FsOptions) -> TestMount {
     let directory = tempfile::tempdir().unwrap();
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let root = options.root;
     let filesystem = {
         let _inside = runtime.enter();
-        Filesystem::new(reference.connect(session), options)
+        Filesystem::new(cluster.connect(session), options)
     };
     let edge = FuseEdge::new(
         Arc::clone(&filesystem),
@@ -175,11 +175,11 @@ fn bytes_and_attributes_survive_a_remount() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
+    let cluster = MemoryCluster::new();
     let bytes = pattern((3 << 20) + 17);
     let modified = UNIX_EPOCH - Duration::from_millis(1500);
     {
-        let mount = mount(&reference, 1);
+        let mount = mount(&cluster, 1);
         fs::create_dir(mount.path("a")).unwrap();
         fs::write(mount.path("a/file"), &bytes).unwrap();
         assert_eq!(fs::read(mount.path("a/file")).unwrap(), bytes);
@@ -193,7 +193,7 @@ fn bytes_and_attributes_survive_a_remount() {
         File::open(mount.path("twin")).unwrap().set_times(times).unwrap();
         mount.unmount();
     }
-    let mount = mount(&reference, 2);
+    let mount = mount(&cluster, 2);
     assert_eq!(
         names(&mount.path("")),
         ["a", "pointer", "twin"].map(String::from).into()
@@ -219,7 +219,7 @@ fn names_move_and_go_as_rename_and_unlink_say() {
     if !can_mount() {
         return;
     }
-    let mount = mount(&Reference::new(), 1);
+    let mount = mount(&MemoryCluster::new(), 1);
     for name in ["a", "b", "c"] {
         fs::write(mount.path(name), name).unwrap();
     }
@@ -257,7 +257,7 @@ fn a_large_directory_is_listed_once_each_while_it_changes() {
         return;
     }
     const FILES: usize = 3000;
-    let mount = mount(&Reference::new(), 1);
+    let mount = mount(&MemoryCluster::new(), 1);
     for number in 0..FILES {
         File::create(mount.path(&format!("steady-{number:05}"))).unwrap();
     }
@@ -286,7 +286,7 @@ fn extended_attributes() {
     if !can_mount() {
         return;
     }
-    let mount = mount(&Reference::new(), 1);
+    let mount = mount(&MemoryCluster::new(), 1);
     let file = mount.path("file");
     File::create(&file).unwrap();
     let path = c_path(&file);
@@ -351,8 +351,8 @@ fn two_mounts_see_each_others_closed_files() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let (one, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (one, other) = (mount(&cluster, 1), mount(&cluster, 2));
     fs::write(one.path("file"), "old").unwrap();
     assert_eq!(fs::read_to_string(other.path("file")).unwrap(), "old");
     // Same length, so that nothing but the content's version tells.
@@ -376,8 +376,8 @@ fn a_shared_mapping_is_written_back_and_never_makes_the_file_longer() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let mount = mount(&reference, 1);
+    let cluster = MemoryCluster::new();
+    let mount = mount(&cluster, 1);
     fs::write(mount.path("file"), pattern(10_000)).unwrap();
     let path = c_path(&mount.path("file"));
     // In a process of its own: one that waits for a page holds its memory map locked, and to serve the page
@@ -412,7 +412,7 @@ fn a_shared_mapping_is_written_back_and_never_makes_the_file_longer() {
     });
     assert_eq!(failed_call, 0);
     mount.unmount();
-    let mount = self::mount(&reference, 2);
+    let mount = self::mount(&cluster, 2);
     let bytes = fs::read(mount.path("file")).unwrap();
     assert_eq!(bytes.len(), 10_000);
     assert_eq!((bytes[0], bytes[1], bytes[9_999]), (254, 1, 255));
@@ -424,7 +424,7 @@ fn special_files_modes_and_the_umask() {
     if !can_mount() {
         return;
     }
-    let mount = mount(&Reference::new(), 1);
+    let mount = mount(&MemoryCluster::new(), 1);
     let shell = |script: &str| {
         let output = Command::new("sh")
             .args(["-ec", script])
@@ -471,10 +471,10 @@ fn a_read_only_mount_refuses_changes() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let writable = mount(&reference, 1);
+    let cluster = MemoryCluster::new();
+    let writable = mount(&cluster, 1);
     fs::write(writable.path("file"), "x").unwrap();
-    let mount = mount_with(&reference, 2, MsFlags::MS_RDONLY, InodeNumber::ROOT);
+    let mount = mount_with(&cluster, 2, MsFlags::MS_RDONLY, InodeNumber::ROOT);
     assert_eq!(fs::read(mount.path("file")).unwrap(), b"x");
     assert_eq!(errno_of(fs::create_dir(mount.path("d"))), libc::EROFS);
     assert_eq!(errno_of(fs::write(mount.path("file"), "y")), libc::EROFS);
@@ -487,12 +487,12 @@ fn a_sub_directory_is_the_root_of_its_mount() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let whole = mount(&reference, 1);
+    let cluster = MemoryCluster::new();
+    let whole = mount(&cluster, 1);
     fs::create_dir_all(whole.path("a/b/c")).unwrap();
     fs::write(whole.path("a/b/file"), "here").unwrap();
     let inode = InodeNumber(fs::metadata(whole.path("a/b")).unwrap().ino());
-    let part = mount_with(&reference, 2, MsFlags::empty(), inode);
+    let part = mount_with(&cluster, 2, MsFlags::empty(), inode);
     assert_eq!(fs::metadata(part.path("")).unwrap().ino(), 1);
     assert_eq!(names(&part.path("")), ["c", "file"].map(String::from).into());
     assert_eq!(fs::read(part.path("c/../file")).unwrap(), b"here");
@@ -507,8 +507,8 @@ fn a_busy_mount_is_detached_and_served_until_it_is_let_go() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let mut mount = mount(&reference, 1);
+    let cluster = MemoryCluster::new();
+    let mut mount = mount(&cluster, 1);
     let mut open = File::create(mount.path("file")).unwrap();
     assert_eq!(mount.mounted.unmount(Urgency::Polite).unwrap(), Unmounting::Busy);
     assert_eq!(mount.mounted.unmount(Urgency::Detach).unwrap(), Unmounting::Done);
@@ -522,7 +522,7 @@ fn a_busy_mount_is_detached_and_served_until_it_is_let_go() {
         .runtime
         .block_on(async { tokio::time::timeout(Duration::from_secs(10), ended).await });
     ended.unwrap().unwrap().unwrap();
-    let again = self::mount(&reference, 2);
+    let again = self::mount(&cluster, 2);
     assert_eq!(fs::read(again.path("file")).unwrap(), b"late");
     again.unmount();
 }
@@ -532,7 +532,7 @@ fn sparse_files_direct_writes_and_kernel_locks() {
     if !can_mount() {
         return;
     }
-    let mount = mount(&Reference::new(), 1);
+    let mount = mount(&MemoryCluster::new(), 1);
     let file = File::options()
         .read(true)
         .write(true)

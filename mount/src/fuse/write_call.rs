@@ -5,7 +5,7 @@
 
 use std::fs;
 
-use crate::fs::{Place, may_be_a_part};
+use quorumfs_fs::{Place, may_be_a_part};
 
 /// `place` of a request of so many bytes, with what is still to come where that matters and can be seen.
 pub(super) async fn with_rest(mut place: Place, thread: u32, bytes: usize) -> Place {

@@ -4,7 +4,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
-use crate::fs::Durability;
+use quorumfs_fs::Durability;
 
 const MIB: usize = 1 << 20;
 /// Each of four writers.
@@ -13,8 +13,8 @@ const RECORDS: usize = 6;
 /// Records of `bytes` from two writers on each of two mounts, each by a single call of `append(file, record)`. Answers
 /// how many of them hold other bytes than their own.
 fn torn(bytes: usize, append: fn(&File, &[u8])) -> usize {
-    let reference = Reference::new();
-    let mounts = [mount(&reference, 1), mount(&reference, 2)];
+    let cluster = MemoryCluster::new();
+    let mounts = [mount(&cluster, 1), mount(&cluster, 2)];
     let torn = torn_on(&mounts, RECORDS, bytes, append);
     mounts.into_iter().for_each(TestMount::unmount);
     torn
@@ -98,7 +98,7 @@ fn appends_are_whole_while_other_files_fill_the_room_of_dirty_bytes() {
         return;
     }
     for durability in [Durability::Close, Durability::Fsync] {
-        let reference = Reference::new();
+        let cluster = MemoryCluster::new();
         let mounts = [1, 2].map(|session| {
             let options = FsOptions {
                 durability,
@@ -106,7 +106,7 @@ fn appends_are_whole_while_other_files_fill_the_room_of_dirty_bytes() {
                 dirty_bytes_max: 2 << 20,
                 ..FsOptions::default()
             };
-            mount_as(&reference, session, MsFlags::empty(), options)
+            mount_as(&cluster, session, MsFlags::empty(), options)
         });
         let stopped = AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -147,8 +147,8 @@ fn an_append_is_seen_and_kept_although_more_of_it_may_follow() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let (one, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (one, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let bytes = pattern(MIB - 1);
     let log = File::options()
         .create(true)
@@ -203,14 +203,14 @@ fn an_append_that_fails_after_its_answer_is_told() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let mount = mount(&reference, 1);
+    let cluster = MemoryCluster::new();
+    let mount = mount(&cluster, 1);
     let log = File::options()
         .create(true)
         .append(true)
         .open(mount.path("log"))
         .unwrap();
-    *reference.put_fault.lock() = Some(quorumfs_proto::FsError::NoSpace);
+    *cluster.put_fault.lock() = Some(quorumfs_proto::FsError::NoSpace);
     let told = || {
         write_in_one(&log, &pattern(MIB - 1));
         let told = log.sync_all();

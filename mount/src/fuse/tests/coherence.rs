@@ -29,8 +29,8 @@ fn pages_are_dropped_when_another_mount_changed_the_size() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let (one, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (one, other) = (mount(&cluster, 1), mount(&cluster, 2));
     fs::write(other.path("log"), "0123456789").unwrap();
     let open = File::open(one.path("log")).unwrap();
     assert_eq!(whole(&open), b"0123456789");
@@ -50,8 +50,8 @@ fn own_writes_do_not_cost_the_kernel_its_pages() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let mount = mount(&reference, 1);
+    let cluster = MemoryCluster::new();
+    let mount = mount(&cluster, 1);
     fs::write(mount.path("file"), pattern(1 << 20)).unwrap();
     let file = File::options()
         .read(true)
@@ -81,8 +81,8 @@ fn appending_can_be_set_and_cleared_while_a_file_is_open() {
         return;
     }
     use std::os::fd::AsRawFd;
-    let reference = Reference::new();
-    let (one, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (one, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let open = |append: bool| {
         let mut options = File::options();
         options.read(true).write(true).append(append).create(true);
@@ -113,7 +113,7 @@ fn a_file_that_is_open_for_appending_can_be_mapped() {
     if !can_mount() {
         return;
     }
-    let mount = mount(&Reference::new(), 1);
+    let mount = mount(&MemoryCluster::new(), 1);
     fs::write(mount.path("file"), pattern(5000)).unwrap();
     let path = c_path(&mount.path("file"));
     // In a process of its own, see `a_shared_mapping_is_written_back_and_never_makes_the_file_longer`.
@@ -155,8 +155,8 @@ fn a_file_that_another_mount_makes_meanwhile_is_opened() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let (one, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (one, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let rounds: u64 = 200;
     // Both make each file at about the same moment. Whoever is second opens the first one's.
     let together = std::sync::Barrier::new(2);

@@ -9,7 +9,7 @@ use super::*;
 /// From a signal to the end of the program; a busy machine takes its time.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
-/// Runs dd, which writes and waits for fsync as long as `reference` takes no content, kills it, and answers how long it
+/// Runs dd, which writes and waits for fsync as long as `cluster` takes no content, kills it, and answers how long it
 /// took to end.
 fn kill_in_fsync(mount: &TestMount, signal: i32) {
     let mut dd = Command::new("dd")
@@ -50,11 +50,11 @@ fn a_killed_program_ends_and_what_it_wrote_is_kept() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let mount = mount(&reference, 1);
+    let cluster = MemoryCluster::new();
+    let mount = mount(&cluster, 1);
     for signal in [libc::SIGKILL, libc::SIGTERM, libc::SIGQUIT] {
         File::create(mount.path("file")).unwrap();
-        let gate = mount.runtime.block_on(reference.put_gate.write());
+        let gate = mount.runtime.block_on(cluster.put_gate.write());
         kill_in_fsync(&mount, signal);
         assert!(mount.filesystem.dirty_bytes() > 0, "what was written is given up");
         drop(gate);
@@ -74,8 +74,8 @@ fn handled_signals_do_not_disturb_a_program() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let mount = mount(&reference, 1);
+    let cluster = MemoryCluster::new();
+    let mount = mount(&cluster, 1);
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = handle as *const () as usize;
     check(unsafe { libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut()) }).unwrap();
@@ -91,7 +91,7 @@ fn handled_signals_do_not_disturb_a_program() {
         });
         let done = (0..20).try_for_each(|round| {
             // The cluster takes its time now and then, longer than callers are left alone.
-            let gate = (round % 10 == 0).then(|| mount.runtime.block_on(reference.put_gate.write()));
+            let gate = (round % 10 == 0).then(|| mount.runtime.block_on(cluster.put_gate.write()));
             if let Some(gate) = gate {
                 scope.spawn(move || {
                     std::thread::sleep(Duration::from_millis(1_500));

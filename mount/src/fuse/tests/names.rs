@@ -4,7 +4,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
-use crate::fs::OpenFlags;
+use quorumfs_fs::OpenFlags;
 use quorumfs_proto::command::RenameMode;
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
@@ -12,7 +12,7 @@ const ROOT: InodeNumber = InodeNumber::ROOT;
 /// Does `change` on another mount, without a kernel in between, and lets the cluster reclaim what nobody holds, again and
 /// again while `calls` runs.
 fn meanwhile<Running: Future<Output = ()> + Send>(
-    reference: &Arc<Reference>,
+    cluster: &Arc<MemoryCluster>,
     other: &Arc<Filesystem<Connection>>,
     runtime: &tokio::runtime::Runtime,
     change: impl Fn(Arc<Filesystem<Connection>>, u64) -> Running + Sync,
@@ -24,7 +24,7 @@ fn meanwhile<Running: Future<Output = ()> + Send>(
             for round in 0.. {
                 runtime.block_on(change(Arc::clone(other), round));
                 runtime.block_on(other.flush_all()).unwrap();
-                reference.reclaim();
+                cluster.reclaim();
                 if stopped.load(Ordering::Relaxed) {
                     return;
                 }
@@ -42,10 +42,10 @@ async fn put(fs: &Arc<Filesystem<Connection>>, name: &[u8], bytes: &[u8]) {
     let Ok((_, opened)) = fs.create(ROOT, name, 0o644, 0, 0, flags).await else {
         return; // It exists.
     };
-    let place = crate::fs::Place::At(0);
+    let place = quorumfs_fs::Place::At(0);
     let keep = quorumfs_proto::command::Privileges::Keep;
     let bytes = bytes::Bytes::copy_from_slice(bytes);
-    fs.write(opened.handle, place, bytes, keep, crate::fs::Order::default())
+    fs.write(opened.handle, place, bytes, keep, quorumfs_fs::Order::default())
         .await
         .unwrap();
     fs.flush(opened.handle).await.unwrap();
@@ -57,13 +57,13 @@ fn each_open_of_a_name_that_is_replaced_gives_a_whole_version() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let (one, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (one, other) = (mount(&cluster, 1), mount(&cluster, 2));
     other
         .runtime
         .block_on(put(&other.filesystem, b"file", b"version"));
     meanwhile(
-        &reference,
+        &cluster,
         &other.filesystem,
         &other.runtime,
         |fs, round| async move {
@@ -90,10 +90,10 @@ fn a_name_that_comes_and_goes_can_be_opened_for_creation() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let (one, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (one, other) = (mount(&cluster, 1), mount(&cluster, 2));
     meanwhile(
-        &reference,
+        &cluster,
         &other.filesystem,
         &other.runtime,
         |fs, _| async move {
@@ -131,8 +131,8 @@ fn a_name_that_a_creation_found_is_not_seen_after_its_removal() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let (one, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (one, other) = (mount(&cluster, 1), mount(&cluster, 2));
     for round in 0..500 {
         let name = format!("{round}");
         let together = std::sync::Barrier::new(2);
@@ -174,8 +174,8 @@ fn a_directory_that_another_mount_moved_can_be_used_and_moved_on() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let (one, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (one, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let at = |name: &str| one.path(name);
     let look = |path: &Path| {
         fs::metadata(path.join("below")).unwrap();
@@ -229,8 +229,8 @@ fn a_directory_and_its_parent_can_change_places() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let (one, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (one, other) = (mount(&cluster, 1), mount(&cluster, 2));
     for round in 0..5 {
         let (one, other) = (
             |name: &str| one.path(&format!("{round}/{name}")),
@@ -253,7 +253,7 @@ fn a_directory_that_this_mount_moves_stays_the_same_to_its_kernel() {
     if !can_mount() {
         return;
     }
-    let mount = mount(&Reference::new(), 1);
+    let mount = mount(&MemoryCluster::new(), 1);
     fs::create_dir_all(mount.path("p/sub/below")).unwrap();
     fs::create_dir(mount.path("q")).unwrap();
     let (inside, from, to) = (
@@ -285,15 +285,15 @@ fn a_removed_working_directory_answers_stat_although_another_mount_moved_it_befo
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
+    let cluster = MemoryCluster::new();
     // The other mount does not keep what it looked up.
     let forgetful = FsOptions {
         looked_up_ms: 0,
         ..FsOptions::default()
     };
     let (one, other) = (
-        mount(&reference, 1),
-        mount_as(&reference, 2, MsFlags::empty(), forgetful),
+        mount(&cluster, 1),
+        mount_as(&cluster, 2, MsFlags::empty(), forgetful),
     );
     // Moved once, and there and back and on: the kernel has known it under several numbers by then.
     for (round, places) in [&["q"][..], &["q", "p", "q"]].into_iter().enumerate() {
@@ -319,7 +319,7 @@ fn a_removed_working_directory_answers_stat_although_another_mount_moved_it_befo
         while let Some(newest) = working.pop() {
             // It is released within that time where nobody is seen to use it.
             std::thread::sleep(Duration::from_millis(700));
-            reference.reclaim();
+            cluster.reclaim();
             let told = newest.metadata().unwrap();
             assert_eq!(
                 (told.ino(), told.nlink()),
@@ -330,13 +330,13 @@ fn a_removed_working_directory_answers_stat_although_another_mount_moved_it_befo
         }
     }
     let begin = std::time::Instant::now();
-    while reference.inode_count() != 7 {
+    while cluster.inode_count() != 7 {
         assert!(
             begin.elapsed() < Duration::from_secs(10),
             "they are never released"
         );
         std::thread::sleep(Duration::from_millis(50));
-        reference.reclaim();
+        cluster.reclaim();
     }
     one.unmount();
     other.unmount();

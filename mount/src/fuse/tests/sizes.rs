@@ -80,8 +80,8 @@ fn a_file_that_another_mount_makes_longer_shows_no_zeros() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let (one, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (one, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let (reads, with_zeros) = follow_each_way(&one, &other);
     assert_eq!(with_zeros, 0, "of {reads} reads");
     one.unmount();
@@ -93,7 +93,7 @@ fn a_file_that_its_own_mount_makes_longer_shows_no_zeros() {
     if !can_mount() {
         return;
     }
-    let mount = mount(&Reference::new(), 1);
+    let mount = mount(&MemoryCluster::new(), 1);
     let (reads, with_zeros) = follow_each_way(&mount, &mount);
     assert_eq!(with_zeros, 0, "of {reads} reads");
     mount.unmount();
@@ -104,8 +104,8 @@ fn the_kernel_knows_the_new_end_when_it_was_told() {
     if !can_mount() {
         return;
     }
-    let reference = Reference::new();
-    let (one, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (one, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let mut writer = File::options()
         .create(true)
         .append(true)

@@ -22,22 +22,26 @@
 
 mod append;
 mod attributes;
-pub mod cluster;
+pub mod caches;
 mod commit;
 mod directory;
 mod dirty;
 mod handed_over;
+pub mod handles;
+pub mod interrupt;
 mod leased;
 mod looked_up;
 mod namespace;
 mod open;
 mod pages;
 mod read;
+pub mod readahead;
 mod removed;
 mod write;
+pub mod write_buffer;
 
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;
 
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
@@ -49,7 +53,6 @@ use quorumfs_proto::statistics::CacheStatistics;
 use quorumfs_proto::{Attributes, Command, FsError, InodeNumber, Operation, Outcome, Query};
 use tokio::sync::Semaphore;
 
-pub use self::cluster::{Cluster, FreshContent};
 pub use self::directory::DirectoryItem;
 pub use self::leased::Leased;
 pub use self::looked_up::Caller;
@@ -60,7 +63,8 @@ pub use self::removed::UsedAbove;
 pub use self::write::Place;
 pub use crate::caches::page_tail::Order;
 pub use crate::handles::{Handle, OpenFlags};
-pub(crate) use append::may_be_a_part;
+pub use append::may_be_a_part;
+pub use quorumfs_client::{Cluster, FreshContent};
 
 use self::directory::OpenDirectories;
 use self::dirty::DirtyBytes;

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use quorumfs_proto::{InodeNumber, Operation};
 
-use super::reference::{Connection, Reference};
 use super::support::{ageless, create, mount, mount_with, write};
 use super::verbs::{MIB, contents, written_operations};
-use crate::fs::{Durability, Filesystem, FsOptions, Handle, OpenFlags};
+use crate::{Durability, Filesystem, FsOptions, Handle, OpenFlags};
+use quorumfs_memory::{Connection, MemoryCluster};
 
 /// The kernel sends the second part sooner; a test that was held up for longer shows nothing.
 const SECOND_PART_DELAY_MAX: Duration = Duration::from_millis(10);
@@ -19,8 +19,8 @@ async fn append_to(fs: &Arc<Filesystem<Connection>>, inode: InodeNumber) -> Hand
 }
 
 /// The lengths of what was appended, by command.
-fn appended(reference: &Reference) -> Vec<u32> {
-    let operations = written_operations(reference);
+fn appended(cluster: &MemoryCluster) -> Vec<u32> {
+    let operations = written_operations(cluster);
     let appends = operations.iter().filter_map(|operation| match operation {
         Operation::Append { pieces, .. } => Some(pieces.iter().map(|piece| piece.length).sum()),
         _ => None,
@@ -32,8 +32,8 @@ fn appended(reference: &Reference) -> Vec<u32> {
 /// sends the second. The record must be whole.
 async fn in_two_parts(options: FsOptions, between: impl AsyncFn(&Arc<Filesystem<Connection>>, InodeNumber)) {
     for _ in 0..100 {
-        let reference = Reference::new();
-        let (fs, other) = (mount_with(&reference, 1, options.clone()), mount(&reference, 2));
+        let cluster = MemoryCluster::new();
+        let (fs, other) = (mount_with(&cluster, 1, options.clone()), mount(&cluster, 2));
         let (log, _) = create(&fs, "log").await;
         let (own, theirs) = (append_to(&fs, log).await, append_to(&other, log).await);
         let record = vec![b'a'; MIB as usize];
@@ -51,7 +51,7 @@ async fn in_two_parts(options: FsOptions, between: impl AsyncFn(&Arc<Filesystem<
         let is_in_time = began.elapsed() < SECOND_PART_DELAY_MAX;
         write(&fs, own, 0, second).await;
         if is_in_time {
-            assert_eq!(appended(&reference), [5, MIB as u32]);
+            assert_eq!(appended(&cluster), [5, MIB as u32]);
             assert_eq!(
                 contents(&other, "log").await,
                 [b"other", &record[..]].concat(),
@@ -97,8 +97,8 @@ async fn a_second_part_waits_for_the_closes_before_it_and_is_not_torn_by_them() 
         durability: Durability::Fsync,
         ..ageless()
     };
-    let reference = Reference::new();
-    let (fs, other) = (mount_with(&reference, 1, options), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (fs, other) = (mount_with(&cluster, 1, options), mount(&cluster, 2));
     let (log, _) = create(&fs, "log").await;
     let (own, theirs) = (append_to(&fs, log).await, append_to(&other, log).await);
     let record = vec![b'a'; MIB as usize];
@@ -106,7 +106,7 @@ async fn a_second_part_waits_for_the_closes_before_it_and_is_not_torn_by_them() 
     let (_, data) = create(&fs, "data").await;
     write(&fs, data, 0, &record[..100_000]).await;
     write(&fs, own, 0, first).await;
-    let slow = reference.put_gate.write().await;
+    let slow = cluster.put_gate.write().await;
     fs.flush(data).await.unwrap();
     fs.flush(own).await.unwrap();
     let appending = tokio::spawn({
@@ -119,7 +119,7 @@ async fn a_second_part_waits_for_the_closes_before_it_and_is_not_torn_by_them() 
     write(&other, theirs, 0, b"other").await;
     drop(slow);
     appending.await.unwrap();
-    assert_eq!(appended(&reference), [5, MIB as u32]);
+    assert_eq!(appended(&cluster), [5, MIB as u32]);
     assert_eq!(
         contents(&other, "log").await,
         [b"other", &record[..]].concat(),
@@ -129,8 +129,8 @@ async fn a_second_part_waits_for_the_closes_before_it_and_is_not_torn_by_them() 
 
 #[tokio::test]
 async fn whole_appends_that_look_like_first_parts_do_not_hold_each_other_up() {
-    let reference = Reference::new();
-    let fs = mount_with(&reference, 1, ageless());
+    let cluster = MemoryCluster::new();
+    let fs = mount_with(&cluster, 1, ageless());
     let (log, _) = create(&fs, "log").await;
     let own = append_to(&fs, log).await;
     let record = vec![b'a'; MIB as usize - 100];
@@ -138,5 +138,5 @@ async fn whole_appends_that_look_like_first_parts_do_not_hold_each_other_up() {
         write(&fs, own, 0, &record).await;
     }
     fs.fsync(own).await.unwrap();
-    assert_eq!(appended(&reference), [record.len() as u32; 3]);
+    assert_eq!(appended(&cluster), [record.len() as u32; 3]);
 }

@@ -9,9 +9,9 @@ use quorumfs_proto::command::{AttributeChanges, Target};
 use quorumfs_proto::query::Answer;
 use quorumfs_proto::{ChunkId, Command, FsError, InodeNumber, Operation, Outcome, Query};
 
-use super::reference::{Connection, Fresh, Reference};
-use crate::fs::Leased;
-use crate::fs::cluster::{Cluster, UnlinkedHandler};
+use crate::Leased;
+use quorumfs_client::{Cluster, UnlinkedHandler};
+use quorumfs_memory::{Connection, Fresh, MemoryCluster};
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
 
@@ -74,41 +74,41 @@ fn chmod(mode: u16) -> Command {
 }
 
 /// The root's mode, and how many questions it took to learn it.
-async fn mode(leased: &Leased<Hasty>, reference: &Reference) -> (u16, u64) {
-    let before = reference.queries.load(Ordering::SeqCst);
+async fn mode(leased: &Leased<Hasty>, cluster: &MemoryCluster) -> (u16, u64) {
+    let before = cluster.queries.load(Ordering::SeqCst);
     let answer = leased.query(Query::Attributes { inode: ROOT }).await;
     let Ok(Answer::Attributes(attributes)) = answer else {
         panic!("{answer:?}");
     };
-    (attributes.mode, reference.queries.load(Ordering::SeqCst) - before)
+    (attributes.mode, cluster.queries.load(Ordering::SeqCst) - before)
 }
 
 #[tokio::test]
 async fn a_change_that_timed_out_costs_certainty_until_it_is_settled() {
-    let reference = Reference::new();
+    let cluster = MemoryCluster::new();
     let hasty = Hasty {
-        connection: reference.connect(1),
+        connection: cluster.connect(1),
         times_out: Arc::default(),
         unsettled: Arc::default(),
     };
     let leased = Leased::new(hasty.clone());
-    assert_eq!(mode(&leased, &reference).await, (0o755, 1));
-    assert_eq!(mode(&leased, &reference).await, (0o755, 0));
+    assert_eq!(mode(&leased, &cluster).await, (0o755, 1));
+    assert_eq!(mode(&leased, &cluster).await, (0o755, 0));
 
     hasty.times_out.store(true, Ordering::SeqCst);
     assert_eq!(leased.mutate(chmod(0o700), &[]).await, Err(FsError::TimedOut));
     for _ in 0..3 {
         assert_eq!(
-            mode(&leased, &reference).await,
+            mode(&leased, &cluster).await,
             (0o755, 1),
             "it may take effect at any moment"
         );
     }
     hasty.connection.mutate(chmod(0o700), &[]).await.unwrap();
-    assert_eq!(mode(&leased, &reference).await, (0o700, 1));
+    assert_eq!(mode(&leased, &cluster).await, (0o700, 1));
     hasty.unsettled.store(false, Ordering::SeqCst);
-    assert_eq!(mode(&leased, &reference).await, (0o700, 1));
+    assert_eq!(mode(&leased, &cluster).await, (0o700, 1));
     for _ in 0..3 {
-        assert_eq!(mode(&leased, &reference).await, (0o700, 0), "certain again");
+        assert_eq!(mode(&leased, &cluster).await, (0o700, 0), "certain again");
     }
 }

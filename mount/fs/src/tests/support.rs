@@ -6,8 +6,8 @@ use bytes::Bytes;
 use quorumfs_proto::InodeNumber;
 use quorumfs_proto::command::Privileges;
 
-use super::reference::{Connection, Reference};
-use crate::fs::{Filesystem, FsOptions, Handle, OpenFlags, Order, Place};
+use crate::{Filesystem, FsOptions, Handle, OpenFlags, Order, Place};
+use quorumfs_memory::{Connection, MemoryCluster};
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
 
@@ -22,16 +22,16 @@ pub fn place(fs: &Filesystem<Connection>, handle: Handle, offset: u64) -> Place 
     }
 }
 
-pub(super) fn mount(reference: &Arc<Reference>, session: u64) -> Arc<Filesystem<Connection>> {
-    mount_with(reference, session, FsOptions::default())
+pub(super) fn mount(cluster: &Arc<MemoryCluster>, session: u64) -> Arc<Filesystem<Connection>> {
+    mount_with(cluster, session, FsOptions::default())
 }
 
 pub(super) fn mount_with(
-    reference: &Arc<Reference>,
+    cluster: &Arc<MemoryCluster>,
     session: u64,
     options: FsOptions,
 ) -> Arc<Filesystem<Connection>> {
-    Filesystem::new(reference.connect(session), options)
+    Filesystem::new(cluster.connect(session), options)
 }
 
 /// Nothing is committed by age.

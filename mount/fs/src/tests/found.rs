@@ -5,10 +5,10 @@ use std::sync::Arc;
 use quorumfs_proto::command::RenameMode;
 use quorumfs_proto::{FsError, InodeNumber};
 
-use super::reference::{Connection, Reference};
 use super::support::{ageless, close, create, mount, mount_with, read_write};
 use super::verbs::ROOT;
-use crate::fs::{Caller, Filesystem, NewFile};
+use crate::{Caller, Filesystem, NewFile};
+use quorumfs_memory::{Connection, MemoryCluster};
 
 const CALLER: Caller = 7;
 const NEW: NewFile = NewFile {
@@ -19,18 +19,18 @@ const NEW: NewFile = NewFile {
 
 /// Two mounts. A creation of "file" by `CALLER` on the first has just found what the second made.
 async fn found() -> (
-    Arc<Reference>,
+    Arc<MemoryCluster>,
     Arc<Filesystem<Connection>>,
     Arc<Filesystem<Connection>>,
     InodeNumber,
 ) {
-    let reference = Reference::new();
-    let (fs, other) = (mount_with(&reference, 1, ageless()), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (fs, other) = (mount_with(&cluster, 1, ageless()), mount(&cluster, 2));
     let (inode, handle) = create(&other, "file").await;
     close(&other, handle).await;
     let refused = fs.create_for(CALLER, ROOT, b"file", NEW, read_write()).await;
     assert_eq!(refused.map(|_| ()), Err(FsError::Stale));
-    (reference, fs, other, inode)
+    (cluster, fs, other, inode)
 }
 
 async fn looked_up(fs: &Filesystem<Connection>) -> Result<InodeNumber, FsError> {
@@ -40,13 +40,13 @@ async fn looked_up(fs: &Filesystem<Connection>) -> Result<InodeNumber, FsError> 
 
 #[tokio::test]
 async fn it_can_be_opened_although_it_has_lost_its_name() {
-    let (reference, fs, other, inode) = found().await;
+    let (cluster, fs, other, inode) = found().await;
     other.unlink(ROOT, b"file").await.unwrap();
     other.flush_all().await.unwrap();
-    reference.reclaim();
+    cluster.reclaim();
     assert_eq!(looked_up(&fs).await, Ok(inode));
     fs.release_unlinked().await;
-    reference.reclaim();
+    cluster.reclaim();
     let opened = fs.open_for(CALLER, inode, read_write()).await.unwrap();
     close(&fs, opened.handle).await;
 }

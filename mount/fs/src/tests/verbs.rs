@@ -9,9 +9,9 @@ use quorumfs_proto::command::{AttributeChanges, NewInode, NewKind, RenameMode, S
 use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{FileKind, FsError, InodeNumber, Operation, SymlinkTarget, Timestamp};
 
-use super::reference::{Connection, Reference};
 use super::support::{ageless, close, create, mount, mount_with, read, read_write, write};
-use crate::fs::{Durability, Filesystem, FsOptions, OpenFlags};
+use crate::{Durability, Filesystem, FsOptions, OpenFlags};
+use quorumfs_memory::{Connection, MemoryCluster};
 
 pub const ROOT: InodeNumber = InodeNumber::ROOT;
 pub const MIB: u64 = 1 << 20;
@@ -41,8 +41,8 @@ pub fn pattern(length: usize, seed: u64) -> Vec<u8> {
         .collect()
 }
 
-pub fn written_operations(reference: &Reference) -> Vec<Operation> {
-    reference
+pub fn written_operations(cluster: &MemoryCluster) -> Vec<Operation> {
+    cluster
         .commands
         .lock()
         .iter()
@@ -52,22 +52,22 @@ pub fn written_operations(reference: &Reference) -> Vec<Operation> {
 
 #[tokio::test]
 async fn a_small_file_costs_two_commands_and_no_put() {
-    let reference = Reference::new();
-    let fs = mount_with(&reference, 1, ageless());
+    let cluster = MemoryCluster::new();
+    let fs = mount_with(&cluster, 1, ageless());
     let (_, handle) = create(&fs, "small").await;
     write(&fs, handle, 0, b"hello ").await;
     write(&fs, handle, 6, b"world").await;
-    assert_eq!(reference.queries.load(Ordering::Relaxed), 0);
+    assert_eq!(cluster.queries.load(Ordering::Relaxed), 0);
     close(&fs, handle).await;
-    assert_eq!(reference.commands.lock().len(), 2);
-    assert_eq!(reference.puts.load(Ordering::Relaxed), 0);
-    assert_eq!(contents(&mount(&reference, 2), "small").await, b"hello world");
+    assert_eq!(cluster.commands.lock().len(), 2);
+    assert_eq!(cluster.puts.load(Ordering::Relaxed), 0);
+    assert_eq!(contents(&mount(&cluster, 2), "small").await, b"hello world");
 }
 
 #[tokio::test]
 async fn a_large_file_is_put_in_whole_chunks_while_it_is_written() {
-    let reference = Reference::new();
-    let fs = mount_with(&reference, 1, ageless());
+    let cluster = MemoryCluster::new();
+    let fs = mount_with(&cluster, 1, ageless());
     let (inode, handle) = create(&fs, "large").await;
     let data = pattern(20 * MIB as usize + 100, 1);
     for (at, part) in data.chunks(128 << 10).enumerate() {
@@ -75,38 +75,35 @@ async fn a_large_file_is_put_in_whole_chunks_while_it_is_written() {
         tokio::task::yield_now().await;
     }
     assert!(
-        reference.puts.load(Ordering::Relaxed) > 10,
+        cluster.puts.load(Ordering::Relaxed) > 10,
         "puts go on in the background"
     );
     close(&fs, handle).await;
-    let pieces = reference.pieces_of(inode);
+    let pieces = cluster.pieces_of(inode);
     assert_eq!(pieces.len(), 21);
     assert!(pieces[..20].iter().all(|piece| u64::from(piece.length) == MIB));
-    assert!(
-        reference.commands.lock().len() <= 6,
-        "many chunks share a command"
-    );
-    assert!(contents(&mount(&reference, 2), "large").await == data);
+    assert!(cluster.commands.lock().len() <= 6, "many chunks share a command");
+    assert!(contents(&mount(&cluster, 2), "large").await == data);
 }
 
 #[tokio::test]
 async fn random_small_writes_of_one_flush_become_one_chunk_and_one_command() {
-    let reference = Reference::new();
-    let fs = mount_with(&reference, 1, ageless());
+    let cluster = MemoryCluster::new();
+    let fs = mount_with(&cluster, 1, ageless());
     let (_, handle) = create(&fs, "database").await;
     for at in 0..200u64 {
         write(&fs, handle, (at * 7919 % 1000) * 8192, &pattern(4096, at)).await;
     }
-    let before = reference.commands.lock().len();
+    let before = cluster.commands.lock().len();
     fs.fsync(handle).await.unwrap();
-    assert_eq!(reference.commands.lock().len() - before, 1);
-    assert_eq!(reference.puts.load(Ordering::Relaxed), 1);
+    assert_eq!(cluster.commands.lock().len() - before, 1);
+    assert_eq!(cluster.puts.load(Ordering::Relaxed), 1);
 }
 
 #[tokio::test]
 async fn attributes_are_set_in_one_command_with_what_was_written_before() {
-    let reference = Reference::new();
-    let fs = mount_with(&reference, 1, ageless());
+    let cluster = MemoryCluster::new();
+    let fs = mount_with(&cluster, 1, ageless());
     let (inode, handle) = create(&fs, "copied").await;
     write(&fs, handle, 0, b"content").await;
     let wanted = Timestamp {
@@ -119,7 +116,7 @@ async fn attributes_are_set_in_one_command_with_what_was_written_before() {
     };
     let told = fs.set_attributes(inode, Some(handle), changes).await.unwrap();
     assert_eq!((told.mtime, told.size), (wanted, 7));
-    let last = reference.commands.lock().last().cloned().unwrap();
+    let last = cluster.commands.lock().last().cloned().unwrap();
     assert!(
         matches!(
             last.operations[..],
@@ -128,14 +125,14 @@ async fn attributes_are_set_in_one_command_with_what_was_written_before() {
         "{last:?}"
     );
     close(&fs, handle).await;
-    let seen = mount(&reference, 2).lookup(ROOT, b"copied").await.unwrap();
+    let seen = mount(&cluster, 2).lookup(ROOT, b"copied").await.unwrap();
     assert_eq!((seen.mtime, seen.size), (wanted, 7), "the flush did not touch it");
 }
 
 #[tokio::test]
 async fn mtime_is_that_of_the_write_and_is_seen_before_the_flush() {
-    let reference = Reference::new();
-    let fs = mount_with(&reference, 1, ageless());
+    let cluster = MemoryCluster::new();
+    let fs = mount_with(&cluster, 1, ageless());
     let (inode, handle) = create(&fs, "file").await;
     write(&fs, handle, 100, b"x").await;
     let dirty = fs.attributes(inode, None).await.unwrap();
@@ -148,11 +145,11 @@ async fn mtime_is_that_of_the_write_and_is_seen_before_the_flush() {
 
 #[tokio::test]
 async fn a_failed_flush_is_told_once_to_each_handle() {
-    let reference = Reference::new();
-    let fs = mount_with(&reference, 1, ageless());
+    let cluster = MemoryCluster::new();
+    let fs = mount_with(&cluster, 1, ageless());
     let (inode, first) = create(&fs, "full").await;
     let second = fs.open(inode, read_write()).await.unwrap().handle;
-    *reference.put_fault.lock() = Some(FsError::NoSpace);
+    *cluster.put_fault.lock() = Some(FsError::NoSpace);
     write(&fs, first, 0, &pattern(100_000, 1)).await;
     assert_eq!(fs.fsync(first).await, Err(FsError::NoSpace));
     assert_eq!(fs.fsync(first).await, Ok(()));
@@ -160,7 +157,7 @@ async fn a_failed_flush_is_told_once_to_each_handle() {
     assert_eq!(fs.flush(second).await, Ok(()));
     let later = fs.open(inode, read_write()).await.unwrap().handle;
     assert_eq!(fs.fsync(later).await, Ok(()), "opened after the failure");
-    *reference.put_fault.lock() = None;
+    *cluster.put_fault.lock() = None;
     write(&fs, first, 0, b"there is room again").await;
     close(&fs, first).await;
     assert_eq!(contents(&fs, "full").await, b"there is room again");
@@ -169,27 +166,27 @@ async fn a_failed_flush_is_told_once_to_each_handle() {
 
 #[tokio::test]
 async fn chunks_that_the_cluster_gave_up_are_made_anew() {
-    let reference = Reference::new();
-    let fs = mount_with(&reference, 1, ageless());
+    let cluster = MemoryCluster::new();
+    let fs = mount_with(&cluster, 1, ageless());
     let (_, handle) = create(&fs, "again").await;
     let data = pattern(300_000, 3);
     write(&fs, handle, 0, &data).await;
-    reference.kill_chunks.store(true, Ordering::SeqCst);
+    cluster.kill_chunks.store(true, Ordering::SeqCst);
     close(&fs, handle).await;
-    assert!(contents(&mount(&reference, 2), "again").await == data);
-    assert_eq!(reference.puts.load(Ordering::Relaxed), 2);
+    assert!(contents(&mount(&cluster, 2), "again").await == data);
+    assert_eq!(cluster.puts.load(Ordering::Relaxed), 2);
 }
 
 #[tokio::test]
 async fn writers_wait_when_too_much_is_dirty_and_go_on_when_it_is_not() {
-    let reference = Reference::new();
+    let cluster = MemoryCluster::new();
     let options = FsOptions {
         dirty_bytes_max: 4 * MIB,
         ..ageless()
     };
-    let fs = mount_with(&reference, 1, options);
+    let fs = mount_with(&cluster, 1, options);
     let (_, handle) = create(&fs, "stream").await;
-    let closed_gate = reference.put_gate.write().await;
+    let closed_gate = cluster.put_gate.write().await;
     let writer = tokio::spawn({
         let fs = Arc::clone(&fs);
         async move {
@@ -211,16 +208,16 @@ async fn writers_wait_when_too_much_is_dirty_and_go_on_when_it_is_not() {
 
 #[tokio::test]
 async fn old_dirty_bytes_are_committed_without_being_asked() {
-    let reference = Reference::new();
+    let cluster = MemoryCluster::new();
     let options = FsOptions {
         dirty_age_ms: 40,
         ..FsOptions::default()
     };
-    let fs = mount_with(&reference, 1, options);
+    let fs = mount_with(&cluster, 1, options);
     let (_, handle) = create(&fs, "log").await;
     write(&fs, handle, 0, b"line").await;
     tokio::time::timeout(Duration::from_secs(10), async {
-        while mount(&reference, 2).lookup(ROOT, b"log").await.unwrap().size != 4 {
+        while mount(&cluster, 2).lookup(ROOT, b"log").await.unwrap().size != 4 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     })
@@ -230,15 +227,15 @@ async fn old_dirty_bytes_are_committed_without_being_asked() {
 
 #[tokio::test]
 async fn by_durability_fsync_close_does_not_wait_but_rename_does() {
-    let reference = Reference::new();
+    let cluster = MemoryCluster::new();
     let options = FsOptions {
         durability: Durability::Fsync,
         ..ageless()
     };
-    let fs = mount_with(&reference, 1, options);
+    let fs = mount_with(&cluster, 1, options);
     let (_, handle) = create(&fs, "new").await;
     write(&fs, handle, 0, &pattern(100_000, 1)).await;
-    let closed_gate = reference.put_gate.write().await;
+    let closed_gate = cluster.put_gate.write().await;
     close(&fs, handle).await;
     let rename = tokio::spawn({
         let fs = Arc::clone(&fs);
@@ -256,26 +253,26 @@ async fn by_durability_fsync_close_does_not_wait_but_rename_does() {
     );
     drop(closed_gate);
     rename.await.unwrap().unwrap();
-    assert!(contents(&mount(&reference, 2), "final").await == pattern(100_000, 1));
+    assert!(contents(&mount(&cluster, 2), "final").await == pattern(100_000, 1));
     assert!(fs.open.is_empty(), "forgotten once it was clean");
 }
 
 #[tokio::test]
 async fn rename_commits_what_was_written_through_an_open_handle() {
-    let reference = Reference::new();
-    let fs = mount_with(&reference, 1, ageless());
+    let cluster = MemoryCluster::new();
+    let fs = mount_with(&cluster, 1, ageless());
     let (_, handle) = create(&fs, "temporary").await;
     write(&fs, handle, 0, b"bytes").await;
     fs.rename(ROOT, b"temporary", ROOT, b"final", RenameMode::Replace)
         .await
         .unwrap();
-    assert_eq!(contents(&mount(&reference, 2), "final").await, b"bytes");
+    assert_eq!(contents(&mount(&cluster, 2), "final").await, b"bytes");
 }
 
 #[tokio::test]
 async fn a_reader_whose_chunk_is_gone_looks_again() {
-    let reference = Reference::new();
-    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (fs, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let (inode, handle) = create(&fs, "shared").await;
     write(&fs, handle, 0, &pattern(200_000, 1)).await;
     close(&fs, handle).await;
@@ -288,8 +285,8 @@ async fn a_reader_whose_chunk_is_gone_looks_again() {
 
 #[tokio::test]
 async fn pages_are_kept_over_own_changes_and_dropped_over_others() {
-    let reference = Reference::new();
-    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (fs, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let (inode, handle) = create(&fs, "file").await;
     write(&fs, handle, 0, b"one").await;
     close(&fs, handle).await;
@@ -312,8 +309,8 @@ async fn pages_are_kept_over_own_changes_and_dropped_over_others() {
 
 #[tokio::test]
 async fn a_sequential_reader_fetches_each_chunk_once_and_ahead() {
-    let reference = Reference::new();
-    let (fs, reader) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (fs, reader) = (mount(&cluster, 1), mount(&cluster, 2));
     let (inode, handle) = create(&fs, "film").await;
     let data = pattern(24 * MIB as usize, 9);
     for (at, part) in data.chunks(MIB as usize).enumerate() {
@@ -325,17 +322,17 @@ async fn a_sequential_reader_fetches_each_chunk_once_and_ahead() {
     assert!(first == data[..128 << 10]);
     tokio::time::sleep(Duration::from_millis(20)).await;
     assert!(
-        reference.gets.load(Ordering::Relaxed) >= 2,
+        cluster.gets.load(Ordering::Relaxed) >= 2,
         "the next chunk is on its way"
     );
     assert!(contents(&reader, "film").await == data);
-    assert_eq!(reference.gets.load(Ordering::Relaxed), 24);
+    assert_eq!(cluster.gets.load(Ordering::Relaxed), 24);
 }
 
 #[tokio::test]
 async fn a_chunk_of_many_pieces_is_not_fetched_for_each() {
-    let reference = Reference::new();
-    let (fs, reader) = (mount_with(&reference, 1, ageless()), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (fs, reader) = (mount_with(&cluster, 1, ageless()), mount(&cluster, 2));
     let (_, handle) = create(&fs, "database").await;
     let mut data = vec![0; 249 * 8192 + 4096];
     for at in 0..250usize {
@@ -346,14 +343,14 @@ async fn a_chunk_of_many_pieces_is_not_fetched_for_each() {
     close(&fs, handle).await;
     assert!(contents(&reader, "database").await == data);
     // Once as far as the first answer about extents tells, once whole; and its reader and read-ahead may meet.
-    let gets = reference.gets.load(Ordering::Relaxed);
+    let gets = cluster.gets.load(Ordering::Relaxed);
     assert!(gets <= 4, "{gets} fetches for 250 pieces of one chunk");
 }
 
 #[tokio::test]
 async fn appends_of_two_mounts_never_overwrite_each_other() {
-    let reference = Reference::new();
-    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (fs, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let (inode, handle) = create(&fs, "log").await;
     write(&fs, handle, 0, b"head\n").await;
     let append = OpenFlags::from(libc::O_WRONLY | libc::O_APPEND);
@@ -390,7 +387,7 @@ async fn appends_of_two_mounts_never_overwrite_each_other() {
         );
     }
     assert_eq!(
-        reference.puts.load(Ordering::Relaxed),
+        cluster.puts.load(Ordering::Relaxed),
         0,
         "small appends ride inside their command"
     );
@@ -398,8 +395,8 @@ async fn appends_of_two_mounts_never_overwrite_each_other() {
 
 #[tokio::test]
 async fn a_listing_tells_every_entry_once_from_any_offset() {
-    let reference = Reference::new();
-    let fs = mount(&reference, 1);
+    let cluster = MemoryCluster::new();
+    let fs = mount(&cluster, 1);
     for at in 0..2500 {
         let (_, handle) = create(&fs, &format!("entry {at}")).await;
         fs.release(handle).await.unwrap();
@@ -408,9 +405,7 @@ async fn a_listing_tells_every_entry_once_from_any_offset() {
         let handle = fs.open_directory(ROOT).await.unwrap();
         let mut all = Vec::new();
         loop {
-            let offset = all
-                .last()
-                .map_or(0, |item: &crate::fs::DirectoryItem| item.cookie);
+            let offset = all.last().map_or(0, |item: &crate::DirectoryItem| item.cookie);
             let page = fs
                 .read_directory(handle, offset, detail, bytes_max)
                 .await
@@ -459,8 +454,8 @@ async fn a_listing_tells_every_entry_once_from_any_offset() {
 
 #[tokio::test]
 async fn names_directories_links_and_xattrs() {
-    let reference = Reference::new();
-    let fs = mount(&reference, 1);
+    let cluster = MemoryCluster::new();
+    let fs = mount(&cluster, 1);
     let new = |kind| NewInode {
         kind,
         mode: 0o755,
@@ -505,14 +500,14 @@ async fn names_directories_links_and_xattrs() {
 
 #[tokio::test]
 async fn a_read_only_mount_changes_nothing() {
-    let reference = Reference::new();
-    let (inode, _) = create(&mount(&reference, 1), "file").await;
+    let cluster = MemoryCluster::new();
+    let (inode, _) = create(&mount(&cluster, 1), "file").await;
     let options = FsOptions {
         read_only: true,
         ..FsOptions::default()
     };
-    let fs = mount_with(&reference, 2, options);
-    let before = reference.commands.lock().len();
+    let fs = mount_with(&cluster, 2, options);
+    let before = cluster.commands.lock().len();
     let refused = Err(FsError::ReadOnly);
     assert_eq!(fs.unlink(ROOT, b"file").await, refused);
     let renamed = fs.rename(ROOT, b"file", ROOT, b"b", RenameMode::Replace).await;
@@ -526,13 +521,13 @@ async fn a_read_only_mount_changes_nothing() {
     assert_eq!(created.map(|_| ()), refused);
     let reader = fs.open(inode, OpenFlags::from(libc::O_RDONLY)).await.unwrap();
     assert_eq!(read(&fs, reader.handle, 0, 10).await.len(), 0);
-    assert_eq!(reference.commands.lock().len(), before);
+    assert_eq!(cluster.commands.lock().len(), before);
 }
 
 #[tokio::test]
 async fn holes_read_as_zeros_and_truncation_cuts() {
-    let reference = Reference::new();
-    let fs = mount(&reference, 1);
+    let cluster = MemoryCluster::new();
+    let fs = mount(&cluster, 1);
     let (inode, handle) = create(&fs, "sparse").await;
     write(&fs, handle, 3 * MIB, b"end").await;
     let mut expected = vec![0; 3 * MIB as usize];
@@ -560,13 +555,13 @@ async fn holes_read_as_zeros_and_truncation_cuts() {
 async fn a_reader_never_sees_less_than_was_written_before() {
     const BLOCKS: u64 = 48;
     const BLOCK: u64 = 24_000;
-    let reference = Reference::new();
+    let cluster = MemoryCluster::new();
     let options = FsOptions {
         dirty_bytes_max: 2 * MIB,
         dirty_age_ms: 4,
         ..FsOptions::default()
     };
-    let fs = mount_with(&reference, 1, options);
+    let fs = mount_with(&cluster, 1, options);
     let (_, handle) = create(&fs, "file").await;
     let published: Arc<Vec<AtomicU64>> = Arc::new((0..BLOCKS).map(|_| AtomicU64::new(0)).collect());
     write(&fs, handle, 0, &vec![0; (BLOCKS * BLOCK) as usize]).await;
@@ -616,7 +611,7 @@ async fn a_reader_never_sees_less_than_was_written_before() {
     }
     writer.await.unwrap();
     close(&fs, handle).await;
-    let seen = contents(&mount(&reference, 2), "file").await;
+    let seen = contents(&mount(&cluster, 2), "file").await;
     for (block, generation) in published.iter().enumerate() {
         let generation = generation.load(Ordering::SeqCst);
         let expected = generation.to_le_bytes().repeat(BLOCK as usize / 8);

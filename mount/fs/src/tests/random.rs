@@ -12,10 +12,10 @@ use proptest::prelude::*;
 use quorumfs_proto::command::{AttributeChanges, Privileges, RenameMode};
 use quorumfs_proto::{FsError, InodeNumber};
 
-use super::reference::{Connection, Reference};
 use super::support::place;
-use crate::fs::{Filesystem, FsOptions, Handle, OpenFlags, Order};
 use crate::handles::Scope;
+use crate::{Filesystem, FsOptions, Handle, OpenFlags, Order};
+use quorumfs_memory::{Connection, MemoryCluster};
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
 
@@ -124,7 +124,7 @@ struct OpenHere {
 }
 
 struct World {
-    reference: Arc<Reference>,
+    cluster: Arc<MemoryCluster>,
     mounts: [Arc<Filesystem<Connection>>; 2],
     names: BTreeMap<u8, usize>,
     files: Vec<Vec<u8>>,
@@ -144,7 +144,7 @@ fn model_read(bytes: &[u8], offset: u64, length: u32) -> &[u8] {
 
 impl World {
     fn new() -> World {
-        let reference = Reference::new();
+        let cluster = MemoryCluster::new();
         let options = FsOptions {
             dirty_bytes_max: 6 << 20,
             cache_bytes: 8 << 20,
@@ -152,9 +152,9 @@ impl World {
             looked_up_ms: 0,
             ..FsOptions::default()
         };
-        let mounts = [1, 2].map(|session| Filesystem::new(reference.connect(session), options.clone()));
+        let mounts = [1, 2].map(|session| Filesystem::new(cluster.connect(session), options.clone()));
         World {
-            reference,
+            cluster,
             mounts,
             names: BTreeMap::new(),
             files: Vec::new(),
@@ -289,7 +289,7 @@ impl World {
                 let told = fs.lookup(ROOT, &spelled(name)).await.unwrap();
                 assert_eq!(told.size, self.files[file].len() as u64);
             }
-            Step::Reclaim => self.reference.reclaim(),
+            Step::Reclaim => self.cluster.reclaim(),
             Step::Pause => tokio::time::sleep(std::time::Duration::from_millis(1)).await,
         }
     }
@@ -394,10 +394,10 @@ impl World {
             assert_eq!(fs.dirty.bytes(), 0);
             assert!(fs.open.is_empty());
         }
-        self.reference.reclaim();
+        self.cluster.reclaim();
         let files: std::collections::BTreeSet<usize> = self.names.values().copied().collect();
         assert_eq!(
-            self.reference.inode_count(),
+            self.cluster.inode_count(),
             files.len() + 1,
             "unlinked files are gone"
         );

@@ -1,13 +1,13 @@
-//! What the filesystem needs of a cluster: five calls and a name.
+//! What a filesystem needs of a cluster: five calls and a name.
 //!
-//! A trait, so that the verbs are tested against a cluster in memory; `quorumfs_client::Client` is the one that
-//! programs run on.
+//! A trait, so that its verbs are tested against a cluster in memory; [`Client`] is the one that programs run on.
 
 use std::future::Future;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use quorumfs_client::{Client, FreshChunk};
+
+use crate::{Client, FreshChunk};
 use quorumfs_proto::query::Answer;
 use quorumfs_proto::{ChunkId, Command, FsError, InodeNumber, NewChunk, Outcome, Query, Timestamp};
 

@@ -7,7 +7,6 @@ mod kernel;
 mod leased;
 mod order;
 mod random;
-pub(crate) mod reference;
 mod removed;
 mod support;
 mod verbs;

@@ -8,10 +8,10 @@ use parking_lot::Mutex;
 use quorumfs_proto::command::RenameMode;
 use quorumfs_proto::{FsError, InodeNumber, Operation};
 
-use super::reference::{Connection, Reference};
 use super::support::{close, create, mount, mount_with, read_write, write};
 use super::verbs::{ROOT, written_operations};
-use crate::fs::{Filesystem, FsOptions, Order};
+use crate::{Filesystem, FsOptions, Order};
+use quorumfs_memory::{Connection, MemoryCluster};
 
 fn soon() -> FsOptions {
     FsOptions {
@@ -28,9 +28,9 @@ fn known_above(fs: &Arc<Filesystem<Connection>>) -> Arc<Mutex<BTreeSet<InodeNumb
     known
 }
 
-async fn wait_for_inodes(reference: &Reference, count: usize) {
+async fn wait_for_inodes(cluster: &MemoryCluster, count: usize) {
     let gone = async {
-        while reference.inode_count() != count {
+        while cluster.inode_count() != count {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
@@ -41,13 +41,13 @@ async fn wait_for_inodes(reference: &Reference, count: usize) {
 
 #[tokio::test]
 async fn an_unlinked_file_lives_as_long_as_it_is_open_anywhere() {
-    let reference = Reference::new();
-    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (fs, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let (inode, handle) = create(&fs, "doomed").await;
     write(&fs, handle, 0, b"still here").await;
     other.unlink(ROOT, b"doomed").await.unwrap();
     other.release_unlinked().await;
-    reference.reclaim();
+    cluster.reclaim();
     fs.fsync(handle).await.unwrap();
     assert_eq!(
         fs.read(handle, 0, 100, Order::default()).await.unwrap(),
@@ -59,18 +59,18 @@ async fn an_unlinked_file_lives_as_long_as_it_is_open_anywhere() {
         "nobody else gets at it"
     );
     close(&fs, handle).await;
-    reference.reclaim();
-    assert_eq!(reference.inode_count(), 1);
+    cluster.reclaim();
+    assert_eq!(cluster.inode_count(), 1);
 }
 
 #[tokio::test]
 async fn what_was_kept_to_be_safe_is_released_soon() {
-    let reference = Reference::new();
+    let cluster = MemoryCluster::new();
     let options = FsOptions {
         dirty_age_ms: 40,
         ..FsOptions::default()
     };
-    let fs = mount_with(&reference, 1, options);
+    let fs = mount_with(&cluster, 1, options);
     let (_, open) = create(&fs, "open").await;
     let (_, closed) = create(&fs, "closed").await;
     close(&fs, closed).await;
@@ -78,9 +78,10 @@ async fn what_was_kept_to_be_safe_is_released_soon() {
         .await
         .unwrap();
     fs.unlink(ROOT, b"closed").await.unwrap();
-    assert_eq!(reference.inode_count(), 3);
+    assert_eq!(cluster.inode_count(), 3);
     tokio::time::timeout(Duration::from_secs(10), async {
-        while reference.inode_count() != 2 {
+        while cluster.inode_count() != 2 {
+            cluster.reclaim();
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     })
@@ -88,9 +89,10 @@ async fn what_was_kept_to_be_safe_is_released_soon() {
     .expect("the replaced file is not open");
     close(&fs, open).await;
     fs.flush_all().await.unwrap();
-    assert_eq!(reference.inode_count(), 1);
+    cluster.reclaim();
+    assert_eq!(cluster.inode_count(), 1);
     assert!(
-        written_operations(&reference)
+        written_operations(&cluster)
             .iter()
             .any(|o| matches!(o, Operation::ReleaseUnlinked { .. }))
     );
@@ -98,8 +100,8 @@ async fn what_was_kept_to_be_safe_is_released_soon() {
 
 #[tokio::test]
 async fn what_is_used_above_is_kept_and_may_be_opened_again() {
-    let reference = Reference::new();
-    let fs = mount_with(&reference, 1, soon());
+    let cluster = MemoryCluster::new();
+    let fs = mount_with(&cluster, 1, soon());
     let known = known_above(&fs);
     let (inode, handle) = create(&fs, "path").await;
     write(&fs, handle, 0, b"content").await;
@@ -108,25 +110,25 @@ async fn what_is_used_above_is_kept_and_may_be_opened_again() {
     fs.unlink(ROOT, b"path").await.unwrap();
     for _ in 0..5 {
         tokio::time::sleep(Duration::from_millis(20)).await;
-        reference.reclaim();
+        cluster.reclaim();
         assert_eq!(fs.attributes(inode, None).await.unwrap().links, 0);
     }
     let again = fs.open(inode, read_write()).await.unwrap().handle;
     known.lock().clear();
     tokio::time::sleep(Duration::from_millis(60)).await;
-    reference.reclaim();
+    cluster.reclaim();
     assert_eq!(
         fs.read(again, 0, 100, Order::default()).await.unwrap(),
         &b"content"[..]
     );
     close(&fs, again).await;
-    wait_for_inodes(&reference, 1).await;
+    wait_for_inodes(&cluster, 1).await;
 }
 
 #[tokio::test]
 async fn an_open_that_arrives_during_an_unlink_is_good_or_fails() {
-    let reference = Reference::new();
-    let fs = mount_with(&reference, 1, soon());
+    let cluster = MemoryCluster::new();
+    let fs = mount_with(&cluster, 1, soon());
     let mut good = 0;
     for round in 0..200 {
         let (inode, handle) = create(&fs, "file").await;
@@ -142,7 +144,7 @@ async fn an_open_that_arrives_during_an_unlink_is_good_or_fails() {
         removed.unwrap();
         let Ok(opened) = opened else { continue };
         good += 1;
-        reference.reclaim();
+        cluster.reclaim();
         fs.release_unlinked().await;
         assert_eq!(
             fs.read(opened.handle, 0, 100, Order::default()).await.unwrap(),
@@ -151,5 +153,5 @@ async fn an_open_that_arrives_during_an_unlink_is_good_or_fails() {
         close(&fs, opened.handle).await;
     }
     assert!(good > 0, "no open came in time: the test shows nothing");
-    wait_for_inodes(&reference, 1).await;
+    wait_for_inodes(&cluster, 1).await;
 }

@@ -59,7 +59,7 @@ fn may_continue(bytes: usize, more_bytes: Option<u64>) -> bool {
 }
 
 /// Whether the kernel may have split a write so that its first part is so long.
-pub(crate) fn may_be_a_part(bytes: usize) -> bool {
+pub fn may_be_a_part(bytes: usize) -> bool {
     (PIECE_BYTES_MAX - SECOND_PART_BYTES_MAX..PIECE_BYTES_MAX).contains(&bytes)
 }
 

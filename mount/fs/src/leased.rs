@@ -21,8 +21,8 @@ use quorumfs_proto::{
     ChunkId, Command, FsError, InodeNumber, Name, Operation, OperationResult, Outcome, Query, Timestamp,
 };
 
-use super::cluster::{Cluster, UnlinkedHandler};
 use crate::caches::lease_view::{LeaseNumber, LeaseView};
+use quorumfs_client::{Cluster, UnlinkedHandler};
 
 /// See the module.
 pub struct Leased<C> {

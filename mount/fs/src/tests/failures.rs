@@ -2,18 +2,18 @@
 
 use quorumfs_proto::FsError;
 
-use super::reference::Reference;
 use super::support::{ageless, close, create, mount_with, read_write, write};
 use super::verbs::pattern;
+use quorumfs_memory::MemoryCluster;
 
 #[tokio::test]
 async fn a_failure_after_the_last_close_is_told_to_the_next_handle() {
-    let reference = Reference::new();
-    let fs = mount_with(&reference, 1, ageless());
+    let cluster = MemoryCluster::new();
+    let fs = mount_with(&cluster, 1, ageless());
     let (inode, handle) = create(&fs, "mapped").await;
     fs.flush(handle).await.unwrap();
     // As a shared mapping's pages come after the close.
-    *reference.put_fault.lock() = Some(FsError::NoSpace);
+    *cluster.put_fault.lock() = Some(FsError::NoSpace);
     write(&fs, handle, 0, &pattern(100_000, 1)).await;
     fs.release(handle).await.unwrap();
     while !fs.open.is_empty() {
@@ -27,10 +27,10 @@ async fn a_failure_after_the_last_close_is_told_to_the_next_handle() {
 
 #[tokio::test]
 async fn a_background_failure_is_told_to_a_handle_that_was_opened_after_it() {
-    let reference = Reference::new();
-    let fs = mount_with(&reference, 1, ageless());
+    let cluster = MemoryCluster::new();
+    let fs = mount_with(&cluster, 1, ageless());
     let (inode, first) = create(&fs, "file").await;
-    *reference.put_fault.lock() = Some(FsError::NoSpace);
+    *cluster.put_fault.lock() = Some(FsError::NoSpace);
     write(&fs, first, 0, &pattern(100_000, 1)).await;
     assert_eq!(fs.flush_all().await, Err(FsError::NoSpace));
     let second = fs.open(inode, read_write()).await.unwrap().handle;

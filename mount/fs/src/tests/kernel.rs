@@ -5,16 +5,16 @@ use quorumfs_proto::command::{AttributeChanges, Privileges};
 use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{FsError, InodeNumber};
 
-use super::reference::Reference;
 use super::support::{ageless, close, create, mount, mount_with, read_write, write};
-use crate::fs::{OpenFlags, Order, Place};
+use crate::{OpenFlags, Order, Place};
+use quorumfs_memory::MemoryCluster;
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
 
 #[tokio::test]
 async fn attributes_of_a_listing_are_as_new_as_the_request() {
-    let reference = Reference::new();
-    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (fs, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let mut handles = Vec::new();
     for at in 0..400 {
         handles.push(create(&fs, &format!("{at:03}")).await.1);
@@ -60,12 +60,12 @@ async fn attributes_of_a_listing_are_as_new_as_the_request() {
 
 #[tokio::test]
 async fn what_exists_already_is_not_opened_by_a_create() {
-    let reference = Reference::new();
-    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (fs, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let (_, handle) = create(&other, "file").await;
     write(&other, handle, 0, b"precious").await;
     close(&other, handle).await;
-    let before = reference.commands.lock().len();
+    let before = cluster.commands.lock().len();
     for (flags, expected) in [
         (libc::O_CREAT | libc::O_RDWR | libc::O_TRUNC, FsError::Stale),
         (libc::O_CREAT | libc::O_RDWR | libc::O_EXCL, FsError::Exists),
@@ -75,14 +75,14 @@ async fn what_exists_already_is_not_opened_by_a_create() {
             .await;
         assert_eq!(created.map(|_| ()), Err(expected));
     }
-    assert_eq!(reference.commands.lock().len(), before, "nothing was cut off");
+    assert_eq!(cluster.commands.lock().len(), before, "nothing was cut off");
     assert_eq!(fs.lookup(ROOT, b"file").await.unwrap().size, 8);
 }
 
 #[tokio::test]
 async fn pages_are_kept_only_once_older_ones_are_surely_dropped() {
-    let reference = Reference::new();
-    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (fs, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let (inode, handle) = create(&fs, "file").await;
     write(&fs, handle, 0, b"one").await;
     close(&fs, handle).await;
@@ -109,8 +109,8 @@ async fn pages_are_kept_only_once_older_ones_are_surely_dropped() {
 
 #[tokio::test]
 async fn each_write_says_whether_it_appends() {
-    let reference = Reference::new();
-    let (fs, other) = (mount(&reference, 1), mount(&reference, 2));
+    let cluster = MemoryCluster::new();
+    let (fs, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let (inode, handle) = create(&fs, "log").await;
     write(&fs, handle, 0, b"0123").await;
     close(&fs, handle).await;
@@ -154,8 +154,8 @@ async fn each_write_says_whether_it_appends() {
 
 #[tokio::test]
 async fn privileges_that_a_write_takes_are_not_seen_again() {
-    let reference = Reference::new();
-    let fs = mount_with(&reference, 1, ageless());
+    let cluster = MemoryCluster::new();
+    let fs = mount_with(&cluster, 1, ageless());
     let (inode, handle) = create(&fs, "program").await;
     let set = AttributeChanges {
         mode: Some(0o6755),
@@ -195,8 +195,8 @@ async fn privileges_that_a_write_takes_are_not_seen_again() {
 
 #[tokio::test]
 async fn the_pages_of_all_open_directories_are_bounded() {
-    let reference = Reference::new();
-    let fs = mount(&reference, 1);
+    let cluster = MemoryCluster::new();
+    let fs = mount(&cluster, 1);
     for number in 0..30 {
         create(&fs, &format!("file-{number:02}")).await;
     }

@@ -6,22 +6,22 @@ use std::time::Duration;
 use quorumfs_proto::Operation;
 use quorumfs_proto::command::{NewInode, NewKind, Target};
 
-use super::reference::Reference;
 use super::support::{ageless, close, create, mount, mount_with, read_write, write};
 use super::verbs::{MIB, ROOT, contents, pattern};
-use crate::fs::{Durability, FsOptions};
+use crate::{Durability, FsOptions};
+use quorumfs_memory::MemoryCluster;
 
 #[tokio::test]
 async fn what_is_handed_over_is_committed_in_order_and_before_what_follows() {
-    let reference = Reference::new();
+    let cluster = MemoryCluster::new();
     let options = FsOptions {
         durability: Durability::Fsync,
         ..ageless()
     };
-    let fs = mount_with(&reference, 1, options);
+    let fs = mount_with(&cluster, 1, options);
     let (data, data_handle) = create(&fs, "data").await;
     let (done, done_handle) = create(&fs, "done").await;
-    let slow = reference.put_gate.write().await;
+    let slow = cluster.put_gate.write().await;
     write(&fs, data_handle, 0, &pattern(3 * MIB as usize, 1)).await;
     close(&fs, data_handle).await;
     write(&fs, done_handle, 0, b"done").await;
@@ -44,11 +44,11 @@ async fn what_is_handed_over_is_committed_in_order_and_before_what_follows() {
     });
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(!directory.is_finished(), "it overtakes what was closed before");
-    let other = mount(&reference, 2);
+    let other = mount(&cluster, 2);
     assert_eq!(other.lookup(ROOT, b"done").await.unwrap().size, 0);
     drop(slow);
     directory.await.unwrap().unwrap();
-    let order: Vec<&str> = reference
+    let order: Vec<&str> = cluster
         .commands
         .lock()
         .iter()

@@ -1,0 +1,369 @@
+//! A cluster in the memory of one process, for tests: the state machine that the nodes run (`quorumfs_metadata`), a map of
+//! chunks for their content stores, and faults on demand.
+//!
+//! It answers as a cluster does, because the same code decides. What it leaves out is what lies between: the log, the
+//! network, and leases.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use quorumfs_client::{Cluster, FreshContent, UnlinkedHandler};
+use quorumfs_metadata::{
+    Applied, CallResult, FEATURE_LEVEL, Failure, LogBody, LogCommand, MetadataOptions, MetadataStore,
+    Position, SessionKey, UnlinkedAnswer, View,
+};
+use quorumfs_proto::call::Mutation;
+use quorumfs_proto::chunk::Piece;
+use quorumfs_proto::query::{Answer, Space};
+use quorumfs_proto::{
+    ChunkBody, ChunkId, Command, FsError, InodeNumber, Lane, NewChunk, Operation, Outcome, Query, RequestId,
+    SessionId, Sha256, Timestamp,
+};
+
+/// Rows that one step of reclaiming frees at most.
+const RECLAIM_WORK_MAX: u32 = 1_000;
+
+/// The state machine and the log that led to its state.
+struct State {
+    store: MetadataStore,
+    index: u64,
+    /// The last mutation of each session.
+    sequences: BTreeMap<SessionId, u64>,
+    _folder: tempfile::TempDir,
+}
+
+/// The cluster that all mounts of a test share.
+pub struct MemoryCluster {
+    state: Mutex<State>,
+    chunks: Mutex<HashMap<ChunkId, Bytes>>,
+    handlers: Mutex<BTreeMap<SessionId, UnlinkedHandler>>,
+    /// The commands that took effect, in their order.
+    pub commands: Mutex<Vec<Command>>,
+    /// Chunks that were put.
+    pub puts: AtomicU64,
+    /// Ranges of chunks that were asked for.
+    pub gets: AtomicU64,
+    /// Queries that were answered.
+    pub queries: AtomicU64,
+    /// What puts answer instead.
+    pub put_fault: Mutex<Option<FsError>>,
+    /// Whether the next mutation that names chunks says that they are dead.
+    pub kill_chunks: AtomicBool,
+    /// Puts wait for as long as somebody holds it for writing.
+    pub put_gate: tokio::sync::RwLock<()>,
+}
+
+/// One client's connection.
+#[derive(Clone)]
+pub struct Connection {
+    /// What it is connected to.
+    pub cluster: Arc<MemoryCluster>,
+    session: SessionId,
+    counter: Arc<AtomicU64>,
+    pauses: Arc<AtomicU64>,
+}
+
+/// Content that no command has named yet.
+#[derive(Clone)]
+pub struct Fresh {
+    id: ChunkId,
+    payload: Bytes,
+}
+
+impl FreshContent for Fresh {
+    fn id(&self) -> ChunkId {
+        self.id
+    }
+
+    fn stored(&self) -> NewChunk {
+        self.named(ChunkBody::Stored)
+    }
+
+    fn inline(&self) -> NewChunk {
+        self.named(ChunkBody::Inline(self.payload.clone()))
+    }
+}
+
+impl Fresh {
+    fn named(&self, body: ChunkBody) -> NewChunk {
+        NewChunk {
+            id: self.id,
+            length: u32::try_from(self.payload.len()).expect("a chunk"),
+            sha256: Sha256::of(&self.payload),
+            body,
+        }
+    }
+}
+
+impl State {
+    fn apply(&mut self, body: LogBody) -> Applied {
+        self.index += 1;
+        let stamp = Timestamp::from(SystemTime::now());
+        let mut batch = self.store.begin();
+        let applied = batch.apply(self.index, &LogCommand { stamp, body });
+        batch.publish(Position {
+            index: self.index,
+            ..Position::default()
+        });
+        applied.expect("the database is in order")
+    }
+
+    fn view(&self) -> View {
+        self.store.view().expect("the database is in order")
+    }
+}
+
+impl MemoryCluster {
+    /// An empty one.
+    #[allow(clippy::new_ret_no_self)]
+    pub fn new() -> Arc<MemoryCluster> {
+        let folder = tempfile::tempdir().expect("a folder for the state");
+        let options = MetadataOptions {
+            cache_bytes: 1 << 20,
+            ..MetadataOptions::default()
+        };
+        let store = MetadataStore::open(&folder.path().join("metadata.redb"), options);
+        let mut state = State {
+            store: store.expect("a new database"),
+            index: 0,
+            sequences: BTreeMap::new(),
+            _folder: folder,
+        };
+        state.apply(LogBody::RaiseFeatureLevel { level: FEATURE_LEVEL });
+        Arc::new(MemoryCluster {
+            state: Mutex::new(state),
+            chunks: Mutex::default(),
+            handlers: Mutex::default(),
+            commands: Mutex::default(),
+            puts: AtomicU64::new(0),
+            gets: AtomicU64::new(0),
+            queries: AtomicU64::new(0),
+            put_fault: Mutex::new(None),
+            kill_chunks: AtomicBool::new(false),
+            put_gate: tokio::sync::RwLock::new(()),
+        })
+    }
+
+    /// Opens the session, if it is not open yet.
+    pub fn connect(self: &Arc<Self>, session: u64) -> Connection {
+        let session = SessionId(session);
+        let opened = self.state.lock().apply(LogBody::OpenSessionWithKey {
+            session,
+            description: String::new(),
+            key: SessionKey {
+                secret: Sha256::of(&session.0.to_be_bytes()),
+                certificate: None,
+            },
+        });
+        assert_eq!(opened.result, CallResult::Done);
+        Connection {
+            cluster: Arc::clone(self),
+            session,
+            counter: Arc::default(),
+            pauses: Arc::default(),
+        }
+    }
+
+    /// Asks every session about unlinked inodes, as the leader does again and again, and frees those that nobody has open.
+    pub fn reclaim(&self) {
+        let sessions: Vec<SessionId> = self.state.lock().view().living_sessions().collect();
+        for session in sessions {
+            self.ask(session);
+        }
+        let mut state = self.state.lock();
+        while state.view().has_reclaimable().expect("readable") {
+            let work_max = RECLAIM_WORK_MAX;
+            let freed = state.apply(LogBody::Reclaim { work_max });
+            self.forget(&freed);
+        }
+    }
+
+    fn ask(&self, session: SessionId) {
+        let view = self.state.lock().view();
+        if let Some(page) = view.unlinked_page(session, usize::MAX).expect("readable") {
+            let released = self.not_open(session, &page.inodes);
+            let mut held = page.inodes;
+            held.retain(|inode| !released.contains(inode));
+            let answers = vec![UnlinkedAnswer {
+                session,
+                from: page.from,
+                through: page.through,
+                held,
+            }];
+            self.state.lock().apply(LogBody::AnswerUnlinked { answers });
+        }
+        let held = view
+            .unlinked_held_by(session, InodeNumber(0), usize::MAX)
+            .expect("readable");
+        let inodes = self.not_open(session, &held);
+        if !inodes.is_empty() {
+            let release = Command::single(Operation::ReleaseUnlinked { inodes });
+            let released = self.decide(session, release);
+            assert!(released.is_ok(), "{released:?}");
+        }
+    }
+
+    /// Which of these `session` has not open.
+    fn not_open(&self, session: SessionId, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
+        match self.handlers.lock().get(&session) {
+            Some(handler) => handler(inodes),
+            None => inodes.to_vec(),
+        }
+    }
+
+    /// How many inodes there are, the root included.
+    pub fn inode_count(&self) -> usize {
+        self.state.lock().view().inode_count() as usize
+    }
+
+    /// The extents of a file.
+    pub fn pieces_of(&self, inode: InodeNumber) -> Vec<Piece> {
+        let query = Query::Extents {
+            inode,
+            from: 0,
+            to: u64::MAX,
+            pieces_max: u32::MAX,
+        };
+        match self.answer(&query) {
+            Ok(Answer::Extents { pieces, .. }) => pieces,
+            other => panic!("no extents: {other:?}"),
+        }
+    }
+
+    /// Content that no file names any more is gone.
+    fn forget(&self, applied: &Applied) {
+        let mut chunks = self.chunks.lock();
+        for dead in &applied.effects.dead {
+            chunks.remove(dead);
+        }
+    }
+
+    fn apply(&self, session: SessionId, command: Command) -> Result<Outcome, FsError> {
+        command.validate(session)?;
+        if !command.chunks.is_empty() && self.kill_chunks.swap(false, Ordering::SeqCst) {
+            return Err(FsError::ChunkDead);
+        }
+        for chunk in &command.chunks {
+            match &chunk.body {
+                ChunkBody::Inline(bytes) => {
+                    self.chunks.lock().insert(chunk.id, bytes.clone());
+                }
+                ChunkBody::Stored => {
+                    assert!(
+                        self.chunks.lock().contains_key(&chunk.id),
+                        "content before metadata"
+                    );
+                }
+            }
+        }
+        let outcome = self.decide(session, command.clone())?;
+        self.commands.lock().push(command);
+        Ok(outcome)
+    }
+
+    fn decide(&self, session: SessionId, command: Command) -> Result<Outcome, FsError> {
+        let mut state = self.state.lock();
+        let sequence = state.sequences.entry(session).or_default();
+        *sequence += 1;
+        let request = RequestId {
+            session,
+            lane: Lane(0),
+            sequence: *sequence,
+        };
+        let applied = state.apply(LogBody::Call(Mutation {
+            request,
+            chunk_low_water: 0,
+            command,
+        }));
+        self.forget(&applied);
+        match applied.result {
+            CallResult::Outcome(outcome) => outcome,
+            other => panic!("not decided: {other:?}"),
+        }
+    }
+
+    fn answer(&self, query: &Query) -> Result<Answer, FsError> {
+        let view = self.state.lock().view();
+        if let Query::Space = query {
+            return Ok(Answer::Space(Space {
+                capacity_bytes: 1 << 40,
+                available_bytes: 1 << 39,
+                inodes: view.inode_count(),
+            }));
+        }
+        match view.answer(query) {
+            Ok(answer) => Ok(answer),
+            Err(Failure::Verdict(verdict)) => Err(verdict),
+            Err(Failure::Fault(fault)) => panic!("the database is not in order: {fault}"),
+        }
+    }
+}
+
+impl Connection {
+    /// Lets others run, now and then.
+    async fn pause(&self) {
+        for _ in 0..self.pauses.fetch_add(1, Ordering::Relaxed) * 7 % 5 {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+impl Cluster for Connection {
+    type Chunk = Fresh;
+
+    async fn mutate(&self, command: Command, _stored: &[Fresh]) -> Result<Outcome, FsError> {
+        self.pause().await;
+        let outcome = self.cluster.apply(self.session, command);
+        self.pause().await;
+        outcome
+    }
+
+    async fn query(&self, query: Query) -> Result<Answer, FsError> {
+        self.cluster.queries.fetch_add(1, Ordering::Relaxed);
+        self.pause().await;
+        let answer = self.cluster.answer(&query);
+        self.pause().await;
+        answer
+    }
+
+    fn new_chunk(&self, payload: Bytes) -> Fresh {
+        let counter = self.counter.fetch_add(1, Ordering::Relaxed) + 1;
+        let id = ChunkId {
+            session: self.session,
+            counter,
+        };
+        Fresh { id, payload }
+    }
+
+    async fn put_chunk(&self, chunk: &Fresh) -> Result<(), FsError> {
+        let _open = self.cluster.put_gate.read().await;
+        self.pause().await;
+        if let Some(fault) = *self.cluster.put_fault.lock() {
+            return Err(fault);
+        }
+        self.cluster.puts.fetch_add(1, Ordering::Relaxed);
+        self.cluster.chunks.lock().insert(chunk.id, chunk.payload.clone());
+        Ok(())
+    }
+
+    async fn get_chunk(&self, id: ChunkId, offset: u32, length: u32) -> Result<Bytes, FsError> {
+        self.cluster.gets.fetch_add(1, Ordering::Relaxed);
+        self.pause().await;
+        let chunk = self
+            .cluster
+            .chunks
+            .lock()
+            .get(&id)
+            .cloned()
+            .ok_or(FsError::Stale)?;
+        Ok(chunk.slice(offset as usize..(offset + length) as usize))
+    }
+
+    fn set_unlinked_handler(&self, handler: UnlinkedHandler) {
+        self.cluster.handlers.lock().insert(self.session, handler);
+    }
+}
