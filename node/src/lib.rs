@@ -33,7 +33,7 @@
 //! # Layers
 //!
 //! Modules import only downwards: [`server`], [`api`], [`node`], [`mod@write`], [`read`], [`healing`], [`cluster`], [`consensus`],
-//! [`replication`], [`transport`], [`incoming`]; [`config`] is plain data for all.
+//! [`replication`], [`transport`], [`incoming`], [`tasks`]; [`config`] is plain data for all.
 //! `write` and `read` use `healing` and `cluster` beside them: the read path asks recovery for what it found missing.
 
 pub mod api;
@@ -49,5 +49,6 @@ pub mod read;
 pub mod replication;
 pub mod rewrite;
 pub mod server;
+pub mod tasks;
 pub mod transport;
 pub mod write;

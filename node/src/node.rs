@@ -23,6 +23,7 @@ use crate::healing::repair::Repair;
 use crate::healing::sweep::Sweeper;
 use crate::read::Reader;
 use crate::rewrite::Rewriter;
+use crate::tasks::Tasks;
 use crate::write::Writer;
 use quorumfs_content::ContentStore;
 use quorumfs_metadata::MetadataStore;
@@ -36,6 +37,7 @@ pub struct Node {
     trouble: Mutex<Option<String>>,
     invitation: Invitation,
     metrics: Arc<Metrics>,
+    tasks: Arc<Tasks>,
     parts: OnceLock<Parts>,
     /// In the place of the parts, where the state is lost and the log is not: it votes.
     log_only: OnceLock<(ClusterId, Consensus)>,
@@ -81,7 +83,7 @@ pub struct Parts {
 
 impl Node {
     /// A node that does not know its cluster yet.
-    pub fn new(own: Member, folder: DataFolder) -> Node {
+    pub fn new(own: Member, folder: DataFolder, tasks: Arc<Tasks>) -> Node {
         Node {
             own,
             folder,
@@ -89,6 +91,7 @@ impl Node {
             trouble: Mutex::default(),
             invitation: Invitation::default(),
             metrics: Arc::default(),
+            tasks,
             parts: OnceLock::new(),
             log_only: OnceLock::new(),
         }
@@ -149,6 +152,11 @@ impl Node {
     /// What it does, counted.
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.metrics
+    }
+
+    /// Its loops.
+    pub fn tasks(&self) -> &Arc<Tasks> {
+        &self.tasks
     }
 
     /// The cluster this node's folder belongs to.

@@ -55,6 +55,7 @@ use crate::node::{Node, Parts};
 use crate::read::Reader;
 use crate::replication::PeerChunks;
 use crate::rewrite::Rewriter;
+use crate::tasks::Tasks;
 use crate::transport::{TlsFiles, Transport};
 use crate::write::Writer;
 use quorumfs_content::Stopped;
@@ -99,6 +100,16 @@ pub async fn serve(
     http: TcpListener,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
+    serve_with(config, grpc, http, Arc::default(), shutdown).await
+}
+
+async fn serve_with(
+    config: Config,
+    grpc: TcpListener,
+    http: TcpListener,
+    tasks: Arc<Tasks>,
+    shutdown: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
     let folder = DataFolder::open(&config.data, config.slot)?;
     let addresses = Addresses {
         grpc: config.grpc.clone(),
@@ -116,13 +127,12 @@ pub async fn serve(
         .transpose()
         .context("read TLS files")?;
     let transport = Arc::new(Transport::new(client_tls.clone()));
-    let node = Arc::new(Node::new(own, folder));
+    let node = Arc::new(Node::new(own, folder, tasks));
 
-    tokio::spawn(
-        node.metrics()
-            .clone()
-            .run(Duration::from_secs(config.metrics_summary_s)),
-    );
+    let (metrics, summary_s) = (node.metrics().clone(), config.metrics_summary_s);
+    node.tasks().supervise_until_done("metrics-summary", move || {
+        metrics.clone().run(Duration::from_secs(summary_s))
+    });
     let (stop, stopped) = watch::channel(false);
     let (client, closing) = watch::channel(ClientHandle::Connecting {
         reason: "the node is starting".to_string(),
@@ -270,7 +280,10 @@ async fn run_parts(
         found(&consensus, membership.founders.clone()).await?;
     }
 
-    tokio::spawn(note_took_part(node.clone(), consensus.clone()));
+    let (noting, logged) = (node.clone(), consensus.clone());
+    node.tasks().supervise_until_done("took-part", move || {
+        note_took_part(noting.clone(), logged.clone())
+    });
     let peers = Arc::new(PeerChunks::new(transport.clone()));
     let placement = Placement::new(consensus.clone(), metadata.clone());
     let space = SpaceMonitor::new(
@@ -340,12 +353,20 @@ async fn run_parts(
             }
         },
     );
-    tokio::spawn(features::run(
+    let (leading, state, to_members, stamping) = (
         consensus.clone(),
         metadata.clone(),
         transport.clone(),
         stamps.clone(),
-    ));
+    );
+    node.tasks().supervise("feature-level", move || {
+        features::run(
+            leading.clone(),
+            state.clone(),
+            to_members.clone(),
+            stamping.clone(),
+        )
+    });
     let writer = Writer::new(
         consensus.clone(),
         content.clone(),
@@ -372,27 +393,37 @@ async fn run_parts(
         reader.clone(),
         sessions.clone(),
     );
-    tokio::spawn(rewriter.clone().run());
-    tokio::spawn(placement.clone().run());
-    tokio::spawn(space.clone().run());
-    tokio::spawn(sessions.clone().run());
-    tokio::spawn(roster.clone().run());
-    tokio::spawn(clock.run());
-    tokio::spawn(health.clone().run());
-    tokio::spawn(recovery.clone().run());
-    tokio::spawn(repair.clone().run());
-    tokio::spawn(repair.clone().run_metadata_checks());
-    tokio::spawn(auditor.clone().run());
-    tokio::spawn(sweeper.clone().run());
-    tokio::spawn(hand_on_effects(applied, recovery.clone(), sweeper.clone()));
+    let tasks = node.tasks();
+    let looping = rewriter.clone();
+    tasks.supervise("rewriting", move || looping.clone().run());
+    let looping = placement.clone();
+    tasks.supervise("placement", move || looping.clone().run());
+    let looping = space.clone();
+    tasks.supervise("space", move || looping.clone().run());
+    tasks.supervise_until_done("clock", move || clock.clone().run());
+    sessions.start(tasks);
+    roster.start(tasks);
+    health.start(tasks);
+    recovery.start(tasks);
+    repair.start(tasks);
+    auditor.start(tasks);
+    sweeper.start(tasks);
+    let applied = Arc::new(tokio::sync::Mutex::new(applied));
+    let (told_recovery, told_sweeper) = (recovery.clone(), sweeper.clone());
+    tasks.supervise("applied-effects", move || {
+        hand_on_effects(applied.clone(), told_recovery.clone(), told_sweeper.clone())
+    });
     tokio::spawn(open_client(config.clone(), client_tls, client));
-    tokio::spawn(watch_for_strangers(
-        config.clone(),
-        node.own().clone(),
-        membership.cluster,
-        transport.clone(),
-        node.waiting_for().clone(),
-    ));
+    let (watching, watched, knows) = (node.clone(), config.clone(), transport.clone());
+    tasks.supervise_until_done("strangers", move || {
+        watch_for_strangers(
+            watched.clone(),
+            watching.own().clone(),
+            membership.cluster,
+            knows.clone(),
+            watching.waiting_for().clone(),
+        )
+    });
 
     let (consensus_fault, content_fault, audited) = (consensus.clone(), content.clone(), auditor.clone());
     let parts = Parts {
@@ -474,10 +505,11 @@ async fn note_took_part(node: Arc<Node>, consensus: Consensus) {
 
 /// What applies changed about content goes to who looks after it.
 async fn hand_on_effects(
-    mut applied: tokio::sync::mpsc::Receiver<AppliedEffects>,
+    applied: Arc<tokio::sync::Mutex<tokio::sync::mpsc::Receiver<AppliedEffects>>>,
     recovery: Arc<Recovery>,
     sweeper: Arc<Sweeper>,
 ) {
+    let mut applied = applied.lock().await;
     while let Some(effects) = applied.recv().await {
         if let AppliedEffects::Entries { dead, .. } = &effects {
             sweeper.dead(dead);
@@ -553,3 +585,6 @@ async fn serve_http(
     connections::serve(listener, counted(rest::router(state), &node), limits, stop).await;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -23,6 +23,7 @@ const NODE_LAYERS: &[&str] = &[
     "logging",
     "incoming",
     "private_files",
+    "tasks",
 ];
 
 /// The modules of `mount`, top to bottom.

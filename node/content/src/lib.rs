@@ -8,8 +8,8 @@
 //!
 //! From the bottom: `record` (bytes) · `segment` (one file) · `scan` (opening one) · `salvage` (one that the disk does not
 //! give back) · `index` (chunk → place) ·
-//! `fault` (failed flushes) · `writer` (append, flush) · `io_thread` (who waits) · [`store`] (the whole) · `reclaim`
-//! (its discarding half) · [`peers`] (other nodes' stores).
+//! `fault` (failed flushes) · `writer` (append, flush) · `io_thread` (callers that wait for a flush) · `store` (the whole) ·
+//! `reclaim` (its discarding half).
 //!
 //! Knows nothing of metadata: which chunks are needed, and whether one is dead, is for others to say.
 

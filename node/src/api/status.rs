@@ -7,6 +7,7 @@ use utoipa::ToSchema;
 use crate::cluster::clock::ClockReport;
 use crate::consensus::Role;
 use crate::node::{Node, Parts};
+use crate::tasks::TaskReport;
 use quorumfs_metadata::Failure;
 
 /// A node: who it is and where.
@@ -149,6 +150,8 @@ pub struct StatusReport {
     /// Whether requests about files can be served.
     #[schema(required)]
     client: Option<StatusClient>,
+    /// The loops that heal, watch and tidy up. One that fails is started again.
+    tasks: Vec<TaskReport>,
 }
 
 /// See [`StatusReport`].
@@ -174,6 +177,7 @@ pub fn status(node: &Node) -> StatusReport {
         sessions: None,
         clock: None,
         client: None,
+        tasks: node.tasks().report(),
     };
     let Some(parts) = node.parts() else {
         return StatusReport {

@@ -30,6 +30,7 @@ use self::judgement::{Change, PeerHealth};
 use self::merged::{AgedView, Belief, Merged, View};
 use crate::cluster::clock::{ClockMonitor, StampClock};
 use crate::consensus::Consensus;
+use crate::tasks::Tasks;
 use crate::transport::{Purpose, Transport};
 
 pub use self::report::HealthReport;
@@ -93,8 +94,15 @@ impl HealthMonitor {
     }
 
     /// Probes again and again, for ever.
-    pub async fn run(self: Arc<Self>) {
-        tokio::spawn(self.clone().compare_clocks_before_stamping());
+    pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
+        let [clocks, probes] = std::array::from_fn(|_| self.clone());
+        tasks.supervise_until_done("health-clocks", move || {
+            clocks.clone().compare_clocks_before_stamping()
+        });
+        tasks.supervise("health-probes", move || probes.clone().run_probes());
+    }
+
+    async fn run_probes(self: Arc<Self>) {
         let mut rounds = tokio::time::interval(self.interval);
         rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {

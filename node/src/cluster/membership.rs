@@ -29,6 +29,7 @@ use tracing::{debug, info, warn};
 use self::removal::Aim;
 use super::placement::{Layout, Placement};
 use crate::consensus::{Consensus, MembershipError};
+use crate::tasks::Tasks;
 use crate::transport::{Peer, Purpose, Transport};
 use quorumfs_metadata::MetadataStore;
 
@@ -195,8 +196,15 @@ impl Roster {
     }
 
     /// Makes voters of learners that are whole, and takes out whom it was asked to, for ever, as long as this node leads.
-    pub async fn run(self: Arc<Self>) {
-        tokio::spawn(self.clone().run_removals());
+    pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
+        let [removals, promotions] = std::array::from_fn(|_| self.clone());
+        tasks.supervise("membership-removals", move || removals.clone().run_removals());
+        tasks.supervise("membership-promotions", move || {
+            promotions.clone().run_promotions()
+        });
+    }
+
+    async fn run_promotions(self: Arc<Self>) {
         let mut told = String::new();
         loop {
             tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;

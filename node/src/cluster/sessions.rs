@@ -23,6 +23,7 @@ use crate::cluster::call_stream::CallStream;
 use crate::cluster::clock::StampClock;
 use crate::consensus::{Consensus, ProposeError};
 use crate::incoming::Connection;
+use crate::tasks::Tasks;
 use quorumfs_metadata::{Failure, LogBody, LogCommand, MetadataStore, UnlinkedAnswer, View};
 
 /// From this feature level on sessions answer for unlinked inodes in the order in which these were unlinked.
@@ -246,11 +247,14 @@ impl SessionKeeper {
     }
 
     /// Looks after sessions as long as this node leads, for ever.
-    pub async fn run(self: Arc<Self>) {
-        tokio::join!(self.look_after(), self.take_answers(), self.free());
+    pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
+        let [expiry, answers, reclaiming] = std::array::from_fn(|_| self.clone());
+        tasks.supervise("sessions-expiry", move || expiry.clone().run_expiry());
+        tasks.supervise("sessions-answers", move || answers.clone().take_answers());
+        tasks.supervise("sessions-reclaiming", move || reclaiming.clone().free());
     }
 
-    async fn look_after(&self) {
+    async fn run_expiry(self: Arc<Self>) {
         let mut term: Option<Term> = None;
         let mut asked_at = Instant::now();
         for look in 0u64.. {
@@ -349,7 +353,7 @@ impl SessionKeeper {
         Ok(())
     }
 
-    async fn take_answers(&self) {
+    async fn take_answers(self: Arc<Self>) {
         let mut due = self.answers_due.lock().await;
         while let Some(first) = due.recv().await {
             let mut named = first.0.held.len();
@@ -371,7 +375,7 @@ impl SessionKeeper {
     }
 
     /// Frees what nobody can reach: without a pause as long as there is some, for half of the time.
-    async fn free(&self) {
+    async fn free(self: Arc<Self>) {
         loop {
             let began = Instant::now();
             let freed = match self.consensus.is_leader() {

@@ -287,11 +287,17 @@ impl Consensus {
     }
 
     fn spawn_tasks(&self, network: NetworkFactory) {
+        let tasks = &self.0.options.tasks;
+        let [recovers, stops, barrier, maintenance] = std::array::from_fn(|_| self.clone());
         let tasks = [
-            tokio::spawn(self.clone().note_recovery()),
-            tokio::spawn(self.clone().note_stop()),
-            tokio::spawn(self.clone().run_barrier(network)),
-            tokio::spawn(self.clone().run_maintenance()),
+            tasks.supervise_until_done("consensus-recovery", move || recovers.clone().note_recovery()),
+            tasks.supervise_until_done("consensus-stop", move || stops.clone().note_stop()),
+            tasks.supervise("consensus-barrier", move || {
+                barrier.clone().run_barrier(network.clone())
+            }),
+            tasks.supervise("consensus-maintenance", move || {
+                maintenance.clone().run_maintenance()
+            }),
         ];
         self.0.tasks.lock().extend(tasks);
     }

@@ -1,11 +1,13 @@
 //! How consensus is set up on a node, with the reason for each default.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use openraft::{Config, SnapshotPolicy};
 use quorumfs_proto::{ClusterId, NodeId};
 
 use super::wal::WalOptions;
+use crate::tasks::Tasks;
 use quorumfs_metadata::Position;
 
 /// Entries in one message to a follower; its bytes are bounded by the log reader.
@@ -72,6 +74,8 @@ pub struct ConsensusOptions {
     pub hold_log_bytes_max: u64,
     /// A leader whose log flush takes longer hands leadership on.
     pub slow_flush_ms: u64,
+    /// Where its loops run.
+    pub tasks: Arc<Tasks>,
 }
 
 impl ConsensusOptions {
@@ -94,6 +98,7 @@ impl ConsensusOptions {
             keep_log_bytes: 0,
             hold_log_bytes_max: 0,
             slow_flush_ms: 1_000,
+            tasks: Arc::default(),
         };
         options.log_in_files_of(file_bytes);
         options

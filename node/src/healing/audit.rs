@@ -32,6 +32,7 @@ use self::schedule::{Schedule, Standing, Step};
 use super::unix_ms;
 use crate::cluster::clock::StampClock;
 use crate::consensus::{Consensus, ProposeError};
+use crate::tasks::Tasks;
 use crate::transport::{Purpose, Transport};
 use quorumfs_metadata::{LogBody, LogCommand, MetadataStore, StorageFault, View};
 
@@ -167,8 +168,13 @@ impl Auditor {
     }
 
     /// Begins audits where this node leads, and takes part in all, for ever.
-    pub async fn run(self: Arc<Self>) {
-        tokio::spawn(self.clone().run_comparing());
+    pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
+        let [comparing, schedule] = std::array::from_fn(|_| self.clone());
+        tasks.supervise("audit-comparing", move || comparing.clone().run_comparing());
+        tasks.supervise("audit-schedule", move || schedule.clone().run_schedule());
+    }
+
+    async fn run_schedule(self: Arc<Self>) {
         let mut schedule = Schedule::new(self.interval, Instant::now());
         loop {
             tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;

@@ -28,6 +28,7 @@ use tracing::{debug, info, warn};
 use self::marks::{ENDED, Marks, Progress, Stretch};
 use super::repair::Repair;
 use crate::consensus::Consensus;
+use crate::tasks::Tasks;
 use quorumfs_content::{ContentError, ContentStore, Rewritten};
 use quorumfs_metadata::{Failure, MetadataStore, SessionRecord, View};
 
@@ -141,9 +142,15 @@ impl Sweeper {
     }
 
     /// Frees what is dead, for ever.
-    pub async fn run(self: Arc<Self>) {
-        tokio::spawn(self.clone().run_passes());
-        tokio::spawn(self.clone().run_rewriting());
+    pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
+        let [passes, rewriting, discards] = std::array::from_fn(|_| self.clone());
+        tasks.supervise("sweep-passes", move || passes.clone().run_passes());
+        tasks.supervise("sweep-rewriting", move || rewriting.clone().run_rewriting());
+        tasks.supervise("sweep-discards", move || discards.clone().run_discards());
+    }
+
+    /// Discards what applied commands left dead.
+    async fn run_discards(self: Arc<Self>) {
         loop {
             self.added.notified().await;
             tokio::time::sleep(Duration::from_millis(GATHER_MS)).await;

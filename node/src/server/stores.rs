@@ -52,6 +52,7 @@ pub fn consensus_options(
         .capacity_bytes;
     options.log_in_files_of(log_file_bytes(capacity_bytes));
     options.had_log = node.folder().took_part();
+    options.tasks = node.tasks().clone();
     Ok(options)
 }
 

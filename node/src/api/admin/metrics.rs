@@ -97,7 +97,7 @@ pub(super) async fn metrics(
     let Query(asked) =
         asked.map_err(|error| ApiError::bad_request("invalid_parameter", error.body_text()))?;
     let format = Format::wanted(&asked, &headers)?;
-    let sources = sources(parts(&node)?);
+    let sources = sources(&node, parts(&node)?);
     let mut response = match format {
         Format::Json => Json(MetricsReport::gather(node.metrics(), sources)).into_response(),
         Format::Prometheus => {
@@ -130,12 +130,13 @@ pub(super) async fn tradeoffs(State(node): State<Arc<Node>>) -> Result<Json<Trad
     Ok(Json(tradeoffs::analyse(&inputs(node.metrics(), parts))))
 }
 
-fn sources(parts: &Parts) -> Sources<'_> {
+fn sources<'a>(node: &'a Node, parts: &'a Parts) -> Sources<'a> {
     Sources {
         consensus: &parts.consensus,
         content: &parts.content,
         space: &parts.space,
         placement: &parts.placement,
+        tasks: node.tasks(),
     }
 }
 

@@ -52,6 +52,15 @@ pub fn text(metrics: &Metrics, sources: Sources<'_>) -> Result<String, prometheu
     http(&mut families, metrics);
     replication(&mut families, metrics, &report);
     node(&mut families, &report);
+    let tasks = sources.tasks.report();
+    let failures = tasks
+        .iter()
+        .map(|task| counter(&[("task", task.name)], task.failures));
+    families.counter(
+        "quorumfs_task_failures_total",
+        "How often a background task failed and was started again.",
+        failures.collect(),
+    );
     let plain: [(&str, &str, &Snapshot); 2] = [
         (
             "quorumfs_raft_flush_duration_seconds",

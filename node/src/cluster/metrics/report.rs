@@ -13,6 +13,7 @@ use super::{Metrics, STATUS_CLASSES};
 use crate::cluster::placement::Placement;
 use crate::cluster::space::SpaceMonitor;
 use crate::consensus::{Consensus, Role};
+use crate::tasks::Tasks;
 use quorumfs_content::ContentStore;
 
 /// What a node counted since it started. Durations are in microseconds.
@@ -272,6 +273,8 @@ pub struct Sources<'a> {
     pub space: &'a SpaceMonitor,
     /// Who holds what.
     pub placement: &'a Placement,
+    /// What runs in the background.
+    pub tasks: &'a Tasks,
 }
 
 impl MetricsReport {

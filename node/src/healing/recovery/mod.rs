@@ -37,6 +37,7 @@ use super::unix_ms;
 use crate::cluster::placement::{Picture, Placement};
 use crate::consensus::{AppliedEffects, Consensus};
 use crate::replication::PeerChunks;
+use crate::tasks::Tasks;
 use quorumfs_content::ContentStore;
 use quorumfs_metadata::{Failure, MetadataStore};
 
@@ -226,12 +227,13 @@ impl Recovery {
     }
 
     /// Fetches and compares, for ever.
-    pub async fn run(self: Arc<Self>) {
-        tokio::spawn(self.clone().run_passes());
-        tokio::spawn(self.clone().run_letting_go());
-        tokio::spawn(self.clone().run_relieving_the_log());
-        tokio::spawn(self.clone().follow_placement());
-        fetch::run(self).await;
+    pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
+        let [passes, surplus, log, placement, fetches] = std::array::from_fn(|_| self.clone());
+        tasks.supervise("recovery-passes", move || passes.clone().run_passes());
+        tasks.supervise("recovery-surplus", move || surplus.clone().run_letting_go());
+        tasks.supervise("recovery-log", move || log.clone().run_relieving_the_log());
+        tasks.supervise("recovery-placement", move || placement.clone().follow_placement());
+        tasks.supervise("recovery-fetches", move || fetch::run(fetches.clone()));
     }
 
     /// Where other chunks should be here than before, all that is named is looked at.

@@ -30,7 +30,7 @@ pub struct MetadataCheck {
 
 impl Repair {
     /// Checks the metadata, for ever.
-    pub async fn run_metadata_checks(self: Arc<Self>) {
+    pub(super) async fn run_metadata_checks(self: Arc<Self>) {
         loop {
             match self.check_metadata().await {
                 Ok(check) => {

@@ -36,6 +36,7 @@ use super::unix_ms;
 use crate::cluster::placement::Placement;
 use crate::consensus::Consensus;
 use crate::replication::PeerChunks;
+use crate::tasks::Tasks;
 use crate::transport::Transport;
 use quorumfs_content::{ContentError, ContentStore, Quarantined};
 use quorumfs_metadata::{ChunkRecord, MetadataStore};
@@ -197,8 +198,14 @@ impl Repair {
     }
 
     /// Scrubs and settles, for ever.
-    pub async fn run(self: Arc<Self>) {
-        tokio::spawn(self.clone().run_settling());
+    pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
+        let [settling, scrub, metadata] = std::array::from_fn(|_| self.clone());
+        tasks.supervise("repair-settling", move || settling.clone().run_settling());
+        tasks.supervise("scrub", move || scrub.clone().run_scrub());
+        tasks.supervise("metadata-check", move || metadata.clone().run_metadata_checks());
+    }
+
+    async fn run_scrub(self: Arc<Self>) {
         loop {
             let began = Instant::now();
             self.scrubbing.store(true, Ordering::Release);

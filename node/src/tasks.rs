@@ -1,0 +1,285 @@
+//! The supervisor: every loop that runs for as long as the node is started here, under a name.
+//!
+//! A loop that panics or returns is noted with its reason and started again, after a pause that grows while it goes on
+//! failing. What each does is shown in `/status` and in the metrics, so that healing which has stopped is not noticed by its
+//! absence only. A loop keeps nothing of its own that must survive it: what does lies behind the `Arc` that it is made from.
+//!
+//! Knows nothing of what the loops do. Where going on would break a promise a loop says so itself
+//! ([`crate::consensus::Consensus::fatal`]), and the node ends.
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use futures::FutureExt as _;
+use parking_lot::Mutex;
+use serde::Serialize;
+use tokio::task::JoinHandle;
+use tracing::error;
+
+/// From the first failure to the next start; doubled with each failure that follows.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+/// The pause grows no longer than to this.
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// Whoever ran for so long before it failed starts again after the shortest pause.
+const STEADY_AFTER: Duration = Duration::from_secs(60);
+
+tokio::task_local! {
+    /// The name of the supervised loop that is being polled.
+    static NAME: &'static str;
+}
+
+/// Whether a loop is at work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TaskState {
+    /// It runs.
+    Running,
+    /// It failed, and starts again after a pause.
+    Waiting,
+    /// It had an end, and has come to it.
+    Done,
+}
+
+/// What is known of a loop.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+pub struct TaskReport {
+    /// Its name.
+    pub name: &'static str,
+    /// Whether it is at work.
+    pub state: TaskState,
+    /// When it was started last, in milliseconds since 1970.
+    pub started_unix_ms: u64,
+    /// How often it has failed.
+    pub failures: u64,
+    /// Why it failed last.
+    pub last_error: Option<String>,
+}
+
+/// Whether a loop may return.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Returns {
+    /// That is a failure.
+    Never,
+    /// Then its work is done.
+    WhenDone,
+}
+
+/// All supervised loops of a node.
+#[derive(Debug, Default)]
+pub struct Tasks {
+    reports: Mutex<BTreeMap<&'static str, TaskReport>>,
+    /// Tests end loops with it.
+    #[cfg(test)]
+    panics: tokio::sync::watch::Sender<Option<&'static str>>,
+}
+
+impl Tasks {
+    /// Runs what `make` makes, for ever.
+    pub fn supervise<Work>(
+        self: &Arc<Self>,
+        name: &'static str,
+        make: impl Fn() -> Work + Send + 'static,
+    ) -> JoinHandle<()>
+    where
+        Work: Future<Output = ()> + Send + 'static,
+    {
+        tokio::spawn(self.clone().run(name, Returns::Never, make))
+    }
+
+    /// Runs what `make` makes, until it returns.
+    pub fn supervise_until_done<Work>(
+        self: &Arc<Self>,
+        name: &'static str,
+        make: impl Fn() -> Work + Send + 'static,
+    ) -> JoinHandle<()>
+    where
+        Work: Future<Output = ()> + Send + 'static,
+    {
+        tokio::spawn(self.clone().run(name, Returns::WhenDone, make))
+    }
+
+    /// What is known of each, by name.
+    pub fn report(&self) -> Vec<TaskReport> {
+        self.reports.lock().values().cloned().collect()
+    }
+
+    async fn run<Work: Future<Output = ()> + Send>(
+        self: Arc<Self>,
+        name: &'static str,
+        returns: Returns,
+        make: impl Fn() -> Work + Send + 'static,
+    ) {
+        let mut pause = PAUSE_MIN;
+        loop {
+            let began = Instant::now();
+            self.begins(name);
+            #[cfg(test)]
+            let ended = self.until_panic(name, make());
+            #[cfg(not(test))]
+            let ended = make();
+            let reason = match NAME.scope(name, AssertUnwindSafe(ended).catch_unwind()).await {
+                Ok(()) if returns == Returns::WhenDone => {
+                    self.change(name, |report| report.state = TaskState::Done);
+                    return;
+                }
+                Ok(()) => {
+                    error!(
+                        task = name,
+                        "a task that has no end has ended; it is started again"
+                    );
+                    "it ended".to_string()
+                }
+                // The panic hook has said it, with the name.
+                Err(panic) => format!("it panicked: {}", panic_message(&*panic)),
+            };
+            if began.elapsed() >= STEADY_AFTER {
+                pause = PAUSE_MIN;
+            }
+            self.change(name, |report| {
+                report.state = TaskState::Waiting;
+                report.failures += 1;
+                report.last_error = Some(reason);
+            });
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    fn begins(&self, name: &'static str) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let started_unix_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+        let mut reports = self.reports.lock();
+        let report = reports.entry(name).or_insert_with(|| TaskReport {
+            name,
+            state: TaskState::Running,
+            started_unix_ms,
+            failures: 0,
+            last_error: None,
+        });
+        report.state = TaskState::Running;
+        report.started_unix_ms = started_unix_ms;
+    }
+
+    fn change(&self, name: &'static str, change: impl FnOnce(&mut TaskReport)) {
+        if let Some(report) = self.reports.lock().get_mut(name) {
+            change(report);
+        }
+    }
+}
+
+#[cfg(test)]
+impl Tasks {
+    /// The loop of this name panics where it waits next.
+    pub fn make_panic(&self, name: &'static str) {
+        self.panics.send_replace(Some(name));
+    }
+
+    async fn until_panic(&self, name: &'static str, work: impl Future<Output = ()>) {
+        let mut panics = self.panics.subscribe();
+        let chosen = async {
+            let chosen = panics.wait_for(|chosen| *chosen == Some(name)).await.is_ok();
+            assert!(
+                !chosen || !self.panics.send_if_modified(|chosen| chosen.take().is_some()),
+                "as the test asks"
+            );
+        };
+        tokio::select! {
+            () = chosen => {}
+            () = work => {}
+        }
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("it does not say why")
+}
+
+/// From now on a panic is one line of the log, with the name of the task or else of the thread. Called once, when there is
+/// a log.
+pub fn log_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let task = NAME.try_with(|name| (*name).to_string());
+        let thread = std::thread::current();
+        let task = task.unwrap_or_else(|_| thread.name().unwrap_or("a thread").to_string());
+        let place = panic.location().map(ToString::to_string).unwrap_or_default();
+        let backtrace = std::backtrace::Backtrace::capture();
+        let reason = panic_message(panic.payload());
+        match backtrace.status() {
+            std::backtrace::BacktraceStatus::Captured => {
+                error!(task, place, reason, %backtrace, "a task panicked")
+            }
+            _ => error!(task, place, reason, "a task panicked"),
+        }
+    }));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+
+    async fn wait_for(tasks: &Tasks, what: impl Fn(&TaskReport) -> bool) -> TaskReport {
+        loop {
+            if let Some(report) = tasks.report().into_iter().find(&what) {
+                return report;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_loop_that_fails_is_named_and_starts_again() {
+        let tasks = Arc::new(Tasks::default());
+        let runs = Arc::new(AtomicU64::new(0));
+        let counts = runs.clone();
+        tasks.supervise("fragile", move || {
+            let run = counts.fetch_add(1, Ordering::Relaxed);
+            async move {
+                match run {
+                    0 => panic!("the first time"),
+                    1 => {}
+                    _ => std::future::pending().await,
+                }
+            }
+        });
+        let panicked = wait_for(&tasks, |report| report.failures == 1).await;
+        assert_eq!(panicked.state, TaskState::Waiting);
+        assert_eq!(
+            panicked.last_error.as_deref(),
+            Some("it panicked: the first time")
+        );
+        let returned = wait_for(&tasks, |report| report.failures == 2).await;
+        assert_eq!(returned.last_error.as_deref(), Some("it ended"));
+        let again = wait_for(&tasks, |report| {
+            report.state == TaskState::Running && report.failures == 2
+        })
+        .await;
+        assert_eq!(again.name, "fragile");
+        assert_eq!(runs.load(Ordering::Relaxed), 3);
+    }
+
+    #[tokio::test]
+    async fn who_goes_on_failing_waits_longer_each_time() {
+        let tasks = Arc::new(Tasks::default());
+        tasks.supervise("broken", || async { panic!("again") });
+        let began = Instant::now();
+        wait_for(&tasks, |report| report.failures == 4).await;
+        let elapsed = began.elapsed();
+        // 0.1 + 0.2 + 0.4; the timer's own delays come on top.
+        assert!(elapsed >= Duration::from_millis(700), "{elapsed:?}");
+    }
+
+    #[tokio::test]
+    async fn what_has_an_end_is_done_with_it_and_no_failure() {
+        let tasks = Arc::new(Tasks::default());
+        tasks.supervise_until_done("short", || async {}).await.unwrap();
+        let report = &tasks.report()[0];
+        assert_eq!((report.state, report.failures), (TaskState::Done, 0));
+    }
+}
