@@ -447,7 +447,7 @@ async fn run_parts(
     };
     node.begin(parts);
     info!("node takes part in its cluster");
-    // A failed flush is never retried: what the disk holds is not known any more (design, Rule flush).
+    // A failed flush is never retried: what the disk holds is not known any more.
     let reason = tokio::select! {
         reason = consensus_fault.fatal() => {
             if reason.costs_state() && has_others(config) {

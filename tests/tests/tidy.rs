@@ -237,6 +237,8 @@ fn nothing_is_left_undone() {
         ("FIX", "ME"),
         ("XX", "X:"),
         ("for", " now"),
+        // Nothing refers to a document that is not in the repository.
+        ("(des", "ign"),
     ];
     let marks = marks.map(|(a, b)| format!("{a}{b}"));
     let mut wrong = Vec::new();

@@ -1,4 +1,4 @@
-//! What all members know (design, Rule upgrade): the leader raises the feature level in the log once every member says
+//! What all members know: the leader raises the feature level in the log once every member says
 //! that its program knows the next; a node whose program knows less than the level is not taken in.
 //!
 //! So programs can be replaced node by node: until the last one is new, nothing is applied that an old one would not

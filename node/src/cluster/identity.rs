@@ -2,7 +2,7 @@
 //!
 //! A data folder holds slot, incarnation and, once the cluster was made, the cluster's id and first members. The
 //! incarnation is drawn when the folder is first used, so a folder that was wiped is a new voter, never an old one
-//! that has forgotten its vote (design, Rule identity). The folder is locked as long as a process uses it.
+//! that has forgotten its vote. The folder is locked as long as a process uses it.
 //!
 //! Knows nothing of the consensus; it only says whether there may be one.
 

@@ -1,4 +1,4 @@
-//! The lease: as long as one session alone uses the filesystem, it may answer from what it knows (design, section 9).
+//! The lease: as long as one session alone uses the filesystem, it may answer from what it knows.
 //!
 //! There is one lease, over everything. A session gets it with the answers to its calls while no other session calls.
 //! When another does, the holder's lease is not renewed any more, and the other's call waits until it has run out; as

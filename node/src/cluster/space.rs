@@ -1,4 +1,4 @@
-//! Who has room (design, Rule space): the leader answers ENOSPC before it proposes when fewer than f + 1 voters do.
+//! Who has room: the leader answers ENOSPC before it proposes when fewer than f + 1 voters do.
 //!
 //! Each node looks at its own disk, for content and for the log; a leader also asks the others, and one whose own disk
 //! is full while a quorum has room hands leadership on, since it cannot log what they could store. A follower takes its
