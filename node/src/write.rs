@@ -26,7 +26,7 @@ use quorumfs_proto::{CallReply, ChunkBody, ChunkId, FsError, Member, NodeId, Ref
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
-use self::holders::{Holders, is_quorum};
+use self::holders::Holders;
 use crate::cluster::clock::StampClock;
 use crate::cluster::metrics::Metrics;
 use crate::cluster::metrics::replication::{CopyPlace, Journey};
@@ -196,7 +196,7 @@ impl Writer {
             match result {
                 Ok(()) => {
                     holders.insert(node);
-                    if is_quorum(&holders, &voter_sets) {
+                    if voter_sets.is_quorum(|voter| holders.contains(voter)) {
                         return Ok(holders);
                     }
                 }

@@ -9,7 +9,7 @@
 //! voters alive is no matter of room, and calls wait (P6). In a leader's first seconds the silent have the benefit of
 //! the doubt.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use quorumfs_wire as wire;
 use tracing::{info, warn};
 
 use super::placement::Placement;
-use crate::consensus::Consensus;
+use crate::consensus::{Consensus, VoterSets};
 use crate::transport::{Purpose, Transport};
 use quorumfs_content::ContentStore;
 
@@ -56,17 +56,10 @@ enum Judgement {
 
 /// Of every active configuration a majority must hold what is written; `said` is whether they have room, of those that
 /// said so lately.
-fn judge(voter_sets: &[BTreeSet<NodeId>], said: &BTreeMap<NodeId, bool>) -> Judgement {
-    let majority = |counts: &dyn Fn(&NodeId) -> bool| {
-        let is_majority = |voters: &BTreeSet<NodeId>| {
-            let count = voters.iter().filter(|voter| counts(voter)).count();
-            count > voters.len() / 2
-        };
-        voter_sets.iter().all(is_majority)
-    };
-    if majority(&|voter| said.get(voter) == Some(&true)) {
+fn judge(voter_sets: &VoterSets, said: &BTreeMap<NodeId, bool>) -> Judgement {
+    if voter_sets.is_quorum(|voter| said.get(voter) == Some(&true)) {
         Judgement::Room
-    } else if majority(&|voter| said.contains_key(voter)) {
+    } else if voter_sets.is_quorum(|voter| said.contains_key(voter)) {
         Judgement::Full
     } else {
         Judgement::Unknown
@@ -173,7 +166,7 @@ impl SpaceMonitor {
             .collect();
         said.insert(self.consensus.id(), self.own().has_room);
         if self.asking_since.lock().is_none_or(is_fresh) {
-            for voter in voter_sets.iter().flatten() {
+            for voter in voter_sets.iter() {
                 said.entry(*voter).or_insert(true);
             }
         }
@@ -243,7 +236,7 @@ impl SpaceMonitor {
         if self.own().has_room || self.judgement() != Judgement::Room {
             return;
         }
-        let voters: BTreeSet<NodeId> = self.consensus.voter_sets().into_iter().flatten().collect();
+        let voters = self.consensus.voter_sets();
         let mut with_room: Vec<(NodeId, Room)> = self
             .heard_lately()
             .filter(|(id, room)| room.has_room && voters.contains(id))
@@ -315,6 +308,8 @@ fn is_fresh(at: Instant) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     fn node(slot: u16) -> NodeId {
@@ -334,7 +329,7 @@ mod tests {
 
     #[test]
     fn too_few_with_room_among_a_quorum_that_answers_is_full() {
-        let three = [voters(&[1, 2, 3])];
+        let three = VoterSets::from_iter([voters(&[1, 2, 3])]);
         assert_eq!(judge(&three, &said(&[1, 2, 3], &[])), Judgement::Room);
         assert_eq!(judge(&three, &said(&[1, 2], &[3])), Judgement::Room);
         assert_eq!(judge(&three, &said(&[1], &[2, 3])), Judgement::Full);
@@ -344,23 +339,23 @@ mod tests {
             Judgement::Full,
             "one is dead, one full: nobody else can take the second copy"
         );
-        let five = [voters(&[1, 2, 3, 4, 5])];
+        let five = VoterSets::from_iter([voters(&[1, 2, 3, 4, 5])]);
         assert_eq!(judge(&five, &said(&[1, 2], &[3])), Judgement::Full);
         assert_eq!(judge(&five, &said(&[1, 2, 3], &[4])), Judgement::Room);
     }
 
     #[test]
     fn without_a_quorum_that_answers_nobody_is_said_to_be_full() {
-        let three = [voters(&[1, 2, 3])];
+        let three = VoterSets::from_iter([voters(&[1, 2, 3])]);
         assert_eq!(judge(&three, &said(&[1], &[])), Judgement::Unknown);
         assert_eq!(judge(&three, &said(&[], &[1])), Judgement::Unknown);
-        let five = [voters(&[1, 2, 3, 4, 5])];
+        let five = VoterSets::from_iter([voters(&[1, 2, 3, 4, 5])]);
         assert_eq!(judge(&five, &said(&[1], &[2])), Judgement::Unknown);
     }
 
     #[test]
     fn every_active_configuration_needs_room() {
-        let joint = [voters(&[1, 2, 3]), voters(&[1, 4, 5])];
+        let joint = VoterSets::from_iter([voters(&[1, 2, 3]), voters(&[1, 4, 5])]);
         assert_eq!(judge(&joint, &said(&[1, 2, 4], &[])), Judgement::Room);
         assert_eq!(judge(&joint, &said(&[1, 2], &[4])), Judgement::Full);
         assert_eq!(judge(&joint, &said(&[1, 2, 3], &[])), Judgement::Unknown);

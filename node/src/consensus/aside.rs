@@ -172,16 +172,16 @@ impl Consensus {
                 let matched = replicated.get(&VoterId(*id)).copied().flatten();
                 must_hold.is_some() && matched >= must_hold
             };
-            let short = self.voter_sets().into_iter().find_map(|voters| {
-                let others = || voters.iter().filter(|id| **id != node);
-                let living = others().filter(|id| answers(id)).count();
-                let whole = others().filter(|id| answers(id) && holds(id)).count();
-                (whole <= voters.len() / 2).then_some((living, whole, voters.len()))
-            });
-            let Some((living, whole, of)) = short else {
+            let lives = |id: &NodeId| *id != node && answers(id);
+            let is_whole = |id: &NodeId| lives(id) && holds(id);
+            let voter_sets = self.voter_sets();
+            let Some(voters) = voter_sets.lacking(is_whole) else {
                 return Ok(());
             };
             if asked.elapsed() > ANSWER_TIMEOUT {
+                let living = voters.iter().filter(|id| lives(id)).count();
+                let whole = voters.iter().filter(|id| is_whole(id)).count();
+                let of = voters.len();
                 return Err(format!(
                     "of {of} voters {living} live without this node, {whole} of them hold all that was acknowledged, and \
                      a majority must"

@@ -26,6 +26,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::network::{NetworkFactory, PeerNetwork};
 use super::types::{TypeConfig, Vote, VoterId};
+use super::voters::VoterSets;
 use super::{BarrierError, Consensus};
 
 /// How long applying may lag behind what is committed before waiting makes no sense.
@@ -89,7 +90,7 @@ struct Standing {
     committed: Option<u64>,
     /// The term of that entry.
     committed_term: Option<u64>,
-    voter_sets: Vec<BTreeSet<VoterId>>,
+    voter_sets: VoterSets,
     nodes: BTreeMap<VoterId, Addresses>,
 }
 
@@ -193,11 +194,6 @@ async fn ask(peer: VoterId, network: &mut PeerNetwork, question: &Question) -> O
     Some(())
 }
 
-fn is_quorum(sets: &[BTreeSet<VoterId>], of: &BTreeSet<VoterId>) -> bool {
-    sets.iter()
-        .all(|set| set.intersection(of).count() > set.len() / 2)
-}
-
 impl Consensus {
     pub(super) async fn run_barrier(self, network: NetworkFactory) {
         let barrier = &self.0.barrier;
@@ -236,10 +232,12 @@ impl Consensus {
         } = self.standing_as_leader(deadline).await?;
         // This node itself has promised nothing to anyone newer: it leads.
         let mut confirmed = BTreeSet::from([self.0.id]);
-        if !is_quorum(&voter_sets, &confirmed) {
-            nodes.retain(|id, _| *id != self.0.id && voter_sets.iter().any(|set| set.contains(id)));
+        let are_quorum =
+            |nodes: &BTreeSet<VoterId>| voter_sets.is_quorum(|voter| nodes.contains(&VoterId(*voter)));
+        if !are_quorum(&confirmed) {
+            nodes.retain(|id, _| *id != self.0.id && voter_sets.contains(&id.0));
             let mut said = askers.ask(vote, nodes, timeout).await;
-            while !is_quorum(&voter_sets, &confirmed) {
+            while !are_quorum(&confirmed) {
                 match tokio::time::timeout_at(deadline, said.recv()).await {
                     Ok(Some((peer, Said::StillLeads))) => confirmed.insert(peer),
                     Ok(Some((_, Said::Superseded))) => {
@@ -273,7 +271,7 @@ impl Consensus {
                     vote: *state.vote_ref(),
                     committed: committed.map(|id| id.index),
                     committed_term: committed.map(|id| id.committed_leader_id().term),
-                    voter_sets: membership.get_joint_config().clone(),
+                    voter_sets: VoterSets::of(membership),
                     nodes: membership.nodes().map(|(id, node)| (*id, node.clone())).collect(),
                 }
             });

@@ -42,6 +42,7 @@ mod status;
 mod tests;
 mod types;
 mod unstored;
+mod voters;
 mod wal;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -82,6 +83,7 @@ pub use self::options::{ConsensusOptions, Timings};
 pub use self::recover::Remains;
 pub use self::state_machine::{AppliedEffects, voters_at};
 pub use self::status::{ConsensusStatus, Role};
+pub use self::voters::VoterSets;
 pub use self::wal::{WalError, WalOptions};
 
 /// How often openraft is asked whether it lives.

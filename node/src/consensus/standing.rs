@@ -8,6 +8,7 @@ use quorumfs_proto::{ClusterId, Member, NodeId};
 
 use super::Consensus;
 use super::types::{TypeConfig, VoterId, member};
+use super::voters::VoterSets;
 
 impl Consensus {
     /// This node.
@@ -61,15 +62,13 @@ impl Consensus {
     }
 
     /// The voters: one set, or two while they change. What must be on a quorum must be on one of each.
-    pub fn voter_sets(&self) -> Vec<BTreeSet<NodeId>> {
-        let membership = self.metrics().membership_config;
-        let sets = membership.get_joint_config().iter();
-        sets.map(|set| set.iter().map(|id| id.0).collect()).collect()
+    pub fn voter_sets(&self) -> VoterSets {
+        VoterSets::of(self.metrics().membership_config.membership())
     }
 
     /// The voters of the newest configuration.
     pub fn voters(&self) -> BTreeSet<NodeId> {
-        self.voter_sets().pop().unwrap_or_default()
+        self.voter_sets().newest()
     }
 
     /// By how many entries `member` is behind what is committed; `None` where this node does not lead or has not heard

@@ -5,19 +5,14 @@ use std::time::{Duration, Instant};
 
 use quorumfs_proto::{ChunkId, NodeId};
 
+use crate::consensus::VoterSets;
+
 /// Chunks whose holders are remembered between their put and their command; beyond it the oldest are forgotten and
 /// the peers are asked instead. 64 Ki chunks are 64 GiB under way.
 const HOLDERS_REMEMBERED_MAX: usize = 64 << 10;
 
 /// For how long a node counts as a holder after it has said so; then it is asked again.
 const HOLDERS_AGE_MS_MAX: u64 = 30_000;
-
-/// Whether `holders` hold a majority of every active configuration.
-pub(super) fn is_quorum(holders: &BTreeSet<NodeId>, voter_sets: &[BTreeSet<NodeId>]) -> bool {
-    voter_sets
-        .iter()
-        .all(|voters| voters.intersection(holders).count() > voters.len() / 2)
-}
 
 /// Who was said to hold a chunk.
 struct Held {
@@ -80,13 +75,13 @@ impl Holders {
         &self,
         ids: &[ChunkId],
         term: u64,
-        voter_sets: &[BTreeSet<NodeId>],
+        voter_sets: &VoterSets,
         now: Instant,
     ) -> Vec<ChunkId> {
         let confirmed = |id: &ChunkId| {
-            self.by_chunk
-                .get(id)
-                .is_some_and(|known| known.counts(term, now) && is_quorum(&known.nodes, voter_sets))
+            self.by_chunk.get(id).is_some_and(|known| {
+                known.counts(term, now) && voter_sets.is_quorum(|voter| known.nodes.contains(voter))
+            })
         };
         ids.iter().filter(|id| !confirmed(id)).copied().collect()
     }
@@ -110,28 +105,12 @@ mod tests {
     }
 
     #[test]
-    fn a_quorum_is_a_majority_of_every_active_configuration() {
-        let joint = [nodes(&[1, 2, 3]), nodes(&[3, 4, 5])];
-        assert!(is_quorum(&nodes(&[1, 2]), &joint[..1]));
-        assert!(!is_quorum(&nodes(&[1, 2]), &joint));
-        assert!(is_quorum(&nodes(&[1, 3, 4]), &joint));
-        let replaced = NodeId {
-            slot: 2,
-            incarnation: 99,
-        };
-        assert!(
-            !is_quorum(&[node(1), replaced].into(), &joint[..1]),
-            "another incarnation is another node"
-        );
-    }
-
-    #[test]
     fn what_was_learned_in_another_term_does_not_count() {
         let id = |counter| ChunkId {
             session: SessionId(1),
             counter,
         };
-        let voters = [nodes(&[1, 2, 3])];
+        let voters = VoterSets::from_iter([nodes(&[1, 2, 3])]);
         let mut holders = Holders::default();
         holders.remember(id(1), 7, nodes(&[1, 2]));
         holders.remember(id(2), 7, nodes(&[1]));
@@ -145,7 +124,7 @@ mod tests {
         let now = Instant::now();
         assert!(holders.not_on_quorum(&[id(2)], 7, &voters, now).is_empty());
         // Of other voters they are not a quorum, and after a while nobody knows whether they hold it still.
-        let others = [nodes(&[2, 4, 5])];
+        let others = VoterSets::from_iter([nodes(&[2, 4, 5])]);
         assert_eq!(holders.not_on_quorum(&[id(1)], 7, &others, now), [id(1)]);
         let later = now + Duration::from_millis(HOLDERS_AGE_MS_MAX + 1);
         assert_eq!(holders.not_on_quorum(&[id(1)], 7, &voters, later), [id(1)]);

@@ -198,7 +198,7 @@ impl Roster {
     fn remaining_without(&self, leaving: &BTreeSet<NodeId>) -> Result<Option<BTreeSet<NodeId>>, RosterError> {
         // A change that another leader began and did not end counts too: it has to be ended.
         let sets = self.consensus.voter_sets();
-        if sets.iter().all(|voters| voters.is_disjoint(leaving)) {
+        if !leaving.iter().any(|node| sets.contains(node)) {
             return Ok(None);
         }
         let mut remaining = self.consensus.voters();

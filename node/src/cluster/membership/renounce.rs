@@ -32,11 +32,7 @@ impl Roster {
         if let Some((before, at)) = *let_go
             && before != node
             && at.elapsed() < GOING
-            && self
-                .consensus
-                .voter_sets()
-                .iter()
-                .any(|voters| voters.contains(&before))
+            && self.consensus.voter_sets().contains(&before)
         {
             return Err(unavailable(format!(
                 "node {before} is being made anew, one at a time"

@@ -464,10 +464,7 @@ fn content(content: &ContentStore) -> ContentReport {
 
 /// Voters of the newest configuration.
 pub fn voters(consensus: &Consensus) -> usize {
-    consensus
-        .voter_sets()
-        .last()
-        .map_or(1, |voters| voters.len().max(1))
+    consensus.voters().len().max(1)
 }
 
 fn ratio(of: u64, to: u64) -> Option<f64> {

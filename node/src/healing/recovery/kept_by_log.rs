@@ -70,12 +70,7 @@ impl Recovery {
                 holders.entry(*id).or_default().insert(node);
             }
         }
-        let is_enough = |holders: &BTreeSet<NodeId>| {
-            let majority_of =
-                |voters: &BTreeSet<NodeId>| voters.intersection(holders).count() > voters.len() / 2;
-            voter_sets.iter().all(majority_of)
-        };
-        holders.retain(|_, holders| is_enough(holders));
+        holders.retain(|_, holders| voter_sets.is_quorum(|voter| holders.contains(voter)));
         holders.into_keys().collect()
     }
 }
