@@ -37,7 +37,7 @@ const FILE_LINES_MAX: usize = 600;
 
 /// Longer files, each with its length: a ratchet. It may shrink and must not grow.
 const LONGER_FILES: &[(&str, usize)] = &[
-    ("mount/fs/src/tests/verbs.rs", 625),
+    ("mount/fs/src/tests/verbs.rs", 620),
     ("mount/fs/src/write_buffer.rs", 603),
     ("node/metadata/src/tests/stories.rs", 828),
 ];
