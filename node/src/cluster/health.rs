@@ -74,7 +74,7 @@ struct Peer {
 }
 
 impl HealthMonitor {
-    /// Probes every `interval`, once it [runs](HealthMonitor::run).
+    /// Probes every `interval`, once it [starts](HealthMonitor::start).
     pub fn new(
         interval: Duration,
         consensus: Consensus,

@@ -87,7 +87,7 @@ pub struct Roster {
 }
 
 impl Roster {
-    /// Does nothing by itself before [`Roster::run`].
+    /// Does nothing by itself before [`Roster::start`].
     pub fn new(
         consensus: Consensus,
         metadata: Arc<MetadataStore>,

@@ -99,7 +99,7 @@ pub struct Auditor {
 type NoteContradicted = dyn Fn(u64) + Send + Sync;
 
 impl Auditor {
-    /// The leader has everyone compared every `interval`. Nothing is done before [`Auditor::run`]. `note` is told, before
+    /// The leader has everyone compared every `interval`. Nothing is done before [`Auditor::start`]. `note` is told, before
     /// anybody else, at which entry a majority contradicts this node: when it starts again it must know that.
     pub fn new(
         consensus: Consensus,

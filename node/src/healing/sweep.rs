@@ -109,7 +109,7 @@ struct Passes {
 }
 
 impl Sweeper {
-    /// Nothing is done before [`Sweeper::run`].
+    /// Nothing is done before [`Sweeper::start`].
     pub fn new(
         consensus: Consensus,
         metadata: Arc<MetadataStore>,

@@ -83,7 +83,7 @@ pub struct Recovery {
 }
 
 impl Recovery {
-    /// Fetches at most `bytes_per_s`. Nothing is done before [`Recovery::run`].
+    /// Fetches at most `bytes_per_s`. Nothing is done before [`Recovery::start`].
     pub fn new(
         consensus: Consensus,
         metadata: Arc<MetadataStore>,

@@ -1,7 +1,7 @@
 //! Repair: bad copies are found, put aside, and made anew from healthy ones.
 //!
 //! Found by the scrub, which reads everything held again and again at a bounded rate and compares it with its CRCs and
-//! its SHA-256 ([`Repair::run`]); by reads, whose blocks are checked ([`Repair::found_bad`]); by other nodes that
+//! its SHA-256 ([`Repair::start`]); by reads, whose blocks are checked ([`Repair::found_bad`]); by other nodes that
 //! fetched a bad copy; and by who asks for a file to be verified ([`verify`]).
 //!
 //! A copy that is said to be bad is looked at once more. If it is, it is held no more from that moment, recovery
@@ -129,7 +129,7 @@ enum Looked {
 }
 
 impl Repair {
-    /// Nothing is read before [`Repair::run`].
+    /// Nothing is read before [`Repair::start`].
     pub fn new(parts: RepairParts, options: RepairOptions) -> Arc<Repair> {
         let state = State {
             coverage: Coverage::load(&options.cursor_file),
