@@ -129,10 +129,11 @@ async fn serve_with(
     let transport = Arc::new(Transport::new(client_tls.clone()));
     let node = Arc::new(Node::new(own, folder, tasks));
 
-    let (metrics, summary_s) = (node.metrics().clone(), config.metrics_summary_s);
-    node.tasks().supervise_until_done("metrics-summary", move || {
-        metrics.clone().run(Duration::from_secs(summary_s))
-    });
+    let summary_interval = Duration::from_secs(config.metrics_summary_s);
+    node.tasks()
+        .supervise("metrics-summary", node.metrics().clone(), move |metrics| {
+            metrics.run(summary_interval)
+        });
     let (stop, stopped) = watch::channel(false);
     let (client, closing) = watch::channel(ClientHandle::Connecting {
         reason: "the node is starting".to_string(),
@@ -280,9 +281,10 @@ async fn run_parts(
         found(&consensus, membership.founders.clone()).await?;
     }
 
-    let (noting, logged) = (node.clone(), consensus.clone());
-    node.tasks().supervise_until_done("took-part", move || {
-        note_took_part(noting.clone(), logged.clone())
+    let logged = (node.clone(), consensus.clone());
+    let tasks = node.tasks();
+    tasks.supervise_until_done("took-part", logged, |(node, consensus)| {
+        note_took_part(node, consensus)
     });
     let peers = Arc::new(PeerChunks::new(transport.clone()));
     let placement = Placement::new(consensus.clone(), metadata.clone());
@@ -353,20 +355,17 @@ async fn run_parts(
             }
         },
     );
-    let (leading, state, to_members, stamping) = (
+    let known = (
         consensus.clone(),
         metadata.clone(),
         transport.clone(),
         stamps.clone(),
     );
-    node.tasks().supervise("feature-level", move || {
-        features::run(
-            leading.clone(),
-            state.clone(),
-            to_members.clone(),
-            stamping.clone(),
-        )
-    });
+    tasks.supervise(
+        "feature-level",
+        known,
+        |(consensus, metadata, transport, stamps)| features::run(consensus, metadata, transport, stamps),
+    );
     let writer = Writer::new(
         consensus.clone(),
         content.clone(),
@@ -393,14 +392,10 @@ async fn run_parts(
         reader.clone(),
         sessions.clone(),
     );
-    let tasks = node.tasks();
-    let looping = rewriter.clone();
-    tasks.supervise("rewriting", move || looping.clone().run());
-    let looping = placement.clone();
-    tasks.supervise("placement", move || looping.clone().run());
-    let looping = space.clone();
-    tasks.supervise("space", move || looping.clone().run());
-    tasks.supervise_until_done("clock", move || clock.clone().run());
+    tasks.supervise("rewriting", rewriter.clone(), Rewriter::run);
+    tasks.supervise("placement", placement.clone(), Placement::run);
+    tasks.supervise("space", space.clone(), SpaceMonitor::run);
+    tasks.supervise_until_done("clock", clock, ClockMonitor::run);
     sessions.start(tasks);
     roster.start(tasks);
     health.start(tasks);
@@ -409,20 +404,16 @@ async fn run_parts(
     auditor.start(tasks);
     sweeper.start(tasks);
     let applied = Arc::new(tokio::sync::Mutex::new(applied));
-    let (told_recovery, told_sweeper) = (recovery.clone(), sweeper.clone());
-    tasks.supervise("applied-effects", move || {
-        hand_on_effects(applied.clone(), told_recovery.clone(), told_sweeper.clone())
+    let told = (applied, recovery.clone(), sweeper.clone());
+    tasks.supervise("applied-effects", told, |(applied, recovery, sweeper)| {
+        hand_on_effects(applied, recovery, sweeper)
     });
     tokio::spawn(open_client(config.clone(), client_tls, client));
-    let (watching, watched, knows) = (node.clone(), config.clone(), transport.clone());
-    tasks.supervise_until_done("strangers", move || {
-        watch_for_strangers(
-            watched.clone(),
-            watching.own().clone(),
-            membership.cluster,
-            knows.clone(),
-            watching.waiting_for().clone(),
-        )
+    let cluster = membership.cluster;
+    let watched = (config.clone(), node.clone(), transport.clone());
+    tasks.supervise("strangers", watched, move |(config, node, transport)| {
+        let (own, waiting_for) = (node.own().clone(), node.waiting_for().clone());
+        watch_for_strangers(config, own, cluster, transport, waiting_for)
     });
 
     let (consensus_fault, content_fault, audited) = (consensus.clone(), content.clone(), auditor.clone());

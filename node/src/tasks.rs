@@ -7,16 +7,14 @@
 //! Knows nothing of what the loops do. Where going on would break a promise a loop says so itself
 //! ([`crate::consensus::Consensus::fatal`]), and the node ends.
 
-use std::any::Any;
 use std::collections::BTreeMap;
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use futures::FutureExt as _;
 use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::task::JoinHandle;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::error;
 
 /// From the first failure to the next start; doubled with each failure that follows.
@@ -77,27 +75,33 @@ pub struct Tasks {
 }
 
 impl Tasks {
-    /// Runs what `make` makes, for ever.
-    pub fn supervise<Work>(
+    /// Runs `run` of `part`, for ever.
+    pub fn supervise<Part, Work>(
         self: &Arc<Self>,
         name: &'static str,
-        make: impl Fn() -> Work + Send + 'static,
+        part: Part,
+        run: impl Fn(Part) -> Work + Send + 'static,
     ) -> JoinHandle<()>
     where
+        Part: Clone + Send + 'static,
         Work: Future<Output = ()> + Send + 'static,
     {
+        let make = move || run(part.clone());
         tokio::spawn(self.clone().run(name, Returns::Never, make))
     }
 
-    /// Runs what `make` makes, until it returns.
-    pub fn supervise_until_done<Work>(
+    /// Runs `run` of `part`, until it returns.
+    pub fn supervise_until_done<Part, Work>(
         self: &Arc<Self>,
         name: &'static str,
-        make: impl Fn() -> Work + Send + 'static,
+        part: Part,
+        run: impl Fn(Part) -> Work + Send + 'static,
     ) -> JoinHandle<()>
     where
+        Part: Clone + Send + 'static,
         Work: Future<Output = ()> + Send + 'static,
     {
+        let make = move || run(part.clone());
         tokio::spawn(self.clone().run(name, Returns::WhenDone, make))
     }
 
@@ -106,7 +110,7 @@ impl Tasks {
         self.reports.lock().values().cloned().collect()
     }
 
-    async fn run<Work: Future<Output = ()> + Send>(
+    async fn run<Work: Future<Output = ()> + Send + 'static>(
         self: Arc<Self>,
         name: &'static str,
         returns: Returns,
@@ -117,10 +121,12 @@ impl Tasks {
             let began = Instant::now();
             self.begins(name);
             #[cfg(test)]
-            let ended = self.until_panic(name, make());
+            let work = self.clone().until_panic(name, make());
             #[cfg(not(test))]
-            let ended = make();
-            let reason = match NAME.scope(name, AssertUnwindSafe(ended).catch_unwind()).await {
+            let work = make();
+            // It ends with this task, which whoever started the loop may abort.
+            let ended = AbortOnDropHandle::new(tokio::spawn(NAME.scope(name, work))).await;
+            let reason = match ended {
                 Ok(()) if returns == Returns::WhenDone => {
                     self.change(name, |report| report.state = TaskState::Done);
                     return;
@@ -133,7 +139,7 @@ impl Tasks {
                     "it ended".to_string()
                 }
                 // The panic hook has said it, with the name.
-                Err(panic) => format!("it panicked: {}", panic_message(&*panic)),
+                Err(panicked) => panicked.to_string(),
             };
             if began.elapsed() >= STEADY_AFTER {
                 pause = PAUSE_MIN;
@@ -177,7 +183,7 @@ impl Tasks {
         self.panics.send_replace(Some(name));
     }
 
-    async fn until_panic(&self, name: &'static str, work: impl Future<Output = ()>) {
+    async fn until_panic(self: Arc<Self>, name: &'static str, work: impl Future<Output = ()>) {
         let mut panics = self.panics.subscribe();
         let chosen = async {
             let chosen = panics.wait_for(|chosen| *chosen == Some(name)).await.is_ok();
@@ -193,12 +199,6 @@ impl Tasks {
     }
 }
 
-fn panic_message(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("it does not say why")
-}
-
 /// From now on a panic is one line of the log, with the name of the task or else of the thread. Called once, when there is
 /// a log.
 pub fn log_panics() {
@@ -208,7 +208,7 @@ pub fn log_panics() {
         let task = task.unwrap_or_else(|_| thread.name().unwrap_or("a thread").to_string());
         let place = panic.location().map(ToString::to_string).unwrap_or_default();
         let backtrace = std::backtrace::Backtrace::capture();
-        let reason = panic_message(panic.payload());
+        let reason = panic.payload_as_str().unwrap_or("it does not say why");
         match backtrace.status() {
             std::backtrace::BacktraceStatus::Captured => {
                 error!(task, place, reason, %backtrace, "a task panicked")
@@ -237,9 +237,8 @@ mod tests {
     async fn a_loop_that_fails_is_named_and_starts_again() {
         let tasks = Arc::new(Tasks::default());
         let runs = Arc::new(AtomicU64::new(0));
-        let counts = runs.clone();
-        tasks.supervise("fragile", move || {
-            let run = counts.fetch_add(1, Ordering::Relaxed);
+        tasks.supervise("fragile", runs.clone(), |runs| {
+            let run = runs.fetch_add(1, Ordering::Relaxed);
             async move {
                 match run {
                     0 => panic!("the first time"),
@@ -250,9 +249,10 @@ mod tests {
         });
         let panicked = wait_for(&tasks, |report| report.failures == 1).await;
         assert_eq!(panicked.state, TaskState::Waiting);
-        assert_eq!(
-            panicked.last_error.as_deref(),
-            Some("it panicked: the first time")
+        assert!(
+            panicked
+                .last_error
+                .is_some_and(|error| error.contains("panicked") && error.contains("the first time"))
         );
         let returned = wait_for(&tasks, |report| report.failures == 2).await;
         assert_eq!(returned.last_error.as_deref(), Some("it ended"));
@@ -267,7 +267,7 @@ mod tests {
     #[tokio::test]
     async fn who_goes_on_failing_waits_longer_each_time() {
         let tasks = Arc::new(Tasks::default());
-        tasks.supervise("broken", || async { panic!("again") });
+        tasks.supervise("broken", (), |()| async { panic!("again") });
         let began = Instant::now();
         wait_for(&tasks, |report| report.failures == 4).await;
         let elapsed = began.elapsed();
@@ -278,7 +278,10 @@ mod tests {
     #[tokio::test]
     async fn what_has_an_end_is_done_with_it_and_no_failure() {
         let tasks = Arc::new(Tasks::default());
-        tasks.supervise_until_done("short", || async {}).await.unwrap();
+        tasks
+            .supervise_until_done("short", (), |()| async {})
+            .await
+            .unwrap();
         let report = &tasks.report()[0];
         assert_eq!((report.state, report.failures), (TaskState::Done, 0));
     }

@@ -95,11 +95,12 @@ impl HealthMonitor {
 
     /// Probes again and again, for ever.
     pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
-        let [clocks, probes] = std::array::from_fn(|_| self.clone());
-        tasks.supervise_until_done("health-clocks", move || {
-            clocks.clone().compare_clocks_before_stamping()
-        });
-        tasks.supervise("health-probes", move || probes.clone().run_probes());
+        tasks.supervise_until_done(
+            "health-clocks",
+            self.clone(),
+            Self::compare_clocks_before_stamping,
+        );
+        tasks.supervise("health-probes", self.clone(), Self::run_probes);
     }
 
     async fn run_probes(self: Arc<Self>) {

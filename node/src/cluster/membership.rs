@@ -197,11 +197,8 @@ impl Roster {
 
     /// Makes voters of learners that are whole, and takes out whom it was asked to, for ever, as long as this node leads.
     pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
-        let [removals, promotions] = std::array::from_fn(|_| self.clone());
-        tasks.supervise("membership-removals", move || removals.clone().run_removals());
-        tasks.supervise("membership-promotions", move || {
-            promotions.clone().run_promotions()
-        });
+        tasks.supervise("membership-removals", self.clone(), Self::run_removals);
+        tasks.supervise("membership-promotions", self.clone(), Self::run_promotions);
     }
 
     async fn run_promotions(self: Arc<Self>) {

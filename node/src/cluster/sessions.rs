@@ -248,10 +248,9 @@ impl SessionKeeper {
 
     /// Looks after sessions as long as this node leads, for ever.
     pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
-        let [expiry, answers, reclaiming] = std::array::from_fn(|_| self.clone());
-        tasks.supervise("sessions-expiry", move || expiry.clone().run_expiry());
-        tasks.supervise("sessions-answers", move || answers.clone().take_answers());
-        tasks.supervise("sessions-reclaiming", move || reclaiming.clone().free());
+        tasks.supervise("sessions-expiry", self.clone(), Self::run_expiry);
+        tasks.supervise("sessions-answers", self.clone(), Self::take_answers);
+        tasks.supervise("sessions-reclaiming", self.clone(), Self::free);
     }
 
     async fn run_expiry(self: Arc<Self>) {

@@ -290,16 +290,15 @@ impl Consensus {
 
     fn spawn_tasks(&self, network: NetworkFactory) {
         let tasks = &self.0.options.tasks;
-        let [recovers, stops, barrier, maintenance] = std::array::from_fn(|_| self.clone());
         let tasks = [
-            tasks.supervise_until_done("consensus-recovery", move || recovers.clone().note_recovery()),
-            tasks.supervise_until_done("consensus-stop", move || stops.clone().note_stop()),
-            tasks.supervise("consensus-barrier", move || {
-                barrier.clone().run_barrier(network.clone())
-            }),
-            tasks.supervise("consensus-maintenance", move || {
-                maintenance.clone().run_maintenance()
-            }),
+            tasks.supervise_until_done("consensus-recovery", self.clone(), Self::note_recovery),
+            tasks.supervise_until_done("consensus-stop", self.clone(), Self::note_stop),
+            tasks.supervise(
+                "consensus-barrier",
+                (self.clone(), network),
+                |(consensus, network)| consensus.run_barrier(network),
+            ),
+            tasks.supervise("consensus-maintenance", self.clone(), Self::run_maintenance),
         ];
         self.0.tasks.lock().extend(tasks);
     }

@@ -169,9 +169,8 @@ impl Auditor {
 
     /// Begins audits where this node leads, and takes part in all, for ever.
     pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
-        let [comparing, schedule] = std::array::from_fn(|_| self.clone());
-        tasks.supervise("audit-comparing", move || comparing.clone().run_comparing());
-        tasks.supervise("audit-schedule", move || schedule.clone().run_schedule());
+        tasks.supervise("audit-comparing", self.clone(), Self::run_comparing);
+        tasks.supervise("audit-schedule", self.clone(), Self::run_schedule);
     }
 
     async fn run_schedule(self: Arc<Self>) {

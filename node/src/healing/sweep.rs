@@ -143,10 +143,9 @@ impl Sweeper {
 
     /// Frees what is dead, for ever.
     pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
-        let [passes, rewriting, discards] = std::array::from_fn(|_| self.clone());
-        tasks.supervise("sweep-passes", move || passes.clone().run_passes());
-        tasks.supervise("sweep-rewriting", move || rewriting.clone().run_rewriting());
-        tasks.supervise("sweep-discards", move || discards.clone().run_discards());
+        tasks.supervise("sweep-passes", self.clone(), Self::run_passes);
+        tasks.supervise("sweep-rewriting", self.clone(), Self::run_rewriting);
+        tasks.supervise("sweep-discards", self.clone(), Self::run_discards);
     }
 
     /// Discards what applied commands left dead.

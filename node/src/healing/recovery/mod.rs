@@ -228,12 +228,11 @@ impl Recovery {
 
     /// Fetches and compares, for ever.
     pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
-        let [passes, surplus, log, placement, fetches] = std::array::from_fn(|_| self.clone());
-        tasks.supervise("recovery-passes", move || passes.clone().run_passes());
-        tasks.supervise("recovery-surplus", move || surplus.clone().run_letting_go());
-        tasks.supervise("recovery-log", move || log.clone().run_relieving_the_log());
-        tasks.supervise("recovery-placement", move || placement.clone().follow_placement());
-        tasks.supervise("recovery-fetches", move || fetch::run(fetches.clone()));
+        tasks.supervise("recovery-passes", self.clone(), Self::run_passes);
+        tasks.supervise("recovery-surplus", self.clone(), Self::run_letting_go);
+        tasks.supervise("recovery-log", self.clone(), Self::run_relieving_the_log);
+        tasks.supervise("recovery-placement", self.clone(), Self::follow_placement);
+        tasks.supervise("recovery-fetches", self.clone(), fetch::run);
     }
 
     /// Where other chunks should be here than before, all that is named is looked at.

@@ -199,10 +199,9 @@ impl Repair {
 
     /// Scrubs and settles, for ever.
     pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
-        let [settling, scrub, metadata] = std::array::from_fn(|_| self.clone());
-        tasks.supervise("repair-settling", move || settling.clone().run_settling());
-        tasks.supervise("scrub", move || scrub.clone().run_scrub());
-        tasks.supervise("metadata-check", move || metadata.clone().run_metadata_checks());
+        tasks.supervise("repair-settling", self.clone(), Self::run_settling);
+        tasks.supervise("scrub", self.clone(), Self::run_scrub);
+        tasks.supervise("metadata-check", self.clone(), Self::run_metadata_checks);
     }
 
     async fn run_scrub(self: Arc<Self>) {
