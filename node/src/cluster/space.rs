@@ -308,17 +308,8 @@ fn is_fresh(at: Instant) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
-
-    fn node(slot: u16) -> NodeId {
-        NodeId { slot, incarnation: 7 }
-    }
-
-    fn voters(slots: &[u16]) -> BTreeSet<NodeId> {
-        slots.iter().map(|slot| node(*slot)).collect()
-    }
+    use crate::consensus::{node, nodes};
 
     fn said(with_room: &[u16], full: &[u16]) -> BTreeMap<NodeId, bool> {
         let with_room = with_room.iter().map(|slot| (node(*slot), true));
@@ -329,7 +320,7 @@ mod tests {
 
     #[test]
     fn too_few_with_room_among_a_quorum_that_answers_is_full() {
-        let three = VoterSets::from_iter([voters(&[1, 2, 3])]);
+        let three = VoterSets::from_iter([nodes(&[1, 2, 3])]);
         assert_eq!(judge(&three, &said(&[1, 2, 3], &[])), Judgement::Room);
         assert_eq!(judge(&three, &said(&[1, 2], &[3])), Judgement::Room);
         assert_eq!(judge(&three, &said(&[1], &[2, 3])), Judgement::Full);
@@ -339,23 +330,23 @@ mod tests {
             Judgement::Full,
             "one is dead, one full: nobody else can take the second copy"
         );
-        let five = VoterSets::from_iter([voters(&[1, 2, 3, 4, 5])]);
+        let five = VoterSets::from_iter([nodes(&[1, 2, 3, 4, 5])]);
         assert_eq!(judge(&five, &said(&[1, 2], &[3])), Judgement::Full);
         assert_eq!(judge(&five, &said(&[1, 2, 3], &[4])), Judgement::Room);
     }
 
     #[test]
     fn without_a_quorum_that_answers_nobody_is_said_to_be_full() {
-        let three = VoterSets::from_iter([voters(&[1, 2, 3])]);
+        let three = VoterSets::from_iter([nodes(&[1, 2, 3])]);
         assert_eq!(judge(&three, &said(&[1], &[])), Judgement::Unknown);
         assert_eq!(judge(&three, &said(&[], &[1])), Judgement::Unknown);
-        let five = VoterSets::from_iter([voters(&[1, 2, 3, 4, 5])]);
+        let five = VoterSets::from_iter([nodes(&[1, 2, 3, 4, 5])]);
         assert_eq!(judge(&five, &said(&[1], &[2])), Judgement::Unknown);
     }
 
     #[test]
     fn every_active_configuration_needs_room() {
-        let joint = VoterSets::from_iter([voters(&[1, 2, 3]), voters(&[1, 4, 5])]);
+        let joint = VoterSets::from_iter([nodes(&[1, 2, 3]), nodes(&[1, 4, 5])]);
         assert_eq!(judge(&joint, &said(&[1, 2, 4], &[])), Judgement::Room);
         assert_eq!(judge(&joint, &said(&[1, 2], &[4])), Judgement::Full);
         assert_eq!(judge(&joint, &said(&[1, 2, 3], &[])), Judgement::Unknown);

@@ -84,6 +84,8 @@ pub use self::recover::Remains;
 pub use self::state_machine::{AppliedEffects, voters_at};
 pub use self::status::{ConsensusStatus, Role};
 pub use self::voters::VoterSets;
+#[cfg(test)]
+pub(crate) use self::voters::tests::{node, nodes};
 pub use self::wal::{WalError, WalOptions};
 
 /// How often openraft is asked whether it lives.

@@ -55,17 +55,19 @@ impl FromIterator<BTreeSet<NodeId>> for VoterSets {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn node(slot: u16) -> NodeId {
+    /// The node of this slot.
+    pub(crate) fn node(slot: u16) -> NodeId {
         NodeId {
             slot,
             incarnation: u64::from(slot),
         }
     }
 
-    fn nodes(slots: &[u16]) -> BTreeSet<NodeId> {
+    /// The nodes of these slots.
+    pub(crate) fn nodes(slots: &[u16]) -> BTreeSet<NodeId> {
         slots.iter().map(|slot| node(*slot)).collect()
     }
 

@@ -92,17 +92,7 @@ mod tests {
     use quorumfs_proto::SessionId;
 
     use super::*;
-
-    fn node(slot: u16) -> NodeId {
-        NodeId {
-            slot,
-            incarnation: u64::from(slot),
-        }
-    }
-
-    fn nodes(slots: &[u16]) -> BTreeSet<NodeId> {
-        slots.iter().map(|slot| node(*slot)).collect()
-    }
+    use crate::consensus::nodes;
 
     #[test]
     fn what_was_learned_in_another_term_does_not_count() {
