@@ -1,5 +1,5 @@
-//! A cluster in the memory of one process, for tests: the state machine that the nodes run (`quorumfs_metadata`), a map of
-//! chunks for their content stores, and faults on demand.
+//! A cluster in the memory of one process, for tests: the state machine that the nodes run (`quorumfs_metadata`), a map
+//! of chunks for their content stores, and faults on demand.
 //!
 //! It answers as a cluster does, because the same code decides. What it leaves out is what lies between: the log, the
 //! network, and leases.
@@ -119,7 +119,6 @@ impl State {
 
 impl MemoryCluster {
     /// An empty one.
-    #[allow(clippy::new_ret_no_self)]
     pub fn new() -> Arc<MemoryCluster> {
         let folder = tempfile::tempdir().expect("a folder for the state");
         let options = MetadataOptions {
