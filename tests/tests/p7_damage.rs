@@ -90,10 +90,9 @@ fn flip_bit(file: &Path, at: u64, bit: u8) {
 }
 
 /// Flips bits, one in each round, in the metadata of a node that is down for a moment, alone or with all others.
-fn flip_bits(rounds: u64) {
-    let sandbox = Sandbox::light("flips");
+fn flip_bits(sandbox: &Sandbox, rounds: u64) {
     let mut random = Random::announced();
-    let cluster = Cluster::start(&sandbox);
+    let cluster = Cluster::start(sandbox);
     let mount = cluster.mount();
     write_tree(&mount);
     assert_same_metadata(&cluster);
@@ -155,13 +154,13 @@ fn flip_bits(rounds: u64) {
 
 #[test]
 fn p7_flipped_bits_in_the_metadata_are_healed_and_never_seen() {
-    flip_bits(4);
+    flip_bits(&Sandbox::light("flips"), 4);
 }
 
 #[test]
-#[ignore = "takes half an hour: run by hand"]
+#[ignore = "takes some minutes: run by hand"]
 fn p7_a_hundred_flipped_bits_in_the_metadata_are_healed_and_never_seen() {
-    flip_bits(100);
+    flip_bits(&Sandbox::heavy("hundred-flips"), 100);
 }
 
 /// Damages a block of a node's metadata that holds names, and that is not needed to open it.
