@@ -5,8 +5,7 @@ use std::time::{Duration, Instant};
 
 use quorumfs_proto::{InodeNumber, Operation};
 
-use super::support::{ageless, create, mount, mount_with, write};
-use super::verbs::{MIB, contents, written_operations};
+use super::support::{MIB, ageless, contents, create, mount, mount_with, write, written_operations};
 use crate::{Durability, Filesystem, FsOptions, Handle, OpenFlags};
 use quorumfs_memory::{Connection, MemoryCluster};
 

@@ -2,8 +2,7 @@
 
 use quorumfs_proto::FsError;
 
-use super::support::{ageless, close, create, mount_with, read_write, write};
-use super::verbs::pattern;
+use super::support::{ageless, close, create, mount_with, pattern, read_write, write};
 use quorumfs_memory::MemoryCluster;
 
 #[tokio::test]

@@ -5,8 +5,7 @@ use std::sync::Arc;
 use quorumfs_proto::command::RenameMode;
 use quorumfs_proto::{FsError, InodeNumber};
 
-use super::support::{ageless, close, create, mount, mount_with, read_write};
-use super::verbs::ROOT;
+use super::support::{ROOT, ageless, close, create, mount, mount_with, read_write};
 use crate::{Caller, Filesystem, NewFile};
 use quorumfs_memory::{Connection, MemoryCluster};
 

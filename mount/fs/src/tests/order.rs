@@ -6,8 +6,9 @@ use std::time::Duration;
 use quorumfs_proto::Operation;
 use quorumfs_proto::command::{NewInode, NewKind, Target};
 
-use super::support::{ageless, close, create, mount, mount_with, read_write, write};
-use super::verbs::{MIB, ROOT, contents, pattern};
+use super::support::{
+    MIB, ROOT, ageless, close, contents, create, mount, mount_with, pattern, read_write, write,
+};
 use crate::{Durability, FsOptions};
 use quorumfs_memory::MemoryCluster;
 

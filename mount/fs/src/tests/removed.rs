@@ -8,8 +8,7 @@ use parking_lot::Mutex;
 use quorumfs_proto::command::RenameMode;
 use quorumfs_proto::{FsError, InodeNumber, Operation};
 
-use super::support::{close, create, mount, mount_with, read_write, write};
-use super::verbs::{ROOT, written_operations};
+use super::support::{ROOT, close, create, mount, mount_with, read_write, write, written_operations};
 use crate::{Filesystem, FsOptions, Order};
 use quorumfs_memory::{Connection, MemoryCluster};
 

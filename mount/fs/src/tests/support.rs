@@ -3,13 +3,48 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use quorumfs_proto::InodeNumber;
 use quorumfs_proto::command::Privileges;
+use quorumfs_proto::{InodeNumber, Operation};
 
 use crate::{Filesystem, FsOptions, Handle, OpenFlags, Order, Place};
 use quorumfs_memory::{Connection, MemoryCluster};
 
-const ROOT: InodeNumber = InodeNumber::ROOT;
+pub(super) const ROOT: InodeNumber = InodeNumber::ROOT;
+pub(super) const MIB: u64 = 1 << 20;
+
+pub(super) async fn contents(fs: &Arc<Filesystem<Connection>>, name: &str) -> Vec<u8> {
+    let found = fs.lookup(ROOT, name.as_bytes()).await.unwrap();
+    let opened = fs
+        .open(found.inode, OpenFlags::from(libc::O_RDONLY))
+        .await
+        .unwrap();
+    let mut all = Vec::new();
+    loop {
+        let part = read(fs, opened.handle, all.len() as u64, 128 << 10).await;
+        if part.is_empty() {
+            break;
+        }
+        all.extend_from_slice(&part);
+    }
+    assert_eq!(all.len() as u64, found.size);
+    close(fs, opened.handle).await;
+    all
+}
+
+pub(super) fn pattern(length: usize, seed: u64) -> Vec<u8> {
+    (0..length as u64)
+        .map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8 ^ seed as u8)
+        .collect()
+}
+
+pub(super) fn written_operations(cluster: &MemoryCluster) -> Vec<Operation> {
+    cluster
+        .commands
+        .lock()
+        .iter()
+        .flat_map(|command| command.operations.clone())
+        .collect()
+}
 
 /// Where the kernel says that a write goes, as long as nobody changed the flags that the file was opened with.
 pub fn place(fs: &Filesystem<Connection>, handle: Handle, offset: u64) -> Place {

@@ -7,48 +7,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use quorumfs_proto::command::{AttributeChanges, NewInode, NewKind, RenameMode, SetTime, XattrMode};
 use quorumfs_proto::query::EntryDetail;
-use quorumfs_proto::{FileKind, FsError, InodeNumber, Operation, SymlinkTarget, Timestamp};
+use quorumfs_proto::{FileKind, FsError, Operation, SymlinkTarget, Timestamp};
 
-use super::support::{ageless, close, create, mount, mount_with, read, read_write, write};
+use super::support::{
+    MIB, ROOT, ageless, close, contents, create, mount, mount_with, pattern, read, read_write, write,
+};
 use crate::{Durability, Filesystem, FsOptions, OpenFlags};
 use quorumfs_memory::{Connection, MemoryCluster};
-
-pub const ROOT: InodeNumber = InodeNumber::ROOT;
-pub const MIB: u64 = 1 << 20;
-
-pub async fn contents(fs: &Arc<Filesystem<Connection>>, name: &str) -> Vec<u8> {
-    let found = fs.lookup(ROOT, name.as_bytes()).await.unwrap();
-    let opened = fs
-        .open(found.inode, OpenFlags::from(libc::O_RDONLY))
-        .await
-        .unwrap();
-    let mut all = Vec::new();
-    loop {
-        let part = read(fs, opened.handle, all.len() as u64, 128 << 10).await;
-        if part.is_empty() {
-            break;
-        }
-        all.extend_from_slice(&part);
-    }
-    assert_eq!(all.len() as u64, found.size);
-    close(fs, opened.handle).await;
-    all
-}
-
-pub fn pattern(length: usize, seed: u64) -> Vec<u8> {
-    (0..length as u64)
-        .map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8 ^ seed as u8)
-        .collect()
-}
-
-pub fn written_operations(cluster: &MemoryCluster) -> Vec<Operation> {
-    cluster
-        .commands
-        .lock()
-        .iter()
-        .flat_map(|command| command.operations.clone())
-        .collect()
-}
 
 #[tokio::test]
 async fn a_small_file_costs_two_commands_and_no_put() {
