@@ -22,6 +22,7 @@ use quorumfs_proto::{Attributes, InodeNumber};
 use tokio::sync::OwnedMutexGuard;
 
 use super::{Cluster, Filesystem, Node};
+use crate::caches::page_tail::PageTail;
 
 /// How long an answer waits for the last byte of the file.
 const LAST_BYTE_TIMEOUT_MS: u64 = 1000;
@@ -112,7 +113,7 @@ impl<C: Cluster> Filesystem<C> {
         let limit = Duration::from_millis(LAST_BYTE_TIMEOUT_MS);
         let last = tokio::time::timeout(limit, self.last_byte(node)).await;
         let last = last.ok().flatten();
-        drop_in_turn::<C>(node, turn, size, move |node, from| {
+        let drop_pages = move |node: &Node<C>, from| {
             above.drop_from(node.inode, from);
             let last = last.filter(|last| {
                 let state = node.state.lock();
@@ -122,9 +123,8 @@ impl<C: Cluster> Filesystem<C> {
             if let Some(last) = last {
                 above.end_with(node.inode, last.at, last.byte);
             }
-        })
-        .await;
-        node.state.lock().tail.tell_at_once(size);
+        };
+        drop_in_turn::<C>(node, turn, size, drop_pages, move |tail| tail.tell_at_once(size)).await;
     }
 
     /// As [`Filesystem::before_telling`], for the answer to a write through pages up to `end`. Only one page can be in the
@@ -145,10 +145,8 @@ impl<C: Cluster> Filesystem<C> {
             if !node.state.lock().tail.has_zeros_below(end) {
                 return;
             }
-            drop_in_turn::<C>(node, turn, end, move |node, from| {
-                above.drop_page_of(node.inode, from);
-            })
-            .await;
+            let drop_page = move |node: &Node<C>, from| above.drop_page_of(node.inode, from);
+            drop_in_turn::<C>(node, turn, end, drop_page, |_| ()).await;
         };
         let _ = tokio::time::timeout(Duration::from_millis(WRITTEN_TIMEOUT_MS), dropping).await;
         node.state.lock().tail.tell_written(end);
@@ -165,13 +163,14 @@ impl<C: Cluster> Filesystem<C> {
 }
 
 /// Has `drop_pages` drop the pages of `node` so that `size` can be told: it is given the offset from which on they may be
-/// zero. It holds `turn`, and is run to its end on a thread that may wait for the kernel, even if nobody waits for it any
-/// more.
+/// zero. `tell` notes what is told in the step that ends the dropping: nothing is told in between. It holds `turn`, and is
+/// run to its end on a thread that may wait for the kernel, even if nobody waits for it any more.
 async fn drop_in_turn<C: Cluster>(
     node: &Node<C>,
     turn: OwnedMutexGuard<()>,
     size: u64,
     drop_pages: impl FnOnce(&Node<C>, u64) + Send + 'static,
+    tell: impl FnOnce(&mut PageTail) + Send + 'static,
 ) {
     let node = Arc::clone(node);
     let dropping = tokio::task::spawn_blocking(move || {
@@ -181,7 +180,11 @@ async fn drop_in_turn<C: Cluster>(
             state.tail.begin(newest)
         };
         drop_pages(&node, from);
-        node.state.lock().tail.done(Instant::now());
+        {
+            let mut state = node.state.lock();
+            state.tail.done(Instant::now());
+            tell(&mut state.tail);
+        }
         drop(turn);
     });
     // It fails if the process is about to end, and then nobody is told anything.
