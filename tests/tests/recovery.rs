@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use quorumfs_proto::call::CallReply;
 use quorumfs_proto::command::{Command, IfExists, NewInode, NewKind, Operation, Privileges, Target};
-use quorumfs_proto::limits::COMMAND_CHUNKS_MAX;
+use quorumfs_proto::limits::{CHUNK_BYTES_MAX, COMMAND_CHUNKS_MAX};
 use quorumfs_proto::{ChunkBody, ChunkId, InodeNumber, Name, NewChunk, Piece, Sha256};
 use quorumfs_tests::environment::{wait_for, wait_until};
 use quorumfs_tests::healing::{ask, assert_served, content_folder, disk_bytes, number, upload};
@@ -155,7 +155,7 @@ fn p7_a_pass_can_be_asked_for_and_costs_nothing_when_nothing_changed() {
     }
 }
 
-/// Makes files that name so many chunks of a byte each.
+/// Makes files that name so many chunks of a byte each, so far apart that they are not put together in the background.
 fn name_many_chunks(cluster: &Cluster, chunks: u64) {
     let client = WireClient::connect(&cluster.members());
     let counters: Vec<u64> = (1..=chunks).collect();
@@ -189,7 +189,11 @@ fn name_many_chunks(cluster: &Cluster, chunks: u64) {
         };
         let append = Operation::Append {
             inode: Target::Created(0),
-            pieces: (0..).zip(&chunks).map(piece).collect(),
+            pieces: (0..)
+                .step_by(CHUNK_BYTES_MAX as usize)
+                .zip(&chunks)
+                .map(piece)
+                .collect(),
             privileges: Privileges::Keep,
         };
         let command = Command {
