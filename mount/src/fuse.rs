@@ -18,6 +18,7 @@ mod inode_map;
 mod notices;
 mod payloads;
 mod places;
+mod readers;
 mod session;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -49,7 +50,7 @@ use answer::{
 use convert::SetAttrFields;
 use edge::{close, close_directory, name_bytes, new_file, opening};
 use places::Place;
-use quorumfs_fs::{Cluster, Opened, Order};
+use quorumfs_fs::{Cluster, Opened, Order, Reader};
 
 pub use edge::FuseEdge;
 pub use session::serve_kernel;
@@ -303,11 +304,11 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let order = Order(request.unique().0);
+        let (order, reader) = (Order(request.unique().0), Reader(request.pid()));
         self.serve_moving(
             (Verb::Read, request.pid(), reply),
             |bytes: &Bytes| bytes.len() as u64,
-            move |fs| async move { fs.read(handle.0, offset, size, order).await },
+            move |fs| async move { fs.read(handle.0, offset, size, order, reader).await },
             |reply, bytes: Bytes| reply.data(&bytes),
         );
     }

@@ -61,7 +61,7 @@ pub use self::open::{NewFile, Opened};
 pub use self::pages::PagesAbove;
 pub use self::removed::UsedAbove;
 pub use self::write::Place;
-pub use crate::caches::page_tail::Order;
+pub use crate::caches::page_tail::{Order, Reader};
 pub use crate::handles::{Handle, OpenFlags};
 pub use append::may_be_a_part;
 pub use quorumfs_client::{Cluster, FreshContent};

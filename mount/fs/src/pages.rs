@@ -19,10 +19,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quorumfs_proto::{Attributes, InodeNumber};
-use tokio::sync::OwnedMutexGuard;
+use tokio::sync::{OwnedMutexGuard, oneshot};
+use tokio::task::JoinHandle;
 
 use super::{Cluster, Filesystem, Node};
-use crate::caches::page_tail::PageTail;
+use crate::caches::page_tail::{PageTail, Reader};
 
 /// How long an answer waits for the last byte of the file.
 const LAST_BYTE_TIMEOUT_MS: u64 = 1000;
@@ -37,6 +38,8 @@ pub trait PagesAbove: Send + Sync {
     fn drop_from(&self, inode: InodeNumber, from: u64);
     /// Drops the page of `inode` that holds the byte `at`.
     fn drop_page_of(&self, inode: InodeNumber, at: u64);
+    /// Returns when none of `readers`, whose answers are given, goes by a page any more that was dropped before this call.
+    fn until_taken(&self, readers: &[Reader]);
     /// Takes `byte`, at `at`, for the last one of `inode`, unless that is longer.
     fn end_with(&self, inode: InodeNumber, at: u64, byte: u8);
 }
@@ -113,18 +116,27 @@ impl<C: Cluster> Filesystem<C> {
         let limit = Duration::from_millis(LAST_BYTE_TIMEOUT_MS);
         let last = tokio::time::timeout(limit, self.last_byte(node)).await;
         let last = last.ok().flatten();
-        let drop_pages = move |node: &Node<C>, from| {
-            above.drop_from(node.inode, from);
+        let bytes_above = Arc::clone(&above);
+        let tell = move |node: &Node<C>| {
             let last = last.filter(|last| {
                 let state = node.state.lock();
                 let is_newest = |view: &Attributes| view.content_version == last.version;
                 state.page_writers == 0 && state.view.as_ref().is_some_and(is_newest)
             });
             if let Some(last) = last {
-                above.end_with(node.inode, last.at, last.byte);
+                bytes_above.end_with(node.inode, last.at, last.byte);
             }
+            move |tail: &mut PageTail| tail.tell_at_once(size)
         };
-        drop_in_turn::<C>(node, turn, size, drop_pages, move |tail| tail.tell_at_once(size)).await;
+        let dropping = Dropping {
+            turn,
+            above,
+            size,
+            all: true,
+        };
+        let (_, done) = drop_in_turn::<C, _>(node, dropping, tell);
+        // It fails if the process is about to end, and then nobody is told anything.
+        let _ = done.await;
     }
 
     /// As [`Filesystem::before_telling`], for the answer to a write through pages up to `end`. Only one page can be in the
@@ -143,12 +155,21 @@ impl<C: Cluster> Filesystem<C> {
         let dropping = async {
             let turn = Arc::clone(&node.page_turn).lock_owned().await;
             if !node.state.lock().tail.has_zeros_below(end) {
-                return;
+                return None;
             }
-            let drop_page = move |node: &Node<C>, from| above.drop_page_of(node.inode, from);
-            drop_in_turn::<C>(node, turn, end, drop_page, |_| ()).await;
+            let dropping = Dropping {
+                turn,
+                above,
+                size: end,
+                all: false,
+            };
+            let (dropped, done) = drop_in_turn::<C, _>(node, dropping, |_| |_: &mut PageTail| ());
+            dropped.await.ok().map(|()| done)
         };
-        let _ = tokio::time::timeout(Duration::from_millis(WRITTEN_TIMEOUT_MS), dropping).await;
+        let limit = Duration::from_millis(WRITTEN_TIMEOUT_MS);
+        if let Ok(Some(done)) = tokio::time::timeout(limit, dropping).await {
+            let _ = done.await;
+        }
         node.state.lock().tail.tell_written(end);
     }
 
@@ -162,31 +183,53 @@ impl<C: Cluster> Filesystem<C> {
     }
 }
 
-/// Has `drop_pages` drop the pages of `node` so that `size` can be told: it is given the offset from which on they may be
-/// zero. `tell` notes what is told in the step that ends the dropping: nothing is told in between. It holds `turn`, and is
-/// run to its end on a thread that may wait for the kernel, even if nobody waits for it any more.
-async fn drop_in_turn<C: Cluster>(
-    node: &Node<C>,
+/// A dropping of pages that was decided on.
+struct Dropping {
     turn: OwnedMutexGuard<()>,
+    above: Arc<dyn PagesAbove>,
+    /// Can be told after it.
     size: u64,
-    drop_pages: impl FnOnce(&Node<C>, u64) + Send + 'static,
-    tell: impl FnOnce(&mut PageTail) + Send + 'static,
-) {
+    /// All pages from where they may be zero, or only the one in which that begins.
+    all: bool,
+}
+
+/// Drops pages of `node`, waits for those who may have been about to take something from them, and calls `tell`, which
+/// answers what is to be noted as told in the step that ends the dropping: nothing is told in between. It is run to its
+/// end on a thread that may wait for the kernel, even if nobody waits for it any more. Answers when the pages are dropped,
+/// and when all is done.
+fn drop_in_turn<C: Cluster, Note: FnOnce(&mut PageTail)>(
+    node: &Node<C>,
+    dropping: Dropping,
+    tell: impl FnOnce(&Node<C>) -> Note + Send + 'static,
+) -> (oneshot::Receiver<()>, JoinHandle<()>) {
     let node = Arc::clone(node);
-    let dropping = tokio::task::spawn_blocking(move || {
-        let from = {
+    let (dropped, is_dropped) = oneshot::channel();
+    let done = tokio::task::spawn_blocking(move || {
+        let Dropping {
+            turn,
+            above,
+            size,
+            all,
+        } = dropping;
+        let (from, readers) = {
             let mut state = node.state.lock();
             let newest = state.size().max(size);
-            state.tail.begin(newest)
+            (state.tail.begin(newest), state.tail.readers(Instant::now()))
         };
-        drop_pages(&node, from);
+        match all {
+            true => above.drop_from(node.inode, from),
+            false => above.drop_page_of(node.inode, from),
+        }
+        // Whoever waited for this may have given up.
+        let _ = dropped.send(());
+        above.until_taken(&readers);
+        let note = tell(&node);
         {
             let mut state = node.state.lock();
             state.tail.done(Instant::now());
-            tell(&mut state.tail);
+            note(&mut state.tail);
         }
         drop(turn);
     });
-    // It fails if the process is about to end, and then nobody is told anything.
-    let _ = dropping.await;
+    (is_dropped, done)
 }

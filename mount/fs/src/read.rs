@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
@@ -12,7 +12,7 @@ use quorumfs_proto::query::Answer;
 use quorumfs_proto::{FsError, Query};
 
 use super::commit::take_turn;
-use super::{Cluster, Filesystem, Handle, Node, Order, Put, unexpected};
+use super::{Cluster, Filesystem, Handle, Node, Order, Put, Reader, unexpected};
 use crate::caches::extent_cache::clip;
 use crate::handles::{InodeState, LastByte, Scope};
 use crate::interrupt::{interruptible, still_wanted};
@@ -47,13 +47,14 @@ struct Snapshot {
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// Reads up to `length` bytes at `offset`: fewer only at the end of the file.
+    /// Reads up to `length` bytes at `offset` for `reader`: fewer only at the end of the file.
     pub async fn read(
         self: &Arc<Self>,
         handle: Handle,
         offset: u64,
         length: u32,
         order: Order,
+        reader: Reader,
     ) -> Result<Bytes, FsError> {
         let file = self.used(handle)?;
         if !file.flags.read {
@@ -78,6 +79,7 @@ impl<C: Cluster> Filesystem<C> {
                     }
                     if !file.flags.append {
                         state.tail.read_short(end, order);
+                        state.tail.answering(reader, Instant::now());
                     }
                     return Ok(bytes);
                 }

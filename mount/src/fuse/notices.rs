@@ -15,7 +15,8 @@ use fuser::INodeNo;
 use quorumfs_proto::InodeNumber;
 
 use super::inode_map::InodeMap;
-use quorumfs_fs::PagesAbove;
+use super::readers;
+use quorumfs_fs::{PagesAbove, Reader};
 
 /// FUSE_NOTIFY_INVAL_INODE, FUSE_NOTIFY_INVAL_ENTRY and FUSE_NOTIFY_STORE of linux/fuse.h.
 const NOTIFY_INVAL_INODE: i32 = 2;
@@ -90,6 +91,10 @@ impl PagesAbove for Notices {
         let at = i64::try_from(at).unwrap_or(i64::MAX);
         let message = invalidation(self.inodes.to_kernel(inode), at, 1);
         self.tell("a page is to be dropped", inode, &message);
+    }
+
+    fn until_taken(&self, readers: &[Reader]) {
+        readers::until_taken(readers);
     }
 
     fn end_with(&self, inode: InodeNumber, at: u64, byte: u8) {

@@ -15,8 +15,12 @@
 //! before it ([`Order`]: requests are not answered in the order in which they are sent). Of a write of several pages the
 //! first may be dropped and read before the write is sent; so it counts too whether any was dropped shortly before.
 //!
-//! A read that is under way above while pages are dropped delays the dropping: the kernel holds the lock of its pages. Pure.
+//! A read that is under way above while pages are dropped delays the dropping: the kernel holds the lock of its pages until
+//! the answer is there. It looks at the size only after that, when the reader has a processor again, and takes what it gives
+//! from a page that may be dropped meanwhile. So between the dropping and the telling these readers are waited for
+//! ([`PageTail::readers`]): filemap_read in mm/filemap.c has no other order. Pure.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 /// How long the kernel may take from when it puts the first bytes of a write into pages until the write arrives here: 1 MiB,
@@ -30,6 +34,10 @@ const PAGE_BYTES: u64 = 4096;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Order(pub u64);
 
+/// The thread that a read is for, as the kernel numbers it; 0 where it cannot be seen from here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reader(pub u32);
+
 /// A write through pages.
 #[derive(Clone, Copy, Debug)]
 pub struct Sent {
@@ -38,6 +46,12 @@ pub struct Sent {
     /// When it arrived.
     pub at: Instant,
 }
+
+/// Readers that are remembered. Of more than so many the first have had their turn.
+const READERS_MAX: usize = 64;
+
+/// A reader has surely gone on so long after its answer.
+const TAKEN_WITHIN: Duration = Duration::from_secs(10);
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -48,6 +62,8 @@ pub struct PageTail {
     dropping: bool,
     /// When the newest of the reads was sent that ended short.
     newest_short: Order,
+    /// Who was answered with less than was asked for since pages were dropped, and when; the newest last.
+    readers: VecDeque<(Reader, Instant)>,
     /// When pages were dropped last.
     dropped_at: Option<Instant>,
     /// The size that was told last.
@@ -64,6 +80,25 @@ impl PageTail {
     pub fn read_short(&mut self, end: u64, order: Order) {
         self.kept(end);
         self.newest_short = self.newest_short.max(order);
+    }
+
+    /// `reader` is answered, at `now`, with a read that ends short.
+    pub fn answering(&mut self, reader: Reader, now: Instant) {
+        self.readers.retain(|(known, _)| *known != reader);
+        if self.readers.len() == READERS_MAX {
+            self.readers.pop_front();
+        }
+        self.readers.push_back((reader, now));
+    }
+
+    /// Those who may still go by a page that was dropped when [`PageTail::begin`] was called at `now`.
+    pub fn readers(&mut self, now: Instant) -> Vec<Reader> {
+        let recent = |at: Instant| now.saturating_duration_since(at) < TAKEN_WITHIN;
+        self.readers
+            .drain(..)
+            .filter(|(_, at)| recent(*at))
+            .map(|(reader, _)| reader)
+            .collect()
     }
 
     /// A program of this mount wrote `offset..end` through the pages above, into a file of `size_before`: the pages have
@@ -221,5 +256,19 @@ mod tests {
         assert!(tail.tell(100));
         assert!(tail.tell(40));
         assert!(!tail.tell(50));
+    }
+
+    #[test]
+    fn readers_are_waited_for_once_and_not_for_ever() {
+        let (mut tail, now) = (PageTail::default(), Instant::now());
+        tail.answering(Reader(1), now);
+        tail.answering(Reader(2), now);
+        tail.answering(Reader(1), now + TAKEN_WITHIN);
+        assert_eq!(tail.readers(now + TAKEN_WITHIN), [Reader(1)]);
+        assert_eq!(tail.readers(now + TAKEN_WITHIN), []);
+        for thread in 0..2 * READERS_MAX as u32 {
+            tail.answering(Reader(thread), now);
+        }
+        assert_eq!(tail.readers(now).len(), READERS_MAX);
     }
 }

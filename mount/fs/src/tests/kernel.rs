@@ -6,7 +6,7 @@ use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{FsError, InodeNumber};
 
 use super::support::{ageless, close, create, mount, mount_with, read_write, write};
-use crate::{OpenFlags, Order, Place};
+use crate::{OpenFlags, Order, PagesAbove, Place, Reader};
 use quorumfs_memory::MemoryCluster;
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
@@ -96,10 +96,14 @@ async fn pages_are_kept_only_once_older_ones_are_surely_dropped() {
     // The kernel may not have the first answer yet, and still have the pages from before.
     let second = fs.open(inode, read_write()).await.unwrap();
     assert!(!second.keep_cache);
-    fs.read(older.handle, 0, 10, Order::default()).await.unwrap();
+    fs.read(older.handle, 0, 10, Order::default(), Reader::default())
+        .await
+        .unwrap();
     let third = fs.open(inode, read_write()).await.unwrap();
     assert!(!third.keep_cache, "a request of an older handle says nothing");
-    fs.read(second.handle, 0, 10, Order::default()).await.unwrap();
+    fs.read(second.handle, 0, 10, Order::default(), Reader::default())
+        .await
+        .unwrap();
     let fourth = fs.open(inode, read_write()).await.unwrap();
     assert!(fourth.keep_cache, "it has opened the second, and dropped them");
     for opened in [older, first, second, third, fourth] {
@@ -146,7 +150,10 @@ async fn each_write_says_whether_it_appends() {
             .await;
         assert_eq!(written, Ok(length));
     }
-    let all = fs.read(plain.handle, 0, 100, Order::default()).await.unwrap();
+    let all = fs
+        .read(plain.handle, 0, 100, Order::default(), Reader::default())
+        .await
+        .unwrap();
     assert_eq!(all, b"0x2345678"[..]);
     close(&fs, append.handle).await;
     close(&fs, plain.handle).await;
@@ -223,4 +230,47 @@ async fn the_pages_of_all_open_directories_are_bounded() {
         fs.release_directory(handle).unwrap();
     }
     assert_eq!(fs.directories.pages(), 0);
+}
+
+/// What is asked of the pages above, in order.
+#[derive(Default)]
+struct Asked(parking_lot::Mutex<Vec<String>>);
+
+impl PagesAbove for Asked {
+    fn drop_from(&self, _inode: InodeNumber, from: u64) {
+        self.0.lock().push(format!("drop from {from}"));
+    }
+
+    fn drop_page_of(&self, _inode: InodeNumber, at: u64) {
+        self.0.lock().push(format!("drop the page of {at}"));
+    }
+
+    fn until_taken(&self, readers: &[Reader]) {
+        self.0.lock().push(format!("wait for {readers:?}"));
+    }
+
+    fn end_with(&self, _inode: InodeNumber, at: u64, byte: u8) {
+        self.0.lock().push(format!("end with {} at {at}", char::from(byte)));
+    }
+}
+
+#[tokio::test]
+async fn p3_a_larger_size_is_told_after_readers_of_the_dropped_pages_have_gone_on() {
+    let cluster = MemoryCluster::new();
+    let (fs, other) = (mount_with(&cluster, 1, ageless()), mount_with(&cluster, 2, ageless()));
+    let asked = std::sync::Arc::new(Asked::default());
+    fs.set_pages_above(asked.clone());
+    let (inode, handle) = create(&other, "log").await;
+    write(&other, handle, 0, b"one").await;
+    other.fsync(handle).await.unwrap();
+    let reader = fs.open(inode, read_write()).await.unwrap().handle;
+    let read = fs.read(reader, 0, 100, Order(1), Reader(7)).await.unwrap();
+    assert_eq!(read, b"one"[..]);
+    write(&other, handle, 3, b"two").await;
+    other.fsync(handle).await.unwrap();
+    assert_eq!(fs.attributes(inode, None).await.unwrap().size, 6);
+    let expected = ["drop from 3", "wait for [Reader(7)]"];
+    assert_eq!(*asked.0.lock(), expected);
+    close(&fs, reader).await;
+    close(&other, handle).await;
 }

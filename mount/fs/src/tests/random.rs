@@ -14,7 +14,7 @@ use quorumfs_proto::{FsError, InodeNumber};
 
 use super::support::place;
 use crate::handles::Scope;
-use crate::{Filesystem, FsOptions, Handle, OpenFlags, Order};
+use crate::{Filesystem, FsOptions, Handle, OpenFlags, Order, Reader};
 use quorumfs_memory::{Connection, MemoryCluster};
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
@@ -213,7 +213,7 @@ impl World {
             } => {
                 let Some(open) = self.open.get(handle) else { return };
                 let read = self.mounts[open.mount]
-                    .read(open.handle, offset, length, Order::default())
+                    .read(open.handle, offset, length, Order::default(), Reader::default())
                     .await
                     .unwrap();
                 let expected = model_read(&self.files[open.file], offset, length);
@@ -378,7 +378,7 @@ impl World {
                     .await
                     .unwrap();
                 let read = fs
-                    .read(opened.handle, 0, 8 << 20, Order::default())
+                    .read(opened.handle, 0, 8 << 20, Order::default(), Reader::default())
                     .await
                     .unwrap();
                 assert!(read == self.files[*file], "{name} is the same everywhere");

@@ -9,7 +9,7 @@ use quorumfs_proto::command::RenameMode;
 use quorumfs_proto::{FsError, InodeNumber, Operation};
 
 use super::support::{ROOT, close, create, mount, mount_with, read_write, write, written_operations};
-use crate::{Filesystem, FsOptions, Order};
+use crate::{Filesystem, FsOptions, Order, Reader};
 use quorumfs_memory::{Connection, MemoryCluster};
 
 fn soon() -> FsOptions {
@@ -49,7 +49,9 @@ async fn an_unlinked_file_lives_as_long_as_it_is_open_anywhere() {
     cluster.reclaim();
     fs.fsync(handle).await.unwrap();
     assert_eq!(
-        fs.read(handle, 0, 100, Order::default()).await.unwrap(),
+        fs.read(handle, 0, 100, Order::default(), Reader::default())
+            .await
+            .unwrap(),
         &b"still here"[..]
     );
     assert_eq!(
@@ -117,7 +119,9 @@ async fn what_is_used_above_is_kept_and_may_be_opened_again() {
     tokio::time::sleep(Duration::from_millis(60)).await;
     cluster.reclaim();
     assert_eq!(
-        fs.read(again, 0, 100, Order::default()).await.unwrap(),
+        fs.read(again, 0, 100, Order::default(), Reader::default())
+            .await
+            .unwrap(),
         &b"content"[..]
     );
     close(&fs, again).await;
@@ -146,7 +150,9 @@ async fn an_open_that_arrives_during_an_unlink_is_good_or_fails() {
         cluster.reclaim();
         fs.release_unlinked().await;
         assert_eq!(
-            fs.read(opened.handle, 0, 100, Order::default()).await.unwrap(),
+            fs.read(opened.handle, 0, 100, Order::default(), Reader::default())
+                .await
+                .unwrap(),
             &b"content"[..]
         );
         close(&fs, opened.handle).await;

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use quorumfs_proto::command::Privileges;
 use quorumfs_proto::{InodeNumber, Operation};
 
-use crate::{Filesystem, FsOptions, Handle, OpenFlags, Order, Place};
+use crate::{Filesystem, FsOptions, Handle, OpenFlags, Order, Place, Reader};
 use quorumfs_memory::{Connection, MemoryCluster};
 
 pub(super) const ROOT: InodeNumber = InodeNumber::ROOT;
@@ -109,7 +109,9 @@ pub(super) async fn read(
     offset: u64,
     length: u32,
 ) -> Bytes {
-    fs.read(handle, offset, length, Order::default()).await.unwrap()
+    fs.read(handle, offset, length, Order::default(), Reader::default())
+        .await
+        .unwrap()
 }
 
 pub(super) async fn close(fs: &Arc<Filesystem<Connection>>, handle: Handle) {
