@@ -11,7 +11,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 part=${1:-all}
-at_first=() # what failed once and passed when it was run again
 case $part in all | quick | cluster) ;; *) sed -n '2,11s/^# \{0,1\}//p' scripts/test.sh >&2; exit 2 ;; esac
 target=${CARGO_TARGET_DIR:-$PWD/target}
 step() { printf '\n=== %s (%s)\n' "$*" "$(date +%T)"; }
@@ -52,16 +51,18 @@ install_tools() {
   done
 }
 
+if ! cargo nextest --version >/dev/null 2>&1; then
+  step "installing cargo-nextest"
+  # Without optimization: it only starts the tests.
+  [ -x "$target/tools/bin/cargo-nextest" ] || cargo install --quiet --locked --debug --root "$target/tools" cargo-nextest
+  export PATH=$PATH:$target/tools/bin
+fi
 if [ "$part" != cluster ]; then
   step "cargo fmt"; cargo fmt --all --check
   step "cargo clippy"; cargo clippy --quiet --workspace --all-targets -- -D warnings
   step "cargo doc"; RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps --document-private-items
-  step "building"; cargo test --quiet --workspace --no-run
-  unit_tests() {
-    cargo test --quiet --workspace --no-fail-fast --lib --bins --test client --test command_line --test tidy -- "$@"
-  }
-  # Some are small clusters whose members elect and wait: as with the whole ones below, once more, one after another.
-  step "unit tests"; unit_tests || { at_first+=("unit tests"); step "once more: unit tests"; unit_tests --test-threads=1; }
+  step "building"; cargo nextest run --cargo-quiet --workspace --no-run
+  step "unit tests"; cargo nextest run --cargo-quiet --workspace -E 'not binary(cluster)'
 fi
 if [ "$part" != quick ]; then
   [ "$(id -u)" = 0 ] || { echo "test.sh: whole clusters need root, to mount" >&2; exit 1; }
@@ -72,20 +73,8 @@ if [ "$part" != quick ]; then
   step "whole clusters"
   # Always the whole workspace, even where one package would do: with fewer, cargo builds what they depend on with
   # other features, all over again. Tests take turns by themselves (tests/src/sandbox.rs): more threads only wait.
-  # Many measure time on a machine that others may use too: a file that fails is run once more, alone, and the end
-  # says so; failing twice fails the whole. So does failing once where content or names are at stake (P1 to P4).
-  again=() failed=()
-  run() { cargo test --workspace --no-fail-fast --test "$1" "${@:3}" -- --test-threads="$2"; }
-  for file in tests/tests/*.rs; do
-    file=$(basename "$file" .rs)
-    [ "$file" = tidy ] || run "$file" 3 ${2:+"$2"} || again+=("$file")
-  done
-  for file in ${again[@]+"${again[@]}"}; do
-    step "once more: $file"; run "$file" 1 ${2:+"$2"} || failed+=("$file")
-    case $file in p[1-4]* | audit | bad_disk | sweep) failed+=("$file, at first") ;; esac
-  done
-  at_first+=(${again[@]+"${again[@]}"})
-  [ ${#failed[@]} = 0 ] || { step "FAILED: ${failed[*]}"; exit 1; }
+  filter='binary(cluster)'
+  [ -z "${2:-}" ] || filter="$filter and test($2)"
+  cargo nextest run --cargo-quiet --workspace -E "$filter" --test-threads 6
 fi
-[ ${#at_first[@]} = 0 ] || step "failed at first: ${at_first[*]}"
 step "all passed"

@@ -5,11 +5,11 @@
 //! A program writes 3 MiB and closes the file.
 //!
 //! 1. The mount cuts the bytes into chunks and sends each in its `PutChunks` stream to the leader, where
-//!    [`api::fs`] decodes it and calls [`write::Writer::put_chunk`].
+//!    [`api::grpc::filesystem`] decodes it and calls [`leader::write::Writer::put_chunk`].
 //! 2. The leader appends it to its own store ([`quorumfs_content::ContentStore::put`]) and at the same time pushes it to every
-//!    other member ([`replication::PeerChunks::push`], served by [`api::peer`] there). Each answers after a flush that
+//!    other member ([`replication::PeerChunks::push`], served by [`api::grpc::peer`] there). Each answers after a flush that
 //!    it shares with whatever else waited. When a majority has the chunk on disk, the mount is told (P2).
-//! 3. The mount sends one command that names the three chunks. [`write::Writer::mutate`] sees that each is known to be
+//! 3. The mount sends one command that names the three chunks. [`leader::write::Writer::mutate`] sees that each is known to be
 //!    on a quorum in this term, stamps the time, and proposes it: [`consensus::Consensus::propose`].
 //! 4. openraft appends it to the log ([`consensus`]'s WAL, many entries to one flush) here and on the followers. Once
 //!    a majority has flushed it, it is committed, whatever dies next (P1).
@@ -17,38 +17,39 @@
 //!    answer, P4), then changes inodes and extents in the overlay, all or nothing. The outcome, with the new
 //!    attributes of all it touched, travels back to the mount, and `close` returns.
 //! 6. Later, off every path: the overlay goes to redb in one durable transaction, the log behind it is purged, and
-//!    every node compares what it holds with what is named ([`healing`]).
+//!    every node compares what it holds with what is named ([`integrity`]).
 //!
 //! A few KiB ride inside the command instead (steps 1 and 2 fall away); each node moves them to its store when it
 //! applies it.
 //!
 //! # One read
 //!
-//! 1. `open` asks the leader for the file's attributes and extents: [`read::Reader::query`] makes sure that it still leads
+//! 1. `open` asks the leader for the file's attributes and extents: [`leader::read::Reader::query`] makes sure that it still leads
 //!    and has applied what was acknowledged before ([`consensus::Consensus::barrier`]), then answers from one
 //!    consistent [`quorumfs_metadata::View`].
-//! 2. `read` asks any node for a range of a chunk: [`read::Reader::chunk`] reads whole blocks and checks their CRCs. A
+//! 2. `read` asks any node for a range of a chunk: [`leader::read::Reader::chunk`] reads whole blocks and checks their CRCs. A
 //!    node that lacks the chunk, or whose copy is bad, fetches it from another for the caller and heals itself (P3, P7).
 //!
 //! # Layers
 //!
-//! Modules import only downwards: [`server`], [`api`], [`node`], [`mod@write`], [`read`], [`healing`], [`cluster`], [`consensus`],
-//! [`replication`], [`transport`], [`incoming`], [`tasks`]; [`config`] is plain data for all.
-//! `write` and `read` use `healing` and `cluster` beside them: the read path asks recovery for what it found missing.
+//! Modules import only downwards: [`server`], [`api`], [`node`], [`leader`], [`integrity`], [`membership`], [`observe`],
+//! [`replication`], [`consensus`], [`transport`], [`call_stream`], [`incoming`], [`tasks`]; [`config`] is plain data for all.
 
 pub mod api;
-pub mod cluster;
+pub mod call_stream;
 pub mod config;
 pub mod consensus;
-pub mod healing;
 pub mod incoming;
+pub mod integrity;
+pub mod leader;
 pub mod logging;
+pub mod membership;
 pub mod node;
+pub mod observe;
+pub mod pace;
 pub mod private_files;
-pub mod read;
 pub mod replication;
-pub mod rewrite;
 pub mod server;
 pub mod tasks;
 pub mod transport;
-pub mod write;
+pub mod wall_clock;

@@ -9,13 +9,15 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::task::JoinHandle;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::error;
+
+use crate::wall_clock::unix_ms;
 
 /// From the first failure to the next start; doubled with each failure that follows.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -155,8 +157,7 @@ impl Tasks {
     }
 
     fn begins(&self, name: &'static str) {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let started_unix_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+        let started_unix_ms = unix_ms();
         let mut reports = self.reports.lock();
         let report = reports.entry(name).or_insert_with(|| TaskReport {
             name,

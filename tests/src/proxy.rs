@@ -207,12 +207,19 @@ impl Shared {
 fn is_of(peer: SocketAddr, victim: Victim) -> bool {
     match victim {
         Victim::All => true,
-        Victim::Process(id) => socket_inode(peer).is_some_and(|inode| holds_socket(id, inode)),
+        // Whoever has closed it already may take it for a victim's.
+        Victim::Process(id) => socket_inode(peer).is_none_or(|inode| holds_socket(id, inode)),
     }
 }
 
-/// The inode of the socket bound to `address`, from `/proc/net/tcp` (IPv4: the address in host order, hexadecimal).
+/// The inode of the socket bound to `address`, from `/proc/net/tcp` (IPv4: the address in host order, hexadecimal). Sockets
+/// come and go while that is read, so that it may lack one that is there: it is read again then.
 fn socket_inode(address: SocketAddr) -> Option<u64> {
+    const READS_MAX: u32 = 10;
+    (0..READS_MAX).find_map(|_| listed_inode(address))
+}
+
+fn listed_inode(address: SocketAddr) -> Option<u64> {
     let SocketAddr::V4(address) = address else {
         return None;
     };
@@ -221,7 +228,9 @@ fn socket_inode(address: SocketAddr) -> Option<u64> {
     let table = std::fs::read_to_string("/proc/net/tcp").ok()?;
     table.lines().skip(1).find_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        (fields.get(1) == Some(&wanted.as_str())).then(|| fields.get(9)?.parse().ok())?
+        let inode = (fields.get(1) == Some(&wanted.as_str())).then(|| fields.get(9)?.parse().ok())?;
+        // One that nobody has any more (TIME_WAIT) has none.
+        inode.filter(|inode| *inode != 0)
     })
 }
 

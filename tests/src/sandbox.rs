@@ -2,8 +2,8 @@
 //!
 //! - Ports lie below the ephemeral range, in blocks; a block belongs to who holds the lock of its file. Asking the
 //!   kernel for port 0 would hand out numbers that another test's outgoing connection may take a moment later.
-//! - At most two light tests run at a time on this machine, or one heavy one: pauses are measured, and must not be
-//!   another test's load. Whichever test runner is used, and however many of them.
+//! - At most three light tests run at a time on this machine, or a heavy one and a light one, or one that measures pauses,
+//!   which must not be another test's load. Whichever test runner is used, and however many of them.
 //! - A guard process ends, unmounts and removes everything below the folder when the sandbox is dropped, and just so
 //!   when the test process is killed: it waits for the end of a pipe that only this process holds open.
 //! - A watchdog kills the test's own processes when it takes too long: a call that hangs in a mount then fails, and
@@ -31,8 +31,12 @@ const PORTS_FIRST: u16 = 20_000;
 /// Ports of a block: seven nodes with two ports and a proxy each, twice over.
 const PORTS_PER_BLOCK: u16 = 48;
 const PORT_BLOCKS: u16 = 250;
-/// Light tests that may run at the same time.
-const LIGHT_TESTS_MAX: usize = 2;
+/// Shares of the machine: a test takes as many as it needs.
+const SHARES: usize = 3;
+const LIGHT_SHARES: usize = 1;
+const HEAVY_SHARES: usize = 2;
+/// Between two attempts to take a share.
+const SHARES_POLL: Duration = Duration::from_millis(50);
 /// A light test that has not ended by then never will.
 const LIGHT_LIMIT: Duration = Duration::from_secs(300);
 const HEAVY_LIMIT: Duration = Duration::from_secs(1200);
@@ -80,14 +84,19 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// For a test that shares the machine with another one.
+    /// For a test that shares the machine with two others.
     pub fn light(name: &str) -> Sandbox {
-        Sandbox::new(name, 1, LIGHT_LIMIT)
+        Sandbox::new(name, LIGHT_SHARES, LIGHT_LIMIT)
     }
 
-    /// For a test that measures or loads the machine: it runs alone.
+    /// For a test that loads the machine, or takes long: at most a light one runs beside it.
     pub fn heavy(name: &str) -> Sandbox {
-        Sandbox::new(name, LIGHT_TESTS_MAX, HEAVY_LIMIT)
+        Sandbox::new(name, HEAVY_SHARES, HEAVY_LIMIT)
+    }
+
+    /// For a test that measures times: it runs alone.
+    pub fn alone(name: &str) -> Sandbox {
+        Sandbox::new(name, SHARES, HEAVY_LIMIT)
     }
 
     fn new(name: &str, shares: usize, limit: Duration) -> Sandbox {
@@ -263,30 +272,28 @@ fn try_lock(name: &str) -> Option<Flock<File>> {
     Flock::lock(file, FlockArg::LockExclusiveNonblock).ok()
 }
 
-/// Takes one share, or all of them one after the other: always in the same order, so that two cannot wait for
-/// each other.
+/// Takes `count` shares, one after the other and always in the same order, so that two cannot wait for each other. Who takes
+/// one begins at the last, and who takes more at the first, so that light tests do not starve heavy ones.
 fn take_shares(count: usize) -> Vec<Flock<File>> {
-    let poll = Duration::from_millis(50);
-    let mut taken = Vec::new();
-    if count < LIGHT_TESTS_MAX {
-        loop {
-            // From the last: a heavy test that waits begins at the first, and is not starved by light ones.
-            if let Some(share) = (0..LIGHT_TESTS_MAX)
-                .rev()
-                .find_map(|n| try_lock(&format!("share-{n}")))
-            {
-                return vec![share];
-            }
-            std::thread::sleep(poll);
-        }
+    let mut free: Vec<usize> = (0..SHARES).collect();
+    if count == LIGHT_SHARES {
+        free.reverse();
     }
-    for n in 0..LIGHT_TESTS_MAX {
-        loop {
-            if let Some(share) = try_lock(&format!("share-{n}")) {
+    let mut taken = Vec::new();
+    while taken.len() < count {
+        // A share is waited for in its turn, unless one is as good as another.
+        let candidates = match count {
+            LIGHT_SHARES => free.len(),
+            _ => free.len() + taken.len() + 1 - count,
+        };
+        let got = (0..candidates).find_map(|at| Some((at, try_lock(&format!("share-{}", free[at]))?)));
+        match got {
+            Some((at, share)) => {
+                // Those before it are not tried again: the order is kept.
+                free.drain(..=at);
                 taken.push(share);
-                break;
             }
-            std::thread::sleep(poll);
+            None => std::thread::sleep(SHARES_POLL),
         }
     }
     taken

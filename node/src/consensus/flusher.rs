@@ -9,7 +9,7 @@
 //! memory and noted ([`Unstored`]); it still lies in the log, durably, and this node counts as one of the f + 1 that
 //! hold it for as long as it does. So the rule of order is kept in this form: redb may pass a chunk that is not stored,
 //! the purge may not ([`Flusher::purge_limit`]). From the log it is stored when there is room again; it leaves the books
-//! when it is, when it is dead, or when f + 1 other voters say that they have it on disk (`healing::recovery` asks
+//! when it is, when it is dead, or when f + 1 other voters say that they have it on disk (`replication::recovery` asks
 //! them, since it fetches it from there when there is room). The books are kept in memory. Before redb passes what is in
 //! them a mark is put on the disk, and who starts with the mark there makes them again from what the log has.
 //!

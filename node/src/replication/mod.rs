@@ -1,10 +1,15 @@
-//! Chunks on their way between nodes: pushed when they are written, fetched when they are missing.
+//! Which nodes hold which chunks, and how these get there: pushed when they are written, fetched when they are missing.
 //!
-//! [`peers`] are the other nodes' stores; [`stream`] is one long stream of calls to one of them; [`messages`] turns chunks
-//! into messages and back, with their checksums. Knows nothing of which node should hold what.
+//! [`placement`] says where chunks belong, [`space`] who has room; [`peers`] are the other nodes' stores, [`stream`] one long
+//! stream of calls to one of them, [`messages`] turns chunks into messages and back, with their checksums; [`recovery`]
+//! fetches what this node lacks.
 
 pub mod messages;
+pub mod names;
 pub mod peers;
+pub mod placement;
+pub mod recovery;
+pub mod space;
 mod stream;
 #[cfg(test)]
 mod tests;

@@ -12,8 +12,8 @@ use anyhow::Context as _;
 use tracing::{info, warn};
 
 use super::StartAgain;
-use crate::cluster::renounce::Renounced;
 use crate::consensus::{Consensus, ConsensusError, ConsensusOptions};
+use crate::membership::renounce::Renounced;
 use crate::node::Node;
 use crate::transport::Transport;
 use quorumfs_content::ContentStore;

@@ -7,10 +7,10 @@ use quorumfs_client::{Client, ClientOptions};
 use tokio::sync::watch;
 use tracing::info;
 
-use crate::api::rest::ClientHandle;
-use crate::cluster::credential;
-use crate::cluster::metrics::kinds::REST_DESCRIPTION;
+use crate::api::http::files::ClientHandle;
 use crate::config::Config;
+use crate::membership::credential;
+use crate::observe::metrics::kinds::REST_DESCRIPTION;
 
 /// After a failed attempt to open the node's own session.
 const CLIENT_RETRY_INTERVAL_MS: u64 = 500;

@@ -239,7 +239,7 @@ fn files_flushed(traces: &[Vec<Flush>], start: Duration, end: Duration) -> Vec<u
 #[test]
 fn p1_each_acknowledged_call_follows_a_flush_on_two_nodes() {
     const REPEATS: usize = 15;
-    let sandbox = Sandbox::heavy("p1-strace");
+    let sandbox = Sandbox::alone("p1-strace");
     let cluster = Cluster::start(&sandbox);
     let mount = cluster.mount();
     fs::write(mount.path("warm"), "up").expect("write");
@@ -337,7 +337,7 @@ fn p1_each_acknowledged_call_follows_a_flush_on_two_nodes() {
 fn p1_concurrent_calls_share_their_flushes() {
     const THREADS: usize = 64;
     const CALLS: usize = 20;
-    let sandbox = Sandbox::heavy("p1-group-commit");
+    let sandbox = Sandbox::alone("p1-group-commit");
     let cluster = Cluster::start(&sandbox);
     let mount = cluster.mount();
     let leader = cluster.leader();

@@ -88,7 +88,7 @@ fn work_while(sandbox: &Sandbox, mount: &Mount, random: &mut Random, fail: impl 
 
 #[test]
 fn p6_three_kills_of_the_leader_under_load_go_unnoticed() {
-    let sandbox = Sandbox::heavy("p6-kill-leader");
+    let sandbox = Sandbox::alone("p6-kill-leader");
     let mut random = Random::announced();
     let cluster = Cluster::start(&sandbox);
     let mount = cluster.mount();
@@ -110,7 +110,7 @@ fn p6_three_kills_of_the_leader_under_load_go_unnoticed() {
 
 #[test]
 fn p6_a_leader_stopped_for_ten_seconds_goes_unnoticed() {
-    let sandbox = Sandbox::heavy("p6-stop-leader");
+    let sandbox = Sandbox::alone("p6-stop-leader");
     let mut random = Random::announced();
     let cluster = Cluster::start(&sandbox);
     let mount = cluster.mount();

@@ -250,14 +250,19 @@ impl PagesAbove for Asked {
     }
 
     fn end_with(&self, _inode: InodeNumber, at: u64, byte: u8) {
-        self.0.lock().push(format!("end with {} at {at}", char::from(byte)));
+        self.0
+            .lock()
+            .push(format!("end with {} at {at}", char::from(byte)));
     }
 }
 
 #[tokio::test]
 async fn p3_a_larger_size_is_told_after_readers_of_the_dropped_pages_have_gone_on() {
     let cluster = MemoryCluster::new();
-    let (fs, other) = (mount_with(&cluster, 1, ageless()), mount_with(&cluster, 2, ageless()));
+    let (fs, other) = (
+        mount_with(&cluster, 1, ageless()),
+        mount_with(&cluster, 2, ageless()),
+    );
     let asked = std::sync::Arc::new(Asked::default());
     fs.set_pages_above(asked.clone());
     let (inode, handle) = create(&other, "log").await;

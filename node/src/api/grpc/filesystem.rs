@@ -1,0 +1,584 @@
+//! The service for mounts: streams of calls and of chunks, each answered in any order.
+//!
+//! Decodes an envelope, calls the write or the read path, encodes the answer. So many requests of one stream are
+//! worked on at once; further ones wait in the connection's flow-control window, so a client cannot fill memory.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use futures::StreamExt as _;
+use quorumfs_measure::Ending;
+use quorumfs_proto::call::SessionState;
+use quorumfs_proto::limits::CHUNK_BYTES_MAX;
+use quorumfs_proto::{Call, CallReply, Refusal, SessionId, Timestamp, codec};
+use quorumfs_wire as wire;
+use quorumfs_wire::file_system_server::FileSystem;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::error;
+
+use super::answers::{AnswerStream, answer_stream, answer_weighed};
+use super::carried::CarriedBytes;
+use crate::call_stream::{CallStream, Standing};
+use crate::incoming::{certificate_of, connection_of};
+use crate::leader::leases::Grant;
+use crate::leader::sessions::UNLINKED_QUEUE_LEVEL;
+use crate::leader::write::PutError;
+use crate::node::{Node, Parts};
+use crate::observe::metrics::CountedCommand;
+use crate::observe::metrics::kinds::{OperationKind, Origin};
+use crate::replication::messages::{get_response, range_asked, stored_chunk};
+use quorumfs_metadata::{Failure, SessionKey, UnlinkedAnswer};
+
+/// Requests of one stream worked on at once: more than a client has lanes.
+const CALLS_PER_STREAM_MAX: usize = 256;
+/// Chunks of one stream worked on at once, as far as the budget of all streams ([`CarriedBytes`]) goes.
+const CHUNKS_PER_STREAM_MAX: usize = 48;
+/// Inodes that have just lost their last name, about which a session is asked at once.
+const UNLINKED_ASKED_MAX: usize = 2048;
+
+/// See the module.
+pub struct FileSystemService {
+    node: Arc<Node>,
+    carried: CarriedBytes,
+}
+
+impl FileSystemService {
+    /// Serves `node`, from before it has found its cluster.
+    pub fn new(node: Arc<Node>) -> FileSystemService {
+        FileSystemService {
+            node,
+            carried: CarriedBytes::default(),
+        }
+    }
+}
+
+/// What a put has in memory.
+fn bytes_put(request: &wire::PutChunkRequest) -> u32 {
+    u32::try_from(request.payload.len())
+        .unwrap_or(u32::MAX)
+        .min(CHUNK_BYTES_MAX)
+}
+
+/// What the answer to a get will have in memory, but for what it is widened by.
+fn bytes_got(request: &wire::GetChunkRequest) -> u32 {
+    request.length.min(CHUNK_BYTES_MAX)
+}
+
+#[tonic::async_trait]
+impl FileSystem for FileSystemService {
+    type CallsStream = AnswerStream<wire::CallResponse>;
+    type PutChunksStream = AnswerStream<wire::PutChunkResponse>;
+    type GetChunksStream = AnswerStream<wire::GetChunkResponse>;
+
+    async fn calls(
+        &self,
+        request: Request<Streaming<wire::CallRequest>>,
+    ) -> Result<Response<Self::CallsStream>, Status> {
+        let node = self.node.clone();
+        let extensions = request.extensions();
+        let (stream, nudges) = CallStream::new(certificate_of(extensions), connection_of(extensions));
+        let stream = Arc::new(stream);
+        let answer = move |mut request: wire::CallRequest| {
+            let (node, stream) = (node.clone(), stream.clone());
+            // Now, not when the request's turn comes: the requests behind it count on it.
+            if let Some(hello) = request.hello.take() {
+                stream.hello(&hello);
+                stream.comes_from(&request.local_addresses);
+            }
+            async move {
+                let answered = match codec::decode::<Call>(&request.call) {
+                    Ok(call) => measured(&node, &stream, call, &mut request).await,
+                    Err(error) => {
+                        let reason = error.to_string();
+                        CallReply::Refused(Refusal::Invalid { reason }).into()
+                    }
+                };
+                let (reply, never_decided) = match answered.reply {
+                    CallReply::Refused(Refusal::NeverDecided) => {
+                        (CallReply::Refused(Refusal::UnknownSession), true)
+                    }
+                    reply => (reply, false),
+                };
+                wire::CallResponse {
+                    call_id: request.call_id,
+                    clock_ns: clock_ns(&node, &reply),
+                    reply: codec::encode(&reply),
+                    lease_ms: answered.grant.lease_ms(),
+                    never_decided,
+                    unlinked: answered.question,
+                    keep_alive_now: false,
+                }
+            }
+        };
+        let answers = answer_stream(request.into_inner(), CALLS_PER_STREAM_MAX, answer);
+        let nudges = ReceiverStream::new(nudges).map(|()| {
+            Ok(wire::CallResponse {
+                keep_alive_now: true,
+                ..wire::CallResponse::default()
+            })
+        });
+        Ok(Response::new(Box::pin(futures::stream::select(answers, nudges))))
+    }
+
+    async fn put_chunks(
+        &self,
+        request: Request<Streaming<wire::PutChunkRequest>>,
+    ) -> Result<Response<Self::PutChunksStream>, Status> {
+        let node = self.node.clone();
+        let answer = move |request: wire::PutChunkRequest| {
+            let node = node.clone();
+            async move {
+                let (began, bytes) = (Instant::now(), request.payload.len() as u64);
+                let session = request.chunk.as_ref().map_or(0, |chunk| chunk.session);
+                let response = put_chunk(&node, request).await;
+                count_chunk(
+                    &node,
+                    OperationKind::PutChunk,
+                    session,
+                    response.status(),
+                    bytes,
+                    began,
+                );
+                response
+            }
+        };
+        Ok(Response::new(answer_weighed(
+            request.into_inner(),
+            CHUNKS_PER_STREAM_MAX,
+            self.carried.stream(),
+            bytes_put,
+            answer,
+        )))
+    }
+
+    async fn get_chunks(
+        &self,
+        request: Request<Streaming<wire::GetChunkRequest>>,
+    ) -> Result<Response<Self::GetChunksStream>, Status> {
+        let node = self.node.clone();
+        let answer = move |request: wire::GetChunkRequest| {
+            let node = node.clone();
+            async move {
+                let (began, session) = (Instant::now(), request.session);
+                let response = get_chunk(&node, &request).await;
+                let (status, bytes) = (response.status(), response.payload.len() as u64);
+                count_chunk(&node, OperationKind::Read, session, status, bytes, began);
+                response
+            }
+        };
+        Ok(Response::new(answer_weighed(
+            request.into_inner(),
+            CHUNKS_PER_STREAM_MAX,
+            self.carried.stream(),
+            bytes_got,
+            answer,
+        )))
+    }
+
+    async fn discover(
+        &self,
+        _: Request<wire::DiscoverRequest>,
+    ) -> Result<Response<wire::DiscoverResponse>, Status> {
+        let own = Some(self.node.own().clone().into());
+        let answer = match self.node.parts() {
+            None => wire::DiscoverResponse {
+                cluster_id: Bytes::new(),
+                node: own,
+                leader: None,
+                members: Vec::new(),
+            },
+            Some(parts) => wire::DiscoverResponse {
+                cluster_id: Bytes::copy_from_slice(&parts.cluster.0),
+                node: own,
+                leader: parts.consensus.leader().map(Into::into),
+                members: parts.consensus.members().into_iter().map(Into::into).collect(),
+            },
+        };
+        Ok(Response::new(answer))
+    }
+}
+
+/// What a call is answered.
+struct Answered {
+    reply: CallReply,
+    /// Whether the lease goes with it.
+    grant: Grant,
+    /// What the session is asked in turn.
+    question: Option<wire::UnlinkedQuestion>,
+}
+
+impl From<CallReply> for Answered {
+    fn from(reply: CallReply) -> Answered {
+        Answered {
+            reply,
+            grant: Grant::Nothing,
+            question: None,
+        }
+    }
+}
+
+/// The leader's clock, to go with `reply`; 0 where this node may not lead.
+fn clock_ns(node: &Node, reply: &CallReply) -> i64 {
+    let time = match reply {
+        CallReply::Refused(_) => None,
+        CallReply::Outcome(_) | CallReply::Answer(_) | CallReply::Session(_) => {
+            node.parts().and_then(|parts| parts.writer.time())
+        }
+    };
+    time.map_or(0, Timestamp::unix_ns)
+}
+
+/// Carries out a call and counts it.
+async fn measured(node: &Node, stream: &CallStream, call: Call, request: &mut wire::CallRequest) -> Answered {
+    enum Counted {
+        Command(CountedCommand),
+        Query(OperationKind),
+        Session,
+    }
+    let (session, counted) = match &call {
+        Call::Mutate(mutation) => (
+            mutation.request.session,
+            Counted::Command(CountedCommand::of(&mutation.command)),
+        ),
+        Call::Query(query) => (
+            SessionId(request.session),
+            Counted::Query(OperationKind::of_query(query)),
+        ),
+        Call::OpenSession { session, .. }
+        | Call::OpenSessionWithKey { session, .. }
+        | Call::KeepAlive { session }
+        | Call::AnswerUnlinked { session, .. }
+        | Call::CloseSession { session }
+        | Call::CloseSessionWithKey { session, .. } => (*session, Counted::Session),
+    };
+    let is_close = matches!(call, Call::CloseSession { .. } | Call::CloseSessionWithKey { .. });
+    let began = Instant::now();
+    let statistics = request.statistics.take();
+    let answered = carry_out(node, stream, call, request).await;
+    let reply = &answered.reply;
+    let took = began.elapsed();
+    let metrics = node.metrics();
+    let origin = origin_of(node, session);
+    match counted {
+        Counted::Command(counted) => metrics.command(origin, counted, reply, took),
+        Counted::Query(kind) => metrics.query(origin, kind, reply, took),
+        Counted::Session => {
+            metrics.session(origin, reply, took);
+            if !matches!(reply, CallReply::Session(_)) {
+                return answered;
+            }
+            if is_close {
+                metrics.mounts.closed(session);
+            } else if let Some(statistics) = statistics {
+                let description = description_of(node, session).unwrap_or_default();
+                metrics.mounts.heard(session, description, statistics.into());
+            }
+        }
+    }
+    answered
+}
+
+/// Whether a session is a mount's or a node's; asked of the metadata once for each.
+fn origin_of(node: &Node, session: SessionId) -> Origin {
+    let describe = || match session.0 {
+        // Peers, and programs older than the field, do not say who asks.
+        0 => None,
+        _ => description_of(node, session),
+    };
+    node.metrics().origin(session, describe)
+}
+
+fn description_of(node: &Node, session: SessionId) -> Option<String> {
+    let view = node.parts()?.metadata.view().ok()?;
+    // What cannot be read is not known; whoever needs it says so.
+    Some(view.session(session).ok()??.description)
+}
+
+fn count_chunk(
+    node: &Node,
+    kind: OperationKind,
+    session: u64,
+    status: wire::ChunkStatus,
+    bytes: u64,
+    began: Instant,
+) {
+    let ending = match status {
+        wire::ChunkStatus::Ok => Ending::Done,
+        _ => Ending::Failed,
+    };
+    let origin = origin_of(node, SessionId(session));
+    node.metrics()
+        .operation(origin, kind)
+        .record(ending, bytes, began.elapsed());
+}
+
+async fn get_chunk(node: &Node, request: &wire::GetChunkRequest) -> wire::GetChunkResponse {
+    let call_id = request.call_id;
+    let Some(parts) = node.parts() else {
+        return chunk_refused(call_id, wire::ChunkStatus::Unavailable, node.not_ready());
+    };
+    match range_asked(request) {
+        Ok((id, offset, length)) => get_response(call_id, parts.reader.chunk(id, offset, length).await),
+        Err(malformed) => chunk_refused(call_id, malformed.status(), malformed.to_string()),
+    }
+}
+
+async fn carry_out(node: &Node, stream: &CallStream, call: Call, request: &wire::CallRequest) -> Answered {
+    let Some(parts) = node.parts() else {
+        let reason = node.not_ready();
+        return CallReply::Refused(Refusal::Unavailable { reason }).into();
+    };
+    if !parts.consensus.is_leader() {
+        let leader = parts.consensus.leader().map(|member| member.addresses.grpc);
+        return CallReply::Refused(Refusal::NotLeader { leader }).into();
+    }
+    let term = parts.consensus.term();
+    match call {
+        Call::Mutate(mutation) => {
+            let session = mutation.request.session;
+            match standing(parts, stream, session).await {
+                Standing::Proven => parts.sessions.heard_of(session, stream),
+                Standing::Unknown => return CallReply::Refused(Refusal::UnknownSession).into(),
+                Standing::Refused(refusal) => return CallReply::Refused(refusal).into(),
+            }
+            if mutation.command.releases_only() {
+                return parts.rewriter.mutate(mutation).await.into();
+            }
+            let admission = parts.leases.admit(session, request.holds_lease, term).await;
+            only_if_decided(parts.rewriter.mutate(mutation).await, admission.grant)
+        }
+        Call::Query(query) => {
+            let session = SessionId(request.session);
+            let found = match session.0 {
+                0 => Standing::Unknown,
+                _ => standing(parts, stream, session).await,
+            };
+            match found {
+                Standing::Proven => {
+                    let admission = parts.leases.admit(session, request.holds_lease, term).await;
+                    only_if_decided(parts.reader.query(&query).await, admission.grant)
+                }
+                // Whoever has no session holds no lease; it waits for the lease of others all the same.
+                Standing::Unknown => {
+                    let _admission = parts.leases.admit(SessionId(0), false, term).await;
+                    parts.reader.query(&query).await.into()
+                }
+                Standing::Refused(refusal) => CallReply::Refused(refusal).into(),
+            }
+        }
+        Call::OpenSession { session, description } => {
+            open_session(node, parts, stream, session, description, None).await
+        }
+        Call::OpenSessionWithKey {
+            session,
+            description,
+            secret,
+        } => {
+            let key = stream.key_of_new(session, &secret);
+            open_session(node, parts, stream, session, description, Some(key)).await
+        }
+        Call::CloseSession { session } => close_session(parts, stream, session).await,
+        Call::CloseSessionWithKey { session, secret } => {
+            stream.key_of_new(session, &secret);
+            close_session(parts, stream, session).await
+        }
+        Call::KeepAlive { session } => match standing(parts, stream, session).await {
+            Standing::Proven => keep_alive(parts, stream, session, request, 1).await,
+            Standing::Unknown => CallReply::Refused(Refusal::UnknownSession).into(),
+            Standing::Refused(refusal) => CallReply::Refused(refusal).into(),
+        },
+        Call::AnswerUnlinked {
+            session,
+            from,
+            through,
+            held,
+        } => {
+            match standing(parts, stream, session).await {
+                Standing::Proven => {}
+                Standing::Unknown => return CallReply::Refused(Refusal::UnknownSession).into(),
+                Standing::Refused(refusal) => return CallReply::Refused(refusal).into(),
+            }
+            if held.len() > 2 * UNLINKED_ASKED_MAX {
+                let reason = String::from("the answer names more inodes than were asked about");
+                return CallReply::Refused(Refusal::Invalid { reason }).into();
+            }
+            let answer = UnlinkedAnswer {
+                session,
+                from,
+                through,
+                held,
+            };
+            match parts.sessions.answer_unlinked(answer).await {
+                // What is less than a question's worth waits for the next keep-alive, so that an answer is not a command for each
+                // unlink.
+                Ok(()) => keep_alive(parts, stream, session, request, UNLINKED_ASKED_MAX).await,
+                Err(refusal) => CallReply::Refused(refusal).into(),
+            }
+        }
+    }
+}
+
+/// Whether calls of a stream speak for `session`.
+async fn standing(parts: &Parts, stream: &CallStream, session: SessionId) -> Standing {
+    let mut standing = stream.standing(&parts.metadata, session);
+    if matches!(standing, Ok(Standing::Unknown)) {
+        // A new leader may not have applied yet what opened it; and one that leads no more must not say so at all: the
+        // client would give up all that it holds.
+        if let Err(refusal) = parts.reader.barrier().await {
+            return Standing::Refused(refusal);
+        }
+        standing = stream.standing(&parts.metadata, session);
+    }
+    standing.unwrap_or_else(|fault| {
+        error!(%fault, "metadata cannot be read");
+        Standing::Refused(Refusal::Unavailable {
+            reason: fault.to_string(),
+        })
+    })
+}
+
+/// A refusal confirms nothing, so nothing is granted with it.
+fn only_if_decided(reply: CallReply, grant: Grant) -> Answered {
+    let grant = match reply {
+        CallReply::Outcome(_) | CallReply::Answer(_) => grant,
+        CallReply::Refused(_) | CallReply::Session(_) => Grant::Nothing,
+    };
+    Answered {
+        grant,
+        ..Answered::from(reply)
+    }
+}
+
+async fn open_session(
+    node: &Node,
+    parts: &Parts,
+    stream: &CallStream,
+    session: SessionId,
+    description: String,
+    key: Option<SessionKey>,
+) -> Answered {
+    if let Err(refusal) = parts.sessions.admit_new(session) {
+        return CallReply::Refused(refusal).into();
+    }
+    let was_known = parts
+        .metadata
+        .view()
+        .map_err(Failure::from)
+        .and_then(|view| Ok(view.session(session)?.is_some()));
+    let origin = description.clone();
+    let reply = parts.writer.open_session(session, description, key).await;
+    if matches!(reply, CallReply::Session(_)) {
+        // Who asks to open what is there already may not be who opened it.
+        if matches!(was_known, Ok(false)) {
+            stream.has_opened(session);
+        }
+        node.metrics().opened(session, &origin);
+        parts.sessions.heard_of(session, stream);
+    }
+    reply.into()
+}
+
+async fn close_session(parts: &Parts, stream: &CallStream, session: SessionId) -> Answered {
+    match standing(parts, stream, session).await {
+        Standing::Proven => parts.writer.end_session(session).await.into(),
+        Standing::Unknown => CallReply::Refused(Refusal::UnknownSession).into(),
+        Standing::Refused(refusal) => CallReply::Refused(refusal).into(),
+    }
+}
+
+/// The session lives, says a stream that speaks for it. What it should know, and what it is asked, if that is about
+/// `asked_min` inodes.
+async fn keep_alive(
+    parts: &Parts,
+    stream: &CallStream,
+    session: SessionId,
+    request: &wire::CallRequest,
+    asked_min: usize,
+) -> Answered {
+    let found = session_state(parts, session, request.answers_unlinked);
+    let (state, question) = match found {
+        Ok(Some(found)) => found,
+        // It was known, so it has ended; this is final, whoever leads.
+        Ok(None) => return CallReply::Refused(Refusal::UnknownSession).into(),
+        Err(fault) => {
+            error!(%fault, "metadata cannot be read");
+            let reason = fault.to_string();
+            return CallReply::Refused(Refusal::Unavailable { reason }).into();
+        }
+    };
+    let kept = parts.sessions.kept_alive(session, stream, request).await;
+    if let Err(refusal) = kept {
+        return CallReply::Refused(refusal).into();
+    }
+    Answered {
+        question: question.filter(|question| question.inodes.len() >= asked_min),
+        ..Answered::from(CallReply::Session(state))
+    }
+}
+
+/// What a living session should know and is asked; `None`: it has ended.
+fn session_state(
+    parts: &Parts,
+    session: SessionId,
+    answers_unlinked: bool,
+) -> Result<Option<(SessionState, Option<wire::UnlinkedQuestion>)>, Failure> {
+    let view = parts.metadata.view()?;
+    match view.session(session)? {
+        Some(record) if record.ended.is_none() => {}
+        _ => return Ok(None),
+    }
+    let unlinked = parts.sessions.held_to_ask(&view, session)?;
+    let may_ask = answers_unlinked && view.feature_level() >= UNLINKED_QUEUE_LEVEL;
+    let page = match may_ask {
+        true => view.unlinked_page(session, UNLINKED_ASKED_MAX)?,
+        false => None,
+    };
+    let question = page.map(|page| wire::UnlinkedQuestion {
+        from: page.from,
+        through: page.through,
+        inodes: page.inodes.into_iter().map(|inode| inode.0).collect(),
+    });
+    Ok(Some((SessionState { unlinked }, question)))
+}
+
+async fn put_chunk(node: &Node, request: wire::PutChunkRequest) -> wire::PutChunkResponse {
+    let call_id = request.call_id;
+    let answer = |status: wire::ChunkStatus, detail: String, leader: String| wire::PutChunkResponse {
+        call_id,
+        status: status.into(),
+        detail,
+        leader,
+    };
+    let Some(parts) = node.parts() else {
+        return answer(wire::ChunkStatus::Unavailable, node.not_ready(), String::new());
+    };
+    let chunk = match stored_chunk(request) {
+        Ok(chunk) => chunk,
+        Err(malformed) => return answer(malformed.status(), malformed.to_string(), String::new()),
+    };
+    match parts.writer.put_chunk(chunk).await {
+        Ok(()) => answer(wire::ChunkStatus::Ok, String::new(), String::new()),
+        Err(PutError::NotLeader(leader)) => {
+            let leader = leader.map(|member| member.addresses.grpc).unwrap_or_default();
+            answer(wire::ChunkStatus::NotLeader, String::new(), leader)
+        }
+        Err(PutError::NoSpace) => answer(
+            wire::ChunkStatus::NoSpace,
+            PutError::NoSpace.to_string(),
+            String::new(),
+        ),
+        Err(PutError::Unavailable(reason)) => answer(wire::ChunkStatus::Unavailable, reason, String::new()),
+    }
+}
+
+/// Why there is no range of a chunk, as it travels.
+pub fn chunk_refused(call_id: u64, status: wire::ChunkStatus, detail: String) -> wire::GetChunkResponse {
+    wire::GetChunkResponse {
+        call_id,
+        status: status.into(),
+        detail,
+        ..Default::default()
+    }
+}

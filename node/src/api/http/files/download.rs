@@ -1,0 +1,214 @@
+//! `GET` and `HEAD` of `/download/{path}` and `/upload/{path}`: decodes the request, decides what is served, streams it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::header::{
+    ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_SECURITY_POLICY, CONTENT_TYPE, ETAG, HeaderValue,
+    LAST_MODIFIED, RANGE, X_CONTENT_TYPE_OPTIONS,
+};
+use axum::http::{HeaderMap, Method, StatusCode};
+use axum::response::Response;
+use quorumfs_proto::{Attributes, FsError};
+
+use super::calls::{Calls, ExtentsPage, verdict};
+use super::conditional::{self, Verdict};
+use super::content::Content;
+use super::error::{ApiError, ErrorBody};
+use super::open_inodes::HeldInode;
+use super::path::FilePath;
+use super::places;
+use super::range::Selected;
+use super::times;
+use super::{SMALL_BYTES_MAX, Service};
+use crate::api::http::connections::{Pace, paced};
+
+/// How often a file is looked at again that changed or vanished between two questions about it.
+const LOOKS_MAX: usize = 20;
+const LOOK_PAUSE_MS: u64 = 5;
+
+/// A file, or a part of it.
+///
+/// One version of it, the one of its `ETag`; or the connection breaks off. `/upload/{path}` answers the same.
+#[utoipa::path(
+    method(get, head),
+    path = "/download/{path}",
+    tag = "files",
+    params(
+        ("path" = String, Path, description = "Names, percent-encoded, with slashes between them"),
+        ("Range" = Option<String>, Header, description = "One range of bytes"),
+        ("If-None-Match" = Option<String>, Header, description = "ETags that are known"),
+    ),
+    responses(
+        (status = 200, description = "All of it", body = Vec<u8>, content_type = "application/octet-stream"),
+        (status = 206, description = "The range", body = Vec<u8>, content_type = "application/octet-stream"),
+        (status = 304, description = "It has not changed"),
+        (status = 400, description = "A path or header that cannot be", body = ErrorBody),
+        (status = 404, description = "Nothing has the name", body = ErrorBody),
+        (status = 409, description = "It is not a file", body = ErrorBody),
+        (status = 412, description = "It is another version", body = ErrorBody),
+        (status = 416, description = "The range lies outside", body = ErrorBody),
+        (status = 503, description = "No quorum in time", body = ErrorBody),
+    )
+)]
+pub(super) async fn download(
+    State(service): State<Arc<Service>>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let path = FilePath::from_url(super::path_of(request.uri()))?;
+    let pace = Pace::of(&request, service.patience);
+    let (method, mut headers) = (request.method().clone(), request.headers().clone());
+    drop(request);
+    if method == Method::HEAD {
+        // Only a GET has ranges (RFC 9110 section 14.2).
+        headers.remove(RANGE);
+    }
+    let calls = service.calls().await?;
+    for _ in 0..LOOKS_MAX {
+        let (held, attributes) = open(&service, &calls, &path).await?;
+        let selected = match conditional::evaluate(&headers, &attributes) {
+            Verdict::Serve(selected) => selected,
+            Verdict::NotModified => return Ok(empty(StatusCode::NOT_MODIFIED, &attributes)),
+            Verdict::PreconditionFailed => return Err(precondition_failed(&attributes)),
+        };
+        let size = attributes.size;
+        let (status, start, end) = match selected {
+            Selected::Whole => (StatusCode::OK, 0, size),
+            Selected::Part { start, end } => (StatusCode::PARTIAL_CONTENT, start, end),
+            Selected::Unsatisfiable => return Err(unsatisfiable(size)),
+        };
+        let body = if method == Method::HEAD || start == end {
+            Body::empty()
+        } else {
+            let is_small = end - start <= SMALL_BYTES_MAX as u64;
+            let turns = if is_small {
+                &service.small_downloads
+            } else {
+                &service.downloads
+            };
+            let turn = service.turn(turns, &pace).await?;
+            let Some(first_page) = first_page(&calls, &attributes, start, end).await? else {
+                tokio::time::sleep(Duration::from_millis(LOOK_PAUSE_MS)).await;
+                continue;
+            };
+            let content = Content {
+                calls: calls.clone(),
+                held,
+                version: attributes.content_version,
+                start,
+                end,
+                first_page,
+                read_ahead: Arc::clone(&service.read_ahead),
+                turn,
+            };
+            if is_small {
+                // Before the client is sent a byte, so that no turn waits for it.
+                let Some(bytes) = content.whole().await? else {
+                    tokio::time::sleep(Duration::from_millis(LOOK_PAUSE_MS)).await;
+                    continue;
+                };
+                Body::from(bytes)
+            } else {
+                paced(content.stream(), Arc::clone(&pace))
+            }
+        };
+        let mut response = Response::new(body);
+        *response.status_mut() = status;
+        describe(response.headers_mut(), &path, &attributes, start, end);
+        if status == StatusCode::PARTIAL_CONTENT {
+            let range = format!("bytes {start}-{}/{size}", end - 1);
+            response.headers_mut().insert(CONTENT_RANGE, ascii(range));
+        }
+        return Ok(response);
+    }
+    Err(ApiError::unavailable(
+        "the file changed each time it was looked at",
+    ))
+}
+
+/// Finds the file and holds it open.
+async fn open(
+    service: &Service,
+    calls: &Calls,
+    path: &FilePath,
+) -> Result<(HeldInode, Attributes), ApiError> {
+    let opening = service.open_inodes.begin();
+    let attributes = places::find(calls, path).await?;
+    if let Some(refusal) = places::refuse_unless_file(calls, path.names(), &attributes).await {
+        return Err(refusal);
+    }
+    Ok((opening.hold(attributes.inode), attributes))
+}
+
+/// The extents of the version that `attributes` tell of; `None` if it is gone.
+async fn first_page(
+    calls: &Calls,
+    attributes: &Attributes,
+    start: u64,
+    end: u64,
+) -> Result<Option<ExtentsPage>, ApiError> {
+    let page = match verdict(calls.extents(attributes.inode, start, end).await)? {
+        Ok(page) => page,
+        Err(FsError::NotFound | FsError::Stale) => return Ok(None),
+        Err(other) => return Err(other.into()),
+    };
+    Ok((page.attributes.content_version == attributes.content_version).then_some(page))
+}
+
+fn describe(headers: &mut HeaderMap, path: &FilePath, attributes: &Attributes, start: u64, end: u64) {
+    validators(headers, attributes);
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(end - start));
+    headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
+    let (_, name) = path.split();
+    let name = String::from_utf8_lossy(name.as_bytes());
+    let media_type = mime_guess::from_path(name.as_ref()).first_or_octet_stream();
+    headers.insert(CONTENT_TYPE, ascii(media_type.to_string()));
+    // The type is a guess from the name; a browser must not make a page of what is not called one.
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    // Nor run what somebody stored here as if it were a page of this node, which may command the cluster.
+    if may_have_scripts(&media_type) {
+        headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static("sandbox"));
+    }
+}
+
+/// Whether a browser would run scripts in it: web pages, and XML with SVG among it.
+fn may_have_scripts(media_type: &mime_guess::Mime) -> bool {
+    let subtype = media_type.subtype();
+    subtype == "html" || subtype == "xml" || media_type.suffix().is_some_and(|suffix| suffix == "xml")
+}
+
+fn validators(headers: &mut HeaderMap, attributes: &Attributes) {
+    headers.insert(ETAG, ascii(conditional::etag(attributes)));
+    if let Some(date) = times::http_date(attributes.mtime) {
+        headers.insert(LAST_MODIFIED, ascii(date));
+    }
+}
+
+fn empty(status: StatusCode, attributes: &Attributes) -> Response {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = status;
+    validators(response.headers_mut(), attributes);
+    response
+}
+
+fn precondition_failed(attributes: &Attributes) -> ApiError {
+    let message = format!("the file's ETag is {} now", conditional::etag(attributes));
+    ApiError::new(StatusCode::PRECONDITION_FAILED, "precondition_failed", message)
+        .header(ETAG, ascii(conditional::etag(attributes)))
+}
+
+fn unsatisfiable(size: u64) -> ApiError {
+    let message = format!("the range begins behind the end of the file, which has {size} bytes");
+    ApiError::new(
+        StatusCode::RANGE_NOT_SATISFIABLE,
+        "range_not_satisfiable",
+        message,
+    )
+    .header(CONTENT_RANGE, ascii(format!("bytes */{size}")))
+}
+
+fn ascii(text: String) -> HeaderValue {
+    HeaderValue::try_from(text).expect("tags, dates, numbers and media types are visible ASCII")
+}

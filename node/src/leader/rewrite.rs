@@ -1,0 +1,547 @@
+//! The leader puts small extents together: in the background, and where a write needs room.
+//!
+//! A file that is appended to in small pieces has an extent and a chunk for each. `apply` notes such files
+//! ([`View::fragmented`]); the loop here looks for runs of neighbours ([`View::runs`]), reads their bytes, stores them as
+//! one chunk on f + 1 voters (P2), and proposes [`LogBody::Rewrite`]. That changes nothing a program can see, so no lease
+//! is recalled; it is refused where the extents are not those that were read, so whatever happens meanwhile is safe.
+//! Whoever still has the old extents in mind finds their chunks gone and looks the extents up again.
+//!
+//! [`Rewriter::mutate`] is the way of every client's mutation: one that would have to replace more extents than one
+//! command may is proposed again once the extents under it have been put together.
+//!
+//! The new chunks belong to a session of this node's own, opened when there is work and ended soon: unlinked files wait
+//! for every session that lives.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use futures::{StreamExt as _, TryStreamExt as _};
+use parking_lot::Mutex;
+use quorumfs_proto::call::Mutation;
+use quorumfs_proto::limits::BLOCK_BYTES;
+use quorumfs_proto::{
+    CallReply, ChunkBody, ChunkId, FsError, InodeNumber, NewChunk, Operation, Piece, Refusal, SessionId,
+    Sha256,
+};
+use tracing::{debug, info, warn};
+
+use crate::consensus::Consensus;
+use crate::leader::read::Reader;
+use crate::leader::sessions::SessionKeeper;
+use crate::leader::write::Writer;
+use crate::pace::Pacer;
+use quorumfs_content::StoredChunk;
+use quorumfs_metadata::{
+    COMMAND_FREED_EXTENTS_MAX, CallResult, Crowded, Failure, LogBody, MetadataStore, Run, RunTerms, Runs,
+    SessionKey, View,
+};
+
+/// How often it is looked whether files are noted.
+const LOOK_INTERVAL_MS: u64 = 2_000;
+/// Bytes of content rewritten per second in the background.
+const REWRITE_BYTES_PER_S: u64 = 8 << 20;
+/// What a command costs beside its bytes, in bytes of that rate: runs of tiny extents are bounded by their number.
+const COMMAND_COST_BYTES: u64 = 256 << 10;
+/// Noted files looked at in one round.
+const FILES_PER_ROUND_MAX: usize = 64;
+/// A file is left alone for so long after a look that found nothing to do, and for so many times what the look took:
+/// large files that change all the time are not walked all the time.
+const REST_MS_MIN: u64 = 5_000;
+const REST_MS_MAX: u64 = 600_000;
+const REST_PER_LOOK: u32 = 20;
+/// Bytes of one file rewritten before the others have their turn.
+const TURN_BYTES_MAX: u64 = 256 << 20;
+/// After one page of extents, so many times what reading it took.
+const PAUSE_PER_PAGE: u32 = 3;
+/// Files that rest; beyond it all are forgotten and looked at again.
+const RESTING_FILES_MAX: usize = 4096;
+/// How long a session of this node's own lives.
+const SESSION_LIFE_MS: u64 = 10_000;
+/// Pieces of a run read at once.
+const READS_AT_ONCE_MAX: usize = 16;
+/// How long room is made for one mutation before its client is told to ask again.
+const MAKING_ROOM_MS_MAX: u64 = 20_000;
+/// For people.
+const DESCRIPTION: &str = "rewriting of fragmented files";
+
+/// See the module.
+pub struct Rewriter {
+    consensus: Consensus,
+    metadata: Arc<MetadataStore>,
+    writer: Arc<Writer>,
+    reader: Arc<Reader>,
+    sessions: Arc<SessionKeeper>,
+    session: tokio::sync::Mutex<Option<Arc<OwnSession>>>,
+    /// Held by who makes room for a mutation: one at a time.
+    making_room: tokio::sync::Mutex<()>,
+    pace: Mutex<Pacer>,
+}
+
+/// A session of this node's own.
+struct OwnSession {
+    id: SessionId,
+    term: u64,
+    opened: Instant,
+    next_counter: AtomicU64,
+}
+
+impl OwnSession {
+    fn is_due(&self) -> bool {
+        self.opened.elapsed() >= Duration::from_millis(SESSION_LIFE_MS)
+    }
+}
+
+/// What became of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rewritten {
+    Done,
+    /// The file has changed there.
+    Overtaken,
+}
+
+impl Rewriter {
+    /// Nothing is rewritten in the background before [`Rewriter::run`].
+    pub fn new(
+        consensus: Consensus,
+        metadata: Arc<MetadataStore>,
+        writer: Arc<Writer>,
+        reader: Arc<Reader>,
+        sessions: Arc<SessionKeeper>,
+    ) -> Arc<Rewriter> {
+        Arc::new(Rewriter {
+            consensus,
+            metadata,
+            writer,
+            reader,
+            sessions,
+            session: tokio::sync::Mutex::new(None),
+            making_room: tokio::sync::Mutex::new(()),
+            pace: Mutex::new(Pacer::new(REWRITE_BYTES_PER_S)),
+        })
+    }
+
+    /// Carries out a client's mutation, and makes room for it where that takes.
+    pub async fn mutate(&self, mutation: Mutation) -> CallReply {
+        let again = may_be_crowded(&mutation).then(|| mutation.clone());
+        let mut crowded = match (self.writer.mutate(mutation).await, &again) {
+            (Ok(reply), _) => return reply,
+            (Err(crowded), _) => crowded,
+        };
+        let Some(mutation) = again else {
+            return CallReply::Refused(Refusal::Unavailable {
+                reason: format!(
+                    "inode {} has too many extents to be changed at once",
+                    crowded.inode
+                ),
+            });
+        };
+        let unavailable = |crowded: Crowded, why: &str| {
+            CallReply::Refused(Refusal::Unavailable {
+                reason: format!(
+                    "the extents of inode {} are being put together first{why}",
+                    crowded.inode
+                ),
+            })
+        };
+        let deadline = Instant::now() + Duration::from_millis(MAKING_ROOM_MS_MAX);
+        while Instant::now() < deadline {
+            if let Err(reason) = self.make_room(crowded, deadline).await {
+                warn!(inode = %crowded.inode, reason, "cannot make room for a write");
+                return unavailable(crowded, &format!(": {reason}"));
+            }
+            match self.writer.mutate(mutation.clone()).await {
+                Ok(reply) => return reply,
+                Err(again) => crowded = again,
+            }
+        }
+        unavailable(crowded, "")
+    }
+
+    /// Puts together, once, what lies in the way of a mutation.
+    async fn make_room(&self, crowded: Crowded, deadline: Instant) -> Result<(), String> {
+        let _turn = self.making_room.lock().await;
+        let Crowded { inode, from, to } = crowded;
+        let mut at = from;
+        let mut extents = 0;
+        while Instant::now() < deadline {
+            let found = match self.runs(inode, at, to, RunTerms::Any).await? {
+                // The mutation will hear of it.
+                None => return Ok(()),
+                Some(found) => found,
+            };
+            if found.has_cuts {
+                let extents_max = COMMAND_FREED_EXTENTS_MAX;
+                let step = LogBody::ReclaimUnlinked { inode, extents_max };
+                self.writer
+                    .housekeep(step)
+                    .await
+                    .map_err(|error| error.to_string())?;
+                continue;
+            }
+            extents += found.extents;
+            for run in &found.runs {
+                self.rewrite(inode, run).await?;
+            }
+            match found.goes_on_at {
+                Some(next) => at = next,
+                None => break,
+            }
+        }
+        info!(%inode, from, to, extents, "extents were put together to make room for a write");
+        Ok(())
+    }
+
+    /// Rewrites what is noted, as long as this node leads, for ever.
+    pub async fn run(self: Arc<Self>) {
+        let mut resting = HashMap::new();
+        loop {
+            tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
+            if !self.consensus.is_leader() {
+                resting.clear();
+                continue;
+            }
+            if let Err(reason) = self.round(&mut resting).await {
+                // A disk may be full, or another leads by now: the next round tries again.
+                debug!(reason, "rewriting of fragmented files waits");
+            }
+            self.end_session_if(|_| true).await;
+        }
+    }
+
+    /// One look at all files that are noted.
+    async fn round(&self, resting: &mut HashMap<InodeNumber, Instant>) -> Result<(), String> {
+        let mut after = None;
+        loop {
+            let noted = self
+                .look(move |view| view.fragmented(after, FILES_PER_ROUND_MAX))
+                .await?;
+            let Some(last) = noted.last() else { return Ok(()) };
+            after = Some(*last);
+            let now = Instant::now();
+            resting.retain(|_, until| *until > now);
+            if resting.len() > RESTING_FILES_MAX {
+                resting.clear();
+            }
+            for inode in noted {
+                if resting.contains_key(&inode) {
+                    continue;
+                }
+                if !self.consensus.is_leader() {
+                    return Ok(());
+                }
+                let began = Instant::now();
+                if let Err(reason) = self.look_over(inode).await {
+                    // What one file lacks is no reason to leave the others in pieces.
+                    debug!(%inode, reason, "a fragmented file waits");
+                }
+                let rest = (began.elapsed() * REST_PER_LOOK).clamp(
+                    Duration::from_millis(REST_MS_MIN),
+                    Duration::from_millis(REST_MS_MAX),
+                );
+                resting.insert(inode, Instant::now() + rest);
+            }
+        }
+    }
+
+    /// Rewrites what is worth it of one file; if nothing is, its note is taken away.
+    async fn look_over(&self, inode: InodeNumber) -> Result<(), String> {
+        let (mut at, mut through_version) = (0, None);
+        let (mut rewritten, mut turn_bytes) = (0, 0);
+        loop {
+            let began = Instant::now();
+            let Some(found) = self.runs(inode, at, u64::MAX, RunTerms::Worthwhile).await? else {
+                // It is gone: so is whatever may be noted of it.
+                return self.settle(inode, u64::MAX).await;
+            };
+            let pause = began.elapsed() * PAUSE_PER_PAGE;
+            if found.has_cuts {
+                return Ok(());
+            }
+            // What was noted later than the first look is not covered by all of them.
+            let through = *through_version.get_or_insert(found.content_version);
+            for run in &found.runs {
+                let bytes = run.to() - run.from() + COMMAND_COST_BYTES;
+                turn_bytes += bytes;
+                let wait = self.pace.lock().take(Instant::now(), bytes);
+                tokio::time::sleep(wait).await;
+                self.end_session_if(OwnSession::is_due).await;
+                if self.rewrite(inode, run).await? == Rewritten::Done {
+                    rewritten += run.pieces.len();
+                }
+            }
+            match found.goes_on_at {
+                Some(_) if turn_bytes >= TURN_BYTES_MAX => return Ok(()),
+                Some(next) => at = next,
+                None if rewritten > 0 || !found.runs.is_empty() => {
+                    debug!(%inode, extents = rewritten, "small extents were put together");
+                    return Ok(());
+                }
+                None => return self.settle(inode, through).await,
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn settle(&self, inode: InodeNumber, through_version: u64) -> Result<(), String> {
+        let settle = LogBody::Settle {
+            inode,
+            through_version,
+        };
+        let settled = self.writer.housekeep(settle).await;
+        settled.map(|_| ()).map_err(|error| error.to_string())
+    }
+
+    /// Reads a run, stores it as one chunk, and has the extents replaced.
+    async fn rewrite(&self, inode: InodeNumber, run: &Run) -> Result<Rewritten, String> {
+        let Some(payload) = self.read(run).await? else {
+            return Ok(Rewritten::Overtaken);
+        };
+        let session = self.own_session().await?;
+        self.sessions.in_use(session.id);
+        let id = ChunkId {
+            session: session.id,
+            counter: session.next_counter.fetch_add(1, Ordering::Relaxed),
+        };
+        let made = tokio::task::spawn_blocking(move || {
+            let sha256 = Sha256::of(&payload);
+            StoredChunk::computed(id, sha256, payload)
+        });
+        let stored = made.await.map_err(|panic| panic.to_string())?;
+        let chunk = NewChunk {
+            id,
+            length: stored.payload.len() as u32,
+            sha256: stored.sha256,
+            body: ChunkBody::Stored,
+        };
+        self.writer
+            .put_chunk(stored)
+            .await
+            .map_err(|error| error.to_string())?;
+        let body = LogBody::Rewrite {
+            inode,
+            from: run.from(),
+            extents: run.pieces.len() as u32,
+            digest: run.digest,
+            chunk,
+        };
+        match self.writer.name_chunk(body, id).await {
+            Ok(CallResult::Done) => Ok(Rewritten::Done),
+            Ok(CallResult::Outcome(Err(FsError::Stale))) => Ok(Rewritten::Overtaken),
+            Ok(other) => {
+                self.forget_session().await;
+                Err(format!("a rewrite was answered: {other}"))
+            }
+            Err(error) => {
+                self.forget_session().await;
+                Err(error.to_string())
+            }
+        }
+    }
+
+    /// The bytes of a run, holes as zeros; `None` where a chunk is gone because the file has changed.
+    async fn read(&self, run: &Run) -> Result<Option<bytes::Bytes>, String> {
+        let read = |stretch: Stretch| async move {
+            let chunk = stretch.chunk();
+            let (offset, length) = (stretch.offset, stretch.end - stretch.offset);
+            let range = self.reader.chunk(chunk, offset, length).await;
+            let range = range.map_err(|error| (chunk, error.to_string()))?;
+            let parts = stretch.pieces.into_iter().map(|piece| {
+                let bytes = range.exactly(piece.chunk_offset, piece.length);
+                bytes.map(|bytes| (piece, bytes))
+            });
+            let parts: Option<Vec<(Piece, bytes::Bytes)>> = parts.collect();
+            parts.ok_or_else(|| (chunk, "its copy is too short".to_string()))
+        };
+        let parts = futures::stream::iter(stretches(&run.pieces))
+            .map(read)
+            .buffered(READS_AT_ONCE_MAX)
+            .try_collect::<Vec<_>>()
+            .await;
+        let parts = match parts {
+            Ok(parts) => parts,
+            Err((chunk, reason)) => {
+                let named = self.look(move |view| view.chunk(chunk)).await?;
+                return match named {
+                    None => Ok(None),
+                    Some(_) => Err(format!("chunk {chunk} cannot be read: {reason}")),
+                };
+            }
+        };
+        let mut bytes = BytesMut::zeroed((run.to() - run.from()) as usize);
+        for (piece, part) in parts.into_iter().flatten() {
+            let at = (piece.file_offset - run.from()) as usize;
+            bytes[at..at + part.len()].copy_from_slice(&part);
+        }
+        Ok(Some(bytes.freeze()))
+    }
+
+    async fn runs(
+        &self,
+        inode: InodeNumber,
+        from: u64,
+        to: u64,
+        terms: RunTerms,
+    ) -> Result<Option<Runs>, String> {
+        self.look(move |view| match view.runs(inode, from, to, terms) {
+            Ok(found) => Ok(Some(found)),
+            Err(Failure::Verdict(_)) => Ok(None),
+            Err(fault) => Err(fault),
+        })
+        .await
+    }
+
+    /// Looks at the metadata, off the runtime's threads.
+    async fn look<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&View) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, String> {
+        let metadata = self.metadata.clone();
+        let looked = tokio::task::spawn_blocking(move || look(&metadata.view()?)).await;
+        match looked {
+            Ok(found) => found.map_err(|fault| fault.to_string()),
+            Err(panic) => Err(panic.to_string()),
+        }
+    }
+
+    /// The session in which chunks are made now.
+    async fn own_session(&self) -> Result<Arc<OwnSession>, String> {
+        let mut own = self.session.lock().await;
+        let term = self.consensus.term();
+        if let Some(session) = own.as_ref().filter(|session| session.term == term) {
+            return Ok(Arc::clone(session));
+        }
+        let session = OwnSession {
+            id: SessionId(rand::random()),
+            term,
+            opened: Instant::now(),
+            next_counter: AtomicU64::new(0),
+        };
+        let open = LogBody::OpenContentSession {
+            session: session.id,
+            description: DESCRIPTION.to_string(),
+            key: SessionKey {
+                secret: Sha256(rand::random()),
+                certificate: None,
+            },
+        };
+        match self.writer.housekeep(open).await {
+            Ok(CallResult::Done) => Ok(Arc::clone(own.insert(Arc::new(session)))),
+            Ok(other) => Err(format!("opening a session was answered: {other}")),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// Ends the session if nobody uses it and it `should_end`. Its chunks that were named stay; none are unnamed.
+    async fn end_session_if(&self, should_end: impl FnOnce(&OwnSession) -> bool) {
+        let mut own = self.session.lock().await;
+        let ends = own
+            .as_ref()
+            .is_some_and(|session| Arc::strong_count(session) == 1 && should_end(session));
+        let Some(session) = own.take_if(|_| ends) else {
+            return;
+        };
+        drop(own);
+        for body in [
+            LogBody::EndSession { session: session.id },
+            LogBody::ForgetSession { session: session.id },
+        ] {
+            // What is not decided now, the next leader decides when nothing was heard of the session.
+            if let Err(error) = self.writer.housekeep(body).await {
+                debug!(%error, "a session of this node's own could not be ended");
+            }
+        }
+    }
+
+    /// Nobody knows what became of its last command: it lapses.
+    async fn forget_session(&self) {
+        *self.session.lock().await = None;
+    }
+}
+
+/// Pieces that lie close together in one chunk: they are read at once.
+struct Stretch {
+    /// In the chunk.
+    offset: u32,
+    end: u32,
+    /// At least one.
+    pieces: Vec<Piece>,
+}
+
+impl Stretch {
+    fn chunk(&self) -> ChunkId {
+        self.pieces[0].chunk
+    }
+}
+
+fn stretches(pieces: &[Piece]) -> Vec<Stretch> {
+    let mut stretches: Vec<Stretch> = Vec::new();
+    for piece in pieces {
+        let end = piece.chunk_offset + piece.length;
+        match stretches.last_mut() {
+            Some(last)
+                if last.chunk() == piece.chunk
+                    && (last.end..=last.end.saturating_add(BLOCK_BYTES)).contains(&piece.chunk_offset) =>
+            {
+                last.end = end;
+                last.pieces.push(*piece);
+            }
+            _ => stretches.push(Stretch {
+                offset: piece.chunk_offset,
+                end,
+                pieces: vec![*piece],
+            }),
+        }
+    }
+    stretches
+}
+
+/// Whether a mutation may have to replace extents.
+fn may_be_crowded(mutation: &Mutation) -> bool {
+    mutation
+        .command
+        .operations
+        .iter()
+        .any(|operation| match operation {
+            Operation::SetAttributes { changes, .. } => changes.size.is_some(),
+            operation => !operation.pieces().is_empty(),
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_in_one_chunk_are_read_at_once_and_others_by_themselves() {
+        let piece = |file_offset, counter, chunk_offset, length| Piece {
+            file_offset,
+            length,
+            chunk: ChunkId {
+                session: SessionId(1),
+                counter,
+            },
+            chunk_offset,
+        };
+        let pieces = [
+            piece(0, 1, 0, 10),
+            piece(10, 1, 10, 5),
+            piece(15, 1, 20, 5),
+            piece(20, 2, 25, 5),
+            piece(25, 1, 25, 5),
+            piece(30, 1, 1 << 19, 5),
+            piece(35, 1, 0, 5),
+        ];
+        let read: Vec<(u32, u32, usize)> = stretches(&pieces)
+            .into_iter()
+            .map(|stretch| (stretch.offset, stretch.end, stretch.pieces.len()))
+            .collect();
+        let far = 1 << 19;
+        assert_eq!(
+            read,
+            [(0, 25, 3), (25, 30, 1), (25, 30, 1), (far, far + 5, 1), (0, 5, 1)]
+        );
+    }
+}

@@ -1,0 +1,491 @@
+//! THE write path: content to f + 1 voters, then the command to the log.
+//!
+//! 1. [`Writer::put_chunk`] copies a chunk to all nodes that should hold it at once, this one among them or not. It
+//!    answers when a majority of every active configuration has it on disk, and remembers who does. Where a node
+//!    that should hold it fails or is slow, another takes a copy in its stead.
+//! 2. [`Writer::mutate`] takes a command that names such chunks. It proposes it only if this node, in its present
+//!    term, knows a quorum of holders for each (P2); where it does not (it has just become leader), it asks the peers,
+//!    and what they do not vouch for the client puts again. That they are a quorum of the voters is looked at once more
+//!    when the command is admitted.
+//!
+//! Every verdict comes out of the log, ENOSPC too: a command that cannot be taken for want of room is proposed as its
+//! refusal, so that a retry of one that was taken hears what it did (P4).
+
+mod holders;
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use quorumfs_measure::Ending;
+use quorumfs_proto::call::{Mutation, SessionState};
+use quorumfs_proto::limits::SESSION_DESCRIPTION_BYTES_MAX;
+use quorumfs_proto::{CallReply, ChunkBody, ChunkId, FsError, Member, NodeId, Refusal, SessionId, Timestamp};
+use tokio::sync::mpsc;
+use tracing::{debug, warn};
+
+use self::holders::Holders;
+use crate::consensus::{Consensus, ProposeError};
+use crate::observe::clock::StampClock;
+use crate::observe::metrics::Metrics;
+use crate::observe::metrics::replication::{CopyPlace, Journey};
+use crate::replication::placement::Placement;
+use crate::replication::space::SpaceMonitor;
+use crate::replication::{PeerChunks, PushError};
+use quorumfs_content::{ContentError, ContentStore, StoredChunk};
+use quorumfs_metadata::{CallResult, Crowded, LogBody, LogCommand, SessionKey};
+
+/// How long a chunk may take to reach a quorum before the client is told to put it again.
+const QUORUM_TIMEOUT_MS: u64 = 10_000;
+/// With no quorum after so long, all nodes that are left take a copy.
+const STAND_IN_AFTER_MS: u64 = 500;
+/// For how long a node that failed or was slow is not counted on, where others can take its copies.
+const SUSPECT_MS: u64 = 5_000;
+/// From this feature level on sessions have keys.
+const SESSION_KEY_LEVEL: u32 = 3;
+
+/// The path every change takes on the leader.
+pub struct Writer {
+    consensus: Consensus,
+    content: Arc<ContentStore>,
+    peers: Arc<PeerChunks>,
+    placement: Arc<Placement>,
+    space: Arc<SpaceMonitor>,
+    stamps: Arc<StampClock>,
+    metrics: Arc<Metrics>,
+    holders: Mutex<Holders>,
+    /// Nodes that did not take a copy in time, and when.
+    suspects: Mutex<HashMap<NodeId, Instant>>,
+}
+
+/// Why a chunk is not on a quorum.
+#[derive(Debug, thiserror::Error)]
+pub enum PutError {
+    /// This node does not lead.
+    #[error("this node does not lead")]
+    NotLeader(Option<Member>),
+    /// Fewer than f + 1 voters have room.
+    #[error("no space left on a quorum of nodes")]
+    NoSpace,
+    /// Too few voters stored it in time.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+impl Writer {
+    /// Joins the parts.
+    pub fn new(
+        consensus: Consensus,
+        content: Arc<ContentStore>,
+        peers: Arc<PeerChunks>,
+        placement: Arc<Placement>,
+        space: Arc<SpaceMonitor>,
+        stamps: Arc<StampClock>,
+        metrics: Arc<Metrics>,
+    ) -> Arc<Writer> {
+        Arc::new(Writer {
+            consensus,
+            content,
+            peers,
+            placement,
+            space,
+            stamps,
+            metrics,
+            holders: Mutex::new(Holders::default()),
+            suspects: Mutex::default(),
+        })
+    }
+
+    /// Stores a chunk whose blocks match their checksums; it is durable on f + 1 voters when this returns. The remaining copies go on being made.
+    pub async fn put_chunk(&self, chunk: StoredChunk) -> Result<(), PutError> {
+        if !self.consensus.is_leader() {
+            return Err(PutError::NotLeader(self.consensus.leader()));
+        }
+        if !self.space.quorum_has_room() {
+            return Err(PutError::NoSpace);
+        }
+        let id = chunk.id;
+        let term = self.consensus.term();
+        let (places, stand_ins) = self.who_takes(id);
+        let journey = self
+            .metrics
+            .replication
+            .begin(chunk.payload.len() as u64, places.len());
+        let enough = self.copy_to_quorum(chunk, places, stand_ins, &journey);
+        let holders = tokio::time::timeout(Duration::from_millis(QUORUM_TIMEOUT_MS), enough)
+            .await
+            .unwrap_or_else(|_| {
+                Err(PutError::Unavailable(format!(
+                    "no quorum stored it in {QUORUM_TIMEOUT_MS} ms"
+                )))
+            });
+        journey.answered(Ending::of(&holders));
+        self.holders.lock().remember(id, term, holders?);
+        Ok(())
+    }
+
+    /// The nodes that should hold a new chunk, and those that can stand in for them, best first.
+    fn who_takes(&self, id: ChunkId) -> (Vec<Member>, VecDeque<Member>) {
+        let members = self.consensus.members();
+        let picture = self.placement.picture();
+        let Some(layout) = picture.newest().filter(|_| !picture.is_everywhere()) else {
+            return (members, VecDeque::new());
+        };
+        let mut expected = picture.places(id);
+        let suspects = {
+            let mut suspects = self.suspects.lock();
+            suspects.retain(|_, since| since.elapsed() < Duration::from_millis(SUSPECT_MS));
+            suspects.clone()
+        };
+        let (sound, suspected): (Vec<NodeId>, Vec<NodeId>) = layout
+            .ranked(id)
+            .into_iter()
+            .partition(|node| !suspects.contains_key(node));
+        // Recovery gives a node that was passed over its copy when it is back.
+        expected.retain(|node| !suspects.contains_key(node));
+        expected.extend(sound.iter().take(layout.copies()));
+        let stand_ins = sound
+            .into_iter()
+            .chain(suspected)
+            .filter(|node| !expected.contains(node));
+        let member = |node: NodeId| members.iter().find(|member| member.id == node).cloned();
+        let stand_ins = stand_ins.filter_map(member).collect();
+        (expected.into_iter().filter_map(member).collect(), stand_ins)
+    }
+
+    /// Copies the chunk to `places`, and to `stand_ins` as far as it must; answers who has it, when they are a quorum.
+    /// The copies still being made then go on without anyone waiting; recovery makes what fails.
+    async fn copy_to_quorum(
+        &self,
+        chunk: StoredChunk,
+        places: Vec<Member>,
+        mut stand_ins: VecDeque<Member>,
+        journey: &Arc<Journey>,
+    ) -> Result<BTreeSet<NodeId>, PutError> {
+        let voter_sets = self.consensus.voter_sets();
+        // Room for every answer: no copy ever waits for who listens.
+        let (tell, mut copies) = mpsc::channel((places.len() + stand_ins.len()).max(1));
+        let mut open = BTreeSet::new();
+        let copy_to = |member: Member, open: &mut BTreeSet<NodeId>| {
+            open.insert(member.id);
+            self.make_copy(chunk.clone(), member, journey, tell.clone());
+        };
+        places.into_iter().for_each(|member| copy_to(member, &mut open));
+        let slow = tokio::time::sleep(Duration::from_millis(STAND_IN_AFTER_MS));
+        tokio::pin!(slow);
+        let mut holders = BTreeSet::new();
+        let mut refusals = Vec::new();
+        while !open.is_empty() {
+            let copied = tokio::select! {
+                copied = copies.recv() => copied,
+                () = &mut slow, if !stand_ins.is_empty() => {
+                    let now = Instant::now();
+                    self.suspects.lock().extend(open.iter().map(|node| (*node, now)));
+                    for member in stand_ins.drain(..) {
+                        journey.goes_on_to_another();
+                        copy_to(member, &mut open);
+                    }
+                    continue;
+                }
+            };
+            // `tell` is at hand, so the channel is never closed.
+            let Some((node, result)) = copied else { break };
+            open.remove(&node);
+            match result {
+                Ok(()) => {
+                    holders.insert(node);
+                    if voter_sets.is_quorum(|voter| holders.contains(voter)) {
+                        return Ok(holders);
+                    }
+                }
+                Err(refusal) => {
+                    refusals.push((node, refusal));
+                    if let Some(member) = stand_ins.pop_front() {
+                        self.suspects.lock().insert(node, Instant::now());
+                        journey.goes_on_to_another();
+                        copy_to(member, &mut open);
+                    }
+                }
+            }
+        }
+        Err(self.judge(&refusals))
+    }
+
+    /// Carries out a mutation once, however often it arrives. Where too much is in its way nothing was done, and it may be
+    /// tried again once there is room.
+    pub async fn mutate(&self, mutation: Mutation) -> Result<CallReply, Crowded> {
+        let session = mutation.request.session;
+        let within_bounds = mutation
+            .command
+            .validate(session)
+            .and_then(|()| mutation.command.validate_bytes());
+        if let Err(error) = within_bounds {
+            return Ok(CallReply::Refused(Refusal::Invalid {
+                reason: format!("the command is out of bounds: {error}"),
+            }));
+        }
+        let stored = stored_chunks(&mutation);
+        let refusal = LogBody::Refuse {
+            request: mutation.request,
+            verdict: FsError::NoSpace,
+        };
+        let result = if mutation.command.frees_space() || self.space.quorum_has_room() {
+            let unconfirmed = self.unconfirmed(&stored).await;
+            if !unconfirmed.is_empty() {
+                return Ok(CallReply::Refused(Refusal::PutAgain { chunks: unconfirmed }));
+            }
+            match self.decide(LogBody::Call(mutation), &stored).await {
+                Ok(CallResult::Crowded(place)) => return Err(place),
+                Err(ProposeError::Overtaken) => CallReply::Refused(Refusal::PutAgain {
+                    chunks: stored.clone(),
+                }),
+                // Leadership is being handed on to a node that has room.
+                Err(ProposeError::NoSpace) if self.space.quorum_has_room() => {
+                    CallReply::Refused(Refusal::Unavailable {
+                        reason: String::from(
+                            "the leader's disk is full and others have room: another is to lead",
+                        ),
+                    })
+                }
+                Err(ProposeError::NoSpace) => self.propose(refusal).await,
+                decided => reply_to(decided),
+            }
+        } else {
+            self.propose(refusal).await
+        };
+        if matches!(result, CallReply::Outcome(_)) {
+            self.holders.lock().forget(&stored);
+        }
+        Ok(result)
+    }
+
+    /// Has a command of the cluster's own decided that names `chunk`, which was put here.
+    pub async fn name_chunk(&self, body: LogBody, chunk: ChunkId) -> Result<CallResult, ProposeError> {
+        if !self.unconfirmed(&[chunk]).await.is_empty() {
+            return Err(ProposeError::Overtaken);
+        }
+        let decided = self.decide(body, &[chunk]).await;
+        self.holders.lock().forget(&[chunk]);
+        decided
+    }
+
+    /// Has a command of the cluster's own decided that names no content.
+    pub async fn housekeep(&self, body: LogBody) -> Result<CallResult, ProposeError> {
+        self.decide(body, &[]).await
+    }
+
+    /// What a change would be stamped with now, and no change so far was later; `None`: not known for certain.
+    pub fn time(&self) -> Option<Timestamp> {
+        self.stamps.told()
+    }
+
+    /// Makes a session known; `key` says how it proves itself.
+    pub async fn open_session(
+        &self,
+        session: SessionId,
+        mut description: String,
+        key: Option<SessionKey>,
+    ) -> CallReply {
+        // It is for people, and a full disk takes it too.
+        description.truncate(description.floor_char_boundary(SESSION_DESCRIPTION_BYTES_MAX));
+        let body = match key.filter(|_| self.placement.feature_level() >= SESSION_KEY_LEVEL) {
+            Some(key) => LogBody::OpenSessionWithKey {
+                session,
+                description,
+                key,
+            },
+            None => LogBody::OpenSession { session, description },
+        };
+        self.propose(body).await
+    }
+
+    /// Has each chunk kept on so many nodes, where there are so many.
+    pub async fn set_replicas(&self, replicas: u8) -> CallReply {
+        // Below, it would be without effect.
+        const FEATURE_LEVEL_MIN: u32 = 2;
+        if self.placement.feature_level() < FEATURE_LEVEL_MIN {
+            return CallReply::Refused(Refusal::Unavailable {
+                reason: "not all members are known to place content yet".to_string(),
+            });
+        }
+        self.propose(LogBody::SetReplicas { replicas }).await
+    }
+
+    /// Ends a session.
+    pub async fn end_session(&self, session: SessionId) -> CallReply {
+        self.propose(LogBody::EndSession { session }).await
+    }
+
+    async fn propose(&self, body: LogBody) -> CallReply {
+        reply_to(self.decide(body, &[]).await)
+    }
+
+    /// `stored`: the chunks that the command names and must find on a quorum at the moment it is proposed.
+    async fn decide(&self, body: LogBody, stored: &[ChunkId]) -> Result<CallResult, ProposeError> {
+        let stamp = self.stamps.stamp().await;
+        let inline_bytes = match &body {
+            LogBody::Call(mutation) => mutation.command.inline_bytes() as u64,
+            _ => 0,
+        };
+        let began = Instant::now();
+        let command = LogCommand { stamp, body };
+        // Whoever confirmed them may have been replaced while the command waited to be admitted.
+        let still_held = || stored.is_empty() || self.not_on_quorum(stored).is_empty();
+        let decided = self.consensus.propose_if(command, still_held).await;
+        let ending = Ending::of(&decided);
+        self.metrics.commits.record(ending, 0, began.elapsed());
+        if inline_bytes > 0 && ending == Ending::Done {
+            let counted = &self.metrics.replication.inline_bytes;
+            counted.fetch_add(inline_bytes, Ordering::Relaxed);
+        }
+        decided
+    }
+
+    /// Begins to copy the chunk to `member`; tells when it is done.
+    fn make_copy(
+        &self,
+        chunk: StoredChunk,
+        member: Member,
+        journey: &Arc<Journey>,
+        tell: mpsc::Sender<(NodeId, Result<(), CopyError>)>,
+    ) {
+        let journey = Arc::clone(journey);
+        if member.id == self.consensus.id() {
+            let content = self.content.clone();
+            tokio::spawn(async move {
+                let result = content.put(chunk).await.map_err(CopyError::Own);
+                journey.copied(CopyPlace::Own, Ending::of(&result));
+                let _ = tell.send((member.id, result)).await;
+            });
+        } else {
+            let peers = self.peers.clone();
+            tokio::spawn(async move {
+                let result = peers.push(&member, &chunk).await.map_err(CopyError::Peer);
+                journey.copied(CopyPlace::Peer, Ending::of(&result));
+                let _ = tell.send((member.id, result)).await;
+            });
+        }
+    }
+
+    /// What the client is told when too few copies were made.
+    fn judge(&self, refusals: &[(NodeId, CopyError)]) -> PutError {
+        for (node, refusal) in refusals {
+            if refusal.is_full() {
+                self.space.disk_refused(*node);
+            }
+        }
+        if !self.space.quorum_has_room() {
+            return PutError::NoSpace;
+        }
+        let reasons: Vec<String> = refusals
+            .iter()
+            .map(|(node, refusal)| format!("node {}: {refusal}", node.slot))
+            .collect();
+        warn!(reasons = reasons.join("; "), "a chunk did not reach a quorum");
+        PutError::Unavailable(reasons.join("; "))
+    }
+
+    /// Which of these chunks are not known to be on a quorum; asks the peers about what this node does not know itself.
+    async fn unconfirmed(&self, stored: &[ChunkId]) -> Vec<ChunkId> {
+        if stored.is_empty() {
+            return Vec::new();
+        }
+        let term = self.consensus.term();
+        let unknown = self.not_on_quorum(stored);
+        if unknown.is_empty() {
+            return unknown;
+        }
+        debug!(
+            chunks = unknown.len(),
+            "asking the peers who holds chunks put in another term"
+        );
+        let own = self.consensus.id();
+        let mut holders: HashMap<ChunkId, BTreeSet<NodeId>> = HashMap::new();
+        for id in &unknown {
+            let here = self.content.holds(*id).then_some(own);
+            holders.insert(*id, here.into_iter().collect());
+        }
+        let others: Vec<Member> = self
+            .consensus
+            .members()
+            .into_iter()
+            .filter(|member| member.id != own)
+            .collect();
+        let asked = others.iter().map(|member| self.peers.held(member, &unknown));
+        for (member, answer) in others.iter().zip(futures::future::join_all(asked).await) {
+            let Ok(held) = answer else { continue };
+            for (id, _) in unknown.iter().zip(held).filter(|(_, held)| *held) {
+                holders.entry(*id).or_default().insert(member.id);
+            }
+        }
+        {
+            let mut known = self.holders.lock();
+            for (id, nodes) in holders {
+                known.remember(id, term, nodes);
+            }
+        }
+        self.not_on_quorum(&unknown)
+    }
+
+    /// Which of these chunks are not known to be on a quorum of the configurations that are active now.
+    fn not_on_quorum(&self, stored: &[ChunkId]) -> Vec<ChunkId> {
+        let (term, voter_sets) = (self.consensus.term(), self.consensus.voter_sets());
+        let known = self.holders.lock();
+        known.not_on_quorum(stored, term, &voter_sets, Instant::now())
+    }
+}
+
+/// What a client is told of a decision, or of why there is none.
+fn reply_to(decided: Result<CallResult, ProposeError>) -> CallReply {
+    match decided {
+        Ok(CallResult::Outcome(outcome)) => CallReply::Outcome(outcome),
+        Ok(CallResult::Done) => CallReply::Session(SessionState::default()),
+        Ok(CallResult::UnknownSession) => CallReply::Refused(Refusal::UnknownSession),
+        Ok(CallResult::WrongKey) => CallReply::Refused(Refusal::Invalid {
+            reason: String::from("a session of this number was opened by another client"),
+        }),
+        Ok(CallResult::StaleSequence) => CallReply::Refused(Refusal::StaleSequence),
+        Ok(CallResult::Crowded(place)) => CallReply::Refused(Refusal::Unavailable {
+            reason: format!(
+                "inode {} has too many extents to be written over at once",
+                place.inode
+            ),
+        }),
+        Ok(CallResult::NeverDecided) => CallReply::Refused(Refusal::NeverDecided),
+        Err(ProposeError::NotLeader { leader }) => CallReply::Refused(Refusal::NotLeader {
+            leader: leader.map(|member| member.addresses.grpc),
+        }),
+        Err(error) => CallReply::Refused(Refusal::Unavailable {
+            reason: error.to_string(),
+        }),
+    }
+}
+
+/// Why one copy was not made.
+#[derive(Debug, thiserror::Error)]
+enum CopyError {
+    #[error("{0}")]
+    Own(ContentError),
+    #[error("{0}")]
+    Peer(PushError),
+}
+
+impl CopyError {
+    fn is_full(&self) -> bool {
+        matches!(
+            self,
+            CopyError::Own(ContentError::NoSpace) | CopyError::Peer(PushError::NoSpace { .. })
+        )
+    }
+}
+
+fn stored_chunks(mutation: &Mutation) -> Vec<ChunkId> {
+    let stored = mutation
+        .command
+        .chunks
+        .iter()
+        .filter(|chunk| matches!(chunk.body, ChunkBody::Stored));
+    stored.map(|chunk| chunk.id).collect()
+}

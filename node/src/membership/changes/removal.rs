@@ -1,0 +1,316 @@
+//! Taking members out: a standing aim of the leader.
+//!
+//! 1. [`Roster::remove`] says whom, and waits a while.
+//! 2. [`Roster::run_removals`] asks those that remain, again and again, whether they hold all that will be theirs, which
+//!    makes them fetch it; when enough do it changes the voters.
+//! 3. What was decided between that look and the change may lie on one of those that remain, and they fetch it from each
+//!    other. Whoever still waits is told when that is done too.
+//!
+//! Invariants: one removal is pursued at a time, a newer one takes its place. It is in memory only and ends with the
+//! leadership, so that nobody is removed long after it was last asked for; where it is asked for again it goes on with
+//! what has been fetched ([`Placement::intend`](crate::replication::placement::Placement::intend)).
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use quorumfs_proto::{Member, NodeId};
+use tokio::sync::watch;
+use tracing::{debug, info, warn};
+
+use super::{LOOK_INTERVAL_MS, Roster, RosterError, slots_of};
+
+/// How long who asked for a removal waits for it.
+const REMOVAL_WAIT_MS: u64 = 30_000;
+/// How often those that remain are asked while nobody waits: they look through all that they should hold. Much more often
+/// than they forget what they are to prepare for.
+const UNWATCHED_LOOK_INTERVAL_MS: u64 = 10_000;
+
+/// What is said of slots that have no member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gone {
+    /// That there is none.
+    Refuse,
+    /// Nothing: the removal has been asked for before, and may have taken place.
+    PassOver,
+}
+
+/// How a removal stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Removal {
+    /// They are out, and those that remain hold everything.
+    Done,
+    /// They are out; why those that remain do not hold everything yet.
+    Out(String),
+    /// Why they are not out yet. The leader goes on.
+    Pending(String),
+}
+
+/// The removal that is pursued.
+#[derive(Clone)]
+pub(super) struct Aim {
+    leaving: BTreeSet<NodeId>,
+    /// Whether it has changed who votes already.
+    voters_changed: bool,
+    looked: Option<Instant>,
+    stage: watch::Sender<Stage>,
+}
+
+#[derive(Clone, Debug)]
+enum Stage {
+    Pending(String),
+    Out { voters_changed: bool },
+    Ended(RosterError),
+}
+
+impl Roster {
+    /// Takes the members in `slots` out. When it answers [`Removal::Done`] or [`Removal::Out`] they may be stopped.
+    pub async fn remove(&self, slots: &BTreeSet<u16>, gone: Gone) -> Result<Removal, RosterError> {
+        self.must_lead()?;
+        let deadline = tokio::time::Instant::now() + Duration::from_millis(REMOVAL_WAIT_MS);
+        let members = self.consensus.members();
+        let known = |slot: &u16| members.iter().any(|member| member.id.slot == *slot);
+        if let Some(unknown) = slots.iter().find(|slot| !known(slot))
+            && gone == Gone::Refuse
+        {
+            return Err(RosterError::Refused(format!(
+                "there is no member in slot {unknown}: it has left, or never was one"
+            )));
+        }
+        let ids = members.iter().map(|member| member.id);
+        let leaving: BTreeSet<NodeId> = ids.filter(|id| slots.contains(&id.slot)).collect();
+        if leaving.is_empty() {
+            return Ok(self.settled(deadline).await);
+        }
+        // What cannot be must not take the place of what is pursued.
+        self.remaining_without(&leaving)?;
+        let mut stage = self.aim_at(leaving);
+        let ended = tokio::time::timeout_at(
+            deadline,
+            stage.wait_for(|stage| !matches!(stage, Stage::Pending(_))),
+        );
+        if ended.await.is_ok_and(|told| told.is_err()) {
+            return Err(RosterError::Refused(
+                "another removal was asked for in the place of this one".to_string(),
+            ));
+        }
+        let stage = stage.borrow().clone();
+        match stage {
+            Stage::Out {
+                voters_changed: false,
+            } => Ok(Removal::Done),
+            Stage::Out { voters_changed: true } => Ok(self.settled(deadline).await),
+            Stage::Pending(reason) => Ok(Removal::Pending(reason)),
+            Stage::Ended(error) => Err(error),
+        }
+    }
+
+    /// Why the removal that this node pursues, if it does, is not done yet.
+    pub fn pending_removal(&self) -> Option<String> {
+        let aim = self.removal.lock();
+        let stage = aim.as_ref()?.stage.borrow().clone();
+        match stage {
+            Stage::Pending(reason) => Some(reason),
+            Stage::Out { .. } | Stage::Ended(_) => None,
+        }
+    }
+
+    /// Takes members out as it was asked for, for ever, as long as this node leads.
+    pub(super) async fn run_removals(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
+            if !self.consensus.is_leader() {
+                self.end_removal(&RosterError::NotLeader(self.consensus.leader()));
+                continue;
+            }
+            let aim = self.removal.lock().clone();
+            let Some(aim) = aim.filter(Aim::is_due) else {
+                continue;
+            };
+            let stage = match self.take_out(&aim).await {
+                Ok(voters_changed) => {
+                    info!(slots = ?slots_of(&aim.leaving), "nodes have left the cluster");
+                    Stage::Out { voters_changed }
+                }
+                Err(RosterError::Unavailable(reason) | RosterError::NobodyThere(reason)) => {
+                    debug!(reason, "nodes cannot leave the cluster yet");
+                    Stage::Pending(format!("slots {:?}: {reason}", slots_of(&aim.leaving)))
+                }
+                Err(error) => {
+                    if let RosterError::Refused(reason) = &error {
+                        warn!(reason, "nodes do not leave the cluster as was asked");
+                    }
+                    Stage::Ended(error)
+                }
+            };
+            self.reached(&aim, stage);
+        }
+    }
+
+    /// The removal is given up for this reason.
+    pub(super) fn end_removal(&self, reason: &RosterError) {
+        if let Some(aim) = self.removal.lock().take() {
+            aim.stage.send_replace(Stage::Ended(reason.clone()));
+        }
+    }
+
+    /// Whether the member in `slot` is to leave.
+    pub(super) fn is_leaving(&self, slot: u16) -> bool {
+        let aim = self.removal.lock();
+        aim.as_ref()
+            .is_some_and(|aim| aim.leaving.iter().any(|id| id.slot == slot))
+    }
+
+    /// Pursues the removal of `leaving`, if it does not yet.
+    fn aim_at(&self, leaving: BTreeSet<NodeId>) -> watch::Receiver<Stage> {
+        let mut removal = self.removal.lock();
+        if let Some(aim) = removal.as_mut().filter(|aim| aim.leaving == leaving) {
+            // Who asks again need not wait for its turn.
+            aim.looked = None;
+            return aim.stage.subscribe();
+        }
+        info!(slots = ?slots_of(&leaving), "nodes are to leave the cluster");
+        let (stage, told) = watch::channel(Stage::Pending("it has just been asked for".to_string()));
+        *removal = Some(Aim {
+            leaving,
+            voters_changed: false,
+            looked: None,
+            stage,
+        });
+        told
+    }
+
+    /// `aim` has come so far, if it is pursued still.
+    fn reached(&self, aim: &Aim, stage: Stage) {
+        let mut removal = self.removal.lock();
+        let Some(pursued) = removal.as_mut().filter(|pursued| pursued.leaving == aim.leaving) else {
+            return;
+        };
+        pursued.looked = Some(Instant::now());
+        let goes_on = matches!(stage, Stage::Pending(_));
+        pursued.stage.send_replace(stage);
+        if !goes_on {
+            *removal = None;
+        }
+    }
+
+    /// Who votes without `leaving`; `None` if none of these votes.
+    fn remaining_without(&self, leaving: &BTreeSet<NodeId>) -> Result<Option<BTreeSet<NodeId>>, RosterError> {
+        // A change that another leader began and did not end counts too: it has to be ended.
+        let sets = self.consensus.voter_sets();
+        if !leaving.iter().any(|node| sets.contains(node)) {
+            return Ok(None);
+        }
+        let mut remaining = self.consensus.voters();
+        remaining.retain(|voter| !leaving.contains(voter));
+        match remaining.len() % 2 {
+            1 => Ok(Some(remaining)),
+            _ => Err(RosterError::Refused(format!(
+                "that would leave {} voters; remove so many that 1, 3, 5 or 7 remain",
+                remaining.len()
+            ))),
+        }
+    }
+
+    /// Takes them out, if those that remain hold what they should then; answers whether that changed who votes.
+    async fn take_out(&self, aim: &Aim) -> Result<bool, RosterError> {
+        let leaving = &aim.leaving;
+        let members = self.consensus.members();
+        let voters = self.consensus.voters();
+        let mut voters_changed = aim.voters_changed;
+        if let Some(remaining) = self.remaining_without(leaving)? {
+            if leaving.contains(&self.consensus.id()) {
+                return Err(self.hand_on(&remaining).await);
+            }
+            self.must_be_whole(&members, &remaining).await?;
+            // Whoever prepares for a change lets nothing go, so what was seen holds still when the turn has come.
+            let _turn = self.changing.lock().await;
+            if self.consensus.voters() != voters {
+                return Err(RosterError::Unavailable("the voters have changed".to_string()));
+            }
+            self.consensus.change_voters(remaining).await?;
+            voters_changed = true;
+            if let Some(pursued) = self.removal.lock().as_mut() {
+                pursued.voters_changed |= pursued.leaving == *leaving;
+            }
+        }
+        let _turn = self.changing.lock().await;
+        let voters = self.consensus.voters();
+        let ids = self.consensus.members().into_iter().map(|member| member.id);
+        let learners: BTreeSet<NodeId> = ids
+            .filter(|id| leaving.contains(id) && !voters.contains(id))
+            .collect();
+        if !learners.is_empty() {
+            self.consensus.remove_learners(learners).await?;
+        }
+        Ok(voters_changed)
+    }
+
+    /// A leader that is to leave lets another do it.
+    async fn hand_on(&self, remaining: &BTreeSet<NodeId>) -> RosterError {
+        if remaining.is_empty() {
+            return RosterError::Refused("the last voter cannot be removed".to_string());
+        }
+        let mut nearest: Vec<NodeId> = remaining.iter().copied().collect();
+        nearest.sort_by_key(|id| self.consensus.lag_of(*id).unwrap_or(u64::MAX));
+        match self.consensus.hand_on(nearest).await {
+            Ok(_) => RosterError::Unavailable("the leader is among them and hands leadership on".to_string()),
+            Err(error) => RosterError::Unavailable(error.to_string()),
+        }
+    }
+
+    /// Whether so many of `voters` hold what they should that f + 1 have each chunk; who does not, fetches it.
+    async fn must_be_whole(&self, members: &[Member], voters: &BTreeSet<NodeId>) -> Result<(), RosterError> {
+        let lacking = self.lacking(members, voters).await;
+        let needed = self.holders_needed(voters);
+        let whole = voters.len() - lacking.len();
+        if whole >= needed {
+            return Ok(());
+        }
+        let lacking: Vec<String> = lacking
+            .into_iter()
+            .map(|(id, lacks)| match lacks {
+                Ok(missing) => format!("node {} lacks {missing} chunks at the least", id.slot),
+                Err(reason) => format!("node {} does not say what it holds: {reason}", id.slot),
+            })
+            .collect();
+        Err(RosterError::Unavailable(format!(
+            "of the nodes that remain {whole} hold all that they should, and {needed} must; {}",
+            lacking.join("; ")
+        )))
+    }
+
+    /// Waits until those that vote hold what they should, or until `deadline`; the removal has taken place.
+    async fn settled(&self, deadline: tokio::time::Instant) -> Removal {
+        let mut reason = "it is not known yet what those that remain hold".to_string();
+        let settle = async {
+            loop {
+                match self
+                    .must_be_whole(&self.consensus.members(), &self.consensus.voters())
+                    .await
+                {
+                    Ok(()) => return,
+                    Err(error) => reason = error.to_string(),
+                }
+                tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
+            }
+        };
+        match tokio::time::timeout_at(deadline, settle).await {
+            Ok(()) => Removal::Done,
+            Err(_) => Removal::Out(reason),
+        }
+    }
+}
+
+impl Aim {
+    fn is_due(&self) -> bool {
+        let watched = self.stage.receiver_count() > 0;
+        let pause_ms = if watched {
+            LOOK_INTERVAL_MS
+        } else {
+            UNWATCHED_LOOK_INTERVAL_MS
+        };
+        self.looked
+            .is_none_or(|looked| looked.elapsed() >= Duration::from_millis(pause_ms))
+    }
+}
