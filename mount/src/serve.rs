@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use nix::mount::MsFlags;
 use quorumfs_client::{Client, ClientOptions, ConnectError};
-use quorumfs_proto::{Answer, FileKind, FsError, InodeNumber, Name, Query};
+use quorumfs_proto::{FileKind, FsError, InodeNumber, Name, Query};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -306,14 +306,9 @@ async fn resolve_root(client: &Client, path: &[Name]) -> Result<InodeNumber, Ser
     if path.is_empty() {
         return Ok(InodeNumber::ROOT);
     }
-    let query = Query::Resolve {
-        from: InodeNumber::ROOT,
-        path: path.to_vec(),
-    };
-    let verdict = match client.query(query).await {
-        Ok(Answer::Attributes(attributes)) if attributes.kind == FileKind::Directory => Ok(attributes.inode),
-        Ok(Answer::Attributes(_)) => Err(FsError::NotDirectory),
-        Ok(_) => Err(FsError::Io),
+    let verdict = match client.ask(Query::resolve(InodeNumber::ROOT, path.to_vec())).await {
+        Ok(attributes) if attributes.kind == FileKind::Directory => Ok(attributes.inode),
+        Ok(_) => Err(FsError::NotDirectory),
         Err(error) => Err(error),
     };
     verdict.map_err(|error| ServeError::Subdirectory {

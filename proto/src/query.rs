@@ -88,29 +88,158 @@ pub enum Answer {
     /// Of the inode asked for.
     Attributes(Attributes),
     /// Entries of a directory.
-    Entries {
-        /// In the order of their cookies. Entries of equal cookies are never split between two answers.
-        entries: Vec<DirectoryEntry>,
-        /// Whether there are no more.
-        end: bool,
-    },
+    Entries(DirectoryPage),
     /// Where a symbolic link points.
     Target(SymlinkTarget),
     /// The value of an extended attribute.
     XattrValue(Bytes),
     /// The names of extended attributes.
     XattrNames(Vec<XattrName>),
-    /// The pieces of a file, by offset, not overlapping; what lies between is a hole.
-    Extents {
-        /// At the same moment.
-        attributes: Attributes,
-        /// By offset.
-        pieces: Vec<Piece>,
-        /// Up to where in the file `pieces` tell everything.
-        known_to: u64,
-    },
+    /// Where the bytes of a file are.
+    Extents(ExtentsPage),
     /// Space and counts.
     Space(Space),
+}
+
+/// Part of the entries of a directory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirectoryPage {
+    /// In the order of their cookies. Entries of equal cookies are never split between two pages.
+    pub entries: Vec<DirectoryEntry>,
+    /// Whether these are the last.
+    pub end: bool,
+}
+
+/// Part of the extents of a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExtentsPage {
+    /// Of the file, at the same moment.
+    pub attributes: Attributes,
+    /// By offset, not overlapping; what lies between them is a hole.
+    pub pieces: Vec<Piece>,
+    /// The offset up to which `pieces` are complete.
+    pub known_to: u64,
+}
+
+/// A query together with the type of its answer: `A`.
+#[derive(Clone, Debug)]
+pub struct TypedQuery<A> {
+    query: Query,
+    answer: fn(Answer) -> Result<A, Answer>,
+}
+
+impl<A> TypedQuery<A> {
+    /// The query as it is sent.
+    pub fn query(&self) -> &Query {
+        &self.query
+    }
+
+    /// The query as it is sent, and the function that takes its answer.
+    ///
+    /// # Errors
+    /// The function returns an answer to another query as it is.
+    pub fn into_parts(self) -> (Query, fn(Answer) -> Result<A, Answer>) {
+        (self.query, self.answer)
+    }
+}
+
+/// The function that takes an answer of one variant.
+macro_rules! take {
+    ($variant:ident) => {
+        |answer| match answer {
+            Answer::$variant(value) => Ok(value),
+            other => Err(other),
+        }
+    };
+}
+
+impl Query {
+    /// The attributes of what `name` names in `parent`.
+    pub fn lookup(parent: InodeNumber, name: Name) -> TypedQuery<Attributes> {
+        TypedQuery {
+            query: Query::Lookup { parent, name },
+            answer: take!(Attributes),
+        }
+    }
+
+    /// The attributes of `inode`.
+    pub fn attributes(inode: InodeNumber) -> TypedQuery<Attributes> {
+        TypedQuery {
+            query: Query::Attributes { inode },
+            answer: take!(Attributes),
+        }
+    }
+
+    /// The attributes of what lies at `path` from `from`. Symbolic links are not followed.
+    pub fn resolve(from: InodeNumber, path: Vec<Name>) -> TypedQuery<Attributes> {
+        TypedQuery {
+            query: Query::Resolve { from, path },
+            answer: take!(Attributes),
+        }
+    }
+
+    /// The entries of the directory `inode` after the cookie `after` (0: the first), about `bytes_max` bytes of them.
+    pub fn read_directory(
+        inode: InodeNumber,
+        after: u64,
+        bytes_max: u32,
+        detail: EntryDetail,
+    ) -> TypedQuery<DirectoryPage> {
+        TypedQuery {
+            query: Query::ReadDirectory {
+                inode,
+                after,
+                bytes_max,
+                detail,
+            },
+            answer: take!(Entries),
+        }
+    }
+
+    /// The target of the symbolic link `inode`.
+    pub fn read_link(inode: InodeNumber) -> TypedQuery<SymlinkTarget> {
+        TypedQuery {
+            query: Query::ReadLink { inode },
+            answer: take!(Target),
+        }
+    }
+
+    /// The value of an extended attribute of `inode`.
+    pub fn xattr(inode: InodeNumber, name: XattrName) -> TypedQuery<Bytes> {
+        TypedQuery {
+            query: Query::GetXattr { inode, name },
+            answer: take!(XattrValue),
+        }
+    }
+
+    /// The names of all extended attributes of `inode`.
+    pub fn xattr_names(inode: InodeNumber) -> TypedQuery<Vec<XattrName>> {
+        TypedQuery {
+            query: Query::ListXattrs { inode },
+            answer: take!(XattrNames),
+        }
+    }
+
+    /// The extents of the file `inode` between two offsets, at most `pieces_max` of them.
+    pub fn extents(inode: InodeNumber, from: u64, to: u64, pieces_max: u32) -> TypedQuery<ExtentsPage> {
+        TypedQuery {
+            query: Query::Extents {
+                inode,
+                from,
+                to,
+                pieces_max,
+            },
+            answer: take!(Extents),
+        }
+    }
+
+    /// Space and counts of the cluster.
+    pub fn space() -> TypedQuery<Space> {
+        TypedQuery {
+            query: Query::Space,
+            answer: take!(Space),
+        }
+    }
 }
 
 /// An entry of a directory.

@@ -272,25 +272,24 @@ fn try_lock(name: &str) -> Option<Flock<File>> {
     Flock::lock(file, FlockArg::LockExclusiveNonblock).ok()
 }
 
-/// Takes `count` shares, one after the other and always in the same order, so that two cannot wait for each other. Who takes
-/// one begins at the last, and who takes more at the first, so that light tests do not starve heavy ones.
+/// Takes `count` shares. Only one test at a time takes any: whoever needs more of them is not overtaken for ever.
 fn take_shares(count: usize) -> Vec<Flock<File>> {
+    let _turn = loop {
+        match try_lock("turn") {
+            Some(turn) => break turn,
+            None => std::thread::sleep(SHARES_POLL),
+        }
+    };
     let mut free: Vec<usize> = (0..SHARES).collect();
-    if count == LIGHT_SHARES {
-        free.reverse();
-    }
     let mut taken = Vec::new();
     while taken.len() < count {
-        // A share is waited for in its turn, unless one is as good as another.
-        let candidates = match count {
-            LIGHT_SHARES => free.len(),
-            _ => free.len() + taken.len() + 1 - count,
-        };
-        let got = (0..candidates).find_map(|at| Some((at, try_lock(&format!("share-{}", free[at]))?)));
+        let got = free
+            .iter()
+            .enumerate()
+            .find_map(|(at, share)| Some((at, try_lock(&format!("share-{share}"))?)));
         match got {
             Some((at, share)) => {
-                // Those before it are not tried again: the order is kept.
-                free.drain(..=at);
+                free.swap_remove(at);
                 taken.push(share);
             }
             None => std::thread::sleep(SHARES_POLL),

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 
 use crate::{Client, FreshChunk};
-use quorumfs_proto::query::Answer;
+use quorumfs_proto::query::{Answer, TypedQuery};
 use quorumfs_proto::{ChunkId, Command, FsError, InodeNumber, NewChunk, Outcome, Query, Timestamp};
 
 /// Answers which of these unlinked inodes are not open here.
@@ -39,6 +39,21 @@ pub trait Cluster: Send + Sync + 'static {
 
     /// Reads metadata.
     fn query(&self, query: Query) -> impl Future<Output = Result<Answer, FsError>> + Send;
+
+    /// Reads metadata, and takes the answer for what was asked.
+    ///
+    /// # Errors
+    /// The verdict on the query; [`FsError::Io`] for an answer to another one, which is a defect of the cluster.
+    fn ask<A>(&self, query: TypedQuery<A>) -> impl Future<Output = Result<A, FsError>> + Send {
+        let (query, take) = query.into_parts();
+        let answer = self.query(query);
+        async move {
+            take(answer.await?).map_err(|other| {
+                tracing::error!(answer = ?other, "the cluster answered another query");
+                FsError::Io
+            })
+        }
+    }
 
     /// Draws an identity for `payload` and computes its checksums.
     fn new_chunk(&self, payload: Bytes) -> Self::Chunk;

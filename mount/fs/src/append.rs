@@ -17,7 +17,7 @@
 //! handed over before it, the first part's own file among that) commits both together.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use futures::FutureExt as _;
@@ -26,10 +26,10 @@ use quorumfs_proto::command::{Privileges, Target};
 use quorumfs_proto::limits::{CHUNK_BYTES_MAX, INLINE_BYTES_MAX};
 use quorumfs_proto::{Command, FsError, Operation, OperationResult};
 
-use super::commit::take_turn;
 use super::{Cluster, Filesystem, FreshContent, Node};
 use crate::handles::{AppendStage, HeldAppend, LastByte, OpenInode, Scope};
 use crate::interrupt::interruptible;
+use crate::turn::take_turn;
 
 /// How often the chunk of one append is drawn anew after the cluster called it dead.
 const APPEND_RENEWALS_MAX: usize = 3;
@@ -37,16 +37,6 @@ const APPEND_RENEWALS_MAX: usize = 3;
 /// What a write of 1 MiB may lack in its first part: less than two pages of 4 KiB for each of up to eight buffers. Pages
 /// of 64 KiB make it more for several buffers, and the same for one.
 const SECOND_PART_BYTES_MAX: usize = 64 << 10;
-
-/// For so long what is not this write's own waits for a second part: longer than the kernel takes to send it. A program's
-/// own `fsync` behind such a write waits as long.
-const SECOND_PART_WAIT: Duration = Duration::from_millis(20);
-/// As above, for what no request asked for, which comes at any moment: longer than a busy machine lets the writer wait.
-const SECOND_PART_WAIT_UNASKED: Duration = Duration::from_millis(200);
-/// For so long both wait where it is known that there is one: its program may be killed before it is sent.
-const SECOND_PART_WAIT_KNOWN: Duration = Duration::from_secs(1);
-/// Between two looks whether it is there.
-const SECOND_PART_TICK: Duration = Duration::from_millis(1);
 
 /// The most that one command appends.
 const PIECE_BYTES_MAX: usize = CHUNK_BYTES_MAX as usize;
@@ -61,44 +51,6 @@ fn may_continue(bytes: usize, more_bytes: Option<u64>) -> bool {
 /// Whether the kernel may have split a write so that its first part is so long.
 pub fn may_be_a_part(bytes: usize) -> bool {
     (PIECE_BYTES_MAX - SECOND_PART_BYTES_MAX..PIECE_BYTES_MAX).contains(&bytes)
-}
-
-/// The file's turn, for a commit: not between the two parts of an append, which would then be two.
-pub(super) async fn take_turn_after_append<Put>(
-    node: &OpenInode<Put>,
-) -> Result<tokio::sync::MutexGuard<'_, ()>, FsError> {
-    let turn = take_turn(node).await?;
-    // With the turn, so that there is no other first part then. The second one does not need it.
-    while expects_second_part(node, SECOND_PART_WAIT) {
-        tokio::time::sleep(SECOND_PART_TICK).await;
-    }
-    Ok(turn)
-}
-
-/// As above, for a commit that nobody waits for. It gives way to whoever does, and to appends that follow one another:
-/// each of these commits what was written before it.
-pub(super) async fn take_turn_in_background<Put>(node: &OpenInode<Put>) -> tokio::sync::MutexGuard<'_, ()> {
-    loop {
-        let turn = node.turn.lock().await;
-        if !expects_second_part(node, SECOND_PART_WAIT_UNASKED) {
-            return turn;
-        }
-        drop(turn);
-        tokio::time::sleep(SECOND_PART_TICK).await;
-    }
-}
-
-/// Whether what `node` holds back may still get its second part, if that is waited for so long.
-fn expects_second_part<Put>(node: &OpenInode<Put>, wait: Duration) -> bool {
-    let state = node.state.lock();
-    let Some(held) = state.held_append.as_ref() else {
-        return false;
-    };
-    let wait = match held.more_is_known {
-        true => SECOND_PART_WAIT_KNOWN,
-        false => wait,
-    };
-    held.stage == AppendStage::Open && held.since.elapsed() < wait
 }
 
 impl<C: Cluster> Filesystem<C> {

@@ -2,11 +2,10 @@
 
 use bytes::Bytes;
 use quorumfs_proto::command::{AttributeChanges, Target, XattrMode};
-use quorumfs_proto::query::Answer;
 use quorumfs_proto::{Attributes, FsError, InodeNumber, Operation, Query, XattrName};
 
 use super::namespace::entry_of;
-use super::{Cluster, Filesystem, Handle, unexpected};
+use super::{Cluster, Filesystem, Handle};
 
 impl<C: Cluster> Filesystem<C> {
     /// What stat(2) tells; of a file that programs of this mount wrote to, with what they wrote.
@@ -15,16 +14,8 @@ impl<C: Cluster> Filesystem<C> {
         inode: InodeNumber,
         _handle: Option<Handle>,
     ) -> Result<Attributes, FsError> {
-        let told = self.told_attributes(Query::Attributes { inode }).await?;
+        let told = self.ask(Query::attributes(inode)).await?;
         Ok(self.present(told).await)
-    }
-
-    /// The attributes that `query` asks for, as the cluster tells them.
-    pub(super) async fn told_attributes(&self, query: Query) -> Result<Attributes, FsError> {
-        match self.ask(query).await? {
-            Answer::Attributes(attributes) => Ok(attributes),
-            other => Err(unexpected("Attributes", &other)),
-        }
     }
 
     /// chmod, chown, truncate, utimens; after everything that was written before, in the same command.
@@ -69,10 +60,7 @@ impl<C: Cluster> Filesystem<C> {
     /// getxattr(2).
     pub async fn get_xattr(&self, inode: InodeNumber, name: &[u8]) -> Result<Bytes, FsError> {
         let name = XattrName::new(name.to_vec())?;
-        match self.ask(Query::GetXattr { inode, name }).await? {
-            Answer::XattrValue(value) => Ok(value),
-            other => Err(unexpected("GetXattr", &other)),
-        }
+        self.ask(Query::xattr(inode, name)).await
     }
 
     /// setxattr(2).
@@ -97,10 +85,7 @@ impl<C: Cluster> Filesystem<C> {
 
     /// listxattr(2).
     pub async fn list_xattrs(&self, inode: InodeNumber) -> Result<Vec<XattrName>, FsError> {
-        match self.ask(Query::ListXattrs { inode }).await? {
-            Answer::XattrNames(names) => Ok(names),
-            other => Err(unexpected("ListXattrs", &other)),
-        }
+        self.ask(Query::xattr_names(inode)).await
     }
 
     /// removexattr(2).

@@ -15,10 +15,10 @@ use quorumfs_proto::chunk::Piece;
 use quorumfs_proto::command::{Privileges, Target};
 use quorumfs_proto::{Command, FsError, NewChunk, Operation, Outcome, SessionId, Timestamp};
 
-use super::append::{take_turn_after_append, take_turn_in_background};
 use super::{Cluster, Filesystem, FreshContent, Node, Put};
-use crate::handles::{InodeState, OpenInode, Scope};
+use crate::handles::{InodeState, Scope};
 use crate::interrupt::{interruptible, still_wanted};
+use crate::turn::{take_turn_after_append, take_turn_in_background};
 use crate::write_buffer::Pack;
 
 /// How often the chunks of one command are drawn and put anew after the cluster called them dead although their session
@@ -360,13 +360,6 @@ impl<C: Cluster> Filesystem<C> {
         state.puts = later;
         self.dirty.account(node, state);
     }
-}
-
-/// Waits for the turn of `node`.
-pub(super) async fn take_turn<Put>(
-    node: &OpenInode<Put>,
-) -> Result<tokio::sync::MutexGuard<'_, ()>, FsError> {
-    interruptible(node.turn.lock().map(Ok)).await
 }
 
 /// How a command names `chunks`, and those of them that it does not carry.

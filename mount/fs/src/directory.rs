@@ -12,10 +12,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use quorumfs_proto::query::{Answer, DirectoryEntry, EntryDetail};
+use quorumfs_proto::query::{DirectoryEntry, DirectoryPage, EntryDetail};
 use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber, Query};
 
-use super::{Cluster, Filesystem, Handle, unexpected};
+use super::{Cluster, Filesystem, Handle};
 
 /// The cookie of ".".
 const DOT_COOKIE: u64 = 1;
@@ -124,7 +124,7 @@ impl OpenDirectories {
 impl<C: Cluster> Filesystem<C> {
     /// Opens a directory for listing.
     pub async fn open_directory(&self, inode: InodeNumber) -> Result<Handle, FsError> {
-        let told = self.told_attributes(Query::Attributes { inode }).await?;
+        let told = self.ask(Query::attributes(inode)).await?;
         if told.kind != FileKind::Directory {
             return Err(FsError::NotDirectory);
         }
@@ -228,17 +228,17 @@ impl<C: Cluster> Filesystem<C> {
         detail: EntryDetail,
         bytes_max: u32,
     ) -> Result<Page, FsError> {
-        let query = Query::ReadDirectory {
-            inode,
-            after,
-            bytes_max,
-            detail,
-        };
-        match self.ask(query).await {
-            Ok(Answer::Entries { entries, end }) if end || !entries.is_empty() => {
+        match self
+            .ask(Query::read_directory(inode, after, bytes_max, detail))
+            .await
+        {
+            Ok(DirectoryPage { entries, end }) if end || !entries.is_empty() => {
                 Ok(Page { after, entries, end })
             }
-            Ok(other) => Err(unexpected("ReadDirectory", &other)),
+            Ok(_) => {
+                tracing::error!(%inode, after, "the cluster answered a listing that does not go on and does not end");
+                Err(FsError::Io)
+            }
             // Removed while it was open: it is empty.
             Err(FsError::NotFound | FsError::Stale) => Ok(Page {
                 after,

@@ -13,10 +13,10 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::append::take_turn_after_append;
 use super::{Cluster, Durability, Filesystem, Node};
 use crate::handles::{OpenInode, Scope};
 use crate::interrupt::uninterrupted;
+use crate::turn::take_turn_after_append;
 
 /// Closes that returned early. Each has at least one dirty byte, so the bound of those is theirs too.
 #[derive(Debug)]

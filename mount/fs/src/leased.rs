@@ -16,7 +16,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use quorumfs_proto::command::{NewKind, RenameMode, Target};
-use quorumfs_proto::query::Answer;
+use quorumfs_proto::query::{Answer, ExtentsPage};
 use quorumfs_proto::{
     ChunkId, Command, FsError, InodeNumber, Name, Operation, OperationResult, Outcome, Query, Timestamp,
 };
@@ -160,7 +160,7 @@ impl<C: Cluster> Cluster for Leased<C> {
         let mut state = self.state.lock();
         if changes == Some(state.sent)
             && let Some(number) = self.learned_under(&sent, &state)
-            && let Answer::Attributes(attributes) | Answer::Extents { attributes, .. } = &answer
+            && let Answer::Attributes(attributes) | Answer::Extents(ExtentsPage { attributes, .. }) = &answer
         {
             state.view.learn(number, std::slice::from_ref(attributes));
         }

@@ -37,6 +37,7 @@ mod pages;
 mod read;
 pub mod readahead;
 mod removed;
+mod turn;
 mod write;
 pub mod write_buffer;
 
@@ -48,7 +49,7 @@ use std::time::Duration;
 
 use futures::future::{BoxFuture, Shared};
 use futures::stream::{self, StreamExt as _};
-use quorumfs_proto::query::{Answer, Space};
+use quorumfs_proto::query::{Space, TypedQuery};
 use quorumfs_proto::statistics::CacheStatistics;
 use quorumfs_proto::{Attributes, Command, FsError, InodeNumber, Operation, Outcome, Query};
 use tokio::sync::Semaphore;
@@ -213,10 +214,7 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Space and counts of the cluster.
     pub async fn space(&self) -> Result<Space, FsError> {
-        match self.ask(Query::Space).await? {
-            Answer::Space(space) => Ok(space),
-            other => Err(unexpected("Space", &other)),
-        }
+        self.ask(Query::space()).await
     }
 
     /// Commits everything any program wrote and waits for it: before unmounting. The first failure is answered, all
@@ -240,8 +238,8 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// Reads metadata; given up when the caller is interrupted.
-    async fn ask(&self, query: Query) -> Result<Answer, FsError> {
-        interruptible(self.cluster.query(query)).await
+    async fn ask<A>(&self, query: TypedQuery<A>) -> Result<A, FsError> {
+        interruptible(self.cluster.ask(query)).await
     }
 
     /// Sends a command that brings no content and takes note of what it touched.
@@ -307,10 +305,4 @@ fn ticks(dirty_age_ms: u64) -> tokio::time::Interval {
     let mut ticks = tokio::time::interval(interval);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     ticks
-}
-
-/// The cluster answered something else than was asked: a defect there, an input/output error here.
-fn unexpected(asked: &'static str, answer: &Answer) -> FsError {
-    tracing::error!(asked, ?answer, "unexpected answer");
-    FsError::Io
 }

@@ -5,14 +5,13 @@
 //! who opens it meanwhile, is only known for sure when the command is done.
 
 use quorumfs_proto::command::{Held, IfExists, NewInode, RenameMode, Target};
-use quorumfs_proto::query::Answer;
 use quorumfs_proto::{
     Attributes, FileKind, FsError, InodeNumber, Name, Operation, OperationResult, Outcome, Query,
     SymlinkTarget,
 };
 
 use super::removed::RemovedBy;
-use super::{Caller, Cluster, Filesystem, unexpected};
+use super::{Caller, Cluster, Filesystem};
 use crate::handles::Scope;
 
 /// Directories that a rename moved.
@@ -38,7 +37,7 @@ impl<C: Cluster> Filesystem<C> {
                 let told = {
                     // Until it is noted what this is about, it is not given up.
                     let _under_way = self.removed.may_hold();
-                    let told = self.told_attributes(Query::Lookup { parent, name }).await?;
+                    let told = self.ask(Query::lookup(parent, name)).await?;
                     self.looked_up.add(told.inode);
                     told
                 };
@@ -65,7 +64,7 @@ impl<C: Cluster> Filesystem<C> {
         if inode == self.options.root {
             return Ok(inode);
         }
-        Ok(self.told_attributes(Query::Attributes { inode }).await?.parent)
+        Ok(self.ask(Query::attributes(inode)).await?.parent)
     }
 
     /// mkdir, mknod, symlink.
@@ -90,10 +89,8 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Where a symbolic link points.
     pub async fn read_link(&self, inode: InodeNumber) -> Result<SymlinkTarget, FsError> {
-        match self.ask(Query::ReadLink { inode }).await? {
-            Answer::Target(target) => Ok(target),
-            other => Err(unexpected("ReadLink", &other)),
-        }
+        let target = self.ask(Query::read_link(inode)).await?;
+        Ok(target)
     }
 
     /// link(2); what was written to the file goes with it.
@@ -205,7 +202,7 @@ impl<C: Cluster> Filesystem<C> {
             return;
         }
         let name = name.clone();
-        let Ok(told) = self.told_attributes(Query::Lookup { parent, name }).await else {
+        let Ok(told) = self.ask(Query::lookup(parent, name)).await else {
             return; // The rename itself will say why.
         };
         if let Some(node) = self.open.find(told.inode) {

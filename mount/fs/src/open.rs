@@ -75,9 +75,7 @@ impl<C: Cluster> Filesystem<C> {
         } else if flags.read {
             self.look_up_extents(node, 0, PIECES_AT_OPEN_MAX).await?;
         } else {
-            let told = self
-                .told_attributes(Query::Attributes { inode: node.inode })
-                .await?;
+            let told = self.ask(Query::attributes(node.inode)).await?;
             node.state.lock().learn(&told);
         }
         let Some(view) = node.state.lock().view.clone() else {

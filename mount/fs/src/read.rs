@@ -8,15 +8,15 @@ use bytes::{Bytes, BytesMut};
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use quorumfs_proto::chunk::Piece;
 use quorumfs_proto::limits::FILE_BYTES_MAX;
-use quorumfs_proto::query::Answer;
+use quorumfs_proto::query::ExtentsPage;
 use quorumfs_proto::{FsError, Query};
 
-use super::commit::take_turn;
-use super::{Cluster, Filesystem, Handle, Node, Order, Put, Reader, unexpected};
+use super::{Cluster, Filesystem, Handle, Node, Order, Put, Reader};
 use crate::caches::extent_cache::clip;
 use crate::handles::{InodeState, LastByte, Scope};
 use crate::interrupt::{interruptible, still_wanted};
 use crate::readahead::Pattern;
+use crate::turn::take_turn;
 use crate::write_buffer::{self, DirtyPart};
 
 /// Extents asked for at once: those of 2 GiB written sequentially, some 40 KiB on the wire.
@@ -132,20 +132,16 @@ impl<C: Cluster> Filesystem<C> {
         from: u64,
         pieces_max: u32,
     ) -> Result<bool, FsError> {
-        let query = Query::Extents {
-            inode: node.inode,
-            from,
-            to: FILE_BYTES_MAX,
-            pieces_max,
-        };
-        let (attributes, pieces, known_to) = match self.ask(query).await.map_err(gone)? {
-            Answer::Extents {
-                attributes,
-                pieces,
-                known_to,
-            } if known_to > from || from >= attributes.size => (attributes, pieces, known_to),
-            other => return Err(unexpected("Extents", &other)),
-        };
+        let query = Query::extents(node.inode, from, FILE_BYTES_MAX, pieces_max);
+        let ExtentsPage {
+            attributes,
+            pieces,
+            known_to,
+        } = self.ask(query).await.map_err(gone)?;
+        if known_to <= from && from < attributes.size {
+            tracing::error!(inode = %node.inode, from, "the cluster answered extents that do not go on");
+            return Err(FsError::Io);
+        }
         let mut state = node.state.lock();
         state.learn(&attributes);
         let is_current = state

@@ -13,11 +13,13 @@
 //!
 //! Knows nothing of metadata: which chunks are needed, and whether one is dead, is for others to say.
 
+mod aside;
 mod chunk;
 mod error;
 mod fault;
 mod index;
 mod io_thread;
+mod options;
 mod reclaim;
 mod record;
 mod salvage;
@@ -30,5 +32,6 @@ mod writer;
 
 pub use chunk::{ChunkRange, Space, StoredChunk};
 pub use error::{ContentError, Stopped};
+pub use options::{ContentOptions, Unlisted};
 pub use reclaim::{Quarantined, Rewritten};
-pub use store::{ContentOptions, ContentStore, FlushCounts, OpenReport, Unlisted};
+pub use store::{ContentStore, FlushCounts, OpenReport};

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use quorumfs_proto::chunk::blocks_match;
 
+use super::aside::{SetAside, Unreadable, set_aside};
 use super::chunk::StoredChunk;
 use super::error::ContentError;
 use super::record::{Mark, RecordHeader};
@@ -19,20 +20,9 @@ use super::scan::{Tolerance, readable_records};
 use super::segment::read_exact_at;
 use super::store::ContentStore;
 
-/// What the names of files that were set aside begin with.
-const ASIDE_PREFIX: &str = "unreadable-";
-
 /// Pages of a file that may be unreadable before the rest of it is not looked at any more: a failing disk takes seconds for
 /// each.
 const UNREADABLE_PAGES_MAX: u64 = 256;
-
-/// A segment that could not be opened.
-#[derive(Debug)]
-pub(super) struct Unreadable {
-    pub(super) path: PathBuf,
-    pub(super) salt: u64,
-    pub(super) error: ContentError,
-}
 
 /// What came of one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,15 +35,6 @@ pub(super) struct Salvaged {
     pub(super) unreadable_pages: u64,
     /// From which offset on the file was not looked at, because of these.
     pub(super) not_looked_at_from: Option<u64>,
-}
-
-/// What salvaging came to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct SetAside {
-    /// Files that were set aside.
-    pub(super) files: u64,
-    /// Of these, those that were not looked at to the end.
-    pub(super) partly_read: u64,
 }
 
 impl ContentStore {
@@ -156,38 +137,4 @@ fn whole_record(file: &File, header: &RecordHeader, salt: u64) -> Option<StoredC
         payload: payload.into(),
         block_crcs,
     })
-}
-
-/// Gives `path` a name that no store takes for its own.
-fn set_aside(path: &Path) -> Result<PathBuf, ContentError> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let aside = path.with_file_name(format!("{ASIDE_PREFIX}{name}"));
-    std::fs::rename(path, &aside).map_err(|source| ContentError::io("set aside", path, source))?;
-    Ok(aside)
-}
-
-/// The files in `directory` that were set aside, now or by an earlier process; by name.
-pub(super) fn files_set_aside(directory: &Path) -> Vec<PathBuf> {
-    let is_aside = |path: &PathBuf| {
-        let name = path.file_name().unwrap_or_default();
-        name.to_string_lossy().starts_with(ASIDE_PREFIX)
-    };
-    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    let mut files: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(is_aside).collect();
-    files.sort();
-    files
-}
-
-/// Sets a whole folder aside that cannot be listed, so that the store begins with an empty one, and says where it is now.
-pub(super) fn set_folder_aside(directory: &Path) -> Result<PathBuf, ContentError> {
-    let name = directory.file_name().unwrap_or_default().to_string_lossy();
-    let number = (1..).find(|number| {
-        let aside = directory.with_file_name(format!("{ASIDE_PREFIX}{name}-{number}"));
-        !aside.exists()
-    });
-    let number: u32 = number.unwrap_or(u32::MAX);
-    let aside = directory.with_file_name(format!("{ASIDE_PREFIX}{name}-{number}"));
-    std::fs::rename(directory, &aside)
-        .map_err(|source| ContentError::io("set aside the folder", directory, source))?;
-    Ok(aside)
 }

@@ -21,12 +21,13 @@ use quorumfs_proto::chunk::blocks_match;
 use quorumfs_proto::limits::BLOCK_BYTES;
 use quorumfs_proto::{ChunkId, Sha256};
 
+use super::aside::{Unreadable, files_set_aside, set_folder_aside};
 use super::chunk::{ChunkRange, Space, StoredChunk};
 use super::error::{ContentError, Stopped};
 use super::index::{Index, Place};
 use super::io_thread::IoThread;
+use super::options::{ContentOptions, Unlisted};
 use super::record::{Mark, RecordHeader, SEGMENT_HEADER_BYTES};
-use super::salvage::{Unreadable, files_set_aside, set_folder_aside};
 use super::scan::{Condition, open_segment};
 use super::segment::{Segment, drop_cached, parse_file_name};
 use super::writer::{Appended, OpenSegment, Writer};
@@ -42,36 +43,6 @@ const LIST_ATTEMPTS_MAX: u32 = 5;
 const LIST_PAUSE: Duration = Duration::from_millis(200);
 /// Largest segment: positions are 32 bits of 8 bytes, and one file should not be a disk.
 const SEGMENT_BYTES_MAX: u64 = 4 << 30;
-
-/// How a content store is laid out.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ContentOptions {
-    /// Size of a segment; smaller ones are made where the disk has little room.
-    pub segment_bytes: u64,
-    /// What content leaves free of the disk for log, metadata and who deletes; at most a sixteenth of the disk.
-    pub reserve_bytes: u64,
-    /// What is done about a folder that the disk does not list.
-    pub unlisted: Unlisted,
-}
-
-/// What is done about a content folder that the disk does not list, again and again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unlisted {
-    /// It is set aside, and its content fetched from other nodes.
-    SetAside,
-    /// It stays, and the store does not open: nobody else has its content.
-    Refuse,
-}
-
-impl Default for ContentOptions {
-    fn default() -> ContentOptions {
-        ContentOptions {
-            segment_bytes: 256 << 20,
-            reserve_bytes: 256 << 20,
-            unlisted: Unlisted::Refuse,
-        }
-    }
-}
 
 /// What was found when a store was opened.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

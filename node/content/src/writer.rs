@@ -24,9 +24,9 @@ use super::chunk::{Space, StoredChunk};
 use super::error::{ContentError, Stopped};
 use super::fault::Fault;
 use super::index::Index;
+use super::options::ContentOptions;
 use super::record::{Entry, Footer, Layout, Mark, RecordHeader, SEGMENT_HEADER_BYTES};
 use super::segment::{SEGMENT_RECORDS_MAX, Sealing, Segment, SegmentState, begin_writing_out, write_record};
-use super::store::ContentOptions;
 
 /// Most segments that are full and wait for their footer: bounds what is dirty and the tables in memory. The I/O
 /// thread seals one as soon as it is full, so more than one means that the disk does not keep up.

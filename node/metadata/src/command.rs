@@ -12,8 +12,6 @@ use quorumfs_proto::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::tables::SessionKey;
-
 /// One entry of the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogCommand {
@@ -71,7 +69,7 @@ pub enum LogBody {
     /// All members know what belongs to this level: from now on it may be applied. A program that does not know it stops
     /// here, with a reason, rather than apply something else than the others.
     RaiseFeatureLevel {
-        /// One of those up to [`FEATURE_LEVEL`].
+        /// One of those up to [`FEATURE_LEVEL`](crate::FEATURE_LEVEL).
         level: u32,
     },
     /// Every node keeps a view of the state at this entry, so that it can be compared with the others'.
@@ -149,13 +147,6 @@ pub struct UnlinkedAnswer {
     /// What it holds of what lost its last name after `from` and up to `through`.
     pub held: Vec<InodeNumber>,
 }
-
-/// What this program knows. 1: everything up to [`LogBody::Refuse`]. 2: [`LogBody::SetReplicas`], [`LogBody::Audit`], and a
-/// root directory whose times are not those of 1970. 3: the work of every command is bounded ([`CallResult::Crowded`]),
-/// fragmented files are noted and rewritten ([`LogBody::Rewrite`]), every write takes file capabilities away, names of
-/// extended attributes are those of a known namespace; [`LogBody::OpenSessionWithKey`] to [`LogBody::NoteSilences`], and an
-/// unlink that writes no row for each session; a write's time is not after the stamp of its command.
-pub const FEATURE_LEVEL: u32 = 3;
 
 /// What applying an entry answers; equal on every node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -272,4 +263,13 @@ impl fmt::Display for CallResult {
             CallResult::NeverDecided => write!(f, "never decided"),
         }
     }
+}
+
+/// How a session proves itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionKey {
+    /// The digest of the secret that its client drew.
+    pub secret: Sha256,
+    /// The digest of the certificate that its client showed, where it showed one.
+    pub certificate: Option<Sha256>,
 }

@@ -13,8 +13,8 @@ use quorumfs_proto::chunk::Piece;
 use quorumfs_proto::limits::{BLOCK_BYTES, CHUNK_BYTES_MAX};
 use quorumfs_proto::{InodeNumber, Sha256, codec};
 
-use super::apply::COMMAND_FREED_EXTENTS_MAX;
 use super::fault::Failure;
+use super::limits::COMMAND_FREED_EXTENTS_MAX;
 use super::overlay::{Direction, KeyRange};
 use super::tables::{ExtentRecord, Extents, Fragmented, RowOf, Rows as _};
 use super::view::View;

@@ -19,7 +19,7 @@
 //! - A verdict ([`quorumfs_proto::FsError`]) is an answer and is remembered; a [`StorageFault`] stops the node and
 //!   never becomes an answer.
 //! - `chunks` counts exactly the extents that name a chunk. At zero the row goes and the chunk is dead for ever.
-//! - The work of one command is bounded by what the command itself holds and [`apply::COMMAND_FREED_EXTENTS_MAX`]: an
+//! - The work of one command is bounded by what the command itself holds and [`COMMAND_FREED_EXTENTS_MAX`]: an
 //!   unlink leaves an orphan and a long truncation a cut, both freed in steps. A write over more extents than that is
 //!   answered [`CallResult::Crowded`] and proposed again once the leader has put these together.
 //!
@@ -33,13 +33,17 @@ mod digest;
 mod fault;
 mod files;
 mod fragments;
+mod limits;
 mod listing;
 mod marks;
 mod names;
+mod options;
 mod overlay;
 mod query_cost;
 mod snapshot;
+mod state;
 mod store;
+mod summary;
 mod tables;
 mod unlinked;
 mod view;
@@ -47,16 +51,18 @@ mod view;
 #[cfg(test)]
 mod tests;
 
-pub use apply::{Batch, COMMAND_FREED_EXTENTS_MAX};
 pub use check::{CheckCursor, Checked};
 pub use command::{
-    Applied, CallResult, Crowded, Effects, FEATURE_LEVEL, InlineChunk, LogBody, LogCommand, UnlinkedAnswer,
+    Applied, CallResult, Crowded, Effects, InlineChunk, LogBody, LogCommand, SessionKey, UnlinkedAnswer,
 };
 pub use fault::{Failure, StorageFault};
 pub use fragments::{Run, RunTerms, Runs};
+pub use limits::{COMMAND_FREED_EXTENTS_MAX, FEATURE_LEVEL};
 pub use names::{ChunkFiles, NamedFile};
+pub use options::MetadataOptions;
 pub use snapshot::{Installation, Received, Row, Snapshot};
-pub use store::{MetadataOptions, MetadataStore, NamedChange, Position};
-pub use tables::{ChunkRecord, Replicas, SessionKey, SessionRecord};
+pub use store::{Batch, MetadataStore};
+pub use summary::{NamedChange, Position};
+pub use tables::{ChunkRecord, Replicas, SessionRecord};
 pub use unlinked::UnlinkedPage;
 pub use view::View;

@@ -13,8 +13,10 @@ use quorumfs_proto::codec::DecodeError;
 use super::database::{DamageSignal, Database};
 use super::fault::StorageFault;
 use super::files::{TemporaryFile, available_bytes, sync_file};
+use super::options::{FLUSH_MARGIN_BYTES, MetadataOptions};
 use super::overlay::Base;
-use super::store::{FLUSH_MARGIN_BYTES, MetadataOptions, Position, State};
+use super::state::State;
+use super::summary::Position;
 use super::tables::Table;
 use super::view::View;
 

@@ -12,202 +12,29 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use bytes::Bytes;
-use imbl::OrdMap;
 use parking_lot::Mutex;
-use quorumfs_proto::{Attributes, FileKind, InodeNumber, SessionId, Timestamp, codec};
+use quorumfs_proto::{Attributes, FileKind, InodeNumber, Timestamp, codec};
 
-use super::apply::{Batch, Writer, check_feature_level};
+use super::apply::Writer;
+use super::command::{Applied, LogCommand};
 use super::database::{DamageSignal, Database};
 use super::fault::StorageFault;
 use super::files::{
     INSTALLATION, available_bytes, path_beside, remove_leftover, remove_unfinished_installations,
     sync_directory_of, sync_file,
 };
-use super::marks::MarkTable;
-use super::overlay::{Base, Direction, KeyRange, Layers, Overlay};
+use super::options::{FLUSH_MARGIN_BYTES, MetadataOptions};
+use super::overlay::{Base, Overlay};
 use super::snapshot::{Installation, Received, Snapshot};
-use super::tables::{
-    FORMAT, Format, InodeRecord, Inodes, Marks, Meta, MetaRecord, Replicas, Rows, Sessions, Silences, Table,
-};
+use super::state::State;
+use super::summary::Position;
+use super::tables::{FORMAT, Format, InodeRecord, Inodes, Meta, MetaRecord, Replicas, Rows, Table};
 use super::view::View;
 
-/// Default bound of the active overlay: a flush of it takes a second or so.
-const OVERLAY_BYTES_MAX: u64 = 64 << 20;
-/// Default memory for the database's pages.
-const CACHE_BYTES: usize = 128 << 20;
-/// What the database's own bookkeeping may add to a flush.
-pub(super) const FLUSH_MARGIN_BYTES: u64 = 4 << 20;
 /// The page that redb writes for a changed row at the least.
 const PAGE_BYTES: u64 = 4096;
 /// The permissions of the root directory when it is made.
 const ROOT_MODE: u16 = 0o755;
-
-/// Sizes.
-#[derive(Clone, Copy, Debug)]
-pub struct MetadataOptions {
-    /// Above this many bytes of overlay the caller of [`Batch::apply`] waits for a flush.
-    pub overlay_bytes_max: u64,
-    /// Memory for the database's pages.
-    pub cache_bytes: usize,
-}
-
-impl Default for MetadataOptions {
-    fn default() -> MetadataOptions {
-        MetadataOptions {
-            overlay_bytes_max: OVERLAY_BYTES_MAX,
-            cache_bytes: CACHE_BYTES,
-        }
-    }
-}
-
-/// Up to where in the log a state goes. The consensus layer's words for it are kept as they are.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Position {
-    /// The index of the last applied entry; 0: none.
-    pub index: u64,
-    /// Its log id, encoded by the consensus layer.
-    pub log_id: Option<Bytes>,
-    /// The last membership up to there, encoded by the consensus layer.
-    pub membership: Option<Bytes>,
-}
-
-/// How the chunks that files name have changed in number since the state was opened or, by a snapshot, replaced.
-/// Whoever counted them at one view knows their number at every later one of the same generation.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct NamedChange {
-    /// Counts the replacements.
-    pub generation: u64,
-    /// Chunks more (or less).
-    pub chunks: i64,
-    /// Their bytes.
-    pub bytes: i64,
-}
-
-/// What is known of the state as a whole. Everything in it follows from the rows; the counters are written to `meta`
-/// with each batch, the living sessions are read again when the database is opened. How the named chunks have changed
-/// is kept in memory only.
-#[derive(Clone)]
-pub(super) struct Summary {
-    pub(super) position: Position,
-    pub(super) last_stamp: Timestamp,
-    pub(super) feature_level: u32,
-    pub(super) replicas: Replicas,
-    pub(super) next_inode: u64,
-    pub(super) inode_count: u64,
-    /// Sessions that have not ended, with their chunks' low-water marks.
-    pub(super) living: OrdMap<SessionId, u64>,
-    /// Up to where each of them has answered for unlinked inodes.
-    pub(super) marks: MarkTable,
-    /// Those that were silent when a leader last looked, for how long in milliseconds.
-    pub(super) silences: OrdMap<SessionId, u64>,
-    pub(super) named_change: NamedChange,
-    /// Below these keys the tables of unlinked inodes are empty, so nobody need look there: the rows that were taken out of
-    /// them since the last flush lie in the overlays as removed. They say where a scan begins, never what it finds, so they
-    /// may differ between nodes, and are lowest after a start.
-    pub(super) queue_from: (u64, InodeNumber),
-    pub(super) reclaimable_from: InodeNumber,
-}
-
-impl Summary {
-    fn load(layers: &Layers) -> Result<Summary, StorageFault> {
-        let meta = read_meta(layers)?;
-        check_feature_level(meta.feature_level)?;
-        let (mut living, mut marks) = (OrdMap::new(), MarkTable::default());
-        for row in layers.scan::<Sessions>(KeyRange::prefix(&[]), Direction::Up)? {
-            let (session, record) = row?;
-            if record.ended.is_none() {
-                living.insert(session, record.chunk_low_water);
-                marks.opened(session, layers.get::<Marks>(&session)?);
-            }
-        }
-        let silences = layers.scan::<Silences>(KeyRange::prefix(&[]), Direction::Up)?;
-        let silences = silences.collect::<Result<OrdMap<_, _>, _>>()?;
-        Ok(Summary {
-            position: position_of(&meta),
-            last_stamp: meta.last_stamp,
-            feature_level: meta.feature_level,
-            replicas: meta.replicas,
-            next_inode: meta.next_inode,
-            inode_count: meta.inode_count,
-            living,
-            marks,
-            silences,
-            named_change: NamedChange::default(),
-            queue_from: (0, InodeNumber(0)),
-            reclaimable_from: InodeNumber(0),
-        })
-    }
-
-    pub(super) fn meta(&self) -> MetaRecord {
-        MetaRecord {
-            index: self.position.index,
-            log_id: self.position.log_id.clone(),
-            membership: self.position.membership.clone(),
-            last_stamp: self.last_stamp,
-            feature_level: self.feature_level,
-            replicas: self.replicas,
-            next_inode: self.next_inode,
-            inode_count: self.inode_count,
-        }
-    }
-}
-
-fn position_of(meta: &MetaRecord) -> Position {
-    Position {
-        index: meta.index,
-        log_id: meta.log_id.clone(),
-        membership: meta.membership.clone(),
-    }
-}
-
-fn read_meta(layers: &Layers) -> Result<MetaRecord, StorageFault> {
-    match layers.get::<Format>(&())? {
-        Some(FORMAT) => {}
-        Some(found) => {
-            return Err(StorageFault::UnknownFormat { found, known: FORMAT });
-        }
-        None => return Err(StorageFault::damaged("no format is noted")),
-    }
-    layers
-        .get::<Meta>(&())?
-        .ok_or_else(|| StorageFault::damaged("no position is noted"))
-}
-
-/// What views are made of; see the module's invariants.
-pub(super) struct State {
-    layers: Layers,
-    summary: Summary,
-    /// What the frozen overlay, if there is one, goes up to.
-    frozen_position: Position,
-    durable_position: Position,
-    /// Counts [`MetadataStore::freeze`], so that a batch notices one that came between.
-    freezes: u64,
-}
-
-impl State {
-    /// The state of a database without overlays.
-    pub(super) fn open(database: Arc<Database>) -> Result<State, StorageFault> {
-        let layers = Layers {
-            active: Arc::new(Overlay::new()),
-            frozen: None,
-            base: Arc::new(Base::open(database)?),
-        };
-        let summary = Summary::load(&layers)?;
-        let position = summary.position.clone();
-        Ok(State {
-            layers,
-            summary,
-            frozen_position: position.clone(),
-            durable_position: position,
-            freezes: 0,
-        })
-    }
-
-    pub(super) fn view(&self) -> View {
-        View::new(self.layers.clone(), self.summary.clone())
-    }
-}
 
 /// The metadata of one node.
 pub struct MetadataStore {
@@ -278,7 +105,11 @@ impl MetadataStore {
     pub fn begin(&self) -> Batch<'_> {
         let state = self.state.lock();
         let writer = Writer::new(state.layers.clone(), state.summary.clone());
-        Batch::new(self, writer, state.freezes)
+        Batch {
+            store: self,
+            writer,
+            freezes_at_begin: state.freezes,
+        }
     }
 
     /// About how many bytes the active overlay takes. A frozen one, at most as large, may be there too.
@@ -403,7 +234,7 @@ impl MetadataStore {
     }
 
     /// Makes a batch visible.
-    pub(super) fn publish(&self, writer: Writer, freezes_at_begin: u64) {
+    fn publish(&self, writer: Writer, freezes_at_begin: u64) {
         let mut state = self.state.lock();
         let replaced = if state.freezes == freezes_at_begin {
             std::mem::replace(&mut state.layers.active, writer.layers.active)
@@ -439,6 +270,30 @@ impl MetadataStore {
             });
         }
         Ok(())
+    }
+}
+
+/// Entries that are being applied; nobody sees what they did before [`Batch::publish`]. A batch that is dropped did
+/// nothing.
+pub struct Batch<'store> {
+    store: &'store MetadataStore,
+    writer: Writer,
+    freezes_at_begin: u64,
+}
+
+impl Batch<'_> {
+    /// Applies one entry: all of it, or nothing and a verdict. After a fault the batch, and the node, must not go on.
+    pub fn apply(&mut self, index: u64, entry: &LogCommand) -> Result<Applied, StorageFault> {
+        self.writer.apply(index, entry)
+    }
+
+    /// Makes what was applied visible to views at once; `position` is that of the last entry (of entries without a
+    /// command too).
+    pub fn publish(mut self, position: Position) {
+        self.writer.summary.position = position;
+        let meta = self.writer.summary.meta();
+        self.writer.put::<Meta>(&(), &meta);
+        self.store.publish(self.writer, self.freezes_at_begin);
     }
 }
 

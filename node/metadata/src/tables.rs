@@ -16,7 +16,7 @@ use quorumfs_proto::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::command::CallResult;
+use super::command::{CallResult, SessionKey};
 
 /// The version of the tables as a whole; kept in the first row of `meta`.
 pub(super) const FORMAT: u32 = 2;
@@ -555,15 +555,6 @@ pub(super) struct UnlinkedRecord {
     pub(super) maker: Option<SessionId>,
     /// How many sessions hold it.
     pub(super) holds: u32,
-}
-
-/// How a session proves itself.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SessionKey {
-    /// The digest of the secret that its client drew.
-    pub secret: Sha256,
-    /// The digest of the certificate that its client showed, where it showed one.
-    pub certificate: Option<Sha256>,
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use quorumfs_proto::{InodeNumber, SessionId};
 
 use super::fault::Failure;
 use super::overlay::{Direction, KeyRange};
-use super::store::Summary;
+use super::summary::Summary;
 use super::tables::{Departed, Holds, Orphans, Pins, Reclaimable, Rows, UnlinkedQueue};
 use super::view::View;
 

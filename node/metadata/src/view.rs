@@ -6,7 +6,7 @@
 use bytes::Bytes;
 use quorumfs_proto::chunk::Piece;
 use quorumfs_proto::limits::{DIRECTORY_ANSWER_BYTES_MAX, EXTENTS_ANSWER_MAX};
-use quorumfs_proto::query::{DirectoryEntry, EntryDetail};
+use quorumfs_proto::query::{DirectoryEntry, DirectoryPage, EntryDetail, ExtentsPage};
 use quorumfs_proto::{
     Answer, Attributes, ChunkId, FileKind, FsError, InodeNumber, Name, Query, SessionId, SymlinkTarget,
     Timestamp, XattrName,
@@ -14,7 +14,7 @@ use quorumfs_proto::{
 
 use super::fault::Failure;
 use super::overlay::{Direction, KeyRange, Layers};
-use super::store::{NamedChange, Position, Summary};
+use super::summary::{NamedChange, Position, Summary};
 use super::tables::{
     ChunkRecord, Chunks, DirentKey, Dirents, Extents, InodeRecord, Inodes, Pins, Reclaimable, Replicas,
     Rows as _, SessionRecord, Sessions, Symlinks, Xattrs,
@@ -26,26 +26,6 @@ const CUT_OFF_EXTENTS_PASSED_MAX: usize = 100_000;
 const ENTRY_BYTES: usize = 24;
 /// What its attributes take.
 const ENTRY_ATTRIBUTES_BYTES: usize = 104;
-
-/// The pieces of a file between two offsets.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ExtentsPage {
-    /// At the same moment.
-    pub attributes: Attributes,
-    /// By offset, not overlapping.
-    pub pieces: Vec<Piece>,
-    /// Up to where in the file `pieces` tell everything.
-    pub known_to: u64,
-}
-
-/// Entries of a directory.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DirectoryPage {
-    /// In the order of their cookies.
-    pub entries: Vec<DirectoryEntry>,
-    /// Whether there are no more.
-    pub end: bool,
-}
 
 /// The state at one moment. Cheap to make and to clone.
 #[derive(Clone)]
@@ -71,13 +51,9 @@ impl View {
                 after,
                 bytes_max,
                 detail,
-            } => {
-                let page = self.read_directory(*inode, *after, *bytes_max, *detail)?;
-                Ok(Answer::Entries {
-                    entries: page.entries,
-                    end: page.end,
-                })
-            }
+            } => self
+                .read_directory(*inode, *after, *bytes_max, *detail)
+                .map(Answer::Entries),
             Query::ReadLink { inode } => self.read_link(*inode).map(Answer::Target),
             Query::GetXattr { inode, name } => self.xattr(*inode, name).map(Answer::XattrValue),
             Query::ListXattrs { inode } => self.xattr_names(*inode).map(Answer::XattrNames),
@@ -86,14 +62,7 @@ impl View {
                 from,
                 to,
                 pieces_max,
-            } => {
-                let page = self.extents(*inode, *from, *to, *pieces_max)?;
-                Ok(Answer::Extents {
-                    attributes: page.attributes,
-                    pieces: page.pieces,
-                    known_to: page.known_to,
-                })
-            }
+            } => self.extents(*inode, *from, *to, *pieces_max).map(Answer::Extents),
             Query::Space => Err(FsError::NotSupported.into()),
         }
     }

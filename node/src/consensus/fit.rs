@@ -12,7 +12,7 @@ use quorumfs_proto::codec;
 use super::error::ConsensusError;
 use super::fatal::FatalSignal;
 use super::log::LogStore;
-use super::state_machine::decode_position;
+use super::position::decode_position;
 use quorumfs_metadata::{MetadataStore, Position};
 
 /// Makes `log` fit a state that goes up to `state`, if it can be.

@@ -30,6 +30,7 @@ mod maintenance;
 mod meters;
 mod network;
 mod options;
+mod position;
 mod recover;
 mod rescue;
 mod revocable;
@@ -80,8 +81,9 @@ pub use self::fatal::FatalError;
 pub use self::log::LogStatus;
 pub use self::meters::ConsensusMeasured;
 pub use self::options::{ConsensusOptions, Timings};
+pub use self::position::voters_at;
 pub use self::recover::Remains;
-pub use self::state_machine::{AppliedEffects, voters_at};
+pub use self::state_machine::AppliedEffects;
 pub use self::status::{ConsensusStatus, Role};
 pub use self::voters::VoterSets;
 #[cfg(test)]

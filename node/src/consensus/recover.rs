@@ -13,7 +13,7 @@ use super::fatal::FatalSignal;
 use super::fit::fit_log;
 use super::log::LogStore;
 use super::options::ConsensusOptions;
-use super::state_machine::decode_position;
+use super::position::decode_position;
 use super::types::{Entry, LogId, TypeConfig, Vote, VoterId, member};
 use quorumfs_metadata::MetadataStore;
 

@@ -18,7 +18,7 @@ use tokio::sync::{Semaphore, SemaphorePermit, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::flusher::Flusher;
-use super::state_machine::decode_position;
+use super::position::decode_position;
 use super::types::{SnapshotMeta, TypeConfig};
 use quorumfs_metadata::{MetadataStore, Received, Row, Snapshot, StorageFault};
 

@@ -7,7 +7,6 @@
 //! Applying is synchronous and may wait for the disk (the overlay is full): it runs where it does not hold
 //! the runtime up.
 
-use std::collections::BTreeSet;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -18,13 +17,14 @@ use futures::{Stream, StreamExt};
 use openraft::storage::{ApplyResponder, EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
 use parking_lot::Mutex;
-use quorumfs_proto::{ChunkId, NodeId, codec};
+use quorumfs_proto::{ChunkId, codec};
 use tokio::sync::mpsc;
 
 use super::fatal::{FatalError, FatalSignal, StartAnew};
 use super::flusher::Flusher;
 use super::log::LogStore;
 use super::meters::Meters;
+use super::position::decode_position;
 use super::rescue::{RescueError, Rescued, rescue_content};
 use super::snapshot::{Builder, SnapshotData, SnapshotTraffic, held_snapshot};
 use super::types::{Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
@@ -311,22 +311,6 @@ fn copy_of(
         installation.add(&[row?])?;
     }
     installation.finish()
-}
-
-/// What the consensus layer wrote into a position.
-pub fn decode_position(position: &Position) -> Result<(Option<LogId>, StoredMembership), codec::DecodeError> {
-    let log_id = position.log_id.as_deref().map(codec::decode).transpose()?;
-    let membership = position.membership.as_deref().map(codec::decode).transpose()?;
-    Ok((log_id, membership.unwrap_or_default()))
-}
-
-/// The voters of the membership in a position, and since which index: one set, or two while they change.
-pub fn voters_at(position: &Position) -> Result<(u64, Vec<BTreeSet<NodeId>>), codec::DecodeError> {
-    let (_, stored) = decode_position(position)?;
-    let since = stored.log_id().as_ref().map_or(0, |log_id| log_id.index);
-    let sets = stored.membership().get_joint_config().iter();
-    let sets = sets.map(|set| set.iter().map(|id| id.0).collect());
-    Ok((since, sets.collect()))
 }
 
 /// Does `work`, which may wait for a disk, without holding up other tasks.

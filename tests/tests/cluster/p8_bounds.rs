@@ -192,9 +192,7 @@ fn extents(client: &WireClient, inode: InodeNumber) -> (Attributes, usize) {
         pieces_max: EXTENTS_ANSWER_MAX,
     };
     match client.query(query) {
-        Answer::Extents {
-            attributes, pieces, ..
-        } => (attributes, pieces.len()),
+        Answer::Extents(page) => (page.attributes, page.pieces.len()),
         other => panic!("not extents: {other:?}"),
     }
 }

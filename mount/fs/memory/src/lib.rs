@@ -228,7 +228,7 @@ impl MemoryCluster {
             pieces_max: u32::MAX,
         };
         match self.answer(&query) {
-            Ok(Answer::Extents { pieces, .. }) => pieces,
+            Ok(Answer::Extents(page)) => page.pieces,
             other => panic!("no extents: {other:?}"),
         }
     }

@@ -10,9 +10,9 @@ use quorumfs_proto::{FileKind, FsError, InodeNumber, OperationResult, Timestamp}
 
 use super::super::command::Crowded;
 use super::super::fault::Failure;
+use super::super::limits::CUTS_MAX;
 use super::super::overlay::{Direction, KeyRange};
 use super::super::tables::{Cut, ExtentRecord, Extents, Rows as _};
-use super::CUTS_MAX;
 use super::attributes::valid_time;
 use super::transaction::Transaction;
 

@@ -17,8 +17,8 @@ use super::super::overlay::KeyRange;
 use super::super::tables::{
     Extents, InodeRecord, OrphanRecord, Orphans, Pins, Reclaimable, Rows as _, Symlinks, Unlinked, Xattrs,
 };
-use super::Writer;
 use super::transaction::Transaction;
+use super::writer::Writer;
 
 impl Transaction<'_> {
     /// The whole of [`super::LogBody::ReclaimUnlinked`].

@@ -9,10 +9,11 @@ use quorumfs_proto::{FileKind, FsError, InodeNumber, Sha256, Timestamp};
 use super::super::command::{Applied, CallResult, Effects};
 use super::super::fault::{Failure, StorageFault};
 use super::super::fragments::{SMALL_EXTENT_BYTES_MAX, run_digest};
+use super::super::limits::{BOUNDED_WORK_LEVEL, COMMAND_FREED_EXTENTS_MAX};
 use super::super::overlay::KeyRange;
 use super::super::tables::{ExtentRecord, Extents, Fragmented, Rows as _};
 use super::transaction::Transaction;
-use super::{BOUNDED_WORK_LEVEL, COMMAND_FREED_EXTENTS_MAX, Writer, without_effects};
+use super::writer::{Writer, without_effects};
 
 /// A file is noted at the small writes whose content version this divides: often enough that a file of many small
 /// extents is found soon, seldom enough to cost nothing. A prime, so that no rhythm of a program escapes it.

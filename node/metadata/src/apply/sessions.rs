@@ -3,13 +3,12 @@
 use imbl::OrdMap;
 use quorumfs_proto::{SessionId, Timestamp};
 
-use super::super::command::CallResult;
+use super::super::command::{CallResult, SessionKey};
 use super::super::fault::StorageFault;
+use super::super::limits::COMMAND_FREED_EXTENTS_MAX;
 use super::super::overlay::KeyRange;
-use super::super::tables::{
-    Departed, Lanes, Marks, Orphans, Pins, SessionKey, SessionKeys, SessionRecord, Sessions,
-};
-use super::{COMMAND_FREED_EXTENTS_MAX, Writer};
+use super::super::tables::{Departed, Lanes, Marks, Orphans, Pins, SessionKeys, SessionRecord, Sessions};
+use super::writer::Writer;
 
 impl Writer {
     pub(super) fn open_session(

@@ -15,8 +15,9 @@ use quorumfs_proto::{
 
 use super::super::command::{Crowded, Effects, InlineChunk};
 use super::super::fault::{Failure, StorageFault};
+use super::super::limits::{BOUNDED_WORK_LEVEL, COMMAND_FREED_EXTENTS_MAX};
 use super::super::tables::{ChunkRecord, Chunks, InodeRecord, Inodes};
-use super::{BOUNDED_WORK_LEVEL, COMMAND_FREED_EXTENTS_MAX, Writer};
+use super::writer::Writer;
 
 /// Directories that one command passes on its way to the root: far more than a path of PATH_MAX bytes has names.
 const COMMAND_ANCESTORS_MAX: u64 = if cfg!(test) { 40 } else { 16_384 };

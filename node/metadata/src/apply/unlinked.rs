@@ -23,9 +23,9 @@ use super::super::overlay::KeyRange;
 use super::super::tables::{
     Departed, Holds, Marks, Reclaimable, Rows as _, Silences, Unlinked, UnlinkedQueue, UnlinkedRecord,
 };
-use super::Writer;
 use super::sessions::Left;
 use super::transaction::Transaction;
+use super::writer::Writer;
 
 impl Transaction<'_> {
     /// The inode has lost its last name. Sessions are asked whether they have it open; the sender too, whatever it said:

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use quorumfs_proto::command::*;
+use quorumfs_proto::limits;
 use quorumfs_proto::*;
 
 use super::super::tables::{Inodes, Rows as _, Table};

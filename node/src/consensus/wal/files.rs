@@ -77,6 +77,18 @@ pub struct OpenFile {
     pub capacity_bytes: u64,
 }
 
+impl OpenFile {
+    /// What is known of it before it has entries.
+    pub fn begun(&self) -> FileInfo {
+        FileInfo {
+            file: self.file.clone(),
+            bytes: self.offset,
+            last_index: None,
+            entries: 0,
+        }
+    }
+}
+
 impl WalDirectory {
     /// Makes the directory if it is not there.
     pub fn new(path: &Path, file_bytes: u64) -> Result<WalDirectory, WalError> {
@@ -282,7 +294,7 @@ impl WalDirectory {
         };
         let sequence = sequences.last().map_or(1, |last| last + 1);
         let open = self.create(sequence, &start, 0, Purpose::Opening)?;
-        memory.files.insert(sequence, FileInfo::new(&open));
+        memory.files.insert(sequence, open.begun());
         Ok(open)
     }
 

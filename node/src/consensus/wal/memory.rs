@@ -13,7 +13,6 @@ use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::files::OpenFile;
 use super::footprint::resident_bytes;
 use crate::consensus::types::{CommittedLeader, Entry, LogId, Vote};
 
@@ -48,16 +47,6 @@ pub struct FileInfo {
 }
 
 impl FileInfo {
-    /// Of a file just begun.
-    pub fn new(open: &OpenFile) -> FileInfo {
-        FileInfo {
-            file: open.file.clone(),
-            bytes: open.offset,
-            last_index: None,
-            entries: 0,
-        }
-    }
-
     /// What it takes, on disk and, for its entries, in memory: for bounds that hold for both.
     pub fn weight_bytes(&self) -> u64 {
         self.bytes + self.entries * ENTRY_WEIGHT_BYTES

@@ -23,7 +23,7 @@ use tokio::sync::{Notify, oneshot};
 
 use super::files::{OpenFile, Purpose, Start, WalDirectory};
 use super::frame::{BatchWriter, Kind};
-use super::memory::{FileInfo, LogMemory, Place};
+use super::memory::{LogMemory, Place};
 use super::{WalError, WalOptions};
 use crate::consensus::fatal::{FatalError, FatalSignal};
 use crate::consensus::types::{Entry, LogId, TypeConfig, Vote};
@@ -364,7 +364,7 @@ impl Writer {
         if let Some(left) = memory.files.get_mut(&self.open.sequence) {
             left.bytes = self.open.offset;
         }
-        memory.files.insert(sequence, FileInfo::new(&next));
+        memory.files.insert(sequence, next.begun());
         drop(memory);
         self.open = next;
         self.entries = 0;

@@ -5,10 +5,10 @@
 
 use std::time::Duration;
 
-use quorumfs_client::{Client, FreshChunk};
+use quorumfs_client::{Client, Cluster as _, FreshChunk};
 use quorumfs_proto::limits::{DIRECTORY_ANSWER_BYTES_MAX, EXTENTS_ANSWER_MAX};
-use quorumfs_proto::query::{DirectoryEntry, EntryDetail};
-use quorumfs_proto::{Answer, Attributes, Command, FsError, InodeNumber, Name, Outcome, Piece, Query};
+use quorumfs_proto::query::{DirectoryPage, EntryDetail, ExtentsPage, TypedQuery};
+use quorumfs_proto::{Attributes, Command, FsError, InodeNumber, Name, Outcome, Query};
 
 use super::StatusSource;
 use super::error::{ApiError, CallError};
@@ -54,51 +54,41 @@ impl Calls {
         }
     }
 
-    async fn query(&self, query: Query) -> Result<Answer, CallError> {
-        self.in_time(self.client.query(query)).await
+    async fn ask<A>(&self, query: TypedQuery<A>) -> Result<A, CallError> {
+        self.in_time(self.client.ask(query)).await
     }
 
     pub(super) async fn lookup(&self, parent: InodeNumber, name: &Name) -> Result<Attributes, CallError> {
-        let name = name.clone();
-        attributes(self.query(Query::Lookup { parent, name }).await?)
+        self.ask(Query::lookup(parent, name.clone())).await
     }
 
     pub(super) async fn attributes(&self, inode: InodeNumber) -> Result<Attributes, CallError> {
-        attributes(self.query(Query::Attributes { inode }).await?)
+        self.ask(Query::attributes(inode)).await
     }
 
     /// What lies at `path` from the root; symbolic links are not followed.
     pub(super) async fn resolve(&self, path: &[Name]) -> Result<Attributes, CallError> {
-        let query = Query::Resolve {
-            from: InodeNumber::ROOT,
-            path: path.to_vec(),
-        };
-        attributes(self.query(query).await?)
+        self.ask(Query::resolve(InodeNumber::ROOT, path.to_vec())).await
     }
 
     pub(super) async fn read_link(&self, inode: InodeNumber) -> Result<Vec<u8>, CallError> {
-        match self.query(Query::ReadLink { inode }).await? {
-            Answer::Target(target) => Ok(target.as_bytes().to_vec()),
-            other => Err(unexpected(&other)),
-        }
+        Ok(self.ask(Query::read_link(inode)).await?.as_bytes().to_vec())
     }
 
-    /// Entries with their attributes, in the order of their cookies, and whether there are no more.
+    /// Entries with their attributes.
     pub(super) async fn read_directory(
         &self,
         inode: InodeNumber,
         after: u64,
-    ) -> Result<(Vec<DirectoryEntry>, bool), CallError> {
-        let query = Query::ReadDirectory {
+    ) -> Result<DirectoryPage, CallError> {
+        let detail = EntryDetail::Attributes;
+        self.ask(Query::read_directory(
             inode,
             after,
-            bytes_max: DIRECTORY_ANSWER_BYTES_MAX,
-            detail: EntryDetail::Attributes,
-        };
-        match self.query(query).await? {
-            Answer::Entries { entries, end } => Ok((entries, end)),
-            other => Err(unexpected(&other)),
-        }
+            DIRECTORY_ANSWER_BYTES_MAX,
+            detail,
+        ))
+        .await
     }
 
     /// Where the bytes `from..to` of a file are.
@@ -108,48 +98,9 @@ impl Calls {
         from: u64,
         to: u64,
     ) -> Result<ExtentsPage, CallError> {
-        let query = Query::Extents {
-            inode,
-            from,
-            to,
-            pieces_max: EXTENTS_ANSWER_MAX,
-        };
-        match self.query(query).await? {
-            Answer::Extents {
-                attributes,
-                pieces,
-                known_to,
-            } => Ok(ExtentsPage {
-                attributes,
-                pieces,
-                known_to,
-            }),
-            other => Err(unexpected(&other)),
-        }
+        self.ask(Query::extents(inode, from, to, EXTENTS_ANSWER_MAX))
+            .await
     }
-}
-
-/// Part of a file's extents.
-#[derive(Debug)]
-pub(super) struct ExtentsPage {
-    /// Of the file, at the same moment.
-    pub(super) attributes: Attributes,
-    /// By offset.
-    pub(super) pieces: Vec<Piece>,
-    /// Up to where in the file they tell everything.
-    pub(super) known_to: u64,
-}
-
-fn attributes(answer: Answer) -> Result<Attributes, CallError> {
-    match answer {
-        Answer::Attributes(attributes) => Ok(attributes),
-        other => Err(unexpected(&other)),
-    }
-}
-
-fn unexpected(answer: &Answer) -> CallError {
-    tracing::error!(?answer, "the cluster answered another question than was asked");
-    CallError::Verdict(FsError::Io)
 }
 
 /// Keeps a verdict where the caller has words of its own for it.

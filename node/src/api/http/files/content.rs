@@ -17,10 +17,11 @@ use quorumfs_proto::{FsError, InodeNumber, Piece};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::calls::{Calls, ExtentsPage};
+use super::calls::Calls;
 use super::error::CallError;
 use super::open_inodes::HeldInode;
 use super::turns::Turn;
+use quorumfs_proto::query::ExtentsPage;
 
 /// Chunks of one download that are fetched ahead: 8 MiB at most.
 const READ_AHEAD_MAX: usize = 8;

@@ -13,7 +13,7 @@ use axum::http::{HeaderMap, Method, StatusCode};
 use axum::response::Response;
 use quorumfs_proto::{Attributes, FsError};
 
-use super::calls::{Calls, ExtentsPage, verdict};
+use super::calls::{Calls, verdict};
 use super::conditional::{self, Verdict};
 use super::content::Content;
 use super::error::{ApiError, ErrorBody};
@@ -24,6 +24,7 @@ use super::range::Selected;
 use super::times;
 use super::{SMALL_BYTES_MAX, Service};
 use crate::api::http::connections::{Pace, paced};
+use quorumfs_proto::query::ExtentsPage;
 
 /// How often a file is looked at again that changed or vanished between two questions about it.
 const LOOKS_MAX: usize = 20;

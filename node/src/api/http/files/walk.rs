@@ -72,7 +72,7 @@ impl Directories for Calls {
         after: u64,
     ) -> Result<Option<(Vec<DirectoryEntry>, bool)>, ApiError> {
         match verdict(self.read_directory(directory, after).await)? {
-            Ok(page) => Ok(Some(page)),
+            Ok(page) => Ok(Some((page.entries, page.end))),
             Err(FsError::NotFound | FsError::NotDirectory | FsError::Stale) => Ok(None),
             Err(other) => Err(other.into()),
         }
