@@ -28,3 +28,6 @@ pub mod mountpoint;
 pub mod options;
 pub mod serve;
 pub mod statistics;
+
+#[doc = include_str!("../SEMANTICS.md")]
+pub mod semantics {}

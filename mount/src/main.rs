@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use quorumfs_mount::daemon::{self, Readiness, Report, Side};
 use quorumfs_mount::mountpoint::{MountPoint, MountPointError};
-use quorumfs_mount::options::{Effect, MountRequest, Place, TlsFiles, Usage, Verbosity};
+use quorumfs_mount::options::{Effect, MountRequest, ProcessMode, TlsFiles, Usage, Verbosity};
 use quorumfs_mount::serve::{ServeError, serve};
 use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 use tracing_subscriber::EnvFilter;
@@ -94,11 +94,11 @@ fn run(request: &MountRequest) -> anyhow::Result<ExitCode> {
     }
     let (mount_point, cleared) = mount_point.clear(request.stacking)?;
     let mut readiness = match request.place {
-        Place::Foreground => {
+        ProcessMode::Foreground => {
             start_logging(request.verbosity, log);
             Readiness::unobserved()
         }
-        Place::Background => match daemon::into_background(log).context("go into the background")? {
+        ProcessMode::Background => match daemon::into_background(log).context("go into the background")? {
             Side::Parent(waiting) => {
                 return Ok(match waiting.wait().context("wait for the mount process")? {
                     Report::Ready => ExitCode::SUCCESS,

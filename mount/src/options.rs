@@ -41,7 +41,7 @@ pub struct MountRequest {
     /// What if a QuorumFS mount is there already.
     pub stacking: Stacking,
     /// Whether the process stays in the foreground.
-    pub place: Place,
+    pub place: ProcessMode,
     /// Where the log goes.
     pub log_file: Option<PathBuf>,
     /// How much is logged.
@@ -72,7 +72,7 @@ pub struct TlsIdentityFiles {
 
 /// Where the mount process lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum ProcessMode {
     /// In the terminal, until it is unmounted.
     Foreground,
     /// In the background; the command returns when the mount is ready.
@@ -132,8 +132,8 @@ struct PlainArguments {
     /// Fail calls with EIO when no quorum answers for so long (default: wait)
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<String>,
-    /// What close(2) and mkdir(2) promise: `close`, that it is on disk on a quorum; `fsync`, that it will be
-    /// within a second
+    /// What close(2) promises: `close`, that what was written is on disk on a quorum; `fsync`, that it will be within a
+    /// second, in the order of the closes
     #[arg(long, value_name = "close|fsync")]
     durability: Option<String>,
     /// Certificate authority that signed the nodes' certificates (PEM); turns TLS on
@@ -218,7 +218,7 @@ impl PlainArguments {
         words.log_file = self.log_file.or(words.log_file);
         let mut request = request_of(&self.spec, self.directory, words)?;
         if self.foreground {
-            request.place = Place::Foreground;
+            request.place = ProcessMode::Foreground;
         }
         if self.verbose {
             request.verbosity = Verbosity::Verbose;
@@ -266,7 +266,7 @@ fn request_of(spec: &str, directory: PathBuf, words: MountWords) -> Result<Mount
         tls,
         kernel_cache: words.kernel_cache,
         stacking: words.stacking,
-        place: Place::Background,
+        place: ProcessMode::Background,
         log_file: words.log_file,
         verbosity: Verbosity::Normal,
         effect: Effect::Mount,
@@ -344,7 +344,7 @@ mod tests {
         assert_eq!(request.source, "a:1,b:2:/x");
         assert_eq!(request.flags, MsFlags::MS_RDONLY | MsFlags::MS_NODEV);
         assert_eq!(request.call_timeout, Some(Duration::from_secs(5)));
-        assert_eq!(request.place, Place::Foreground);
+        assert_eq!(request.place, ProcessMode::Foreground);
         assert_eq!(request.log_file.as_deref(), Some(Path::new("/var/log/q")));
         assert_eq!(request.verbosity, Verbosity::Verbose);
         assert_eq!(request.effect, Effect::Mount);
@@ -353,7 +353,7 @@ mod tests {
     #[test]
     fn what_is_not_said_has_a_default() {
         let request = parse("quorumfs-mount a:1 /mnt").unwrap();
-        assert_eq!(request.place, Place::Background);
+        assert_eq!(request.place, ProcessMode::Background);
         assert_eq!(request.call_timeout, None, "calls wait (P6)");
         assert_eq!(request.durability, DurabilityOption::Close);
         assert_eq!(request.kernel_cache, Duration::ZERO);
@@ -374,7 +374,7 @@ mod tests {
         let request =
             parse("/sbin/mount.quorumfs a:1 /mnt -n -v -o rw,_netdev,nofail,nosuid -t quorumfs").unwrap();
         assert_eq!(request.flags, MsFlags::MS_NOSUID);
-        assert_eq!(request.place, Place::Background);
+        assert_eq!(request.place, ProcessMode::Background);
         assert_eq!(request.verbosity, Verbosity::Verbose);
         assert_eq!(
             parse("mount.quorumfs a:1 /mnt -f").unwrap().effect,

@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use quorumfs_measure::{Ending, Tally};
+use quorumfs_measure::{CallCounter, Ending};
 use quorumfs_proto::statistics::{CacheStatistics, ClientStatistics, VerbStatistics};
 
 /// The extended attribute of a mount's root that tells its statistics, as JSON. It is not listed, so that copies of
@@ -72,14 +72,14 @@ verbs! {
 #[derive(Debug)]
 pub struct Statistics {
     began: Instant,
-    verbs: Vec<Tally>,
+    verbs: Vec<CallCounter>,
 }
 
 impl Default for Statistics {
     fn default() -> Statistics {
         Statistics {
             began: Instant::now(),
-            verbs: Verb::ALL.iter().map(|_| Tally::default()).collect(),
+            verbs: Verb::ALL.iter().map(|_| CallCounter::default()).collect(),
         }
     }
 }

@@ -33,7 +33,8 @@
 //! # Layers
 //!
 //! Modules import only downwards: [`server`], [`api`], [`node`], [`leader`], [`integrity`], [`membership`], [`observe`],
-//! [`replication`], [`consensus`], [`transport`], [`call_stream`], [`incoming`], [`tasks`]; [`config`] is plain data for all.
+//! [`replication`], [`consensus`], [`config`], [`transport`], [`logging`], [`call_stream`], [`incoming`], [`private_files`],
+//! [`tasks`], [`pace`], [`wall_clock`].
 
 pub mod api;
 pub mod call_stream;
@@ -53,3 +54,6 @@ pub mod server;
 pub mod tasks;
 pub mod transport;
 pub mod wall_clock;
+
+#[doc = include_str!("../ARCHITECTURE.md")]
+pub mod architecture {}

@@ -17,7 +17,7 @@ use crate::leader::rewrite::Rewriter;
 use crate::leader::sessions::SessionKeeper;
 use crate::leader::write::Writer;
 use crate::membership::bootstrap::{Invitation, WaitReason};
-use crate::membership::changes::Roster;
+use crate::membership::changes::MembershipChanges;
 use crate::membership::identity::{DataFolder, Membership};
 use crate::observe::health::HealthMonitor;
 use crate::observe::metrics::Metrics;
@@ -74,7 +74,7 @@ pub struct Parts {
     /// Knows who may answer from what it knows.
     pub leases: Leases,
     /// Takes members in and out.
-    pub roster: Arc<Roster>,
+    pub roster: Arc<MembershipChanges>,
     /// Knows which clients live.
     pub sessions: Arc<SessionKeeper>,
     /// Knows who answers, and how this node's clock is.

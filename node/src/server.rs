@@ -45,7 +45,7 @@ use crate::leader::rewrite::Rewriter;
 use crate::leader::sessions::SessionKeeper;
 use crate::leader::write::Writer;
 use crate::membership::bootstrap::{find_membership, watch_for_strangers};
-use crate::membership::changes::Roster;
+use crate::membership::changes::MembershipChanges;
 use crate::membership::features;
 use crate::membership::identity::DataFolder;
 use crate::membership::renounce::{Leave, Renounced, Renouncing};
@@ -278,7 +278,7 @@ async fn run_parts(
         .iter()
         .any(|founder| founder.id == node.own().id)
     {
-        found(&consensus, membership.founders.clone()).await?;
+        bootstrap(&consensus, membership.founders.clone()).await?;
     }
 
     let logged = (node.clone(), consensus.clone());
@@ -325,7 +325,7 @@ async fn run_parts(
         repair.clone(),
         Duration::from_secs(config.sweep_interval_s),
     );
-    let roster = Roster::new(
+    let roster = MembershipChanges::new(
         consensus.clone(),
         metadata.clone(),
         placement.clone(),
@@ -469,7 +469,7 @@ fn lost_state(fatal: &FatalError) -> Renounced {
 }
 
 /// Founds the cluster, if this node's log is empty still. Every founder does: with the same members it is the same act.
-async fn found(consensus: &Consensus, founders: Vec<Member>) -> anyhow::Result<()> {
+async fn bootstrap(consensus: &Consensus, founders: Vec<Member>) -> anyhow::Result<()> {
     if !consensus.is_empty() {
         return Ok(());
     }

@@ -5,12 +5,13 @@ use serde::{Deserialize, Serialize};
 use crate::command::Command;
 use crate::error::FsError;
 use crate::ids::{ChunkId, InodeNumber, RequestId, SessionId, SessionSecret};
+use crate::member::Member;
 use crate::outcome::Outcome;
 use crate::query::{Answer, Query};
 
 /// What a client asks. Mutations and queries are different things; only mutations carry a request id.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Call {
+pub enum ClientRequest {
     /// Changes metadata once, however often it is sent.
     Mutate(Mutation),
     /// Reads metadata, as new as the last acknowledged change (P5).
@@ -32,7 +33,7 @@ pub enum Call {
         /// Which.
         session: SessionId,
     },
-    /// As [`Call::OpenSession`], of a session that proves itself: from now on only streams that show the secret speak for
+    /// As [`ClientRequest::OpenSession`], of a session that proves itself: from now on only streams that show the secret speak for
     /// it. With another secret than before it is refused.
     OpenSessionWithKey {
         /// Drawn at random by the client.
@@ -53,7 +54,7 @@ pub enum Call {
         /// Those of the inodes asked about that it holds. All others it does not hold, and never will again.
         held: Vec<InodeNumber>,
     },
-    /// Ends a session whose process is known to be gone; answered as [`Call::CloseSession`].
+    /// Ends a session whose process is known to be gone; answered as [`ClientRequest::CloseSession`].
     CloseSessionWithKey {
         /// Which.
         session: SessionId,
@@ -75,7 +76,7 @@ pub struct Mutation {
 
 /// What a client is told.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum CallReply {
+pub enum ClientResponse {
     /// What a mutation did, or why it did nothing. Final: it is what every retry will hear.
     Outcome(Result<Outcome, FsError>),
     /// What a query found.
@@ -93,6 +94,12 @@ pub struct SessionState {
     /// ([`crate::command::Operation::ReleaseUnlinked`]): at most [`crate::limits::HELD_ASKED_MAX`] at a time, and others the
     /// next time.
     pub unlinked: Vec<InodeNumber>,
+}
+
+impl From<Refusal> for ClientResponse {
+    fn from(refusal: Refusal) -> ClientResponse {
+        ClientResponse::Refused(refusal)
+    }
 }
 
 /// Why nothing was decided.
@@ -127,4 +134,20 @@ pub enum Refusal {
     /// sent again under another session. On the wire it is [`Refusal::UnknownSession`] with a flag in the envelope, which
     /// clients that do not know it pass over.
     NeverDecided,
+}
+
+impl Refusal {
+    /// Another node leads: `leader`, if it is known.
+    pub fn not_leader(leader: Option<Member>) -> Refusal {
+        Refusal::NotLeader {
+            leader: leader.map(|member| member.addresses.grpc),
+        }
+    }
+
+    /// Nobody can decide now because of `reason`.
+    pub fn unavailable(reason: impl std::fmt::Display) -> Refusal {
+        Refusal::Unavailable {
+            reason: reason.to_string(),
+        }
+    }
 }

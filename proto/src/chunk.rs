@@ -1,4 +1,4 @@
-//! Content: immutable chunks, and the pieces of a file that lie in them.
+//! Content: immutable chunks, and the extents of a file that lie in them.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -67,9 +67,9 @@ impl NewChunk {
     }
 }
 
-/// A part of a file and the part of a chunk that holds it: an extent, as commands write it and queries answer it.
+/// An extent: a part of a file, and the part of a chunk that holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Piece {
+pub struct Extent {
     /// Where it begins in the file.
     pub file_offset: u64,
     /// How long it is, at least 1.
@@ -80,8 +80,8 @@ pub struct Piece {
     pub chunk_offset: u32,
 }
 
-impl Piece {
-    /// Where the piece ends in the file (exclusive).
+impl Extent {
+    /// Where the extent ends in the file (exclusive).
     pub fn file_end(&self) -> u64 {
         self.file_offset + u64::from(self.length)
     }

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::attributes::Timestamp;
-use crate::chunk::{ChunkBody, NewChunk, Piece};
+use crate::chunk::{ChunkBody, Extent, NewChunk};
 use crate::codec;
 use crate::error::FsError;
 use crate::ids::{InodeNumber, SessionId};
@@ -51,7 +51,7 @@ impl Command {
                 return Err(FsError::InvalidArgument);
             }
         }
-        let covers = |chunk: &NewChunk, piece: &Piece| {
+        let covers = |chunk: &NewChunk, piece: &Extent| {
             chunk.id == piece.chunk
                 && u64::from(piece.chunk_offset) + u64::from(piece.length) <= u64::from(chunk.length)
         };
@@ -201,7 +201,7 @@ pub enum Operation {
         /// The file.
         inode: Target,
         /// Where what lies. Later pieces lie over earlier ones.
-        pieces: Vec<Piece>,
+        pieces: Vec<Extent>,
         /// When the program wrote: becomes mtime; `None` leaves it as it is (a `utimens` came after the write).
         mtime: Option<Timestamp>,
         /// Whether set-user-id, set-group-id and `security.capability` are dropped, as by a write of an
@@ -214,7 +214,7 @@ pub enum Operation {
         /// The file.
         inode: Target,
         /// What is added.
-        pieces: Vec<Piece>,
+        pieces: Vec<Extent>,
         /// As for `Write`.
         privileges: Privileges,
     },
@@ -245,7 +245,7 @@ pub enum Operation {
 
 impl Operation {
     /// The pieces of content it names.
-    pub fn pieces(&self) -> &[Piece] {
+    pub fn pieces(&self) -> &[Extent] {
         match self {
             Operation::Write { pieces, .. } | Operation::Append { pieces, .. } => pieces,
             _ => &[],
@@ -400,8 +400,8 @@ mod tests {
         }
     }
 
-    fn piece(chunk: &NewChunk, at: u64, length: u32) -> Piece {
-        Piece {
+    fn piece(chunk: &NewChunk, at: u64, length: u32) -> Extent {
+        Extent {
             file_offset: limits::FILE_BYTES_MAX - at - u64::from(length),
             length,
             chunk: chunk.id,
@@ -409,7 +409,7 @@ mod tests {
         }
     }
 
-    fn write(pieces: Vec<Piece>) -> Operation {
+    fn write(pieces: Vec<Extent>) -> Operation {
         Operation::Write {
             inode: Target::Inode(InodeNumber(u64::MAX)),
             pieces,

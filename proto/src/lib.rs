@@ -26,8 +26,8 @@ pub mod statistics;
 pub mod steady;
 
 pub use attributes::{Attributes, FileKind, Timestamp};
-pub use call::{Call, CallReply, Refusal};
-pub use chunk::{ChunkBody, NewChunk, Piece, Sha256};
+pub use call::{ClientRequest, ClientResponse, Refusal};
+pub use chunk::{ChunkBody, Extent, NewChunk, Sha256};
 pub use command::{Command, Operation};
 pub use error::FsError;
 pub use ids::{ChunkId, InodeNumber, Lane, RequestId, SessionId, SessionSecret};

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::attributes::{Attributes, FileKind};
-use crate::chunk::Piece;
+use crate::chunk::Extent;
 use crate::ids::InodeNumber;
 use crate::name::{Name, SymlinkTarget, XattrName};
 
@@ -62,12 +62,12 @@ pub enum Query {
     Extents {
         /// The file.
         inode: InodeNumber,
-        /// From this offset in the file (a piece that only ends after it comes too, whole).
+        /// From this offset in the file (an extent that only ends after it comes too, whole).
         from: u64,
         /// To this offset (exclusive).
         to: u64,
         /// At most so many; never more than [`crate::limits::EXTENTS_ANSWER_MAX`].
-        pieces_max: u32,
+        extents_max: u32,
     },
     /// Space and counts: [`Answer::Space`].
     Space,
@@ -116,16 +116,19 @@ pub struct ExtentsPage {
     /// Of the file, at the same moment.
     pub attributes: Attributes,
     /// By offset, not overlapping; what lies between them is a hole.
-    pub pieces: Vec<Piece>,
-    /// The offset up to which `pieces` are complete.
+    pub extents: Vec<Extent>,
+    /// The offset up to which `extents` are complete.
     pub known_to: u64,
 }
+
+/// Takes the answer to a query of one type; an answer to another query comes back as it is.
+pub type TakeAnswer<A> = fn(Answer) -> Result<A, Box<Answer>>;
 
 /// A query together with the type of its answer: `A`.
 #[derive(Clone, Debug)]
 pub struct TypedQuery<A> {
     query: Query,
-    answer: fn(Answer) -> Result<A, Answer>,
+    take: TakeAnswer<A>,
 }
 
 impl<A> TypedQuery<A> {
@@ -135,11 +138,8 @@ impl<A> TypedQuery<A> {
     }
 
     /// The query as it is sent, and the function that takes its answer.
-    ///
-    /// # Errors
-    /// The function returns an answer to another query as it is.
-    pub fn into_parts(self) -> (Query, fn(Answer) -> Result<A, Answer>) {
-        (self.query, self.answer)
+    pub fn into_parts(self) -> (Query, TakeAnswer<A>) {
+        (self.query, self.take)
     }
 }
 
@@ -148,7 +148,7 @@ macro_rules! take {
     ($variant:ident) => {
         |answer| match answer {
             Answer::$variant(value) => Ok(value),
-            other => Err(other),
+            other => Err(Box::new(other)),
         }
     };
 }
@@ -158,7 +158,7 @@ impl Query {
     pub fn lookup(parent: InodeNumber, name: Name) -> TypedQuery<Attributes> {
         TypedQuery {
             query: Query::Lookup { parent, name },
-            answer: take!(Attributes),
+            take: take!(Attributes),
         }
     }
 
@@ -166,7 +166,7 @@ impl Query {
     pub fn attributes(inode: InodeNumber) -> TypedQuery<Attributes> {
         TypedQuery {
             query: Query::Attributes { inode },
-            answer: take!(Attributes),
+            take: take!(Attributes),
         }
     }
 
@@ -174,7 +174,7 @@ impl Query {
     pub fn resolve(from: InodeNumber, path: Vec<Name>) -> TypedQuery<Attributes> {
         TypedQuery {
             query: Query::Resolve { from, path },
-            answer: take!(Attributes),
+            take: take!(Attributes),
         }
     }
 
@@ -192,7 +192,7 @@ impl Query {
                 bytes_max,
                 detail,
             },
-            answer: take!(Entries),
+            take: take!(Entries),
         }
     }
 
@@ -200,7 +200,7 @@ impl Query {
     pub fn read_link(inode: InodeNumber) -> TypedQuery<SymlinkTarget> {
         TypedQuery {
             query: Query::ReadLink { inode },
-            answer: take!(Target),
+            take: take!(Target),
         }
     }
 
@@ -208,7 +208,7 @@ impl Query {
     pub fn xattr(inode: InodeNumber, name: XattrName) -> TypedQuery<Bytes> {
         TypedQuery {
             query: Query::GetXattr { inode, name },
-            answer: take!(XattrValue),
+            take: take!(XattrValue),
         }
     }
 
@@ -216,20 +216,20 @@ impl Query {
     pub fn xattr_names(inode: InodeNumber) -> TypedQuery<Vec<XattrName>> {
         TypedQuery {
             query: Query::ListXattrs { inode },
-            answer: take!(XattrNames),
+            take: take!(XattrNames),
         }
     }
 
-    /// The extents of the file `inode` between two offsets, at most `pieces_max` of them.
-    pub fn extents(inode: InodeNumber, from: u64, to: u64, pieces_max: u32) -> TypedQuery<ExtentsPage> {
+    /// The extents of the file `inode` between two offsets, at most `extents_max` of them.
+    pub fn extents(inode: InodeNumber, from: u64, to: u64, extents_max: u32) -> TypedQuery<ExtentsPage> {
         TypedQuery {
             query: Query::Extents {
                 inode,
                 from,
                 to,
-                pieces_max,
+                extents_max,
             },
-            answer: take!(Extents),
+            take: take!(Extents),
         }
     }
 
@@ -237,7 +237,7 @@ impl Query {
     pub fn space() -> TypedQuery<Space> {
         TypedQuery {
             query: Query::Space,
-            answer: take!(Space),
+            take: take!(Space),
         }
     }
 }

@@ -52,3 +52,6 @@ pub use mount::Mount;
 pub use random::Random;
 pub use sandbox::Sandbox;
 pub use shell::shell;
+
+#[doc = include_str!("../PROMISES.md")]
+pub mod promises {}

@@ -32,9 +32,16 @@ pub enum Victim {
     Process(i32),
 }
 
+/// A caller's connection to the proxy. One port of the caller may serve several connections, to different addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Ends {
+    caller: SocketAddr,
+    proxy: SocketAddr,
+}
+
 #[derive(Debug)]
 struct Connection {
-    peer: SocketAddr,
+    ends: Ends,
     caller: TcpStream,
     node: TcpStream,
     hit: Arc<AtomicBool>,
@@ -89,7 +96,7 @@ impl Proxy {
         *current = (fault, victim);
         let mut connections = self.shared.connections.lock().expect("no panic under the lock");
         connections.retain(|connection| {
-            let hit = fault != Fault::None && is_of(connection.peer, victim);
+            let hit = fault != Fault::None && is_of(connection.ends, victim);
             connection.hit.store(hit, Ordering::SeqCst);
             if hit && fault == Fault::Refuse {
                 connection.cut();
@@ -141,9 +148,15 @@ impl Connection {
 
 impl Shared {
     fn pass_on(self: &Arc<Self>, caller: TcpStream) {
-        let (Ok(peer), Ok(node)) = (caller.peer_addr(), TcpStream::connect(&self.target)) else {
+        let ends = (
+            caller.peer_addr(),
+            caller.local_addr(),
+            TcpStream::connect(&self.target),
+        );
+        let (Ok(peer), Ok(proxy), Ok(node)) = ends else {
             return; // Dropping the caller's side tells it that nobody is there.
         };
+        let ends = Ends { caller: peer, proxy };
         let (Ok(caller_copy), Ok(node_copy)) = (caller.try_clone(), node.try_clone()) else {
             return;
         };
@@ -153,7 +166,7 @@ impl Shared {
         {
             let current = self.fault.lock().expect("no panic under the lock");
             let (fault, victim) = *current;
-            if fault != Fault::None && is_of(peer, victim) {
+            if fault != Fault::None && is_of(ends, victim) {
                 if fault == Fault::Refuse {
                     return;
                 }
@@ -163,7 +176,7 @@ impl Shared {
                 .lock()
                 .expect("no panic under the lock")
                 .push(Connection {
-                    peer,
+                    ends,
                     caller: caller_copy,
                     node: node_copy,
                     hit: Arc::clone(&hit),
@@ -179,7 +192,7 @@ impl Shared {
         std::thread::spawn(move || {
             shared.pass_answers(node, caller, &hit);
             let mut connections = shared.connections.lock().expect("no panic under the lock");
-            connections.retain(|connection| connection.peer != peer);
+            connections.retain(|connection| connection.ends != ends);
         });
     }
 
@@ -203,35 +216,41 @@ impl Shared {
     }
 }
 
-/// Whether the connection from `peer` (an address of this machine) is `victim`'s.
-fn is_of(peer: SocketAddr, victim: Victim) -> bool {
+/// Whether the connection is `victim`'s.
+fn is_of(ends: Ends, victim: Victim) -> bool {
     match victim {
         Victim::All => true,
         // Whoever has closed it already may take it for a victim's.
-        Victim::Process(id) => socket_inode(peer).is_none_or(|inode| holds_socket(id, inode)),
+        Victim::Process(id) => socket_inode(ends).is_none_or(|inode| holds_socket(id, inode)),
     }
 }
 
-/// The inode of the socket bound to `address`, from `/proc/net/tcp` (IPv4: the address in host order, hexadecimal). Sockets
-/// come and go while that is read, so that it may lack one that is there: it is read again then.
-fn socket_inode(address: SocketAddr) -> Option<u64> {
+/// The inode of the caller's socket, from `/proc/net/tcp`. Sockets come and go while that is read, so that it may lack one
+/// that is there: it is read again then.
+fn socket_inode(ends: Ends) -> Option<u64> {
     const READS_MAX: u32 = 10;
-    (0..READS_MAX).find_map(|_| listed_inode(address))
+    (0..READS_MAX).find_map(|_| listed_inode(ends))
 }
 
-fn listed_inode(address: SocketAddr) -> Option<u64> {
+fn listed_inode(ends: Ends) -> Option<u64> {
+    let (caller, proxy) = (listed_address(ends.caller)?, listed_address(ends.proxy)?);
+    let table = std::fs::read_to_string("/proc/net/tcp").ok()?;
+    table.lines().skip(1).find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let is_it = fields.get(1) == Some(&caller.as_str()) && fields.get(2) == Some(&proxy.as_str());
+        let inode = is_it.then(|| fields.get(9)?.parse().ok())?;
+        // One that nobody has any more (TIME_WAIT) has none.
+        inode.filter(|inode| *inode != 0)
+    })
+}
+
+/// As `/proc/net/tcp` shows it (IPv4: the address in host order, hexadecimal).
+fn listed_address(address: SocketAddr) -> Option<String> {
     let SocketAddr::V4(address) = address else {
         return None;
     };
     let ip = u32::from_ne_bytes(address.ip().octets());
-    let wanted = format!("{ip:08X}:{:04X}", address.port());
-    let table = std::fs::read_to_string("/proc/net/tcp").ok()?;
-    table.lines().skip(1).find_map(|line| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let inode = (fields.get(1) == Some(&wanted.as_str())).then(|| fields.get(9)?.parse().ok())?;
-        // One that nobody has any more (TIME_WAIT) has none.
-        inode.filter(|inode| *inode != 0)
-    })
+    Some(format!("{ip:08X}:{:04X}", address.port()))
 }
 
 fn holds_socket(id: i32, inode: u64) -> bool {

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use quorumfs_proto::call::{Call, CallReply, Mutation, Refusal};
+use quorumfs_proto::call::{ClientRequest, ClientResponse, Mutation, Refusal};
 use quorumfs_proto::chunk::block_crcs;
 use quorumfs_proto::codec::{decode, encode};
 use quorumfs_proto::command::{Command, Operation};
@@ -43,15 +43,15 @@ impl WireClient {
         let open = client.opening();
         let reply = client.decided(&open);
         assert!(
-            matches!(reply, CallReply::Session(_)),
+            matches!(reply, ClientResponse::Session(_)),
             "open a session: {reply:?}"
         );
         client
     }
 
     /// The call that opens the session.
-    pub fn opening(&self) -> Call {
-        Call::OpenSessionWithKey {
+    pub fn opening(&self) -> ClientRequest {
+        ClientRequest::OpenSessionWithKey {
             session: self.session,
             description: "whole-cluster test".to_string(),
             secret: self.secret,
@@ -70,7 +70,7 @@ impl WireClient {
 
     /// Asks whoever leads, until it is decided.
     #[track_caller]
-    pub fn call(&self, call: &Call) -> CallReply {
+    pub fn call(&self, call: &ClientRequest) -> ClientResponse {
         self.decided(call)
     }
 
@@ -99,15 +99,15 @@ impl WireClient {
 
     /// Sends `mutation`, to whoever leads, until it is decided.
     #[track_caller]
-    pub fn mutate(&self, mutation: &Mutation) -> CallReply {
-        self.decided(&Call::Mutate(mutation.clone()))
+    pub fn mutate(&self, mutation: &Mutation) -> ClientResponse {
+        self.decided(&ClientRequest::Mutate(mutation.clone()))
     }
 
     /// Asks whoever leads.
     #[track_caller]
     pub fn query(&self, query: Query) -> Answer {
-        match self.decided(&Call::Query(query)) {
-            CallReply::Answer(Ok(answer)) => answer,
+        match self.decided(&ClientRequest::Query(query)) {
+            ClientResponse::Answer(Ok(answer)) => answer,
             other => panic!("a query was answered {other:?}"),
         }
     }
@@ -173,15 +173,15 @@ impl WireClient {
     #[track_caller]
     pub fn close(&self) {
         let session = self.session;
-        let reply = self.decided(&Call::CloseSession { session });
+        let reply = self.decided(&ClientRequest::CloseSession { session });
         assert!(
-            matches!(reply, CallReply::Session(_)),
+            matches!(reply, ClientResponse::Session(_)),
             "close a session: {reply:?}"
         );
     }
 
     /// Sends `call` to one node, once; an error where no answer came back.
-    pub fn send_once(&self, address: &str, call: &Call) -> Result<CallReply, String> {
+    pub fn send_once(&self, address: &str, call: &ClientRequest) -> Result<ClientResponse, String> {
         let exchange = async {
             let mut client = FileSystemClient::connect(format!("http://{address}"))
                 .await
@@ -214,13 +214,13 @@ impl WireClient {
     }
 
     #[track_caller]
-    fn decided(&self, call: &Call) -> CallReply {
+    fn decided(&self, call: &ClientRequest) -> ClientResponse {
         let start = std::time::Instant::now();
         let mut last = String::new();
         while start.elapsed() < DECIDE_LIMIT {
             for address in &self.addresses {
                 match self.send_once(address, call) {
-                    Ok(CallReply::Refused(
+                    Ok(ClientResponse::Refused(
                         refusal @ (Refusal::NotLeader { .. } | Refusal::Unavailable { .. }),
                     )) => {
                         last = format!("{address}: {refusal:?}");

@@ -223,6 +223,7 @@ fn nothing_is_left_undone() {
         ("for", " now"),
         // Nothing refers to a document that is not in the repository.
         ("(des", "ign"),
+        ("(Ru", "le "),
     ];
     let marks = marks.map(|(a, b)| format!("{a}{b}"));
     let mut wrong = Vec::new();

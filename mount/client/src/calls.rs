@@ -1,10 +1,10 @@
-//! The stream of metadata calls: envelopes of [`Call`] and [`CallReply`].
+//! The stream of metadata calls: envelopes of [`ClientRequest`] and [`ClientResponse`].
 //!
 //! Knows the encoding and which refusals concern the stream rather than the caller; nothing of lanes or sessions.
 
 use bytes::Bytes;
 use quorumfs_proto::codec;
-use quorumfs_proto::{Call, CallReply, Refusal, limits};
+use quorumfs_proto::{ClientRequest, ClientResponse, Refusal, limits};
 use quorumfs_wire::file_system_client::FileSystemClient;
 use quorumfs_wire::{CallRequest, CallResponse, ClientStatistics, UnlinkedQuestion};
 use tokio_stream::wrappers::ReceiverStream;
@@ -31,10 +31,10 @@ pub(crate) struct Calls;
 /// A reply, maybe still encoded.
 #[derive(Debug)]
 pub(crate) enum Received {
-    Decoded(CallReply),
+    Decoded(ClientResponse),
     Encoded(Bytes),
     /// The answer to a keep-alive, and what the cluster asks in turn.
-    Asking(CallReply, UnlinkedQuestion),
+    Asking(ClientResponse, UnlinkedQuestion),
 }
 
 impl Protocol for Calls {
@@ -84,11 +84,11 @@ impl Protocol for Calls {
     fn read(response: CallResponse) -> (u64, Reading<Received>) {
         let reading = match response.reply.len() {
             0..=DECODE_AT_ONCE_BYTES_MAX => match decode(&response.reply) {
-                CallReply::Refused(Refusal::UnknownSession) if response.never_decided => {
-                    Reading::Reply(Received::Decoded(CallReply::Refused(Refusal::NeverDecided)))
+                ClientResponse::Refused(Refusal::UnknownSession) if response.never_decided => {
+                    Reading::Reply(Received::Decoded(ClientResponse::Refused(Refusal::NeverDecided)))
                 }
-                CallReply::Refused(Refusal::NotLeader { leader }) => Reading::NotLeader { hint: leader },
-                CallReply::Refused(Refusal::Unavailable { reason }) => Reading::Unavailable { reason },
+                ClientResponse::Refused(Refusal::NotLeader { leader }) => Reading::NotLeader { hint: leader },
+                ClientResponse::Refused(Refusal::Unavailable { reason }) => Reading::Unavailable { reason },
                 reply => Reading::Reply(match response.unlinked {
                     Some(question) => Received::Asking(reply, question),
                     None => Received::Decoded(reply),
@@ -101,9 +101,9 @@ impl Protocol for Calls {
 }
 
 /// A reply that cannot be decoded is a refusal to whoever asked: only a newer program can help.
-fn decode(reply: &[u8]) -> CallReply {
+fn decode(reply: &[u8]) -> ClientResponse {
     codec::decode(reply).unwrap_or_else(|error| {
-        CallReply::Refused(Refusal::Invalid {
+        ClientResponse::Refused(Refusal::Invalid {
             reason: format!("the reply cannot be read: {error}"),
         })
     })
@@ -111,7 +111,7 @@ fn decode(reply: &[u8]) -> CallReply {
 
 /// A decided call: the reply, and how often the call was sent.
 pub(crate) struct Decided {
-    pub(crate) reply: CallReply,
+    pub(crate) reply: ClientResponse,
     pub(crate) sends: u32,
 }
 
@@ -140,9 +140,9 @@ impl LeaderLink<Calls> {
     /// with what the cluster asks in turn.
     pub(crate) async fn keep_alive(
         &self,
-        call: &Call,
+        call: &ClientRequest,
         statistics: Option<ClientStatistics>,
-    ) -> Option<(CallReply, Option<UnlinkedQuestion>)> {
+    ) -> Option<(ClientResponse, Option<UnlinkedQuestion>)> {
         let request = CallRequest {
             call: codec::encode(call),
             statistics,
@@ -155,7 +155,7 @@ impl LeaderLink<Calls> {
     }
 
     /// As [`LeaderLink::decide`], for a call that is not kept.
-    pub(crate) async fn ask(&self, call: &Call) -> Option<CallReply> {
+    pub(crate) async fn ask(&self, call: &ClientRequest) -> Option<ClientResponse> {
         self.decide(codec::encode(call))
             .await
             .map(|decided| decided.reply)

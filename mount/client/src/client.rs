@@ -7,8 +7,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use quorumfs_proto::statistics::ClientStatistics;
 use quorumfs_proto::{
-    Answer, Call, CallReply, ChunkId, ClusterId, Command, FsError, InodeNumber, Outcome, Query, Refusal,
-    SessionId, SessionSecret, Timestamp,
+    Answer, ChunkId, ClientRequest, ClientResponse, ClusterId, Command, FsError, InodeNumber, Outcome, Query,
+    Refusal, SessionId, SessionSecret, Timestamp,
 };
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -17,13 +17,13 @@ use tonic::transport::ClientTlsConfig;
 
 use crate::calls::QUERIES_MAX;
 use crate::chunk::FreshChunk;
+use crate::chunk_reader::ChunkReader;
+use crate::chunk_writer::ChunkWriter;
 use crate::cluster::Cluster;
 use crate::connector::{Connector, Purpose};
-use crate::get::Getter;
-use crate::keeper::Keeper;
+use crate::keep_alive::KeepAlive;
 use crate::leader_link::{LeaderLink, Protocol};
 use crate::mutation::{Abandoned, Mutator};
-use crate::put::Putter;
 use crate::session::Sessions;
 
 /// How long [`Client::connect`] looks for a leader where no `call_timeout` says otherwise: a mistyped address must
@@ -103,8 +103,8 @@ struct Inner {
     cluster_id: ClusterId,
     cluster: Arc<Cluster>,
     mutator: Arc<Mutator>,
-    getter: Getter,
-    keeper: Arc<Keeper>,
+    getter: ChunkReader,
+    keeper: Arc<KeepAlive>,
     queries: Semaphore,
     call_timeout: Option<Duration>,
     closing: CancellationToken,
@@ -140,7 +140,7 @@ impl Client {
         let guard = closing.clone().drop_guard();
         let cluster = Cluster::new(options.addresses, connector);
         let calls = LeaderLink::new(cluster.clone());
-        let putter = Putter::new(cluster.clone(), options.bytes_in_flight_max);
+        let putter = ChunkWriter::new(cluster.clone(), options.bytes_in_flight_max);
         tokio::spawn({
             let (closing, cluster) = (closing.clone(), cluster.clone());
             async move { closing.run_until_cancelled(cluster.follow_leader()).await }
@@ -170,7 +170,7 @@ impl Client {
             abandoned: Abandoned::default(),
             answering: tokio::sync::Mutex::default(),
         });
-        let keeper = Arc::new(Keeper::new(mutator.clone()));
+        let keeper = Arc::new(KeepAlive::new(mutator.clone()));
         tokio::spawn({
             let (closing, keeper) = (closing.clone(), keeper.clone());
             async move { closing.run_until_cancelled(keeper.run()).await }
@@ -178,7 +178,7 @@ impl Client {
         Ok(Client {
             inner: Arc::new(Inner {
                 cluster_id,
-                getter: Getter::new(cluster.clone(), options.bytes_in_flight_max, closing.clone()),
+                getter: ChunkReader::new(cluster.clone(), options.bytes_in_flight_max, closing.clone()),
                 cluster,
                 mutator,
                 keeper,
@@ -251,9 +251,9 @@ impl Client {
         self.bounded(async {
             let permit = self.inner.queries.acquire().await;
             let _permit = permit.expect("never closed");
-            match self.inner.mutator.calls.ask(&Call::Query(query)).await {
-                Some(CallReply::Answer(answer)) => answer,
-                Some(CallReply::Refused(Refusal::Invalid { reason })) => {
+            match self.inner.mutator.calls.ask(&ClientRequest::Query(query)).await {
+                Some(ClientResponse::Answer(answer)) => answer,
+                Some(ClientResponse::Refused(Refusal::Invalid { reason })) => {
                     tracing::error!(reason, "the cluster refuses a query");
                     Err(FsError::InvalidArgument)
                 }
@@ -313,13 +313,13 @@ impl Client {
 
     /// Ends the session of a process that is known to be gone, so that what it held is free at once.
     pub async fn end_predecessor(&self, (session, secret): (SessionId, SessionSecret)) {
-        let call = Call::CloseSessionWithKey { session, secret };
+        let call = ClientRequest::CloseSessionWithKey { session, secret };
         match self.inner.mutator.calls.ask(&call).await {
-            Some(CallReply::Session(_)) => {
+            Some(ClientResponse::Session(_)) => {
                 tracing::info!(%session, "ended the session of this one's predecessor")
             }
             // It has ended by itself.
-            Some(CallReply::Refused(Refusal::UnknownSession)) | None => {}
+            Some(ClientResponse::Refused(Refusal::UnknownSession)) | None => {}
             Some(reply) => {
                 tracing::warn!(%session, ?reply, "could not end the session of this one's predecessor")
             }
@@ -330,7 +330,7 @@ impl Client {
     /// [`FsError::Io`].
     pub async fn close(&self) {
         let session = self.session();
-        let call = Call::CloseSession { session };
+        let call = ClientRequest::CloseSession { session };
         let ask = self.inner.mutator.calls.ask(&call);
         match timeout(Duration::from_millis(CLOSE_TIMEOUT_MS), ask).await {
             Ok(_) => tracing::info!(%session, "closed the session"),

@@ -23,10 +23,10 @@ use quorumfs_wire::{DiscoverRequest, DiscoverResponse, SessionHello};
 use tokio::sync::{Notify, watch};
 use tonic::transport::Channel;
 
-use crate::book::Book;
+use crate::address_book::AddressBook;
 use crate::clock::LeaderClock;
 use crate::connector::{Backoff, Connector, Purpose};
-use crate::discovery::{Search, Suspect, Tally};
+use crate::discovery::{Answers, Search, Suspect};
 use crate::lease::Lease;
 
 /// A node that does not say in this time who leads is passed over in this round.
@@ -71,7 +71,7 @@ enum Phase {
 }
 
 struct State {
-    book: Book,
+    book: AddressBook,
     phase: Phase,
     suspect: Suspect,
     /// Complaints since a leader last answered a call.
@@ -90,7 +90,7 @@ impl Cluster {
     /// Nothing is asked yet; `addresses` must not be empty.
     pub(crate) fn new(addresses: Vec<String>, connector: Connector) -> Arc<Cluster> {
         let state = State {
-            book: Book::new(addresses),
+            book: AddressBook::new(addresses),
             phase: Phase::Searching { hint: None },
             suspect: Suspect::default(),
             complaints: 0,
@@ -357,7 +357,7 @@ impl Cluster {
     ) -> Option<(Member, String)> {
         let (addresses, mut tally) = {
             let state = self.state.lock();
-            let tally = Tally::new(search, state.suspect.clone(), state.book.nodes());
+            let tally = Answers::new(search, state.suspect.clone(), state.book.nodes());
             (state.book.addresses(), tally)
         };
         clients.retain(|address, _| addresses.contains(address));

@@ -40,7 +40,7 @@ struct Vote {
 
 /// The answers of one round of asking.
 #[derive(Debug)]
-pub(crate) struct Tally {
+pub(crate) struct Answers {
     search: Search,
     suspect: Suspect,
     /// How many nodes the cluster is known to have.
@@ -48,9 +48,9 @@ pub(crate) struct Tally {
     votes: BTreeMap<NodeId, Vote>,
 }
 
-impl Tally {
-    pub(crate) fn new(search: Search, suspect: Suspect, nodes: usize) -> Tally {
-        Tally {
+impl Answers {
+    pub(crate) fn new(search: Search, suspect: Suspect, nodes: usize) -> Answers {
+        Answers {
             search,
             suspect,
             nodes,
@@ -137,12 +137,12 @@ mod tests {
         }
     }
 
-    fn tally(search: Search, suspect: u16, votes: &[(u16, u16)]) -> Tally {
+    fn tally(search: Search, suspect: u16, votes: &[(u16, u16)]) -> Answers {
         let suspect = Suspect {
             id: (suspect > 0).then(|| member(suspect).id),
             address: None,
         };
-        let mut tally = Tally::new(search, suspect, 3);
+        let mut tally = Answers::new(search, suspect, 3);
         for (node, leader) in votes {
             tally.add(member(*node).id, (*leader > 0).then(|| member(*leader)));
         }
@@ -193,7 +193,7 @@ mod tests {
             id: None,
             address: Some(member(1).addresses.grpc),
         };
-        let mut tally = Tally::new(Search::Another, suspect, 3);
+        let mut tally = Answers::new(Search::Another, suspect, 3);
         tally.add(member(2).id, Some(member(1)));
         tally.add(member(3).id, Some(member(1)));
         assert_eq!(tally.last(), None);

@@ -17,34 +17,34 @@
 //! Behind it, imports pointing only down this list:
 //!
 //! - `interface`: what users see, as a trait. `client`: the one that reaches a real cluster; time-outs.
-//! - `keeper`: keep-alives, a new session for a lost one, release of unlinked inodes.
+//! - `keep_alive`: keep-alives, a new session for a lost one, release of unlinked inodes.
 //! - `mutation`: one mutation from its lane to its verdict.
 //! - `session`, `lanes`, `chunk`: what belongs to one session.
-//! - `calls`, `put`, `get`: the three streams; `sources` judges whom to read from.
+//! - `calls`, `chunk_writer`, `chunk_reader`: the three streams; `sources` judges whom to read from.
 //! - `leader_link`: a stream that follows the leader and sends again what is not answered.
 //! - `cluster`: who leads and where everybody is; `discovery` judges what the nodes say,
-//!   `book` keeps their addresses.
+//!   `address_book` keeps their addresses.
 //! - `lease`: whether this client alone uses the cluster; `clock`: what the leader's clock shows.
 //! - `connector`: connections and pauses.
 //!
 //! It knows nothing of FUSE, of files' buffers and caches, or of how a node works.
 
-mod book;
+mod address_book;
 mod calls;
 mod chunk;
+mod chunk_reader;
+mod chunk_writer;
 mod client;
 mod clock;
 mod cluster;
 mod connector;
 mod discovery;
-mod get;
 mod interface;
-mod keeper;
+mod keep_alive;
 mod lanes;
 mod leader_link;
 mod lease;
 mod mutation;
-mod put;
 mod session;
 mod sources;
 

@@ -20,7 +20,8 @@ use bytes::Bytes;
 use futures::future::{BoxFuture, try_join_all};
 use quorumfs_proto::call::Mutation;
 use quorumfs_proto::{
-    Call, CallReply, ChunkId, Command, FsError, Operation, OperationResult, Outcome, Refusal, codec,
+    ChunkId, ClientRequest, ClientResponse, Command, FsError, Operation, OperationResult, Outcome, Refusal,
+    codec,
 };
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -28,16 +29,16 @@ use tokio_util::sync::CancellationToken;
 
 use crate::calls::{Calls, Decided};
 use crate::chunk::{Claim, FreshChunk};
+use crate::chunk_writer::ChunkWriter;
 use crate::connector::Backoff;
 use crate::lanes::TakenLane;
 use crate::leader_link::LeaderLink;
-use crate::put::Putter;
 use crate::session::{Epoch, Sessions};
 
 /// What a mutation needs of the client.
 pub(crate) struct Mutator {
     pub(crate) calls: LeaderLink<Calls>,
-    pub(crate) putter: Putter,
+    pub(crate) putter: ChunkWriter,
     pub(crate) sessions: Sessions,
     /// Finishes what callers do not wait for.
     pub(crate) runtime: Handle,
@@ -164,7 +165,7 @@ impl Resolution {
         let named = command.chunks.iter();
         let claims = named.filter_map(|chunk| epoch.chunks.claim(chunk.id)).collect();
         let low_water = epoch.chunks.low_water();
-        let call = Call::Mutate(Mutation {
+        let call = ClientRequest::Mutate(Mutation {
             request: lane.request(),
             chunk_low_water: low_water,
             command,
@@ -209,15 +210,15 @@ impl Resolution {
             let reason = match (reply, given_up) {
                 // No state machine says so: the leader may have looked at its disks first, and then nobody
                 // remembers it.
-                (CallReply::Outcome(Err(FsError::NoSpace)), None) => FsError::NoSpace,
-                (CallReply::Outcome(verdict), given_up) => {
+                (ClientResponse::Outcome(Err(FsError::NoSpace)), None) => FsError::NoSpace,
+                (ClientResponse::Outcome(verdict), given_up) => {
                     self.lane.decided();
                     return Settled::Verdict(match given_up {
                         Some(error) if is_void(&verdict) => Err(error),
                         _ => verdict,
                     });
                 }
-                (CallReply::Refused(Refusal::PutAgain { chunks }), None) => {
+                (ClientResponse::Refused(Refusal::PutAgain { chunks }), None) => {
                     let put_again = async {
                         self.put_again(&chunks).await?;
                         backoff.pause().await;
@@ -229,18 +230,18 @@ impl Resolution {
                         None => FsError::TimedOut,
                     }
                 }
-                (CallReply::Refused(Refusal::Invalid { reason }), None) => {
+                (ClientResponse::Refused(Refusal::Invalid { reason }), None) => {
                     tracing::error!(request = ?self.lane.request(), reason, "the cluster refuses a command");
                     FsError::InvalidArgument
                 }
-                (CallReply::Refused(Refusal::NeverDecided), given_up) => {
+                (ClientResponse::Refused(Refusal::NeverDecided), given_up) => {
                     sessions.lose(&self.epoch, "it has ended");
                     return match given_up {
                         Some(error) => Settled::Verdict(Err(error)),
                         None => Settled::NeverHappened,
                     };
                 }
-                (CallReply::Refused(Refusal::UnknownSession), _) => {
+                (ClientResponse::Refused(Refusal::UnknownSession), _) => {
                     sessions.lose(&self.epoch, "the cluster does not know it");
                     return match sends {
                         1 => Settled::NeverHappened,
@@ -273,7 +274,7 @@ impl Resolution {
 
     /// A command that does nothing, under the same request id.
     fn void(&self) -> Bytes {
-        codec::encode(&Call::Mutate(Mutation {
+        codec::encode(&ClientRequest::Mutate(Mutation {
             request: self.lane.request(),
             chunk_low_water: self.low_water,
             command: Command::single(Operation::ReleaseUnlinked { inodes: Vec::new() }),

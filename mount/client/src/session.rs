@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use quorumfs_proto::{Call, CallReply, Refusal, SessionId, SessionSecret};
+use quorumfs_proto::{ClientRequest, ClientResponse, Refusal, SessionId, SessionSecret};
 use tokio::sync::{Notify, watch};
 
 use crate::calls::Calls;
@@ -113,28 +113,29 @@ async fn open_new(
 ) -> Result<(SessionId, SessionSecret), Option<String>> {
     let session = SessionId(rand::random_range(1..=u64::MAX));
     let secret = SessionSecret(rand::random());
-    let mut call = Call::OpenSessionWithKey {
+    let mut call = ClientRequest::OpenSessionWithKey {
         session,
         description: description.to_string(),
         secret,
     };
     loop {
         return match calls.ask(&call).await {
-            Some(CallReply::Session(_)) => {
+            Some(ClientResponse::Session(_)) => {
                 calls.cluster().speak_for(session, secret);
                 Ok((session, secret))
             }
             // An older program leads, which does not know this call.
-            Some(CallReply::Refused(Refusal::Invalid { reason }))
-                if matches!(call, Call::OpenSessionWithKey { .. }) && reason.starts_with("malformed") =>
+            Some(ClientResponse::Refused(Refusal::Invalid { reason }))
+                if matches!(call, ClientRequest::OpenSessionWithKey { .. })
+                    && reason.starts_with("malformed") =>
             {
-                call = Call::OpenSession {
+                call = ClientRequest::OpenSession {
                     session,
                     description: description.to_string(),
                 };
                 continue;
             }
-            Some(CallReply::Refused(Refusal::Invalid { reason })) => Err(Some(reason)),
+            Some(ClientResponse::Refused(Refusal::Invalid { reason })) => Err(Some(reason)),
             Some(reply) => Err(Some(format!("the leader answers {reply:?}"))),
             None => Err(None),
         };

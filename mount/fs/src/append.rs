@@ -21,13 +21,13 @@ use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use futures::FutureExt as _;
-use quorumfs_proto::chunk::Piece;
+use quorumfs_proto::chunk::Extent;
 use quorumfs_proto::command::{Privileges, Target};
 use quorumfs_proto::limits::{CHUNK_BYTES_MAX, INLINE_BYTES_MAX};
 use quorumfs_proto::{Command, FsError, Operation, OperationResult};
 
-use super::{Cluster, Filesystem, FreshContent, Node};
-use crate::handles::{AppendStage, HeldAppend, LastByte, OpenInode, Scope};
+use super::{Cluster, Filesystem, FreshContent, OpenInode};
+use crate::handles::{AppendStage, HeldAppend, LastByte, Scope, SharedInode};
 use crate::interrupt::interruptible;
 use crate::turn::take_turn;
 
@@ -57,7 +57,7 @@ impl<C: Cluster> Filesystem<C> {
     /// Appends `data`, each [`PIECE_BYTES_MAX`] in one piece.
     pub(super) async fn append(
         self: &Arc<Self>,
-        node: &Node<C>,
+        node: &OpenInode<C>,
         mut data: Bytes,
         privileges: Privileges,
         more_bytes: Option<u64>,
@@ -75,7 +75,7 @@ impl<C: Cluster> Filesystem<C> {
         self.settle_handed_over().await;
         let may_continue = may_continue(data.len(), more_bytes);
         if may_continue {
-            interruptible(self.dirty.room(|| self.relieve()).map(Ok)).await?;
+            interruptible(self.dirty.room(|| self.write_back_all()).map(Ok)).await?;
         }
         let _turn = take_turn(node).await?;
         // What other handles wrote before may be what moves the end; if it fails, they are told.
@@ -103,7 +103,7 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Takes `data` for the second part of what `node` holds back, if it can be that: both fit into one piece, and nothing
     /// was written behind the first meanwhile. Else there is none.
-    fn continue_held(&self, node: &Node<C>, data: &Bytes, privileges: Privileges) -> bool {
+    fn continue_held(&self, node: &OpenInode<C>, data: &Bytes, privileges: Privileges) -> bool {
         let mut state = node.state.lock();
         let committed = state.view.as_ref().map_or(0, |view| view.size);
         let buffer_end = state.buffer.end();
@@ -127,7 +127,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// An append to `node` is about to be answered: from now on its second part is waited for.
-    pub(super) fn answering_append(&self, node: &Node<C>) {
+    pub(super) fn answering_append(&self, node: &OpenInode<C>) {
         let mut state = node.state.lock();
         if let Some(held) = &mut state.held_append {
             held.since = Instant::now();
@@ -135,7 +135,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// Commits the append that is held back, if there is one; the caller holds the file's turn.
-    pub(super) async fn commit_held_append(&self, node: &Node<C>) -> Result<(), FsError> {
+    pub(super) async fn commit_held_append(&self, node: &OpenInode<C>) -> Result<(), FsError> {
         let held = {
             let mut state = node.state.lock();
             let Some(held) = &mut state.held_append else {
@@ -162,7 +162,12 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// One command; the caller holds the file's turn. Afterwards nothing is held back.
-    async fn append_piece(&self, node: &Node<C>, data: Bytes, privileges: Privileges) -> Result<(), FsError> {
+    async fn append_piece(
+        &self,
+        node: &OpenInode<C>,
+        data: Bytes,
+        privileges: Privileges,
+    ) -> Result<(), FsError> {
         let length = data.len() as u32;
         for _ in 0..APPEND_RENEWALS_MAX {
             let chunk = self.cluster.new_chunk(data.clone());
@@ -175,7 +180,7 @@ impl<C: Cluster> Filesystem<C> {
                 }
                 (chunk.stored(), vec![chunk.clone()])
             };
-            let piece = Piece {
+            let piece = Extent {
                 file_offset: 0,
                 length,
                 chunk: chunk.id(),
@@ -198,7 +203,7 @@ impl<C: Cluster> Filesystem<C> {
                 if let Some(OperationResult::Appended { offset }) = outcome.results.first()
                     && let Some(attributes) = outcome.attributes_of(node.inode)
                 {
-                    let piece = Piece {
+                    let piece = Extent {
                         file_offset: *offset,
                         ..piece
                     };
@@ -224,7 +229,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 }
 
-fn held_stage<Put>(node: &OpenInode<Put>) -> Option<AppendStage> {
+fn held_stage<Put>(node: &SharedInode<Put>) -> Option<AppendStage> {
     node.state.lock().held_append.as_ref().map(|held| held.stage)
 }
 

@@ -11,11 +11,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use futures::FutureExt as _;
-use quorumfs_proto::chunk::Piece;
+use quorumfs_proto::chunk::Extent;
 use quorumfs_proto::command::{Privileges, Target};
 use quorumfs_proto::{Command, FsError, NewChunk, Operation, Outcome, SessionId, Timestamp};
 
-use super::{Cluster, Filesystem, FreshContent, Node, Put};
+use super::{Cluster, Filesystem, FreshContent, OpenInode, Put};
 use crate::handles::{InodeState, Scope};
 use crate::interrupt::{interruptible, still_wanted};
 use crate::turn::{take_turn_after_append, take_turn_in_background};
@@ -48,7 +48,7 @@ impl Renewals {
 
 impl<C: Cluster> Filesystem<C> {
     /// Commits what was written before the call.
-    pub(super) async fn commit(&self, node: &Node<C>, scope: Scope) -> Result<(), FsError> {
+    pub(super) async fn commit(&self, node: &OpenInode<C>, scope: Scope) -> Result<(), FsError> {
         self.settle_handed_over().await;
         let verdict = {
             // Given up here, what was written waits for the next commit.
@@ -60,7 +60,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// Commits in a task of its own, at most one per file at a time.
-    pub(super) fn commit_in_background(self: &Arc<Self>, node: &Node<C>, scope: Scope) {
+    pub(super) fn commit_in_background(self: &Arc<Self>, node: &OpenInode<C>, scope: Scope) {
         {
             let mut state = node.state.lock();
             let queued = state.queued;
@@ -83,13 +83,13 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// As `commit`; the caller holds the file's turn.
-    pub(super) async fn commit_in_turn(&self, node: &Node<C>, scope: Scope) -> Result<(), FsError> {
+    pub(super) async fn commit_in_turn(&self, node: &OpenInode<C>, scope: Scope) -> Result<(), FsError> {
         let last = self.seal(node, scope);
         self.commit_up_to(node, last).await
     }
 
     /// Commits the packs up to `last`; the caller holds the file's turn.
-    pub(super) async fn commit_up_to(&self, node: &Node<C>, last: u64) -> Result<(), FsError> {
+    pub(super) async fn commit_up_to(&self, node: &OpenInode<C>, last: u64) -> Result<(), FsError> {
         let mut verdict = self.commit_held_append(node).await;
         loop {
             let packs = node.state.lock().buffer.front(last);
@@ -104,7 +104,11 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Does `operation`, which is about `node`, together with the commit of what was written before the call: in the
     /// same command, where the cluster accepts that.
-    pub(super) async fn commit_with(&self, node: &Node<C>, operation: Operation) -> Result<Outcome, FsError> {
+    pub(super) async fn commit_with(
+        &self,
+        node: &OpenInode<C>,
+        operation: Operation,
+    ) -> Result<Outcome, FsError> {
         self.settle_handed_over().await;
         let outcome = {
             let _turn = take_turn_after_append(node).await?;
@@ -114,7 +118,11 @@ impl<C: Cluster> Filesystem<C> {
         outcome
     }
 
-    async fn commit_with_in_turn(&self, node: &Node<C>, operation: Operation) -> Result<Outcome, FsError> {
+    async fn commit_with_in_turn(
+        &self,
+        node: &OpenInode<C>,
+        operation: Operation,
+    ) -> Result<Outcome, FsError> {
         let last = self.seal(node, Scope::Everything);
         // As below, a failure is kept for the handles.
         let _kept = self.commit_held_append(node).await;
@@ -152,7 +160,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// Seals what `scope` says and answers with the last pack to commit.
-    pub(super) fn seal(&self, node: &Node<C>, scope: Scope) -> u64 {
+    pub(super) fn seal(&self, node: &OpenInode<C>, scope: Scope) -> u64 {
         let mut state = node.state.lock();
         if scope == Scope::Everything {
             let packs = state.buffer.seal_all();
@@ -179,7 +187,7 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    async fn send_or_lose(&self, node: &Node<C>, packs: &[Arc<Pack>]) -> Result<(), FsError> {
+    async fn send_or_lose(&self, node: &OpenInode<C>, packs: &[Arc<Pack>]) -> Result<(), FsError> {
         match self.send(node, packs, None).await {
             Ok(_) => Ok(()),
             Err(error) => {
@@ -192,7 +200,7 @@ impl<C: Cluster> Filesystem<C> {
     /// One command: the packs, then `operation`.
     async fn send(
         &self,
-        node: &Node<C>,
+        node: &OpenInode<C>,
         packs: &[Arc<Pack>],
         operation: Option<Operation>,
     ) -> Result<Outcome, FsError> {
@@ -221,7 +229,7 @@ impl<C: Cluster> Filesystem<C> {
 
     async fn send_write(
         &self,
-        node: &Node<C>,
+        node: &OpenInode<C>,
         packs: &[Arc<Pack>],
         mut chunks: Vec<C::Chunk>,
         (mtime, privileges): (Option<Timestamp>, Privileges),
@@ -229,7 +237,7 @@ impl<C: Cluster> Filesystem<C> {
     ) -> Result<Outcome, FsError> {
         let mut renewals = Renewals::default();
         loop {
-            let pieces: Vec<Piece> = packs
+            let pieces: Vec<Extent> = packs
                 .iter()
                 .zip(&chunks)
                 .flat_map(|(pack, chunk)| pack.pieces(chunk.id()))
@@ -259,7 +267,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// The chunks of these packs, put.
-    async fn put_chunks(&self, node: &Node<C>, packs: &[Arc<Pack>]) -> Result<Vec<C::Chunk>, FsError> {
+    async fn put_chunks(&self, node: &OpenInode<C>, packs: &[Arc<Pack>]) -> Result<Vec<C::Chunk>, FsError> {
         let mut chunks = Vec::with_capacity(packs.len());
         for pack in packs {
             let put = node.state.lock().puts.get(&pack.sequence).cloned();
@@ -310,9 +318,9 @@ impl<C: Cluster> Filesystem<C> {
     /// The cluster knows these bytes now.
     fn settle(
         &self,
-        node: &Node<C>,
+        node: &OpenInode<C>,
         packs: &[Arc<Pack>],
-        pieces: &[Piece],
+        pieces: &[Extent],
         outcome: &Outcome,
         operation: Option<&Operation>,
     ) {
@@ -340,7 +348,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// These bytes could not be committed: they are gone, and every handle of the file will say so.
-    fn lose(&self, node: &Node<C>, packs: &[Arc<Pack>], error: FsError) {
+    fn lose(&self, node: &OpenInode<C>, packs: &[Arc<Pack>], error: FsError) {
         if packs.is_empty() {
             return;
         }
@@ -353,7 +361,7 @@ impl<C: Cluster> Filesystem<C> {
         self.pages.forget(node.inode);
     }
 
-    fn forget_packs(&self, node: &Node<C>, state: &mut InodeState<Put<C>>, packs: &[Arc<Pack>]) {
+    fn forget_packs(&self, node: &OpenInode<C>, state: &mut InodeState<Put<C>>, packs: &[Arc<Pack>]) {
         let Some(youngest) = packs.last() else { return };
         state.buffer.settle(youngest.sequence);
         let later: BTreeMap<u64, Put<C>> = state.puts.split_off(&(youngest.sequence + 1));

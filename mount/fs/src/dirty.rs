@@ -11,12 +11,12 @@ use quorumfs_proto::InodeNumber;
 use quorumfs_proto::command::Privileges;
 use tokio::sync::Notify;
 
-use crate::handles::{InodeState, OpenInode};
+use crate::handles::{InodeState, SharedInode};
 
 #[derive(Debug)]
 struct Books<Put> {
     bytes: u64,
-    nodes: BTreeMap<InodeNumber, Arc<OpenInode<Put>>>,
+    nodes: BTreeMap<InodeNumber, Arc<SharedInode<Put>>>,
 }
 
 /// The account of dirty bytes.
@@ -40,7 +40,7 @@ impl<Put> DirtyBytes<Put> {
     }
 
     /// Books what `node`'s buffer is now; `state` is `node`'s own, locked.
-    pub(super) fn account(&self, node: &Arc<OpenInode<Put>>, state: &mut InodeState<Put>) {
+    pub(super) fn account(&self, node: &Arc<SharedInode<Put>>, state: &mut InodeState<Put>) {
         let footprint_bytes = state.footprint_bytes();
         let mut books = self.books.lock();
         books.bytes = books.bytes - state.charged_bytes + footprint_bytes;
@@ -60,7 +60,7 @@ impl<Put> DirtyBytes<Put> {
     }
 
     /// The files that have dirty bytes.
-    pub(super) fn nodes(&self) -> Vec<Arc<OpenInode<Put>>> {
+    pub(super) fn nodes(&self) -> Vec<Arc<SharedInode<Put>>> {
         self.books.lock().nodes.values().cloned().collect()
     }
 
@@ -74,8 +74,8 @@ impl<Put> DirtyBytes<Put> {
         self.books.lock().bytes
     }
 
-    /// Waits until there is room for a write; calls `relieve` whenever there is none.
-    pub(super) async fn room(&self, relieve: impl Fn()) {
+    /// Waits until there is room for a write; calls `write_back_all` whenever there is none.
+    pub(super) async fn room(&self, write_back_all: impl Fn()) {
         loop {
             let freed = self.freed.notified();
             tokio::pin!(freed);
@@ -83,7 +83,7 @@ impl<Put> DirtyBytes<Put> {
             if self.bytes() < self.bytes_max {
                 return;
             }
-            relieve();
+            write_back_all();
             freed.await;
         }
     }

@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::{Cluster, Durability, Filesystem, Node};
-use crate::handles::{OpenInode, Scope};
+use super::{Cluster, Durability, Filesystem, OpenInode};
+use crate::handles::{Scope, SharedInode};
 use crate::interrupt::uninterrupted;
 use crate::turn::take_turn_after_append;
 
@@ -29,7 +29,7 @@ pub(super) struct HandedOver<Put> {
 #[derive(Debug)]
 struct Queue<Put> {
     /// Each file with the last pack that its close sealed, oldest first.
-    closes: VecDeque<(Arc<OpenInode<Put>>, u64)>,
+    closes: VecDeque<(Arc<SharedInode<Put>>, u64)>,
     /// Committed since the start.
     committed: u64,
 }
@@ -54,7 +54,7 @@ impl<Put> Queue<Put> {
 
 impl<C: Cluster> Filesystem<C> {
     /// A close of `node` returns; what was written goes on its way.
-    pub(super) fn hand_over(self: &Arc<Self>, node: &Node<C>) {
+    pub(super) fn hand_over(self: &Arc<Self>, node: &OpenInode<C>) {
         if node.state.lock().is_clean() {
             return;
         }

@@ -1,4 +1,4 @@
-//! What programs have open: handles, and one [`OpenInode`] for all handles of a file.
+//! What programs have open: handles, and one [`SharedInode`] for all handles of a file.
 //!
 //! Invariants: an inode is in the table from before its open is told to the cluster until its last handle is gone and
 //! its last dirty byte is settled; so "not open here" is never said of a file that is. A failed flush outlives it until
@@ -76,7 +76,7 @@ pub enum Scope {
 
 /// One file that is open or dirty.
 #[derive(Debug)]
-pub struct OpenInode<Put> {
+pub struct SharedInode<Put> {
     /// Its number.
     pub inode: InodeNumber,
     /// Whoever holds it may send commands about the content of this file: they take effect in the order of writing.
@@ -281,7 +281,7 @@ fn without_privileges(mode: u16) -> u16 {
 #[derive(Debug)]
 pub struct OpenFile<Put> {
     /// The file.
-    pub node: Arc<OpenInode<Put>>,
+    pub node: Arc<SharedInode<Put>>,
     /// How it was opened.
     pub flags: OpenFlags,
     /// How it is read.
@@ -302,7 +302,7 @@ impl<Put> OpenFile<Put> {
 
 #[derive(Debug)]
 struct Entry<Put> {
-    node: Arc<OpenInode<Put>>,
+    node: Arc<SharedInode<Put>>,
     /// Handles, and opens under way.
     holds: u32,
 }
@@ -347,14 +347,14 @@ impl<Put> Default for OpenFiles<Put> {
 
 impl<Put> OpenFiles<Put> {
     /// Says that `inode` is open here, before it is.
-    pub fn hold(&self, inode: InodeNumber) -> Arc<OpenInode<Put>> {
+    pub fn hold(&self, inode: InodeNumber) -> Arc<SharedInode<Put>> {
         let mut tables = self.tables.lock();
         let failures = match tables.inodes.contains_key(&inode) {
             true => Failures::default(),
             false => tables.take_untold(inode),
         };
         let entry = tables.inodes.entry(inode).or_insert_with(|| Entry {
-            node: Arc::new(OpenInode {
+            node: Arc::new(SharedInode {
                 inode,
                 turn: tokio::sync::Mutex::new(()),
                 page_turn: Arc::default(),
@@ -392,7 +392,7 @@ impl<Put> OpenFiles<Put> {
     }
 
     /// Takes a hold back.
-    pub fn let_go(&self, node: &OpenInode<Put>) {
+    pub fn let_go(&self, node: &SharedInode<Put>) {
         let mut tables = self.tables.lock();
         if let Some(entry) = tables.inodes.get_mut(&node.inode) {
             entry.holds -= 1;
@@ -401,12 +401,12 @@ impl<Put> OpenFiles<Put> {
     }
 
     /// Forgets `node` if nobody has it open and it is clean.
-    pub fn retire(&self, node: &OpenInode<Put>) {
+    pub fn retire(&self, node: &SharedInode<Put>) {
         drop_if_idle(&mut self.tables.lock(), node.inode);
     }
 
     /// Makes a hold into a handle.
-    pub fn add(&self, node: Arc<OpenInode<Put>>, flags: OpenFlags, dropping: Option<Dropping>) -> Handle {
+    pub fn add(&self, node: Arc<SharedInode<Put>>, flags: OpenFlags, dropping: Option<Dropping>) -> Handle {
         let seen = {
             let mut state = node.state.lock();
             state.page_writers += u32::from(flags.writes_pages());
@@ -444,7 +444,7 @@ impl<Put> OpenFiles<Put> {
     }
 
     /// The open (or dirty) file of this number.
-    pub fn find(&self, inode: InodeNumber) -> Option<Arc<OpenInode<Put>>> {
+    pub fn find(&self, inode: InodeNumber) -> Option<Arc<SharedInode<Put>>> {
         self.tables
             .lock()
             .inodes
@@ -453,11 +453,11 @@ impl<Put> OpenFiles<Put> {
     }
 
     /// Has files other than `used` forget their extents, if there are too many in memory. The caller holds no file's state.
-    pub fn bound_extents(&self, used: &OpenInode<Put>) {
+    pub fn bound_extents(&self, used: &SharedInode<Put>) {
         if !self.extents.is_exceeded() {
             return;
         }
-        let nodes: Vec<Arc<OpenInode<Put>>> = {
+        let nodes: Vec<Arc<SharedInode<Put>>> = {
             let tables = self.tables.lock();
             tables
                 .inodes

@@ -13,7 +13,7 @@
 //! for again.
 //!
 //! Rules held here: commands about the content of one file go out one after another, in the order of writing
-//! (`OpenInode::turn`); mtime is that of the write, not of its flush; attributes are never set before the bytes
+//! (`SharedInode::turn`); mtime is that of the write, not of its flush; attributes are never set before the bytes
 //! written earlier; no verdict of the cluster is anticipated.
 //!
 //! Verbs must be run to their end: a caller that goes away half-way spawns them. Where a verb only waits, it can be told
@@ -61,7 +61,7 @@ pub use self::namespace::Moved;
 pub use self::open::{NewFile, Opened};
 pub use self::pages::PagesAbove;
 pub use self::removed::UsedAbove;
-pub use self::write::Place;
+pub use self::write::WritePosition;
 pub use crate::caches::page_tail::{Order, Reader};
 pub use crate::handles::{Handle, OpenFlags};
 pub use append::may_be_a_part;
@@ -74,7 +74,7 @@ use self::looked_up::LookedUp;
 use self::removed::Removed;
 use crate::caches::chunk_cache::ChunkCache;
 use crate::caches::page_versions::PageVersions;
-use crate::handles::{OpenFiles, OpenInode, Scope};
+use crate::handles::{OpenFiles, Scope, SharedInode};
 use crate::interrupt::interruptible;
 
 /// Read-ahead fetches of one mount at once: enough to keep three nodes busy, and at most 16 MiB on their way.
@@ -133,7 +133,7 @@ impl Default for FsOptions {
 type Put<C> = Shared<BoxFuture<'static, Result<<C as Cluster>::Chunk, FsError>>>;
 
 /// An open file.
-type Node<C> = Arc<OpenInode<Put<C>>>;
+type OpenInode<C> = Arc<SharedInode<Put<C>>>;
 
 /// A mounted filesystem.
 pub struct Filesystem<C: Cluster = quorumfs_client::Client> {
@@ -176,7 +176,7 @@ impl<C: Cluster> Filesystem<C> {
                 Some(filesystem) => filesystem.not_held(inodes),
                 None => inodes.to_vec(),
             }));
-        tokio::spawn(grow_old(
+        tokio::spawn(write_back_old(
             Arc::downgrade(&filesystem),
             filesystem.options.dirty_age_ms,
         ));
@@ -265,7 +265,7 @@ impl<C: Cluster> Filesystem<C> {
 }
 
 /// Commits what has been dirty for too long, until the filesystem is gone.
-async fn grow_old<C: Cluster>(filesystem: Weak<Filesystem<C>>, dirty_age_ms: u64) {
+async fn write_back_old<C: Cluster>(filesystem: Weak<Filesystem<C>>, dirty_age_ms: u64) {
     let dirty_age = Duration::from_millis(dirty_age_ms);
     let mut tick = ticks(dirty_age_ms);
     loop {

@@ -9,7 +9,7 @@ use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber, Name, Operation
 
 use super::namespace::entry_of;
 use super::removed::RemovedBy;
-use super::{Caller, Cluster, Durability, Filesystem, Handle, Node, OpenFlags, Put};
+use super::{Caller, Cluster, Durability, Filesystem, Handle, OpenFlags, OpenInode, Put};
 use crate::caches::page_versions::Dropping;
 use crate::handles::{OpenFile, Scope};
 
@@ -69,7 +69,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// Answers whether caches above must be dropped.
-    async fn open_held(&self, node: &Node<C>, flags: OpenFlags) -> Result<Option<Dropping>, FsError> {
+    async fn open_held(&self, node: &OpenInode<C>, flags: OpenFlags) -> Result<Option<Dropping>, FsError> {
         if flags.truncate {
             self.truncate_at_open(node, flags.privileges).await?;
         } else if flags.read {
@@ -94,7 +94,7 @@ impl<C: Cluster> Filesystem<C> {
         Ok(self.pages.opened(node.inode, view.content_version))
     }
 
-    async fn truncate_at_open(&self, node: &Node<C>, privileges: Privileges) -> Result<(), FsError> {
+    async fn truncate_at_open(&self, node: &OpenInode<C>, privileges: Privileges) -> Result<(), FsError> {
         let cut = Operation::SetAttributes {
             inode: Target::Inode(node.inode),
             changes: AttributeChanges {
@@ -106,7 +106,7 @@ impl<C: Cluster> Filesystem<C> {
         self.commit_with(node, cut).await.map(|_| ())
     }
 
-    fn opened(&self, node: Node<C>, flags: OpenFlags, dropping: Option<Dropping>) -> Opened {
+    fn opened(&self, node: OpenInode<C>, flags: OpenFlags, dropping: Option<Dropping>) -> Opened {
         {
             let mut state = node.state.lock();
             let size = state.size();

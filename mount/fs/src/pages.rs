@@ -22,7 +22,7 @@ use quorumfs_proto::{Attributes, InodeNumber};
 use tokio::sync::{OwnedMutexGuard, oneshot};
 use tokio::task::JoinHandle;
 
-use super::{Cluster, Filesystem, Node};
+use super::{Cluster, Filesystem, OpenInode};
 use crate::caches::page_tail::{PageTail, Reader};
 
 /// How long an answer waits for the last byte of the file.
@@ -98,7 +98,7 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Returns when programs may be told that `node` is `size` bytes long. The caller holds neither the file's turn nor
     /// anything that a read waits for.
-    pub(super) async fn before_telling(&self, node: &Node<C>, size: u64) {
+    pub(super) async fn before_telling(&self, node: &OpenInode<C>, size: u64) {
         if node.state.lock().tail.tell(size) {
             return;
         }
@@ -117,7 +117,7 @@ impl<C: Cluster> Filesystem<C> {
         let last = tokio::time::timeout(limit, self.last_byte(node)).await;
         let last = last.ok().flatten();
         let bytes_above = Arc::clone(&above);
-        let tell = move |node: &Node<C>| {
+        let tell = move |node: &OpenInode<C>| {
             let last = last.filter(|last| {
                 let state = node.state.lock();
                 let is_newest = |view: &Attributes| view.content_version == last.version;
@@ -142,7 +142,7 @@ impl<C: Cluster> Filesystem<C> {
     /// As [`Filesystem::before_telling`], for the answer to a write through pages up to `end`. Only one page can be in the
     /// way, in which a read ended that was sent after the write; the kernel may hold others of the write until it has
     /// the answer.
-    pub(super) async fn before_telling_written(&self, node: &Node<C>, end: u64) {
+    pub(super) async fn before_telling_written(&self, node: &OpenInode<C>, end: u64) {
         {
             let mut state = node.state.lock();
             if !state.tail.has_zeros_below(end) {
@@ -174,7 +174,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// The bytes of `node` from `from` on were changed beside the pages: returns when these are dropped.
-    pub(super) async fn drop_pages(&self, node: &Node<C>, from: u64) {
+    pub(super) async fn drop_pages(&self, node: &OpenInode<C>, from: u64) {
         let Some(above) = self.pages_above.get().cloned() else {
             return;
         };
@@ -198,9 +198,9 @@ struct Dropping {
 /// end on a thread that may wait for the kernel, even if nobody waits for it any more. Answers when the pages are dropped,
 /// and when all is done.
 fn drop_in_turn<C: Cluster, Note: FnOnce(&mut PageTail)>(
-    node: &Node<C>,
+    node: &OpenInode<C>,
     dropping: Dropping,
-    tell: impl FnOnce(&Node<C>) -> Note + Send + 'static,
+    tell: impl FnOnce(&OpenInode<C>) -> Note + Send + 'static,
 ) -> (oneshot::Receiver<()>, JoinHandle<()>) {
     let node = Arc::clone(node);
     let (dropped, is_dropped) = oneshot::channel();

@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
-use quorumfs_proto::chunk::Piece;
+use quorumfs_proto::chunk::Extent;
 use quorumfs_proto::limits::FILE_BYTES_MAX;
 use quorumfs_proto::query::ExtentsPage;
 use quorumfs_proto::{FsError, Query};
 
-use super::{Cluster, Filesystem, Handle, Node, Order, Put, Reader};
+use super::{Cluster, Filesystem, Handle, OpenInode, Order, Put, Reader};
 use crate::caches::extent_cache::clip;
 use crate::handles::{InodeState, LastByte, Scope};
 use crate::interrupt::{interruptible, still_wanted};
@@ -43,7 +43,7 @@ struct Snapshot {
     /// Oldest first.
     dirty: Vec<DirtyPart>,
     /// Committed pieces, unless all of the range is written over, and how far the file uses the chunk of each.
-    pieces: Vec<(Piece, u32)>,
+    pieces: Vec<(Extent, u32)>,
 }
 
 impl<C: Cluster> Filesystem<C> {
@@ -100,7 +100,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// What the file holds in `range`, dirty and committed, without a commit in between.
-    async fn snapshot(&self, node: &Node<C>, range: Range<u64>) -> Result<Snapshot, FsError> {
+    async fn snapshot(&self, node: &OpenInode<C>, range: Range<u64>) -> Result<Snapshot, FsError> {
         let mut overtaken = 0;
         loop {
             if node.state.lock().held_append.is_some() {
@@ -128,14 +128,14 @@ impl<C: Cluster> Filesystem<C> {
     /// Asks for attributes and extents from `from` on. Answers whether they are of the version the mount knows.
     pub(super) async fn look_up_extents(
         &self,
-        node: &Node<C>,
+        node: &OpenInode<C>,
         from: u64,
-        pieces_max: u32,
+        extents_max: u32,
     ) -> Result<bool, FsError> {
-        let query = Query::extents(node.inode, from, FILE_BYTES_MAX, pieces_max);
+        let query = Query::extents(node.inode, from, FILE_BYTES_MAX, extents_max);
         let ExtentsPage {
             attributes,
-            pieces,
+            extents: pieces,
             known_to,
         } = self.ask(query).await.map_err(gone)?;
         if known_to <= from && from < attributes.size {
@@ -163,7 +163,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// The last byte of a file whose pages no program of this mount may write to.
-    pub(super) async fn last_byte(&self, node: &Node<C>) -> Option<LastByte> {
+    pub(super) async fn last_byte(&self, node: &OpenInode<C>) -> Option<LastByte> {
         for _ in 0..READ_ATTEMPTS_MAX {
             let version_and_size = |state: &InodeState<Put<C>>| {
                 let view = state.view.as_ref()?;
@@ -223,7 +223,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// The bytes of `part`, out of a chunk that the file uses up to `used_to`, and their place in the file.
-    async fn fetch(&self, part: Piece, used_to: u32, pattern: Pattern) -> Result<(u64, Bytes), FsError> {
+    async fn fetch(&self, part: Extent, used_to: u32, pattern: Pattern) -> Result<(u64, Bytes), FsError> {
         let range = part.chunk_offset..part.chunk_offset + part.length;
         let get = |offset, length| self.cluster.get_chunk(part.chunk, offset, length);
         let bytes = self.chunks.read(part.chunk, range, used_to, pattern, get).await?;
@@ -232,7 +232,7 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Fetches the chunks of `range` into the cache, in the background. What fails here is tried again, and reported,
     /// by the read that needs it.
-    fn read_ahead(self: &Arc<Self>, node: &Node<C>, range: Range<u64>) {
+    fn read_ahead(self: &Arc<Self>, node: &OpenInode<C>, range: Range<u64>) {
         let size = node.state.lock().view.as_ref().map_or(0, |view| view.size);
         let range = range.start..range.end.min(size);
         if range.is_empty() {
@@ -256,7 +256,7 @@ impl<C: Cluster> Filesystem<C> {
                     let Ok(_permit) = filesystem.readahead_permits.acquire().await else {
                         return;
                     };
-                    let first_byte = Piece { length: 1, ..piece };
+                    let first_byte = Extent { length: 1, ..piece };
                     if let Err(error) = filesystem.fetch(first_byte, used_to, Pattern::Sequential).await {
                         tracing::debug!(chunk = %piece.chunk, %error, "read ahead");
                     }

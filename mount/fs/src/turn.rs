@@ -9,7 +9,7 @@ use futures::FutureExt as _;
 use quorumfs_proto::FsError;
 use tokio::sync::MutexGuard;
 
-use crate::handles::{AppendStage, OpenInode};
+use crate::handles::{AppendStage, SharedInode};
 use crate::interrupt::interruptible;
 
 /// For so long what is not this write's own waits for a second part: longer than the kernel takes to send it. A program's
@@ -23,12 +23,12 @@ const SECOND_PART_WAIT_KNOWN: Duration = Duration::from_secs(1);
 const SECOND_PART_TICK: Duration = Duration::from_millis(1);
 
 /// Waits for the turn of `node`.
-pub async fn take_turn<Put>(node: &OpenInode<Put>) -> Result<MutexGuard<'_, ()>, FsError> {
+pub async fn take_turn<Put>(node: &SharedInode<Put>) -> Result<MutexGuard<'_, ()>, FsError> {
     interruptible(node.turn.lock().map(Ok)).await
 }
 
 /// The file's turn, for a commit: not between the two parts of an append, which would then be two.
-pub async fn take_turn_after_append<Put>(node: &OpenInode<Put>) -> Result<MutexGuard<'_, ()>, FsError> {
+pub async fn take_turn_after_append<Put>(node: &SharedInode<Put>) -> Result<MutexGuard<'_, ()>, FsError> {
     let turn = take_turn(node).await?;
     // With the turn, so that there is no other first part then. The second one does not need it.
     while expects_second_part(node, SECOND_PART_WAIT) {
@@ -39,7 +39,7 @@ pub async fn take_turn_after_append<Put>(node: &OpenInode<Put>) -> Result<MutexG
 
 /// As above, for a commit that nobody waits for. It gives way to whoever does, and to appends that follow one another:
 /// each of these commits what was written before it.
-pub async fn take_turn_in_background<Put>(node: &OpenInode<Put>) -> MutexGuard<'_, ()> {
+pub async fn take_turn_in_background<Put>(node: &SharedInode<Put>) -> MutexGuard<'_, ()> {
     loop {
         let turn = node.turn.lock().await;
         if !expects_second_part(node, SECOND_PART_WAIT_UNASKED) {
@@ -51,7 +51,7 @@ pub async fn take_turn_in_background<Put>(node: &OpenInode<Put>) -> MutexGuard<'
 }
 
 /// Whether what `node` holds back may still get its second part, if that is waited for so long.
-fn expects_second_part<Put>(node: &OpenInode<Put>, wait: Duration) -> bool {
+fn expects_second_part<Put>(node: &SharedInode<Put>, wait: Duration) -> bool {
     let state = node.state.lock();
     let Some(held) = state.held_append.as_ref() else {
         return false;

@@ -14,7 +14,7 @@ use quorumfs_proto::FsError;
 use quorumfs_proto::command::Privileges;
 use quorumfs_proto::limits::FILE_BYTES_MAX;
 
-use super::{Cluster, Filesystem, Handle, Node, Order, Put};
+use super::{Cluster, Filesystem, Handle, OpenInode, Order, Put};
 use crate::caches::page_tail::Sent;
 use crate::handles::{OpenFile, Scope};
 use crate::interrupt::interruptible;
@@ -22,7 +22,7 @@ use crate::write_buffer::Due;
 
 /// Where a write goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum WritePosition {
     /// There.
     At(u64),
     /// To the end of the file, wherever that is by then.
@@ -40,7 +40,7 @@ impl<C: Cluster> Filesystem<C> {
     pub async fn write(
         self: &Arc<Self>,
         handle: Handle,
-        place: Place,
+        place: WritePosition,
         data: Bytes,
         privileges: Privileges,
         order: Order,
@@ -51,7 +51,7 @@ impl<C: Cluster> Filesystem<C> {
             return Err(FsError::NotPermitted);
         }
         let length = u32::try_from(data.len()).map_err(|_| FsError::InvalidArgument)?;
-        let (Place::At(offset) | Place::End { offset, .. }) = place;
+        let (WritePosition::At(offset) | WritePosition::End { offset, .. }) = place;
         if offset
             .checked_add(u64::from(length))
             .is_none_or(|end| end > FILE_BYTES_MAX)
@@ -62,38 +62,38 @@ impl<C: Cluster> Filesystem<C> {
             return Ok(0);
         }
         match place {
-            Place::End { more_bytes, .. } => {
+            WritePosition::End { more_bytes, .. } => {
                 self.append(&file.node, data, privileges, more_bytes).await?;
             }
-            Place::At(_) => {
+            WritePosition::At(_) => {
                 let at = Instant::now();
                 let through_pages = (!file.flags.append).then_some(Sent { order, at });
                 self.take(&file.node, offset, data, privileges, through_pages)
                     .await?;
             }
         }
-        if place == Place::At(offset) && file.flags.append {
+        if place == WritePosition::At(offset) && file.flags.append {
             // These bytes did not go through the caches above, where another handle may just have read what was there.
             self.pages.forget(file.node.inode);
             self.drop_pages(&file.node, offset).await;
         }
         self.before_longer(&file, place, offset + u64::from(length), order)
             .await;
-        if matches!(place, Place::End { .. }) {
+        if matches!(place, WritePosition::End { .. }) {
             self.answering_append(&file.node);
         }
         Ok(length)
     }
 
     /// A write up to `end` is about to be answered: the kernel takes the file for so long then.
-    async fn before_longer(&self, file: &OpenFile<Put<C>>, place: Place, end: u64, order: Order) {
+    async fn before_longer(&self, file: &OpenFile<Put<C>>, place: WritePosition, end: u64, order: Order) {
         if file.flags.append {
             // It went by the pages, so nothing above waits for its answer with a page locked.
             return self.before_telling(&file.node, end).await;
         }
         match place {
-            Place::At(_) => self.before_telling_written(&file.node, end).await,
-            Place::End { offset, .. } => {
+            WritePosition::At(_) => self.before_telling_written(&file.node, end).await,
+            WritePosition::End { offset, .. } => {
                 let mut state = file.node.state.lock();
                 // The pages have it where the kernel thinks the end is.
                 state.tail.read_short(offset, order);
@@ -131,13 +131,13 @@ impl<C: Cluster> Filesystem<C> {
     /// Puts `data` into the file's buffer, when there is room. `through_pages`: programs above see it in the file's pages.
     async fn take(
         self: &Arc<Self>,
-        node: &Node<C>,
+        node: &OpenInode<C>,
         offset: u64,
         data: Bytes,
         privileges: Privileges,
         through_pages: Option<Sent>,
     ) -> Result<(), FsError> {
-        interruptible(self.dirty.room(|| self.relieve()).map(Ok)).await?;
+        interruptible(self.dirty.room(|| self.write_back_all()).map(Ok)).await?;
         let due = {
             let mut state = node.state.lock();
             if let Some(sent) = through_pages {
@@ -164,7 +164,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// There are too many dirty bytes: everything goes.
-    pub(super) fn relieve(self: &Arc<Self>) {
+    pub(super) fn write_back_all(self: &Arc<Self>) {
         for node in self.dirty.nodes() {
             self.commit_in_background(&node, Scope::Everything);
         }

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use quorumfs_proto::limits::{CHUNK_BYTES_MAX, COMMAND_CHUNKS_MAX, COMMAND_PIECES_MAX, INLINE_BYTES_MAX};
-use quorumfs_proto::{ChunkId, Piece};
+use quorumfs_proto::{ChunkId, Extent};
 
 /// The grid of a file on which whole chunks are cut.
 pub const CELL_BYTES: u64 = CHUNK_BYTES_MAX as u64;
@@ -76,8 +76,8 @@ impl Pack {
     }
 
     /// The extents it makes once its bytes are the chunk `chunk`.
-    pub fn pieces(&self, chunk: ChunkId) -> impl Iterator<Item = Piece> + '_ {
-        self.ranges.iter().map(move |range| Piece {
+    pub fn pieces(&self, chunk: ChunkId) -> impl Iterator<Item = Extent> + '_ {
+        self.ranges.iter().map(move |range| Extent {
             file_offset: range.file_offset,
             length: range.length,
             chunk,

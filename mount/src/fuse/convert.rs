@@ -7,7 +7,7 @@ use fuser::{FileAttr, FileType, INodeNo, RenameFlags, TimeOrNow, WriteFlags};
 use quorumfs_proto::command::{AttributeChanges, NewKind, Privileges, RenameMode, SetTime, XattrMode};
 use quorumfs_proto::{Attributes, FileKind, FsError, Timestamp, XattrName};
 
-use quorumfs_fs::{DirectoryItem, Place};
+use quorumfs_fs::{DirectoryItem, WritePosition};
 
 /// What programs are told to read and write at a time. The C library sizes its buffers by it, and each of its
 /// writes is a request of its own, so larger is faster; it costs every open stream that much memory.
@@ -182,11 +182,11 @@ pub fn privileges_of(caller_uid: u32) -> Privileges {
 
 /// Where a WRITE goes and what becomes of the file's privileges. `open_flags` are those of the file as they are now, not
 /// as it was opened.
-pub fn write_terms(offset: u64, open_flags: i32, write_flags: WriteFlags) -> (Place, Privileges) {
+pub fn write_terms(offset: u64, open_flags: i32, write_flags: WriteFlags) -> (WritePosition, Privileges) {
     let place = if open_flags & libc::O_APPEND == 0 {
-        Place::At(offset)
+        WritePosition::At(offset)
     } else {
-        Place::End {
+        WritePosition::End {
             offset,
             more_bytes: None,
         }

@@ -73,14 +73,14 @@ impl WaitingPayloads {
         let bytes = data.len() as u32;
         let memory = Arc::clone(&self.memory);
         let place = match Arc::clone(&self.memory).try_acquire_many_owned(bytes) {
-            Ok(permit) => Place::Memory(Bytes::copy_from_slice(data), Some(permit)),
+            Ok(permit) => Storage::Memory(Bytes::copy_from_slice(data), Some(permit)),
             Err(_) => match self.lay_aside(data) {
-                Ok(slot) => Place::File(slot),
+                Ok(slot) => Storage::File(slot),
                 Err(error) => {
                     if !self.told.swap(true, Ordering::Relaxed) {
                         tracing::warn!(%error, "writes that wait for the cluster take more memory than they should");
                     }
-                    Place::Memory(Bytes::copy_from_slice(data), None)
+                    Storage::Memory(Bytes::copy_from_slice(data), None)
                 }
             },
         };
@@ -103,13 +103,13 @@ impl WaitingPayloads {
 /// The bytes of one write request.
 #[derive(Debug)]
 pub struct Payload {
-    place: Place,
+    place: Storage,
     bytes: u32,
     memory: Arc<Semaphore>,
 }
 
 #[derive(Debug)]
-enum Place {
+enum Storage {
     /// With its share of the bound; without one where there was no other way.
     Memory(Bytes, Option<OwnedSemaphorePermit>),
     File(Slot),
@@ -129,8 +129,8 @@ impl Payload {
     /// The bytes, with what they count by. [`FsError::Io`]: the disk did not give them back.
     async fn bytes(self) -> Result<(Bytes, Option<OwnedSemaphorePermit>), FsError> {
         let slot = match self.place {
-            Place::Memory(bytes, permit) => return Ok((bytes, permit)),
-            Place::File(slot) => slot,
+            Storage::Memory(bytes, permit) => return Ok((bytes, permit)),
+            Storage::File(slot) => slot,
         };
         let permit = self.memory.acquire_many_owned(self.bytes).await.ok();
         let length = self.bytes as usize;

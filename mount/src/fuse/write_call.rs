@@ -5,11 +5,11 @@
 
 use std::fs;
 
-use quorumfs_fs::{Place, may_be_a_part};
+use quorumfs_fs::{WritePosition, may_be_a_part};
 
 /// `place` of a request of so many bytes, with what is still to come where that matters and can be seen.
-pub(super) async fn with_rest(mut place: Place, thread: u32, bytes: usize) -> Place {
-    if let Place::End { more_bytes, .. } = &mut place
+pub(super) async fn with_rest(mut place: WritePosition, thread: u32, bytes: usize) -> WritePosition {
+    if let WritePosition::End { more_bytes, .. } = &mut place
         && may_be_a_part(bytes)
     {
         // Not on a thread of the runtime: what is read there may have to wait.

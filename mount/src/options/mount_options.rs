@@ -11,7 +11,7 @@ use nix::mount::MsFlags;
 /// When a call is durable (P1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DurabilityOption {
-    /// When a namespace call or `close` returns.
+    /// When `close` returns.
     Close,
     /// When `fsync` returns, or a second later.
     Fsync,

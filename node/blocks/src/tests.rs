@@ -128,7 +128,7 @@ fn either_copy_of_the_header_is_enough() {
     make(&path);
     for slot in [0, 1] {
         // In the magic, the number, the content and the checksum.
-        for byte in [3, 13, 100, 1035] {
+        for byte in [3, 13, 100, 1035, 1041] {
             let damaged = folder.path().join("damaged");
             std::fs::copy(&path, &damaged).unwrap();
             flip(&damaged, (slot * BLOCK_BYTES + byte) * 8 + 2);

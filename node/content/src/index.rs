@@ -22,7 +22,7 @@ use super::segment::Segment;
 
 /// Where a chunk's record lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct RecordLocation {
     /// The segment's sequence.
     pub segment: u32,
     /// The record's position in it, in units.
@@ -31,10 +31,10 @@ pub struct Place {
     pub length: u32,
 }
 
-impl Place {
+impl RecordLocation {
     /// The place of `entry` of segment `segment`.
-    pub fn new(segment: u32, entry: &Entry) -> Place {
-        Place {
+    pub fn new(segment: u32, entry: &Entry) -> RecordLocation {
+        RecordLocation {
             segment,
             position_units: entry.position_units,
             length: entry.length,
@@ -63,9 +63,9 @@ pub struct Removed {
 
 #[derive(Debug, Default)]
 struct Inner {
-    places: BTreeMap<ChunkId, Place>,
+    places: BTreeMap<ChunkId, RecordLocation>,
     /// Copies that failed their check.
-    aside: BTreeMap<ChunkId, Place>,
+    aside: BTreeMap<ChunkId, RecordLocation>,
     payload_bytes: u64,
     segments: BTreeMap<u32, Arc<Segment>>,
 }
@@ -80,7 +80,10 @@ pub struct Index {
 impl Index {
     /// The index of `entries`, the live records of `segments` in the order in which they were written. Of several
     /// records of a chunk the last counts; the others are returned.
-    pub fn rebuild(segments: Vec<Arc<Segment>>, mut entries: Vec<(ChunkId, Place)>) -> (Index, Vec<Removed>) {
+    pub fn rebuild(
+        segments: Vec<Arc<Segment>>,
+        mut entries: Vec<(ChunkId, RecordLocation)>,
+    ) -> (Index, Vec<Removed>) {
         let segments: BTreeMap<u32, Arc<Segment>> = segments
             .into_iter()
             .map(|segment| (segment.sequence, segment))
@@ -129,7 +132,7 @@ impl Index {
     }
 
     /// Where `id` lies.
-    pub fn get(&self, id: ChunkId) -> Option<(Place, Arc<Segment>)> {
+    pub fn get(&self, id: ChunkId) -> Option<(RecordLocation, Arc<Segment>)> {
         let inner = self.inner.read();
         let place = *inner.places.get(&id)?;
         let segment = inner.segments.get(&place.segment)?;
@@ -196,18 +199,20 @@ impl Index {
         let mut inner = self.inner.write();
         segment.add_live(entry.layout());
         inner.payload_bytes += u64::from(entry.length);
-        let before = inner.places.insert(entry.id, Place::new(segment.sequence, entry));
+        let before = inner
+            .places
+            .insert(entry.id, RecordLocation::new(segment.sequence, entry));
         debug_assert!(before.is_none(), "the writer looks before it appends");
     }
 
     /// The record of `entry` in `from` is now that of `to`, its copy.
     pub fn relocate(&self, from: &Segment, entry: &Entry, to: &Segment, copy: &Entry) {
         let mut inner = self.inner.write();
-        let old = Place::new(from.sequence, entry);
+        let old = RecordLocation::new(from.sequence, entry);
         if let Some(place) = inner.places.get_mut(&entry.id)
             && *place == old
         {
-            *place = Place::new(to.sequence, copy);
+            *place = RecordLocation::new(to.sequence, copy);
             to.add_live(copy.layout());
             from.remove_live(entry.layout());
         }
@@ -229,7 +234,7 @@ impl Index {
 
     /// The copy of `id` at `place` failed its check: it is held no more, but its record stays, if no more than
     /// `bytes_max` are set aside by that. What has to go instead is returned.
-    pub fn set_aside(&self, id: ChunkId, place: Place, bytes_max: u64) -> Vec<Removed> {
+    pub fn set_aside(&self, id: ChunkId, place: RecordLocation, bytes_max: u64) -> Vec<Removed> {
         let mut inner = self.inner.write();
         if inner.places.get(&id) != Some(&place) {
             return Vec::new();
@@ -242,7 +247,7 @@ impl Index {
         } else {
             inner.aside.insert(id, place)
         };
-        let gone: Vec<(ChunkId, Place)> = gone.into_iter().map(|place| (id, place)).collect();
+        let gone: Vec<(ChunkId, RecordLocation)> = gone.into_iter().map(|place| (id, place)).collect();
         inner.no_longer_live(&gone)
     }
 
@@ -273,7 +278,7 @@ impl Index {
 
 impl Inner {
     /// The records at these places are counted no more.
-    fn no_longer_live(&self, gone: &[(ChunkId, Place)]) -> Vec<Removed> {
+    fn no_longer_live(&self, gone: &[(ChunkId, RecordLocation)]) -> Vec<Removed> {
         let mut removed: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         for (id, place) in gone {
             self.segments[&place.segment].remove_live(place.layout(*id));

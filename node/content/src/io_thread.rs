@@ -12,7 +12,7 @@ use mea::semaphore::{OwnedSemaphorePermit, Semaphore};
 
 use super::chunk::StoredChunk;
 use super::error::ContentError;
-use super::writer::Writer;
+use super::writer::SegmentWriter;
 
 /// Most bytes of chunks that wait to be written: a second's work of a slow disk, and more than one flush can use.
 const PUT_QUEUE_BYTES_MAX: usize = 64 << 20;
@@ -43,7 +43,7 @@ pub struct IoThread {
 
 impl IoThread {
     /// Starts it.
-    pub fn start(writer: Arc<Writer>) -> std::io::Result<IoThread> {
+    pub fn start(writer: Arc<SegmentWriter>) -> std::io::Result<IoThread> {
         let (queue, jobs) = mpsc::channel();
         let puts = Arc::new(AtomicU64::new(0));
         let counter = Arc::clone(&puts);
@@ -114,7 +114,7 @@ fn stopped() -> ContentError {
     }
 }
 
-fn run(writer: &Writer, jobs: &mpsc::Receiver<Job>, puts: &AtomicU64) {
+fn run(writer: &SegmentWriter, jobs: &mpsc::Receiver<Job>, puts: &AtomicU64) {
     while let Ok(first) = jobs.recv() {
         let mut put_waiters = Vec::new();
         let mut flush_waiters = Vec::new();

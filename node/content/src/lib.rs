@@ -1,7 +1,7 @@
 //! Content: immutable chunks in append-only segments on this node's disk.
 //!
-//! A put goes [`ContentStore::put`] → the I/O thread's queue → `Writer::append` (one `pwritev` into the active
-//! segment, the index is told) → `Writer::flush` (one `fdatasync` for all who wait) → answered. A read goes
+//! A put goes [`ContentStore::put`] → the I/O thread's queue → `SegmentWriter::append` (one `pwritev` into the active
+//! segment, the index is told) → `SegmentWriter::flush` (one `fdatasync` for all who wait) → answered. A read goes
 //! [`ContentStore::read`] → index → header and block CRCs → blocks, both verified. A discard
 //! ([`ContentStore::discard`]) takes chunks out of the index, marks their records dead in place, flushes the marks,
 //! and only then punches the holes.
@@ -35,3 +35,6 @@ pub use error::{ContentError, Stopped};
 pub use options::{ContentOptions, Unlisted};
 pub use reclaim::{Quarantined, Rewritten};
 pub use store::{ContentStore, FlushCounts, OpenReport};
+
+#[doc = include_str!("../FORMAT.md")]
+pub mod format {}

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use quorumfs_proto::{ChunkId, Sha256};
 
 use super::error::ContentError;
-use super::index::{Place, Removed};
+use super::index::{RecordLocation, Removed};
 use super::record::{Entry, Table};
 use super::segment::{Sealing, Segment, holes, punch};
 use super::store::ContentStore;
@@ -151,7 +151,7 @@ impl ContentStore {
         let mut damaged = Vec::new();
         let mut copies: Vec<(Entry, Arc<Segment>, Entry)> = Vec::new();
         let copied = table.live().try_for_each(|entry| {
-            let place = Place::new(segment.sequence, entry);
+            let place = RecordLocation::new(segment.sequence, entry);
             if self.index.get(entry.id).is_none_or(|(now, _)| now != place) {
                 return Ok(());
             }

@@ -24,13 +24,13 @@ use quorumfs_proto::{ChunkId, Sha256};
 use super::aside::{Unreadable, files_set_aside, set_folder_aside};
 use super::chunk::{ChunkRange, Space, StoredChunk};
 use super::error::{ContentError, Stopped};
-use super::index::{Index, Place};
+use super::index::{Index, RecordLocation};
 use super::io_thread::IoThread;
 use super::options::{ContentOptions, Unlisted};
 use super::record::{Mark, RecordHeader, SEGMENT_HEADER_BYTES};
 use super::scan::{Condition, open_segment};
 use super::segment::{Segment, drop_cached, parse_file_name};
-use super::writer::{Appended, OpenSegment, Writer};
+use super::writer::{Appended, OpenSegment, SegmentWriter};
 
 /// The folder is for the daemon's user alone: it holds all files' content.
 const FOLDER_MODE: u32 = 0o700;
@@ -93,7 +93,7 @@ pub struct FlushCounts {
 #[derive(Debug)]
 pub struct ContentStore {
     pub(super) index: Arc<Index>,
-    pub(super) writer: Arc<Writer>,
+    pub(super) writer: Arc<SegmentWriter>,
     /// Held by one discard, quarantine or rewriting at a time.
     pub(super) reclaim: Mutex<()>,
     files: Cache<u32, Arc<File>>,
@@ -130,7 +130,7 @@ impl ContentStore {
             };
             report.count(&found.condition);
             let live = found.table.live();
-            entries.extend(live.map(|entry| (entry.id, Place::new(sequence, entry))));
+            entries.extend(live.map(|entry| (entry.id, RecordLocation::new(sequence, entry))));
             let segment = Arc::new(found.segment);
             segments.push(Arc::clone(&segment));
             if !segment.is_sealed() {
@@ -145,7 +145,7 @@ impl ContentStore {
         }
         let (index, superseded) = Index::rebuild(segments, entries);
         let index = Arc::new(index);
-        let writer = Arc::new(Writer::new(
+        let writer = Arc::new(SegmentWriter::new(
             directory.to_path_buf(),
             folder,
             options.within_bounds(),
@@ -313,7 +313,7 @@ impl ContentStore {
     fn with_place<T>(
         &self,
         id: ChunkId,
-        with: impl Fn(&Segment, Place) -> Result<T, ContentError>,
+        with: impl Fn(&Segment, RecordLocation) -> Result<T, ContentError>,
     ) -> Result<T, ContentError> {
         self.writer.fault.check()?;
         let mut attempt = 1;
@@ -332,7 +332,7 @@ impl ContentStore {
         &self,
         id: ChunkId,
         segment: &Segment,
-        place: Place,
+        place: RecordLocation,
         offset: u32,
         length: u32,
     ) -> Result<Record, ContentError> {

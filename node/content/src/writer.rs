@@ -3,7 +3,7 @@
 //! Invariants:
 //! - Records are written one after another under the lock of [`Tail`]; a write that failed leaves the segment's end
 //!   where it was, and the next record goes over its remains.
-//! - A flush covers everything that was appended, and every mark that was counted by [`Writer::count_change`], before
+//! - A flush covers everything that was appended, and every mark that was counted by [`SegmentWriter::count_change`], before
 //!   it began. Only then does a segment's `flushed` move.
 //! - A flush that failed is remembered by [`Fault`] and never tried again: the kernel may have dropped the pages and
 //!   would report success the second time.
@@ -84,7 +84,7 @@ pub enum Appended {
 
 /// Appends and flushes.
 #[derive(Debug)]
-pub struct Writer {
+pub struct SegmentWriter {
     /// The folder, and the file that stands for it.
     pub directory: PathBuf,
     /// Flushed when an entry of the folder has changed; locked as long as the store is open.
@@ -100,7 +100,7 @@ pub struct Writer {
     flush_times: Distribution,
 }
 
-impl Writer {
+impl SegmentWriter {
     /// A writer whose next segment is `next_sequence`; `full` are segments that could not be sealed yet.
     pub fn new(
         directory: PathBuf,
@@ -109,8 +109,8 @@ impl Writer {
         index: Arc<Index>,
         next_sequence: u32,
         full: Vec<OpenSegment>,
-    ) -> Writer {
-        Writer {
+    ) -> SegmentWriter {
+        SegmentWriter {
             directory,
             folder,
             fault: Arc::new(Fault::new()),
@@ -162,12 +162,12 @@ impl Writer {
         self.changes.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// How much has been written: what [`Writer::is_flushed`] asks about.
+    /// How much has been written: what [`SegmentWriter::is_flushed`] asks about.
     pub fn changes(&self) -> u64 {
         self.changes.load(Ordering::Acquire)
     }
 
-    /// Whether all that was written when [`Writer::changes`] said `changes` is on disk.
+    /// Whether all that was written when [`SegmentWriter::changes`] said `changes` is on disk.
     pub fn is_flushed(&self, changes: u64) -> bool {
         self.flushed_changes.load(Ordering::Acquire) >= changes
     }

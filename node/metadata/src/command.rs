@@ -27,7 +27,7 @@ pub enum LogBody {
     /// A client's mutation.
     Call(Mutation),
     /// Makes a session known. Of a session that is known already it changes nothing; of one that has ended neither,
-    /// and answers [`CallResult::UnknownSession`].
+    /// and answers [`ApplyResult::UnknownSession`].
     OpenSession {
         /// Drawn at random by the client.
         session: SessionId,
@@ -98,7 +98,7 @@ pub enum LogBody {
     },
     /// As [`LogBody::OpenSession`], for a client that proves itself and answers questions about unlinked inodes in order.
     /// One that lives without a key has this one from now on; of one with another key nothing is changed, and the answer is
-    /// [`CallResult::WrongKey`].
+    /// [`ApplyResult::WrongKey`].
     OpenSessionWithKey {
         /// Drawn at random by the client.
         session: SessionId,
@@ -150,7 +150,7 @@ pub struct UnlinkedAnswer {
 
 /// What applying an entry answers; equal on every node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum CallResult {
+pub enum ApplyResult {
     /// Of a mutation, now or when it was first applied.
     Outcome(Result<Outcome, FsError>),
     /// The session is not known (any more): nothing was done, but whether it was done before nobody can tell.
@@ -213,7 +213,7 @@ pub struct InlineChunk {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Applied {
     /// What its proposer is told.
-    pub result: CallResult,
+    pub result: ApplyResult,
     /// What the content store has to do.
     pub effects: Effects,
 }
@@ -250,17 +250,17 @@ impl fmt::Display for LogCommand {
     }
 }
 
-impl fmt::Display for CallResult {
+impl fmt::Display for ApplyResult {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            CallResult::Outcome(Ok(_)) => write!(f, "done as asked"),
-            CallResult::Outcome(Err(error)) => write!(f, "{error}"),
-            CallResult::UnknownSession => write!(f, "unknown session"),
-            CallResult::StaleSequence => write!(f, "stale sequence"),
-            CallResult::Done => write!(f, "done"),
-            CallResult::Crowded(place) => write!(f, "too many extents in inode {}", place.inode),
-            CallResult::WrongKey => write!(f, "wrong key"),
-            CallResult::NeverDecided => write!(f, "never decided"),
+            ApplyResult::Outcome(Ok(_)) => write!(f, "done as asked"),
+            ApplyResult::Outcome(Err(error)) => write!(f, "{error}"),
+            ApplyResult::UnknownSession => write!(f, "unknown session"),
+            ApplyResult::StaleSequence => write!(f, "stale sequence"),
+            ApplyResult::Done => write!(f, "done"),
+            ApplyResult::Crowded(place) => write!(f, "too many extents in inode {}", place.inode),
+            ApplyResult::WrongKey => write!(f, "wrong key"),
+            ApplyResult::NeverDecided => write!(f, "never decided"),
         }
     }
 }

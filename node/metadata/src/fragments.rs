@@ -9,7 +9,7 @@
 
 use std::collections::VecDeque;
 
-use quorumfs_proto::chunk::Piece;
+use quorumfs_proto::chunk::Extent;
 use quorumfs_proto::limits::{BLOCK_BYTES, CHUNK_BYTES_MAX};
 use quorumfs_proto::{InodeNumber, Sha256, codec};
 
@@ -30,7 +30,7 @@ const RUN_EXTENTS_MIN: usize = if cfg!(test) { 2 } else { 32 };
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Run {
     /// By offset.
-    pub pieces: Vec<Piece>,
+    pub pieces: Vec<Extent>,
     /// Names exactly these extents, as they are now.
     pub digest: Sha256,
 }
@@ -43,7 +43,7 @@ impl Run {
 
     /// Where it ends in the file (exclusive).
     pub fn to(&self) -> u64 {
-        self.pieces.last().map_or(0, Piece::file_end)
+        self.pieces.last().map_or(0, Extent::file_end)
     }
 }
 
@@ -188,7 +188,7 @@ impl Gathered {
         }
         let rows = Vec::from(rows);
         let digest = run_digest(&rows);
-        let pieces = rows.into_iter().map(|((_, offset), extent)| Piece {
+        let pieces = rows.into_iter().map(|((_, offset), extent)| Extent {
             file_offset: offset,
             length: extent.length,
             chunk: extent.chunk,

@@ -21,7 +21,7 @@
 //! - `chunks` counts exactly the extents that name a chunk. At zero the row goes and the chunk is dead for ever.
 //! - The work of one command is bounded by what the command itself holds and [`COMMAND_FREED_EXTENTS_MAX`]: an
 //!   unlink leaves an orphan and a long truncation a cut, both freed in steps. A write over more extents than that is
-//!   answered [`CallResult::Crowded`] and proposed again once the leader has put these together.
+//!   answered [`ApplyResult::Crowded`] and proposed again once the leader has put these together.
 //!
 //! This part knows nothing of consensus, of content (it names chunks, it never has one), of the network or of async.
 
@@ -53,7 +53,7 @@ mod tests;
 
 pub use check::{CheckCursor, Checked};
 pub use command::{
-    Applied, CallResult, Crowded, Effects, InlineChunk, LogBody, LogCommand, SessionKey, UnlinkedAnswer,
+    Applied, ApplyResult, Crowded, Effects, InlineChunk, LogBody, LogCommand, SessionKey, UnlinkedAnswer,
 };
 pub use fault::{Failure, StorageFault};
 pub use fragments::{Run, RunTerms, Runs};
@@ -66,3 +66,6 @@ pub use summary::{NamedChange, Position};
 pub use tables::{ChunkRecord, Replicas, SessionRecord};
 pub use unlinked::UnlinkedPage;
 pub use view::View;
+
+#[doc = include_str!("../FORMAT.md")]
+pub mod format {}

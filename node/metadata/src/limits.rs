@@ -3,15 +3,15 @@
 
 use super::fault::StorageFault;
 
-/// What this program knows. 1: everything up to [`LogBody::Refuse`]. 2: [`LogBody::SetReplicas`], [`LogBody::Audit`], and a
-/// root directory whose times are not those of 1970. 3: the work of every command is bounded ([`CallResult::Crowded`]),
-/// fragmented files are noted and rewritten ([`LogBody::Rewrite`]), every write takes file capabilities away, names of
-/// extended attributes are those of a known namespace; [`LogBody::OpenSessionWithKey`] to [`LogBody::NoteSilences`], and an
+/// What this program knows. 1: everything up to [`LogBody::Refuse`](crate::LogBody::Refuse). 2: [`LogBody::SetReplicas`](crate::LogBody::SetReplicas), [`LogBody::Audit`](crate::LogBody::Audit), and a
+/// root directory whose times are not those of 1970. 3: the work of every command is bounded ([`ApplyResult::Crowded`](crate::ApplyResult::Crowded)),
+/// fragmented files are noted and rewritten ([`LogBody::Rewrite`](crate::LogBody::Rewrite)), every write takes file capabilities away, names of
+/// extended attributes are those of a known namespace; [`LogBody::OpenSessionWithKey`](crate::LogBody::OpenSessionWithKey) to [`LogBody::NoteSilences`](crate::LogBody::NoteSilences), and an
 /// unlink that writes no row for each session; a write's time is not after the stamp of its command.
 pub const FEATURE_LEVEL: u32 = 3;
 
 /// How many extents (or pins, or extended attributes) one command may free beyond those it overwrites; what is more is
-/// left to [`LogBody::ReclaimUnlinked`]. A few milliseconds' work. (This part's own tests take it so low that the steps
+/// left to [`LogBody::ReclaimUnlinked`](crate::LogBody::ReclaimUnlinked). A few milliseconds' work. (This part's own tests take it so low that the steps
 /// are taken.)
 pub const COMMAND_FREED_EXTENTS_MAX: u32 = if cfg!(test) { 3 } else { 4096 };
 

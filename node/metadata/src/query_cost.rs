@@ -59,7 +59,7 @@ mod tests {
             inode: file,
             from: 0,
             to: u64::MAX,
-            pieces_max: u32::MAX,
+            extents_max: u32::MAX,
         };
         assert!(!node.view().is_long(&list) && !node.view().is_long(&extents));
         for number in 0..=SHORT_QUERY_ROWS_MAX {

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 use quorumfs_proto::{Attributes, FileKind, InodeNumber, Timestamp, codec};
 
-use super::apply::Writer;
+use super::apply::RowWriter;
 use super::command::{Applied, LogCommand};
 use super::database::{DamageSignal, Database};
 use super::fault::StorageFault;
@@ -104,7 +104,7 @@ impl MetadataStore {
     /// Begins to apply. For one thread only: of two batches at once, the first to be published would be lost.
     pub fn begin(&self) -> Batch<'_> {
         let state = self.state.lock();
-        let writer = Writer::new(state.layers.clone(), state.summary.clone());
+        let writer = RowWriter::new(state.layers.clone(), state.summary.clone());
         Batch {
             store: self,
             writer,
@@ -234,7 +234,7 @@ impl MetadataStore {
     }
 
     /// Makes a batch visible.
-    fn publish(&self, writer: Writer, freezes_at_begin: u64) {
+    fn publish(&self, writer: RowWriter, freezes_at_begin: u64) {
         let mut state = self.state.lock();
         let replaced = if state.freezes == freezes_at_begin {
             std::mem::replace(&mut state.layers.active, writer.layers.active)
@@ -277,7 +277,7 @@ impl MetadataStore {
 /// nothing.
 pub struct Batch<'store> {
     store: &'store MetadataStore,
-    writer: Writer,
+    writer: RowWriter,
     freezes_at_begin: u64,
 }
 

@@ -16,7 +16,7 @@ use quorumfs_proto::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::command::{CallResult, SessionKey};
+use super::command::{ApplyResult, SessionKey};
 
 /// The version of the tables as a whole; kept in the first row of `meta`.
 pub(super) const FORMAT: u32 = 2;
@@ -534,7 +534,7 @@ pub struct SessionRecord {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct LaneRecord {
     pub(super) sequence: u64,
-    pub(super) result: CallResult,
+    pub(super) result: ApplyResult,
 }
 
 /// An inode without a name.

@@ -4,7 +4,7 @@
 //! index, and tells its own faults apart from them.
 
 use bytes::Bytes;
-use quorumfs_proto::chunk::Piece;
+use quorumfs_proto::chunk::Extent;
 use quorumfs_proto::limits::{DIRECTORY_ANSWER_BYTES_MAX, EXTENTS_ANSWER_MAX};
 use quorumfs_proto::query::{DirectoryEntry, DirectoryPage, EntryDetail, ExtentsPage};
 use quorumfs_proto::{
@@ -61,8 +61,10 @@ impl View {
                 inode,
                 from,
                 to,
-                pieces_max,
-            } => self.extents(*inode, *from, *to, *pieces_max).map(Answer::Extents),
+                extents_max,
+            } => self
+                .extents(*inode, *from, *to, *extents_max)
+                .map(Answer::Extents),
             Query::Space => Err(FsError::NotSupported.into()),
         }
     }
@@ -172,7 +174,7 @@ impl View {
         inode: InodeNumber,
         from: u64,
         to: u64,
-        pieces_max: u32,
+        extents_max: u32,
     ) -> Result<ExtentsPage, Failure> {
         let record = self.inode(inode)?;
         match record.attributes.kind {
@@ -180,10 +182,10 @@ impl View {
             FileKind::Directory => return Err(FsError::IsDirectory.into()),
             _ => return Err(FsError::InvalidArgument.into()),
         }
-        let pieces_max = pieces_max.clamp(1, EXTENTS_ANSWER_MAX) as usize;
+        let extents_max = extents_max.clamp(1, EXTENTS_ANSWER_MAX) as usize;
         let mut page = ExtentsPage {
             attributes: record.attributes.clone(),
-            pieces: Vec::new(),
+            extents: Vec::new(),
             known_to: to,
         };
         if from >= to || record.attributes.allocated_bytes == 0 {
@@ -201,7 +203,7 @@ impl View {
             .chain(self.layers.scan::<Extents>(within, Direction::Up)?)
         {
             let ((_, offset), extent) = row?;
-            let piece = Piece {
+            let piece = Extent {
                 file_offset: offset,
                 length: extent.length,
                 chunk: extent.chunk,
@@ -210,13 +212,13 @@ impl View {
             if piece.file_end() <= from {
                 continue;
             }
-            if page.pieces.len() == pieces_max || passed_over == CUT_OFF_EXTENTS_PASSED_MAX {
+            if page.extents.len() == extents_max || passed_over == CUT_OFF_EXTENTS_PASSED_MAX {
                 page.known_to = offset;
                 break;
             }
             match record.is_cut_off(offset, &extent) {
                 true => passed_over += 1,
-                false => page.pieces.push(piece),
+                false => page.extents.push(piece),
             }
         }
         Ok(page)

@@ -1,7 +1,7 @@
 //! What the consensus says when it cannot start, decide, confirm or change its members.
 
 use openraft::errors::{Fatal, InitializeError};
-use quorumfs_proto::{Member, codec};
+use quorumfs_proto::{Member, Refusal, codec};
 
 use super::fatal::FatalError;
 use super::types::TypeConfig;
@@ -127,6 +127,24 @@ pub enum BarrierError {
         /// In words.
         reason: String,
     },
+}
+
+impl From<ProposeError> for Refusal {
+    fn from(error: ProposeError) -> Refusal {
+        match error {
+            ProposeError::NotLeader { leader } => Refusal::not_leader(leader),
+            error => Refusal::unavailable(error),
+        }
+    }
+}
+
+impl From<BarrierError> for Refusal {
+    fn from(error: BarrierError) -> Refusal {
+        match error {
+            BarrierError::NotLeader { leader } => Refusal::not_leader(leader),
+            error => Refusal::unavailable(error),
+        }
+    }
 }
 
 /// Why the members were not changed.

@@ -26,8 +26,8 @@ use super::fatal::FatalSignal;
 use super::types::{Entry, LogId, TypeConfig, Vote};
 use super::wal::files::WalDirectory;
 use super::wal::frame::{self, Kind};
-use super::wal::memory::{Cached, Held, LogMemory, Place};
-use super::wal::writer::{Counters, Operation, Queued, Shared, Writer};
+use super::wal::memory::{Cached, EntryLocation, Held, LogMemory};
+use super::wal::writer::{Counters, Operation, Queued, Shared, WalWriter};
 use super::wal::{WalError, WalOptions};
 
 /// Most bytes of entries in one message to a follower: half of what a message may be, for its envelope and
@@ -105,7 +105,7 @@ impl LogStore {
             counters: Counters::default(),
         });
         let (queue, receiver) = mpsc::channel();
-        let writer = Writer::new(shared.clone(), directory.clone(), open, receiver, options);
+        let writer = WalWriter::new(shared.clone(), directory.clone(), open, receiver, options);
         let thread = std::thread::Builder::new()
             .name("log".to_string())
             .spawn(move || writer.run())
@@ -341,7 +341,7 @@ fn purged_error(wanted: u64, first: u64) -> io::Error {
 fn read_held(held: &Held) -> io::Result<Entry> {
     let (
         file,
-        Place {
+        EntryLocation {
             file: sequence,
             at,
             bytes,

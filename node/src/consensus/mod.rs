@@ -16,6 +16,9 @@
 //!
 //! It does not know files or names, of chunks only those that ride inside commands, nor who proposes what and why.
 
+#[doc = include_str!("FORMAT.md")]
+pub mod format {}
+
 mod aside;
 mod barrier;
 mod commit_only;
@@ -73,7 +76,7 @@ use self::state_machine::{Outlets, StateMachine};
 use self::types::{TypeConfig, VoterId, member};
 use crate::transport::Transport;
 use quorumfs_content::ContentStore;
-use quorumfs_metadata::{CallResult, LogBody, LogCommand, MetadataStore, StorageFault, View};
+use quorumfs_metadata::{ApplyResult, LogBody, LogCommand, MetadataStore, StorageFault, View};
 
 pub use self::aside::SteppedAside;
 pub use self::error::{BarrierError, ConsensusError, MembershipError, ProposeError};
@@ -348,7 +351,7 @@ impl Consensus {
     /// Has `command` decided and applied; answers what applying it answered.
     ///
     /// Dropping the future does not take the command back.
-    pub async fn propose(&self, command: LogCommand) -> Result<CallResult, ProposeError> {
+    pub async fn propose(&self, command: LogCommand) -> Result<ApplyResult, ProposeError> {
         self.propose_if(command, || true).await
     }
 
@@ -358,7 +361,7 @@ impl Consensus {
         &self,
         command: LogCommand,
         holds: impl FnOnce() -> bool + Send,
-    ) -> Result<CallResult, ProposeError> {
+    ) -> Result<ApplyResult, ProposeError> {
         if !self.is_leader() {
             return Err(ProposeError::NotLeader {
                 leader: self.leader(),

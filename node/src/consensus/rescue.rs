@@ -1,6 +1,6 @@
 //! The content that the own log alone has, before a snapshot takes the log's place.
 //!
-//! What comes inside commands lies in the log until it is stored (Rule order). A snapshot names it and does not hold it,
+//! What comes inside commands lies in the log until it is stored. A snapshot names it and does not hold it,
 //! and the log goes when it is installed: with it would go a copy that this node has acknowledged. So what the new state
 //! names is stored, durably, before openraft hears of the snapshot (it may cut the log at once, where that differs), and
 //! again before the new state is put in place (more may have been appended meanwhile).

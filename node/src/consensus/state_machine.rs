@@ -29,7 +29,7 @@ use super::rescue::{RescueError, Rescued, rescue_content};
 use super::snapshot::{Builder, SnapshotData, SnapshotTraffic, held_snapshot};
 use super::types::{Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
 use quorumfs_content::StoredChunk;
-use quorumfs_metadata::{CallResult, LogBody, LogCommand, MetadataStore, Position, Snapshot, View};
+use quorumfs_metadata::{ApplyResult, LogBody, LogCommand, MetadataStore, Position, Snapshot, View};
 
 /// Most entries published at once: the first of them waits for the last.
 const BATCH_ENTRIES_MAX: usize = 1024;
@@ -98,7 +98,7 @@ enum Wait {
 struct Consequences {
     named: Vec<ChunkId>,
     dead: Vec<ChunkId>,
-    answers: Vec<(ApplyResponder<TypeConfig>, CallResult)>,
+    answers: Vec<(ApplyResponder<TypeConfig>, ApplyResult)>,
 }
 
 impl StateMachine {
@@ -155,10 +155,10 @@ impl StateMachine {
             let log_id = entry.log_id;
             last = Some(log_id);
             let result = match &entry.payload {
-                EntryPayload::Blank => CallResult::Done,
+                EntryPayload::Blank => ApplyResult::Done,
                 EntryPayload::Membership(membership) => {
                     self.membership = StoredMembership::new(Some(log_id), membership.clone());
-                    CallResult::Done
+                    ApplyResult::Done
                 }
                 EntryPayload::Normal(command) => {
                     let applied = batch

@@ -11,7 +11,7 @@ use std::fmt;
 use quorumfs_proto::{Addresses, Member, NodeId};
 use serde::{Deserialize, Serialize};
 
-use quorumfs_metadata::{CallResult, LogCommand};
+use quorumfs_metadata::{ApplyResult, LogCommand};
 
 /// [`NodeId`] as openraft sees it. A type of its own because openraft's storage suite makes ids from numbers,
 /// which nothing but a test may.
@@ -38,7 +38,7 @@ openraft::declare_raft_types!(
     /// What openraft is made of here.
     pub TypeConfig:
         D = LogCommand,
-        R = CallResult,
+        R = ApplyResult,
         NodeId = VoterId,
         Node = Addresses,
         LeaderId = openraft::impls::leader_id_std::LeaderId<u64, VoterId>,

@@ -42,7 +42,7 @@ pub struct Asked {
 /// here. Under a steady load there always is something on its way, so "nothing is missing at this moment" would never be
 /// true; this asks whether all that was named at one index has come.
 ///
-/// `books` answers as [`super::recovery::Recovery::lacking`] does, with at most [`LACKING_CHUNKS_MAX`] chunks. As long as
+/// `books` answers as [`crate::replication::recovery::Recovery::lacking`] does, with at most [`LACKING_CHUNKS_MAX`] chunks. As long as
 /// they cannot say, the node is not known to be whole.
 pub async fn completeness(
     metadata: Arc<MetadataStore>,

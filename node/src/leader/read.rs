@@ -9,10 +9,10 @@
 use std::sync::Arc;
 
 use quorumfs_proto::query::Space;
-use quorumfs_proto::{Answer, CallReply, ChunkId, FsError, Query, Refusal};
+use quorumfs_proto::{Answer, ChunkId, ClientResponse, FsError, Query, Refusal};
 use tracing::{error, warn};
 
-use crate::consensus::{BarrierError, Consensus};
+use crate::consensus::Consensus;
 use crate::integrity::repair::Repair;
 use crate::replication::PeerChunks;
 use crate::replication::placement::Placement;
@@ -43,17 +43,16 @@ pub struct Reader {
 
 impl Reader {
     /// Answers a query with everything in it that was acknowledged before it came (P5).
-    pub async fn query(&self, query: &Query) -> CallReply {
+    pub async fn query(&self, query: &Query) -> ClientResponse {
         if let Err(refusal) = self.barrier().await {
-            return CallReply::Refused(refusal);
+            return refusal.into();
         }
         match self.answer(query).await {
-            Ok(answer) => CallReply::Answer(answer),
+            Ok(answer) => ClientResponse::Answer(answer),
             Err(fault) => {
                 error!(%fault, "metadata cannot be read");
-                let reason = fault.to_string();
                 self.consensus.unreadable(&fault);
-                CallReply::Refused(Refusal::Unavailable { reason })
+                Refusal::unavailable(fault).into()
             }
         }
     }
@@ -61,19 +60,9 @@ impl Reader {
     /// Returns when this node is known to lead and has applied everything that was acknowledged before the call.
     pub async fn barrier(&self) -> Result<(), Refusal> {
         if !self.consensus.is_leader() {
-            let leader = self.consensus.leader().map(|member| member.addresses.grpc);
-            return Err(Refusal::NotLeader { leader });
+            return Err(Refusal::not_leader(self.consensus.leader()));
         }
-        match self.consensus.barrier().await {
-            Ok(()) => Ok(()),
-            Err(BarrierError::NotLeader { leader }) => {
-                let leader = leader.map(|member| member.addresses.grpc);
-                Err(Refusal::NotLeader { leader })
-            }
-            Err(error) => Err(Refusal::Unavailable {
-                reason: error.to_string(),
-            }),
-        }
+        Ok(self.consensus.barrier().await?)
     }
 
     async fn answer(&self, query: &Query) -> Result<Result<Answer, FsError>, StorageFault> {

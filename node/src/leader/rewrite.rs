@@ -23,8 +23,8 @@ use parking_lot::Mutex;
 use quorumfs_proto::call::Mutation;
 use quorumfs_proto::limits::BLOCK_BYTES;
 use quorumfs_proto::{
-    CallReply, ChunkBody, ChunkId, FsError, InodeNumber, NewChunk, Operation, Piece, Refusal, SessionId,
-    Sha256,
+    ChunkBody, ChunkId, ClientResponse, Extent, FsError, InodeNumber, NewChunk, Operation, Refusal,
+    SessionId, Sha256,
 };
 use tracing::{debug, info, warn};
 
@@ -35,7 +35,7 @@ use crate::leader::write::Writer;
 use crate::pace::Pacer;
 use quorumfs_content::StoredChunk;
 use quorumfs_metadata::{
-    COMMAND_FREED_EXTENTS_MAX, CallResult, Crowded, Failure, LogBody, MetadataStore, Run, RunTerms, Runs,
+    ApplyResult, COMMAND_FREED_EXTENTS_MAX, Crowded, Failure, LogBody, MetadataStore, Run, RunTerms, Runs,
     SessionKey, View,
 };
 
@@ -124,27 +124,25 @@ impl Rewriter {
     }
 
     /// Carries out a client's mutation, and makes room for it where that takes.
-    pub async fn mutate(&self, mutation: Mutation) -> CallReply {
+    pub async fn mutate(&self, mutation: Mutation) -> ClientResponse {
         let again = may_be_crowded(&mutation).then(|| mutation.clone());
         let mut crowded = match (self.writer.mutate(mutation).await, &again) {
             (Ok(reply), _) => return reply,
             (Err(crowded), _) => crowded,
         };
         let Some(mutation) = again else {
-            return CallReply::Refused(Refusal::Unavailable {
-                reason: format!(
-                    "inode {} has too many extents to be changed at once",
-                    crowded.inode
-                ),
-            });
+            let inode = crowded.inode;
+            return Refusal::unavailable(format!(
+                "inode {inode} has too many extents to be changed at once"
+            ))
+            .into();
         };
         let unavailable = |crowded: Crowded, why: &str| {
-            CallReply::Refused(Refusal::Unavailable {
-                reason: format!(
-                    "the extents of inode {} are being put together first{why}",
-                    crowded.inode
-                ),
-            })
+            let inode = crowded.inode;
+            Refusal::unavailable(format!(
+                "the extents of inode {inode} are being put together first{why}"
+            ))
+            .into()
         };
         let deadline = Instant::now() + Duration::from_millis(MAKING_ROOM_MS_MAX);
         while Instant::now() < deadline {
@@ -328,8 +326,8 @@ impl Rewriter {
             chunk,
         };
         match self.writer.name_chunk(body, id).await {
-            Ok(CallResult::Done) => Ok(Rewritten::Done),
-            Ok(CallResult::Outcome(Err(FsError::Stale))) => Ok(Rewritten::Overtaken),
+            Ok(ApplyResult::Done) => Ok(Rewritten::Done),
+            Ok(ApplyResult::Outcome(Err(FsError::Stale))) => Ok(Rewritten::Overtaken),
             Ok(other) => {
                 self.forget_session().await;
                 Err(format!("a rewrite was answered: {other}"))
@@ -352,7 +350,7 @@ impl Rewriter {
                 let bytes = range.exactly(piece.chunk_offset, piece.length);
                 bytes.map(|bytes| (piece, bytes))
             });
-            let parts: Option<Vec<(Piece, bytes::Bytes)>> = parts.collect();
+            let parts: Option<Vec<(Extent, bytes::Bytes)>> = parts.collect();
             parts.ok_or_else(|| (chunk, "its copy is too short".to_string()))
         };
         let parts = futures::stream::iter(stretches(&run.pieces))
@@ -428,7 +426,7 @@ impl Rewriter {
             },
         };
         match self.writer.housekeep(open).await {
-            Ok(CallResult::Done) => Ok(Arc::clone(own.insert(Arc::new(session)))),
+            Ok(ApplyResult::Done) => Ok(Arc::clone(own.insert(Arc::new(session)))),
             Ok(other) => Err(format!("opening a session was answered: {other}")),
             Err(error) => Err(error.to_string()),
         }
@@ -467,7 +465,7 @@ struct Stretch {
     offset: u32,
     end: u32,
     /// At least one.
-    pieces: Vec<Piece>,
+    pieces: Vec<Extent>,
 }
 
 impl Stretch {
@@ -476,7 +474,7 @@ impl Stretch {
     }
 }
 
-fn stretches(pieces: &[Piece]) -> Vec<Stretch> {
+fn stretches(pieces: &[Extent]) -> Vec<Stretch> {
     let mut stretches: Vec<Stretch> = Vec::new();
     for piece in pieces {
         let end = piece.chunk_offset + piece.length;
@@ -516,7 +514,7 @@ mod tests {
 
     #[test]
     fn neighbours_in_one_chunk_are_read_at_once_and_others_by_themselves() {
-        let piece = |file_offset, counter, chunk_offset, length| Piece {
+        let piece = |file_offset, counter, chunk_offset, length| Extent {
             file_offset,
             length,
             chunk: ChunkId {

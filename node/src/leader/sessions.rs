@@ -165,15 +165,15 @@ impl SessionKeeper {
             stream.comes_from(&request.local_addresses);
             heard.is_direct = stream.is_direct();
         });
-        let view = self.metadata.view().map_err(|fault| unavailable(&fault))?;
+        let view = self.metadata.view().map_err(Refusal::unavailable)?;
         self.give_key(&view, session, stream)
             .await
-            .map_err(|fault| unavailable(&fault))?;
+            .map_err(Refusal::unavailable)?;
         if view.silence_ms(session) > 0 {
             let silences = vec![(session, 0)];
             self.propose(LogBody::NoteSilences { silences })
                 .await
-                .map_err(refusal)?;
+                .map_err(Refusal::from)?;
         }
         Ok(())
     }
@@ -198,11 +198,8 @@ impl SessionKeeper {
 
     /// Whether one more session may be opened.
     pub fn admit_new(&self, session: SessionId) -> Result<(), Refusal> {
-        let view = self.metadata.view().map_err(|fault| unavailable(&fault))?;
-        let is_known = view
-            .session(session)
-            .map_err(|fault| unavailable(&fault))?
-            .is_some();
+        let view = self.metadata.view().map_err(Refusal::unavailable)?;
+        let is_known = view.session(session).map_err(Refusal::unavailable)?.is_some();
         match is_known || view.living_count() < SESSIONS_LIVING_MAX {
             true => Ok(()),
             false => Err(Refusal::Invalid {
@@ -239,9 +236,7 @@ impl SessionKeeper {
     /// Takes a session's answer; returns when it is in the state. Answers that arrive together make one command.
     pub async fn answer_unlinked(&self, answer: UnlinkedAnswer) -> Result<(), Refusal> {
         let (tell, decided) = oneshot::channel();
-        let stopped = || Refusal::Unavailable {
-            reason: String::from("the node is stopping"),
-        };
+        let stopped = || Refusal::unavailable("the node is stopping");
         self.answers.send((answer, tell)).await.map_err(|_| stopped())?;
         decided.await.map_err(|_| stopped())?
     }
@@ -364,7 +359,7 @@ impl SessionKeeper {
             }
             let (answers, waiting): (Vec<_>, Vec<_>) = some.into_iter().unzip();
             let decided = self.propose(LogBody::AnswerUnlinked { answers }).await;
-            let decided = decided.map_err(refusal);
+            let decided = decided.map_err(Refusal::from);
             for tell in waiting {
                 // Who went away asks again.
                 let _ = tell.send(decided.clone());
@@ -503,21 +498,6 @@ fn judge(heard: Option<&mut Heard>, noted: Noted, leading: Duration) -> Silence 
         true => Silence::Note(silent_ms),
         false if silent_ms < noted.now_ms && silent_ms < SILENCE_NOTED_MS => Silence::Note(0),
         false => Silence::Bearable,
-    }
-}
-
-fn unavailable(fault: &dyn std::fmt::Display) -> Refusal {
-    Refusal::Unavailable {
-        reason: fault.to_string(),
-    }
-}
-
-fn refusal(error: ProposeError) -> Refusal {
-    match error {
-        ProposeError::NotLeader { leader } => Refusal::NotLeader {
-            leader: leader.map(|member| member.addresses.grpc),
-        },
-        error => unavailable(&error),
     }
 }
 

@@ -22,7 +22,9 @@ use parking_lot::Mutex;
 use quorumfs_measure::Ending;
 use quorumfs_proto::call::{Mutation, SessionState};
 use quorumfs_proto::limits::SESSION_DESCRIPTION_BYTES_MAX;
-use quorumfs_proto::{CallReply, ChunkBody, ChunkId, FsError, Member, NodeId, Refusal, SessionId, Timestamp};
+use quorumfs_proto::{
+    ChunkBody, ChunkId, ClientResponse, FsError, Member, NodeId, Refusal, SessionId, Timestamp,
+};
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
@@ -30,12 +32,12 @@ use self::holders::Holders;
 use crate::consensus::{Consensus, ProposeError};
 use crate::observe::clock::StampClock;
 use crate::observe::metrics::Metrics;
-use crate::observe::metrics::replication::{CopyPlace, Journey};
+use crate::observe::metrics::replication::{CopyPlace, ReplicationSpan};
 use crate::replication::placement::Placement;
 use crate::replication::space::SpaceMonitor;
 use crate::replication::{PeerChunks, PushError};
 use quorumfs_content::{ContentError, ContentStore, StoredChunk};
-use quorumfs_metadata::{CallResult, Crowded, LogBody, LogCommand, SessionKey};
+use quorumfs_metadata::{ApplyResult, Crowded, LogBody, LogCommand, SessionKey};
 
 /// How long a chunk may take to reach a quorum before the client is told to put it again.
 const QUORUM_TIMEOUT_MS: u64 = 10_000;
@@ -162,7 +164,7 @@ impl Writer {
         chunk: StoredChunk,
         places: Vec<Member>,
         mut stand_ins: VecDeque<Member>,
-        journey: &Arc<Journey>,
+        journey: &Arc<ReplicationSpan>,
     ) -> Result<BTreeSet<NodeId>, PutError> {
         let voter_sets = self.consensus.voter_sets();
         // Room for every answer: no copy ever waits for who listens.
@@ -215,14 +217,14 @@ impl Writer {
 
     /// Carries out a mutation once, however often it arrives. Where too much is in its way nothing was done, and it may be
     /// tried again once there is room.
-    pub async fn mutate(&self, mutation: Mutation) -> Result<CallReply, Crowded> {
+    pub async fn mutate(&self, mutation: Mutation) -> Result<ClientResponse, Crowded> {
         let session = mutation.request.session;
         let within_bounds = mutation
             .command
             .validate(session)
             .and_then(|()| mutation.command.validate_bytes());
         if let Err(error) = within_bounds {
-            return Ok(CallReply::Refused(Refusal::Invalid {
+            return Ok(ClientResponse::Refused(Refusal::Invalid {
                 reason: format!("the command is out of bounds: {error}"),
             }));
         }
@@ -234,20 +236,17 @@ impl Writer {
         let result = if mutation.command.frees_space() || self.space.quorum_has_room() {
             let unconfirmed = self.unconfirmed(&stored).await;
             if !unconfirmed.is_empty() {
-                return Ok(CallReply::Refused(Refusal::PutAgain { chunks: unconfirmed }));
+                return Ok(ClientResponse::Refused(Refusal::PutAgain { chunks: unconfirmed }));
             }
             match self.decide(LogBody::Call(mutation), &stored).await {
-                Ok(CallResult::Crowded(place)) => return Err(place),
-                Err(ProposeError::Overtaken) => CallReply::Refused(Refusal::PutAgain {
+                Ok(ApplyResult::Crowded(place)) => return Err(place),
+                Err(ProposeError::Overtaken) => ClientResponse::Refused(Refusal::PutAgain {
                     chunks: stored.clone(),
                 }),
                 // Leadership is being handed on to a node that has room.
                 Err(ProposeError::NoSpace) if self.space.quorum_has_room() => {
-                    CallReply::Refused(Refusal::Unavailable {
-                        reason: String::from(
-                            "the leader's disk is full and others have room: another is to lead",
-                        ),
-                    })
+                    Refusal::unavailable("the leader's disk is full and others have room: another is to lead")
+                        .into()
                 }
                 Err(ProposeError::NoSpace) => self.propose(refusal).await,
                 decided => reply_to(decided),
@@ -255,14 +254,14 @@ impl Writer {
         } else {
             self.propose(refusal).await
         };
-        if matches!(result, CallReply::Outcome(_)) {
+        if matches!(result, ClientResponse::Outcome(_)) {
             self.holders.lock().forget(&stored);
         }
         Ok(result)
     }
 
     /// Has a command of the cluster's own decided that names `chunk`, which was put here.
-    pub async fn name_chunk(&self, body: LogBody, chunk: ChunkId) -> Result<CallResult, ProposeError> {
+    pub async fn name_chunk(&self, body: LogBody, chunk: ChunkId) -> Result<ApplyResult, ProposeError> {
         if !self.unconfirmed(&[chunk]).await.is_empty() {
             return Err(ProposeError::Overtaken);
         }
@@ -272,7 +271,7 @@ impl Writer {
     }
 
     /// Has a command of the cluster's own decided that names no content.
-    pub async fn housekeep(&self, body: LogBody) -> Result<CallResult, ProposeError> {
+    pub async fn housekeep(&self, body: LogBody) -> Result<ApplyResult, ProposeError> {
         self.decide(body, &[]).await
     }
 
@@ -287,7 +286,7 @@ impl Writer {
         session: SessionId,
         mut description: String,
         key: Option<SessionKey>,
-    ) -> CallReply {
+    ) -> ClientResponse {
         // It is for people, and a full disk takes it too.
         description.truncate(description.floor_char_boundary(SESSION_DESCRIPTION_BYTES_MAX));
         let body = match key.filter(|_| self.placement.feature_level() >= SESSION_KEY_LEVEL) {
@@ -302,28 +301,26 @@ impl Writer {
     }
 
     /// Has each chunk kept on so many nodes, where there are so many.
-    pub async fn set_replicas(&self, replicas: u8) -> CallReply {
+    pub async fn set_replicas(&self, replicas: u8) -> ClientResponse {
         // Below, it would be without effect.
         const FEATURE_LEVEL_MIN: u32 = 2;
         if self.placement.feature_level() < FEATURE_LEVEL_MIN {
-            return CallReply::Refused(Refusal::Unavailable {
-                reason: "not all members are known to place content yet".to_string(),
-            });
+            return Refusal::unavailable("not all members are known to place content yet").into();
         }
         self.propose(LogBody::SetReplicas { replicas }).await
     }
 
     /// Ends a session.
-    pub async fn end_session(&self, session: SessionId) -> CallReply {
+    pub async fn end_session(&self, session: SessionId) -> ClientResponse {
         self.propose(LogBody::EndSession { session }).await
     }
 
-    async fn propose(&self, body: LogBody) -> CallReply {
+    async fn propose(&self, body: LogBody) -> ClientResponse {
         reply_to(self.decide(body, &[]).await)
     }
 
     /// `stored`: the chunks that the command names and must find on a quorum at the moment it is proposed.
-    async fn decide(&self, body: LogBody, stored: &[ChunkId]) -> Result<CallResult, ProposeError> {
+    async fn decide(&self, body: LogBody, stored: &[ChunkId]) -> Result<ApplyResult, ProposeError> {
         let stamp = self.stamps.stamp().await;
         let inline_bytes = match &body {
             LogBody::Call(mutation) => mutation.command.inline_bytes() as u64,
@@ -348,7 +345,7 @@ impl Writer {
         &self,
         chunk: StoredChunk,
         member: Member,
-        journey: &Arc<Journey>,
+        journey: &Arc<ReplicationSpan>,
         tell: mpsc::Sender<(NodeId, Result<(), CopyError>)>,
     ) {
         let journey = Arc::clone(journey);
@@ -438,28 +435,24 @@ impl Writer {
 }
 
 /// What a client is told of a decision, or of why there is none.
-fn reply_to(decided: Result<CallResult, ProposeError>) -> CallReply {
+fn reply_to(decided: Result<ApplyResult, ProposeError>) -> ClientResponse {
     match decided {
-        Ok(CallResult::Outcome(outcome)) => CallReply::Outcome(outcome),
-        Ok(CallResult::Done) => CallReply::Session(SessionState::default()),
-        Ok(CallResult::UnknownSession) => CallReply::Refused(Refusal::UnknownSession),
-        Ok(CallResult::WrongKey) => CallReply::Refused(Refusal::Invalid {
+        Ok(ApplyResult::Outcome(outcome)) => ClientResponse::Outcome(outcome),
+        Ok(ApplyResult::Done) => ClientResponse::Session(SessionState::default()),
+        Ok(ApplyResult::UnknownSession) => ClientResponse::Refused(Refusal::UnknownSession),
+        Ok(ApplyResult::WrongKey) => ClientResponse::Refused(Refusal::Invalid {
             reason: String::from("a session of this number was opened by another client"),
         }),
-        Ok(CallResult::StaleSequence) => CallReply::Refused(Refusal::StaleSequence),
-        Ok(CallResult::Crowded(place)) => CallReply::Refused(Refusal::Unavailable {
-            reason: format!(
-                "inode {} has too many extents to be written over at once",
-                place.inode
-            ),
-        }),
-        Ok(CallResult::NeverDecided) => CallReply::Refused(Refusal::NeverDecided),
-        Err(ProposeError::NotLeader { leader }) => CallReply::Refused(Refusal::NotLeader {
-            leader: leader.map(|member| member.addresses.grpc),
-        }),
-        Err(error) => CallReply::Refused(Refusal::Unavailable {
-            reason: error.to_string(),
-        }),
+        Ok(ApplyResult::StaleSequence) => ClientResponse::Refused(Refusal::StaleSequence),
+        Ok(ApplyResult::Crowded(place)) => {
+            let inode = place.inode;
+            Refusal::unavailable(format!(
+                "inode {inode} has too many extents to be written over at once"
+            ))
+            .into()
+        }
+        Ok(ApplyResult::NeverDecided) => ClientResponse::Refused(Refusal::NeverDecided),
+        Err(error) => Refusal::from(error).into(),
     }
 }
 

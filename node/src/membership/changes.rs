@@ -48,7 +48,7 @@ const MEMBERS_MAX: usize = 9;
 
 /// Why a change was not made.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RosterError {
+pub enum ChangeError {
     /// Another node leads.
     #[error("this node does not lead")]
     NotLeader(Option<Member>),
@@ -63,17 +63,17 @@ pub enum RosterError {
     NobodyThere(String),
 }
 
-impl From<MembershipError> for RosterError {
-    fn from(error: MembershipError) -> RosterError {
+impl From<MembershipError> for ChangeError {
+    fn from(error: MembershipError) -> ChangeError {
         match error {
-            MembershipError::NotLeader { leader } => RosterError::NotLeader(leader),
-            MembershipError::Refused { reason } => RosterError::Unavailable(reason),
+            MembershipError::NotLeader { leader } => ChangeError::NotLeader(leader),
+            MembershipError::Refused { reason } => ChangeError::Unavailable(reason),
         }
     }
 }
 
 /// See the module.
-pub struct Roster {
+pub struct MembershipChanges {
     consensus: Consensus,
     metadata: Arc<MetadataStore>,
     placement: Arc<Placement>,
@@ -86,15 +86,15 @@ pub struct Roster {
     removal: Mutex<Option<Aim>>,
 }
 
-impl Roster {
-    /// Does nothing by itself before [`Roster::start`].
+impl MembershipChanges {
+    /// Does nothing by itself before [`MembershipChanges::start`].
     pub fn new(
         consensus: Consensus,
         metadata: Arc<MetadataStore>,
         placement: Arc<Placement>,
         transport: Arc<Transport>,
-    ) -> Arc<Roster> {
-        Arc::new(Roster {
+    ) -> Arc<MembershipChanges> {
+        Arc::new(MembershipChanges {
             consensus,
             metadata,
             placement,
@@ -107,14 +107,14 @@ impl Roster {
 
     /// Takes `member` in as a learner; answers all members. Harmless when repeated.
     /// `knows` is the feature level of its program.
-    pub async fn take_in(&self, member: &Member, knows: u32) -> Result<Vec<Member>, RosterError> {
+    pub async fn take_in(&self, member: &Member, knows: u32) -> Result<Vec<Member>, ChangeError> {
         self.must_lead()?;
         let view = self.metadata.view();
         let level = view
-            .map_err(|fault| RosterError::Unavailable(fault.to_string()))?
+            .map_err(|fault| ChangeError::Unavailable(fault.to_string()))?
             .feature_level();
         if knows < level {
-            return Err(RosterError::Refused(format!(
+            return Err(ChangeError::Refused(format!(
                 "the program of node {} knows feature level {knows}, and the cluster is at {level}: use a newer one",
                 member.id.slot
             )));
@@ -128,7 +128,7 @@ impl Roster {
         for known in &members {
             let same_slot = known.id.slot == member.id.slot;
             if known.addresses.grpc == member.addresses.grpc && !same_slot {
-                return Err(RosterError::Refused(format!(
+                return Err(ChangeError::Refused(format!(
                     "{} is the address of slot {}; a node in slot {} needs its own",
                     known.addresses.grpc, known.id.slot, member.id.slot
                 )));
@@ -138,7 +138,7 @@ impl Roster {
             }
             let found = self.who_is_at(&known.addresses.grpc).await;
             if found.map(|(found, _)| found.id) == Ok(known.id) {
-                return Err(RosterError::Refused(format!(
+                return Err(ChangeError::Refused(format!(
                     "slot {} is in use by the node at {}, which answers; give the new node a slot of its own",
                     known.id.slot, known.addresses.grpc
                 )));
@@ -148,7 +148,7 @@ impl Roster {
             }
         }
         if members.len() >= MEMBERS_MAX {
-            return Err(RosterError::Refused(format!(
+            return Err(ChangeError::Refused(format!(
                 "the cluster has {MEMBERS_MAX} members already; remove one first"
             )));
         }
@@ -158,13 +158,13 @@ impl Roster {
     }
 
     /// Takes in the node that waits at `address`, and tells it.
-    pub async fn invite(&self, address: &str) -> Result<Member, RosterError> {
+    pub async fn invite(&self, address: &str) -> Result<Member, ChangeError> {
         self.must_lead()?;
         let (found, knows) = self.who_is_at(address).await.map_err(|reason| {
-            RosterError::NobodyThere(format!("no node could be asked at {address}: {reason}"))
+            ChangeError::NobodyThere(format!("no node could be asked at {address}: {reason}"))
         })?;
         if self.is_leaving(found.id.slot) {
-            self.end_removal(&RosterError::Refused(format!(
+            self.end_removal(&ChangeError::Refused(format!(
                 "node {} was asked to stay meanwhile",
                 found.id.slot
             )));
@@ -186,10 +186,10 @@ impl Roster {
         };
         match tokio::time::timeout(Duration::from_millis(HELLO_TIMEOUT_MS), tell).await {
             Ok(Ok(_)) => Ok(found),
-            Ok(Err(reason)) => Err(RosterError::Unavailable(format!(
+            Ok(Err(reason)) => Err(ChangeError::Unavailable(format!(
                 "{address} did not take the invitation: {reason}"
             ))),
-            Err(_) => Err(RosterError::Unavailable(format!(
+            Err(_) => Err(ChangeError::Unavailable(format!(
                 "{address} did not answer the invitation"
             ))),
         }
@@ -210,11 +210,11 @@ impl Roster {
             }
             match self.promote().await {
                 Ok(()) => told.clear(),
-                Err(RosterError::NotLeader(_)) => {}
+                Err(ChangeError::NotLeader(_)) => {}
                 Err(
-                    RosterError::Refused(reason)
-                    | RosterError::Unavailable(reason)
-                    | RosterError::NobodyThere(reason),
+                    ChangeError::Refused(reason)
+                    | ChangeError::Unavailable(reason)
+                    | ChangeError::NobodyThere(reason),
                 ) => {
                     if reason != told {
                         warn!(reason, "learners cannot become voters yet");
@@ -225,7 +225,7 @@ impl Roster {
         }
     }
 
-    async fn promote(&self) -> Result<(), RosterError> {
+    async fn promote(&self) -> Result<(), ChangeError> {
         let voters = self.consensus.voters();
         let members = self.consensus.members();
         let learners: Vec<&Member> = members
@@ -277,7 +277,7 @@ impl Roster {
             false => self.holders(&members, &next).await,
         };
         if holders.len() < self.holders_needed(&next) {
-            return Err(RosterError::Unavailable(format!(
+            return Err(ChangeError::Unavailable(format!(
                 "of the new voters only {} hold all that they should, and {} must",
                 holders.len(),
                 self.holders_needed(&next)
@@ -288,10 +288,10 @@ impl Roster {
         Ok(())
     }
 
-    fn must_lead(&self) -> Result<(), RosterError> {
+    fn must_lead(&self) -> Result<(), ChangeError> {
         match self.consensus.is_leader() {
             true => Ok(()),
-            false => Err(RosterError::NotLeader(self.consensus.leader())),
+            false => Err(ChangeError::NotLeader(self.consensus.leader())),
         }
     }
 

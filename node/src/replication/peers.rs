@@ -23,7 +23,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Response, Status, Streaming};
 
 use super::messages::{MalformedChunk, chunk_range, put_request};
-use super::stream::{Line, Lost, Protocol};
+use super::stream::{Lost, PeerStream, Protocol};
 use crate::transport::{Peer, Purpose, Transport};
 use quorumfs_content::{ChunkRange, StoredChunk};
 
@@ -184,9 +184,9 @@ impl Protocol for FetchProtocol {
 /// The lines to one peer.
 struct Lines {
     address: String,
-    push: Line<PushProtocol>,
+    push: PeerStream<PushProtocol>,
     push_admission: Arc<Semaphore>,
-    fetch: Line<FetchProtocol>,
+    fetch: PeerStream<FetchProtocol>,
     fetch_admission: Arc<Semaphore>,
 }
 
@@ -400,9 +400,9 @@ impl PeerChunks {
         let peer = self.transport.member(member, Purpose::Bulk)?;
         let made = Arc::new(Lines {
             address: member.addresses.grpc.clone(),
-            push: Line::new(PushProtocol(peer.clone()), self.progress_timeout),
+            push: PeerStream::new(PushProtocol(peer.clone()), self.progress_timeout),
             push_admission: Arc::new(Semaphore::new(PUSH_BYTES_MAX / PERMIT_BYTES)),
-            fetch: Line::new(FetchProtocol(peer), self.progress_timeout),
+            fetch: PeerStream::new(FetchProtocol(peer), self.progress_timeout),
             fetch_admission: Arc::new(Semaphore::new(FETCH_BYTES_MAX / PERMIT_BYTES)),
         });
         lines.insert(member.id, Arc::clone(&made));

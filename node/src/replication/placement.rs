@@ -6,7 +6,7 @@
 //! members moves no more than it must. [`Layout`] is that function; it is pure.
 //!
 //! [`Placement`] knows the layout of the voters that this node has applied, and those that it has been told will come
-//! ([`Placement::intend`]): what it should hold under any of them it fetches and keeps.
+//! ([`Placement::prepare_for`]): what it should hold under any of them it fetches and keeps.
 //!
 //! What a node holds beyond that it lets go ([`Placement::let_go`]) once everyone who should hold it does. Invariant: at
 //! any moment there is one layout all of whose places hold the chunk, on disk. It holds because a place answers under an
@@ -31,7 +31,7 @@ use quorumfs_metadata::{MetadataStore, Position, Replicas};
 const WEIGHT_KEY: [u8; 16] = *b"QuorumFS chunks.";
 /// How long what will come is prepared for, after it was last spoken of. The leader speaks of it every few seconds until
 /// it has come, or does not lead.
-const INTENTION_MS: u64 = 600_000;
+const PREPARATION_MS: u64 = 600_000;
 /// Intentions kept in mind: those of a leader (two for its learners, one for a removal) and of the one before it.
 const INTENTIONS_MAX: usize = 6;
 /// How often it is seen whether anything has changed.
@@ -111,7 +111,7 @@ fn weight(chunk: ChunkId, node: NodeId) -> (u64, u16) {
 
 /// What a node knows of placement at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Picture {
+pub struct PlacementSnapshot {
     /// The index of the log entry that the layouts in force come from.
     pub epoch: u64,
     /// Of the voters: one, or two while they change; none before there is a cluster.
@@ -120,7 +120,7 @@ pub struct Picture {
     to_come: Vec<Layout>,
 }
 
-impl Picture {
+impl PlacementSnapshot {
     /// Whether `node`, which is this one, should hold `chunk`.
     pub fn should_hold(&self, chunk: ChunkId, node: NodeId) -> bool {
         self.in_force.is_empty() || self.layouts().any(|layout| layout.is_place(chunk, node))
@@ -164,15 +164,15 @@ struct Known {
     membership: Option<bytes::Bytes>,
     replicas: Replicas,
     /// As the state alone has it.
-    stated: Picture,
+    stated: PlacementSnapshot,
     /// The voters that this node was told will come, and until when it prepares for them.
     intended: Vec<(BTreeSet<NodeId>, Instant)>,
-    picture: Arc<Picture>,
+    picture: Arc<PlacementSnapshot>,
 }
 
 impl Known {
     /// These voters are intended until `expires`.
-    fn intend(&mut self, voters: BTreeSet<NodeId>, expires: Instant) {
+    fn prepare_for(&mut self, voters: BTreeSet<NodeId>, expires: Instant) {
         match self.intended.iter_mut().find(|(known, _)| *known == voters) {
             Some((_, until)) => *until = expires,
             None => {
@@ -192,7 +192,7 @@ impl Known {
         let mut picture = self.stated.clone();
         let replicas = self.replicas.count;
         let layout = |(voters, _): &(BTreeSet<NodeId>, Instant)| Layout::new(voters.clone(), replicas);
-        let Picture {
+        let PlacementSnapshot {
             in_force, to_come, ..
         } = &mut picture;
         to_come.extend(self.intended.iter().map(layout));
@@ -212,7 +212,7 @@ pub struct Placement {
     consensus: Consensus,
     // Locked for a comparison, and for what a change takes to be decoded.
     known: Mutex<Known>,
-    changes: watch::Sender<Arc<Picture>>,
+    changes: watch::Sender<Arc<PlacementSnapshot>>,
     /// Held while it is answered what is held, and while something is let go.
     answering: Mutex<()>,
 }
@@ -241,7 +241,7 @@ impl Placement {
     }
 
     /// What is known now.
-    pub fn picture(&self) -> Arc<Picture> {
+    pub fn picture(&self) -> Arc<PlacementSnapshot> {
         let (position, replicas) = self.metadata.position_and_replicas();
         let mut known = self.known.lock();
         if known.membership != position.membership || known.replicas != replicas {
@@ -278,9 +278,9 @@ impl Placement {
     }
 
     /// These will probably be the voters: from now on, for some minutes, this node prepares for it.
-    pub fn intend(&self, voters: BTreeSet<NodeId>) -> Layout {
-        let expires = Instant::now() + Duration::from_millis(INTENTION_MS);
-        self.known.lock().intend(voters.clone(), expires);
+    pub fn prepare_for(&self, voters: BTreeSet<NodeId>) -> Layout {
+        let expires = Instant::now() + Duration::from_millis(PREPARATION_MS);
+        self.known.lock().prepare_for(voters.clone(), expires);
         self.tell();
         Layout::new(voters, self.replicas())
     }
@@ -315,7 +315,7 @@ impl Placement {
     }
 
     /// Hears of every change, soon after it.
-    pub fn changes(&self) -> watch::Receiver<Arc<Picture>> {
+    pub fn changes(&self) -> watch::Receiver<Arc<PlacementSnapshot>> {
         self.changes.subscribe()
     }
 
@@ -347,7 +347,7 @@ impl Placement {
 }
 
 /// What the state alone says. A node that does not vote prepares for it.
-fn stated(own: NodeId, position: &Position, replicas: Replicas) -> Picture {
+fn stated(own: NodeId, position: &Position, replicas: Replicas) -> PlacementSnapshot {
     let (since, sets) = voters_at(position).unwrap_or_else(|error| {
         // Whoever knows no layout holds everything and lets nothing go.
         error!(%error, "the membership cannot be read");
@@ -361,7 +361,7 @@ fn stated(own: NodeId, position: &Position, replicas: Replicas) -> Picture {
         with_own.insert(own);
         to_come.push(layout(with_own));
     }
-    Picture {
+    PlacementSnapshot {
         epoch: since.max(replicas.since_index),
         in_force: sets.into_iter().map(layout).collect(),
         to_come,
@@ -462,7 +462,7 @@ mod tests {
     fn what_is_intended_again_in_whatever_order_is_no_news() {
         let now = Instant::now();
         let at = |seconds| now + Duration::from_secs(seconds);
-        let stated = Picture {
+        let stated = PlacementSnapshot {
             epoch: 1,
             in_force: vec![Layout::new(nodes(1..=3), 3)],
             to_come: Vec::new(),
@@ -478,24 +478,24 @@ mod tests {
             intended: Vec::new(),
         };
         let [five, four] = [nodes(1..=5), nodes(1..=4)];
-        known.intend(five.clone(), at(1));
-        known.intend(four.clone(), at(2));
+        known.prepare_for(five.clone(), at(1));
+        known.prepare_for(four.clone(), at(2));
         let first = Arc::clone(&known.picture);
         assert_eq!(first.to_come.len(), 2);
         for second in 3..9 {
-            known.intend(five.clone(), at(second));
-            known.intend(four.clone(), at(second));
+            known.prepare_for(five.clone(), at(second));
+            known.prepare_for(four.clone(), at(second));
             assert!(Arc::ptr_eq(&known.picture, &first), "nothing has changed");
         }
         assert!(known.intended.iter().all(|(_, until)| *until == at(8)));
         // What is in force already asks for nothing more.
-        known.intend(nodes(1..=3), at(9));
+        known.prepare_for(nodes(1..=3), at(9));
         assert!(Arc::ptr_eq(&known.picture, &first), "nothing has changed");
         // Of too many the one that was spoken of longest ago is forgotten.
-        known.intend(five.clone(), at(10));
+        known.prepare_for(five.clone(), at(10));
         (1..)
             .take(INTENTIONS_MAX)
-            .for_each(|slot| known.intend(nodes([slot, slot + 1]), at(11)));
+            .for_each(|slot| known.prepare_for(nodes([slot, slot + 1]), at(11)));
         assert_eq!(known.intended.len(), INTENTIONS_MAX);
         assert!(!known.intended.iter().any(|(voters, _)| *voters == four));
     }
@@ -504,7 +504,7 @@ mod tests {
     fn nothing_is_settled_while_voters_change() {
         let [three, five] = [nodes(1..=3), nodes(1..=5)].map(|voters| Layout::new(voters, 3));
         let own = nodes([4]).pop_first().expect("one");
-        let picture = |in_force: &[&Layout], to_come: &[&Layout]| Picture {
+        let picture = |in_force: &[&Layout], to_come: &[&Layout]| PlacementSnapshot {
             epoch: 1,
             in_force: in_force.iter().map(|layout| (*layout).clone()).collect(),
             to_come: to_come.iter().map(|layout| (*layout).clone()).collect(),

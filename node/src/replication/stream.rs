@@ -94,7 +94,7 @@ pub trait Protocol: Send + Sync + 'static {
 type StreamOf<P> = Arc<CallStream<<P as Protocol>::Request, <P as Protocol>::Answer>>;
 
 /// The calls of one protocol to one peer, over one stream after another.
-pub struct Line<P: Protocol> {
+pub struct PeerStream<P: Protocol> {
     protocol: P,
     /// A peer that answers nothing for so long while calls wait is taken to be lost.
     progress_timeout: Duration,
@@ -103,10 +103,10 @@ pub struct Line<P: Protocol> {
     stream: Mutex<Option<StreamOf<P>>>,
 }
 
-impl<P: Protocol> Line<P> {
+impl<P: Protocol> PeerStream<P> {
     /// No stream is opened yet.
-    pub fn new(protocol: P, progress_timeout: Duration) -> Line<P> {
-        Line {
+    pub fn new(protocol: P, progress_timeout: Duration) -> PeerStream<P> {
+        PeerStream {
             protocol,
             progress_timeout,
             next_call: AtomicU64::new(1),

@@ -1,7 +1,7 @@
 //! Counters and distributions that are cheap to record and can be read at any time.
 //!
 //! - [`Distribution`]: values (nanoseconds, entries of a flush, …) with their quantiles, to about 3 %.
-//! - [`Tally`]: calls of one kind, with their failures, bytes and durations.
+//! - [`CallCounter`]: calls of one kind, with their failures, bytes and durations.
 //!
 //! Recording is a handful of relaxed atomic additions: no lock, no allocation, from any thread. Reading takes a
 //! [`Snapshot`], which may miss what is being recorded that moment. Nothing is ever reset, so any number of readers can
@@ -12,8 +12,8 @@
 //!
 //! It knows nothing of what is measured, nor of how it is shown.
 
+mod call_counter;
 mod distribution;
-mod tally;
 
+pub use call_counter::{CallCounter, Ending, TallySnapshot};
 pub use distribution::{Distribution, Latency, Snapshot};
-pub use tally::{Ending, Tally, TallySnapshot};

@@ -15,3 +15,6 @@ mod messages {
 
 pub use member::NotAMember;
 pub use messages::*;
+
+#[doc = include_str!("../FORMAT.md")]
+pub mod format {}

@@ -7,12 +7,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use quorumfs_proto::call::{CallReply, Mutation};
+use quorumfs_proto::call::{ClientResponse, Mutation};
 use quorumfs_proto::command::{
     Command, Held, IfExists, NewInode, NewKind, Operation, Privileges, RenameMode, Target,
 };
 use quorumfs_proto::{
-    Answer, ChunkBody, ChunkId, FsError, InodeNumber, Name, NewChunk, OperationResult, Piece, Query, Sha256,
+    Answer, ChunkBody, ChunkId, Extent, FsError, InodeNumber, Name, NewChunk, OperationResult, Query, Sha256,
 };
 use quorumfs_tests::environment::Finally;
 use quorumfs_tests::healing::assert_same_metadata;
@@ -48,9 +48,9 @@ fn unlink(text: &str) -> Operation {
     }
 }
 
-fn inode_of(reply: &CallReply) -> InodeNumber {
+fn inode_of(reply: &ClientResponse) -> InodeNumber {
     match reply {
-        CallReply::Outcome(Ok(outcome)) => match outcome.results[0] {
+        ClientResponse::Outcome(Ok(outcome)) => match outcome.results[0] {
             OperationResult::Entry { inode, .. } => inode,
             ref other => panic!("not an entry: {other:?}"),
         },
@@ -72,7 +72,7 @@ fn append(client: &WireClient, lane: u16, inode: InodeNumber, text: &'static str
     };
     let operation = Operation::Append {
         inode: Target::Inode(inode),
-        pieces: vec![Piece {
+        pieces: vec![Extent {
             file_offset: 0,
             length,
             chunk: id,
@@ -93,7 +93,7 @@ fn p4_a_repeated_request_is_answered_as_at_first_even_after_failover_and_restart
     let cluster = Cluster::start(&sandbox);
     let client = WireClient::connect(&cluster.members());
     // Each in a lane of its own: a lane remembers its last answer.
-    let mut done: Vec<(&str, Mutation, CallReply)> = Vec::new();
+    let mut done: Vec<(&str, Mutation, ClientResponse)> = Vec::new();
     let mut send = |what: &'static str, make: &dyn Fn(u16) -> Mutation| {
         let mutation = make(u16::try_from(done.len()).expect("lanes enough"));
         let reply = client.mutate(&mutation);
@@ -127,11 +127,11 @@ fn p4_a_repeated_request_is_answered_as_at_first_even_after_failover_and_restart
     let refused = send("mkdir that is refused", &|lane| {
         client.operation(lane, 1, create("directory", NewKind::Directory))
     });
-    assert_eq!(refused, CallReply::Outcome(Err(FsError::Exists)));
+    assert_eq!(refused, ClientResponse::Outcome(Err(FsError::Exists)));
     let refused = send("unlink that is refused", &|lane| {
         client.operation(lane, 1, unlink("later"))
     });
-    assert_eq!(refused, CallReply::Outcome(Err(FsError::NotFound)));
+    assert_eq!(refused, ClientResponse::Outcome(Err(FsError::NotFound)));
     // Now both refused ones would succeed: the verdicts must stay what they were.
     let removal = Operation::RemoveDirectory {
         parent: ROOT,
@@ -142,7 +142,7 @@ fn p4_a_repeated_request_is_answered_as_at_first_even_after_failover_and_restart
         client.operation(lane, 1, create("later", NewKind::Fifo))
     });
     for (what, _, reply) in &done {
-        assert!(matches!(reply, CallReply::Outcome(_)), "{what}: {reply:?}");
+        assert!(matches!(reply, ClientResponse::Outcome(_)), "{what}: {reply:?}");
     }
 
     let repeat_all = |when: &str| {

@@ -11,8 +11,8 @@ use nix::sys::signal::Signal;
 use quorumfs_proto::command::{IfExists, NewInode, NewKind, Privileges, Target};
 use quorumfs_proto::limits::{COMMAND_PIECES_MAX, EXTENTS_ANSWER_MAX};
 use quorumfs_proto::{
-    Answer, Attributes, CallReply, Command, InodeNumber, Name, Operation, OperationResult, Outcome, Piece,
-    Query,
+    Answer, Attributes, ClientResponse, Command, Extent, InodeNumber, Name, Operation, OperationResult,
+    Outcome, Query,
 };
 use quorumfs_tests::environment::{Finally, wait_for};
 use quorumfs_tests::process::resident_peak_bytes;
@@ -150,7 +150,7 @@ fn fragmented(client: &WireClient, name: &'static str, sequence: &mut u64, conte
     for (number, part) in (0u64..).zip(content.chunks(COMMAND_PIECES_MAX)) {
         let chunk = client.put_chunk(1_000 * *sequence + number, part);
         let from = number * COMMAND_PIECES_MAX as u64;
-        let pieces = (0..part.len() as u32).map(|at| Piece {
+        let pieces = (0..part.len() as u32).map(|at| Extent {
             file_offset: from + u64::from(at),
             length: 1,
             chunk: chunk.id,
@@ -166,7 +166,7 @@ fn fragmented(client: &WireClient, name: &'static str, sequence: &mut u64, conte
     inode
 }
 
-fn write(inode: InodeNumber, pieces: Vec<Piece>) -> Operation {
+fn write(inode: InodeNumber, pieces: Vec<Extent>) -> Operation {
     Operation::Write {
         inode: Target::Inode(inode),
         pieces,
@@ -179,7 +179,7 @@ fn write(inode: InodeNumber, pieces: Vec<Piece>) -> Operation {
 fn decided(client: &WireClient, sequence: &mut u64, command: Command) -> Outcome {
     *sequence += 1;
     match client.mutate(&client.mutation(0, *sequence, command)) {
-        CallReply::Outcome(Ok(outcome)) => outcome,
+        ClientResponse::Outcome(Ok(outcome)) => outcome,
         other => panic!("refused: {other:?}"),
     }
 }
@@ -189,10 +189,10 @@ fn extents(client: &WireClient, inode: InodeNumber) -> (Attributes, usize) {
         inode,
         from: 0,
         to: u64::MAX,
-        pieces_max: EXTENTS_ANSWER_MAX,
+        extents_max: EXTENTS_ANSWER_MAX,
     };
     match client.query(query) {
-        Answer::Extents(page) => (page.attributes, page.pieces.len()),
+        Answer::Extents(page) => (page.attributes, page.extents.len()),
         other => panic!("not extents: {other:?}"),
     }
 }
@@ -259,7 +259,7 @@ fn p8_small_extents_are_put_together_unnoticed_and_give_way_to_a_write() {
     let inode = fragmented(&client, "overwritten", &mut sequence, &bytes);
     let over = random.bytes(bytes.len() - 2);
     let chunk = client.put_chunk(1, &over);
-    let piece = Piece {
+    let piece = Extent {
         file_offset: 1,
         length: over.len() as u32,
         chunk: chunk.id,

@@ -5,10 +5,10 @@ use std::fs;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use quorumfs_proto::call::CallReply;
+use quorumfs_proto::call::ClientResponse;
 use quorumfs_proto::command::{Command, IfExists, NewInode, NewKind, Operation, Privileges, Target};
 use quorumfs_proto::limits::{CHUNK_BYTES_MAX, COMMAND_CHUNKS_MAX};
-use quorumfs_proto::{ChunkBody, ChunkId, InodeNumber, Name, NewChunk, Piece, Sha256};
+use quorumfs_proto::{ChunkBody, ChunkId, Extent, InodeNumber, Name, NewChunk, Sha256};
 use quorumfs_tests::environment::{wait_for, wait_until};
 use quorumfs_tests::healing::{ask, assert_served, content_folder, disk_bytes, number, upload};
 use quorumfs_tests::random::Content;
@@ -170,7 +170,7 @@ fn name_many_chunks(cluster: &Cluster, chunks: u64) {
             body: ChunkBody::Inline(b"x".as_slice().into()),
         };
         let chunks: Vec<NewChunk> = counters.iter().map(chunk).collect();
-        let piece = |(file_offset, chunk): (u64, &NewChunk)| Piece {
+        let piece = |(file_offset, chunk): (u64, &NewChunk)| Extent {
             file_offset,
             length: 1,
             chunk: chunk.id,
@@ -201,7 +201,7 @@ fn name_many_chunks(cluster: &Cluster, chunks: u64) {
             operations: vec![create, append],
         };
         let reply = client.mutate(&client.mutation(0, n, command));
-        assert!(matches!(reply, CallReply::Outcome(Ok(_))), "{reply:?}");
+        assert!(matches!(reply, ClientResponse::Outcome(Ok(_))), "{reply:?}");
     }
     client.close();
 }

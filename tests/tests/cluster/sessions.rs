@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nix::sys::statvfs::statvfs;
-use quorumfs_proto::call::{Call, CallReply, Refusal};
+use quorumfs_proto::call::{ClientRequest, ClientResponse, Refusal};
 use quorumfs_proto::command::{IfExists, NewInode, NewKind, Operation, Target};
 use quorumfs_proto::{InodeNumber, Name};
 use quorumfs_tests::environment::{Finally, wait_for};
@@ -198,10 +198,10 @@ fn a_session_is_spoken_for_by_its_own_client_only() {
         client.operation(0, sequence, operation)
     };
     let attempts = [
-        Call::CloseSession { session },
-        Call::KeepAlive { session },
-        Call::Mutate(make(1)),
-        Call::AnswerUnlinked {
+        ClientRequest::CloseSession { session },
+        ClientRequest::KeepAlive { session },
+        ClientRequest::Mutate(make(1)),
+        ClientRequest::AnswerUnlinked {
             session,
             from: 0,
             through: 0,
@@ -212,20 +212,23 @@ fn a_session_is_spoken_for_by_its_own_client_only() {
     for attempt in attempts {
         let reply = impostor.call(&attempt);
         assert!(
-            matches!(reply, CallReply::Refused(Refusal::Invalid { .. })),
+            matches!(reply, ClientResponse::Refused(Refusal::Invalid { .. })),
             "{attempt:?} is answered {reply:?}"
         );
     }
     // Its own client does all that, on a stream of its own each time, and after a change of leader.
-    assert!(matches!(client.mutate(&make(1)), CallReply::Outcome(Ok(_))));
-    assert!(matches!(client.call(&client.opening()), CallReply::Session(_)));
+    assert!(matches!(client.mutate(&make(1)), ClientResponse::Outcome(Ok(_))));
+    assert!(matches!(
+        client.call(&client.opening()),
+        ClientResponse::Session(_)
+    ));
     cluster.kill(cluster.leader());
     cluster.leader();
-    let reply = impostor.call(&Call::CloseSession { session });
+    let reply = impostor.call(&ClientRequest::CloseSession { session });
     assert!(
-        matches!(reply, CallReply::Refused(Refusal::Invalid { .. })),
+        matches!(reply, ClientResponse::Refused(Refusal::Invalid { .. })),
         "{reply:?}"
     );
-    assert!(matches!(client.mutate(&make(2)), CallReply::Outcome(Ok(_))));
+    assert!(matches!(client.mutate(&make(2)), ClientResponse::Outcome(Ok(_))));
     client.close();
 }

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use quorumfs_proto::call::CallReply;
+use quorumfs_proto::call::ClientResponse;
 use quorumfs_proto::command::{Command, IfExists, NewInode, NewKind, Operation, Privileges, Target};
-use quorumfs_proto::{InodeNumber, Name, NewChunk, OperationResult, Piece};
+use quorumfs_proto::{Extent, InodeNumber, Name, NewChunk, OperationResult};
 use quorumfs_tests::environment::wait_for;
 use quorumfs_tests::healing::{ask, content_folder, disk_bytes, number};
 use quorumfs_tests::wire_client::WireClient;
@@ -29,7 +29,7 @@ fn name_it(client: &WireClient, chunk: &NewChunk, name: &str, sequence: u64, low
         existing: IfExists::Refuse,
     };
     let reply = client.mutate(&client.operation(0, sequence, create));
-    let CallReply::Outcome(Ok(outcome)) = reply else {
+    let ClientResponse::Outcome(Ok(outcome)) = reply else {
         panic!("create: {reply:?}")
     };
     let OperationResult::Entry { inode, .. } = outcome.results[0] else {
@@ -37,7 +37,7 @@ fn name_it(client: &WireClient, chunk: &NewChunk, name: &str, sequence: u64, low
     };
     let append = Operation::Append {
         inode: Target::Inode(inode),
-        pieces: vec![Piece {
+        pieces: vec![Extent {
             file_offset: 0,
             length: chunk.length,
             chunk: chunk.id,
@@ -52,7 +52,7 @@ fn name_it(client: &WireClient, chunk: &NewChunk, name: &str, sequence: u64, low
     let mut mutation = client.mutation(0, sequence + 1, command);
     mutation.chunk_low_water = low_water;
     let reply = client.mutate(&mutation);
-    assert!(matches!(reply, CallReply::Outcome(Ok(_))), "{reply:?}");
+    assert!(matches!(reply, ClientResponse::Outcome(Ok(_))), "{reply:?}");
 }
 
 #[test]

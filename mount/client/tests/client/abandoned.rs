@@ -10,18 +10,18 @@ use crate::calls::{
 use crate::fake::{Act, Fake};
 use bytes::Bytes;
 use quorumfs_proto::limits::LANES_MAX;
-use quorumfs_proto::{Call, CallReply, Command, FsError, Operation, Refusal};
+use quorumfs_proto::{ClientRequest, ClientResponse, Command, FsError, Operation, Refusal};
 
 const MS: Duration = Duration::from_millis(1);
 
 fn unavailable() -> Act {
-    Act::Reply(CallReply::Refused(Refusal::Unavailable {
+    Act::Reply(ClientResponse::Refused(Refusal::Unavailable {
         reason: String::from("no quorum"),
     }))
 }
 
-fn is_of(call: &Call, command: &Command) -> bool {
-    matches!(call, Call::Mutate(mutation) if mutation.command == *command)
+fn is_of(call: &ClientRequest, command: &Command) -> bool {
+    matches!(call, ClientRequest::Mutate(mutation) if mutation.command == *command)
 }
 
 fn executed(fake: &Fake) -> Vec<Command> {
@@ -84,7 +84,7 @@ async fn as_long_as_nothing_is_decided_later_calls_time_out_unsent() {
     let fake = Fake::start(1).await;
     let client = connect(&fake, Some(300 * MS)).await;
     fake.on_call(|_, call| match call {
-        Call::Mutate(_) => unavailable(),
+        ClientRequest::Mutate(_) => unavailable(),
         _ => Act::Normal,
     });
     for name in ["a", "b", "c"] {

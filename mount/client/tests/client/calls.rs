@@ -9,8 +9,8 @@ use quorumfs_client::{Client, ClientOptions, ConnectError};
 use quorumfs_proto::command::{IfExists, NewInode, NewKind, Privileges, Target};
 use quorumfs_proto::limits::LANES_MAX;
 use quorumfs_proto::{
-    Call, CallReply, Command, FsError, InodeNumber, Name, NewChunk, Operation, Outcome, Piece, Query,
-    Refusal, RequestId,
+    ClientRequest, ClientResponse, Command, Extent, FsError, InodeNumber, Name, NewChunk, Operation, Outcome,
+    Query, Refusal, RequestId,
 };
 
 const MS: Duration = Duration::from_millis(1);
@@ -42,7 +42,7 @@ pub fn make(name: impl Into<String>) -> Command {
 }
 
 pub fn write(chunk: NewChunk) -> Command {
-    let piece = Piece {
+    let piece = Extent {
         file_offset: 0,
         length: chunk.length,
         chunk: chunk.id,
@@ -67,10 +67,10 @@ pub fn created(outcome: Result<Outcome, FsError>) {
 /// Does `act` with the first mutation that arrives, and with the others what is usual.
 pub fn first_mutation(
     mut act: impl FnMut() -> Act + Send + 'static,
-) -> impl FnMut(usize, &Call) -> Act + Send {
+) -> impl FnMut(usize, &ClientRequest) -> Act + Send {
     let mut seen = false;
     move |_, call| match call {
-        Call::Mutate(_) if !std::mem::replace(&mut seen, true) => act(),
+        ClientRequest::Mutate(_) if !std::mem::replace(&mut seen, true) => act(),
         _ => Act::Normal,
     }
 }
@@ -154,7 +154,7 @@ async fn a_cluster_that_is_not_there_is_reported_with_the_reason() {
     assert!(error.contains("knows no leader"), "{error}");
     fake.world.lock().elect(Some(0));
     fake.on_call(|_, _| {
-        Act::Reply(CallReply::Refused(Refusal::Unavailable {
+        Act::Reply(ClientResponse::Refused(Refusal::Unavailable {
             reason: String::from("two voters are away"),
         }))
     });
@@ -289,7 +289,7 @@ async fn a_leader_that_cannot_decide_is_left_for_one_that_can() {
     created(client.mutate(make("a"), &[]).await);
     // Cut off from the others, it still believes in itself.
     let unavailable = || {
-        Act::Reply(CallReply::Refused(Refusal::Unavailable {
+        Act::Reply(ClientResponse::Refused(Refusal::Unavailable {
             reason: String::from("no quorum"),
         }))
     };
@@ -330,7 +330,7 @@ async fn lanes_bound_what_is_under_way() {
     let fake = Fake::start(1).await;
     let client = connect(&fake, None).await;
     fake.on_call(|_, call| match call {
-        Call::Mutate(_) => Act::After(20 * MS),
+        ClientRequest::Mutate(_) => Act::After(20 * MS),
         _ => Act::Normal,
     });
     let calls = (0..300).map(|call| {
@@ -361,7 +361,7 @@ async fn a_dropped_call_is_decided_and_frees_its_lane() {
     assert_once_and_in_order(&fake, started);
     // All lanes are free: as many at once as there are.
     fake.on_call(|_, call| match call {
-        Call::Mutate(_) => Act::After(300 * MS),
+        ClientRequest::Mutate(_) => Act::After(300 * MS),
         _ => Act::Normal,
     });
     let calls = (0..usize::from(LANES_MAX)).map(|call| {
@@ -428,11 +428,11 @@ async fn a_call_that_cannot_go_on_is_voided_so_that_its_lane_counts_on() {
     // Nobody handed the chunk over.
     assert_eq!(client.mutate(write(chunk.stored()), &[]).await, Err(FsError::Io));
     // The leader has no room, and says so before the state machine could.
-    let full = || Act::Reply(CallReply::Outcome(Err(FsError::NoSpace)));
+    let full = || Act::Reply(ClientResponse::Outcome(Err(FsError::NoSpace)));
     fake.on_call(first_mutation(full));
     assert_eq!(client.mutate(make("a"), &[]).await, Err(FsError::NoSpace));
     let invalid = || {
-        Act::Reply(CallReply::Refused(Refusal::Invalid {
+        Act::Reply(ClientResponse::Refused(Refusal::Invalid {
             reason: String::from("test"),
         }))
     };
@@ -459,11 +459,11 @@ async fn a_void_that_comes_late_answers_what_happened() {
     // Done, but the answer is lost; asked again, a leader short of room refuses from its own view.
     let mut times = 0;
     fake.on_call(move |_, call| match call {
-        Call::Mutate(_) => {
+        ClientRequest::Mutate(_) => {
             times += 1;
             match times {
                 1 => Act::DoAndSwallow,
-                2 => Act::Reply(CallReply::Outcome(Err(FsError::NoSpace))),
+                2 => Act::Reply(ClientResponse::Outcome(Err(FsError::NoSpace))),
                 _ => Act::Normal,
             }
         }

@@ -15,8 +15,8 @@ use quorumfs_proto::call::{Mutation, SessionState};
 use quorumfs_proto::chunk::block_crcs;
 use quorumfs_proto::query::Space;
 use quorumfs_proto::{
-    Addresses, Answer, Call, CallReply, ChunkBody, ChunkId, Command, FsError, InodeNumber, Lane, Member,
-    NodeId, Operation, OperationResult, Outcome, Refusal, SessionId, codec,
+    Addresses, Answer, ChunkBody, ChunkId, ClientRequest, ClientResponse, Command, FsError, InodeNumber,
+    Lane, Member, NodeId, Operation, OperationResult, Outcome, Refusal, SessionId, codec,
 };
 use quorumfs_wire as wire;
 use quorumfs_wire::ChunkStatus;
@@ -42,9 +42,9 @@ pub enum Act {
     /// Does it, and the stream breaks.
     DoAndBreak,
     /// Does nothing and says this.
-    Reply(CallReply),
+    Reply(ClientResponse),
     /// As [`Act::Reply`], after this.
-    ReplyAfter(Duration, CallReply),
+    ReplyAfter(Duration, ClientResponse),
 }
 
 /// What a node does with one put.
@@ -65,7 +65,7 @@ pub enum GetAct {
     Swallow,
 }
 
-type OnCall = Box<dyn FnMut(usize, &Call) -> Act + Send>;
+type OnCall = Box<dyn FnMut(usize, &ClientRequest) -> Act + Send>;
 type OnPut = Box<dyn FnMut(usize, ChunkId) -> PutAct + Send>;
 type OnGet = Box<dyn FnMut(usize, ChunkId) -> GetAct + Send>;
 
@@ -81,7 +81,7 @@ pub struct World {
     pub sessions: HashSet<SessionId>,
     /// Those that have ended and are remembered.
     pub ended: HashSet<SessionId>,
-    pub lanes: HashMap<(SessionId, Lane), (u64, CallReply)>,
+    pub lanes: HashMap<(SessionId, Lane), (u64, ClientResponse)>,
     /// Mutations as they arrived at a leader, each sending.
     pub received: Vec<Mutation>,
     /// Mutations that took effect or got a verdict, each once.
@@ -127,20 +127,22 @@ impl World {
         self.ended.extend(std::mem::take(&mut self.sessions));
     }
 
-    fn mutate(&mut self, mutation: Mutation) -> CallReply {
+    fn mutate(&mut self, mutation: Mutation) -> ClientResponse {
         let request = mutation.request;
         let lane = self.lanes.get(&(request.session, request.lane));
         let last = lane.map_or(0, |(sequence, _)| *sequence);
         if !self.sessions.contains(&request.session) {
             return match lane {
-                _ if !self.ended.contains(&request.session) => CallReply::Refused(Refusal::UnknownSession),
+                _ if !self.ended.contains(&request.session) => {
+                    ClientResponse::Refused(Refusal::UnknownSession)
+                }
                 Some((sequence, reply)) if *sequence == request.sequence => reply.clone(),
-                _ => CallReply::Refused(Refusal::NeverDecided),
+                _ => ClientResponse::Refused(Refusal::NeverDecided),
             };
         }
         match lane {
             Some((sequence, reply)) if *sequence == request.sequence => return reply.clone(),
-            _ if request.sequence != last + 1 => return CallReply::Refused(Refusal::StaleSequence),
+            _ if request.sequence != last + 1 => return ClientResponse::Refused(Refusal::StaleSequence),
             _ => {}
         }
         let unsure: Vec<ChunkId> = mutation
@@ -151,9 +153,9 @@ impl World {
             .map(|chunk| chunk.id)
             .collect();
         if !unsure.is_empty() {
-            return CallReply::Refused(Refusal::PutAgain { chunks: unsure });
+            return ClientResponse::Refused(Refusal::PutAgain { chunks: unsure });
         }
-        let reply = CallReply::Outcome(self.apply(&mutation.command));
+        let reply = ClientResponse::Outcome(self.apply(&mutation.command));
         self.lanes
             .insert((request.session, request.lane), (request.sequence, reply.clone()));
         self.executed.push(mutation);
@@ -187,38 +189,39 @@ impl World {
         })
     }
 
-    fn answer(&mut self, call: Call) -> CallReply {
-        if let Call::AnswerUnlinked {
+    fn answer(&mut self, call: ClientRequest) -> ClientResponse {
+        if let ClientRequest::AnswerUnlinked {
             from, through, held, ..
         } = &call
         {
             self.answers.push((*from, *through, held.clone()));
         }
         match call {
-            Call::Mutate(mutation) => self.mutate(mutation),
-            Call::Query(_) => CallReply::Answer(Ok(Answer::Space(Space {
+            ClientRequest::Mutate(mutation) => self.mutate(mutation),
+            ClientRequest::Query(_) => ClientResponse::Answer(Ok(Answer::Space(Space {
                 capacity_bytes: 1,
                 available_bytes: 1,
                 inodes: self.executed.len() as u64,
             }))),
-            Call::OpenSession { session, .. } | Call::OpenSessionWithKey { session, .. } => {
+            ClientRequest::OpenSession { session, .. }
+            | ClientRequest::OpenSessionWithKey { session, .. } => {
                 self.sessions.insert(session);
-                CallReply::Session(SessionState::default())
+                ClientResponse::Session(SessionState::default())
             }
-            Call::KeepAlive { session } | Call::AnswerUnlinked { session, .. }
+            ClientRequest::KeepAlive { session } | ClientRequest::AnswerUnlinked { session, .. }
                 if self.sessions.contains(&session) =>
             {
-                CallReply::Session(SessionState {
+                ClientResponse::Session(SessionState {
                     unlinked: self.unlinked.clone(),
                 })
             }
-            Call::KeepAlive { .. } | Call::AnswerUnlinked { .. } => {
-                CallReply::Refused(Refusal::UnknownSession)
+            ClientRequest::KeepAlive { .. } | ClientRequest::AnswerUnlinked { .. } => {
+                ClientResponse::Refused(Refusal::UnknownSession)
             }
-            Call::CloseSession { session } | Call::CloseSessionWithKey { session, .. } => {
+            ClientRequest::CloseSession { session } | ClientRequest::CloseSessionWithKey { session, .. } => {
                 self.sessions.remove(&session);
                 self.closed.push(session);
-                CallReply::Session(SessionState::default())
+                ClientResponse::Session(SessionState::default())
             }
         }
     }
@@ -326,7 +329,7 @@ impl Fake {
         self.wires[node].send_replace(Wire::Open);
     }
 
-    pub fn on_call(&self, act: impl FnMut(usize, &Call) -> Act + Send + 'static) {
+    pub fn on_call(&self, act: impl FnMut(usize, &ClientRequest) -> Act + Send + 'static) {
         self.world.lock().on_call = Box::new(act);
     }
 
@@ -363,15 +366,15 @@ impl FileSystem for FakeNode {
         world.lock().back = Some(answers.downgrade());
         tokio::spawn(async move {
             while let Ok(Some(envelope)) = calls.message().await {
-                let call: Call = codec::decode(&envelope.call).unwrap();
+                let call: ClientRequest = codec::decode(&envelope.call).unwrap();
                 world.lock().hellos.extend(envelope.hello);
                 let (reply, delay) = {
                     let mut world = world.lock();
                     if world.leader != Some(index) {
                         let leader = world.beliefs[index].map(|leader| world.addresses[leader].clone());
-                        (CallReply::Refused(Refusal::NotLeader { leader }), None)
+                        (ClientResponse::Refused(Refusal::NotLeader { leader }), None)
                     } else {
-                        if let Call::Mutate(mutation) = &call {
+                        if let ClientRequest::Mutate(mutation) = &call {
                             world.received.push(mutation.clone());
                         }
                         let mut on_call = std::mem::replace(&mut world.on_call, Box::new(|_, _| Act::Normal));
@@ -402,11 +405,11 @@ impl FileSystem for FakeNode {
                         }
                     }
                 };
-                let asks = matches!(reply, CallReply::Session(_)) && envelope.answers_unlinked;
+                let asks = matches!(reply, ClientResponse::Session(_)) && envelope.answers_unlinked;
                 let question = world.lock().question.take_if(|_| asks);
-                let never_decided = matches!(reply, CallReply::Refused(Refusal::NeverDecided));
+                let never_decided = matches!(reply, ClientResponse::Refused(Refusal::NeverDecided));
                 let reply = match never_decided {
-                    true => CallReply::Refused(Refusal::UnknownSession),
+                    true => ClientResponse::Refused(Refusal::UnknownSession),
                     false => reply,
                 };
                 let response = wire::CallResponse {

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use quorumfs_proto::{Call, CallReply, Command, InodeNumber, Operation, Refusal};
+use quorumfs_proto::{ClientRequest, ClientResponse, Command, InodeNumber, Operation, Refusal};
 use quorumfs_wire::{CallResponse, SessionHello, UnlinkedQuestion};
 
 use crate::calls::{connect, created, make};
@@ -57,11 +57,11 @@ async fn a_release_does_not_overtake_the_answer_that_says_held() {
     let mut answered = None;
     let (released, mut is_released) = tokio::sync::mpsc::unbounded_channel();
     fake.on_call(move |_, call| match call {
-        Call::AnswerUnlinked { .. } => {
+        ClientRequest::AnswerUnlinked { .. } => {
             answered = Some(Instant::now());
             Act::After(taken)
         }
-        Call::Mutate(_) => {
+        ClientRequest::Mutate(_) => {
             released.send(answered.map(|since| since.elapsed())).unwrap();
             Act::Normal
         }
@@ -127,9 +127,10 @@ async fn a_leader_that_answers_keep_alives_and_refuses_the_rest_is_not_called_wi
     let client = connect(&fake, None).await;
     fake.on_call(|_, call| match call {
         // It asks others first, and answers a keep-alive meanwhile.
-        Call::CloseSession { .. } => {
-            Act::ReplyAfter(5 * MS, CallReply::Refused(Refusal::NotLeader { leader: None }))
-        }
+        ClientRequest::CloseSession { .. } => Act::ReplyAfter(
+            5 * MS,
+            ClientResponse::Refused(Refusal::NotLeader { leader: None }),
+        ),
         _ => Act::Normal,
     });
     let before = fake.world.lock().calls_streams;

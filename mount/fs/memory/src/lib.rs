@@ -13,11 +13,11 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use quorumfs_client::{Cluster, FreshContent, UnlinkedHandler};
 use quorumfs_metadata::{
-    Applied, CallResult, FEATURE_LEVEL, Failure, LogBody, LogCommand, MetadataOptions, MetadataStore,
+    Applied, ApplyResult, FEATURE_LEVEL, Failure, LogBody, LogCommand, MetadataOptions, MetadataStore,
     Position, SessionKey, UnlinkedAnswer, View,
 };
 use quorumfs_proto::call::Mutation;
-use quorumfs_proto::chunk::Piece;
+use quorumfs_proto::chunk::Extent;
 use quorumfs_proto::query::{Answer, Space};
 use quorumfs_proto::{
     ChunkBody, ChunkId, Command, FsError, InodeNumber, Lane, NewChunk, Operation, Outcome, Query, RequestId,
@@ -158,7 +158,7 @@ impl MemoryCluster {
                 certificate: None,
             },
         });
-        assert_eq!(opened.result, CallResult::Done);
+        assert_eq!(opened.result, ApplyResult::Done);
         Connection {
             cluster: Arc::clone(self),
             session,
@@ -220,15 +220,15 @@ impl MemoryCluster {
     }
 
     /// The extents of a file.
-    pub fn pieces_of(&self, inode: InodeNumber) -> Vec<Piece> {
+    pub fn pieces_of(&self, inode: InodeNumber) -> Vec<Extent> {
         let query = Query::Extents {
             inode,
             from: 0,
             to: u64::MAX,
-            pieces_max: u32::MAX,
+            extents_max: u32::MAX,
         };
         match self.answer(&query) {
-            Ok(Answer::Extents(page)) => page.pieces,
+            Ok(Answer::Extents(page)) => page.extents,
             other => panic!("no extents: {other:?}"),
         }
     }
@@ -280,7 +280,7 @@ impl MemoryCluster {
         }));
         self.forget(&applied);
         match applied.result {
-            CallResult::Outcome(outcome) => outcome,
+            ApplyResult::Outcome(outcome) => outcome,
             other => panic!("not decided: {other:?}"),
         }
     }

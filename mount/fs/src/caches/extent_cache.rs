@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use quorumfs_proto::{ChunkId, Piece};
+use quorumfs_proto::{ChunkId, Extent};
 
 /// Most pieces remembered of one file: a 16 GiB file of whole chunks, about 1 MiB of memory. (More only where a single
 /// read needs more.)
@@ -72,7 +72,7 @@ impl Drop for Counted {
 pub struct ExtentCache {
     counted: Counted,
     version: u64,
-    pieces: BTreeMap<u64, Piece>,
+    pieces: BTreeMap<u64, Extent>,
     /// Parts of the file that `pieces` tell everything about: start to end, disjoint and not touching.
     known: BTreeMap<u64, u64>,
     /// How far each chunk was ever seen to be used.
@@ -105,13 +105,13 @@ impl ExtentCache {
     }
 
     /// How far the file uses the chunk of `piece`, as far as is known: a chunk of many pieces is then fetched once.
-    pub fn reach(&self, piece: &Piece) -> u32 {
+    pub fn reach(&self, piece: &Extent) -> u32 {
         let end = piece.chunk_offset + piece.length;
         self.reach.get(&piece.chunk).map_or(end, |reach| end.max(*reach))
     }
 
     /// The pieces that reach into `range`, or from where on they are not known at `version`.
-    pub fn lookup(&self, version: u64, range: Range<u64>) -> Result<Vec<Piece>, u64> {
+    pub fn lookup(&self, version: u64, range: Range<u64>) -> Result<Vec<Extent>, u64> {
         if range.is_empty() {
             return Ok(Vec::new());
         }
@@ -136,7 +136,7 @@ impl ExtentCache {
     }
 
     /// Takes what the cluster told of `range` at `version`; pieces may reach out of the range.
-    pub fn store(&mut self, version: u64, range: Range<u64>, pieces: Vec<Piece>) {
+    pub fn store(&mut self, version: u64, range: Range<u64>, pieces: Vec<Extent>) {
         if version != self.version {
             self.clear();
             self.version = version;
@@ -160,7 +160,7 @@ impl ExtentCache {
 
     /// A command of this mount put `pieces` into the file (later ones over earlier ones) and the content went from
     /// version `after - 1` to `after` by it alone. Where the cache is of another version it begins anew.
-    pub fn patch(&mut self, after: u64, pieces: &[Piece]) {
+    pub fn patch(&mut self, after: u64, pieces: &[Extent]) {
         if self.version >= after {
             return; // An answer that already has the change came first.
         }
@@ -179,7 +179,7 @@ impl ExtentCache {
         self.count();
     }
 
-    fn add(&mut self, piece: Piece) {
+    fn add(&mut self, piece: Extent) {
         self.pieces.insert(piece.file_offset, piece);
         if self.reach.len() > 2 * PIECES_MAX.max(self.pieces.len()) {
             // Chunks that were written over are still in it.
@@ -220,7 +220,7 @@ impl ExtentCache {
             .range(..range.start)
             .next_back()
             .map_or(range.start, |(offset, _)| *offset);
-        let touched: Vec<Piece> = self
+        let touched: Vec<Extent> = self
             .pieces
             .range(first..range.end)
             .map(|(_, piece)| *piece)
@@ -256,10 +256,10 @@ impl ExtentCache {
 }
 
 /// The part of `piece` that lies in `range`.
-pub fn clip(piece: Piece, range: Range<u64>) -> Option<Piece> {
+pub fn clip(piece: Extent, range: Range<u64>) -> Option<Extent> {
     let from = piece.file_offset.max(range.start);
     let to = piece.file_end().min(range.end);
-    (from < to).then(|| Piece {
+    (from < to).then(|| Extent {
         file_offset: from,
         length: (to - from) as u32,
         chunk: piece.chunk,
@@ -273,8 +273,8 @@ mod tests {
     use proptest::prelude::*;
     use quorumfs_proto::{ChunkId, SessionId};
 
-    fn piece(file_offset: u64, length: u32, counter: u64) -> Piece {
-        Piece {
+    fn piece(file_offset: u64, length: u32, counter: u64) -> Extent {
+        Extent {
             file_offset,
             length,
             chunk: ChunkId {
@@ -320,7 +320,7 @@ mod tests {
     #[test]
     fn a_chunk_of_many_pieces_is_known_to_its_last() {
         let mut cache = ExtentCache::default();
-        let second = Piece {
+        let second = Extent {
             chunk_offset: 10,
             ..piece(100, 10, 1)
         };

@@ -6,7 +6,7 @@ use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{FsError, InodeNumber};
 
 use super::support::{ageless, close, create, mount, mount_with, read_write, write};
-use crate::{OpenFlags, Order, PagesAbove, Place, Reader};
+use crate::{OpenFlags, Order, PagesAbove, Reader, WritePosition};
 use quorumfs_memory::MemoryCluster;
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
@@ -125,10 +125,10 @@ async fn each_write_says_whether_it_appends() {
     let elsewhere = other.open(inode, appending).await.unwrap().handle;
     write(&other, elsewhere, 0, b"45").await;
     for (handle, place, bytes) in [
-        (append.handle, Place::At(1), &b"x"[..]),
+        (append.handle, WritePosition::At(1), &b"x"[..]),
         (
             plain.handle,
-            Place::End {
+            WritePosition::End {
                 offset: 4,
                 more_bytes: None,
             },
@@ -136,7 +136,7 @@ async fn each_write_says_whether_it_appends() {
         ),
         (
             append.handle,
-            Place::End {
+            WritePosition::End {
                 offset: 4,
                 more_bytes: None,
             },
@@ -172,7 +172,7 @@ async fn privileges_that_a_write_takes_are_not_seen_again() {
     let mode = async || fs.attributes(inode, None).await.unwrap().mode;
     fs.write(
         handle,
-        Place::At(0),
+        WritePosition::At(0),
         Bytes::from_static(b"by root"),
         Privileges::Keep,
         Order::default(),
@@ -181,9 +181,15 @@ async fn privileges_that_a_write_takes_are_not_seen_again() {
     .unwrap();
     assert_eq!(mode().await, 0o6755);
     let other = Bytes::from_static(b"by somebody");
-    fs.write(handle, Place::At(0), other, Privileges::Drop, Order::default())
-        .await
-        .unwrap();
+    fs.write(
+        handle,
+        WritePosition::At(0),
+        other,
+        Privileges::Drop,
+        Order::default(),
+    )
+    .await
+    .unwrap();
     assert_eq!(mode().await, 0o755, "not committed yet");
     let flush = tokio::spawn({
         let fs = fs.clone();

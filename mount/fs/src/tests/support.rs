@@ -6,7 +6,7 @@ use bytes::Bytes;
 use quorumfs_proto::command::Privileges;
 use quorumfs_proto::{InodeNumber, Operation};
 
-use crate::{Filesystem, FsOptions, Handle, OpenFlags, Order, Place, Reader};
+use crate::{Filesystem, FsOptions, Handle, OpenFlags, Order, Reader, WritePosition};
 use quorumfs_memory::{Connection, MemoryCluster};
 
 pub(super) const ROOT: InodeNumber = InodeNumber::ROOT;
@@ -47,13 +47,13 @@ pub(super) fn written_operations(cluster: &MemoryCluster) -> Vec<Operation> {
 }
 
 /// Where the kernel says that a write goes, as long as nobody changed the flags that the file was opened with.
-pub fn place(fs: &Filesystem<Connection>, handle: Handle, offset: u64) -> Place {
+pub fn place(fs: &Filesystem<Connection>, handle: Handle, offset: u64) -> WritePosition {
     match fs.open.get(handle) {
-        Ok(file) if file.flags.append => Place::End {
+        Ok(file) if file.flags.append => WritePosition::End {
             offset,
             more_bytes: None,
         },
-        _ => Place::At(offset),
+        _ => WritePosition::At(offset),
     }
 }
 

@@ -42,7 +42,7 @@ async fn put(fs: &Arc<Filesystem<Connection>>, name: &[u8], bytes: &[u8]) {
     let Ok((_, opened)) = fs.create(ROOT, name, 0o644, 0, 0, flags).await else {
         return; // It exists.
     };
-    let place = quorumfs_fs::Place::At(0);
+    let place = quorumfs_fs::WritePosition::At(0);
     let keep = quorumfs_proto::command::Privileges::Keep;
     let bytes = bytes::Bytes::copy_from_slice(bytes);
     fs.write(opened.handle, place, bytes, keep, quorumfs_fs::Order::default())

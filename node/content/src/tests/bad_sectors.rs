@@ -69,8 +69,8 @@ fn a_segment_that_cannot_be_read_whole_is_set_aside_and_what_can_be_is_kept() {
     const PAGE: u64 = 4096;
     let end_of = |segment: &Path| std::fs::metadata(segment).unwrap().len();
     // Where the segment is bad, and how many of its chunks that may cost.
-    type Place = fn(u64) -> Range<u64>;
-    let places: [(&str, Place, usize); 4] = [
+    type RecordLocation = fn(u64) -> Range<u64>;
+    let places: [(&str, RecordLocation, usize); 4] = [
         ("the header", |_| 0..PAGE, 1),
         ("the trailer", |end| end - 1..end, 0),
         ("the footer's beginning", |end| end - 900..end - 800, 1),

@@ -3,7 +3,7 @@
 //! What must hold: the extents of an inode never overlap; those that no cut hides lie below its size; its
 //! `allocated_bytes` is the sum of all of them, and each counts once in its chunk's references.
 
-use quorumfs_proto::chunk::Piece;
+use quorumfs_proto::chunk::Extent;
 use quorumfs_proto::command::{Privileges, Target};
 use quorumfs_proto::limits::FILE_BYTES_MAX;
 use quorumfs_proto::{FileKind, FsError, InodeNumber, OperationResult, Timestamp};
@@ -20,7 +20,7 @@ impl Transaction<'_> {
     pub(super) fn write(
         &mut self,
         target: Target,
-        pieces: &[Piece],
+        pieces: &[Extent],
         mtime: Option<Timestamp>,
         privileges: Privileges,
     ) -> Result<OperationResult, Failure> {
@@ -46,7 +46,7 @@ impl Transaction<'_> {
     pub(super) fn append(
         &mut self,
         target: Target,
-        pieces: &[Piece],
+        pieces: &[Extent],
         privileges: Privileges,
     ) -> Result<OperationResult, Failure> {
         let inode = self.resolve(target)?;
@@ -127,7 +127,7 @@ impl Transaction<'_> {
     }
 
     /// Lays the pieces over what is there, their offsets counted from `base`; the file grows where they reach beyond it.
-    fn put_pieces(&mut self, inode: InodeNumber, pieces: &[Piece], base: u64) -> Result<(), Failure> {
+    fn put_pieces(&mut self, inode: InodeNumber, pieces: &[Extent], base: u64) -> Result<(), Failure> {
         if pieces.is_empty() {
             return Ok(());
         }

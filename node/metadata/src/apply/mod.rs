@@ -19,7 +19,7 @@ mod writer;
 use quorumfs_proto::limits::LANES_MAX;
 use quorumfs_proto::{FsError, Outcome, RequestId};
 
-use super::command::{Applied, CallResult, Crowded, Effects, LogBody, LogCommand};
+use super::command::{Applied, ApplyResult, Crowded, Effects, LogBody, LogCommand};
 use super::fault::{Failure, StorageFault};
 use super::limits::check_feature_level;
 use super::tables::{LaneRecord, Lanes, Replicas, Sessions};
@@ -27,17 +27,17 @@ use rewrite::Replaced;
 use transaction::Transaction;
 use writer::without_effects;
 
-pub(super) use writer::Writer;
+pub(super) use writer::RowWriter;
 
 /// What became of a mutation that its lane had not decided before.
 enum Decision {
     /// It is decided, for ever.
     Made(Result<Outcome, FsError>, Effects),
-    /// It is not: [`CallResult::Crowded`].
+    /// It is not: [`ApplyResult::Crowded`].
     Crowded(Crowded),
 }
 
-impl Writer {
+impl RowWriter {
     /// Applies one entry: all of it, or nothing and a verdict. After a fault the writer, and the node, must not go on.
     pub(super) fn apply(&mut self, index: u64, entry: &LogCommand) -> Result<Applied, StorageFault> {
         let now = entry.stamp.max(self.summary.last_stamp.plus_nanoseconds(1));
@@ -74,7 +74,7 @@ impl Writer {
             LogBody::ReclaimUnlinked { inode, extents_max } => {
                 let effects = Transaction::reclaim_step(self, index, now, *inode, *extents_max)?;
                 Ok(Applied {
-                    result: CallResult::Done,
+                    result: ApplyResult::Done,
                     effects,
                 })
             }
@@ -86,7 +86,7 @@ impl Writer {
                         since_index: index,
                     };
                 }
-                Ok(without_effects(CallResult::Done))
+                Ok(without_effects(ApplyResult::Done))
             }
             LogBody::RaiseFeatureLevel { level } => {
                 check_feature_level(*level)?;
@@ -95,9 +95,9 @@ impl Writer {
                 if before < 2 && *level >= 2 {
                     self.give_root_its_times(now)?;
                 }
-                Ok(without_effects(CallResult::Done))
+                Ok(without_effects(ApplyResult::Done))
             }
-            LogBody::Audit => Ok(without_effects(CallResult::Done)),
+            LogBody::Audit => Ok(without_effects(ApplyResult::Done)),
             LogBody::Rewrite {
                 inode,
                 from,
@@ -118,7 +118,7 @@ impl Writer {
                 through_version,
             } => self
                 .settle_fragmented(*inode, *through_version)
-                .map(|()| without_effects(CallResult::Done)),
+                .map(|()| without_effects(ApplyResult::Done)),
             LogBody::OpenSessionWithKey {
                 session,
                 description,
@@ -135,15 +135,15 @@ impl Writer {
                 .map(without_effects),
             LogBody::AnswerUnlinked { answers } => {
                 self.answer_unlinked(answers)?;
-                Ok(without_effects(CallResult::Done))
+                Ok(without_effects(ApplyResult::Done))
             }
             LogBody::Reclaim { work_max } => Ok(Applied {
-                result: CallResult::Done,
+                result: ApplyResult::Done,
                 effects: Transaction::reclaim_some(self, index, now, *work_max)?,
             }),
             LogBody::NoteSilences { silences } => {
                 self.note_silences(silences);
-                Ok(without_effects(CallResult::Done))
+                Ok(without_effects(ApplyResult::Done))
             }
         }
     }
@@ -153,7 +153,7 @@ impl Writer {
     fn decide(
         &mut self,
         request: &RequestId,
-        run: impl FnOnce(&mut Writer, u64) -> Result<Decision, StorageFault>,
+        run: impl FnOnce(&mut RowWriter, u64) -> Result<Decision, StorageFault>,
     ) -> Result<Applied, StorageFault> {
         let lane = (request.session, request.lane);
         let decided = self.get::<Lanes>(&lane)?;
@@ -168,24 +168,24 @@ impl Writer {
             let is_next = last_sequence.checked_add(1) == Some(request.sequence);
             let is_remembered = is_next && self.get::<Sessions>(&request.session)?.is_some();
             return Ok(without_effects(match is_remembered {
-                true => CallResult::NeverDecided,
-                false => CallResult::UnknownSession,
+                true => ApplyResult::NeverDecided,
+                false => ApplyResult::UnknownSession,
             }));
         };
         if request.lane.0 >= LANES_MAX {
-            let refused = CallResult::Outcome(Err(FsError::InvalidArgument));
+            let refused = ApplyResult::Outcome(Err(FsError::InvalidArgument));
             return Ok(without_effects(refused));
         }
         if last_sequence.checked_add(1) != Some(request.sequence) {
-            return Ok(without_effects(CallResult::StaleSequence));
+            return Ok(without_effects(ApplyResult::StaleSequence));
         }
 
         self.forget_silence(request.session);
         let (outcome, effects) = match run(self, low_water)? {
             Decision::Made(outcome, effects) => (outcome, effects),
-            Decision::Crowded(place) => return Ok(without_effects(CallResult::Crowded(place))),
+            Decision::Crowded(place) => return Ok(without_effects(ApplyResult::Crowded(place))),
         };
-        let result = CallResult::Outcome(outcome);
+        let result = ApplyResult::Outcome(outcome);
         let record = LaneRecord {
             sequence: request.sequence,
             result,

@@ -18,12 +18,12 @@ use super::super::tables::{
     Extents, InodeRecord, OrphanRecord, Orphans, Pins, Reclaimable, Rows as _, Symlinks, Unlinked, Xattrs,
 };
 use super::transaction::Transaction;
-use super::writer::Writer;
+use super::writer::RowWriter;
 
 impl Transaction<'_> {
     /// The whole of [`super::LogBody::ReclaimUnlinked`].
     pub(super) fn reclaim_step(
-        writer: &mut Writer,
+        writer: &mut RowWriter,
         index: u64,
         now: Timestamp,
         inode: InodeNumber,

@@ -3,17 +3,17 @@
 //! What must hold: a rewrite changes no byte, no time and no content version, so nobody has to be told. It replaces
 //! exactly the extents that its proposer read, or nothing.
 
-use quorumfs_proto::chunk::{NewChunk, Piece};
+use quorumfs_proto::chunk::{Extent, NewChunk};
 use quorumfs_proto::{FileKind, FsError, InodeNumber, Sha256, Timestamp};
 
-use super::super::command::{Applied, CallResult, Effects};
+use super::super::command::{Applied, ApplyResult, Effects};
 use super::super::fault::{Failure, StorageFault};
 use super::super::fragments::{SMALL_EXTENT_BYTES_MAX, run_digest};
 use super::super::limits::{BOUNDED_WORK_LEVEL, COMMAND_FREED_EXTENTS_MAX};
 use super::super::overlay::KeyRange;
 use super::super::tables::{ExtentRecord, Extents, Fragmented, Rows as _};
 use super::transaction::Transaction;
-use super::writer::{Writer, without_effects};
+use super::writer::{RowWriter, without_effects};
 
 /// A file is noted at the small writes whose content version this divides: often enough that a file of many small
 /// extents is found soon, seldom enough to cost nothing. A prime, so that no rhythm of a program escapes it.
@@ -30,18 +30,18 @@ pub(super) struct Replaced {
 impl Transaction<'_> {
     /// The whole of [`super::LogBody::Rewrite`].
     pub(super) fn rewrite_step(
-        writer: &mut Writer,
+        writer: &mut RowWriter,
         index: u64,
         now: Timestamp,
         replaced: Replaced,
         chunk: &NewChunk,
     ) -> Result<Applied, StorageFault> {
-        let refused = |verdict| Ok(without_effects(CallResult::Outcome(Err(verdict))));
+        let refused = |verdict| Ok(without_effects(ApplyResult::Outcome(Err(verdict))));
         if writer.summary.feature_level < BOUNDED_WORK_LEVEL {
             return refused(FsError::NotSupported);
         }
         let Some(&low_water) = writer.summary.living.get(&chunk.id.session) else {
-            return Ok(without_effects(CallResult::UnknownSession));
+            return Ok(without_effects(ApplyResult::UnknownSession));
         };
         let mark = writer.mark();
         let mut step = Transaction::of_the_cluster(writer, now, 0);
@@ -50,7 +50,7 @@ impl Transaction<'_> {
         }
         let done = step.rewrite(&replaced, chunk).and_then(|()| step.finish(index));
         let (result, effects) = match Failure::split(done)? {
-            Ok((_, effects)) => (CallResult::Done, effects),
+            Ok((_, effects)) => (ApplyResult::Done, effects),
             Err(verdict) => {
                 writer.roll_back(mark);
                 // Its proposer never names it again.
@@ -59,7 +59,7 @@ impl Transaction<'_> {
                     dead,
                     ..Effects::default()
                 };
-                (CallResult::Outcome(Err(verdict)), effects)
+                (ApplyResult::Outcome(Err(verdict)), effects)
             }
         };
         Ok(Applied { result, effects })
@@ -103,7 +103,7 @@ impl Transaction<'_> {
     }
 
     /// Takes note of a file that was just written in small pieces.
-    pub(super) fn note_fragments(&mut self, inode: InodeNumber, pieces: &[Piece], version: u64) {
+    pub(super) fn note_fragments(&mut self, inode: InodeNumber, pieces: &[Extent], version: u64) {
         let small = pieces
             .iter()
             .filter(|piece| piece.length <= SMALL_EXTENT_BYTES_MAX)
@@ -116,7 +116,7 @@ impl Transaction<'_> {
     }
 }
 
-impl Writer {
+impl RowWriter {
     /// The whole of [`super::LogBody::Settle`].
     pub(super) fn settle_fragmented(
         &mut self,

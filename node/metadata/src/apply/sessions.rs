@@ -3,23 +3,23 @@
 use imbl::OrdMap;
 use quorumfs_proto::{SessionId, Timestamp};
 
-use super::super::command::{CallResult, SessionKey};
+use super::super::command::{ApplyResult, SessionKey};
 use super::super::fault::StorageFault;
 use super::super::limits::COMMAND_FREED_EXTENTS_MAX;
 use super::super::overlay::KeyRange;
 use super::super::tables::{Departed, Lanes, Marks, Orphans, Pins, SessionKeys, SessionRecord, Sessions};
-use super::writer::Writer;
+use super::writer::RowWriter;
 
-impl Writer {
+impl RowWriter {
     pub(super) fn open_session(
         &mut self,
         now: Timestamp,
         session: SessionId,
         description: &str,
-    ) -> Result<CallResult, StorageFault> {
+    ) -> Result<ApplyResult, StorageFault> {
         match self.get::<Sessions>(&session)? {
-            Some(record) if record.ended.is_some() => Ok(CallResult::UnknownSession),
-            Some(_) => Ok(CallResult::Done),
+            Some(record) if record.ended.is_some() => Ok(ApplyResult::UnknownSession),
+            Some(_) => Ok(ApplyResult::Done),
             None => {
                 let record = SessionRecord {
                     description: description.to_owned(),
@@ -30,26 +30,26 @@ impl Writer {
                 self.put::<Sessions>(&session, &record);
                 self.summary.living.insert(session, 0);
                 self.summary.marks.opened(session, None);
-                Ok(CallResult::Done)
+                Ok(ApplyResult::Done)
             }
         }
     }
 
-    /// As [`Writer::open_session`]; what was unlinked up to now is not the session's concern.
+    /// As [`RowWriter::open_session`]; what was unlinked up to now is not the session's concern.
     pub(super) fn open_session_with_key(
         &mut self,
         now: Timestamp,
         session: SessionId,
         description: &str,
         key: &SessionKey,
-    ) -> Result<CallResult, StorageFault> {
+    ) -> Result<ApplyResult, StorageFault> {
         match self.get::<SessionKeys>(&session)? {
-            Some(known) if known != *key => return Ok(CallResult::WrongKey),
+            Some(known) if known != *key => return Ok(ApplyResult::WrongKey),
             Some(_) => return self.open_session(now, session, description),
             None => {}
         }
         let opened = self.open_session(now, session, description)?;
-        if opened != CallResult::Done {
+        if opened != ApplyResult::Done {
             return Ok(opened);
         }
         self.put::<SessionKeys>(&session, key);
@@ -57,16 +57,16 @@ impl Writer {
         Ok(opened)
     }
 
-    /// As [`Writer::open_session_with_key`], for a session that never holds an unlinked inode: it has answered for all.
+    /// As [`RowWriter::open_session_with_key`], for a session that never holds an unlinked inode: it has answered for all.
     pub(super) fn open_content_session(
         &mut self,
         now: Timestamp,
         session: SessionId,
         description: &str,
         key: &SessionKey,
-    ) -> Result<CallResult, StorageFault> {
+    ) -> Result<ApplyResult, StorageFault> {
         let opened = self.open_session_with_key(now, session, description, key)?;
-        if opened == CallResult::Done {
+        if opened == ApplyResult::Done {
             self.put_mark(session, u64::MAX);
         }
         Ok(opened)
@@ -76,9 +76,9 @@ impl Writer {
         &mut self,
         now: Timestamp,
         session: SessionId,
-    ) -> Result<CallResult, StorageFault> {
+    ) -> Result<ApplyResult, StorageFault> {
         let Some(mut record) = self.get::<Sessions>(&session)? else {
-            return Ok(CallResult::UnknownSession);
+            return Ok(ApplyResult::UnknownSession);
         };
         if record.ended.is_none() {
             record.ended = Some(now);
@@ -96,20 +96,20 @@ impl Writer {
                 self.put::<Departed>(&session, &());
             }
         }
-        Ok(CallResult::Done)
+        Ok(ApplyResult::Done)
     }
 
-    pub(super) fn forget_session(&mut self, session: SessionId) -> Result<CallResult, StorageFault> {
+    pub(super) fn forget_session(&mut self, session: SessionId) -> Result<ApplyResult, StorageFault> {
         let Some(record) = self.get::<Sessions>(&session)? else {
-            return Ok(CallResult::Done);
+            return Ok(ApplyResult::Done);
         };
         if record.ended.is_none() {
-            return Ok(CallResult::Done);
+            return Ok(ApplyResult::Done);
         }
         let (pins, _) = self.drop_pins(session, COMMAND_FREED_EXTENTS_MAX)?;
         let (holds, _) = self.drop_holds(session, COMMAND_FREED_EXTENTS_MAX)?;
         if (pins, holds) != (Left::None, Left::None) {
-            return Ok(CallResult::Done);
+            return Ok(ApplyResult::Done);
         }
         if self.layers.contains::<Departed>(&session)? {
             self.remove::<Departed>(&session);
@@ -123,7 +123,7 @@ impl Writer {
             self.remove::<Lanes>(&lane);
         }
         self.remove::<Sessions>(&session);
-        Ok(CallResult::Done)
+        Ok(ApplyResult::Done)
     }
 
     pub(super) fn raise_low_water(&mut self, session: SessionId, to: u64) -> Result<(), StorageFault> {

@@ -17,7 +17,7 @@ use super::super::command::{Crowded, Effects, InlineChunk};
 use super::super::fault::{Failure, StorageFault};
 use super::super::limits::{BOUNDED_WORK_LEVEL, COMMAND_FREED_EXTENTS_MAX};
 use super::super::tables::{ChunkRecord, Chunks, InodeRecord, Inodes};
-use super::writer::Writer;
+use super::writer::RowWriter;
 
 /// Directories that one command passes on its way to the root: far more than a path of PATH_MAX bytes has names.
 const COMMAND_ANCESTORS_MAX: u64 = if cfg!(test) { 40 } else { 16_384 };
@@ -37,7 +37,7 @@ enum LoadedState {
 
 /// See the module.
 pub(super) struct Transaction<'w> {
-    pub(super) writer: &'w mut Writer,
+    pub(super) writer: &'w mut RowWriter,
     /// `None`: the cluster's own housekeeping.
     session: Option<SessionId>,
     pub(super) now: Timestamp,
@@ -57,7 +57,7 @@ pub(super) struct Transaction<'w> {
 impl<'w> Transaction<'w> {
     /// Runs the whole mutation. After a verdict the writer must be rolled back.
     pub(super) fn run(
-        writer: &'w mut Writer,
+        writer: &'w mut RowWriter,
         index: u64,
         now: Timestamp,
         mutation: &'w Mutation,
@@ -89,7 +89,7 @@ impl<'w> Transaction<'w> {
 
     /// For steps that are no client's.
     pub(super) fn of_the_cluster(
-        writer: &'w mut Writer,
+        writer: &'w mut RowWriter,
         now: Timestamp,
         extents_left: u32,
     ) -> Transaction<'w> {
@@ -112,7 +112,7 @@ impl<'w> Transaction<'w> {
         self.writer.summary.feature_level >= BOUNDED_WORK_LEVEL
     }
 
-    /// Ends a mutation for which there is too much in the way: see [`super::super::command::CallResult::Crowded`].
+    /// Ends a mutation for which there is too much in the way: see [`super::super::command::ApplyResult::Crowded`].
     pub(super) fn crowded(&mut self, place: Crowded) -> Failure {
         self.writer.crowded = Some(place);
         // Nobody hears of this verdict.

@@ -25,7 +25,7 @@ use super::super::tables::{
 };
 use super::sessions::Left;
 use super::transaction::Transaction;
-use super::writer::Writer;
+use super::writer::RowWriter;
 
 impl Transaction<'_> {
     /// The inode has lost its last name. Sessions are asked whether they have it open; the sender too, whatever it said:
@@ -102,7 +102,7 @@ impl Transaction<'_> {
 
     /// The whole of [`super::LogBody::Reclaim`].
     pub(super) fn reclaim_some(
-        writer: &mut Writer,
+        writer: &mut RowWriter,
         index: u64,
         now: Timestamp,
         work_max: u32,
@@ -175,7 +175,7 @@ pub(super) enum Holding {
     Nobody,
 }
 
-impl Writer {
+impl RowWriter {
     pub(super) fn unlinked(&self, inode: InodeNumber) -> Result<UnlinkedRecord, StorageFault> {
         let record = self.get::<Unlinked>(&inode)?;
         record.ok_or_else(|| StorageFault::inconsistent(format!("held inode {inode} has a name")))

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use quorumfs_proto::{InodeNumber, Timestamp, codec};
 
-use crate::command::{Applied, CallResult, Crowded, Effects};
+use crate::command::{Applied, ApplyResult, Crowded, Effects};
 use crate::fault::StorageFault;
 use crate::overlay::{Cell, Direction, KeyRange, Layers};
 use crate::summary::Summary;
@@ -18,7 +18,7 @@ pub(crate) struct Change {
 }
 
 /// The rows as the batch sees and changes them.
-pub(crate) struct Writer {
+pub(crate) struct RowWriter {
     pub(crate) layers: Layers,
     pub(crate) summary: Summary,
     /// Of the entry that is being applied.
@@ -29,15 +29,15 @@ pub(crate) struct Writer {
     pub(crate) crowded: Option<Crowded>,
 }
 
-/// A moment of a [`Writer`] to which it can go back.
+/// A moment of a [`RowWriter`] to which it can go back.
 pub(in crate::apply) struct Mark {
     journal_length: usize,
     summary: Summary,
 }
 
-impl Writer {
-    pub(crate) fn new(layers: Layers, summary: Summary) -> Writer {
-        Writer {
+impl RowWriter {
+    pub(crate) fn new(layers: Layers, summary: Summary) -> RowWriter {
+        RowWriter {
             layers,
             summary,
             index: 0,
@@ -118,7 +118,7 @@ impl Writer {
 }
 
 /// What came of an entry that concerns nobody else.
-pub(in crate::apply) fn without_effects(result: CallResult) -> Applied {
+pub(in crate::apply) fn without_effects(result: ApplyResult) -> Applied {
     Applied {
         result,
         effects: Effects::default(),

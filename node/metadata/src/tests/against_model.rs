@@ -162,7 +162,7 @@ fn step(history: &mut History, batch: &mut Batch<'_>, store: &MetadataStore, eve
             if let Some((mutation, result)) = history.last_mutation.clone() {
                 let alive = history.model.living.contains(&mutation.request.session);
                 let applied = history.apply(batch, LogBody::Call(mutation));
-                let forgotten = !alive && applied.result == CallResult::UnknownSession;
+                let forgotten = !alive && applied.result == ApplyResult::UnknownSession;
                 assert!(applied.result == result || forgotten);
                 assert!(applied.effects.is_empty());
             }

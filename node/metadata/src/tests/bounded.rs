@@ -20,7 +20,11 @@ fn fragmented(node: &mut Node, extents: u64) -> InodeNumber {
 }
 
 fn extents(node: &Node, file: InodeNumber) -> usize {
-    node.view().extents(file, 0, u64::MAX, 8192).unwrap().pieces.len()
+    node.view()
+        .extents(file, 0, u64::MAX, 8192)
+        .unwrap()
+        .extents
+        .len()
 }
 
 fn reclaim_steps(node: &mut Node, file: InodeNumber) -> usize {
@@ -55,7 +59,7 @@ fn a_write_over_many_extents_is_not_done_and_not_remembered_until_there_is_room(
         from: 5,
         to: 35,
     };
-    assert_eq!(crowded, CallResult::Crowded(place));
+    assert_eq!(crowded, ApplyResult::Crowded(place));
     let unchanged =
         |rows: Vec<(u8, Vec<u8>, Vec<u8>)>| -> Vec<_> { rows.into_iter().filter(|row| row.0 != 0).collect() };
     assert_eq!(
@@ -71,14 +75,14 @@ fn a_write_over_many_extents_is_not_done_and_not_remembered_until_there_is_room(
             rewrites += 1;
             assert_eq!(
                 node.apply(rewrite(file, &run, 2000 + rewrites)).result,
-                CallResult::Done
+                ApplyResult::Done
             );
             check_invariants(&node.view());
         }
     }
-    assert!(matches!(node.result_of(write()), CallResult::Outcome(Ok(_))));
+    assert!(matches!(node.result_of(write()), ApplyResult::Outcome(Ok(_))));
     check_invariants(&node.view());
-    let pieces = node.view().extents(file, 0, 40, 100).unwrap().pieces;
+    let pieces = node.view().extents(file, 0, 40, 100).unwrap().extents;
     assert!(
         pieces
             .iter()
@@ -95,7 +99,7 @@ fn a_command_is_never_crowded_by_its_own_pieces() {
     // Each piece lies over the two before it.
     let offsets: Vec<u64> = (0..20).chain(0..10).collect();
     let command = write_chunks(Target::Inode(file), 1, 1, &offsets, 3);
-    assert!(matches!(node.result_of(command), CallResult::Outcome(Ok(_))));
+    assert!(matches!(node.result_of(command), ApplyResult::Outcome(Ok(_))));
     check_invariants(&node.view());
 }
 
@@ -104,7 +108,7 @@ fn below_the_level_a_write_replaces_whatever_lies_under_it() {
     let mut node = Node::with_sessions(1);
     let file = fragmented(&mut node, 40);
     let write = write_chunks(Target::Inode(file), 1, 1000, &[5], 30);
-    assert!(matches!(node.result_of(write), CallResult::Outcome(Ok(_))));
+    assert!(matches!(node.result_of(write), ApplyResult::Outcome(Ok(_))));
     assert_eq!(extents(&node, file), 11);
 }
 
@@ -123,11 +127,11 @@ fn a_file_that_is_cut_again_and_again_waits_for_its_steps() {
         );
         node.operate(longer).unwrap();
         match node.result_of(Command::single(truncate(file, size))) {
-            CallResult::Crowded(place) => {
+            ApplyResult::Crowded(place) => {
                 crowded = Some(place);
                 break;
             }
-            other => assert!(matches!(other, CallResult::Outcome(Ok(_)))),
+            other => assert!(matches!(other, ApplyResult::Outcome(Ok(_)))),
         }
     }
     let place = crowded.expect("cuts without bound");
@@ -222,13 +226,13 @@ fn the_count_of_extended_attributes_never_goes_below_none() {
 fn whoever_writes_file_capabilities_go_and_set_user_id_may_stay() {
     let capability = || XattrName::new(&b"security.capability"[..]).unwrap();
     let chunk_at = |counter| chunk(1, counter, 4);
-    let piece_of = |chunk: &NewChunk| Piece {
+    let piece_of = |chunk: &NewChunk| Extent {
         file_offset: 0,
         length: 4,
         chunk: chunk.id,
         chunk_offset: 0,
     };
-    let writes: [fn(InodeNumber, Vec<Piece>) -> Operation; 3] = [
+    let writes: [fn(InodeNumber, Vec<Extent>) -> Operation; 3] = [
         |file, pieces| Operation::Append {
             inode: Target::Inode(file),
             pieces,

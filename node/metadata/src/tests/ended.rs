@@ -21,17 +21,17 @@ fn what_an_ended_session_did_not_decide_it_never_will_as_long_as_it_is_remembere
     node.apply(LogBody::EndSession { session });
     let mut told = |mutation: &call::Mutation| node.apply(LogBody::Call(mutation.clone())).result;
     for _ in 0..2 {
-        assert_eq!(told(&undecided), CallResult::NeverDecided, "the lane shows it");
+        assert_eq!(told(&undecided), ApplyResult::NeverDecided, "the lane shows it");
         assert_eq!(told(&decided), outcome);
         assert_eq!(
             told(&later),
-            CallResult::UnknownSession,
+            ApplyResult::UnknownSession,
             "the lane does not get there"
         );
     }
     node.apply(LogBody::ForgetSession { session });
     for mutation in [decided, undecided] {
         let told = node.apply(LogBody::Call(mutation)).result;
-        assert_eq!(told, CallResult::UnknownSession, "nobody remembers its lanes");
+        assert_eq!(told, ApplyResult::UnknownSession, "nobody remembers its lanes");
     }
 }

@@ -38,8 +38,8 @@ fn truncating_a_long_file_takes_one_short_command_and_steps() {
     assert_eq!(effects.dead.len(), COMMAND_FREED_EXTENTS_MAX as usize);
     // Grown again, what was cut is a hole, although its extents are still there.
     node.operate(truncate(file, 200)).unwrap();
-    let pieces = |node: &Node| node.view().extents(file, 0, 200, 100).unwrap().pieces;
-    let lengths = |pieces: Vec<Piece>| -> Vec<(u64, u32)> {
+    let pieces = |node: &Node| node.view().extents(file, 0, 200, 100).unwrap().extents;
+    let lengths = |pieces: Vec<Extent>| -> Vec<(u64, u32)> {
         pieces
             .iter()
             .map(|piece| (piece.file_offset, piece.length))
@@ -107,7 +107,7 @@ fn an_unlinked_file_lives_until_every_session_has_let_go() {
     let ended = node.apply(LogBody::EndSession {
         session: SessionId(3),
     });
-    assert_eq!(ended.result, CallResult::Done);
+    assert_eq!(ended.result, ApplyResult::Done);
     assert_eq!(node.view().reclaimable(10).unwrap(), [file]);
     assert_eq!(free_all(&mut node).len(), 3);
     assert_eq!(verdict(node.view().attributes(file)), Some(FsError::Stale));

@@ -17,13 +17,13 @@ use super::support::*;
 /// The history so far, beside the model's.
 pub struct History {
     pub model: Model,
-    pub log: Vec<(LogCommand, CallResult)>,
+    pub log: Vec<(LogCommand, ApplyResult)>,
     pub clock: i64,
     /// Session `n` ends and a new one takes its place in the history.
     pub session_ids: [u64; SESSIONS as usize],
     pub counters: BTreeMap<SessionId, u64>,
     pub sequences: BTreeMap<SessionId, u64>,
-    pub last_mutation: Option<(Mutation, CallResult)>,
+    pub last_mutation: Option<(Mutation, ApplyResult)>,
     pub named: Vec<ChunkId>,
     pub dead: Vec<ChunkId>,
     pub contents: BTreeMap<InodeNumber, (u64, Vec<Byte>)>,
@@ -164,7 +164,7 @@ impl History {
                 let mut chunk_offset = 0;
                 let mut pieces = Vec::new();
                 for (file_offset, length) in places {
-                    pieces.push(Piece {
+                    pieces.push(Extent {
                         file_offset: *file_offset,
                         length: *length,
                         chunk,
@@ -182,7 +182,7 @@ impl History {
             Op::Append(target, length) => {
                 let inode = self.target(*target);
                 let chunk = self.chunk(session, *length, chunks);
-                let piece = |file_offset, length, chunk_offset| Piece {
+                let piece = |file_offset, length, chunk_offset| Extent {
                     file_offset,
                     length,
                     chunk,
@@ -282,7 +282,7 @@ impl History {
             *self.sequences.get_mut(&session).unwrap() -= 1;
             return;
         }
-        if let CallResult::Crowded(place) = applied.result {
+        if let ApplyResult::Crowded(place) = applied.result {
             assert!(self.model.writes_drop_capabilities, "only from its level on");
             assert!(self.model.inodes.contains_key(&place.inode));
             // Nothing was done, and the lane waits for the same.
@@ -291,7 +291,7 @@ impl History {
         }
         self.last_mutation = Some((mutation.clone(), applied.result.clone()));
         let expected = self.model.run(session, &mutation.command);
-        let CallResult::Outcome(outcome) = applied.result else {
+        let ApplyResult::Outcome(outcome) = applied.result else {
             panic!("not decided: {mutation:?}");
         };
         let results = outcome.as_ref().map(|outcome| outcome.results.clone());
@@ -343,9 +343,10 @@ impl History {
             let result = self.apply(batch, body).result;
             let refused = matches!(
                 result,
-                CallResult::Outcome(Err(FsError::Stale | FsError::NotSupported)) | CallResult::UnknownSession
+                ApplyResult::Outcome(Err(FsError::Stale | FsError::NotSupported))
+                    | ApplyResult::UnknownSession
             );
-            assert!(result == CallResult::Done || refused, "{result:?}");
+            assert!(result == ApplyResult::Done || refused, "{result:?}");
         }
     }
 
@@ -433,7 +434,7 @@ pub fn read(view: &View, file: InodeNumber, size: u64) -> Vec<Byte> {
     let mut from = 0;
     while from < size {
         let page = view.extents(file, from, size, 2).unwrap();
-        for piece in page.pieces {
+        for piece in page.extents {
             for at in 0..u64::from(piece.length) {
                 let place = (piece.file_offset + at) as usize;
                 bytes[place] = Some((piece.chunk, piece.chunk_offset + at as u32));
@@ -445,7 +446,7 @@ pub fn read(view: &View, file: InodeNumber, size: u64) -> Vec<Byte> {
     bytes
 }
 
-pub fn reapply(store: &MetadataStore, log: &[(LogCommand, CallResult)]) {
+pub fn reapply(store: &MetadataStore, log: &[(LogCommand, ApplyResult)]) {
     let durable = store.position().index as usize;
     let mut batch = store.begin();
     for (at, (entry, result)) in log.iter().enumerate().skip(durable) {

@@ -16,7 +16,6 @@ mod listing;
 mod model;
 mod model_attributes;
 mod model_sessions;
-mod pace;
 mod rewriting;
 mod stories;
 pub(crate) mod support;

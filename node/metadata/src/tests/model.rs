@@ -550,7 +550,7 @@ impl Model {
         self.attach(at.0, at.1, inode);
     }
 
-    fn put(&mut self, number: InodeNumber, pieces: &[Piece], base: u64) -> Verdict<()> {
+    fn put(&mut self, number: InodeNumber, pieces: &[Extent], base: u64) -> Verdict<()> {
         let inode = self.file(number)?;
         for piece in pieces {
             let from = (base + piece.file_offset) as usize;

@@ -12,7 +12,7 @@ const ROOT: InodeNumber = InodeNumber::ROOT;
 fn append(node: &mut Node, file: InodeNumber, counter: u64, count: u64, length: u32) {
     for counter in counter..counter + count {
         let chunk = chunk(1, counter, length);
-        let piece = Piece {
+        let piece = Extent {
             file_offset: 0,
             length,
             chunk: chunk.id,
@@ -47,7 +47,7 @@ fn a_file_of_small_appends_is_noted_rewritten_and_left_alone() {
     let mut dead = Vec::new();
     for (number, run) in (1000..).zip(runs(&node, file)) {
         let applied = node.apply(rewrite(file, &run, number));
-        assert_eq!(applied.result, CallResult::Done);
+        assert_eq!(applied.result, ApplyResult::Done);
         assert_eq!(applied.effects.named.len(), 1, "recovery hears of the new chunk");
         dead.extend(applied.effects.dead);
         check_invariants(&node.view());
@@ -58,7 +58,7 @@ fn a_file_of_small_appends_is_noted_rewritten_and_left_alone() {
         before,
         "not a time, not the content version"
     );
-    let pieces = node.view().extents(file, 0, u64::MAX, 100).unwrap().pieces;
+    let pieces = node.view().extents(file, 0, u64::MAX, 100).unwrap().extents;
     assert_eq!(pieces.len(), 10);
     assert_eq!(
         pieces.iter().map(|piece| u64::from(piece.length)).sum::<u64>(),
@@ -71,7 +71,7 @@ fn a_file_of_small_appends_is_noted_rewritten_and_left_alone() {
         };
         node.apply(rewrite(file, &run, number));
     }
-    assert!(node.view().extents(file, 0, u64::MAX, 100).unwrap().pieces.len() < 6);
+    assert!(node.view().extents(file, 0, u64::MAX, 100).unwrap().extents.len() < 6);
     let settle = |through_version| LogBody::Settle {
         inode: file,
         through_version,
@@ -115,7 +115,7 @@ fn extents_that_changed_are_not_replaced_and_the_chunk_is_dead() {
         let applied = node.apply(rewrite(file, &run, 1000));
         assert_eq!(
             applied.result,
-            CallResult::Outcome(Err(FsError::Stale)),
+            ApplyResult::Outcome(Err(FsError::Stale)),
             "change {number}"
         );
         assert_eq!(
@@ -137,11 +137,11 @@ fn a_file_that_grows_meanwhile_is_rewritten_all_the_same() {
     append(&mut node, file, 1, 9, 10);
     let run = runs(&node, file).swap_remove(0);
     append(&mut node, file, 100, 5, 10);
-    assert_eq!(node.apply(rewrite(file, &run, 1000)).result, CallResult::Done);
+    assert_eq!(node.apply(rewrite(file, &run, 1000)).result, ApplyResult::Done);
     check_invariants(&node.view());
     assert_eq!(node.attributes(file).size, 140);
     assert_eq!(
-        node.view().extents(file, 0, u64::MAX, 100).unwrap().pieces.len(),
+        node.view().extents(file, 0, u64::MAX, 100).unwrap().extents.len(),
         12
     );
 }
@@ -158,7 +158,7 @@ fn holes_of_less_than_a_block_are_filled_and_larger_ones_stay() {
     let ends: Vec<(u64, u64)> = found.iter().map(|run| (run.from(), run.to())).collect();
     assert_eq!(ends, [(0, 210), (1 << 20, (1 << 20) + 30)]);
     for (number, run) in (1000..).zip(&found) {
-        assert_eq!(node.apply(rewrite(file, run, number)).result, CallResult::Done);
+        assert_eq!(node.apply(rewrite(file, run, number)).result, ApplyResult::Done);
     }
     check_invariants(&node.view());
     assert_eq!(node.attributes(file).allocated_bytes, 240);
@@ -182,7 +182,7 @@ fn a_rewrite_is_refused_below_its_level_and_for_a_session_that_ended() {
     append(&mut node, file, 1, 9, 10);
     let run = runs(&node, file).swap_remove(0);
     let refused = node.apply(rewrite(file, &run, 1000));
-    assert_eq!(refused.result, CallResult::Outcome(Err(FsError::NotSupported)));
+    assert_eq!(refused.result, ApplyResult::Outcome(Err(FsError::NotSupported)));
     assert_eq!(node.view().fragmented(None, 10).unwrap(), []);
     node.apply(LogBody::RaiseFeatureLevel { level: FEATURE_LEVEL });
     node.apply(LogBody::EndSession {
@@ -190,6 +190,6 @@ fn a_rewrite_is_refused_below_its_level_and_for_a_session_that_ended() {
     });
     assert_eq!(
         node.apply(rewrite(file, &run, 1000)).result,
-        CallResult::UnknownSession
+        ApplyResult::UnknownSession
     );
 }

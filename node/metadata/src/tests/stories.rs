@@ -41,10 +41,10 @@ fn a_retried_mutation_answers_what_it_answered_first() {
         Command::single(create(ROOT, "a", NewKind::Directory)),
     );
     let answer = node.apply(LogBody::Call(first.clone())).result;
-    assert!(matches!(answer, CallResult::Outcome(Ok(_))));
+    assert!(matches!(answer, ApplyResult::Outcome(Ok(_))));
     assert_eq!(node.apply(LogBody::Call(first.clone())).result, answer);
     // A verdict is remembered too, even when the reason for it is gone by then.
-    let refused = CallResult::Outcome(Err(FsError::Exists));
+    let refused = ApplyResult::Outcome(Err(FsError::Exists));
     assert_eq!(node.apply(LogBody::Call(again.clone())).result, refused);
     let mut other_lane = node.mutation(
         SessionId(1),
@@ -57,23 +57,26 @@ fn a_retried_mutation_answers_what_it_answered_first() {
     other_lane.request.sequence = 1;
     assert!(matches!(
         node.apply(LogBody::Call(other_lane)).result,
-        CallResult::Outcome(Ok(_))
+        ApplyResult::Outcome(Ok(_))
     ));
     assert_eq!(node.apply(LogBody::Call(again.clone())).result, refused);
     // What lies before or leaves a gap is not decided.
-    assert_eq!(node.apply(LogBody::Call(first)).result, CallResult::StaleSequence);
+    assert_eq!(
+        node.apply(LogBody::Call(first)).result,
+        ApplyResult::StaleSequence
+    );
     let mut gap = again.clone();
     gap.request.sequence += 2;
-    assert_eq!(node.apply(LogBody::Call(gap)).result, CallResult::StaleSequence);
+    assert_eq!(node.apply(LogBody::Call(gap)).result, ApplyResult::StaleSequence);
     let mut unknown = again.clone();
     unknown.request.session = SessionId(99);
     assert_eq!(
         node.apply(LogBody::Call(unknown)).result,
-        CallResult::UnknownSession
+        ApplyResult::UnknownSession
     );
     let mut beyond = again;
     beyond.request.lane = Lane(limits::LANES_MAX);
-    let invalid = CallResult::Outcome(Err(FsError::InvalidArgument));
+    let invalid = ApplyResult::Outcome(Err(FsError::InvalidArgument));
     assert_eq!(node.apply(LogBody::Call(beyond)).result, invalid);
 }
 
@@ -91,18 +94,18 @@ fn a_session_that_ended_is_not_opened_again_and_is_forgotten_on_request() {
     assert!(node.view().session(session).unwrap().is_some(), "it is alive");
     assert_eq!(
         node.apply(LogBody::EndSession { session }).result,
-        CallResult::Done
+        ApplyResult::Done
     );
     assert!(node.view().session(session).unwrap().unwrap().ended.is_some());
-    assert_eq!(node.apply(open()).result, CallResult::UnknownSession);
+    assert_eq!(node.apply(open()).result, ApplyResult::UnknownSession);
     // What was decided is still told, nothing more is decided.
     assert_eq!(node.apply(LogBody::Call(decided.clone())).result, answer);
     let new = node.mutation(session, Command::single(create(ROOT, "b", NewKind::File)));
-    assert_eq!(node.apply(LogBody::Call(new)).result, CallResult::NeverDecided);
+    assert_eq!(node.apply(LogBody::Call(new)).result, ApplyResult::NeverDecided);
     node.apply(LogBody::ForgetSession { session });
     assert_eq!(
         node.apply(LogBody::Call(decided)).result,
-        CallResult::UnknownSession
+        ApplyResult::UnknownSession
     );
     assert!(node.view().session(session).unwrap().is_none());
     let lanes = dump(&node.view())
@@ -121,7 +124,7 @@ fn a_command_with_a_chunk_below_the_low_water_mark_is_refused() {
     mutation.chunk_low_water = 9;
     assert!(matches!(
         node.apply(LogBody::Call(mutation)).result,
-        CallResult::Outcome(Ok(_))
+        ApplyResult::Outcome(Ok(_))
     ));
     assert_eq!(
         node.view()
@@ -475,7 +478,7 @@ fn questions_are_answered_or_refused_as_their_callers_expect() {
     assert_eq!(view.chunk(ids[4]).unwrap().unwrap().length, 10);
     let page = view.extents(file, 15, 35, 2).unwrap();
     assert_eq!(
-        page.pieces
+        page.extents
             .iter()
             .map(|piece| piece.file_offset)
             .collect::<Vec<_>>(),

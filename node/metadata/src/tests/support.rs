@@ -51,11 +51,11 @@ impl Node {
     }
 
     /// The result of a new mutation of session 1, whatever it is.
-    pub fn result_of(&mut self, command: Command) -> CallResult {
+    pub fn result_of(&mut self, command: Command) -> ApplyResult {
         let mutation = self.mutation(SessionId(1), command);
         let sequence = mutation.request.sequence;
         let result = self.apply(LogBody::Call(mutation)).result;
-        if !matches!(result, CallResult::Outcome(_)) {
+        if !matches!(result, ApplyResult::Outcome(_)) {
             // Nothing was decided: the lane waits for the same again.
             self.sequences.insert((SessionId(1), Lane(0)), sequence - 1);
         }
@@ -79,7 +79,7 @@ impl Node {
             description: String::new(),
             key: key(SessionId(session)),
         });
-        assert_eq!(opened.result, CallResult::Done);
+        assert_eq!(opened.result, ApplyResult::Done);
     }
 
     /// The session answers all that it is asked about, and holds these; how many it was asked about.
@@ -151,7 +151,7 @@ impl Node {
         let mutation = self.mutation(SessionId(session), command);
         let applied = self.apply(LogBody::Call(mutation));
         match applied.result {
-            CallResult::Outcome(outcome) => (outcome, applied.effects),
+            ApplyResult::Outcome(outcome) => (outcome, applied.effects),
             other => panic!("not decided: {other:?}"),
         }
     }
@@ -195,8 +195,8 @@ pub fn key(session: SessionId) -> SessionKey {
 }
 
 /// Whether this is answered where the session does not live (any more).
-pub fn is_of_no_living_session(result: &CallResult) -> bool {
-    matches!(result, CallResult::UnknownSession | CallResult::NeverDecided)
+pub fn is_of_no_living_session(result: &ApplyResult) -> bool {
+    matches!(result, ApplyResult::UnknownSession | ApplyResult::NeverDecided)
 }
 
 pub fn name(text: &str) -> Name {
@@ -267,7 +267,7 @@ pub fn write_chunks(inode: Target, session: u64, counter: u64, offsets: &[u64], 
     let pieces = chunks
         .iter()
         .zip(offsets)
-        .map(|(chunk, offset)| Piece {
+        .map(|(chunk, offset)| Extent {
             file_offset: *offset,
             length,
             chunk: chunk.id,

@@ -237,13 +237,13 @@ fn a_session_is_opened_again_with_its_own_key_only() {
             certificate: None,
         },
     };
-    assert_eq!(node.apply(open(b"a thief's")).result, CallResult::WrongKey);
+    assert_eq!(node.apply(open(b"a thief's")).result, ApplyResult::WrongKey);
     let own = 1u64.to_be_bytes();
-    assert_eq!(node.apply(open(&own)).result, CallResult::Done);
+    assert_eq!(node.apply(open(&own)).result, ApplyResult::Done);
     node.apply(LogBody::EndSession {
         session: SessionId(1),
     });
-    assert_eq!(node.apply(open(&own)).result, CallResult::UnknownSession);
+    assert_eq!(node.apply(open(&own)).result, ApplyResult::UnknownSession);
 }
 
 #[test]

@@ -11,7 +11,7 @@ use futures::StreamExt as _;
 use quorumfs_measure::Ending;
 use quorumfs_proto::call::SessionState;
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
-use quorumfs_proto::{Call, CallReply, Refusal, SessionId, Timestamp, codec};
+use quorumfs_proto::{ClientRequest, ClientResponse, Refusal, SessionId, Timestamp, codec};
 use quorumfs_wire as wire;
 use quorumfs_wire::file_system_server::FileSystem;
 use tokio_stream::wrappers::ReceiverStream;
@@ -88,16 +88,16 @@ impl FileSystem for FileSystemService {
                 stream.comes_from(&request.local_addresses);
             }
             async move {
-                let answered = match codec::decode::<Call>(&request.call) {
+                let answered = match codec::decode::<ClientRequest>(&request.call) {
                     Ok(call) => measured(&node, &stream, call, &mut request).await,
                     Err(error) => {
                         let reason = error.to_string();
-                        CallReply::Refused(Refusal::Invalid { reason }).into()
+                        ClientResponse::Refused(Refusal::Invalid { reason }).into()
                     }
                 };
                 let (reply, never_decided) = match answered.reply {
-                    CallReply::Refused(Refusal::NeverDecided) => {
-                        (CallReply::Refused(Refusal::UnknownSession), true)
+                    ClientResponse::Refused(Refusal::NeverDecided) => {
+                        (ClientResponse::Refused(Refusal::UnknownSession), true)
                     }
                     reply => (reply, false),
                 };
@@ -202,15 +202,15 @@ impl FileSystem for FileSystemService {
 
 /// What a call is answered.
 struct Answered {
-    reply: CallReply,
+    reply: ClientResponse,
     /// Whether the lease goes with it.
     grant: Grant,
     /// What the session is asked in turn.
     question: Option<wire::UnlinkedQuestion>,
 }
 
-impl From<CallReply> for Answered {
-    fn from(reply: CallReply) -> Answered {
+impl From<ClientResponse> for Answered {
+    fn from(reply: ClientResponse) -> Answered {
         Answered {
             reply,
             grant: Grant::Nothing,
@@ -220,10 +220,10 @@ impl From<CallReply> for Answered {
 }
 
 /// The leader's clock, to go with `reply`; 0 where this node may not lead.
-fn clock_ns(node: &Node, reply: &CallReply) -> i64 {
+fn clock_ns(node: &Node, reply: &ClientResponse) -> i64 {
     let time = match reply {
-        CallReply::Refused(_) => None,
-        CallReply::Outcome(_) | CallReply::Answer(_) | CallReply::Session(_) => {
+        ClientResponse::Refused(_) => None,
+        ClientResponse::Outcome(_) | ClientResponse::Answer(_) | ClientResponse::Session(_) => {
             node.parts().and_then(|parts| parts.writer.time())
         }
     };
@@ -231,29 +231,37 @@ fn clock_ns(node: &Node, reply: &CallReply) -> i64 {
 }
 
 /// Carries out a call and counts it.
-async fn measured(node: &Node, stream: &CallStream, call: Call, request: &mut wire::CallRequest) -> Answered {
+async fn measured(
+    node: &Node,
+    stream: &CallStream,
+    call: ClientRequest,
+    request: &mut wire::CallRequest,
+) -> Answered {
     enum Counted {
         Command(CountedCommand),
         Query(OperationKind),
         Session,
     }
     let (session, counted) = match &call {
-        Call::Mutate(mutation) => (
+        ClientRequest::Mutate(mutation) => (
             mutation.request.session,
             Counted::Command(CountedCommand::of(&mutation.command)),
         ),
-        Call::Query(query) => (
+        ClientRequest::Query(query) => (
             SessionId(request.session),
             Counted::Query(OperationKind::of_query(query)),
         ),
-        Call::OpenSession { session, .. }
-        | Call::OpenSessionWithKey { session, .. }
-        | Call::KeepAlive { session }
-        | Call::AnswerUnlinked { session, .. }
-        | Call::CloseSession { session }
-        | Call::CloseSessionWithKey { session, .. } => (*session, Counted::Session),
+        ClientRequest::OpenSession { session, .. }
+        | ClientRequest::OpenSessionWithKey { session, .. }
+        | ClientRequest::KeepAlive { session }
+        | ClientRequest::AnswerUnlinked { session, .. }
+        | ClientRequest::CloseSession { session }
+        | ClientRequest::CloseSessionWithKey { session, .. } => (*session, Counted::Session),
     };
-    let is_close = matches!(call, Call::CloseSession { .. } | Call::CloseSessionWithKey { .. });
+    let is_close = matches!(
+        call,
+        ClientRequest::CloseSession { .. } | ClientRequest::CloseSessionWithKey { .. }
+    );
     let began = Instant::now();
     let statistics = request.statistics.take();
     let answered = carry_out(node, stream, call, request).await;
@@ -266,7 +274,7 @@ async fn measured(node: &Node, stream: &CallStream, call: Call, request: &mut wi
         Counted::Query(kind) => metrics.query(origin, kind, reply, took),
         Counted::Session => {
             metrics.session(origin, reply, took);
-            if !matches!(reply, CallReply::Session(_)) {
+            if !matches!(reply, ClientResponse::Session(_)) {
                 return answered;
             }
             if is_close {
@@ -325,23 +333,26 @@ async fn get_chunk(node: &Node, request: &wire::GetChunkRequest) -> wire::GetChu
     }
 }
 
-async fn carry_out(node: &Node, stream: &CallStream, call: Call, request: &wire::CallRequest) -> Answered {
+async fn carry_out(
+    node: &Node,
+    stream: &CallStream,
+    call: ClientRequest,
+    request: &wire::CallRequest,
+) -> Answered {
     let Some(parts) = node.parts() else {
-        let reason = node.not_ready();
-        return CallReply::Refused(Refusal::Unavailable { reason }).into();
+        return ClientResponse::from(Refusal::unavailable(node.not_ready())).into();
     };
     if !parts.consensus.is_leader() {
-        let leader = parts.consensus.leader().map(|member| member.addresses.grpc);
-        return CallReply::Refused(Refusal::NotLeader { leader }).into();
+        return ClientResponse::from(Refusal::not_leader(parts.consensus.leader())).into();
     }
     let term = parts.consensus.term();
     match call {
-        Call::Mutate(mutation) => {
+        ClientRequest::Mutate(mutation) => {
             let session = mutation.request.session;
             match standing(parts, stream, session).await {
                 Standing::Proven => parts.sessions.heard_of(session, stream),
-                Standing::Unknown => return CallReply::Refused(Refusal::UnknownSession).into(),
-                Standing::Refused(refusal) => return CallReply::Refused(refusal).into(),
+                Standing::Unknown => return ClientResponse::Refused(Refusal::UnknownSession).into(),
+                Standing::Refused(refusal) => return ClientResponse::Refused(refusal).into(),
             }
             if mutation.command.releases_only() {
                 return parts.rewriter.mutate(mutation).await.into();
@@ -349,7 +360,7 @@ async fn carry_out(node: &Node, stream: &CallStream, call: Call, request: &wire:
             let admission = parts.leases.admit(session, request.holds_lease, term).await;
             only_if_decided(parts.rewriter.mutate(mutation).await, admission.grant)
         }
-        Call::Query(query) => {
+        ClientRequest::Query(query) => {
             let session = SessionId(request.session);
             let found = match session.0 {
                 0 => Standing::Unknown,
@@ -365,13 +376,13 @@ async fn carry_out(node: &Node, stream: &CallStream, call: Call, request: &wire:
                     let _admission = parts.leases.admit(SessionId(0), false, term).await;
                     parts.reader.query(&query).await.into()
                 }
-                Standing::Refused(refusal) => CallReply::Refused(refusal).into(),
+                Standing::Refused(refusal) => ClientResponse::Refused(refusal).into(),
             }
         }
-        Call::OpenSession { session, description } => {
+        ClientRequest::OpenSession { session, description } => {
             open_session(node, parts, stream, session, description, None).await
         }
-        Call::OpenSessionWithKey {
+        ClientRequest::OpenSessionWithKey {
             session,
             description,
             secret,
@@ -379,17 +390,17 @@ async fn carry_out(node: &Node, stream: &CallStream, call: Call, request: &wire:
             let key = stream.key_of_new(session, &secret);
             open_session(node, parts, stream, session, description, Some(key)).await
         }
-        Call::CloseSession { session } => close_session(parts, stream, session).await,
-        Call::CloseSessionWithKey { session, secret } => {
+        ClientRequest::CloseSession { session } => close_session(parts, stream, session).await,
+        ClientRequest::CloseSessionWithKey { session, secret } => {
             stream.key_of_new(session, &secret);
             close_session(parts, stream, session).await
         }
-        Call::KeepAlive { session } => match standing(parts, stream, session).await {
+        ClientRequest::KeepAlive { session } => match standing(parts, stream, session).await {
             Standing::Proven => keep_alive(parts, stream, session, request, 1).await,
-            Standing::Unknown => CallReply::Refused(Refusal::UnknownSession).into(),
-            Standing::Refused(refusal) => CallReply::Refused(refusal).into(),
+            Standing::Unknown => ClientResponse::Refused(Refusal::UnknownSession).into(),
+            Standing::Refused(refusal) => ClientResponse::Refused(refusal).into(),
         },
-        Call::AnswerUnlinked {
+        ClientRequest::AnswerUnlinked {
             session,
             from,
             through,
@@ -397,12 +408,12 @@ async fn carry_out(node: &Node, stream: &CallStream, call: Call, request: &wire:
         } => {
             match standing(parts, stream, session).await {
                 Standing::Proven => {}
-                Standing::Unknown => return CallReply::Refused(Refusal::UnknownSession).into(),
-                Standing::Refused(refusal) => return CallReply::Refused(refusal).into(),
+                Standing::Unknown => return ClientResponse::Refused(Refusal::UnknownSession).into(),
+                Standing::Refused(refusal) => return ClientResponse::Refused(refusal).into(),
             }
             if held.len() > 2 * UNLINKED_ASKED_MAX {
                 let reason = String::from("the answer names more inodes than were asked about");
-                return CallReply::Refused(Refusal::Invalid { reason }).into();
+                return ClientResponse::Refused(Refusal::Invalid { reason }).into();
             }
             let answer = UnlinkedAnswer {
                 session,
@@ -414,7 +425,7 @@ async fn carry_out(node: &Node, stream: &CallStream, call: Call, request: &wire:
                 // What is less than a question's worth waits for the next keep-alive, so that an answer is not a command for each
                 // unlink.
                 Ok(()) => keep_alive(parts, stream, session, request, UNLINKED_ASKED_MAX).await,
-                Err(refusal) => CallReply::Refused(refusal).into(),
+                Err(refusal) => ClientResponse::Refused(refusal).into(),
             }
         }
     }
@@ -433,17 +444,15 @@ async fn standing(parts: &Parts, stream: &CallStream, session: SessionId) -> Sta
     }
     standing.unwrap_or_else(|fault| {
         error!(%fault, "metadata cannot be read");
-        Standing::Refused(Refusal::Unavailable {
-            reason: fault.to_string(),
-        })
+        Standing::Refused(Refusal::unavailable(fault))
     })
 }
 
 /// A refusal confirms nothing, so nothing is granted with it.
-fn only_if_decided(reply: CallReply, grant: Grant) -> Answered {
+fn only_if_decided(reply: ClientResponse, grant: Grant) -> Answered {
     let grant = match reply {
-        CallReply::Outcome(_) | CallReply::Answer(_) => grant,
-        CallReply::Refused(_) | CallReply::Session(_) => Grant::Nothing,
+        ClientResponse::Outcome(_) | ClientResponse::Answer(_) => grant,
+        ClientResponse::Refused(_) | ClientResponse::Session(_) => Grant::Nothing,
     };
     Answered {
         grant,
@@ -460,7 +469,7 @@ async fn open_session(
     key: Option<SessionKey>,
 ) -> Answered {
     if let Err(refusal) = parts.sessions.admit_new(session) {
-        return CallReply::Refused(refusal).into();
+        return ClientResponse::Refused(refusal).into();
     }
     let was_known = parts
         .metadata
@@ -469,7 +478,7 @@ async fn open_session(
         .and_then(|view| Ok(view.session(session)?.is_some()));
     let origin = description.clone();
     let reply = parts.writer.open_session(session, description, key).await;
-    if matches!(reply, CallReply::Session(_)) {
+    if matches!(reply, ClientResponse::Session(_)) {
         // Who asks to open what is there already may not be who opened it.
         if matches!(was_known, Ok(false)) {
             stream.has_opened(session);
@@ -483,8 +492,8 @@ async fn open_session(
 async fn close_session(parts: &Parts, stream: &CallStream, session: SessionId) -> Answered {
     match standing(parts, stream, session).await {
         Standing::Proven => parts.writer.end_session(session).await.into(),
-        Standing::Unknown => CallReply::Refused(Refusal::UnknownSession).into(),
-        Standing::Refused(refusal) => CallReply::Refused(refusal).into(),
+        Standing::Unknown => ClientResponse::Refused(Refusal::UnknownSession).into(),
+        Standing::Refused(refusal) => ClientResponse::Refused(refusal).into(),
     }
 }
 
@@ -501,20 +510,19 @@ async fn keep_alive(
     let (state, question) = match found {
         Ok(Some(found)) => found,
         // It was known, so it has ended; this is final, whoever leads.
-        Ok(None) => return CallReply::Refused(Refusal::UnknownSession).into(),
+        Ok(None) => return ClientResponse::Refused(Refusal::UnknownSession).into(),
         Err(fault) => {
             error!(%fault, "metadata cannot be read");
-            let reason = fault.to_string();
-            return CallReply::Refused(Refusal::Unavailable { reason }).into();
+            return ClientResponse::from(Refusal::unavailable(fault)).into();
         }
     };
     let kept = parts.sessions.kept_alive(session, stream, request).await;
     if let Err(refusal) = kept {
-        return CallReply::Refused(refusal).into();
+        return ClientResponse::Refused(refusal).into();
     }
     Answered {
         question: question.filter(|question| question.inodes.len() >= asked_min),
-        ..Answered::from(CallReply::Session(state))
+        ..Answered::from(ClientResponse::Session(state))
     }
 }
 

@@ -1,11 +1,11 @@
-//! The service for the other nodes: consensus messages and chunks. Every request but `Hello` must name this node's
-//! cluster; one that names another is refused, so that folders of two clusters never mix. So is one that names another
-//! node, or an earlier incarnation of this one.
+//! The service for the other nodes: consensus messages and chunks. Every request but `Hello`, `Join`, `Invite` and
+//! `MayRenounce` must name this node's cluster; one that names another is refused, so that folders of two clusters never
+//! mix. So is one that names another node, or an earlier incarnation of this one.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
-use quorumfs_proto::{CallReply, ChunkId, ClusterId, Member, NodeId, Refusal};
+use quorumfs_proto::{ChunkId, ClientResponse, ClusterId, Member, NodeId, Refusal};
 use quorumfs_wire as wire;
 use quorumfs_wire::peer_server::Peer;
 use tonic::{Request, Response, Status, Streaming};
@@ -15,7 +15,7 @@ use super::filesystem::chunk_refused;
 use crate::consensus::{BarrierError, Consensus, ProposeError};
 use crate::integrity::completeness::{Asked, LACKING_CHUNKS_MAX, completeness};
 use crate::leader::read::task_failed;
-use crate::membership::changes::{Gone, Removal, RosterError};
+use crate::membership::changes::{ChangeError, Gone, Removal};
 use crate::membership::identity::Membership;
 use crate::node::{Node, Parts};
 use crate::observe::metrics::report::Throughput;
@@ -98,12 +98,12 @@ fn member_of(member: Option<wire::Member>) -> Result<Member, Status> {
 }
 
 /// The gRPC address of who leads, empty where unknown; any other error is the caller's.
-fn leader_of(error: RosterError) -> Result<String, Status> {
+fn leader_of(error: ChangeError) -> Result<String, Status> {
     match error {
-        RosterError::NotLeader(leader) => Ok(leader.map(|member| member.addresses.grpc).unwrap_or_default()),
-        RosterError::Refused(reason) => Err(Status::failed_precondition(reason)),
-        RosterError::Unavailable(reason) => Err(Status::unavailable(reason)),
-        RosterError::NobodyThere(reason) => Err(Status::not_found(reason)),
+        ChangeError::NotLeader(leader) => Ok(leader.map(|member| member.addresses.grpc).unwrap_or_default()),
+        ChangeError::Refused(reason) => Err(Status::failed_precondition(reason)),
+        ChangeError::Unavailable(reason) => Err(Status::unavailable(reason)),
+        ChangeError::NobodyThere(reason) => Err(Status::not_found(reason)),
     }
 }
 
@@ -258,10 +258,12 @@ impl Peer for PeerService {
         let replicas = u8::try_from(request.get_ref().replicas)
             .map_err(|_| Status::invalid_argument("more than 255 replicas"))?;
         let leader = match parts.writer.set_replicas(replicas).await {
-            CallReply::Refused(Refusal::NotLeader { leader }) => Some(leader.unwrap_or_default()),
-            CallReply::Refused(Refusal::Unavailable { reason }) => return Err(Status::unavailable(reason)),
-            CallReply::Refused(refusal) => return Err(Status::internal(format!("{refusal:?}"))),
-            CallReply::Outcome(_) | CallReply::Session(_) | CallReply::Answer(_) => None,
+            ClientResponse::Refused(Refusal::NotLeader { leader }) => Some(leader.unwrap_or_default()),
+            ClientResponse::Refused(Refusal::Unavailable { reason }) => {
+                return Err(Status::unavailable(reason));
+            }
+            ClientResponse::Refused(refusal) => return Err(Status::internal(format!("{refusal:?}"))),
+            ClientResponse::Outcome(_) | ClientResponse::Session(_) | ClientResponse::Answer(_) => None,
         };
         Ok(Response::new(wire::SetReplicasResponse {
             not_leader: leader.is_some(),
@@ -285,7 +287,9 @@ impl Peer for PeerService {
                 incarnation: voter.incarnation,
             })
         });
-        let layout = parts.placement.intend(voters.collect::<Result<_, Status>>()?);
+        let layout = parts
+            .placement
+            .prepare_for(voters.collect::<Result<_, Status>>()?);
         let asked = Asked {
             layout,
             own: parts.consensus.id(),

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::WalError;
 use super::frame::{self, BatchWriter, Kind, Scan};
-use super::memory::{Cached, FileInfo, LogMemory, Place};
+use super::memory::{Cached, EntryLocation, FileInfo, LogMemory};
 use crate::consensus::types::{Entry, LogId, Vote};
 
 /// First record of each file: what the files before it leave, since they may be gone.
@@ -331,7 +331,7 @@ impl WalDirectory {
             },
         );
         for record in &found.records {
-            let place = Place {
+            let place = EntryLocation {
                 file: sequence,
                 at: record.place.start as u64,
                 bytes: record.place.len() as u32,
@@ -343,7 +343,7 @@ impl WalDirectory {
     }
 }
 
-fn replay(kind: Kind, payload: &[u8], place: Place, memory: &mut LogMemory) -> Result<(), String> {
+fn replay(kind: Kind, payload: &[u8], place: EntryLocation, memory: &mut LogMemory) -> Result<(), String> {
     let text = |error: codec::DecodeError| error.to_string();
     match kind {
         Kind::Start => {

@@ -3,7 +3,7 @@
 use std::mem::size_of;
 
 use openraft::EntryPayload;
-use quorumfs_proto::{NewChunk, Operation, Piece};
+use quorumfs_proto::{Extent, NewChunk, Operation};
 
 use crate::consensus::types::Entry;
 use quorumfs_metadata::{LogBody, LogCommand};
@@ -31,7 +31,7 @@ pub fn resident_bytes(entry: &Entry, encoded_bytes: u32) -> u64 {
             // A list of operations, a list of chunks, and in each of them a name or a payload or a list of pieces.
             command.operations.len() * (size_of::<Operation>() + ALLOCATION_BYTES)
                 + command.chunks.len() * (size_of::<NewChunk>() + ALLOCATION_BYTES)
-                + pieces * size_of::<Piece>()
+                + pieces * size_of::<Extent>()
                 + 2 * ALLOCATION_BYTES
         }
         _ => ALLOCATION_BYTES,

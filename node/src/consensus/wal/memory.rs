@@ -24,7 +24,7 @@ const SLOTS_KEPT: usize = 4096;
 
 /// Where a record lies on disk, header included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct EntryLocation {
     /// The file's sequence number.
     pub file: u64,
     /// Its first byte.
@@ -62,7 +62,7 @@ struct Slot {
     written: Written,
 }
 
-// Its fields are not those of a `Place`, so that the tag finds room beside them.
+// Its fields are not those of a `EntryLocation`, so that the tag finds room beside them.
 #[derive(Clone, Copy, Debug)]
 enum Written {
     /// Operation `ticket` will write so many bytes.
@@ -84,8 +84,8 @@ impl Slot {
     }
 }
 
-impl From<Place> for Written {
-    fn from(Place { file, at, bytes }: Place) -> Written {
+impl From<EntryLocation> for Written {
+    fn from(EntryLocation { file, at, bytes }: EntryLocation) -> Written {
         Written::At { file, at, bytes }
     }
 }
@@ -101,7 +101,7 @@ pub enum Cached {
         bytes: u32,
     },
     /// Found on disk.
-    WrittenAt(Place),
+    WrittenAt(EntryLocation),
 }
 
 /// An entry as a reader gets it.
@@ -114,7 +114,7 @@ pub enum Held {
         /// From this file.
         file: Arc<File>,
         /// From here.
-        place: Place,
+        place: EntryLocation,
     },
 }
 
@@ -232,7 +232,7 @@ impl LogMemory {
     }
 
     /// Operation `ticket` has written entry `index` to `place`.
-    pub fn placed(&mut self, index: u64, ticket: u64, place: Place) {
+    pub fn placed(&mut self, index: u64, ticket: u64, place: EntryLocation) {
         self.note_in_file(place.file, index);
         let at = index.checked_sub(self.first).map(|at| at as usize);
         if let Some(slot) = at.and_then(|at| self.slots.get_mut(at))
@@ -300,7 +300,7 @@ impl LogMemory {
                 (Some(entry), _) => Held::InMemory(entry.clone()),
                 (None, Written::At { file, at, bytes }) => Held::OnDisk {
                     file: self.files[&file].file.clone(),
-                    place: Place { file, at, bytes },
+                    place: EntryLocation { file, at, bytes },
                 },
                 // Only what is written is let go (see `evict`).
                 (None, Written::NotYet { .. }) => break,
@@ -384,7 +384,7 @@ mod tests {
         const ENCODED_BYTES: u32 = 200;
         let mut memory = LogMemory::new(CACHE_BYTES_MAX);
         for index in 0..ENTRIES {
-            let place = Place {
+            let place = EntryLocation {
                 file: 1,
                 at: index,
                 bytes: ENCODED_BYTES,

@@ -6,7 +6,7 @@
 //!
 //! A write or flush that fails is not tried again: every waiter hears of it, and [`FatalSignal`] is raised. A
 //! full disk is no failure: the thread waits for room, and so do those who append. A purge does not wait behind what
-//! waits for room, since it is what may make some: see [`Writer::purge_meanwhile`].
+//! waits for room, since it is what may make some: see [`WalWriter::purge_meanwhile`].
 
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
@@ -23,7 +23,7 @@ use tokio::sync::{Notify, oneshot};
 
 use super::files::{OpenFile, Purpose, Start, WalDirectory};
 use super::frame::{BatchWriter, Kind};
-use super::memory::{LogMemory, Place};
+use super::memory::{EntryLocation, LogMemory};
 use super::{WalError, WalOptions};
 use crate::consensus::fatal::{FatalError, FatalSignal};
 use crate::consensus::types::{Entry, LogId, TypeConfig, Vote};
@@ -31,7 +31,7 @@ use crate::consensus::types::{Entry, LogId, TypeConfig, Vote};
 /// Most bytes gathered into one batch: a flush of more takes long enough that waiting for it costs more than
 /// the next flush.
 const BATCH_BYTES_MAX: u64 = 4 << 20;
-/// After so long without work the end of the log is sealed (see [`Writer::seal`]).
+/// After so long without work the end of the log is sealed (see [`WalWriter::seal`]).
 const IDLE_MS: u64 = 1_000;
 /// What is left at the end of each file for purges that come while there is no room for another file.
 const END_BYTES: u64 = 512;
@@ -158,7 +158,7 @@ impl Counters {
 }
 
 /// The thread's own state.
-pub struct Writer {
+pub struct WalWriter {
     shared: Arc<Shared>,
     directory: WalDirectory,
     open: OpenFile,
@@ -175,9 +175,9 @@ pub struct Writer {
 }
 
 /// Where each entry of a batch lies: index, ticket, place.
-type Places = Vec<(u64, u64, Place)>;
+type Places = Vec<(u64, u64, EntryLocation)>;
 
-impl Writer {
+impl WalWriter {
     /// `open` is the file to go on with.
     pub fn new(
         shared: Arc<Shared>,
@@ -185,7 +185,7 @@ impl Writer {
         open: OpenFile,
         queue: Receiver<Queued>,
         options: &WalOptions,
-    ) -> Writer {
+    ) -> WalWriter {
         let written = {
             let memory = shared.memory.lock();
             Start {
@@ -195,7 +195,7 @@ impl Writer {
                 committed: memory.committed,
             }
         };
-        Writer {
+        WalWriter {
             shared,
             directory,
             open,
@@ -310,7 +310,7 @@ impl Writer {
                 Operation::Append { entries, .. } => {
                     for entry in entries {
                         let at = batch.record(Kind::Entry, |out| encode_entry(entry, out));
-                        let place = Place {
+                        let place = EntryLocation {
                             file: self.open.sequence,
                             at: at.start,
                             bytes: (at.end - at.start) as u32,

@@ -283,7 +283,7 @@ impl Repair {
         let mut at = from;
         loop {
             let page = view.extents(wanted.attributes.inode, at, wanted.attributes.size, EXTENTS_PAGE)?;
-            for piece in &page.pieces {
+            for piece in &page.extents {
                 if seen.len() == CHUNKS_MAX && !seen.contains_key(&piece.chunk) {
                     wanted.known_to = piece.file_offset;
                     return Ok(wanted);

@@ -1,14 +1,14 @@
 //! Taking members out: a standing aim of the leader.
 //!
-//! 1. [`Roster::remove`] says whom, and waits a while.
-//! 2. [`Roster::run_removals`] asks those that remain, again and again, whether they hold all that will be theirs, which
+//! 1. [`MembershipChanges::remove`] says whom, and waits a while.
+//! 2. [`MembershipChanges::run_removals`] asks those that remain, again and again, whether they hold all that will be theirs, which
 //!    makes them fetch it; when enough do it changes the voters.
 //! 3. What was decided between that look and the change may lie on one of those that remain, and they fetch it from each
 //!    other. Whoever still waits is told when that is done too.
 //!
 //! Invariants: one removal is pursued at a time, a newer one takes its place. It is in memory only and ends with the
 //! leadership, so that nobody is removed long after it was last asked for; where it is asked for again it goes on with
-//! what has been fetched ([`Placement::intend`](crate::replication::placement::Placement::intend)).
+//! what has been fetched ([`Placement::prepare_for`](crate::replication::placement::Placement::prepare_for)).
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use quorumfs_proto::{Member, NodeId};
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
-use super::{LOOK_INTERVAL_MS, Roster, RosterError, slots_of};
+use super::{ChangeError, LOOK_INTERVAL_MS, MembershipChanges, slots_of};
 
 /// How long who asked for a removal waits for it.
 const REMOVAL_WAIT_MS: u64 = 30_000;
@@ -60,12 +60,12 @@ pub(super) struct Aim {
 enum Stage {
     Pending(String),
     Out { voters_changed: bool },
-    Ended(RosterError),
+    Ended(ChangeError),
 }
 
-impl Roster {
+impl MembershipChanges {
     /// Takes the members in `slots` out. When it answers [`Removal::Done`] or [`Removal::Out`] they may be stopped.
-    pub async fn remove(&self, slots: &BTreeSet<u16>, gone: Gone) -> Result<Removal, RosterError> {
+    pub async fn remove(&self, slots: &BTreeSet<u16>, gone: Gone) -> Result<Removal, ChangeError> {
         self.must_lead()?;
         let deadline = tokio::time::Instant::now() + Duration::from_millis(REMOVAL_WAIT_MS);
         let members = self.consensus.members();
@@ -73,7 +73,7 @@ impl Roster {
         if let Some(unknown) = slots.iter().find(|slot| !known(slot))
             && gone == Gone::Refuse
         {
-            return Err(RosterError::Refused(format!(
+            return Err(ChangeError::Refused(format!(
                 "there is no member in slot {unknown}: it has left, or never was one"
             )));
         }
@@ -90,7 +90,7 @@ impl Roster {
             stage.wait_for(|stage| !matches!(stage, Stage::Pending(_))),
         );
         if ended.await.is_ok_and(|told| told.is_err()) {
-            return Err(RosterError::Refused(
+            return Err(ChangeError::Refused(
                 "another removal was asked for in the place of this one".to_string(),
             ));
         }
@@ -120,7 +120,7 @@ impl Roster {
         loop {
             tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
             if !self.consensus.is_leader() {
-                self.end_removal(&RosterError::NotLeader(self.consensus.leader()));
+                self.end_removal(&ChangeError::NotLeader(self.consensus.leader()));
                 continue;
             }
             let aim = self.removal.lock().clone();
@@ -132,12 +132,12 @@ impl Roster {
                     info!(slots = ?slots_of(&aim.leaving), "nodes have left the cluster");
                     Stage::Out { voters_changed }
                 }
-                Err(RosterError::Unavailable(reason) | RosterError::NobodyThere(reason)) => {
+                Err(ChangeError::Unavailable(reason) | ChangeError::NobodyThere(reason)) => {
                     debug!(reason, "nodes cannot leave the cluster yet");
                     Stage::Pending(format!("slots {:?}: {reason}", slots_of(&aim.leaving)))
                 }
                 Err(error) => {
-                    if let RosterError::Refused(reason) = &error {
+                    if let ChangeError::Refused(reason) = &error {
                         warn!(reason, "nodes do not leave the cluster as was asked");
                     }
                     Stage::Ended(error)
@@ -148,7 +148,7 @@ impl Roster {
     }
 
     /// The removal is given up for this reason.
-    pub(super) fn end_removal(&self, reason: &RosterError) {
+    pub(super) fn end_removal(&self, reason: &ChangeError) {
         if let Some(aim) = self.removal.lock().take() {
             aim.stage.send_replace(Stage::Ended(reason.clone()));
         }
@@ -195,7 +195,7 @@ impl Roster {
     }
 
     /// Who votes without `leaving`; `None` if none of these votes.
-    fn remaining_without(&self, leaving: &BTreeSet<NodeId>) -> Result<Option<BTreeSet<NodeId>>, RosterError> {
+    fn remaining_without(&self, leaving: &BTreeSet<NodeId>) -> Result<Option<BTreeSet<NodeId>>, ChangeError> {
         // A change that another leader began and did not end counts too: it has to be ended.
         let sets = self.consensus.voter_sets();
         if !leaving.iter().any(|node| sets.contains(node)) {
@@ -205,7 +205,7 @@ impl Roster {
         remaining.retain(|voter| !leaving.contains(voter));
         match remaining.len() % 2 {
             1 => Ok(Some(remaining)),
-            _ => Err(RosterError::Refused(format!(
+            _ => Err(ChangeError::Refused(format!(
                 "that would leave {} voters; remove so many that 1, 3, 5 or 7 remain",
                 remaining.len()
             ))),
@@ -213,7 +213,7 @@ impl Roster {
     }
 
     /// Takes them out, if those that remain hold what they should then; answers whether that changed who votes.
-    async fn take_out(&self, aim: &Aim) -> Result<bool, RosterError> {
+    async fn take_out(&self, aim: &Aim) -> Result<bool, ChangeError> {
         let leaving = &aim.leaving;
         let members = self.consensus.members();
         let voters = self.consensus.voters();
@@ -226,7 +226,7 @@ impl Roster {
             // Whoever prepares for a change lets nothing go, so what was seen holds still when the turn has come.
             let _turn = self.changing.lock().await;
             if self.consensus.voters() != voters {
-                return Err(RosterError::Unavailable("the voters have changed".to_string()));
+                return Err(ChangeError::Unavailable("the voters have changed".to_string()));
             }
             self.consensus.change_voters(remaining).await?;
             voters_changed = true;
@@ -247,20 +247,20 @@ impl Roster {
     }
 
     /// A leader that is to leave lets another do it.
-    async fn hand_on(&self, remaining: &BTreeSet<NodeId>) -> RosterError {
+    async fn hand_on(&self, remaining: &BTreeSet<NodeId>) -> ChangeError {
         if remaining.is_empty() {
-            return RosterError::Refused("the last voter cannot be removed".to_string());
+            return ChangeError::Refused("the last voter cannot be removed".to_string());
         }
         let mut nearest: Vec<NodeId> = remaining.iter().copied().collect();
         nearest.sort_by_key(|id| self.consensus.lag_of(*id).unwrap_or(u64::MAX));
         match self.consensus.hand_on(nearest).await {
-            Ok(_) => RosterError::Unavailable("the leader is among them and hands leadership on".to_string()),
-            Err(error) => RosterError::Unavailable(error.to_string()),
+            Ok(_) => ChangeError::Unavailable("the leader is among them and hands leadership on".to_string()),
+            Err(error) => ChangeError::Unavailable(error.to_string()),
         }
     }
 
     /// Whether so many of `voters` hold what they should that f + 1 have each chunk; who does not, fetches it.
-    async fn must_be_whole(&self, members: &[Member], voters: &BTreeSet<NodeId>) -> Result<(), RosterError> {
+    async fn must_be_whole(&self, members: &[Member], voters: &BTreeSet<NodeId>) -> Result<(), ChangeError> {
         let lacking = self.lacking(members, voters).await;
         let needed = self.holders_needed(voters);
         let whole = voters.len() - lacking.len();
@@ -274,7 +274,7 @@ impl Roster {
                 Err(reason) => format!("node {} does not say what it holds: {reason}", id.slot),
             })
             .collect();
-        Err(RosterError::Unavailable(format!(
+        Err(ChangeError::Unavailable(format!(
             "of the nodes that remain {whole} hold all that they should, and {needed} must; {}",
             lacking.join("; ")
         )))

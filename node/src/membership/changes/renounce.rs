@@ -11,18 +11,18 @@ use std::time::{Duration, Instant};
 use quorumfs_proto::NodeId;
 use tracing::info;
 
-use super::{Roster, RosterError};
+use super::{ChangeError, MembershipChanges};
 
 /// Who was let go has so long for itself before another is: two that stop at the same moment both find that a majority
 /// is missing, and both come back for nothing.
 const GOING: Duration = Duration::from_secs(20);
 
-impl Roster {
+impl MembershipChanges {
     /// Whether `node` may give its state up, which could not be moved on beyond entry `applied`. For the leader.
-    pub async fn may_renounce(&self, node: NodeId, applied: u64) -> Result<(), RosterError> {
+    pub async fn may_renounce(&self, node: NodeId, applied: u64) -> Result<(), ChangeError> {
         self.must_lead()?;
         let mut let_go = self.renouncing.lock().await;
-        let unavailable = RosterError::Unavailable;
+        let unavailable = ChangeError::Unavailable;
         let reached = self.metadata.position().index;
         if reached < applied {
             return Err(unavailable(format!(

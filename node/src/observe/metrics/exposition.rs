@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use prometheus::TextEncoder;
 use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
-use quorumfs_measure::{Snapshot, Tally};
+use quorumfs_measure::{CallCounter, Snapshot};
 
 use super::Metrics;
 use super::kinds::{Endpoint, OperationKind, Origin, RefusalKind};
@@ -166,7 +166,7 @@ fn operations(families: &mut Families, metrics: &Metrics) {
     let (mut counts, mut failures, mut bytes, mut durations) = (vec![], vec![], vec![], vec![]);
     for origin in Origin::ALL {
         for kind in OperationKind::ALL {
-            let tally: &Tally = metrics.operation(origin, kind);
+            let tally: &CallCounter = metrics.operation(origin, kind);
             if tally.count() == 0 {
                 continue;
             }

@@ -2,7 +2,7 @@
 //!
 //! Each is an enum with a fixed list, so that recording finds its counter by an index.
 
-use quorumfs_proto::{CallReply, Operation, Query, Refusal};
+use quorumfs_proto::{ClientResponse, Operation, Query, Refusal};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -176,8 +176,8 @@ impl OperationKind {
 
 impl RefusalKind {
     /// Of a reply that is one.
-    pub fn of_reply(reply: &CallReply) -> Option<RefusalKind> {
-        let CallReply::Refused(refusal) = reply else {
+    pub fn of_reply(reply: &ClientResponse) -> Option<RefusalKind> {
+        let ClientResponse::Refused(refusal) = reply else {
             return None;
         };
         Some(match refusal {

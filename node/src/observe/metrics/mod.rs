@@ -24,8 +24,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
-use quorumfs_measure::{Ending, Snapshot, Tally};
-use quorumfs_proto::{CallReply, Command, SessionId};
+use quorumfs_measure::{CallCounter, Ending, Snapshot};
+use quorumfs_proto::{ClientResponse, Command, SessionId};
 
 use kinds::{Endpoint, OperationKind, Origin, RefusalKind};
 use mounts::Mounts;
@@ -41,11 +41,11 @@ const SAMPLE_INTERVAL_MS: u64 = 1_000;
 pub struct Metrics {
     began: Instant,
     /// By origin, then kind.
-    operations: Vec<Tally>,
+    operations: Vec<CallCounter>,
     refusals: [AtomicU64; RefusalKind::ALL.len()],
     http: Vec<HttpTally>,
     /// Commands decided through this node's log.
-    pub commits: Tally,
+    pub commits: CallCounter,
     /// How chunks reach their nodes.
     pub replication: Arc<Replication>,
     /// What mounts say of themselves.
@@ -59,7 +59,7 @@ pub struct Metrics {
 /// HTTP requests of one endpoint.
 #[derive(Debug, Default)]
 struct HttpTally {
-    tally: Tally,
+    tally: CallCounter,
     /// 1xx and 2xx, 3xx, 4xx, 5xx.
     classes: [AtomicU64; 4],
 }
@@ -79,10 +79,10 @@ impl Metrics {
         let operations = Origin::ALL.len() * OperationKind::ALL.len();
         Metrics {
             began: Instant::now(),
-            operations: (0..operations).map(|_| Tally::default()).collect(),
+            operations: (0..operations).map(|_| CallCounter::default()).collect(),
             refusals: Default::default(),
             http: Endpoint::ALL.iter().map(|_| HttpTally::default()).collect(),
-            commits: Tally::default(),
+            commits: CallCounter::default(),
             replication: Arc::default(),
             mounts: Mounts::default(),
             origins: RwLock::default(),
@@ -97,14 +97,20 @@ impl Metrics {
     }
 
     /// The counters of one kind.
-    pub fn operation(&self, origin: Origin, kind: OperationKind) -> &Tally {
+    pub fn operation(&self, origin: Origin, kind: OperationKind) -> &CallCounter {
         &self.operations[origin as usize * OperationKind::ALL.len() + kind as usize]
     }
 
     /// A command was answered. Its operations count if it was decided; a refusal counts as one.
-    pub fn command(&self, origin: Origin, counted: CountedCommand, reply: &CallReply, duration: Duration) {
+    pub fn command(
+        &self,
+        origin: Origin,
+        counted: CountedCommand,
+        reply: &ClientResponse,
+        duration: Duration,
+    ) {
         let ending = match reply {
-            CallReply::Outcome(outcome) => Ending::of(outcome),
+            ClientResponse::Outcome(outcome) => Ending::of(outcome),
             _ => return self.refused(reply),
         };
         for (kind, count, bytes) in counted.rows() {
@@ -116,9 +122,9 @@ impl Metrics {
     }
 
     /// A query was answered.
-    pub fn query(&self, origin: Origin, kind: OperationKind, reply: &CallReply, duration: Duration) {
+    pub fn query(&self, origin: Origin, kind: OperationKind, reply: &ClientResponse, duration: Duration) {
         match reply {
-            CallReply::Answer(answer) => {
+            ClientResponse::Answer(answer) => {
                 self.operation(origin, kind)
                     .record(Ending::of(answer), 0, duration);
             }
@@ -127,9 +133,9 @@ impl Metrics {
     }
 
     /// A session was opened, kept or closed.
-    pub fn session(&self, origin: Origin, reply: &CallReply, duration: Duration) {
+    pub fn session(&self, origin: Origin, reply: &ClientResponse, duration: Duration) {
         match reply {
-            CallReply::Session(_) => {
+            ClientResponse::Session(_) => {
                 self.operation(origin, OperationKind::Session)
                     .record(Ending::Done, 0, duration);
             }
@@ -138,7 +144,7 @@ impl Metrics {
     }
 
     /// A reply, if it is a refusal.
-    pub fn refused(&self, reply: &CallReply) {
+    pub fn refused(&self, reply: &ClientResponse) {
         if let Some(kind) = RefusalKind::of_reply(reply) {
             self.refusals[kind as usize].fetch_add(1, Ordering::Relaxed);
         }
@@ -167,7 +173,7 @@ impl Metrics {
     }
 
     /// The requests of one endpoint, and how many were answered with each of [`STATUS_CLASSES`].
-    pub fn http_requests(&self, endpoint: Endpoint) -> (&Tally, [u64; 4]) {
+    pub fn http_requests(&self, endpoint: Endpoint) -> (&CallCounter, [u64; 4]) {
         let tally = &self.http[endpoint as usize];
         let classes = tally
             .classes
@@ -310,15 +316,15 @@ mod tests {
         };
         let counted = CountedCommand::of(&command);
         let took = Duration::from_micros(300);
-        let done = CallReply::Outcome(Ok(Outcome::default()));
+        let done = ClientResponse::Outcome(Ok(Outcome::default()));
         metrics.command(Origin::Rest, counted, &done, took);
         metrics.command(
             Origin::Rest,
             counted,
-            &CallReply::Outcome(Err(FsError::NotFound)),
+            &ClientResponse::Outcome(Err(FsError::NotFound)),
             took,
         );
-        let refused = CallReply::Refused(Refusal::NotLeader { leader: None });
+        let refused = ClientResponse::Refused(Refusal::NotLeader { leader: None });
         metrics.command(Origin::Rest, counted, &refused, took);
         let deletes = metrics.operation(Origin::Rest, OperationKind::Delete);
         assert_eq!((deletes.count(), deletes.failures()), (6, 3));

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use quorumfs_measure::{Distribution, Ending, Tally};
+use quorumfs_measure::{CallCounter, Distribution, Ending};
 
 /// Where a copy is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,21 +19,21 @@ pub enum CopyPlace {
 #[derive(Debug, Default)]
 pub struct Replication {
     /// Chunks brought by clients; bytes of those that reached a quorum; time to the quorum.
-    pub to_quorum: Tally,
+    pub to_quorum: CallCounter,
     /// Time until every member had it, of chunks that all of them took, in nanoseconds.
     pub to_all: Distribution,
     /// Copies made here.
-    pub own_copies: Tally,
+    pub own_copies: CallCounter,
     /// Copies made on others, from the first byte to their answer that it is on disk.
-    pub peer_copies: Tally,
+    pub peer_copies: CallCounter,
     /// Bytes of content that rode inside commands (they are in every node's log, then in its content).
     pub inline_bytes: AtomicU64,
 }
 
 impl Replication {
     /// A chunk sets out to `places` nodes.
-    pub fn begin(self: &Arc<Self>, bytes: u64, places: usize) -> Arc<Journey> {
-        Arc::new(Journey {
+    pub fn begin(self: &Arc<Self>, bytes: u64, places: usize) -> Arc<ReplicationSpan> {
+        Arc::new(ReplicationSpan {
             replication: Arc::clone(self),
             began: Instant::now(),
             bytes,
@@ -45,7 +45,7 @@ impl Replication {
 
 /// One chunk on its way to all its nodes. Dropped early it counts what it has seen.
 #[derive(Debug)]
-pub struct Journey {
+pub struct ReplicationSpan {
     replication: Arc<Replication>,
     began: Instant,
     bytes: u64,
@@ -53,7 +53,7 @@ pub struct Journey {
     failed: AtomicU64,
 }
 
-impl Journey {
+impl ReplicationSpan {
     /// One node has answered.
     pub fn copied(&self, place: CopyPlace, ending: Ending) {
         let took = self.began.elapsed();

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use quorumfs_measure::{Snapshot, Tally};
+use quorumfs_measure::{CallCounter, Snapshot};
 
 /// Over how long "now" is taken.
 const WINDOW_MS: u64 = 10_000;
@@ -19,7 +19,7 @@ pub struct Totals {
 }
 
 impl Totals {
-    pub fn of(tally: &Tally) -> Totals {
+    pub fn of(tally: &CallCounter) -> Totals {
         Totals {
             count: tally.count(),
             failures: tally.failures(),

@@ -35,7 +35,7 @@ use super::names::NameFinder;
 use crate::consensus::{AppliedEffects, Consensus};
 use crate::pace::{Pacer, RateMeter};
 use crate::replication::PeerChunks;
-use crate::replication::placement::{Picture, Placement};
+use crate::replication::placement::{Placement, PlacementSnapshot};
 use crate::tasks::Tasks;
 use crate::wall_clock::unix_ms;
 use quorumfs_content::ContentStore;
@@ -75,7 +75,7 @@ pub struct Recovery {
     fetched_bytes: AtomicU64,
     effects_handled: AtomicU64,
     /// The picture under which everything named was compared with everything held, by the last walk.
-    compared_under: Mutex<Option<Arc<Picture>>>,
+    compared_under: Mutex<Option<Arc<PlacementSnapshot>>>,
     last_pass: Mutex<Option<PassReport>>,
     last_complete_pass: Mutex<Option<PassReport>>,
     complete_passes: AtomicU64,

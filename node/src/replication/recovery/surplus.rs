@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 use super::Recovery;
 use super::ledger::WalkReason;
 use crate::replication::peers::HELD_IDS_MAX;
-use crate::replication::placement::{Layout, Picture};
+use crate::replication::placement::{Layout, PlacementSnapshot};
 use quorumfs_metadata::Failure;
 
 /// Chunks known by name; a walk finds the rest when these are gone.
@@ -32,12 +32,12 @@ const RETRY_MS: u64 = 5_000;
 #[derive(Default)]
 pub(super) struct Surplus {
     // Locked for one entry or a batch of them.
-    book: Mutex<Book>,
+    book: Mutex<State>,
     added: Notify,
 }
 
 #[derive(Default)]
-struct Book {
+struct State {
     chunks: BTreeSet<ChunkId>,
     overflowed: bool,
 }
@@ -146,7 +146,11 @@ impl Recovery {
 
     /// Those of `batch` that are held, named and for others still; the rest is taken off the books. What no file names
     /// is the sweeper's.
-    fn still_surplus(&self, batch: Vec<ChunkId>, picture: &Picture) -> Result<Vec<ChunkId>, Failure> {
+    fn still_surplus(
+        &self,
+        batch: Vec<ChunkId>,
+        picture: &PlacementSnapshot,
+    ) -> Result<Vec<ChunkId>, Failure> {
         let own = self.consensus.id();
         let view = self.metadata.view()?;
         let (mut surplus, mut settled) = (Vec::new(), Vec::new());

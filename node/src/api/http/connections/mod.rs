@@ -41,7 +41,7 @@ use tokio::task::JoinSet;
 use tower::Service as _;
 
 use activity::{Metered, RequestGuard};
-use places::{Place, Places};
+use places::{ConnectionSlot, ConnectionSlots};
 
 /// Requests under way in one HTTP/2 connection.
 const STREAMS_MAX: u32 = 32;
@@ -82,7 +82,7 @@ impl Default for Limits {
 
 /// Serves `router` on `listener` until `stop` is done and the requests under way then have ended.
 pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: impl Future<Output = ()>) {
-    let places = Places::new(
+    let places = ConnectionSlots::new(
         limits.connections_max,
         limits.per_client_max,
         limits.patience.yields_after,
@@ -135,7 +135,7 @@ fn refuse(stream: TcpStream) {
 
 async fn serve_connection(
     stream: TcpStream,
-    place: Place,
+    place: ConnectionSlot,
     router: Router,
     patience: Patience,
     mut stopped: watch::Receiver<bool>,

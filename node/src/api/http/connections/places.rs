@@ -16,7 +16,7 @@ use super::activity::{Activity, ClientAddress};
 
 /// The places.
 #[derive(Debug)]
-pub struct Places {
+pub struct ConnectionSlots {
     connections_max: usize,
     per_client_max: usize,
     /// From when on a connection whose client does not read gives way.
@@ -40,8 +40,8 @@ struct Connection {
 
 /// A connection's place; free again when this is dropped.
 #[derive(Debug)]
-pub struct Place {
-    places: Arc<Places>,
+pub struct ConnectionSlot {
+    places: Arc<ConnectionSlots>,
     number: u64,
     /// What its client does.
     pub activity: Arc<Activity>,
@@ -49,10 +49,14 @@ pub struct Place {
     pub leave: CancellationToken,
 }
 
-impl Places {
+impl ConnectionSlots {
     /// `connections_max` places, of which one client has `per_client_max` at most.
-    pub fn new(connections_max: usize, per_client_max: usize, yields_after: Duration) -> Arc<Places> {
-        Arc::new(Places {
+    pub fn new(
+        connections_max: usize,
+        per_client_max: usize,
+        yields_after: Duration,
+    ) -> Arc<ConnectionSlots> {
+        Arc::new(ConnectionSlots {
             connections_max,
             per_client_max,
             yields_after,
@@ -61,7 +65,7 @@ impl Places {
     }
 
     /// A place for a connection from `address`; `None` where all are taken by connections that are in use.
-    pub fn admit(self: &Arc<Places>, address: IpAddr) -> Option<Place> {
+    pub fn admit(self: &Arc<ConnectionSlots>, address: IpAddr) -> Option<ConnectionSlot> {
         let address = ClientAddress::from(address);
         let mut taken = self.taken.lock();
         let own = taken.per_client.get(&address).copied().unwrap_or(0);
@@ -82,7 +86,7 @@ impl Places {
         };
         taken.connections.insert(number, connection);
         *taken.per_client.entry(address).or_insert(0) += 1;
-        Some(Place {
+        Some(ConnectionSlot {
             places: Arc::clone(self),
             number,
             activity,
@@ -131,7 +135,7 @@ impl Taken {
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         self.places.taken.lock().remove(self.number);
     }
@@ -148,7 +152,7 @@ mod tests {
 
     #[test]
     fn a_client_at_its_limit_loses_its_own_connection_that_is_idle_longest() {
-        let places = Places::new(10, 2, YIELDS_AFTER);
+        let places = ConnectionSlots::new(10, 2, YIELDS_AFTER);
         let other = places.admit(B).unwrap();
         std::thread::sleep(PAUSE);
         let first = places.admit(A).unwrap();
@@ -170,7 +174,7 @@ mod tests {
 
     #[test]
     fn at_the_limit_of_all_those_who_have_most_make_room() {
-        let places = Places::new(3, 3, YIELDS_AFTER);
+        let places = ConnectionSlots::new(3, 3, YIELDS_AFTER);
         let old = places.admit(B).unwrap();
         std::thread::sleep(PAUSE);
         let (first, _second) = (places.admit(A).unwrap(), places.admit(A).unwrap());
@@ -180,7 +184,7 @@ mod tests {
 
     #[test]
     fn what_is_in_use_is_not_closed() {
-        let places = Places::new(2, 2, YIELDS_AFTER);
+        let places = ConnectionSlots::new(2, 2, YIELDS_AFTER);
         let taken = [places.admit(A).unwrap(), places.admit(A).unwrap()];
         let requests = taken.each_ref().map(|place| place.activity.request());
         std::thread::sleep(PAUSE);

@@ -13,7 +13,7 @@ use async_stream::try_stream;
 use bytes::{Bytes, BytesMut};
 use futures::{Stream, StreamExt as _};
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
-use quorumfs_proto::{FsError, InodeNumber, Piece};
+use quorumfs_proto::{Extent, FsError, InodeNumber};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -69,7 +69,7 @@ impl From<Broken> for io::Error {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
     Hole { bytes: u64 },
-    Bytes(Piece),
+    Bytes(Extent),
 }
 
 /// A part under way.
@@ -157,7 +157,7 @@ struct Parts {
     source: Source,
     at: u64,
     end: u64,
-    pieces: VecDeque<Piece>,
+    pieces: VecDeque<Extent>,
     known_to: u64,
 }
 
@@ -167,7 +167,7 @@ impl Parts {
             source,
             at: start,
             end,
-            pieces: page.pieces.into(),
+            pieces: page.extents.into(),
             known_to: page.known_to,
         }
     }
@@ -179,7 +179,7 @@ impl Parts {
             }
             let page = self.source.page(self.at, self.end).await?;
             self.known_to = page.known_to;
-            self.pieces = page.pieces.into();
+            self.pieces = page.extents.into();
         }
         Ok(None)
     }
@@ -212,10 +212,10 @@ impl Parts {
 }
 
 /// The part of `piece` that lies in `from..to`; they overlap.
-fn clipped(piece: &Piece, from: u64, to: u64) -> Piece {
+fn clipped(piece: &Extent, from: u64, to: u64) -> Extent {
     let skipped = from.saturating_sub(piece.file_offset);
     let start = piece.file_offset + skipped;
-    Piece {
+    Extent {
         file_offset: start,
         length: (piece.file_end().min(to) - start) as u32,
         chunk: piece.chunk,
@@ -250,7 +250,7 @@ impl Source {
 
     /// The bytes of `piece`; where its chunk is gone, of what is there now, if the version is the same (a file that was
     /// rewritten into fewer pieces has the same bytes in other chunks).
-    async fn fetch(self, piece: Piece) -> Result<Bytes, Broken> {
+    async fn fetch(self, piece: Extent) -> Result<Bytes, Broken> {
         let mut result = self.read(&piece).await;
         for _ in 0..LOOKUPS_MAX {
             match result {
@@ -276,7 +276,7 @@ impl Source {
         Ok(bytes.freeze())
     }
 
-    async fn read(&self, piece: &Piece) -> Result<Bytes, Broken> {
+    async fn read(&self, piece: &Extent) -> Result<Bytes, Broken> {
         let call = self
             .calls
             .client
@@ -290,12 +290,12 @@ mod tests {
     use super::*;
     use quorumfs_proto::{ChunkId, SessionId};
 
-    fn piece(file_offset: u64, length: u32, chunk_offset: u32) -> Piece {
+    fn piece(file_offset: u64, length: u32, chunk_offset: u32) -> Extent {
         let chunk = ChunkId {
             session: SessionId(1),
             counter: file_offset,
         };
-        Piece {
+        Extent {
             file_offset,
             length,
             chunk,

@@ -20,7 +20,7 @@ use quorumfs_proto::command::{
 };
 use quorumfs_proto::limits::INLINE_BYTES_MAX;
 use quorumfs_proto::{
-    Command, FileKind, FsError, InodeNumber, Name, NewChunk, OperationResult, Outcome, Piece, Sha256,
+    Command, Extent, FileKind, FsError, InodeNumber, Name, NewChunk, OperationResult, Outcome, Sha256,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -83,7 +83,7 @@ pub(super) struct Stored {
 }
 
 /// Where the name will be.
-struct Place {
+struct Destination {
     /// The deepest directory that is there.
     directory: InodeNumber,
     /// Directories to be made below it.
@@ -121,7 +121,7 @@ impl Owner {
 #[derive(Default)]
 struct Tail {
     chunk: Option<NewChunk>,
-    piece: Option<Piece>,
+    piece: Option<Extent>,
     /// The chunk itself: the client may have to put it again.
     fresh: Vec<FreshChunk>,
 }
@@ -165,7 +165,7 @@ impl Upload {
 
     async fn store_large(
         &self,
-        place: Place,
+        place: Destination,
         first: Bytes,
         mut incoming: Incoming,
     ) -> Result<Stored, ApiError> {
@@ -190,7 +190,7 @@ impl Upload {
 
     async fn fill_and_link(
         &self,
-        place: Place,
+        place: Destination,
         held: &Arc<HeldInode>,
         first: Bytes,
         incoming: &mut Incoming,
@@ -227,7 +227,7 @@ impl Upload {
     }
 
     /// Checks the path and says where the name will be.
-    async fn place(&self) -> Result<Place, ApiError> {
+    async fn place(&self) -> Result<Destination, ApiError> {
         let (parents, _) = self.path.split();
         let (directory, existing) = tokio::join!(
             places::locate_directory(&self.calls, parents),
@@ -245,7 +245,7 @@ impl Upload {
                 return Err(ApiError::conflict("not_a_directory", message));
             }
         };
-        let mut place = Place {
+        let mut place = Destination {
             directory: directory.inode,
             missing,
             owner: Owner::of(&directory),
@@ -292,7 +292,7 @@ impl Upload {
     /// The last command, made anew for as long as the directories on the way change under it.
     async fn link(
         &self,
-        mut place: Place,
+        mut place: Destination,
         subject: Subject,
         tail_offset: u64,
         tail_payload: Bytes,
@@ -335,7 +335,7 @@ impl Upload {
     }
 
     /// Makes the first of the missing directories.
-    async fn make_directories(&self, place: &Place) -> Result<(), ApiError> {
+    async fn make_directories(&self, place: &Destination) -> Result<(), ApiError> {
         let mut operations = Vec::new();
         let names = &place.missing[..DIRECTORIES_PER_COMMAND_MAX];
         push_directories(&mut operations, place, names);
@@ -351,7 +351,7 @@ impl Upload {
         })
     }
 
-    fn last_command(&self, place: &Place, subject: &Subject, tail: &Tail) -> Command {
+    fn last_command(&self, place: &Destination, subject: &Subject, tail: &Tail) -> Command {
         let mut operations = Vec::new();
         let inode = match subject {
             Subject::New => {
@@ -453,8 +453,8 @@ async fn fresh_chunk(calls: &Calls, payload: Bytes) -> Result<FreshChunk, ApiErr
         .map_err(|error| ApiError::internal(format!("hashing a chunk: {error}")))
 }
 
-fn whole(fresh: &FreshChunk, offset: u64, payload: &Bytes) -> Piece {
-    Piece {
+fn whole(fresh: &FreshChunk, offset: u64, payload: &Bytes) -> Extent {
+    Extent {
         file_offset: offset,
         length: payload.len() as u32,
         chunk: fresh.id(),
@@ -462,7 +462,7 @@ fn whole(fresh: &FreshChunk, offset: u64, payload: &Bytes) -> Piece {
     }
 }
 
-fn write(inode: Target, piece: Piece) -> Operation {
+fn write(inode: Target, piece: Extent) -> Operation {
     Operation::Write {
         inode,
         pieces: vec![piece],
@@ -473,7 +473,7 @@ fn write(inode: Target, piece: Piece) -> Operation {
 
 /// Adds the making of `names` below the place's directory, each in the one before; a directory that came to be
 /// meanwhile is taken. The last of them.
-fn push_directories(operations: &mut Vec<Operation>, place: &Place, names: &[Name]) -> Target {
+fn push_directories(operations: &mut Vec<Operation>, place: &Destination, names: &[Name]) -> Target {
     let mut parent = Target::Inode(place.directory);
     for name in names {
         let index = operations.len() as u16;

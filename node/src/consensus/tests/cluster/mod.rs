@@ -8,14 +8,14 @@ mod slow;
 
 use crate::consensus::VoterSets;
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use quorumfs_proto::call::Mutation;
 use quorumfs_proto::command::{IfExists, NewInode, NewKind, Privileges, Target};
 use quorumfs_proto::limits::INLINE_BYTES_MAX;
 use quorumfs_proto::{
-    ChunkBody, ChunkId, Command, InodeNumber, Lane, Name, NewChunk, Operation, Piece, RequestId, SessionId,
+    ChunkBody, ChunkId, Command, Extent, InodeNumber, Lane, Name, NewChunk, Operation, RequestId, SessionId,
     Sha256, Timestamp,
 };
 
@@ -24,7 +24,7 @@ use super::open_session;
 use crate::consensus::network::{Addressed, to_wire};
 use crate::consensus::types::{TypeConfig, VoterId};
 use crate::consensus::{AppliedEffects, BarrierError, ConsensusError, ProposeError};
-use quorumfs_metadata::{CallResult, LogBody, LogCommand};
+use quorumfs_metadata::{ApplyResult, LogBody, LogCommand};
 
 fn sessions(node: &TestNode) -> BTreeMap<u64, String> {
     let view = node.metadata().view().unwrap();
@@ -209,7 +209,7 @@ pub fn create_inline(session: u64, sequence: u64, name: &str, payload: Bytes) ->
         },
         existing: IfExists::Refuse,
     };
-    let piece = Piece {
+    let piece = Extent {
         file_offset: 0,
         length,
         chunk: id,
@@ -256,7 +256,7 @@ async fn a_command_is_not_proposed_when_what_it_relies_on_has_changed_while_it_w
     assert!(matches!(refused, Err(ProposeError::Overtaken)), "{refused:?}");
     // Its lane has not seen it: it is decided now.
     let result = cluster.propose(command).await;
-    assert!(matches!(result, CallResult::Outcome(Ok(_))), "{result:?}");
+    assert!(matches!(result, ApplyResult::Outcome(Ok(_))), "{result:?}");
     cluster.shutdown().await;
 }
 
@@ -269,7 +269,7 @@ async fn content_inside_commands_reaches_every_content_store_and_outlives_a_kill
     for sequence in 1..21 {
         let (command, id) = create_inline(1, sequence, &format!("file {sequence}"), payload.clone());
         let result = cluster.propose(command.clone()).await;
-        assert!(matches!(result, CallResult::Outcome(Ok(_))), "{result:?}");
+        assert!(matches!(result, ApplyResult::Outcome(Ok(_))), "{result:?}");
         // Sent again it is answered again, not done again (P4).
         assert_eq!(cluster.propose(command).await, result);
         chunks.push(id);
@@ -294,6 +294,9 @@ async fn content_inside_commands_reaches_every_content_store_and_outlives_a_kill
     cluster.shutdown().await;
 }
 
+/// How long a log may take to be purged.
+const PURGED_WITHIN: Duration = Duration::from_secs(60);
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_snapshot_leaves_the_content_that_the_log_alone_had() {
     let mut cluster = Cluster::start(3, |options| {
@@ -311,7 +314,7 @@ async fn a_snapshot_leaves_the_content_that_the_log_alone_had() {
     let payload = Bytes::from(vec![7; 3000]);
     let (command, chunk) = create_inline(1, 1, "file", payload.clone());
     let result = cluster.propose(command).await;
-    assert!(matches!(result, CallResult::Outcome(Ok(_))), "{result:?}");
+    assert!(matches!(result, ApplyResult::Outcome(Ok(_))), "{result:?}");
     let acknowledged = cluster.node(leader).consensus().status().last_log.unwrap();
     // It has acknowledged the entry, and a loss of power takes what was not flushed: nothing but the log is left.
     cluster.kill(holder);
@@ -328,8 +331,13 @@ async fn a_snapshot_leaves_the_content_that_the_log_alone_had() {
     .await;
     let mut next = 3;
     let purged = |cluster: &Cluster, node| cluster.node(node).consensus().status().purged;
+    let begun = Instant::now();
     while purged(&cluster, leader).min(purged(&cluster, next_leader)) <= Some(acknowledged + 1) {
-        assert!(next < 40_000, "the log is purged beyond what the absent node has");
+        // Logs are purged behind what was flushed, which a busy disk or processor delays.
+        assert!(
+            begun.elapsed() < PURGED_WITHIN,
+            "the log is purged beyond what the absent node has"
+        );
         cluster.open_sessions(next..next + 100).await;
         next += 100;
     }

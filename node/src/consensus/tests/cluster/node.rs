@@ -24,7 +24,7 @@ use crate::consensus::{
 };
 use crate::transport::Transport;
 use quorumfs_content::{ContentOptions, ContentStore};
-use quorumfs_metadata::{CallResult, LogCommand, MetadataOptions, MetadataStore};
+use quorumfs_metadata::{ApplyResult, LogCommand, MetadataOptions, MetadataStore};
 
 type Member = quorumfs_proto::Member;
 
@@ -448,7 +448,7 @@ impl Cluster {
     }
 
     /// Has `command` decided by whoever leads.
-    pub async fn propose(&self, command: LogCommand) -> CallResult {
+    pub async fn propose(&self, command: LogCommand) -> ApplyResult {
         self.insist::<_, ProposeError, _>(|consensus| {
             let command = command.clone();
             async move { consensus.propose(command).await }
@@ -470,7 +470,7 @@ impl Cluster {
                 .iter()
                 .map(|number| self.propose(open_session(*number, format!("session {number}"))));
             for result in futures::future::join_all(each).await {
-                assert_eq!(result, CallResult::Done);
+                assert_eq!(result, ApplyResult::Done);
             }
         }
     }

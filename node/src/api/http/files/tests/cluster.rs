@@ -16,7 +16,8 @@ use quorumfs_proto::chunk::block_crcs;
 use quorumfs_proto::limits::{BLOCK_BYTES, MESSAGE_BYTES_MAX};
 use quorumfs_proto::query::Space;
 use quorumfs_proto::{
-    Addresses, Answer, Call, CallReply, ChunkId, FsError, Member, NodeId, Query, Refusal, Timestamp, codec,
+    Addresses, Answer, ChunkId, ClientRequest, ClientResponse, FsError, Member, NodeId, Query, Refusal,
+    Timestamp, codec,
 };
 use quorumfs_wire as wire;
 use quorumfs_wire::file_system_server::{FileSystem, FileSystemServer};
@@ -29,7 +30,9 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Request, Response, Status, Streaming};
 
-use quorumfs_metadata::{CallResult, Failure, LogBody, LogCommand, MetadataOptions, MetadataStore, Position};
+use quorumfs_metadata::{
+    ApplyResult, Failure, LogBody, LogCommand, MetadataOptions, MetadataStore, Position,
+};
 
 /// Why a test's cluster says that it cannot decide.
 pub(super) const REASON: &str = "2 of 3 nodes are on holiday";
@@ -135,7 +138,7 @@ impl State {
         panic!("never: {what}");
     }
 
-    fn apply(&self, body: LogBody) -> CallResult {
+    fn apply(&self, body: LogBody) -> ApplyResult {
         let mut index = self.index.lock();
         let result = self.apply_one(&mut index, body);
         // As a leader would, until nothing is left to do.
@@ -149,7 +152,7 @@ impl State {
         }
     }
 
-    fn apply_one(&self, index: &mut u64, body: LogBody) -> CallResult {
+    fn apply_one(&self, index: &mut u64, body: LogBody) -> ApplyResult {
         *index += 1;
         let stamp = Timestamp::from(SystemTime::now());
         let mut batch = self.metadata.begin();
@@ -171,47 +174,47 @@ impl State {
         applied.result
     }
 
-    fn call(&self, call: Call) -> CallReply {
+    fn call(&self, call: ClientRequest) -> ClientResponse {
         if self.leaderless.load(Ordering::SeqCst) {
             let reason = REASON.to_string();
-            return CallReply::Refused(Refusal::Unavailable { reason });
+            return ClientResponse::Refused(Refusal::Unavailable { reason });
         }
         match call {
-            Call::Mutate(mutation) => {
+            ClientRequest::Mutate(mutation) => {
                 let full = self.full.load(Ordering::SeqCst);
                 if full && !mutation.command.frees_space() && !mutation.command.chunks.is_empty() {
-                    return CallReply::Outcome(Err(FsError::NoSpace));
+                    return ClientResponse::Outcome(Err(FsError::NoSpace));
                 }
                 self.mutations.fetch_add(1, Ordering::SeqCst);
                 match self.apply(LogBody::Call(mutation)) {
-                    CallResult::Outcome(outcome) => CallReply::Outcome(outcome),
-                    CallResult::UnknownSession => CallReply::Refused(Refusal::UnknownSession),
-                    CallResult::StaleSequence => CallReply::Refused(Refusal::StaleSequence),
-                    CallResult::Done | CallResult::Crowded(_) | CallResult::WrongKey => {
+                    ApplyResult::Outcome(outcome) => ClientResponse::Outcome(outcome),
+                    ApplyResult::UnknownSession => ClientResponse::Refused(Refusal::UnknownSession),
+                    ApplyResult::StaleSequence => ClientResponse::Refused(Refusal::StaleSequence),
+                    ApplyResult::Done | ApplyResult::Crowded(_) | ApplyResult::WrongKey => {
                         unreachable!("a mutation has an outcome")
                     }
-                    CallResult::NeverDecided => CallReply::Refused(Refusal::NeverDecided),
+                    ApplyResult::NeverDecided => ClientResponse::Refused(Refusal::NeverDecided),
                 }
             }
-            Call::Query(query) => CallReply::Answer(self.answer(&query)),
-            Call::OpenSession { session, description } => {
+            ClientRequest::Query(query) => ClientResponse::Answer(self.answer(&query)),
+            ClientRequest::OpenSession { session, description } => {
                 self.apply(LogBody::OpenSession { session, description });
-                CallReply::Session(SessionState::default())
+                ClientResponse::Session(SessionState::default())
             }
-            Call::OpenSessionWithKey {
+            ClientRequest::OpenSessionWithKey {
                 session, description, ..
             } => {
                 self.apply(LogBody::OpenSession { session, description });
-                CallReply::Session(SessionState::default())
+                ClientResponse::Session(SessionState::default())
             }
-            Call::KeepAlive { session } | Call::AnswerUnlinked { session, .. } => {
+            ClientRequest::KeepAlive { session } | ClientRequest::AnswerUnlinked { session, .. } => {
                 let view = self.metadata.view().unwrap();
                 let unlinked = view.unlinked_waiting_for(session, 1000).unwrap();
-                CallReply::Session(SessionState { unlinked })
+                ClientResponse::Session(SessionState { unlinked })
             }
-            Call::CloseSession { session } | Call::CloseSessionWithKey { session, .. } => {
+            ClientRequest::CloseSession { session } | ClientRequest::CloseSessionWithKey { session, .. } => {
                 self.apply(LogBody::EndSession { session });
-                CallReply::Session(SessionState::default())
+                ClientResponse::Session(SessionState::default())
             }
         }
     }

@@ -15,7 +15,7 @@ use axum::http::{HeaderMap, HeaderName, Request, Response, StatusCode};
 use bytes::Bytes;
 use quorumfs_client::Client;
 use quorumfs_proto::command::{IfExists, NewInode, NewKind, Operation, Privileges, Target};
-use quorumfs_proto::{Command, InodeNumber, Name, OperationResult, Piece, SymlinkTarget};
+use quorumfs_proto::{Command, Extent, InodeNumber, Name, OperationResult, SymlinkTarget};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tower::ServiceExt as _;
@@ -141,7 +141,7 @@ impl Rest {
     /// Writes into a file in place, as a mount does.
     async fn write(&self, inode: u64, offset: u64, payload: &[u8]) {
         let chunk = self.client.new_chunk(Bytes::copy_from_slice(payload));
-        let piece = Piece {
+        let piece = Extent {
             file_offset: offset,
             length: payload.len() as u32,
             chunk: chunk.id(),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use quorumfs_proto::limits::{HELD_ASKED_MAX, KEEP_ALIVE_INTERVAL_MS};
 use quorumfs_proto::statistics::ClientStatistics;
-use quorumfs_proto::{Call, CallReply, Command, InodeNumber, Operation, Refusal};
+use quorumfs_proto::{ClientRequest, ClientResponse, Command, InodeNumber, Operation, Refusal};
 use quorumfs_wire::UnlinkedQuestion;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
@@ -23,15 +23,15 @@ type UnlinkedHandler = dyn Fn(&[InodeNumber]) -> Vec<InodeNumber> + Send + Sync;
 type StatisticsSource = dyn Fn() -> ClientStatistics + Send + Sync;
 
 /// The background life of a session.
-pub(crate) struct Keeper {
+pub(crate) struct KeepAlive {
     mutator: Arc<Mutator>,
     unlinked: Mutex<Option<Arc<UnlinkedHandler>>>,
     statistics: Mutex<Option<Arc<StatisticsSource>>>,
 }
 
-impl Keeper {
-    pub(crate) fn new(mutator: Arc<Mutator>) -> Keeper {
-        Keeper {
+impl KeepAlive {
+    pub(crate) fn new(mutator: Arc<Mutator>) -> KeepAlive {
+        KeepAlive {
             mutator,
             unlinked: Mutex::new(None),
             statistics: Mutex::new(None),
@@ -79,7 +79,7 @@ impl Keeper {
     async fn keep_alive(&self, release: &mut Option<JoinHandle<()>>) -> Kept {
         let epoch = self.mutator.sessions.current();
         let session = epoch.session;
-        let mut call = Call::KeepAlive { session };
+        let mut call = ClientRequest::KeepAlive { session };
         // What is released after the handler has looked waits until the answer is decided.
         let _answering = self.mutator.answering.lock().await;
         loop {
@@ -87,8 +87,8 @@ impl Keeper {
             let statistics = source.map(|source| (&source()).into());
             let (state, question) = match self.mutator.calls.keep_alive(&call, statistics).await {
                 None => return Kept::Closed,
-                Some((CallReply::Session(state), question)) => (state, question),
-                Some((CallReply::Refused(Refusal::UnknownSession), _)) => {
+                Some((ClientResponse::Session(state), question)) => (state, question),
+                Some((ClientResponse::Refused(Refusal::UnknownSession), _)) => {
                     self.mutator.sessions.lose(&epoch, "it expired");
                     return Kept::Alive;
                 }
@@ -127,7 +127,7 @@ impl Keeper {
                     from,
                     through,
                     inodes,
-                }) => Call::AnswerUnlinked {
+                }) => ClientRequest::AnswerUnlinked {
                     session,
                     from,
                     through,

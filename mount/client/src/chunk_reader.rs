@@ -21,9 +21,9 @@ use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
+use crate::chunk_writer::{BYTES_IN_FLIGHT_MAX, Budget, TRANSFER_COST_BYTES_MIN};
 use crate::cluster::{Cluster, describe};
 use crate::connector::{Backoff, Connector, Purpose};
-use crate::put::{BYTES_IN_FLIGHT_MAX, Budget, TRANSFER_COST_BYTES_MIN};
 use crate::sources::{self, Health};
 
 /// A node that sends nothing for so long is passed over; with one of three nodes stopped, a read pauses so long once.
@@ -41,7 +41,7 @@ const PATIENCE_MS: u64 = 5_000;
 const REQUESTS_MAX: usize = BYTES_IN_FLIGHT_MAX / TRANSFER_COST_BYTES_MIN;
 
 /// The way chunks come from the nodes.
-pub(crate) struct Getter {
+pub(crate) struct ChunkReader {
     cluster: Arc<Cluster>,
     closing: CancellationToken,
     budget: Budget,
@@ -84,13 +84,13 @@ impl Round {
     }
 }
 
-impl Getter {
+impl ChunkReader {
     pub(crate) fn new(
         cluster: Arc<Cluster>,
         bytes_in_flight_max: usize,
         closing: CancellationToken,
-    ) -> Getter {
-        Getter {
+    ) -> ChunkReader {
+        ChunkReader {
             cluster,
             closing,
             budget: Budget::new(bytes_in_flight_max),

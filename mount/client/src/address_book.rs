@@ -16,7 +16,7 @@ const ADDRESSES_MAX: usize = 64;
 
 /// Where nodes are reached.
 #[derive(Debug)]
-pub(crate) struct Book {
+pub(crate) struct AddressBook {
     configured: Vec<String>,
     cluster: Option<ClusterId>,
     members: Vec<Member>,
@@ -24,16 +24,16 @@ pub(crate) struct Book {
     reached: HashMap<NodeId, String>,
 }
 
-impl Book {
+impl AddressBook {
     /// What the user gave, in that order.
-    pub(crate) fn new(addresses: Vec<String>) -> Book {
+    pub(crate) fn new(addresses: Vec<String>) -> AddressBook {
         let mut configured: Vec<String> = Vec::with_capacity(addresses.len());
         for address in addresses {
             if !configured.contains(&address) {
                 configured.push(address);
             }
         }
-        Book {
+        AddressBook {
             configured,
             cluster: None,
             members: Vec::new(),
@@ -167,7 +167,7 @@ mod tests {
     #[test]
     fn members_are_learned_and_each_has_one_address() {
         let given = ["alias:3030", "alias:3030", "node2:3030"];
-        let mut book = Book::new(given.map(String::from).to_vec());
+        let mut book = AddressBook::new(given.map(String::from).to_vec());
         assert_eq!(book.addresses(), ["alias:3030", "node2:3030"]);
         assert_eq!(book.nodes(), 2);
         let (node, leader) = book.learn("alias:3030", answer(1, 1, &[1, 2, 3])).unwrap();
@@ -190,7 +190,7 @@ mod tests {
 
     #[test]
     fn an_address_that_changes_hands_names_the_new_node() {
-        let mut book = Book::new(vec![String::from("a:1")]);
+        let mut book = AddressBook::new(vec![String::from("a:1")]);
         book.learn("a:1", answer(1, 1, &[1, 2])).unwrap();
         book.learn("a:1", answer(1, 2, &[1, 2])).unwrap();
         assert_eq!(book.address_of(&member(2)), "a:1");
@@ -199,7 +199,7 @@ mod tests {
 
     #[test]
     fn another_cluster_and_no_cluster_are_not_believed() {
-        let mut book = Book::new(vec![String::from("a:1")]);
+        let mut book = AddressBook::new(vec![String::from("a:1")]);
         let unmade = DiscoverResponse {
             cluster_id: Default::default(),
             ..answer(1, 1, &[1])

@@ -88,14 +88,14 @@ impl Budget {
 }
 
 /// The way chunks go to the leader.
-pub(crate) struct Putter {
+pub(crate) struct ChunkWriter {
     link: LeaderLink<Puts>,
     budget: Budget,
 }
 
-impl Putter {
-    pub(crate) fn new(cluster: Arc<Cluster>, bytes_in_flight_max: usize) -> Putter {
-        Putter {
+impl ChunkWriter {
+    pub(crate) fn new(cluster: Arc<Cluster>, bytes_in_flight_max: usize) -> ChunkWriter {
+        ChunkWriter {
             link: LeaderLink::new(cluster),
             budget: Budget::new(bytes_in_flight_max),
         }

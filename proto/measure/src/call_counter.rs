@@ -26,13 +26,13 @@ impl Ending {
 
 /// Calls of one kind: how many, how many failed, how many bytes they moved, how long they took.
 #[derive(Debug, Default)]
-pub struct Tally {
+pub struct CallCounter {
     failures: AtomicU64,
     bytes: AtomicU64,
     durations: Distribution,
 }
 
-impl Tally {
+impl CallCounter {
     /// A call ended. `bytes` of content that it moved count only if it did what was asked.
     pub fn record(&self, ending: Ending, bytes: u64, duration: Duration) {
         self.durations.record_duration(duration);
@@ -89,7 +89,7 @@ mod tests {
 
     #[test]
     fn failures_count_as_calls_and_move_no_bytes() {
-        let tally = Tally::default();
+        let tally = CallCounter::default();
         tally.record(Ending::Done, 10, Duration::from_micros(5));
         tally.record(Ending::Failed, 99, Duration::from_micros(7));
         let snapshot = tally.snapshot();
