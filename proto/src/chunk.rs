@@ -33,6 +33,113 @@ pub fn blocks_match(payload: &[u8], block_crcs: &[u32]) -> bool {
             .all(|(block, crc)| crc32c::crc32c(block) == *crc)
 }
 
+/// Why bytes are no chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadChunk {
+    /// There are none, or more than [`CHUNK_BYTES_MAX`].
+    #[error("a chunk has 1 to {CHUNK_BYTES_MAX} bytes, not {0}")]
+    Length(usize),
+    /// There is not one CRC for each block.
+    #[error("it has not one CRC for each block")]
+    CrcCount,
+    /// A block does not match its CRC.
+    #[error("a block does not match its CRC")]
+    Crc,
+}
+
+/// A whole chunk: 1 to [`CHUNK_BYTES_MAX`] bytes, with their SHA-256 and the CRC-32C of each block. The bytes matched the
+/// CRCs when it was made; the SHA-256 is its writer's word.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    id: ChunkId,
+    sha256: Sha256,
+    payload: Bytes,
+    block_crcs: Vec<u32>,
+}
+
+impl Chunk {
+    /// A chunk of `payload`, all checksums computed.
+    ///
+    /// # Errors
+    /// [`BadChunk::Length`].
+    pub fn new(id: ChunkId, payload: Bytes) -> Result<Chunk, BadChunk> {
+        let sha256 = Sha256::of(&payload);
+        Chunk::with_sha256(id, sha256, payload)
+    }
+
+    /// A chunk of trusted bytes whose SHA-256 is known, such as those that came inside a command.
+    ///
+    /// # Errors
+    /// [`BadChunk::Length`].
+    pub fn with_sha256(id: ChunkId, sha256: Sha256, payload: Bytes) -> Result<Chunk, BadChunk> {
+        check_length(&payload)?;
+        let block_crcs = block_crcs(&payload);
+        Ok(Chunk {
+            id,
+            sha256,
+            payload,
+            block_crcs,
+        })
+    }
+
+    /// A chunk that came over a network or from a disk: its bytes must match the CRCs that came with them.
+    ///
+    /// # Errors
+    /// Any [`BadChunk`].
+    pub fn checked(
+        id: ChunkId,
+        sha256: Sha256,
+        payload: Bytes,
+        block_crcs: Vec<u32>,
+    ) -> Result<Chunk, BadChunk> {
+        check_length(&payload)?;
+        if payload.len().div_ceil(BLOCK_BYTES as usize) != block_crcs.len() {
+            return Err(BadChunk::CrcCount);
+        }
+        match blocks_match(&payload, &block_crcs) {
+            true => Ok(Chunk {
+                id,
+                sha256,
+                payload,
+                block_crcs,
+            }),
+            false => Err(BadChunk::Crc),
+        }
+    }
+
+    /// Its identity.
+    pub fn id(&self) -> ChunkId {
+        self.id
+    }
+
+    /// The digest its writer computed.
+    pub fn sha256(&self) -> Sha256 {
+        self.sha256
+    }
+
+    /// Its bytes.
+    pub fn payload(&self) -> &Bytes {
+        &self.payload
+    }
+
+    /// The CRC-32C of each 4 KiB block of its bytes.
+    pub fn block_crcs(&self) -> &[u32] {
+        &self.block_crcs
+    }
+
+    /// How many bytes it has.
+    pub fn length(&self) -> u32 {
+        self.payload.len() as u32
+    }
+}
+
+fn check_length(payload: &Bytes) -> Result<(), BadChunk> {
+    match (1..=CHUNK_BYTES_MAX as usize).contains(&payload.len()) {
+        true => Ok(()),
+        false => Err(BadChunk::Length(payload.len())),
+    }
+}
+
 /// Where the bytes of a chunk are that a command names for the first time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ChunkBody {

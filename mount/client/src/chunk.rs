@@ -10,9 +10,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use quorumfs_proto::chunk::block_crcs;
-use quorumfs_proto::limits::CHUNK_BYTES_MAX;
-use quorumfs_proto::{ChunkBody, ChunkId, NewChunk, SessionId, Sha256};
+use quorumfs_proto::{Chunk, ChunkBody, ChunkId, NewChunk, SessionId, Sha256};
 use quorumfs_wire as wire;
 
 /// The chunks of one session.
@@ -103,46 +101,38 @@ pub struct FreshChunk {
 
 #[derive(Debug)]
 struct Fresh {
-    payload: Bytes,
-    sha256: Sha256,
-    block_crcs: Vec<u32>,
-    claim: Claim,
+    chunk: Chunk,
+    /// Keeps the mark below it.
+    _claim: Claim,
 }
 
 impl FreshChunk {
     /// Draws an identity for `payload` and computes its checksums.
     pub(crate) fn new(ledger: &Arc<ChunkLedger>, payload: Bytes) -> FreshChunk {
-        assert!(
-            !payload.is_empty() && payload.len() <= CHUNK_BYTES_MAX as usize,
-            "a chunk has 1 to {CHUNK_BYTES_MAX} bytes, not {}",
-            payload.len()
-        );
+        let claim = ledger.claim_new();
+        let id = ChunkId {
+            session: ledger.session,
+            counter: claim.counter,
+        };
+        let chunk = Chunk::new(id, payload).unwrap_or_else(|bad| panic!("{bad}"));
         FreshChunk {
-            fresh: Arc::new(Fresh {
-                sha256: Sha256::of(&payload),
-                block_crcs: block_crcs(&payload),
-                payload,
-                claim: ledger.claim_new(),
-            }),
+            fresh: Arc::new(Fresh { chunk, _claim: claim }),
         }
     }
 
     /// Its identity.
     pub fn id(&self) -> ChunkId {
-        ChunkId {
-            session: self.fresh.claim.ledger.session,
-            counter: self.fresh.claim.counter,
-        }
+        self.fresh.chunk.id()
     }
 
     /// Its bytes.
     pub fn payload(&self) -> &Bytes {
-        &self.fresh.payload
+        self.fresh.chunk.payload()
     }
 
     /// Their digest.
     pub fn sha256(&self) -> Sha256 {
-        self.fresh.sha256
+        self.fresh.chunk.sha256()
     }
 
     /// How a command names it after [`crate::Client::put_chunk`] returned.
@@ -153,26 +143,20 @@ impl FreshChunk {
     /// How a command brings it along, without a put. For at most
     /// [`quorumfs_proto::limits::INLINE_BYTES_MAX`] bytes in one command.
     pub fn inline(&self) -> NewChunk {
-        self.named(ChunkBody::Inline(self.fresh.payload.clone()))
+        self.named(ChunkBody::Inline(self.payload().clone()))
     }
 
     fn named(&self, body: ChunkBody) -> NewChunk {
         NewChunk {
             id: self.id(),
-            length: self.fresh.payload.len() as u32,
-            sha256: self.fresh.sha256,
+            length: self.fresh.chunk.length(),
+            sha256: self.sha256(),
             body,
         }
     }
 
     pub(crate) fn request(&self) -> wire::PutChunkRequest {
-        wire::PutChunkRequest {
-            call_id: 0,
-            chunk: Some(self.id().into()),
-            sha256: Bytes::copy_from_slice(&self.fresh.sha256.0),
-            payload: self.fresh.payload.clone(),
-            block_crcs: self.fresh.block_crcs.clone(),
-        }
+        (&self.fresh.chunk).into()
     }
 }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use quorumfs_blocks::is_medium_error;
+use quorumfs_proto::BadChunk;
 use quorumfs_proto::ChunkId;
 
 /// Why the content store did not do what it was asked.
@@ -38,13 +39,8 @@ pub enum ContentError {
         held: u32,
     },
     /// What was to be stored is no chunk: nothing was written.
-    #[error("chunk {id} was refused: {what}")]
-    Malformed {
-        /// Its id.
-        id: ChunkId,
-        /// What is wrong with it.
-        what: &'static str,
-    },
+    #[error(transparent)]
+    Malformed(#[from] BadChunk),
     /// The disk is full (or nearly: a reserve is left to those who delete). The store stays usable.
     #[error("no space left for content")]
     NoSpace,

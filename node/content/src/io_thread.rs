@@ -10,9 +10,9 @@ use std::thread::JoinHandle;
 use mea::oneshot;
 use mea::semaphore::{OwnedSemaphorePermit, Semaphore};
 
-use super::chunk::StoredChunk;
 use super::error::ContentError;
 use super::writer::SegmentWriter;
+use quorumfs_proto::Chunk;
 
 /// Most bytes of chunks that wait to be written: a second's work of a slow disk, and more than one flush can use.
 const PUT_QUEUE_BYTES_MAX: usize = 64 << 20;
@@ -21,7 +21,7 @@ const FLUSH_BYTES_MAX: usize = 16 << 20;
 
 enum Job {
     Put {
-        chunk: StoredChunk,
+        chunk: Chunk,
         // Given back when the put is answered.
         admission: OwnedSemaphorePermit,
         done: oneshot::Sender<Result<(), ContentError>>,
@@ -59,10 +59,9 @@ impl IoThread {
     }
 
     /// Writes `chunk`; durable when it returns.
-    pub async fn put(&self, chunk: StoredChunk) -> Result<(), ContentError> {
-        chunk.check_shape()?;
+    pub async fn put(&self, chunk: Chunk) -> Result<(), ContentError> {
         let admission = Arc::clone(&self.admission)
-            .acquire_owned(chunk.payload.len())
+            .acquire_owned(chunk.payload().len())
             .await;
         let (done, answer) = oneshot::channel();
         self.send(Job::Put {
@@ -127,7 +126,7 @@ fn run(writer: &SegmentWriter, jobs: &mpsc::Receiver<Job>, puts: &AtomicU64) {
                     admission,
                     done,
                 } => {
-                    written_bytes += chunk.payload.len();
+                    written_bytes += chunk.payload().len();
                     match writer.append(&chunk) {
                         Ok(_) => put_waiters.push((done, admission)),
                         // Who no longer waits does not mind, here and below.

@@ -30,7 +30,7 @@ mod store;
 mod tests;
 mod writer;
 
-pub use chunk::{ChunkRange, Space, StoredChunk};
+pub use chunk::{ChunkRange, Space};
 pub use error::{ContentError, Stopped};
 pub use options::{ContentOptions, Unlisted};
 pub use reclaim::{Quarantined, Rewritten};

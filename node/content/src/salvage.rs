@@ -10,15 +10,13 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use quorumfs_proto::chunk::blocks_match;
-
 use super::aside::{SetAside, Unreadable, set_aside};
-use super::chunk::StoredChunk;
 use super::error::ContentError;
 use super::record::{Mark, RecordHeader};
 use super::scan::{Tolerance, readable_records};
 use super::segment::read_exact_at;
 use super::store::ContentStore;
+use quorumfs_proto::Chunk;
 
 /// Pages of a file that may be unreadable before the rest of it is not looked at any more: a failing disk takes seconds for
 /// each.
@@ -124,17 +122,12 @@ impl ContentStore {
 }
 
 /// The chunk of a record, if all of it can be read and is what was written.
-fn whole_record(file: &File, header: &RecordHeader, salt: u64) -> Option<StoredChunk> {
+fn whole_record(file: &File, header: &RecordHeader, salt: u64) -> Option<Chunk> {
     let layout = header.layout;
     let mut head = vec![0; layout.head_bytes()];
     read_exact_at(file, &mut head, layout.position).ok()?;
     let (header, block_crcs) = RecordHeader::decode(&head, salt, layout.position)?;
     let mut payload = vec![0; layout.length as usize];
     read_exact_at(file, &mut payload, layout.payload_at()).ok()?;
-    blocks_match(&payload, &block_crcs).then(|| StoredChunk {
-        id: header.id,
-        sha256: header.sha256,
-        payload: payload.into(),
-        block_crcs,
-    })
+    Chunk::checked(header.id, header.sha256, payload.into(), block_crcs).ok()
 }

@@ -19,10 +19,10 @@ use quick_cache::sync::Cache;
 use quorumfs_measure::Snapshot;
 use quorumfs_proto::chunk::blocks_match;
 use quorumfs_proto::limits::BLOCK_BYTES;
-use quorumfs_proto::{ChunkId, Sha256};
+use quorumfs_proto::{Chunk, ChunkId, Sha256};
 
 use super::aside::{Unreadable, files_set_aside, set_folder_aside};
-use super::chunk::{ChunkRange, Space, StoredChunk};
+use super::chunk::{ChunkRange, Space};
 use super::error::{ContentError, Stopped};
 use super::index::{Index, RecordLocation};
 use super::io_thread::IoThread;
@@ -172,7 +172,7 @@ impl ContentStore {
     }
 
     /// Writes `chunk` without waiting for the disk; nothing happens if it is there already. Blocks, but not for long.
-    pub fn append(&self, chunk: &StoredChunk) -> Result<(), ContentError> {
+    pub fn append(&self, chunk: &Chunk) -> Result<(), ContentError> {
         if self.writer.append(chunk)? == Appended::SegmentFull {
             self.io_thread.flush_soon()?;
         }
@@ -181,8 +181,8 @@ impl ContentStore {
 
     /// Writes `chunk`; on disk when it returns. Nothing happens if it is on disk already. Waits while the chunks that
     /// wait to be written are more than the queue's bound. Dropping the future does not take the chunk back.
-    pub async fn put(&self, chunk: StoredChunk) -> Result<(), ContentError> {
-        if self.index.holds_durably(chunk.id) {
+    pub async fn put(&self, chunk: Chunk) -> Result<(), ContentError> {
+        if self.index.holds_durably(chunk.id()) {
             return Ok(self.writer.fault.check()?);
         }
         self.io_thread.put(chunk).await
@@ -206,14 +206,15 @@ impl ContentStore {
     }
 
     /// All of `id`, verified block by block. Blocks.
-    pub fn read_whole(&self, id: ChunkId) -> Result<StoredChunk, ContentError> {
+    pub fn read_whole(&self, id: ChunkId) -> Result<Chunk, ContentError> {
         self.with_place(id, |segment, place| {
             let record = self.read_record(id, segment, place, 0, place.length)?;
-            Ok(StoredChunk {
-                id,
-                sha256: record.sha256,
-                payload: record.range.payload,
-                block_crcs: record.range.block_crcs,
+            let range = record.range;
+            Chunk::checked(id, record.sha256, range.payload, range.block_crcs).map_err(|_| {
+                ContentError::Corrupt {
+                    id,
+                    what: "a block as read",
+                }
             })
         })
     }

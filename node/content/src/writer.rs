@@ -20,13 +20,14 @@ use parking_lot::Mutex;
 use quorumfs_measure::{Distribution, Snapshot};
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 
-use super::chunk::{Space, StoredChunk};
+use super::chunk::Space;
 use super::error::{ContentError, Stopped};
 use super::fault::Fault;
 use super::index::Index;
 use super::options::ContentOptions;
 use super::record::{Entry, Footer, Layout, Mark, RecordHeader, SEGMENT_HEADER_BYTES};
 use super::segment::{SEGMENT_RECORDS_MAX, Sealing, Segment, SegmentState, begin_writing_out, write_record};
+use quorumfs_proto::Chunk;
 
 /// Most segments that are full and wait for their footer: bounds what is dirty and the tables in memory. The I/O
 /// thread seals one as soon as it is full, so more than one means that the disk does not keep up.
@@ -130,11 +131,10 @@ impl SegmentWriter {
     }
 
     /// Writes `chunk`, unless it is there. Not durable.
-    pub fn append(&self, chunk: &StoredChunk) -> Result<Appended, ContentError> {
+    pub fn append(&self, chunk: &Chunk) -> Result<Appended, ContentError> {
         self.fault.check()?;
-        chunk.check_shape()?;
         let mut tail = self.tail.lock();
-        if self.index.contains(chunk.id) {
+        if self.index.contains(chunk.id()) {
             return Ok(Appended::Quietly);
         }
         let full_before = tail.full.len();
@@ -149,7 +149,7 @@ impl SegmentWriter {
     }
 
     /// Writes a second record of `chunk`, of which the index is not told. Not durable.
-    pub fn append_copy(&self, chunk: &StoredChunk) -> Result<(Arc<Segment>, Entry), ContentError> {
+    pub fn append_copy(&self, chunk: &Chunk) -> Result<(Arc<Segment>, Entry), ContentError> {
         self.fault.check()?;
         let mut tail = self.tail.lock();
         let written = self.write(&mut tail, chunk)?;
@@ -246,7 +246,7 @@ impl SegmentWriter {
     }
 
     /// Writes the record at the end of the active segment, or of a new one if it does not fit.
-    fn write(&self, tail: &mut Tail, chunk: &StoredChunk) -> Result<(Arc<Segment>, Entry), ContentError> {
+    fn write(&self, tail: &mut Tail, chunk: &Chunk) -> Result<(Arc<Segment>, Entry), ContentError> {
         let length = chunk.length();
         let fits = tail.active.as_ref().is_some_and(|active| {
             active.fits(Layout {
@@ -265,18 +265,18 @@ impl SegmentWriter {
         };
         let header = RecordHeader {
             mark: Mark::Live,
-            id: chunk.id,
+            id: chunk.id(),
             layout,
             flushed: active.segment.flushed(),
-            sha256: chunk.sha256,
+            sha256: chunk.sha256(),
         };
-        let head = header.encode(active.segment.salt, &chunk.block_crcs);
-        write_record(&active.file, layout, &head, &chunk.payload)
+        let head = header.encode(active.segment.salt, chunk.block_crcs());
+        write_record(&active.file, layout, &head, chunk.payload())
             .map_err(|source| ContentError::io("append to", &active.segment.path, source))?;
         if layout.record_bytes() >= WRITE_OUT_FROM_BYTES {
             begin_writing_out(&active.file, layout.position, layout.record_bytes());
         }
-        let entry = Entry::new(chunk.id, layout);
+        let entry = Entry::new(chunk.id(), layout);
         if let SegmentState::Open(table) = &mut *active.segment.state.lock() {
             table.push(entry, Mark::Live);
         }

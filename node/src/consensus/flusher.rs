@@ -24,13 +24,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
-use quorumfs_proto::{ChunkBody, ChunkId};
+use quorumfs_proto::{Chunk, ChunkBody, ChunkId};
 
 use super::fatal::{FatalError, FatalSignal};
 use super::log::LogStore;
 use super::types::Entry;
 use super::unstored::Unstored;
-use quorumfs_content::{ContentError, ContentStore, StoredChunk};
+use quorumfs_content::{ContentError, ContentStore};
 use quorumfs_metadata::{LogBody, LogCommand, MetadataStore, Position, StorageFault};
 
 /// How often the thread looks whether there is something to do.
@@ -233,11 +233,11 @@ impl Flusher {
     }
 
     /// Stores `chunk`, which the applied entry `index` brought; where there is no room, notes that the log has it.
-    pub fn store(&self, index: u64, chunk: &StoredChunk) -> Result<(), FatalError> {
+    pub fn store(&self, index: u64, chunk: &Chunk) -> Result<(), FatalError> {
         match self.content.append(chunk) {
             Ok(()) => Ok(()),
             Err(ContentError::NoSpace) => {
-                self.work.lock().unstored.add(index, chunk.id);
+                self.work.lock().unstored.add(index, chunk.id());
                 Ok(())
             }
             Err(error) => Err(self.fatal.raise("store content that came with a command", error)),
@@ -425,10 +425,10 @@ fn inline_ids(entry: &Entry) -> impl Iterator<Item = ChunkId> {
     inline.map(|chunk| chunk.id)
 }
 
-fn inline_chunk(entry: &Entry, id: ChunkId) -> Option<StoredChunk> {
+fn inline_chunk(entry: &Entry, id: ChunkId) -> Option<Chunk> {
     let chunk = command_of(entry)?.chunks.iter().find(|chunk| chunk.id == id)?;
     match &chunk.body {
-        ChunkBody::Inline(payload) => Some(StoredChunk::computed(id, chunk.sha256, payload.clone())),
+        ChunkBody::Inline(payload) => Chunk::with_sha256(id, chunk.sha256, payload.clone()).ok(),
         ChunkBody::Stored => None,
     }
 }

@@ -10,11 +10,11 @@
 use std::time::{Duration, Instant};
 
 use openraft::EntryPayload;
-use quorumfs_proto::{ChunkBody, NewChunk};
+use quorumfs_proto::{Chunk, ChunkBody, NewChunk};
 
 use super::log::LogStore;
 use super::types::Entry;
-use quorumfs_content::{ContentError, ContentStore, StoredChunk};
+use quorumfs_content::{ContentError, ContentStore};
 use quorumfs_metadata::{Failure, LogBody, LogCommand, View};
 
 /// Who found no room for a snapshot, or for what it would take away, does not look at another for so long: to send one
@@ -76,7 +76,11 @@ pub fn rescue_content(
             if !named.is_some_and(|named| named.sha256 == chunk.sha256 && named.length == chunk.length) {
                 continue;
             }
-            match content.append(&StoredChunk::computed(chunk.id, chunk.sha256, payload.clone())) {
+            let chunk = Chunk::with_sha256(chunk.id, chunk.sha256, payload.clone());
+            match chunk
+                .map_err(ContentError::from)
+                .and_then(|chunk| content.append(&chunk))
+            {
                 Ok(()) => {}
                 Err(ContentError::NoSpace) => without_room += 1,
                 Err(error) => return Err(error.into()),

@@ -17,7 +17,7 @@ use futures::{Stream, StreamExt};
 use openraft::storage::{ApplyResponder, EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
 use parking_lot::Mutex;
-use quorumfs_proto::{ChunkId, codec};
+use quorumfs_proto::{Chunk, ChunkId, codec};
 use tokio::sync::mpsc;
 
 use super::fatal::{FatalError, FatalSignal, StartAnew};
@@ -28,7 +28,6 @@ use super::position::decode_position;
 use super::rescue::{RescueError, Rescued, rescue_content};
 use super::snapshot::{Builder, SnapshotData, SnapshotTraffic, held_snapshot};
 use super::types::{Entry, LogId, SnapshotMeta, StoredMembership, TypeConfig};
-use quorumfs_content::StoredChunk;
 use quorumfs_metadata::{ApplyResult, LogBody, LogCommand, MetadataStore, Position, Snapshot, View};
 
 /// Most entries published at once: the first of them waits for the last.
@@ -166,7 +165,8 @@ impl StateMachine {
                         .map_err(|fault| self.fatal.raise_at(log_id.index, fault))?;
                     for chunk in applied.effects.inline {
                         consequences.named.push(chunk.id);
-                        let chunk = StoredChunk::computed(chunk.id, chunk.sha256, chunk.payload);
+                        let chunk = Chunk::with_sha256(chunk.id, chunk.sha256, chunk.payload)
+                            .map_err(|bad| self.fatal.raise("take content out of a command", bad))?;
                         self.flusher.store(log_id.index, &chunk)?;
                     }
                     consequences.named.extend(applied.effects.named);

@@ -23,7 +23,7 @@ use parking_lot::Mutex;
 use quorumfs_proto::call::Mutation;
 use quorumfs_proto::limits::BLOCK_BYTES;
 use quorumfs_proto::{
-    ChunkBody, ChunkId, ClientResponse, Extent, FsError, InodeNumber, NewChunk, Operation, Refusal,
+    Chunk, ChunkBody, ChunkId, ClientResponse, Extent, FsError, InodeNumber, NewChunk, Operation, Refusal,
     SessionId, Sha256,
 };
 use tracing::{debug, info, warn};
@@ -33,7 +33,6 @@ use crate::leader::read::Reader;
 use crate::leader::sessions::SessionKeeper;
 use crate::leader::write::Writer;
 use crate::pace::Pacer;
-use quorumfs_content::StoredChunk;
 use quorumfs_metadata::{
     ApplyResult, COMMAND_FREED_EXTENTS_MAX, Crowded, Failure, LogBody, MetadataStore, Run, RunTerms, Runs,
     SessionKey, View,
@@ -303,15 +302,13 @@ impl Rewriter {
             session: session.id,
             counter: session.next_counter.fetch_add(1, Ordering::Relaxed),
         };
-        let made = tokio::task::spawn_blocking(move || {
-            let sha256 = Sha256::of(&payload);
-            StoredChunk::computed(id, sha256, payload)
-        });
+        let made = tokio::task::spawn_blocking(move || Chunk::new(id, payload));
         let stored = made.await.map_err(|panic| panic.to_string())?;
+        let stored = stored.map_err(|bad| bad.to_string())?;
         let chunk = NewChunk {
             id,
-            length: stored.payload.len() as u32,
-            sha256: stored.sha256,
+            length: stored.length(),
+            sha256: stored.sha256(),
             body: ChunkBody::Stored,
         };
         self.writer

@@ -23,7 +23,7 @@ use quorumfs_measure::Ending;
 use quorumfs_proto::call::{Mutation, SessionState};
 use quorumfs_proto::limits::SESSION_DESCRIPTION_BYTES_MAX;
 use quorumfs_proto::{
-    ChunkBody, ChunkId, ClientResponse, FsError, Member, NodeId, Refusal, SessionId, Timestamp,
+    Chunk, ChunkBody, ChunkId, ClientResponse, FsError, Member, NodeId, Refusal, SessionId, Timestamp,
 };
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
@@ -36,7 +36,7 @@ use crate::observe::metrics::replication::{CopyPlace, ReplicationSpan};
 use crate::replication::placement::Placement;
 use crate::replication::space::SpaceMonitor;
 use crate::replication::{PeerChunks, PushError};
-use quorumfs_content::{ContentError, ContentStore, StoredChunk};
+use quorumfs_content::{ContentError, ContentStore};
 use quorumfs_metadata::{ApplyResult, Crowded, LogBody, LogCommand, SessionKey};
 
 /// How long a chunk may take to reach a quorum before the client is told to put it again.
@@ -101,20 +101,20 @@ impl Writer {
     }
 
     /// Stores a chunk whose blocks match their checksums; it is durable on f + 1 voters when this returns. The remaining copies go on being made.
-    pub async fn put_chunk(&self, chunk: StoredChunk) -> Result<(), PutError> {
+    pub async fn put_chunk(&self, chunk: Chunk) -> Result<(), PutError> {
         if !self.consensus.is_leader() {
             return Err(PutError::NotLeader(self.consensus.leader()));
         }
         if !self.space.quorum_has_room() {
             return Err(PutError::NoSpace);
         }
-        let id = chunk.id;
+        let id = chunk.id();
         let term = self.consensus.term();
         let (places, stand_ins) = self.who_takes(id);
         let journey = self
             .metrics
             .replication
-            .begin(chunk.payload.len() as u64, places.len());
+            .begin(chunk.payload().len() as u64, places.len());
         let enough = self.copy_to_quorum(chunk, places, stand_ins, &journey);
         let holders = tokio::time::timeout(Duration::from_millis(QUORUM_TIMEOUT_MS), enough)
             .await
@@ -161,7 +161,7 @@ impl Writer {
     /// The copies still being made then go on without anyone waiting; recovery makes what fails.
     async fn copy_to_quorum(
         &self,
-        chunk: StoredChunk,
+        chunk: Chunk,
         places: Vec<Member>,
         mut stand_ins: VecDeque<Member>,
         journey: &Arc<ReplicationSpan>,
@@ -343,7 +343,7 @@ impl Writer {
     /// Begins to copy the chunk to `member`; tells when it is done.
     fn make_copy(
         &self,
-        chunk: StoredChunk,
+        chunk: Chunk,
         member: Member,
         journey: &Arc<ReplicationSpan>,
         tell: mpsc::Sender<(NodeId, Result<(), CopyError>)>,

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use quorumfs_proto::{ChunkId, Member, NodeId, Sha256};
+use quorumfs_proto::{Chunk, ChunkId, Member, NodeId, Sha256};
 use quorumfs_wire::{
     ChunkStatus, GetChunkRequest, GetChunkResponse, HeldChunksRequest, PutChunkRequest, PutChunkResponse,
     VerifyChunksRequest,
@@ -22,10 +22,11 @@ use tokio::sync::Semaphore;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Response, Status, Streaming};
 
-use super::messages::{MalformedChunk, chunk_range, put_request};
+use super::messages::chunk_range;
 use super::stream::{Lost, PeerStream, Protocol};
 use crate::transport::{Peer, Purpose, Transport};
-use quorumfs_content::{ChunkRange, StoredChunk};
+use quorumfs_content::ChunkRange;
+use quorumfs_wire::MalformedChunk;
 
 /// Most bytes of chunks under way to one peer: at 100 MB/s more than half a second's worth; a peer that is further
 /// behind is left to recovery.
@@ -214,17 +215,17 @@ impl PeerChunks {
     }
 
     /// Sends `chunk` to `to`; on that node's disk when it returns.
-    pub async fn push(&self, to: &Member, chunk: &StoredChunk) -> Result<(), PushError> {
+    pub async fn push(&self, to: &Member, chunk: &Chunk) -> Result<(), PushError> {
         let peer = to.id;
         let unreachable = |reason: String| PushError::Unreachable { peer, reason };
         let lines = self.lines(to).map_err(|error| unreachable(error.to_string()))?;
         let admission = Arc::clone(&lines.push_admission)
-            .try_acquire_many_owned(permits(chunk.payload.len()))
+            .try_acquire_many_owned(permits(chunk.payload().len()))
             .map_err(|_| PushError::QueueFull { peer })?;
         // The line gives the call its number.
         let answer = lines
             .push
-            .call(put_request(0, chunk), admission)
+            .call(chunk.into(), admission)
             .await
             .map_err(|lost: Lost| unreachable(lost.to_string()))?;
         match answer.status() {
@@ -273,7 +274,7 @@ impl PeerChunks {
         match answer.status() {
             ChunkStatus::Ok => {
                 let range = chunk_range(answer).map_err(|error| match error {
-                    MalformedChunk::Invalid(what) | MalformedChunk::Corrupt(what) => corrupt(what),
+                    MalformedChunk::Invalid(what) | MalformedChunk::Corrupt(what) => corrupt(&what),
                 })?;
                 match range.exactly(offset, length) {
                     Some(_) => Ok(range),
@@ -297,7 +298,7 @@ impl PeerChunks {
         id: ChunkId,
         length: u32,
         sha256: Sha256,
-    ) -> Result<StoredChunk, FetchError> {
+    ) -> Result<Chunk, FetchError> {
         let range = self.fetch(from, id, 0, length).await?;
         let peer = from.id;
         let corrupt = |what: &str| FetchError::Corrupt {
@@ -307,14 +308,10 @@ impl PeerChunks {
         if range.offset != 0 || range.payload.len() != length as usize {
             return Err(corrupt("its length is not what the metadata names"));
         }
-        let chunk = StoredChunk {
-            id,
-            sha256,
-            payload: range.payload,
-            block_crcs: range.block_crcs,
-        };
+        let chunk = Chunk::checked(id, sha256, range.payload, range.block_crcs)
+            .map_err(|bad| corrupt(&bad.to_string()))?;
         // A millisecond of hashing does not belong between other calls' polls.
-        tokio::task::spawn_blocking(move || (Sha256::of(&chunk.payload) == chunk.sha256).then_some(chunk))
+        tokio::task::spawn_blocking(move || (Sha256::of(chunk.payload()) == chunk.sha256()).then_some(chunk))
             .await
             .ok()
             .flatten()

@@ -4,6 +4,7 @@
 //! Commands and queries travel inside these messages as bytes in the encoding of `quorumfs_proto::codec`; the messages
 //! of the consensus are opaque here. This crate knows nothing of sockets, disks, FUSE or Raft.
 
+mod chunk;
 mod member;
 mod statistics;
 
@@ -13,6 +14,7 @@ mod messages {
     tonic::include_proto!("quorumfs.v1");
 }
 
+pub use chunk::MalformedChunk;
 pub use member::NotAMember;
 pub use messages::*;
 

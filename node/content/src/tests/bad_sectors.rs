@@ -53,8 +53,8 @@ pub(crate) fn check_folder(directory: &Path) -> io::Result<()> {
 }
 
 /// A sealed segment with so many chunks of 30,000 bytes.
-fn sealed(folder: &Path, count: u64) -> (Vec<StoredChunk>, PathBuf) {
-    let chunks: Vec<StoredChunk> = (0..count).map(|counter| chunk(counter, 30_000)).collect();
+fn sealed(folder: &Path, count: u64) -> (Vec<Chunk>, PathBuf) {
+    let chunks: Vec<Chunk> = (0..count).map(|counter| chunk(counter, 30_000)).collect();
     let (store, _) = open(folder);
     chunks.iter().for_each(|chunk| store.append(chunk).unwrap());
     drop(store);
@@ -88,7 +88,7 @@ fn a_segment_that_cannot_be_read_whole_is_set_aside_and_what_can_be_is_kept() {
         let lost_max = if what.ends_with("middle") { 3 } else { lost_max };
         let (store, report) = open(folder.path());
         assert_eq!(report.unreadable_segments, 1, "{what}: {report:?}");
-        let held: Vec<&StoredChunk> = chunks.iter().filter(|chunk| store.holds(chunk.id)).collect();
+        let held: Vec<&Chunk> = chunks.iter().filter(|chunk| store.holds(chunk.id())).collect();
         assert!(
             held.len() >= chunks.len() - lost_max,
             "{what}: {} are left",
@@ -128,9 +128,9 @@ fn a_segment_with_too_much_that_is_unreadable_is_said_not_to_be_looked_at_to_the
         "{report:?}"
     );
     // What lies behind it is readable still, where it is.
-    assert!(!store.holds(chunks[119].id));
+    assert!(!store.holds(chunks[119].id()));
     let aside = &store.files_set_aside()[0];
-    find(aside, &chunks[119].payload[..64]);
+    find(aside, &chunks[119].payload()[..64]);
 
     let folder = tempfile::tempdir().unwrap();
     let (_, segment) = sealed(folder.path(), 40);
@@ -151,20 +151,20 @@ fn what_was_discarded_does_not_come_back_from_an_unreadable_segment() {
     let (store, report) = open(folder.path());
     assert_eq!((report.unreadable_segments, report.chunks), (1, 30));
     for chunk in &chunks {
-        assert_eq!(store.holds(chunk.id), !(10..20).contains(&chunk.id.counter));
+        assert_eq!(store.holds(chunk.id()), !(10..20).contains(&chunk.id().counter));
     }
 }
 
 #[test]
 fn a_torn_segment_with_a_bad_sector_is_salvaged_too() {
     let folder = tempfile::tempdir().unwrap();
-    let chunks: Vec<StoredChunk> = (0..40).map(|counter| chunk(counter, 30_000)).collect();
+    let chunks: Vec<Chunk> = (0..40).map(|counter| chunk(counter, 30_000)).collect();
     let (store, _) = open(folder.path());
     chunks.iter().for_each(|chunk| store.append(chunk).unwrap());
     drop(store);
     // In a payload that must be read, for nothing says that it is on disk.
     let segment = segment_files(folder.path()).remove(0);
-    let at = find(&segment, &chunks[7].payload[..64]);
+    let at = find(&segment, &chunks[7].payload()[..64]);
     spoil(&segment, at + 9_000..at + 9_001);
     let (store, report) = open(folder.path());
     assert_eq!((report.unreadable_segments, report.chunks), (1, 39));

@@ -30,7 +30,7 @@ fn a_tail_torn_at_any_byte_costs_only_the_torn_record() {
     for chunk in &chunks {
         last = Layout {
             position: end,
-            length: chunk.payload.len() as u32,
+            length: chunk.payload().len() as u32,
         };
         end = last.end();
     }
@@ -74,14 +74,14 @@ fn a_tail_torn_at_any_byte_costs_only_the_torn_record() {
 #[test]
 fn a_torn_record_does_not_cost_those_behind_it() {
     let folder = tempfile::tempdir().unwrap();
-    let chunks: Vec<StoredChunk> = (0..5).map(|counter| chunk(counter, 90_000)).collect();
+    let chunks: Vec<Chunk> = (0..5).map(|counter| chunk(counter, 90_000)).collect();
     {
         let (store, _) = open(folder.path());
         chunks.iter().for_each(|chunk| store.append(chunk).unwrap());
     }
     let segment = &segment_files(folder.path())[0];
-    let payload_at = find(segment, &chunks[1].payload[..64]);
-    let head_at = find(segment, &chunks[3].sha256.0);
+    let payload_at = find(segment, &chunks[1].payload()[..64]);
+    let head_at = find(segment, &chunks[3].sha256().0);
     let file = writable(segment);
     file.write_all_at(&[0; 100], payload_at + 50_000).unwrap();
     file.write_all_at(&[0; 4], head_at).unwrap();
@@ -98,7 +98,7 @@ fn a_torn_record_does_not_cost_those_behind_it() {
 #[tokio::test]
 async fn below_the_watermark_payloads_are_not_read_at_opening() {
     let folder = tempfile::tempdir().unwrap();
-    let chunks: Vec<StoredChunk> = (0..4).map(|counter| chunk(counter, 10_000)).collect();
+    let chunks: Vec<Chunk> = (0..4).map(|counter| chunk(counter, 10_000)).collect();
     {
         let (store, _) = open(folder.path());
         for chunk in &chunks {
@@ -106,7 +106,7 @@ async fn below_the_watermark_payloads_are_not_read_at_opening() {
         }
     }
     let segment = &segment_files(folder.path())[0];
-    let at = find(segment, &chunks[0].payload[..64]);
+    let at = find(segment, &chunks[0].payload()[..64]);
     writable(segment).write_all_at(&[0; 8], at).unwrap();
     let (store, report) = open(folder.path());
     // Only the last put is above the watermark that a record carries.
@@ -122,12 +122,12 @@ async fn below_the_watermark_payloads_are_not_read_at_opening() {
 async fn a_damaged_block_is_never_served_and_the_others_are() {
     let folder = tempfile::tempdir().unwrap();
     let (store, _) = open(folder.path());
-    let chunks: Vec<StoredChunk> = (0..3).map(|counter| chunk(counter, 1 << 20)).collect();
+    let chunks: Vec<Chunk> = (0..3).map(|counter| chunk(counter, 1 << 20)).collect();
     for chunk in &chunks {
         store.put(chunk.clone()).await.unwrap();
     }
     let segment = &segment_files(folder.path())[0];
-    let at = find(segment, &chunks[1].payload[5 * 4096..5 * 4096 + 64]);
+    let at = find(segment, &chunks[1].payload()[5 * 4096..5 * 4096 + 64]);
     assert_eq!(at % 4096, 0, "blocks of large chunks lie on pages");
     writable(segment).write_all_at(b"!", at + 17).unwrap();
 
@@ -138,7 +138,7 @@ async fn a_damaged_block_is_never_served_and_the_others_are() {
             _ => assert_eq!(
                 read.unwrap().payload,
                 chunks[1]
-                    .payload
+                    .payload()
                     .slice(block as usize * 4096..(block as usize + 1) * 4096)
             ),
         }
@@ -183,7 +183,7 @@ async fn any_damaged_byte_of_a_record_is_noticed() {
         file.read_exact_at(&mut byte, at).unwrap();
         file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
         assert!(
-            matches!(store.read_whole(chunk.id), Err(ContentError::Corrupt { .. })),
+            matches!(store.read_whole(chunk.id()), Err(ContentError::Corrupt { .. })),
             "byte {at}"
         );
         file.write_all_at(&byte, at).unwrap();
@@ -195,12 +195,14 @@ async fn any_damaged_byte_of_a_record_is_noticed() {
 fn wrong_bytes_with_right_crcs_are_found_by_their_digest() {
     let folder = tempfile::tempdir().unwrap();
     let (store, _) = open(folder.path());
-    let mut chunk = chunk(1, 5000);
-    chunk.sha256.0[0] ^= 1;
+    let right = chunk(1, 5000);
+    let mut sha256 = right.sha256();
+    sha256.0[0] ^= 1;
+    let chunk = Chunk::with_sha256(right.id(), sha256, right.payload().clone()).unwrap();
     store.append(&chunk).unwrap();
     assert_served(&store, &chunk);
     assert!(matches!(
-        store.verify(chunk.id),
+        store.verify(chunk.id()),
         Err(ContentError::Corrupt { what: "SHA-256", .. })
     ));
 }
@@ -208,7 +210,7 @@ fn wrong_bytes_with_right_crcs_are_found_by_their_digest() {
 #[test]
 fn a_sealed_segment_with_a_damaged_footer_is_scanned_and_the_dead_stay_dead() {
     let folder = tempfile::tempdir().unwrap();
-    let chunks: Vec<StoredChunk> = (0..40).map(|counter| chunk(counter, 30_000)).collect();
+    let chunks: Vec<Chunk> = (0..40).map(|counter| chunk(counter, 30_000)).collect();
     {
         let (store, _) = open(folder.path());
         chunks.iter().for_each(|chunk| store.append(chunk).unwrap());
@@ -226,8 +228,8 @@ fn a_sealed_segment_with_a_damaged_footer_is_scanned_and_the_dead_stay_dead() {
         let (store, report) = open(folder.path());
         assert_eq!((report.scanned_segments, report.chunks), (1, 30), "{damaged}");
         for chunk in &chunks {
-            let dead = (10..20).contains(&chunk.id.counter);
-            assert_eq!(store.holds(chunk.id), !dead);
+            let dead = (10..20).contains(&chunk.id().counter);
+            assert_eq!(store.holds(chunk.id()), !dead);
             if !dead {
                 assert_served(&store, chunk);
             }
@@ -251,9 +253,7 @@ fn a_copy_of_a_segment_inside_a_chunk_is_not_mistaken_for_records() {
         store.append(&inner).unwrap();
         let segment = std::fs::read(&segment_files(folder.path())[0]).unwrap();
         let copy = Bytes::copy_from_slice(&segment[..4096]);
-        store
-            .append(&StoredChunk::computed(id(2), Sha256::of(&copy), copy))
-            .unwrap();
+        store.append(&Chunk::new(id(2), copy).unwrap()).unwrap();
         store.append(&chunk(3, 3000)).unwrap();
         store.discard(&[id(1)]).unwrap();
     }
@@ -313,7 +313,7 @@ fn writable_new(path: &Path, length: u64) {
 #[test]
 fn what_no_flush_has_reached_is_not_taken_for_sealed() {
     let folder = tempfile::tempdir().unwrap();
-    let chunks: Vec<StoredChunk> = (0..9).map(|counter| chunk(counter, 900_000)).collect();
+    let chunks: Vec<Chunk> = (0..9).map(|counter| chunk(counter, 900_000)).collect();
     {
         let (store, _) = open(folder.path());
         store

@@ -53,14 +53,14 @@ impl Drop for TinyDisk {
 }
 
 /// Puts chunks until there is no space; returns those that went in.
-async fn put_until_full(store: &ContentStore, first: u64, length: usize) -> Vec<StoredChunk> {
+async fn put_until_full(store: &ContentStore, first: u64, length: usize) -> Vec<Chunk> {
     let mut stored = Vec::new();
     for counter in first.. {
         let chunk = chunk(counter, length);
         match store.put(chunk.clone()).await {
             Ok(()) => stored.push(chunk),
             Err(ContentError::NoSpace) => {
-                assert!(!store.holds(chunk.id));
+                assert!(!store.holds(chunk.id()));
                 assert!(matches!(store.append(&chunk), Err(ContentError::NoSpace)));
                 return stored;
             }
@@ -84,7 +84,7 @@ async fn a_full_disk_is_an_error_to_the_writer_and_the_store_goes_on() {
         stored.iter().for_each(|chunk| assert_served(&store, chunk));
 
         // Deleting makes room.
-        let dead: Vec<ChunkId> = stored.iter().step_by(2).map(|chunk| chunk.id).collect();
+        let dead: Vec<ChunkId> = stored.iter().step_by(2).map(|chunk| chunk.id()).collect();
         let freed = store.discard(&dead).unwrap();
         assert!(freed > payload_bytes / 3, "{freed}");
         let more = put_until_full(&store, 100_000, length).await;
@@ -102,7 +102,7 @@ async fn a_full_disk_is_an_error_to_the_writer_and_the_store_goes_on() {
 async fn on_a_disk_without_a_free_byte_chunks_are_read_and_deleted_and_the_store_opens() {
     let Some(disk) = TinyDisk::new(24) else { return };
     let (store, _) = ContentStore::open(&disk.content(), options()).unwrap();
-    let chunks: Vec<StoredChunk> = (0..12).map(|counter| chunk(counter, 1 << 20)).collect();
+    let chunks: Vec<Chunk> = (0..12).map(|counter| chunk(counter, 1 << 20)).collect();
     for chunk in &chunks {
         store.put(chunk.clone()).await.unwrap();
     }

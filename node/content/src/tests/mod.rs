@@ -12,9 +12,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use quorumfs_proto::{ChunkId, SessionId, Sha256};
+use quorumfs_proto::{Chunk, ChunkId, SessionId};
 
-use super::{ContentError, ContentOptions, ContentStore, OpenReport, StoredChunk, Unlisted};
+use super::{ContentError, ContentOptions, ContentStore, OpenReport, Unlisted};
 
 /// The id of the test chunk `counter`.
 fn id(counter: u64) -> ChunkId {
@@ -25,7 +25,7 @@ fn id(counter: u64) -> ChunkId {
 }
 
 /// A chunk whose bytes follow from its number.
-fn chunk(counter: u64, length: usize) -> StoredChunk {
+fn chunk(counter: u64, length: usize) -> Chunk {
     let mut state = counter.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let payload: Bytes = (0..length)
         .map(|_| {
@@ -35,7 +35,7 @@ fn chunk(counter: u64, length: usize) -> StoredChunk {
             (state >> 24) as u8
         })
         .collect();
-    StoredChunk::computed(id(counter), Sha256::of(&payload), payload)
+    Chunk::new(id(counter), payload).unwrap()
 }
 
 /// Small segments and no reserve to speak of.
@@ -51,8 +51,8 @@ fn open(directory: &Path) -> (ContentStore, OpenReport) {
     ContentStore::open(directory, options()).unwrap()
 }
 
-fn assert_served(store: &ContentStore, chunk: &StoredChunk) {
-    assert_eq!(&store.read_whole(chunk.id).unwrap(), chunk);
+fn assert_served(store: &ContentStore, chunk: &Chunk) {
+    assert_eq!(&store.read_whole(chunk.id()).unwrap(), chunk);
 }
 
 /// The segment files, oldest first.

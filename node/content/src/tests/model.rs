@@ -37,7 +37,7 @@ proptest! {
         let folder = tempfile::tempdir().unwrap();
         let options = ContentOptions { segment_bytes: 600 << 10, reserve_bytes: 0, ..options() };
         let mut store = ContentStore::open(folder.path(), options.clone()).unwrap().0;
-        let mut model: BTreeMap<u64, StoredChunk> = BTreeMap::new();
+        let mut model: BTreeMap<u64, Chunk> = BTreeMap::new();
         for step in steps {
             match step {
                 Step::Append(counter, length) => {

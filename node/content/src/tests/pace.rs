@@ -11,11 +11,7 @@ use super::*;
 async fn pace() {
     let folder = tempfile::tempdir_in(std::env::var("PACE_DIR").unwrap_or("/var/tmp".to_string())).unwrap();
     let (store, _) = ContentStore::open(folder.path(), ContentOptions::default()).unwrap();
-    let model = chunk(1, 1 << 20);
-    let numbered = |counter| StoredChunk {
-        id: id(counter),
-        ..model.clone()
-    };
+    let numbered = |counter| chunk(counter, 1 << 20);
     for (round, flight) in [1, 4, 16, 1, 16].into_iter().enumerate() {
         let round = round as u64;
         let before = store.flush_counts();
@@ -30,18 +26,12 @@ async fn pace() {
         let rate = 1024.0 / began.elapsed().as_secs_f64();
         println!("put 1 MiB, {flight} in flight: {rate:.0} MiB/s, {flushes} flushes");
     }
-    let small = chunk(1, 4096);
     for flight in [1, 64] {
         let before = store.flush_counts();
         let began = Instant::now();
         let first = flight * 100_000_000;
         futures::stream::iter(first..first + 20_000)
-            .map(|counter| {
-                store.put(StoredChunk {
-                    id: id(counter),
-                    ..small.clone()
-                })
-            })
+            .map(|counter| store.put(chunk(counter, 4096)))
             .buffer_unordered(flight as usize)
             .for_each(|result| async { result.unwrap() })
             .await;

@@ -11,7 +11,7 @@ use futures::StreamExt as _;
 use quorumfs_measure::Ending;
 use quorumfs_proto::call::SessionState;
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
-use quorumfs_proto::{ClientRequest, ClientResponse, Refusal, SessionId, Timestamp, codec};
+use quorumfs_proto::{Chunk, ClientRequest, ClientResponse, Refusal, SessionId, Timestamp, codec};
 use quorumfs_wire as wire;
 use quorumfs_wire::file_system_server::FileSystem;
 use tokio_stream::wrappers::ReceiverStream;
@@ -28,7 +28,7 @@ use crate::leader::write::PutError;
 use crate::node::{Node, Parts};
 use crate::observe::metrics::CountedCommand;
 use crate::observe::metrics::kinds::{OperationKind, Origin};
-use crate::replication::messages::{get_response, range_asked, stored_chunk};
+use crate::replication::messages::{get_response, range_asked};
 use quorumfs_metadata::{Failure, SessionKey, UnlinkedAnswer};
 
 /// Requests of one stream worked on at once: more than a client has lanes.
@@ -562,7 +562,7 @@ async fn put_chunk(node: &Node, request: wire::PutChunkRequest) -> wire::PutChun
     let Some(parts) = node.parts() else {
         return answer(wire::ChunkStatus::Unavailable, node.not_ready(), String::new());
     };
-    let chunk = match stored_chunk(request) {
+    let chunk = match Chunk::try_from(request) {
         Ok(chunk) => chunk,
         Err(malformed) => return answer(malformed.status(), malformed.to_string(), String::new()),
     };

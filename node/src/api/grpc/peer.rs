@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use quorumfs_proto::{ChunkId, ClientResponse, ClusterId, Member, NodeId, Refusal};
+use quorumfs_proto::{Chunk, ChunkId, ClientResponse, ClusterId, Member, NodeId, Refusal};
 use quorumfs_wire as wire;
 use quorumfs_wire::peer_server::Peer;
 use tonic::{Request, Response, Status, Streaming};
@@ -20,7 +20,7 @@ use crate::membership::identity::Membership;
 use crate::node::{Node, Parts};
 use crate::observe::metrics::report::Throughput;
 use crate::replication::Verdict;
-use crate::replication::messages::{get_response, put_response, range_asked, stored_chunk};
+use crate::replication::messages::{get_response, put_response, range_asked};
 use crate::replication::peers::VERIFY_IDS_MAX;
 use crate::transport::{CLUSTER_KEY, NODE_KEY};
 use quorumfs_metadata::FEATURE_LEVEL;
@@ -361,9 +361,9 @@ impl Peer for PeerService {
             let (content, recovery) = (content.clone(), recovery.clone());
             async move {
                 let call_id = request.call_id;
-                match stored_chunk(request) {
+                match Chunk::try_from(request) {
                     Ok(chunk) => {
-                        let id = chunk.id;
+                        let id = chunk.id();
                         let put = content.put(chunk).await;
                         if put.is_ok() {
                             recovery.arrived(id).await;

@@ -60,7 +60,7 @@ async fn only_what_the_state_names_is_saved_and_only_with_its_digest() {
     );
     assert_eq!(rescue_content(&content, &log, &state, 0).unwrap(), Rescued::All);
     assert!(content.holds(named_id));
-    assert_eq!(content.read_whole(named_id).unwrap().payload, payload(1));
+    assert_eq!(*content.read_whole(named_id).unwrap().payload(), payload(1));
     assert!(!content.contains(other_id) && !content.contains(unknown_id));
     log.close();
 }

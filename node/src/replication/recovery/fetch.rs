@@ -167,8 +167,8 @@ impl Recovery {
         }
     }
 
-    async fn store(&self, chunk: quorumfs_content::StoredChunk) -> Fetched {
-        let (id, bytes) = (chunk.id, chunk.payload.len() as u64);
+    async fn store(&self, chunk: quorumfs_proto::Chunk) -> Fetched {
+        let (id, bytes) = (chunk.id(), chunk.payload().len() as u64);
         match self.content.put(chunk).await {
             Ok(()) => {
                 self.fetched_chunks.fetch_add(1, Ordering::Relaxed);

@@ -1,10 +1,10 @@
 //! Copies that are brought rather than fetched.
 
 use bytes::Bytes;
-use quorumfs_proto::{ChunkId, Sha256};
+use quorumfs_proto::{Chunk, ChunkId, Sha256};
 
 use super::Recovery;
-use quorumfs_content::{ContentError, StoredChunk};
+use quorumfs_content::ContentError;
 
 /// What became of a copy that was offered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +55,8 @@ impl Recovery {
         if self.content.holds(id) {
             return Ok(Offered::Held);
         }
-        match self.content.put(StoredChunk::computed(id, sha256, payload)).await {
+        let chunk = Chunk::with_sha256(id, sha256, payload).map_err(|bad| failed(bad.to_string()))?;
+        match self.content.put(chunk).await {
             Ok(()) => {
                 self.ledger.lock().settled(id);
                 Ok(Offered::Stored)

@@ -286,7 +286,7 @@ async fn content_inside_commands_reaches_every_content_store_and_outlives_a_kill
         eventually("every node holds every chunk", || {
             chunks.iter().all(|id| {
                 let held = cluster.node(node).content().read_whole(*id);
-                held.is_ok_and(|chunk| chunk.payload == payload)
+                held.is_ok_and(|chunk| *chunk.payload() == payload)
             })
         })
         .await;
@@ -352,7 +352,7 @@ async fn a_snapshot_leaves_the_content_that_the_log_alone_had() {
     let applied = |effects: &AppliedEffects| matches!(effects, AppliedEffects::Entries { named, .. } if named.contains(&chunk));
     assert!(!told.iter().any(applied), "the entry itself was not applied");
     let held = cluster.node(holder).content().read_whole(chunk).unwrap();
-    assert_eq!(held.payload, payload);
+    assert_eq!(*held.payload(), payload);
     assert!(cluster.node(holder).content().holds(chunk), "on disk");
     cluster.shutdown().await;
 }

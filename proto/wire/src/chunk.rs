@@ -1,0 +1,120 @@
+//! Chunks as they travel.
+
+use bytes::Bytes;
+use quorumfs_proto::{BadChunk, Chunk, Sha256};
+
+use crate::messages::{ChunkStatus, PutChunkRequest};
+
+/// A message that is no chunk.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MalformedChunk {
+    /// A field is missing or out of bounds.
+    #[error("malformed: {0}")]
+    Invalid(String),
+    /// The bytes do not match the checksums they came with.
+    #[error("damaged on its way: {0}")]
+    Corrupt(String),
+}
+
+impl MalformedChunk {
+    /// What its sender is told.
+    pub fn status(&self) -> ChunkStatus {
+        match self {
+            MalformedChunk::Invalid(_) => ChunkStatus::Invalid,
+            MalformedChunk::Corrupt(_) => ChunkStatus::Corrupt,
+        }
+    }
+}
+
+impl From<BadChunk> for MalformedChunk {
+    fn from(bad: BadChunk) -> MalformedChunk {
+        match bad {
+            BadChunk::Length(_) | BadChunk::CrcCount => MalformedChunk::Invalid(bad.to_string()),
+            BadChunk::Crc => MalformedChunk::Corrupt(bad.to_string()),
+        }
+    }
+}
+
+/// The message that carries a chunk; its bytes are shared, not copied. The number of the call is left 0.
+impl From<&Chunk> for PutChunkRequest {
+    fn from(chunk: &Chunk) -> PutChunkRequest {
+        PutChunkRequest {
+            call_id: 0,
+            chunk: Some(chunk.id().into()),
+            sha256: Bytes::copy_from_slice(&chunk.sha256().0),
+            payload: chunk.payload().clone(),
+            block_crcs: chunk.block_crcs().to_vec(),
+        }
+    }
+}
+
+/// Verified block by block.
+impl TryFrom<PutChunkRequest> for Chunk {
+    type Error = MalformedChunk;
+
+    fn try_from(request: PutChunkRequest) -> Result<Chunk, MalformedChunk> {
+        let invalid = |what: &str| MalformedChunk::Invalid(what.to_string());
+        let id = request.chunk.ok_or_else(|| invalid("no chunk id"))?.into();
+        let sha256: [u8; 32] = request
+            .sha256
+            .as_ref()
+            .try_into()
+            .map_err(|_| invalid("a SHA-256 has 32 bytes"))?;
+        Ok(Chunk::checked(
+            id,
+            Sha256(sha256),
+            request.payload,
+            request.block_crcs,
+        )?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quorumfs_proto::limits::CHUNK_BYTES_MAX;
+    use quorumfs_proto::{ChunkId, SessionId};
+
+    use super::*;
+
+    fn request(length: usize) -> PutChunkRequest {
+        let id = ChunkId {
+            session: SessionId(7),
+            counter: 1,
+        };
+        (&Chunk::new(id, vec![3; length].into()).unwrap()).into()
+    }
+
+    #[test]
+    fn a_chunk_survives_the_way() {
+        let chunk = Chunk::try_from(request(5000)).unwrap();
+        assert_eq!(PutChunkRequest::from(&chunk), request(5000));
+    }
+
+    #[test]
+    fn p3_what_is_no_chunk_or_was_damaged_is_refused() {
+        let refused = |change: fn(&mut PutChunkRequest)| {
+            let mut request = request(5000);
+            change(&mut request);
+            Chunk::try_from(request).unwrap_err().status()
+        };
+        assert_eq!(
+            refused(|request| request.block_crcs[1] ^= 1),
+            ChunkStatus::Corrupt
+        );
+        assert_eq!(
+            refused(|request| request.payload = vec![4; 5000].into()),
+            ChunkStatus::Corrupt
+        );
+        for invalid in [
+            (|request| request.chunk = None) as fn(&mut PutChunkRequest),
+            |request| request.sha256 = Bytes::from_static(b"short"),
+            |request| request.payload = Bytes::new(),
+            |request| request.payload = vec![3; CHUNK_BYTES_MAX as usize + 1].into(),
+            |request| {
+                request.block_crcs.pop();
+            },
+        ] {
+            assert_eq!(refused(invalid), ChunkStatus::Invalid);
+        }
+    }
+}
