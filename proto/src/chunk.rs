@@ -39,6 +39,9 @@ pub enum BadChunk {
     /// There are none, or more than [`CHUNK_BYTES_MAX`].
     #[error("a chunk has 1 to {CHUNK_BYTES_MAX} bytes, not {0}")]
     Length(usize),
+    /// A part of one does not begin where a block begins.
+    #[error("it begins inside a block")]
+    Offset,
     /// There is not one CRC for each block.
     #[error("it has not one CRC for each block")]
     CrcCount,
@@ -92,19 +95,7 @@ impl Chunk {
         payload: Bytes,
         block_crcs: Vec<u32>,
     ) -> Result<Chunk, BadChunk> {
-        check_length(&payload)?;
-        if payload.len().div_ceil(BLOCK_BYTES as usize) != block_crcs.len() {
-            return Err(BadChunk::CrcCount);
-        }
-        match blocks_match(&payload, &block_crcs) {
-            true => Ok(Chunk {
-                id,
-                sha256,
-                payload,
-                block_crcs,
-            }),
-            false => Err(BadChunk::Crc),
-        }
+        ChunkRange::checked(0, payload, block_crcs)?.into_chunk(id, sha256)
     }
 
     /// Its identity.
@@ -130,6 +121,79 @@ impl Chunk {
     /// How many bytes it has.
     pub fn length(&self) -> u32 {
         self.payload.len() as u32
+    }
+}
+
+/// Whole blocks of a chunk, which matched their CRCs when this was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChunkRange {
+    offset: u32,
+    payload: Bytes,
+    block_crcs: Vec<u32>,
+}
+
+impl ChunkRange {
+    /// The blocks `payload`, which begin at `offset` in their chunk; they must match the CRCs that came with them.
+    ///
+    /// # Errors
+    /// Any [`BadChunk`]. No bytes at all are a range.
+    pub fn checked(offset: u32, payload: Bytes, block_crcs: Vec<u32>) -> Result<ChunkRange, BadChunk> {
+        if !offset.is_multiple_of(BLOCK_BYTES) {
+            return Err(BadChunk::Offset);
+        }
+        if payload.len() > CHUNK_BYTES_MAX as usize {
+            return Err(BadChunk::Length(payload.len()));
+        }
+        if payload.len().div_ceil(BLOCK_BYTES as usize) != block_crcs.len() {
+            return Err(BadChunk::CrcCount);
+        }
+        match blocks_match(&payload, &block_crcs) {
+            true => Ok(ChunkRange {
+                offset,
+                payload,
+                block_crcs,
+            }),
+            false => Err(BadChunk::Crc),
+        }
+    }
+
+    /// Where in the chunk it begins; a multiple of the block size.
+    pub fn offset(&self) -> u32 {
+        self.offset
+    }
+
+    /// The bytes.
+    pub fn payload(&self) -> &Bytes {
+        &self.payload
+    }
+
+    /// The offset, the bytes and the CRC-32C of each block of them.
+    pub fn into_parts(self) -> (u32, Bytes, Vec<u32>) {
+        (self.offset, self.payload, self.block_crcs)
+    }
+
+    /// Exactly the bytes `offset..offset + length` of the chunk, if they are all in this range.
+    pub fn exactly(&self, offset: u32, length: u32) -> Option<Bytes> {
+        let begin = offset.checked_sub(self.offset)? as usize;
+        let end = begin.checked_add(length as usize)?;
+        (end <= self.payload.len()).then(|| self.payload.slice(begin..end))
+    }
+
+    /// The chunk of which this is all.
+    ///
+    /// # Errors
+    /// [`BadChunk::Offset`] where it does not begin with the chunk, [`BadChunk::Length`] where there are no bytes.
+    pub fn into_chunk(self, id: ChunkId, sha256: Sha256) -> Result<Chunk, BadChunk> {
+        if self.offset != 0 {
+            return Err(BadChunk::Offset);
+        }
+        check_length(&self.payload)?;
+        Ok(Chunk {
+            id,
+            sha256,
+            payload: self.payload,
+            block_crcs: self.block_crcs,
+        })
     }
 }
 

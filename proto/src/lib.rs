@@ -27,7 +27,7 @@ pub mod steady;
 
 pub use attributes::{Attributes, FileKind, Timestamp};
 pub use call::{ClientRequest, ClientResponse, Refusal};
-pub use chunk::{BadChunk, Chunk, ChunkBody, Extent, NewChunk, Sha256};
+pub use chunk::{BadChunk, Chunk, ChunkBody, ChunkRange, Extent, NewChunk, Sha256};
 pub use command::{Command, Operation};
 pub use error::FsError;
 pub use ids::{ChunkId, InodeNumber, Lane, RequestId, SessionId, SessionSecret};

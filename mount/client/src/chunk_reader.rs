@@ -12,9 +12,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use quorumfs_proto::chunk::blocks_match;
-use quorumfs_proto::limits::{BLOCK_BYTES, CHUNK_BYTES_MAX};
-use quorumfs_proto::{ChunkId, FsError};
+use quorumfs_proto::limits::CHUNK_BYTES_MAX;
+use quorumfs_proto::{ChunkId, ChunkRange, FsError};
 use quorumfs_wire::{ChunkStatus, DiscoverRequest, GetChunkRequest, GetChunkResponse};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
@@ -362,19 +361,14 @@ fn open_answer(answer: GetChunkResponse, offset: u32, length: u32) -> Result<Byt
         ChunkStatus::Invalid => return Err(Missed::Invalid(answer.detail)),
         status => return Err(Missed::Failed(format!("{status:?}: {}", answer.detail))),
     }
-    if !answer.offset.is_multiple_of(BLOCK_BYTES) || !blocks_match(&answer.payload, &answer.block_crcs) {
-        return Err(Missed::Damaged(String::from("the checksums do not match")));
-    }
-    let begin = offset.checked_sub(answer.offset).map(|begin| begin as usize);
-    let range = begin.map(|begin| begin..begin + length as usize);
-    match range {
-        Some(range) if range.end <= answer.payload.len() => Ok(answer.payload.slice(range)),
-        _ => Err(Missed::Damaged(format!(
+    let range = ChunkRange::try_from(answer).map_err(|malformed| Missed::Damaged(malformed.to_string()))?;
+    range.exactly(offset, length).ok_or_else(|| {
+        Missed::Damaged(format!(
             "{} bytes from {} are not {length} from {offset}",
-            answer.payload.len(),
-            answer.offset
-        ))),
-    }
+            range.payload().len(),
+            range.offset()
+        ))
+    })
 }
 
 #[cfg(test)]

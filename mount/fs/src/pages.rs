@@ -23,7 +23,8 @@ use tokio::sync::{OwnedMutexGuard, oneshot};
 use tokio::task::JoinHandle;
 
 use super::{Cluster, Filesystem, OpenInode};
-use crate::caches::page_tail::{PageTail, Reader};
+use crate::caches::page_tail::Reader;
+use crate::handles::LastByte;
 
 /// How long an answer waits for the last byte of the file.
 const LAST_BYTE_TIMEOUT_MS: u64 = 1000;
@@ -116,25 +117,13 @@ impl<C: Cluster> Filesystem<C> {
         let limit = Duration::from_millis(LAST_BYTE_TIMEOUT_MS);
         let last = tokio::time::timeout(limit, self.last_byte(node)).await;
         let last = last.ok().flatten();
-        let bytes_above = Arc::clone(&above);
-        let tell = move |node: &OpenInode<C>| {
-            let last = last.filter(|last| {
-                let state = node.state.lock();
-                let is_newest = |view: &Attributes| view.content_version == last.version;
-                state.page_writers == 0 && state.view.as_ref().is_some_and(is_newest)
-            });
-            if let Some(last) = last {
-                bytes_above.end_with(node.inode, last.at, last.byte);
-            }
-            move |tail: &mut PageTail| tail.tell_at_once(size)
-        };
         let dropping = Dropping {
             turn,
             above,
             size,
-            all: true,
+            extent: Dropped::FromZeros { last },
         };
-        let (_, done) = drop_in_turn::<C, _>(node, dropping, tell);
+        let (_, done) = drop_in_turn::<C>(node, dropping);
         // It fails if the process is about to end, and then nobody is told anything.
         let _ = done.await;
     }
@@ -161,9 +150,9 @@ impl<C: Cluster> Filesystem<C> {
                 turn,
                 above,
                 size: end,
-                all: false,
+                extent: Dropped::OnePage,
             };
-            let (dropped, done) = drop_in_turn::<C, _>(node, dropping, |_| |_: &mut PageTail| ());
+            let (dropped, done) = drop_in_turn::<C>(node, dropping);
             dropped.await.ok().map(|()| done)
         };
         let limit = Duration::from_millis(WRITTEN_TIMEOUT_MS);
@@ -183,24 +172,29 @@ impl<C: Cluster> Filesystem<C> {
     }
 }
 
+/// Which pages are dropped.
+enum Dropped {
+    /// All from where they may be zero: the size is told then, with the last byte of the file, if that is known.
+    FromZeros { last: Option<LastByte> },
+    /// The one in which that begins: what is told is for the caller to say.
+    OnePage,
+}
+
 /// A dropping of pages that was decided on.
 struct Dropping {
     turn: OwnedMutexGuard<()>,
     above: Arc<dyn PagesAbove>,
     /// Can be told after it.
     size: u64,
-    /// All pages from where they may be zero, or only the one in which that begins.
-    all: bool,
+    extent: Dropped,
 }
 
-/// Drops pages of `node`, waits for those who may have been about to take something from them, and calls `tell`, which
-/// answers what is to be noted as told in the step that ends the dropping: nothing is told in between. It is run to its
-/// end on a thread that may wait for the kernel, even if nobody waits for it any more. Answers when the pages are dropped,
-/// and when all is done.
-fn drop_in_turn<C: Cluster, Note: FnOnce(&mut PageTail)>(
+/// Drops pages of `node`, and waits for those who may have been about to take something from them. What is told is noted in
+/// the step that ends the dropping: nothing is told in between. It is run to its end on a thread that may wait for the
+/// kernel, even if nobody waits for it any more. Answers when the pages are dropped, and when all is done.
+fn drop_in_turn<C: Cluster>(
     node: &OpenInode<C>,
     dropping: Dropping,
-    tell: impl FnOnce(&OpenInode<C>) -> Note + Send + 'static,
 ) -> (oneshot::Receiver<()>, JoinHandle<()>) {
     let node = Arc::clone(node);
     let (dropped, is_dropped) = oneshot::channel();
@@ -209,25 +203,36 @@ fn drop_in_turn<C: Cluster, Note: FnOnce(&mut PageTail)>(
             turn,
             above,
             size,
-            all,
+            extent,
         } = dropping;
         let (from, readers) = {
             let mut state = node.state.lock();
             let newest = state.size().max(size);
             (state.tail.begin(newest), state.tail.readers(Instant::now()))
         };
-        match all {
-            true => above.drop_from(node.inode, from),
-            false => above.drop_page_of(node.inode, from),
+        match extent {
+            Dropped::FromZeros { .. } => above.drop_from(node.inode, from),
+            Dropped::OnePage => above.drop_page_of(node.inode, from),
         }
         // Whoever waited for this may have given up.
         let _ = dropped.send(());
         above.until_taken(&readers);
-        let note = tell(&node);
+        if let Dropped::FromZeros { last: Some(last) } = &extent {
+            let is_newest = {
+                let state = node.state.lock();
+                let is_newest = |view: &Attributes| view.content_version == last.version;
+                state.page_writers == 0 && state.view.as_ref().is_some_and(is_newest)
+            };
+            if is_newest {
+                above.end_with(node.inode, last.at, last.byte);
+            }
+        }
         {
             let mut state = node.state.lock();
             state.tail.done(Instant::now());
-            note(&mut state.tail);
+            if let Dropped::FromZeros { .. } = extent {
+                state.tail.tell_at_once(size);
+            }
         }
         drop(turn);
     });

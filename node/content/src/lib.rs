@@ -14,7 +14,6 @@
 //! Knows nothing of metadata: which chunks are needed, and whether one is dead, is for others to say.
 
 mod aside;
-mod chunk;
 mod error;
 mod fault;
 mod index;
@@ -25,15 +24,16 @@ mod record;
 mod salvage;
 mod scan;
 mod segment;
+mod space;
 mod store;
 #[cfg(test)]
 mod tests;
 mod writer;
 
-pub use chunk::{ChunkRange, Space};
 pub use error::{ContentError, Stopped};
 pub use options::{ContentOptions, Unlisted};
 pub use reclaim::{Quarantined, Rewritten};
+pub use space::Space;
 pub use store::{ContentStore, FlushCounts, OpenReport};
 
 #[doc = include_str!("../FORMAT.md")]

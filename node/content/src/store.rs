@@ -13,16 +13,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use quorumfs_measure::Snapshot;
-use quorumfs_proto::chunk::blocks_match;
 use quorumfs_proto::limits::BLOCK_BYTES;
-use quorumfs_proto::{Chunk, ChunkId, Sha256};
+use quorumfs_proto::{Chunk, ChunkId, ChunkRange, Sha256};
 
 use super::aside::{Unreadable, files_set_aside, set_folder_aside};
-use super::chunk::{ChunkRange, Space};
 use super::error::{ContentError, Stopped};
 use super::index::{Index, RecordLocation};
 use super::io_thread::IoThread;
@@ -30,6 +27,7 @@ use super::options::{ContentOptions, Unlisted};
 use super::record::{Mark, RecordHeader, SEGMENT_HEADER_BYTES};
 use super::scan::{Condition, open_segment};
 use super::segment::{Segment, drop_cached, parse_file_name};
+use super::space::Space;
 use super::writer::{Appended, OpenSegment, SegmentWriter};
 
 /// The folder is for the daemon's user alone: it holds all files' content.
@@ -209,12 +207,10 @@ impl ContentStore {
     pub fn read_whole(&self, id: ChunkId) -> Result<Chunk, ContentError> {
         self.with_place(id, |segment, place| {
             let record = self.read_record(id, segment, place, 0, place.length)?;
-            let range = record.range;
-            Chunk::checked(id, record.sha256, range.payload, range.block_crcs).map_err(|_| {
-                ContentError::Corrupt {
-                    id,
-                    what: "a block as read",
-                }
+            let whole = record.range.into_chunk(id, record.sha256);
+            whole.map_err(|_| ContentError::Corrupt {
+                id,
+                what: "its length",
             })
         })
     }
@@ -226,7 +222,7 @@ impl ContentStore {
             let layout = place.layout(id);
             drop_cached(&*self.file(segment)?, layout.position, layout.record_bytes());
             let record = self.read_record(id, segment, place, 0, place.length)?;
-            Ok((record.sha256, record.range.payload))
+            Ok((record.sha256, record.range.into_parts().1))
         });
         let (sha256, payload) = chunk?;
         if Sha256::of(&payload) != sha256 {
@@ -366,16 +362,10 @@ impl ContentStore {
         read(&mut payload, layout.payload_at() + u64::from(begin))?;
         block_crcs.truncate(end_block as usize);
         block_crcs.drain(..first_block.min(end_block) as usize);
-        if !blocks_match(&payload, &block_crcs) {
-            return Err(corrupt("a block"));
-        }
+        let range = ChunkRange::checked(begin, payload.into(), block_crcs).map_err(|_| corrupt("a block"))?;
         Ok(Record {
             sha256: header.sha256,
-            range: ChunkRange {
-                offset: begin,
-                payload: Bytes::from(payload),
-                block_crcs,
-            },
+            range,
         })
     }
 

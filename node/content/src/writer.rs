@@ -20,13 +20,13 @@ use parking_lot::Mutex;
 use quorumfs_measure::{Distribution, Snapshot};
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 
-use super::chunk::Space;
 use super::error::{ContentError, Stopped};
 use super::fault::Fault;
 use super::index::Index;
 use super::options::ContentOptions;
 use super::record::{Entry, Footer, Layout, Mark, RecordHeader, SEGMENT_HEADER_BYTES};
 use super::segment::{SEGMENT_RECORDS_MAX, Sealing, Segment, SegmentState, begin_writing_out, write_record};
+use super::space::Space;
 use quorumfs_proto::Chunk;
 
 /// Most segments that are full and wait for their footer: bounds what is dirty and the tables in memory. The I/O

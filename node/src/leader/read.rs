@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use quorumfs_proto::query::Space;
-use quorumfs_proto::{Answer, ChunkId, ClientResponse, FsError, Query, Refusal};
+use quorumfs_proto::{Answer, ChunkId, ChunkRange, ClientResponse, FsError, Query, Refusal};
 use tracing::{error, warn};
 
 use crate::consensus::Consensus;
@@ -18,7 +18,7 @@ use crate::replication::PeerChunks;
 use crate::replication::placement::Placement;
 use crate::replication::recovery::Recovery;
 use crate::replication::space::SpaceMonitor;
-use quorumfs_content::{ChunkRange, ContentError, ContentStore};
+use quorumfs_content::{ContentError, ContentStore};
 use quorumfs_metadata::{Failure, MetadataStore, StorageFault};
 
 /// The path every read takes.

@@ -1,11 +1,9 @@
 //! Chunks as they travel: conversions from and to the generated messages, checked once on receipt.
 
-use quorumfs_proto::ChunkId;
-use quorumfs_proto::chunk::blocks_match;
-use quorumfs_proto::limits::{BLOCK_BYTES, CHUNK_BYTES_MAX};
+use quorumfs_proto::limits::CHUNK_BYTES_MAX;
+use quorumfs_proto::{ChunkId, ChunkRange};
 use quorumfs_wire::{ChunkStatus, GetChunkRequest, GetChunkResponse, MalformedChunk, PutChunkResponse};
 
-use quorumfs_content::ChunkRange;
 use quorumfs_content::ContentError;
 
 /// What `request` asks for: chunk, offset, length.
@@ -53,14 +51,17 @@ pub fn put_response(call_id: u64, result: &Result<(), ContentError>) -> PutChunk
 /// The answer to a read.
 pub fn get_response(call_id: u64, result: Result<ChunkRange, ContentError>) -> GetChunkResponse {
     match result {
-        Ok(range) => GetChunkResponse {
-            call_id,
-            status: ChunkStatus::Ok.into(),
-            detail: String::new(),
-            offset: range.offset,
-            payload: range.payload,
-            block_crcs: range.block_crcs,
-        },
+        Ok(range) => {
+            let (offset, payload, block_crcs) = range.into_parts();
+            GetChunkResponse {
+                call_id,
+                status: ChunkStatus::Ok.into(),
+                detail: String::new(),
+                offset,
+                payload,
+                block_crcs,
+            }
+        }
         Err(error) => GetChunkResponse {
             call_id,
             status: status_of(&error).into(),
@@ -68,24 +69,4 @@ pub fn get_response(call_id: u64, result: Result<ChunkRange, ContentError>) -> G
             ..GetChunkResponse::default()
         },
     }
-}
-
-/// The range that an answer of status OK carries, verified block by block.
-pub fn chunk_range(response: GetChunkResponse) -> Result<ChunkRange, MalformedChunk> {
-    if !response.offset.is_multiple_of(BLOCK_BYTES) {
-        return Err(MalformedChunk::Invalid("it begins inside a block".to_string()));
-    }
-    if response.payload.len() > CHUNK_BYTES_MAX as usize {
-        return Err(MalformedChunk::Invalid("it is longer than a chunk".to_string()));
-    }
-    if !blocks_match(&response.payload, &response.block_crcs) {
-        return Err(MalformedChunk::Corrupt(
-            "a block does not match its CRC".to_string(),
-        ));
-    }
-    Ok(ChunkRange {
-        offset: response.offset,
-        payload: response.payload,
-        block_crcs: response.block_crcs,
-    })
 }

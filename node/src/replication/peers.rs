@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use quorumfs_proto::{Chunk, ChunkId, Member, NodeId, Sha256};
+use quorumfs_proto::{Chunk, ChunkId, ChunkRange, Member, NodeId, Sha256};
 use quorumfs_wire::{
     ChunkStatus, GetChunkRequest, GetChunkResponse, HeldChunksRequest, PutChunkRequest, PutChunkResponse,
     VerifyChunksRequest,
@@ -22,10 +22,8 @@ use tokio::sync::Semaphore;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Response, Status, Streaming};
 
-use super::messages::chunk_range;
 use super::stream::{Lost, PeerStream, Protocol};
 use crate::transport::{Peer, Purpose, Transport};
-use quorumfs_content::ChunkRange;
 use quorumfs_wire::MalformedChunk;
 
 /// Most bytes of chunks under way to one peer: at 100 MB/s more than half a second's worth; a peer that is further
@@ -273,7 +271,7 @@ impl PeerChunks {
             .map_err(|lost: Lost| unreachable(lost.to_string()))?;
         match answer.status() {
             ChunkStatus::Ok => {
-                let range = chunk_range(answer).map_err(|error| match error {
+                let range = ChunkRange::try_from(answer).map_err(|error| match error {
                     MalformedChunk::Invalid(what) | MalformedChunk::Corrupt(what) => corrupt(&what),
                 })?;
                 match range.exactly(offset, length) {
@@ -305,10 +303,11 @@ impl PeerChunks {
             peer,
             what: what.to_string(),
         };
-        if range.offset != 0 || range.payload.len() != length as usize {
+        if range.payload().len() != length as usize {
             return Err(corrupt("its length is not what the metadata names"));
         }
-        let chunk = Chunk::checked(id, sha256, range.payload, range.block_crcs)
+        let chunk = range
+            .into_chunk(id, sha256)
             .map_err(|bad| corrupt(&bad.to_string()))?;
         // A millisecond of hashing does not belong between other calls' polls.
         tokio::task::spawn_blocking(move || (Sha256::of(chunk.payload()) == chunk.sha256()).then_some(chunk))

@@ -1,9 +1,9 @@
 //! Chunks as they travel.
 
 use bytes::Bytes;
-use quorumfs_proto::{BadChunk, Chunk, Sha256};
+use quorumfs_proto::{BadChunk, Chunk, ChunkRange, Sha256};
 
-use crate::messages::{ChunkStatus, PutChunkRequest};
+use crate::messages::{ChunkStatus, GetChunkResponse, PutChunkRequest};
 
 /// A message that is no chunk.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -29,7 +29,9 @@ impl MalformedChunk {
 impl From<BadChunk> for MalformedChunk {
     fn from(bad: BadChunk) -> MalformedChunk {
         match bad {
-            BadChunk::Length(_) | BadChunk::CrcCount => MalformedChunk::Invalid(bad.to_string()),
+            BadChunk::Length(_) | BadChunk::Offset | BadChunk::CrcCount => {
+                MalformedChunk::Invalid(bad.to_string())
+            }
             BadChunk::Crc => MalformedChunk::Corrupt(bad.to_string()),
         }
     }
@@ -65,6 +67,19 @@ impl TryFrom<PutChunkRequest> for Chunk {
             Sha256(sha256),
             request.payload,
             request.block_crcs,
+        )?)
+    }
+}
+
+/// Of an answer of status OK, verified block by block.
+impl TryFrom<GetChunkResponse> for ChunkRange {
+    type Error = MalformedChunk;
+
+    fn try_from(response: GetChunkResponse) -> Result<ChunkRange, MalformedChunk> {
+        Ok(ChunkRange::checked(
+            response.offset,
+            response.payload,
+            response.block_crcs,
         )?)
     }
 }

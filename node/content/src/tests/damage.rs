@@ -136,7 +136,7 @@ async fn a_damaged_block_is_never_served_and_the_others_are() {
         match block {
             5 => assert!(matches!(read, Err(ContentError::Corrupt { .. })), "{read:?}"),
             _ => assert_eq!(
-                read.unwrap().payload,
+                *read.unwrap().payload(),
                 chunks[1]
                     .payload()
                     .slice(block as usize * 4096..(block as usize + 1) * 4096)

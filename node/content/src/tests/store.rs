@@ -79,16 +79,11 @@ fn ranges_are_widened_to_blocks_and_end_with_the_chunk() {
             (0, u32::MAX),
         ] {
             let range = store.read(chunk.id(), offset, wanted).unwrap();
-            assert!(range.offset <= offset && range.offset % 4096 == 0);
-            let begin = range.offset as usize;
-            assert_eq!(
-                range.payload,
-                chunk.payload().slice(begin..begin + range.payload.len())
-            );
-            assert!(quorumfs_proto::chunk::blocks_match(
-                &range.payload,
-                &range.block_crcs
-            ));
+            assert!(range.offset() <= offset && range.offset() % 4096 == 0);
+            let begin = range.offset() as usize;
+            let (_, payload, block_crcs) = range.clone().into_parts();
+            assert_eq!(payload, chunk.payload().slice(begin..begin + payload.len()));
+            assert!(quorumfs_proto::chunk::blocks_match(&payload, &block_crcs));
             let available = wanted.min(length as u32 - offset);
             let from = offset as usize;
             assert_eq!(

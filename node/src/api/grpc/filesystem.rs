@@ -442,10 +442,12 @@ async fn standing(parts: &Parts, stream: &CallStream, session: SessionId) -> Sta
         }
         standing = stream.standing(&parts.metadata, session);
     }
-    standing.unwrap_or_else(|fault| {
-        error!(%fault, "metadata cannot be read");
-        Standing::Refused(Refusal::unavailable(fault))
-    })
+    standing.unwrap_or_else(|fault| Standing::Refused(unreadable(&fault)))
+}
+
+fn unreadable(fault: &Failure) -> Refusal {
+    error!(%fault, "metadata cannot be read");
+    Refusal::unavailable(fault)
 }
 
 /// A refusal confirms nothing, so nothing is granted with it.
@@ -512,8 +514,7 @@ async fn keep_alive(
         // It was known, so it has ended; this is final, whoever leads.
         Ok(None) => return ClientResponse::Refused(Refusal::UnknownSession).into(),
         Err(fault) => {
-            error!(%fault, "metadata cannot be read");
-            return ClientResponse::from(Refusal::unavailable(fault)).into();
+            return ClientResponse::from(unreadable(&fault)).into();
         }
     };
     let kept = parts.sessions.kept_alive(session, stream, request).await;
