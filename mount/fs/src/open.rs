@@ -110,6 +110,7 @@ impl<C: Cluster> Filesystem<C> {
         {
             let mut state = node.state.lock();
             let size = state.size();
+            state.tail.opened(size);
             match dropping {
                 None if flags.append => {}
                 None => state.tail.kept(size),

@@ -23,7 +23,7 @@ use tokio::sync::{OwnedMutexGuard, oneshot};
 use tokio::task::JoinHandle;
 
 use super::{Cluster, Filesystem, OpenInode};
-use crate::caches::page_tail::Reader;
+use crate::caches::page_tail::{PageTail, Reader};
 use crate::handles::LastByte;
 
 /// How long an answer waits for the last byte of the file.
@@ -62,7 +62,10 @@ impl<C: Cluster> Filesystem<C> {
             state.learn(&attributes);
             state.attributes().unwrap_or(attributes)
         };
-        self.before_telling(&node, seen.size).await;
+        if !node.state.lock().tail.tell_attributes(seen.size) {
+            self.drop_and_tell(&node, seen.size, PageTail::tell_attributes)
+                .await;
+        }
         seen
     }
 
@@ -70,7 +73,7 @@ impl<C: Cluster> Filesystem<C> {
     /// newest would have to wait.
     pub(super) fn present_in_listing(&self, attributes: Attributes) -> Attributes {
         self.present_now(attributes, |state, seen| {
-            if !state.tail.tell(seen.size) {
+            if !state.tail.tell_attributes(seen.size) {
                 seen.size = state.tail.told().unwrap_or(seen.size);
             }
         })
@@ -100,11 +103,15 @@ impl<C: Cluster> Filesystem<C> {
     /// Returns when programs may be told that `node` is `size` bytes long. The caller holds neither the file's turn nor
     /// anything that a read waits for.
     pub(super) async fn before_telling(&self, node: &OpenInode<C>, size: u64) {
-        if node.state.lock().tail.tell(size) {
-            return;
+        if !node.state.lock().tail.tell(size) {
+            self.drop_and_tell(node, size, PageTail::tell).await;
         }
+    }
+
+    /// Drops what is in the way of telling `size`, unless `may_tell` says meanwhile that nothing is.
+    async fn drop_and_tell(&self, node: &OpenInode<C>, size: u64, may_tell: fn(&mut PageTail, u64) -> bool) {
         let turn = Arc::clone(&node.page_turn).lock_owned().await;
-        if node.state.lock().tail.tell(size) {
+        if may_tell(&mut node.state.lock().tail, size) {
             return;
         }
         let Some(above) = self.pages_above.get().cloned() else {

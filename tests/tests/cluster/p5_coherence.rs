@@ -306,10 +306,15 @@ fn p3_a_growing_file_shows_only_what_was_written() {
             let (mut bytes, mut reads, mut at, mut at_anew) = (vec![0; 1 << 20], 0, 0, 0);
             let mut look = |file: &File, at: &mut u64| {
                 let length = file.read_at(&mut bytes, *at).expect("read");
-                assert!(
-                    !bytes[..length].contains(&0),
-                    "{name}: bytes that nobody wrote behind {at}"
-                );
+                if let Some(first) = bytes[..length].iter().position(|byte| *byte == 0) {
+                    let zeros = bytes[first..length].iter().filter(|byte| **byte == 0).count();
+                    let again = file.read_at(&mut bytes, *at).expect("read");
+                    let still = bytes[..again].iter().filter(|byte| **byte == 0).count();
+                    panic!(
+                        "{name}: of {length} bytes behind {at} {zeros} from {first} on were written by nobody; \
+                         read again {still} of {again}"
+                    );
+                }
                 *at += length as u64;
                 reads += usize::from(length > 0);
             };

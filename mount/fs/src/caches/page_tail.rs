@@ -8,7 +8,8 @@
 //! of the file's state:
 //! - A read that ends short is noted here ([`PageTail::read_short`]) in the same step that finds the end of the file to be
 //!   the newest one known. A read that is answered later covers every size that was told before.
-//! - A size is told ([`PageTail::tell`]) only if no page above is zero below it.
+//! - A size is told ([`PageTail::tell`]) only if no page above is zero below it; with attributes
+//!   ([`PageTail::tell_attributes`]) only if it is no larger than what was told before, or after a dropping.
 //!
 //! A program's write puts its bytes into the page first and is sent then. If the page is dropped, a read that is sent later
 //! fills a new one, with zeros where the write goes. So a write replaces the zeros of a short read only if that was sent
@@ -126,6 +127,19 @@ impl PageTail {
         self.dropped_at = Some(now);
     }
 
+    /// The file was opened and `size` bytes long then.
+    pub fn opened(&mut self, size: u64) {
+        self.told.get_or_insert(size);
+    }
+
+    /// An answer with attributes is about to tell `size`. `false`: it must wait until pages are dropped. A larger size than was
+    /// told before waits also where no page is known to be zero: the kernel makes zero what lies behind it, maybe only after
+    /// a read that is under way has filled the page further, unless its request is older than a dropping.
+    #[must_use]
+    pub fn tell_attributes(&mut self, size: u64) -> bool {
+        self.told.is_none_or(|told| size <= told) && self.tell(size)
+    }
+
     /// An answer is about to tell `size`. `false`: it must wait until pages are dropped ([`PageTail::begin`]).
     #[must_use]
     pub fn tell(&mut self, size: u64) -> bool {
@@ -194,6 +208,18 @@ mod tests {
         tail.done(Instant::now());
         assert!(tail.tell(20));
         assert!(!tail.tell(21), "a page that was read meanwhile ends at 20");
+    }
+
+    #[test]
+    fn p3_attributes_that_make_the_file_longer_wait_even_if_no_page_is_known_to_be_zero() {
+        let mut tail = PageTail::default();
+        tail.opened(10);
+        assert!(tail.tell_attributes(10), "as long as it was");
+        assert!(!tail.tell_attributes(20), "a read may be under way");
+        assert!(tail.tell(20), "the answer to a write makes nothing zero");
+        assert!(tail.tell_attributes(20));
+        tail.opened(15);
+        assert_eq!(tail.told(), Some(20), "opened again");
     }
 
     #[test]
