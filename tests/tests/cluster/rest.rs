@@ -6,6 +6,7 @@ use std::net::TcpStream;
 use std::os::unix::ffi::OsStrExt as _;
 use std::time::{Duration, Instant};
 
+use quorumfs_tests::environment::wait_for;
 use quorumfs_tests::http::Http;
 use quorumfs_tests::{Cluster, Random, Sandbox};
 use serde_json::Value;
@@ -235,6 +236,11 @@ fn rest_an_upload_that_breaks_off_leaves_nothing() {
 fn rest_status_tells_who_leads_and_whether_it_can_write() {
     let sandbox = Sandbox::light("rest-status");
     let cluster = Cluster::start(&sandbox);
+    // A follower may still be reading its log when the leader and another can write.
+    wait_for("every node can write", Duration::from_secs(30), || {
+        let mut slots = cluster.slots();
+        slots.all(|slot| cluster.status(slot).is_ok_and(|status| status.writable))
+    });
     let leader = cluster.leader();
     let mut ids = Vec::new();
     for slot in cluster.slots() {
