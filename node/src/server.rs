@@ -408,7 +408,10 @@ async fn run_parts(
     tasks.supervise("applied-effects", told, |(applied, recovery, sweeper)| {
         hand_on_effects(applied, recovery, sweeper)
     });
-    tokio::spawn(open_client(config.clone(), client_tls, client));
+    let session = (config.clone(), client_tls, client, tasks.clone());
+    tasks.supervise_until_done("own-session", session, |(config, client_tls, client, tasks)| {
+        open_client(config, client_tls, client, tasks)
+    });
     let cluster = membership.cluster;
     let watched = (config.clone(), node.clone(), transport.clone());
     tasks.supervise("strangers", watched, move |(config, node, transport)| {

@@ -25,6 +25,9 @@ use crate::write_buffer::Pack;
 /// lives. Chunks of a session that is over do not count: that takes a minute without contact, and is waited out (P6).
 const RENEWALS_MAX: usize = 3;
 
+/// Adds operations to those of a command, whose results they may refer to by their index.
+pub(super) type AddOperations<'a> = &'a (dyn Fn(&mut Vec<Operation>) + Send + Sync);
+
 /// How often the chunks of one command were drawn anew.
 #[derive(Default)]
 pub(super) struct Renewals {
@@ -123,6 +126,7 @@ impl<C: Cluster> Filesystem<C> {
         node: &OpenInode<C>,
         operation: Operation,
     ) -> Result<Outcome, FsError> {
+        let add = |operations: &mut Vec<Operation>| operations.push(operation.clone());
         let last = self.seal(node, Scope::Everything);
         // As below, a failure is kept for the handles.
         let _kept = self.commit_held_append(node).await;
@@ -138,7 +142,7 @@ impl<C: Cluster> Filesystem<C> {
                 let _kept = self.send_or_lose(node, &packs).await;
                 return Err(gone);
             }
-            let sending = self.send(node, &packs, Some(operation.clone()));
+            let sending = self.send(node, &packs, &add);
             // What was written is not given up with the operation.
             let sent = match packs.is_empty() {
                 true => interruptible(sending).await,
@@ -148,7 +152,7 @@ impl<C: Cluster> Filesystem<C> {
                 Err(error) if !packs.is_empty() && is_verdict(error) => {
                     // Which of the two was refused? Each alone shows it.
                     let _kept = self.send_or_lose(node, &packs).await;
-                    return self.send(node, &[], Some(operation)).await;
+                    return self.send(node, &[], &add).await;
                 }
                 Err(error) => {
                     self.lose(node, &packs, error);
@@ -187,8 +191,8 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    async fn send_or_lose(&self, node: &OpenInode<C>, packs: &[Arc<Pack>]) -> Result<(), FsError> {
-        match self.send(node, packs, None).await {
+    pub(super) async fn send_or_lose(&self, node: &OpenInode<C>, packs: &[Arc<Pack>]) -> Result<(), FsError> {
+        match self.send(node, packs, &|_| {}).await {
             Ok(_) => Ok(()),
             Err(error) => {
                 self.lose(node, packs, error);
@@ -197,12 +201,12 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// One command: the packs, then `operation`.
-    async fn send(
+    /// One command: the packs, then what `add` adds.
+    pub(super) async fn send(
         &self,
         node: &OpenInode<C>,
         packs: &[Arc<Pack>],
-        operation: Option<Operation>,
+        add: AddOperations<'_>,
     ) -> Result<Outcome, FsError> {
         let chunks = self.put_chunks(node, packs).await?;
         // What is taken here is this command's; writes from now on bring their own.
@@ -216,7 +220,7 @@ impl<C: Cluster> Filesystem<C> {
             (state.mtime, privileges)
         };
         let sent = self
-            .send_write(node, packs, chunks, (mtime, privileges), operation)
+            .send_write(node, packs, chunks, (mtime, privileges), add)
             .await;
         let mut state = node.state.lock();
         state.privileges_sent = Privileges::Keep;
@@ -233,7 +237,7 @@ impl<C: Cluster> Filesystem<C> {
         packs: &[Arc<Pack>],
         mut chunks: Vec<C::Chunk>,
         (mtime, privileges): (Option<Timestamp>, Privileges),
-        operation: Option<Operation>,
+        add: AddOperations<'_>,
     ) -> Result<Outcome, FsError> {
         let mut renewals = Renewals::default();
         loop {
@@ -248,14 +252,19 @@ impl<C: Cluster> Filesystem<C> {
                 mtime,
                 privileges,
             });
+            let mut operations = Vec::from_iter(write);
+            add(&mut operations);
+            let resizes = operations.iter().any(|operation| {
+                matches!(operation, Operation::SetAttributes { changes, .. } if changes.size.is_some())
+            });
             let (named, stored) = name_chunks::<C>(packs, &chunks);
             let command = Command {
                 chunks: named,
-                operations: write.into_iter().chain(operation.clone()).collect(),
+                operations,
             };
             match self.cluster.mutate(command, &stored).await {
                 Ok(outcome) => {
-                    self.settle(node, packs, &pieces, &outcome, operation.as_ref());
+                    self.settle(node, packs, &pieces, &outcome, resizes);
                     return Ok(outcome);
                 }
                 Err(FsError::ChunkDead) if !chunks.is_empty() => {
@@ -302,7 +311,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// The bytes of `pack` as a new chunk, put. Sessions may end meanwhile.
-    async fn put_anew(&self, pack: &Pack, renewals: &mut Renewals) -> Result<C::Chunk, FsError> {
+    pub(super) async fn put_anew(&self, pack: &Pack, renewals: &mut Renewals) -> Result<C::Chunk, FsError> {
         loop {
             let chunk = self.cluster.new_chunk(pack.payload.clone());
             if pack.is_inline() {
@@ -322,7 +331,7 @@ impl<C: Cluster> Filesystem<C> {
         packs: &[Arc<Pack>],
         pieces: &[Extent],
         outcome: &Outcome,
-        operation: Option<&Operation>,
+        resizes: bool,
     ) {
         {
             let mut state = node.state.lock();
@@ -331,7 +340,6 @@ impl<C: Cluster> Filesystem<C> {
             if let Some(attributes) = outcome.attributes_of(node.inode) {
                 state.learn(attributes);
                 let after = attributes.content_version;
-                let resizes = matches!(operation, Some(Operation::SetAttributes { changes, .. }) if changes.size.is_some());
                 if resizes {
                     state.extents.clear();
                 } else if !packs.is_empty() {
@@ -362,16 +370,25 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     fn forget_packs(&self, node: &OpenInode<C>, state: &mut InodeState<Put<C>>, packs: &[Arc<Pack>]) {
-        let Some(youngest) = packs.last() else { return };
-        state.buffer.settle(youngest.sequence);
-        let later: BTreeMap<u64, Put<C>> = state.puts.split_off(&(youngest.sequence + 1));
+        if let Some(youngest) = packs.last() {
+            self.forget_packs_to(node, state, youngest.sequence);
+        }
+    }
+
+    /// Forgets the packs up to `last`; the caller holds the file's turn.
+    pub(super) fn forget_packs_to(&self, node: &OpenInode<C>, state: &mut InodeState<Put<C>>, last: u64) {
+        state.buffer.settle(last);
+        let later: BTreeMap<u64, Put<C>> = state.puts.split_off(&(last + 1));
         state.puts = later;
         self.dirty.account(node, state);
     }
 }
 
 /// How a command names `chunks`, and those of them that it does not carry.
-fn name_chunks<C: Cluster>(packs: &[Arc<Pack>], chunks: &[C::Chunk]) -> (Vec<NewChunk>, Vec<C::Chunk>) {
+pub(super) fn name_chunks<C: Cluster>(
+    packs: &[Arc<Pack>],
+    chunks: &[C::Chunk],
+) -> (Vec<NewChunk>, Vec<C::Chunk>) {
     let mut stored = Vec::new();
     let named = packs
         .iter()

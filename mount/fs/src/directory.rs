@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use quorumfs_proto::limits::DIRECTORY_ANSWER_BYTES_MAX;
 use quorumfs_proto::query::{DirectoryEntry, DirectoryPage, EntryDetail};
 use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber, Query};
 
@@ -247,6 +248,19 @@ impl<C: Cluster> Filesystem<C> {
             }),
             Err(error) => Err(error),
         }
+    }
+
+    /// A page of a directory without a handle: entries with their attributes, after the one with the cookie `after` (0: from
+    /// the start). What is at hand of their files is not looked at.
+    pub async fn list_directory(&self, inode: InodeNumber, after: u64) -> Result<DirectoryPage, FsError> {
+        let detail = EntryDetail::Attributes;
+        self.ask(Query::read_directory(
+            inode,
+            after,
+            DIRECTORY_ANSWER_BYTES_MAX,
+            detail,
+        ))
+        .await
     }
 
     fn item(&self, entry: &DirectoryEntry) -> DirectoryItem {

@@ -298,6 +298,15 @@ impl<Put> OpenFile<Put> {
         let mut state = self.node.state.lock();
         state.failures.tell(&mut self.failures_seen.lock())
     }
+
+    /// The failure that [`OpenFile::take_failure`] would tell, which stays to be told.
+    pub fn failure(&self) -> Result<(), FsError> {
+        let state = self.node.state.lock();
+        match *self.failures_seen.lock() == state.failures.count {
+            true => Ok(()),
+            false => Err(state.failures.last),
+        }
+    }
 }
 
 #[derive(Debug)]

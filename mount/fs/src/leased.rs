@@ -246,12 +246,21 @@ fn names_made(command: &Command) -> BTreeSet<(InodeNumber, Name)> {
     names
 }
 
-/// Which operations of `command` make directories.
+/// Which operations of `command` make directories that are empty after it.
 fn directories_made(command: &Command) -> Vec<usize> {
     let makes = |operation: &Operation| matches!(operation, Operation::Create { inode, .. } if inode.kind == NewKind::Directory);
+    let is_named_in = |at: usize| {
+        let parents = command.operations.iter().filter_map(|operation| match operation {
+            Operation::Create { parent, .. } | Operation::Link { parent, .. } => Some(parent),
+            _ => None,
+        });
+        parents
+            .into_iter()
+            .any(|parent| matches!(parent, Target::Created(index) if usize::from(*index) == at))
+    };
     let numbered = command.operations.iter().enumerate();
     numbered
-        .filter(|(_, operation)| makes(operation))
+        .filter(|(at, operation)| makes(operation) && !is_named_in(*at))
         .map(|(at, _)| at)
         .collect()
 }

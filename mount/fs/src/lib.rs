@@ -38,6 +38,7 @@ mod read;
 pub mod readahead;
 mod removed;
 mod turn;
+mod unnamed;
 mod write;
 pub mod write_buffer;
 
@@ -61,6 +62,7 @@ pub use self::namespace::Moved;
 pub use self::open::{NewFile, Opened};
 pub use self::pages::PagesAbove;
 pub use self::removed::UsedAbove;
+pub use self::unnamed::{Destination, Stored};
 pub use self::write::WritePosition;
 pub use crate::caches::page_tail::{Order, Reader};
 pub use crate::handles::{Handle, OpenFlags};
@@ -152,9 +154,18 @@ pub struct Filesystem<C: Cluster = quorumfs_client::Client> {
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// A filesystem over `cluster`. Must be called within a tokio runtime: old dirty bytes are committed by a task,
-    /// which ends with the filesystem.
+    /// A filesystem over `cluster`, with the tasks that look after it; they end with it. Must be called within a tokio
+    /// runtime.
     pub fn new(cluster: C, options: FsOptions) -> Arc<Filesystem<C>> {
+        let filesystem = Filesystem::without_tasks(cluster, options);
+        tokio::spawn(Filesystem::write_back_old(Arc::downgrade(&filesystem)));
+        tokio::spawn(Filesystem::release_removed(Arc::downgrade(&filesystem)));
+        filesystem
+    }
+
+    /// As [`Filesystem::new`], for a caller that runs [`Filesystem::write_back_old`] and [`Filesystem::release_removed`]
+    /// itself.
+    pub fn without_tasks(cluster: C, options: FsOptions) -> Arc<Filesystem<C>> {
         let filesystem = Arc::new(Filesystem {
             cluster: Arc::new(cluster),
             open: OpenFiles::default(),
@@ -176,14 +187,6 @@ impl<C: Cluster> Filesystem<C> {
                 Some(filesystem) => filesystem.not_held(inodes),
                 None => inodes.to_vec(),
             }));
-        tokio::spawn(write_back_old(
-            Arc::downgrade(&filesystem),
-            filesystem.options.dirty_age_ms,
-        ));
-        tokio::spawn(release_removed(
-            Arc::downgrade(&filesystem),
-            filesystem.options.dirty_age_ms,
-        ));
         filesystem
     }
 
@@ -229,6 +232,49 @@ impl<C: Cluster> Filesystem<C> {
         verdicts.into_iter().collect()
     }
 
+    /// Commits what has been dirty for too long, until the filesystem is gone.
+    pub async fn write_back_old(filesystem: Weak<Filesystem<C>>) {
+        let Some(mut tick) = filesystem.upgrade().map(|filesystem| filesystem.ticks()) else {
+            return;
+        };
+        loop {
+            tick.tick().await;
+            let Some(filesystem) = filesystem.upgrade() else {
+                return;
+            };
+            let dirty_age = Duration::from_millis(filesystem.options.dirty_age_ms);
+            for node in filesystem.dirty.nodes() {
+                let dirty_since = node.state.lock().dirty_since;
+                if dirty_since.is_some_and(|since| since.elapsed() >= dirty_age) {
+                    filesystem.commit_in_background(&node, Scope::Everything);
+                }
+            }
+        }
+    }
+
+    /// Releases what was unlinked and is not in use any more, until the filesystem is gone.
+    pub async fn release_removed(filesystem: Weak<Filesystem<C>>) {
+        let Some(mut tick) = filesystem.upgrade().map(|filesystem| filesystem.ticks()) else {
+            return;
+        };
+        loop {
+            tick.tick().await;
+            let Some(filesystem) = filesystem.upgrade() else {
+                return;
+            };
+            if !filesystem.removed.is_empty() {
+                filesystem.release_unlinked().await;
+            }
+        }
+    }
+
+    fn ticks(&self) -> tokio::time::Interval {
+        let interval = Duration::from_millis((self.options.dirty_age_ms / 4).max(10));
+        let mut ticks = tokio::time::interval(interval);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        ticks
+    }
+
     fn writable(&self) -> Result<(), FsError> {
         if self.options.read_only {
             Err(FsError::ReadOnly)
@@ -244,9 +290,13 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Sends a command that brings no content and takes note of what it touched.
     async fn mutate(&self, operation: Operation) -> Result<Outcome, FsError> {
+        self.mutate_all(Command::single(operation), &[]).await
+    }
+
+    /// Sends `command`, whose chunks `stored` were put before, and takes note of what it touched.
+    async fn mutate_all(&self, command: Command, stored: &[C::Chunk]) -> Result<Outcome, FsError> {
         self.settle_handed_over().await;
-        let sent = self.cluster.mutate(Command::single(operation), &[]);
-        let outcome = interruptible(sent).await?;
+        let outcome = interruptible(self.cluster.mutate(command, stored)).await?;
         self.learn(&outcome.touched);
         Ok(outcome)
     }
@@ -262,47 +312,4 @@ impl<C: Cluster> Filesystem<C> {
             }
         }
     }
-}
-
-/// Commits what has been dirty for too long, until the filesystem is gone.
-async fn write_back_old<C: Cluster>(filesystem: Weak<Filesystem<C>>, dirty_age_ms: u64) {
-    let dirty_age = Duration::from_millis(dirty_age_ms);
-    let mut tick = ticks(dirty_age_ms);
-    loop {
-        tick.tick().await;
-        let Some(filesystem) = filesystem.upgrade() else {
-            return;
-        };
-        for node in filesystem.dirty.nodes() {
-            let is_old = node
-                .state
-                .lock()
-                .dirty_since
-                .is_some_and(|since| since.elapsed() >= dirty_age);
-            if is_old {
-                filesystem.commit_in_background(&node, Scope::Everything);
-            }
-        }
-    }
-}
-
-/// Releases what was unlinked and is not in use any more, until the filesystem is gone.
-async fn release_removed<C: Cluster>(filesystem: Weak<Filesystem<C>>, dirty_age_ms: u64) {
-    let mut tick = ticks(dirty_age_ms);
-    loop {
-        tick.tick().await;
-        let Some(filesystem) = filesystem.upgrade() else {
-            return;
-        };
-        if !filesystem.removed.is_empty() {
-            filesystem.release_unlinked().await;
-        }
-    }
-}
-
-fn ticks(dirty_age_ms: u64) -> tokio::time::Interval {
-    let interval = Duration::from_millis((dirty_age_ms / 4).max(10));
-    let mut ticks = tokio::time::interval(interval);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    ticks
 }

@@ -46,6 +46,17 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
+    /// What lies at `path` below the mounted directory. Symbolic links on the way are not followed.
+    pub async fn resolve(&self, path: &[Name]) -> Result<Attributes, FsError> {
+        let told = {
+            let _under_way = self.removed.may_hold();
+            let told = self.ask(Query::resolve(self.options.root, path.to_vec())).await?;
+            self.looked_up.add(told.inode);
+            told
+        };
+        Ok(self.present(told).await)
+    }
+
     /// As [`Filesystem::lookup`], for a thread whose creation may have found something just now.
     pub async fn lookup_for(
         &self,

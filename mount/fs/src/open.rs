@@ -124,6 +124,13 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
+    /// The attributes of an open file that were told last: those of the open, if nothing was told since.
+    pub fn attributes_at_hand(&self, handle: Handle) -> Result<Attributes, FsError> {
+        let file = self.open.get(handle)?;
+        let attributes = file.node.state.lock().attributes();
+        attributes.ok_or(FsError::Stale)
+    }
+
     /// The file of a handle that a request came on: so its open has taken place above, whatever it was to drop there.
     pub(super) fn used(&self, handle: Handle) -> Result<Arc<OpenFile<Put<C>>>, FsError> {
         let file = self.open.get(handle)?;
@@ -194,16 +201,22 @@ impl<C: Cluster> Filesystem<C> {
             }
         };
         let (attributes, _) = entry_of(&made?)?;
+        let opened = self.opened_new(&attributes, flags);
+        Ok((attributes, opened))
+    }
+
+    /// The handle of a file that a command of this mount has just made.
+    pub(super) fn opened_new(&self, attributes: &Attributes, flags: OpenFlags) -> Opened {
         let node = self.open.hold(attributes.inode);
         {
             let mut state = node.state.lock();
-            state.learn(&attributes);
+            state.learn(attributes);
             state
                 .extents
                 .store(attributes.content_version, 0..FILE_BYTES_MAX, Vec::new());
         }
         self.pages.created(attributes.inode, attributes.content_version);
-        Ok((attributes, self.opened(node, flags, None)))
+        self.opened(node, flags, None)
     }
 
     /// A program closes one of its descriptors: what was written is committed (or, by `durability=fsync`, handed

@@ -13,9 +13,9 @@ use quorumfs_proto::{FsError, Query};
 
 use super::{Cluster, Filesystem, Handle, OpenInode, Order, Put, Reader};
 use crate::caches::extent_cache::clip;
-use crate::handles::{InodeState, LastByte, Scope};
+use crate::handles::{InodeState, LastByte, OpenFile, Scope, SharedInode};
 use crate::interrupt::{interruptible, still_wanted};
-use crate::readahead::Pattern;
+use crate::readahead::{Observation, Pattern, ReadaheadLimits};
 use crate::turn::take_turn;
 use crate::write_buffer::{self, DirtyPart};
 
@@ -38,6 +38,8 @@ const FETCHES_AT_ONCE_MAX: usize = 16;
 /// What a file holds in a range at one moment.
 #[derive(Debug)]
 struct Snapshot {
+    /// The version of the committed content.
+    version: u64,
     /// The range asked for, cut at the end of the file.
     range: Range<u64>,
     /// Oldest first.
@@ -61,10 +63,7 @@ impl<C: Cluster> Filesystem<C> {
             return Err(FsError::NotPermitted);
         }
         let range = offset..offset.saturating_add(u64::from(length)).min(FILE_BYTES_MAX);
-        let seen = file.readahead.lock().observe(offset, u64::from(length));
-        if !seen.ahead.is_empty() {
-            self.read_ahead(&file.node, seen.ahead);
-        }
+        let seen = self.observe(&file, offset, length, ReadaheadLimits::default());
         let (mut attempt, mut outgrown) = (1, 0);
         while attempt <= READ_ATTEMPTS_MAX {
             let snapshot = self.snapshot(&file.node, range.clone()).await?;
@@ -83,20 +82,55 @@ impl<C: Cluster> Filesystem<C> {
                     }
                     return Ok(bytes);
                 }
-                // The chunk is gone, so the file must have changed: look again.
                 Err(FsError::Stale) => {
-                    tracing::debug!(inode = %file.node.inode, attempt, "a chunk is gone; extents are looked up again");
-                    file.node.state.lock().extents.clear();
-                    if attempt > 1 {
-                        tokio::time::sleep(Duration::from_millis(READ_RETRY_MS * u64::from(attempt))).await;
-                    }
+                    look_again(&file.node, attempt).await;
                     attempt += 1;
                 }
                 other => return other,
             }
         }
-        tracing::error!(inode = %file.node.inode, offset, "no node has a chunk that the file names");
-        Err(FsError::Io)
+        Err(no_node_has_it(&file.node, offset))
+    }
+
+    /// Reads `length` bytes at `offset`, fewer only at the end of the file, of the content that has this `version`
+    /// ([`quorumfs_proto::Attributes::content_version`]). [`FsError::Stale`] when the file has another one by now: never a mix of both.
+    pub async fn read_version(
+        self: &Arc<Self>,
+        handle: Handle,
+        version: u64,
+        offset: u64,
+        length: u32,
+        ahead: ReadaheadLimits,
+    ) -> Result<Bytes, FsError> {
+        let file = self.used(handle)?;
+        let range = offset..offset.saturating_add(u64::from(length)).min(FILE_BYTES_MAX);
+        let seen = self.observe(&file, offset, length, ahead);
+        for attempt in 1..=READ_ATTEMPTS_MAX {
+            let snapshot = self.snapshot(&file.node, range.clone()).await?;
+            if snapshot.version != version || !snapshot.dirty.is_empty() {
+                return Err(FsError::Stale);
+            }
+            match interruptible(self.assemble(snapshot, seen.pattern)).await {
+                Err(FsError::Stale) => look_again(&file.node, attempt).await,
+                other => return other,
+            }
+        }
+        Err(no_node_has_it(&file.node, offset))
+    }
+
+    /// Takes note of a read, and fetches what the reader will want next.
+    fn observe(
+        self: &Arc<Self>,
+        file: &OpenFile<Put<C>>,
+        offset: u64,
+        length: u32,
+        ahead: ReadaheadLimits,
+    ) -> Observation {
+        let seen = file.readahead.lock().observe(offset, u64::from(length), ahead);
+        if !seen.ahead.is_empty() {
+            self.read_ahead(&file.node, seen.ahead.clone());
+        }
+        seen
     }
 
     /// What the file holds in `range`, dirty and committed, without a commit in between.
@@ -200,7 +234,9 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     async fn assemble(&self, snapshot: Snapshot, pattern: Pattern) -> Result<Bytes, FsError> {
-        let Snapshot { range, dirty, pieces } = snapshot;
+        let Snapshot {
+            range, dirty, pieces, ..
+        } = snapshot;
         let mut fetched = stream::iter(pieces)
             .filter_map(|(piece, used_to)| {
                 std::future::ready(clip(piece, range.clone()).map(|part| (part, used_to)))
@@ -270,6 +306,20 @@ impl<C: Cluster> Filesystem<C> {
     }
 }
 
+/// A chunk is gone, so the file has changed, or is in other pieces: its extents are forgotten, to be looked up again.
+async fn look_again<Put>(node: &SharedInode<Put>, attempt: u32) {
+    tracing::debug!(inode = %node.inode, attempt, "a chunk is gone; extents are looked up again");
+    node.state.lock().extents.clear();
+    if attempt > 1 {
+        tokio::time::sleep(Duration::from_millis(READ_RETRY_MS * u64::from(attempt))).await;
+    }
+}
+
+fn no_node_has_it<Put>(node: &SharedInode<Put>, offset: u64) -> FsError {
+    tracing::error!(inode = %node.inode, offset, "no node has a chunk that the file names");
+    FsError::Io
+}
+
 /// What the file holds in `range`, or from where on its extents are not known.
 fn snapshot_of<Put>(state: &InodeState<Put>, range: Range<u64>) -> Result<Snapshot, u64> {
     let (size, version) = state
@@ -287,7 +337,12 @@ fn snapshot_of<Put>(state: &InodeState<Put>, range: Range<u64>) -> Result<Snapsh
         let used = |piece| (piece, state.extents.reach(&piece));
         pieces.into_iter().map(used).collect()
     };
-    Ok(Snapshot { range, dirty, pieces })
+    Ok(Snapshot {
+        version,
+        range,
+        dirty,
+        pieces,
+    })
 }
 
 /// An open file that the cluster does not know any more is stale, not missing.

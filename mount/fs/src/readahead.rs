@@ -33,6 +33,24 @@ pub struct Observation {
     pub ahead: Range<u64>,
 }
 
+/// What is worth fetching ahead of a reader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReadaheadLimits {
+    /// Most chunks ahead, at least 1 and at most [`READAHEAD_CHUNKS_MAX`].
+    pub chunks: u64,
+    /// Where the reader will end, if that is known.
+    pub end: u64,
+}
+
+impl Default for ReadaheadLimits {
+    fn default() -> ReadaheadLimits {
+        ReadaheadLimits {
+            chunks: READAHEAD_CHUNKS_MAX,
+            end: u64::MAX,
+        }
+    }
+}
+
 /// One reader of one file.
 #[derive(Debug, Default)]
 pub struct Readahead {
@@ -46,7 +64,7 @@ pub struct Readahead {
 
 impl Readahead {
     /// Takes note of a read.
-    pub fn observe(&mut self, offset: u64, length: u64) -> Observation {
+    pub fn observe(&mut self, offset: u64, length: u64, limits: ReadaheadLimits) -> Observation {
         let end = offset.saturating_add(length);
         let near = offset <= self.read_to.saturating_add(DISORDER_BYTES_MAX)
             && end.saturating_add(DISORDER_BYTES_MAX) >= self.read_to;
@@ -63,7 +81,7 @@ impl Readahead {
             };
         }
         self.read_to = self.read_to.max(end);
-        self.window_chunks = self.window_chunks.max(1);
+        self.window_chunks = self.window_chunks.clamp(1, limits.chunks);
         // Ask again only when half of the window is used up, so that fetches come in groups.
         let wanted_to = (self.read_to / CHUNK + 1 + self.window_chunks) * CHUNK;
         let from = self.fetched_to.max(self.read_to);
@@ -74,10 +92,10 @@ impl Readahead {
             };
         }
         self.fetched_to = wanted_to;
-        self.window_chunks = (self.window_chunks * 2).min(READAHEAD_CHUNKS_MAX);
+        self.window_chunks = (self.window_chunks * 2).min(limits.chunks);
         Observation {
             pattern: Pattern::Sequential,
-            ahead: from..wanted_to,
+            ahead: from..wanted_to.min(limits.end).max(from),
         }
     }
 }
@@ -92,7 +110,7 @@ mod tests {
         let mut fetched_to = 0;
         for at in 0..512u64 {
             let read = 128 << 10;
-            let seen = readahead.observe(at * read, read);
+            let seen = readahead.observe(at * read, read, ReadaheadLimits::default());
             assert_eq!(seen.pattern, Pattern::Sequential);
             let end = (at + 1) * read;
             if !seen.ahead.is_empty() {
@@ -114,7 +132,9 @@ mod tests {
         let read = 128 << 10;
         for at in [0u64, 2, 1, 4, 3, 6, 7, 5, 9, 8] {
             assert_eq!(
-                readahead.observe(at * read, read).pattern,
+                readahead
+                    .observe(at * read, read, ReadaheadLimits::default())
+                    .pattern,
                 Pattern::Sequential,
                 "{at}"
             );
@@ -125,12 +145,12 @@ mod tests {
     fn random_reads_fetch_nothing_until_a_run_begins() {
         let mut readahead = Readahead::default();
         for at in [70u64, 3, 900, 41] {
-            let seen = readahead.observe(at * CHUNK * 3, 4096);
+            let seen = readahead.observe(at * CHUNK * 3, 4096, ReadaheadLimits::default());
             assert_eq!(seen.pattern, Pattern::Random);
             assert!(seen.ahead.is_empty());
         }
         let after = 41 * CHUNK * 3 + 4096;
-        let seen = readahead.observe(after, 4096);
+        let seen = readahead.observe(after, 4096, ReadaheadLimits::default());
         assert_eq!(seen.pattern, Pattern::Sequential);
         assert_eq!(seen.ahead.start, after + 4096);
     }

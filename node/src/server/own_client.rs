@@ -1,27 +1,31 @@
 //! The node's own session, through which REST reads and writes: opened when there is a leader, closed when the node stops.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use quorumfs_client::{Client, ClientOptions};
+use quorumfs_fs::Filesystem;
 use tokio::sync::watch;
 use tracing::info;
 
-use crate::api::http::files::ClientHandle;
+use crate::api::http::files::{ClientHandle, filesystem_options};
 use crate::config::Config;
 use crate::membership::credential;
 use crate::observe::metrics::kinds::REST_DESCRIPTION;
+use crate::tasks::Tasks;
 
 /// After a failed attempt to open the node's own session.
 const CLIENT_RETRY_INTERVAL_MS: u64 = 500;
 /// How long a stopping node waits for the cluster to hear that its session is over.
 const CLOSE_TIMEOUT_MS: u64 = 2_500;
 
-/// Opens the session through which REST reads and writes; tries until there is a leader.
+/// Opens the session through which REST reads and writes, trying until there is a leader.
 pub async fn open_client(
     config: Config,
     tls: Option<tonic::transport::ClientTlsConfig>,
     client: watch::Sender<ClientHandle>,
+    tasks: Arc<Tasks>,
 ) {
     let mut addresses = vec![config.grpc.clone()];
     addresses.extend(
@@ -41,8 +45,15 @@ pub async fn open_client(
         };
         match Client::connect(options).await {
             Ok(connected) => {
-                client.send_replace(ClientHandle::Ready(connected.clone()));
-                credential::keep(&config.data, connected).await;
+                let filesystem = Filesystem::without_tasks(connected.clone(), filesystem_options());
+                let weak = Arc::downgrade(&filesystem);
+                tasks.supervise_until_done("write-back", weak.clone(), Filesystem::write_back_old);
+                tasks.supervise_until_done("release-unlinked", weak, Filesystem::release_removed);
+                client.send_replace(ClientHandle::Ready(filesystem));
+                let keeping = (config.data.clone(), connected);
+                tasks.supervise("session-credential", keeping, |(folder, client)| async move {
+                    credential::keep(&folder, client).await;
+                });
                 return;
             }
             Err(error) => {
@@ -57,11 +68,11 @@ pub async fn open_client(
 
 /// Ends this node's session, so that nothing waits for it any more.
 pub async fn close_session(folder: &Path, client: &watch::Receiver<ClientHandle>) {
-    let ClientHandle::Ready(client) = client.borrow().clone() else {
+    let ClientHandle::Ready(filesystem) = client.borrow().clone() else {
         return;
     };
     let limit = Duration::from_millis(CLOSE_TIMEOUT_MS);
-    match tokio::time::timeout(limit, client.close()).await {
+    match tokio::time::timeout(limit, filesystem.cluster().close()).await {
         Ok(()) => credential::forget(folder),
         Err(_) => info!("no leader heard that this node's session is over"),
     }

@@ -9,4 +9,5 @@ mod order;
 mod random;
 mod removed;
 mod support;
+mod unnamed;
 mod verbs;

@@ -4,11 +4,10 @@ use std::sync::Arc;
 
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
-use quorumfs_proto::command::{Held, Operation, Target};
-use quorumfs_proto::{Command, FileKind, FsError};
+use quorumfs_proto::{FileKind, FsError};
 
 use super::Service;
-use super::calls::verdict;
+use super::access::verdict;
 use super::error::{ApiError, ErrorBody};
 use super::path::{FilePath, encode_path};
 use super::places::{self, shown};
@@ -39,23 +38,19 @@ pub(super) async fn delete(
     let path = FilePath::from_url(super::path_of(request.uri()))?;
     refuse_if_match(request.headers())?;
     drop(request);
-    let calls = service.calls().await?;
+    let access = service.access().await?;
     let (parents, name) = path.split();
     for _ in 0..ATTEMPTS_MAX {
-        let found = places::find(&calls, &path).await?;
-        let parent = Target::Inode(calls.resolve(parents).await?.inode);
+        let found = places::find(&access, &path).await?;
+        let parent = access.resolve(parents).await?.inode;
         let name = name.clone();
-        let operation = match found.kind {
-            FileKind::Directory => Operation::RemoveDirectory { parent, name },
-            // A download here may have it open. "Open" is always safe to say: when nobody has, the table says so next.
-            _ => Operation::Unlink {
-                parent,
-                name,
-                held: Held::Open,
-            },
-        };
-        let removed = calls.mutate(Command::single(operation), &[]).await;
-        match verdict(removed)? {
+        let removed = access.change(|filesystem| async move {
+            match found.kind {
+                FileKind::Directory => filesystem.remove_directory(parent, name.as_bytes()).await,
+                _ => filesystem.unlink(parent, name.as_bytes()).await,
+            }
+        });
+        match verdict(removed.await)? {
             Ok(_) => return Ok(StatusCode::NO_CONTENT),
             Err(FsError::NotEmpty) => return Err(not_empty(&path)),
             Err(FsError::NotFound | FsError::IsDirectory | FsError::NotDirectory | FsError::Stale) => {}

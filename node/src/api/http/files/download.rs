@@ -11,20 +11,19 @@ use axum::http::header::{
 };
 use axum::http::{HeaderMap, Method, StatusCode};
 use axum::response::Response;
+use quorumfs_fs::OpenFlags;
 use quorumfs_proto::{Attributes, FsError};
 
-use super::calls::{Calls, verdict};
+use super::access::{Access, OpenFile, verdict};
 use super::conditional::{self, Verdict};
 use super::content::Content;
 use super::error::{ApiError, ErrorBody};
-use super::open_inodes::HeldInode;
 use super::path::FilePath;
 use super::places;
 use super::range::Selected;
 use super::times;
 use super::{SMALL_BYTES_MAX, Service};
 use crate::api::http::connections::{Pace, paced};
-use quorumfs_proto::query::ExtentsPage;
 
 /// How often a file is looked at again that changed or vanished between two questions about it.
 const LOOKS_MAX: usize = 20;
@@ -66,9 +65,12 @@ pub(super) async fn download(
         // Only a GET has ranges (RFC 9110 section 14.2).
         headers.remove(RANGE);
     }
-    let calls = service.calls().await?;
+    let access = service.access().await?;
     for _ in 0..LOOKS_MAX {
-        let (held, attributes) = open(&service, &calls, &path).await?;
+        let Some((file, attributes)) = open(&access, &path).await? else {
+            tokio::time::sleep(Duration::from_millis(LOOK_PAUSE_MS)).await;
+            continue;
+        };
         let selected = match conditional::evaluate(&headers, &attributes) {
             Verdict::Serve(selected) => selected,
             Verdict::NotModified => return Ok(empty(StatusCode::NOT_MODIFIED, &attributes)),
@@ -90,18 +92,11 @@ pub(super) async fn download(
                 &service.downloads
             };
             let turn = service.turn(turns, &pace).await?;
-            let Some(first_page) = first_page(&calls, &attributes, start, end).await? else {
-                tokio::time::sleep(Duration::from_millis(LOOK_PAUSE_MS)).await;
-                continue;
-            };
             let content = Content {
-                calls: calls.clone(),
-                held,
+                access: access.clone(),
+                file,
                 version: attributes.content_version,
-                start,
-                end,
-                first_page,
-                read_ahead: Arc::clone(&service.read_ahead),
+                range: start..end,
                 turn,
             };
             if is_small {
@@ -129,33 +124,26 @@ pub(super) async fn download(
     ))
 }
 
-/// Finds the file and holds it open.
-async fn open(
-    service: &Service,
-    calls: &Calls,
-    path: &FilePath,
-) -> Result<(HeldInode, Attributes), ApiError> {
-    let opening = service.open_inodes.begin();
-    let attributes = places::find(calls, path).await?;
-    if let Some(refusal) = places::refuse_unless_file(calls, path.names(), &attributes).await {
+/// Finds the file and opens it; `None` if it was removed meanwhile.
+async fn open(access: &Access, path: &FilePath) -> Result<Option<(OpenFile, Attributes)>, ApiError> {
+    let found = places::find(access, path).await?;
+    if let Some(refusal) = places::refuse_unless_file(access, path.names(), &found).await {
         return Err(refusal);
     }
-    Ok((opening.hold(attributes.inode), attributes))
-}
-
-/// The extents of the version that `attributes` tell of; `None` if it is gone.
-async fn first_page(
-    calls: &Calls,
-    attributes: &Attributes,
-    start: u64,
-    end: u64,
-) -> Result<Option<ExtentsPage>, ApiError> {
-    let page = match verdict(calls.extents(attributes.inode, start, end).await)? {
-        Ok(page) => page,
-        Err(FsError::NotFound | FsError::Stale) => return Ok(None),
-        Err(other) => return Err(other.into()),
-    };
-    Ok((page.attributes.content_version == attributes.content_version).then_some(page))
+    let opened = access.call(|filesystem| async move {
+        let opened = filesystem
+            .open(found.inode, OpenFlags::from(libc::O_RDONLY))
+            .await?;
+        Ok(OpenFile::new(filesystem, opened.handle))
+    });
+    match verdict(opened.await)? {
+        Ok(file) => {
+            let attributes = file.attributes()?;
+            Ok(Some((file, attributes)))
+        }
+        Err(FsError::NotFound | FsError::Stale) => Ok(None),
+        Err(other) => Err(other.into()),
+    }
 }
 
 fn describe(headers: &mut HeaderMap, path: &FilePath, attributes: &Attributes, start: u64, end: u64) {

@@ -100,11 +100,13 @@ impl IntoResponse for ApiError {
 }
 
 /// How a call to the cluster ended without a result.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(in crate::api) enum CallError {
     /// The cluster decided: no.
+    #[error("{0}")]
     Verdict(FsError),
     /// Nobody decided in time; why.
+    #[error("{0}")]
     Unavailable(String),
 }
 

@@ -16,7 +16,7 @@ use serde_json::json;
 use utoipa::ToSchema;
 
 use super::Service;
-use super::calls::{Calls, verdict};
+use super::access::{Access, verdict};
 use super::conditional::etag;
 use super::error::{ApiError, ErrorBody};
 use super::path::{ListPrefix, display, encode_path, joined, percent_decoded};
@@ -90,9 +90,9 @@ pub(super) async fn list(
     let question = Question::from_query(request.uri().query().unwrap_or_default())?;
     let pace = Pace::of(&request, service.patience);
     drop(request);
-    let calls = service.calls().await?;
+    let access = service.access().await?;
     let turn = service.turn(&service.lists, &pace).await?;
-    let Some(directory) = find_directory(&calls, &question.prefix).await? else {
+    let Some(directory) = find_directory(&access, &question.prefix).await? else {
         return Ok(Json(json!([])).into_response());
     };
     let mut path = joined(&question.prefix.directory);
@@ -100,7 +100,7 @@ pub(super) async fn list(
         path.push(b'/');
     }
     let mut walk = Walk::new(
-        &calls,
+        &access,
         (directory, path),
         question.prefix.partial.to_vec(),
         question.after.clone(),
@@ -141,8 +141,8 @@ pub(super) async fn list(
 }
 
 /// The directory that the whole components of a prefix name; nothing can begin with them if there is none.
-async fn find_directory(calls: &Calls, prefix: &ListPrefix) -> Result<Option<InodeNumber>, ApiError> {
-    match verdict(calls.resolve(&prefix.directory).await)? {
+async fn find_directory(access: &Access, prefix: &ListPrefix) -> Result<Option<InodeNumber>, ApiError> {
+    match verdict(access.resolve(&prefix.directory).await)? {
         Ok(found) if found.kind == FileKind::Directory => Ok(Some(found.inode)),
         Ok(_) | Err(FsError::NotFound | FsError::NotDirectory | FsError::Stale) => Ok(None),
         Err(other) => Err(other.into()),

@@ -1,8 +1,8 @@
 //! The REST interface: files over HTTP, on every node.
 //!
-//! Every operation goes through [`quorumfs_client::Client`], as a mount's does: it finds the leader, tries again, takes
-//! effect once. So any node takes any request, and what REST writes is in the mounts, and the other way round. This
-//! module knows HTTP and paths; it knows nothing of consensus, tables, segments or peers.
+//! It is an edge of [`quorumfs_fs::Filesystem`], as a mount is, under the node's own session. So any node takes any
+//! request, and what REST writes is in the mounts, and the other way round. This module knows HTTP and paths; it knows
+//! nothing of commands, chunks, consensus or peers.
 //!
 //! | request | does |
 //! |---|---|
@@ -35,12 +35,11 @@
 //!   walk took as long as a request may. Paths that are not UTF-8 have a `path_encoded` too.
 //! - **Failures** are JSON `{code, message, hint}`. When no quorum answers within the time-out it is 503 with the reason
 //!   and `Retry-After`.
-//! - **Bounds**: an upload holds at most 8 MiB, a download 9 MiB, all uploads together 112 MiB, all downloads 128 MiB. Requests
-//!   above the number that this allows wait for their turn, at most as long as the time-out (503). One client has three
+//! - **Bounds**: all uploads together hold at most 112 MiB, all downloads 192 MiB. Requests above the number that this allows wait for their turn, at most as long as the time-out (503). One client has three
 //!   quarters of the turns at most. Who neither sends nor takes a byte for 3 s gives way to requests that wait, and is let go
 //!   of after 30 s. Files and uploads of at most 64 KiB have turns of their own, which they hold only while the node is at work.
 
-mod calls;
+mod access;
 mod conditional;
 mod content;
 mod delete;
@@ -50,7 +49,6 @@ pub(in crate::api) mod error;
 mod idempotency;
 mod incoming;
 mod list;
-mod open_inodes;
 mod origin;
 mod path;
 mod places;
@@ -74,14 +72,14 @@ use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use quorumfs_client::Client;
+use quorumfs_fs::{Filesystem, FsOptions};
 use serde_json::{Value, json};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tower_http::catch_panic::CatchPanicLayer;
 
-use calls::Calls;
+use access::Access;
 use error::ApiError;
 use idempotency::Idempotency;
-use open_inodes::OpenInodes;
 use store::Stored;
 use turns::{Turn, Turns};
 
@@ -93,12 +91,12 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Uploads under way at once; each holds a chunk that fills.
 const UPLOADS_MAX: usize = 64;
-/// Chunks on their way to the cluster, of all uploads: 48 MiB.
-const UPLOAD_CHUNKS_MAX: usize = 48;
+/// Bytes on their way to the cluster, of all uploads.
+const DIRTY_BYTES_MAX: u64 = 48 << 20;
 /// Downloads under way at once; each holds a chunk that is sent.
 const DOWNLOADS_MAX: usize = 64;
-/// Chunks fetched ahead, of all downloads: 64 MiB.
-const READ_AHEAD_CHUNKS_MAX: usize = 64;
+/// Chunks that are kept: what was fetched ahead of all downloads fits twice.
+const CACHE_BYTES: u64 = 128 << 20;
 /// Files and uploads of at most so many bytes are small: each connection may hold as many beside the turns.
 const SMALL_BYTES_MAX: usize = 64 << 10;
 /// Small files that are fetched at once, and small uploads that are stored: 8 MiB each.
@@ -109,7 +107,16 @@ const LISTS_MAX: usize = 4;
 /// What the node says of itself.
 pub type StatusSource = Arc<dyn Fn() -> Value + Send + Sync>;
 
-/// The node's own client of the cluster, which it has only when the cluster is there.
+/// How the filesystem of a node behaves.
+pub fn filesystem_options() -> FsOptions {
+    FsOptions {
+        cache_bytes: CACHE_BYTES,
+        dirty_bytes_max: DIRTY_BYTES_MAX,
+        ..FsOptions::default()
+    }
+}
+
+/// The node's own filesystem over the cluster, which it has only when the cluster is there.
 #[derive(Clone)]
 pub enum ClientHandle {
     /// Not yet.
@@ -118,13 +125,13 @@ pub enum ClientHandle {
         reason: String,
     },
     /// Here it is.
-    Ready(Client),
+    Ready(Arc<Filesystem<Client>>),
 }
 
 /// What the REST interface is built on.
 #[derive(Clone)]
 pub struct RestState {
-    /// The node's own client of the cluster.
+    /// The node's own filesystem over the cluster.
     pub client: watch::Receiver<ClientHandle>,
     /// For `GET /status`: a JSON object. Its `reason` is also what a 503 says.
     pub status: StatusSource,
@@ -143,20 +150,13 @@ pub fn router(state: RestState) -> Router {
         status: state.status,
         request_timeout: state.request_timeout,
         patience: state.patience,
-        open_inodes: Arc::default(),
         answers: Arc::new(Idempotency::new()),
         uploads: Turns::new("uploads", UPLOADS_MAX),
         small_uploads: Turns::new("small uploads", SMALL_MAX),
-        upload_chunks: Arc::new(Semaphore::new(UPLOAD_CHUNKS_MAX)),
         downloads: Turns::new("downloads", DOWNLOADS_MAX),
         small_downloads: Turns::new("small downloads", SMALL_MAX),
-        read_ahead: Arc::new(Semaphore::new(READ_AHEAD_CHUNKS_MAX)),
         lists: Turns::new("lists", LISTS_MAX),
     });
-    tokio::spawn(answer_for_open_inodes(
-        service.client.clone(),
-        Arc::clone(&service.open_inodes),
-    ));
     // `get` answers HEAD too. The bare forms are there to say what is missing rather than 404.
     let file = get(download::download)
         .post(upload::upload)
@@ -187,32 +187,29 @@ struct Service {
     status: StatusSource,
     request_timeout: Duration,
     patience: Patience,
-    open_inodes: Arc<OpenInodes>,
     answers: Arc<Idempotency<Stored>>,
     uploads: Arc<Turns>,
     small_uploads: Arc<Turns>,
-    upload_chunks: Arc<Semaphore>,
     downloads: Arc<Turns>,
     small_downloads: Arc<Turns>,
-    read_ahead: Arc<Semaphore>,
     lists: Arc<Turns>,
 }
 
 impl Service {
-    /// The cluster; 503 where there is no client of it in time.
-    async fn calls(&self) -> Result<Calls, ApiError> {
+    /// The filesystem; 503 where there is none in time.
+    async fn access(&self) -> Result<Access, ApiError> {
         let mut client = self.client.clone();
         let ready = client.wait_for(|handle| matches!(handle, ClientHandle::Ready(_)));
         let handle = match tokio::time::timeout(self.request_timeout, ready).await {
             Ok(Ok(handle)) => handle.clone(),
             Ok(Err(_)) | Err(_) => self.client.borrow().clone(),
         };
-        let client = match handle {
-            ClientHandle::Ready(client) => client,
+        let filesystem = match handle {
+            ClientHandle::Ready(filesystem) => filesystem,
             ClientHandle::Connecting { reason } => return Err(ApiError::unavailable(reason)),
         };
-        Ok(Calls {
-            client,
+        Ok(Access {
+            filesystem,
             timeout: self.request_timeout,
             status: Arc::clone(&self.status),
         })
@@ -221,17 +218,6 @@ impl Service {
     /// Waits for a turn.
     async fn turn(&self, of: &Arc<Turns>, pace: &Arc<Pace>) -> Result<Turn, ApiError> {
         of.take(pace, self.request_timeout).await
-    }
-}
-
-/// Has the keep-alive of the node's session say which inodes are open here, as soon as there is one. Not only once
-/// somebody asks something of this node: the cluster frees no unlinked file before every session has answered.
-async fn answer_for_open_inodes(mut client: watch::Receiver<ClientHandle>, open_inodes: Arc<OpenInodes>) {
-    let ready = client.wait_for(|handle| matches!(handle, ClientHandle::Ready(_)));
-    if let Ok(handle) = ready.await
-        && let ClientHandle::Ready(client) = &*handle
-    {
-        client.set_unlinked_handler(move |unlinked| open_inodes.releasable(unlinked));
     }
 }
 

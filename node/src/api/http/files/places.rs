@@ -6,7 +6,7 @@
 use axum::http::StatusCode;
 use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber, Name};
 
-use super::calls::{Calls, verdict};
+use super::access::{Access, verdict};
 use super::error::ApiError;
 use super::path::{FilePath, display, encode_path, joined};
 
@@ -32,16 +32,16 @@ pub(super) enum Directory {
 }
 
 /// Looks for the directory `names`.
-pub(super) async fn locate_directory(calls: &Calls, names: &[Name]) -> Result<Directory, ApiError> {
-    match verdict(calls.resolve(names).await)? {
+pub(super) async fn locate_directory(access: &Access, names: &[Name]) -> Result<Directory, ApiError> {
+    match verdict(access.resolve(names).await)? {
         Ok(found) if found.kind == FileKind::Directory => return Ok(Directory::Found(found)),
         Ok(_) | Err(FsError::NotFound | FsError::NotDirectory | FsError::Stale) => {}
         Err(other) => return Err(other.into()),
     }
     // Something is in the way: go step by step to see what.
-    let mut nearest = calls.attributes(InodeNumber::ROOT).await?;
+    let mut nearest = access.attributes(InodeNumber::ROOT).await?;
     for (at, name) in names.iter().enumerate() {
-        match verdict(calls.lookup(nearest.inode, name).await)? {
+        match verdict(access.lookup(nearest.inode, name).await)? {
             Ok(found) if found.kind == FileKind::Directory => nearest = found,
             Ok(by) => return Ok(Directory::Blocked { by, at }),
             Err(FsError::NotFound | FsError::NotDirectory | FsError::Stale) => {
@@ -57,16 +57,16 @@ pub(super) async fn locate_directory(calls: &Calls, names: &[Name]) -> Result<Di
 }
 
 /// What lies at `path`; where nothing does, 404 that names the first component that is not there.
-pub(super) async fn find(calls: &Calls, path: &FilePath) -> Result<Attributes, ApiError> {
-    match verdict(calls.resolve(path.names()).await)? {
+pub(super) async fn find(access: &Access, path: &FilePath) -> Result<Attributes, ApiError> {
+    match verdict(access.resolve(path.names()).await)? {
         Ok(found) => return Ok(found),
         Err(FsError::NotFound | FsError::NotDirectory | FsError::Stale) => {}
         Err(other) => return Err(other.into()),
     }
     let (parents, _) = path.split();
-    let why = match locate_directory(calls, parents).await? {
+    let why = match locate_directory(access, parents).await? {
         Directory::Blocked { by, at } if by.kind == FileKind::Symlink => {
-            return Err(is_symlink(calls, &parents[..=at], &by).await);
+            return Err(is_symlink(access, &parents[..=at], &by).await);
         }
         Directory::Blocked { at, .. } => {
             format!("'{}' is not a directory", shown(&parents[..=at]))
@@ -82,8 +82,8 @@ pub(super) async fn find(calls: &Calls, path: &FilePath) -> Result<Attributes, A
 }
 
 /// 409: the path `names` is a symbolic link.
-pub(super) async fn is_symlink(calls: &Calls, names: &[Name], link: &Attributes) -> ApiError {
-    let target = match calls.read_link(link.inode).await {
+pub(super) async fn is_symlink(access: &Access, names: &[Name], link: &Attributes) -> ApiError {
+    let target = match access.read_link(link.inode).await {
         Ok(target) => format!(" to '{}'", display(&target)),
         Err(_) => String::new(),
     };
@@ -103,14 +103,14 @@ pub(super) fn is_directory(names: &[Name]) -> ApiError {
 
 /// 409 for what has no content that HTTP could carry; `None` for a regular file.
 pub(super) async fn refuse_unless_file(
-    calls: &Calls,
+    access: &Access,
     names: &[Name],
     found: &Attributes,
 ) -> Option<ApiError> {
     match found.kind {
         FileKind::File => None,
         FileKind::Directory => Some(is_directory(names)),
-        FileKind::Symlink => Some(is_symlink(calls, names, found).await),
+        FileKind::Symlink => Some(is_symlink(access, names, found).await),
         FileKind::Fifo | FileKind::Socket | FileKind::CharacterDevice | FileKind::BlockDevice => {
             let message = format!("'{}' is a {}, not a file", shown(names), kind_name(found.kind));
             Some(ApiError::conflict("not_a_file", message))

@@ -108,6 +108,13 @@ impl Turns {
     }
 }
 
+impl Turn {
+    /// How many turns of this kind are taken.
+    pub(super) fn taken(&self) -> usize {
+        self.turns.taken.lock().holders.len()
+    }
+}
+
 impl Drop for Turn {
     fn drop(&mut self) {
         self.turns.taken.lock().holders.remove(&self.number);

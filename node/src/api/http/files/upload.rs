@@ -85,7 +85,7 @@ pub(super) async fn upload(
     refuse_unsupported(&headers)?;
     let announced_bytes = content_length(&headers)?;
     let key = idempotency_key(&headers)?;
-    let calls = service.calls().await?;
+    let access = service.access().await?;
 
     let subject = Subject {
         path: path.to_bytes(),
@@ -103,7 +103,7 @@ pub(super) async fn upload(
         }
     };
     let upload = Upload {
-        calls,
+        access,
         service: Arc::clone(&service),
         pace,
         path: path.clone(),

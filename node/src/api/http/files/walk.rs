@@ -15,7 +15,7 @@ use std::time::Instant;
 use quorumfs_proto::query::DirectoryEntry;
 use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber};
 
-use super::calls::{Calls, verdict};
+use super::access::{Access, verdict};
 use super::error::ApiError;
 
 /// Most entries of one directory kept at a time (about 5 MiB).
@@ -65,13 +65,13 @@ pub(super) trait Directories {
     ) -> Result<Option<(Vec<DirectoryEntry>, bool)>, ApiError>;
 }
 
-impl Directories for Calls {
+impl Directories for Access {
     async fn page(
         &self,
         directory: InodeNumber,
         after: u64,
     ) -> Result<Option<(Vec<DirectoryEntry>, bool)>, ApiError> {
-        match verdict(self.read_directory(directory, after).await)? {
+        match verdict(self.list_directory(directory, after).await)? {
             Ok(page) => Ok(Some((page.entries, page.end))),
             Err(FsError::NotFound | FsError::NotDirectory | FsError::Stale) => Ok(None),
             Err(other) => Err(other.into()),

@@ -119,7 +119,7 @@ async fn before_there_is_a_client_the_reason_is_said() {
     );
 
     let cluster = TestCluster::start().await;
-    sender.send_replace(ClientHandle::Ready(cluster.client().await));
+    sender.send_replace(ready(&cluster.client().await));
     assert_eq!(ask("/files").await.json(), json!([]));
 }
 

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tower::ServiceExt as _;
 
-use super::{ClientHandle, RestState, router};
+use super::{ClientHandle, Filesystem, RestState, filesystem_options, router};
 use crate::api::http::connections::Patience;
 use cluster::{State, TestCluster};
 
@@ -71,7 +71,7 @@ impl Rest {
     async fn with(request_timeout: Duration, patience: Patience) -> Rest {
         let cluster = TestCluster::start().await;
         let client = cluster.client().await;
-        let (handle, receiver) = watch::channel(ClientHandle::Ready(client.clone()));
+        let (handle, receiver) = watch::channel(ready(&client));
         Rest {
             router: router(RestState {
                 patience,
@@ -158,6 +158,11 @@ impl Rest {
         };
         self.client.mutate(command, &[]).await.unwrap();
     }
+}
+
+/// What a node serves REST from.
+fn ready(client: &Client) -> ClientHandle {
+    ClientHandle::Ready(Filesystem::new(client.clone(), filesystem_options()))
 }
 
 async fn read(response: Response<Body>) -> Reply {

@@ -1,0 +1,180 @@
+//! The filesystem on behalf of HTTP requests: bounded in time.
+//!
+//! A mount waits for as long as there is no leader (P6); an HTTP client wants to be told. A call that its request does not
+//! wait for any more is run to its end in the background, so that nothing is left half done: what only waits in it is given
+//! up, and a change that was sent is voided, or its verdict awaited, before any later one is sent.
+//!
+//! Knows nothing of HTTP.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use quorumfs_client::Client;
+use quorumfs_fs::interrupt::in_vain;
+use quorumfs_fs::{Filesystem, Handle};
+use quorumfs_proto::query::DirectoryPage;
+use quorumfs_proto::{Attributes, FsError, InodeNumber, Name};
+use tokio::runtime;
+
+use super::StatusSource;
+use super::error::{ApiError, CallError};
+
+/// The filesystem, as one request sees it.
+#[derive(Clone)]
+pub(super) struct Access {
+    pub(super) filesystem: Arc<Filesystem<Client>>,
+    pub(super) timeout: Duration,
+    pub(super) status: StatusSource,
+}
+
+impl Access {
+    /// Makes a call and waits for it no longer than the request's time-out.
+    pub(super) async fn call<T, Work>(
+        &self,
+        call: impl FnOnce(Arc<Filesystem<Client>>) -> Work,
+    ) -> Result<T, CallError>
+    where
+        Work: Future<Output = Result<T, FsError>> + Send + 'static,
+        T: 'static,
+    {
+        let call = Call(Some(Box::pin(call(Arc::clone(&self.filesystem)))));
+        match tokio::time::timeout(self.timeout, call).await {
+            Ok(Err(FsError::TimedOut)) | Err(_) => Err(CallError::Unavailable(self.why_unavailable())),
+            Ok(result) => result.map_err(CallError::Verdict),
+        }
+    }
+
+    /// As [`Access::call`], of what changes something.
+    pub(super) async fn change<T, Work>(
+        &self,
+        call: impl FnOnce(Arc<Filesystem<Client>>) -> Work,
+    ) -> Result<T, CallError>
+    where
+        Work: Future<Output = Result<T, FsError>> + Send + 'static,
+        T: 'static,
+    {
+        match self.call(call).await {
+            // The session ended under way, so the cluster cannot be asked any more.
+            Err(CallError::Verdict(FsError::Io)) => Err(CallError::Unavailable(
+                "this node's session with the cluster ended meanwhile; it is not known whether the change took effect"
+                    .to_string(),
+            )),
+            result => result,
+        }
+    }
+
+    /// What the node's status says, or at least what was seen.
+    fn why_unavailable(&self) -> String {
+        let status = (self.status)();
+        match status.get("reason").and_then(|reason| reason.as_str()) {
+            Some(reason) if !reason.is_empty() => reason.to_string(),
+            _ => format!("no quorum answered within {} ms", self.timeout.as_millis()),
+        }
+    }
+
+    pub(super) async fn lookup(&self, parent: InodeNumber, name: &Name) -> Result<Attributes, CallError> {
+        let name = name.clone();
+        self.call(|filesystem| async move { filesystem.lookup(parent, name.as_bytes()).await })
+            .await
+    }
+
+    pub(super) async fn attributes(&self, inode: InodeNumber) -> Result<Attributes, CallError> {
+        self.call(|filesystem| async move { filesystem.attributes(inode, None).await })
+            .await
+    }
+
+    /// What lies at `path` from the root; symbolic links are not followed.
+    pub(super) async fn resolve(&self, path: &[Name]) -> Result<Attributes, CallError> {
+        let path = path.to_vec();
+        self.call(|filesystem| async move { filesystem.resolve(&path).await })
+            .await
+    }
+
+    pub(super) async fn read_link(&self, inode: InodeNumber) -> Result<Vec<u8>, CallError> {
+        self.call(|filesystem| async move { filesystem.read_link(inode).await })
+            .await
+            .map(|target| target.as_bytes().to_vec())
+    }
+
+    /// Entries with their attributes.
+    pub(super) async fn list_directory(
+        &self,
+        inode: InodeNumber,
+        after: u64,
+    ) -> Result<DirectoryPage, CallError> {
+        self.call(|filesystem| async move { filesystem.list_directory(inode, after).await })
+            .await
+    }
+}
+
+/// A call under way. Dropped, it is run to its end in the background.
+struct Call<T: 'static>(Option<BoxFuture<'static, T>>);
+
+impl<T> Future for Call<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
+        let work = self.0.as_mut().expect("it is not polled after its end");
+        let polled = work.as_mut().poll(context);
+        if polled.is_ready() {
+            self.0 = None;
+        }
+        polled
+    }
+}
+
+impl<T> Drop for Call<T> {
+    fn drop(&mut self) {
+        // Without a runtime the process is about to end.
+        if let (Some(mut work), Ok(runtime)) = (self.0.take(), runtime::Handle::try_current()) {
+            runtime.spawn(async move { drop(in_vain(Pin::new(&mut work)).await) });
+        }
+    }
+}
+
+/// A file that is open. Dropped, it is closed, and what was not committed of it is given up.
+pub(super) struct OpenFile {
+    filesystem: Arc<Filesystem<Client>>,
+    pub(super) handle: Handle,
+}
+
+impl OpenFile {
+    pub(super) fn new(filesystem: Arc<Filesystem<Client>>, handle: Handle) -> OpenFile {
+        OpenFile { filesystem, handle }
+    }
+
+    /// Why bytes that were written to it are lost, if they are.
+    pub(super) fn failure(&self) -> Result<(), FsError> {
+        self.filesystem.failure(self.handle)
+    }
+
+    /// What was told of it last.
+    pub(super) fn attributes(&self) -> Result<Attributes, FsError> {
+        self.filesystem.attributes_at_hand(self.handle)
+    }
+}
+
+impl Drop for OpenFile {
+    fn drop(&mut self) {
+        if let Ok(runtime) = runtime::Handle::try_current() {
+            let (filesystem, handle) = (Arc::clone(&self.filesystem), self.handle);
+            runtime.spawn(async move {
+                if let Err(error) = filesystem.discard(handle).await {
+                    tracing::error!(%error, "close a file of an HTTP request");
+                }
+            });
+        }
+    }
+}
+
+/// Keeps a verdict where the caller has words of its own for it.
+pub(super) fn verdict<T>(result: Result<T, CallError>) -> Result<Result<T, FsError>, ApiError> {
+    match result {
+        Ok(value) => Ok(Ok(value)),
+        Err(CallError::Verdict(verdict)) => Ok(Err(verdict)),
+        Err(unavailable) => Err(unavailable.into()),
+    }
+}
