@@ -80,7 +80,9 @@ up() {
     fail "a cluster is up already; first: scripts/cluster.sh down"
   fi
   load
-  echo "building …"; cargo build --release --quiet -p quorumfs-node -p quorumfs-mount
+  # The whole workspace, as in test.sh: for less, cargo builds what the programs depend on with other features once more.
+  quiet=--quiet; [ ! -t 2 ] || quiet=
+  echo "building the two programs (the first time some five minutes) …"; cargo build --release $quiet --workspace --bins
   for n in $(slots); do pid_of "$n" >/dev/null || start_node "$n"; done
   wait_writable
   { mounted && [ -n "$(mount_pids)" ]; } || "$bin/quorumfs-mount" "$(members)" "$mount" --log-file "$data/mount.log"

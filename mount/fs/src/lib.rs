@@ -12,6 +12,9 @@
 //! fetched meanwhile (`read_ahead`). A chunk nobody has any more means that the file changed: the extents are asked
 //! for again.
 //!
+//! **One whole file.** A file may be written before it has a name, and be linked into place with its last bytes, or be stored
+//! in one command (`unnamed`): what uploads over HTTP are made of.
+//!
 //! Rules held here: commands about the content of one file go out one after another, in the order of writing
 //! (`SharedInode::turn`); mtime is that of the write, not of its flush; attributes are never set before the bytes
 //! written earlier; no verdict of the cluster is anticipated.

@@ -35,7 +35,7 @@
 //!   walk took as long as a request may. Paths that are not UTF-8 have a `path_encoded` too.
 //! - **Failures** are JSON `{code, message, hint}`. When no quorum answers within the time-out it is 503 with the reason
 //!   and `Retry-After`.
-//! - **Bounds**: all uploads together hold at most 112 MiB, all downloads 192 MiB. Requests above the number that this allows wait for their turn, at most as long as the time-out (503). One client has three
+//! - **Bounds**: all uploads together hold at most 176 MiB, all downloads 144 MiB. Requests above the number that this allows wait for their turn, at most as long as the time-out (503). One client has three
 //!   quarters of the turns at most. Who neither sends nor takes a byte for 3 s gives way to requests that wait, and is let go
 //!   of after 30 s. Files and uploads of at most 64 KiB have turns of their own, which they hold only while the node is at work.
 
@@ -95,8 +95,8 @@ const UPLOADS_MAX: usize = 64;
 const DIRTY_BYTES_MAX: u64 = 48 << 20;
 /// Downloads under way at once; each holds a chunk that is sent.
 const DOWNLOADS_MAX: usize = 64;
-/// Chunks that are kept: what was fetched ahead of all downloads fits twice.
-const CACHE_BYTES: u64 = 128 << 20;
+/// Chunks that are kept, among them what was fetched ahead of all downloads.
+const CACHE_BYTES: u64 = 64 << 20;
 /// Files and uploads of at most so many bytes are small: each connection may hold as many beside the turns.
 const SMALL_BYTES_MAX: usize = 64 << 10;
 /// Small files that are fetched at once, and small uploads that are stored: 8 MiB each.
