@@ -8,9 +8,12 @@
 //! ([`crate::consensus::Consensus::fatal`]), and the node ends.
 
 use std::collections::BTreeMap;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::task::JoinHandle;
@@ -200,6 +203,53 @@ impl Tasks {
     }
 }
 
+/// Work that is run to its end: by whoever waits for it, and in a task of its own from when this is dropped.
+pub struct ToEnd<T: 'static> {
+    work: Option<BoxFuture<'static, T>>,
+    when_dropped: fn(BoxFuture<'static, T>) -> BoxFuture<'static, T>,
+}
+
+impl<T> ToEnd<T> {
+    /// `work`, which goes on unchanged when this is dropped.
+    pub fn new(work: impl Future<Output = T> + Send + 'static) -> ToEnd<T> {
+        ToEnd::with(work, |work| work)
+    }
+
+    /// `work`, which goes on as `when_dropped` makes of it.
+    pub fn with(
+        work: impl Future<Output = T> + Send + 'static,
+        when_dropped: fn(BoxFuture<'static, T>) -> BoxFuture<'static, T>,
+    ) -> ToEnd<T> {
+        ToEnd {
+            work: Some(Box::pin(work)),
+            when_dropped,
+        }
+    }
+}
+
+impl<T> Future for ToEnd<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
+        let work = self.work.as_mut().expect("it is not polled after its end");
+        let polled = work.as_mut().poll(context);
+        if polled.is_ready() {
+            self.work = None;
+        }
+        polled
+    }
+}
+
+impl<T> Drop for ToEnd<T> {
+    fn drop(&mut self) {
+        // Without a runtime the process is about to end.
+        if let (Some(work), Ok(runtime)) = (self.work.take(), tokio::runtime::Handle::try_current()) {
+            let rest = (self.when_dropped)(work);
+            runtime.spawn(async move { drop(rest.await) });
+        }
+    }
+}
+
 /// From now on a panic is one line of the log, with the name of the task or else of the thread. Called once, when there is
 /// a log.
 pub fn log_panics() {
@@ -285,5 +335,23 @@ mod tests {
             .unwrap();
         let report = &tasks.report()[0];
         assert_eq!((report.state, report.failures), (TaskState::Done, 0));
+    }
+
+    #[tokio::test]
+    async fn work_that_is_dropped_half_way_comes_to_its_end() {
+        let (step, mut steps) = tokio::sync::mpsc::unbounded_channel();
+        let go = Arc::new(tokio::sync::Notify::new());
+        let waits = go.clone();
+        let mut work = ToEnd::new(async move {
+            step.send("begun").unwrap();
+            waits.notified().await;
+            step.send("ended").unwrap();
+        });
+        assert!(futures::poll!(&mut work).is_pending());
+        assert_eq!(steps.recv().await, Some("begun"));
+        drop(work);
+        go.notify_one();
+        assert_eq!(steps.recv().await, Some("ended"));
+        assert_eq!(ToEnd::new(async { 7 }).await, 7);
     }
 }

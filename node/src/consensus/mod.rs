@@ -74,6 +74,7 @@ use self::rescue::RoomRefusals;
 use self::snapshot::SnapshotTraffic;
 use self::state_machine::{Outlets, StateMachine};
 use self::types::{TypeConfig, VoterId, member};
+use crate::tasks::ToEnd;
 use crate::transport::Transport;
 use quorumfs_content::ContentStore;
 use quorumfs_metadata::{ApplyResult, LogBody, LogCommand, MetadataStore, StorageFault, View};
@@ -382,9 +383,8 @@ impl Consensus {
             return Err(ProposeError::Overtaken);
         }
         let raft = self.0.raft.clone();
-        // A task of its own, so that what is admitted counts until it is decided, whatever becomes of the
-        // caller.
-        let decided = tokio::spawn(async move {
+        // What is admitted counts until it is decided, whatever becomes of the caller.
+        let decided = ToEnd::new(async move {
             let written = raft.client_write(command).await;
             drop(admitted);
             written
@@ -399,17 +399,14 @@ impl Consensus {
             }
         };
         match decided {
-            Ok(Ok(response)) => Ok(response.data),
-            Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward)))) => {
+            Ok(response) => Ok(response.data),
+            Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward))) => {
                 Err(ProposeError::NotLeader {
                     leader: named_leader(&forward),
                 })
             }
-            Ok(Err(error)) => Err(ProposeError::Unavailable {
+            Err(error) => Err(ProposeError::Unavailable {
                 reason: error.to_string(),
-            }),
-            Err(panicked) => Err(ProposeError::Unavailable {
-                reason: panicked.to_string(),
             }),
         }
     }

@@ -8,10 +8,8 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures::future::BoxFuture;
 use quorumfs_client::Client;
 use quorumfs_fs::interrupt::in_vain;
 use quorumfs_fs::{Filesystem, Handle};
@@ -21,6 +19,7 @@ use tokio::runtime;
 
 use super::StatusSource;
 use super::error::{ApiError, CallError};
+use crate::tasks::ToEnd;
 
 /// The filesystem, as one request sees it.
 #[derive(Clone)]
@@ -40,7 +39,10 @@ impl Access {
         Work: Future<Output = Result<T, FsError>> + Send + 'static,
         T: 'static,
     {
-        let call = Call(Some(Box::pin(call(Arc::clone(&self.filesystem)))));
+        let call = call(Arc::clone(&self.filesystem));
+        let call = ToEnd::with(call, |mut call| {
+            Box::pin(async move { in_vain(Pin::new(&mut call)).await })
+        });
         match tokio::time::timeout(self.timeout, call).await {
             Ok(Err(FsError::TimedOut)) | Err(_) => Err(CallError::Unavailable(self.why_unavailable())),
             Ok(result) => result.map_err(CallError::Verdict),
@@ -107,31 +109,6 @@ impl Access {
     ) -> Result<DirectoryPage, CallError> {
         self.call(|filesystem| async move { filesystem.list_directory(inode, after).await })
             .await
-    }
-}
-
-/// A call under way. Dropped, it is run to its end in the background.
-struct Call<T: 'static>(Option<BoxFuture<'static, T>>);
-
-impl<T> Future for Call<T> {
-    type Output = T;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
-        let work = self.0.as_mut().expect("it is not polled after its end");
-        let polled = work.as_mut().poll(context);
-        if polled.is_ready() {
-            self.0 = None;
-        }
-        polled
-    }
-}
-
-impl<T> Drop for Call<T> {
-    fn drop(&mut self) {
-        // Without a runtime the process is about to end.
-        if let (Some(mut work), Ok(runtime)) = (self.0.take(), runtime::Handle::try_current()) {
-            runtime.spawn(async move { drop(in_vain(Pin::new(&mut work)).await) });
-        }
     }
 }
 
