@@ -108,7 +108,10 @@ fn p7_a_leader_with_other_metadata_is_found_soon_and_hands_on_before_it_begins_a
             break;
         }
         leaders.push(leader);
-        assert!(leaders.len() < LEADERS_MAX, "node {wrong} never leads: {leaders:?}");
+        assert!(
+            leaders.len() < LEADERS_MAX,
+            "node {wrong} never leads: {leaders:?}"
+        );
         // Another one leads before this one is back: a leader that starts again at once may go on leading.
         cluster.kill(leader);
         cluster.leader();
