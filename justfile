@@ -15,6 +15,10 @@ down:
 quick:
     scripts/test.sh quick
 
+# Licences, sources, versions and known faults of the dependencies (needs the network)
+deny:
+    cargo deny check
+
 # Every test, or the whole-cluster tests whose names contain FILTER
 test FILTER="":
     scripts/test.sh {{ if FILTER == "" { "all" } else { "cluster " + FILTER } }}

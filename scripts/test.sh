@@ -60,6 +60,13 @@ fi
 if [ "$part" != cluster ]; then
   step "cargo fmt"; cargo fmt --all --check
   step "cargo clippy"; cargo clippy --quiet --workspace --all-targets -- -D warnings
+  step "cargo deny"
+  if cargo deny --version >/dev/null 2>&1; then
+    # Advisories are not asked for: they need the network, and a new one says nothing about this change.
+    cargo deny --log-level error check --hide-inclusion-graph bans licenses sources
+  else
+    echo "skipped; \`cargo install --locked cargo-deny\` brings the command"
+  fi
   step "cargo doc"; RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps --document-private-items
   step "building"; cargo nextest run --cargo-quiet --workspace --no-run
   step "unit tests"; cargo nextest run --cargo-quiet --workspace -E 'not binary(cluster)'

@@ -116,8 +116,9 @@ struct PlainArguments {
     spec: String,
     /// The directory to mount it on
     directory: PathBuf,
-    /// Mount options, comma-separated: ro, nodev, nosuid, noexec, noatime, timeout=SECONDS,
-    /// durability=close|fsync, …
+    /// Mount options, comma-separated: those of any filesystem (ro, nodev, nosuid, noexec, noatime, …), timeout=SECONDS,
+    /// durability=close|fsync, cache_ms=MILLISECONDS, allow_other, noallow_other, stack, fsname=NAME, tls-ca=FILE,
+    /// tls-cert=FILE, tls-key=FILE, log-file=FILE
     #[arg(short = 'o', value_name = "OPTIONS", action = ArgAction::Append)]
     options: Vec<String>,
     /// Stay in the foreground and log to standard error

@@ -1,10 +1,14 @@
 //! The settings of a node: flags, then environment, then a TOML file, in that order of strength.
 //!
-//! Everything is checked here, once, with an error that names the field; what comes out as [`Config`] is valid.
+//! Everything is checked here, once, with an error that names the field, and the line where it stands in the file; what
+//! comes out as [`Config`] is valid. `clap` reads flags and environment, `toml` the file; only [`Settings::or`] is ours. A
+//! crate that merges sources would say less where something is wrong: `figment` forgets the lines of a file, `confique`
+//! accepts names that it does not know.
 //! Knows nothing of what the settings do.
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use clap::Parser;
 use serde::Deserialize;
@@ -13,16 +17,6 @@ use crate::transport::{ClusterSecret, TlsFiles};
 
 /// Highest slot number, and so the most members ever configured.
 const SLOT_MAX: u16 = 255;
-/// Verified per second unless told otherwise: a 1 TiB disk within a day, for a thirtieth of a core.
-const SCRUB_MIB_PER_S: u64 = 16;
-/// Between the beginnings of two passes of verifying.
-const SCRUB_INTERVAL_S: u64 = 60;
-/// How often dead content is looked for unless another interval is given, in seconds.
-const SWEEP_INTERVAL_S: u64 = 60;
-/// How often metadata is compared unless another interval is given, in seconds. It reads all of it.
-const AUDIT_INTERVAL_S: u64 = 6 * 3600;
-/// Fetched per second unless told otherwise: what a gigabit carries.
-const RECOVERY_MIB_PER_S: u64 = 100;
 /// Asked for the time where nothing else is said.
 const NTP_DEFAULT: &str = "pool.ntp.org";
 const NTP_PORT: u16 = 123;
@@ -31,8 +25,42 @@ const NTP_SERVERS_MAX: usize = 8;
 /// What is logged, unless told otherwise: not each step of an election, nor each of the ten heartbeats a second that a
 /// dead node misses, which the health monitor tells once.
 const LOG_DEFAULT: &str = "info,openraft=warn,openraft::core::heartbeat=error";
-/// How often the log sums up what was done, unless told otherwise.
-const METRICS_SUMMARY_S: u64 = 300;
+const DAY_S: u64 = 86_400;
+const YEAR_S: u64 = 365 * DAY_S;
+
+/// A setting that is a number from `MIN` to `MAX`, which is checked where it is read.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(try_from = "u64")]
+struct Number<const DEFAULT: u64, const MIN: u64, const MAX: u64>(u64);
+
+impl<const DEFAULT: u64, const MIN: u64, const MAX: u64> Number<DEFAULT, MIN, MAX> {
+    /// The number, or the default where none was given.
+    fn of(given: Option<Self>) -> u64 {
+        given.map_or(DEFAULT, |Number(value)| value)
+    }
+}
+
+impl<const DEFAULT: u64, const MIN: u64, const MAX: u64> TryFrom<u64> for Number<DEFAULT, MIN, MAX> {
+    type Error = String;
+
+    fn try_from(value: u64) -> Result<Self, String> {
+        match value {
+            _ if (MIN..=MAX).contains(&value) => Ok(Number(value)),
+            _ => Err(format!("{value} is not from {MIN} to {MAX}")),
+        }
+    }
+}
+
+impl<const DEFAULT: u64, const MIN: u64, const MAX: u64> FromStr for Number<DEFAULT, MIN, MAX> {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let value = text.parse::<u64>();
+        value
+            .map_err(|_| format!("not a number from {MIN} to {MAX}"))?
+            .try_into()
+    }
+}
 
 /// One node of a QuorumFS cluster: keeps a copy of every file, takes part in every decision.
 ///
@@ -94,22 +122,25 @@ pub struct Settings {
     log: Option<String>,
     /// How long a REST request waits for a quorum before it is answered 503, in milliseconds
     #[arg(long, env = "QUORUMFS_REQUEST_TIMEOUT_MS", value_name = "MS")]
-    request_timeout_ms: Option<u64>,
+    request_timeout_ms: Option<Number<10_000, 100, 600_000>>,
     /// At most how much of what is kept is re-read and verified per second, in MiB
     #[arg(long, env = "QUORUMFS_SCRUB_MIB_PER_S", value_name = "MIB")]
-    scrub_mib_per_s: Option<u64>,
+    // A 1 TiB disk within a day, for a thirtieth of a core.
+    scrub_mib_per_s: Option<Number<16, 1, 100_000>>,
     /// How long after the beginning of one pass of verifying the next begins, in seconds
     #[arg(long, env = "QUORUMFS_SCRUB_INTERVAL_S", value_name = "S")]
-    scrub_interval_s: Option<u64>,
+    scrub_interval_s: Option<Number<60, 1, DAY_S>>,
     /// How often it is looked for content that no file names any more, in seconds
     #[arg(long, env = "QUORUMFS_SWEEP_INTERVAL_S", value_name = "S")]
-    sweep_interval_s: Option<u64>,
+    sweep_interval_s: Option<Number<60, 1, DAY_S>>,
     /// How often all nodes compare their metadata, in seconds
     #[arg(long, env = "QUORUMFS_AUDIT_INTERVAL_S", value_name = "S")]
-    audit_interval_s: Option<u64>,
+    // It reads all of it.
+    audit_interval_s: Option<Number<21_600, 1, YEAR_S>>,
     /// At most how much missing content is fetched from other nodes per second, in MiB
     #[arg(long, env = "QUORUMFS_RECOVERY_MIB_PER_S", value_name = "MIB")]
-    recovery_mib_per_s: Option<u64>,
+    // What a gigabit carries.
+    recovery_mib_per_s: Option<Number<100, 1, 100_000>>,
     /// NTP servers to compare this node's clock with, port 123 unless said (default: pool.ntp.org); `none` asks nobody
     #[arg(
         long,
@@ -120,16 +151,16 @@ pub struct Settings {
     ntp: Option<Vec<String>>,
     /// How often they are asked, in milliseconds (default: 64000)
     #[arg(long, env = "QUORUMFS_NTP_INTERVAL_MS", value_name = "MS", hide = true)]
-    ntp_interval_ms: Option<u64>,
+    ntp_interval_ms: Option<Number<64_000, 100, 600_000>>,
     /// How often the health of each other node is probed, in milliseconds (default: 5000)
     #[arg(long, env = "QUORUMFS_PROBE_INTERVAL_MS", value_name = "MS")]
-    probe_interval_ms: Option<u64>,
+    probe_interval_ms: Option<Number<5_000, 100, 600_000>>,
     /// A file with the cluster's secret, the same for every node: who shows it may use /replicate and /delete-content
     #[arg(long, env = "QUORUMFS_SECRET_FILE", value_name = "FILE")]
     secret_file: Option<PathBuf>,
     /// How often a line in the log sums up what was done, where something was, in seconds
     #[arg(long, env = "QUORUMFS_METRICS_SUMMARY_S", value_name = "S")]
-    metrics_summary_s: Option<u64>,
+    metrics_summary_s: Option<Number<300, 1, DAY_S>>,
     /// A TOML file with any of these settings (the names are the same, without the dashes in front)
     #[arg(long, env = "QUORUMFS_CONFIG", value_name = "FILE")]
     #[serde(skip)]
@@ -242,34 +273,19 @@ impl Settings {
         settings.validate()
     }
 
+    /// What is set here, else what `file` sets.
     fn or(self, file: Settings) -> Settings {
-        Settings {
-            slot: self.slot.or(file.slot),
-            members: self.members.or(file.members),
-            join: self.join.or(file.join),
-            grpc: self.grpc.or(file.grpc),
-            data: self.data.or(file.data),
-            http: self.http.or(file.http),
-            listen_grpc: self.listen_grpc.or(file.listen_grpc),
-            listen_http: self.listen_http.or(file.listen_http),
-            tls_ca: self.tls_ca.or(file.tls_ca),
-            tls_cert: self.tls_cert.or(file.tls_cert),
-            tls_key: self.tls_key.or(file.tls_key),
-            insecure_plaintext: self.insecure_plaintext.or(file.insecure_plaintext),
-            log: self.log.or(file.log),
-            request_timeout_ms: self.request_timeout_ms.or(file.request_timeout_ms),
-            scrub_mib_per_s: self.scrub_mib_per_s.or(file.scrub_mib_per_s),
-            scrub_interval_s: self.scrub_interval_s.or(file.scrub_interval_s),
-            sweep_interval_s: self.sweep_interval_s.or(file.sweep_interval_s),
-            audit_interval_s: self.audit_interval_s.or(file.audit_interval_s),
-            recovery_mib_per_s: self.recovery_mib_per_s.or(file.recovery_mib_per_s),
-            ntp: self.ntp.or(file.ntp),
-            ntp_interval_ms: self.ntp_interval_ms.or(file.ntp_interval_ms),
-            probe_interval_ms: self.probe_interval_ms.or(file.probe_interval_ms),
-            secret_file: self.secret_file.or(file.secret_file),
-            metrics_summary_s: self.metrics_summary_s.or(file.metrics_summary_s),
-            config: self.config,
+        macro_rules! each {
+            ($($field:ident)*) => {
+                Settings { $($field: self.$field.or(file.$field),)* config: self.config }
+            };
         }
+        each!(
+            slot members join grpc data http listen_grpc listen_http tls_ca tls_cert tls_key
+            insecure_plaintext log request_timeout_ms scrub_mib_per_s scrub_interval_s sweep_interval_s
+            audit_interval_s recovery_mib_per_s ntp ntp_interval_ms probe_interval_ms secret_file
+            metrics_summary_s
+        )
     }
 
     fn validate(self) -> Result<Config, ConfigError> {
@@ -330,62 +346,8 @@ impl Settings {
                 return Err(invalid(field, reason));
             }
         }
-        let within = |field, value: Option<u64>, default: u64, range: std::ops::RangeInclusive<u64>| {
-            let value = value.unwrap_or(default);
-            match range.contains(&value) {
-                true => Ok(value),
-                false => {
-                    let (from, to) = (range.start(), range.end());
-                    Err(invalid(field, format!("{value} is not from {from} to {to}")))
-                }
-            }
-        };
-        let request_timeout_ms = within(
-            "request-timeout-ms",
-            self.request_timeout_ms,
-            10_000,
-            100..=600_000,
-        )?;
-        let scrub_mib_per_s = within(
-            "scrub-mib-per-s",
-            self.scrub_mib_per_s,
-            SCRUB_MIB_PER_S,
-            1..=100_000,
-        )?;
-        let scrub_interval_s = within(
-            "scrub-interval-s",
-            self.scrub_interval_s,
-            SCRUB_INTERVAL_S,
-            1..=86_400,
-        )?;
-        let sweep_interval_s = within(
-            "sweep-interval-s",
-            self.sweep_interval_s,
-            SWEEP_INTERVAL_S,
-            1..=86_400,
-        )?;
-        let audit_interval_s = within(
-            "audit-interval-s",
-            self.audit_interval_s,
-            AUDIT_INTERVAL_S,
-            1..=31_536_000,
-        )?;
-        let recovery_mib_per_s = within(
-            "recovery-mib-per-s",
-            self.recovery_mib_per_s,
-            RECOVERY_MIB_PER_S,
-            1..=100_000,
-        )?;
-        let ntp_interval_ms = within("ntp-interval-ms", self.ntp_interval_ms, 64_000, 100..=600_000)?;
-        let probe_interval_ms = within("probe-interval-ms", self.probe_interval_ms, 5_000, 100..=600_000)?;
         let ntp = ntp_servers(self.ntp.unwrap_or_else(|| vec![NTP_DEFAULT.to_string()]))?;
         let secret = self.secret_file.as_deref().map(read_secret).transpose()?;
-        let metrics_summary_s = within(
-            "metrics-summary-s",
-            self.metrics_summary_s,
-            METRICS_SUMMARY_S,
-            1..=86_400,
-        )?;
         let log = self.log.unwrap_or_else(|| LOG_DEFAULT.to_string());
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log) {
             return Err(invalid(
@@ -404,17 +366,17 @@ impl Settings {
             listen_http,
             tls,
             log,
-            request_timeout_ms,
-            scrub_bytes_per_s: scrub_mib_per_s << 20,
-            scrub_interval_s,
-            sweep_interval_s,
-            audit_interval_s,
-            recovery_bytes_per_s: recovery_mib_per_s << 20,
+            request_timeout_ms: Number::of(self.request_timeout_ms),
+            scrub_bytes_per_s: Number::of(self.scrub_mib_per_s) << 20,
+            scrub_interval_s: Number::of(self.scrub_interval_s),
+            sweep_interval_s: Number::of(self.sweep_interval_s),
+            audit_interval_s: Number::of(self.audit_interval_s),
+            recovery_bytes_per_s: Number::of(self.recovery_mib_per_s) << 20,
             ntp,
-            ntp_interval_ms,
-            probe_interval_ms,
+            ntp_interval_ms: Number::of(self.ntp_interval_ms),
+            probe_interval_ms: Number::of(self.probe_interval_ms),
             secret,
-            metrics_summary_s,
+            metrics_summary_s: Number::of(self.metrics_summary_s),
         })
     }
 }

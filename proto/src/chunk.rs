@@ -1,6 +1,9 @@
 //! Content: immutable chunks, and the extents of a file that lie in them.
 
+use std::fmt;
+
 use bytes::Bytes;
+use hex::FromHex as _;
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 
@@ -16,6 +19,18 @@ impl Sha256 {
     /// The digest of `payload`.
     pub fn of(payload: &[u8]) -> Sha256 {
         Sha256(sha2::Sha256::digest(payload).into())
+    }
+
+    /// The digest that 64 hexadecimal digits stand for; `None` for anything else.
+    pub fn from_hex(digits: &[u8]) -> Option<Sha256> {
+        <[u8; 32]>::from_hex(digits).ok().map(Sha256)
+    }
+}
+
+/// 64 hexadecimal digits, in small letters.
+impl fmt::Display for Sha256 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(self.0))
     }
 }
 
@@ -276,5 +291,29 @@ impl Extent {
             return Err(FsError::FileTooLarge);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_digest_is_read_as_it_is_written() {
+        let digest = Sha256::of(b"abc");
+        // FIPS 180-4, appendix B.1.
+        let digits = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(digest.to_string(), digits);
+        assert_eq!(Sha256::from_hex(digits.as_bytes()), Some(digest));
+        assert_eq!(Sha256::from_hex(digits.to_uppercase().as_bytes()), Some(digest));
+        for wrong in [
+            "",
+            "ba",
+            &digits[1..],
+            &digits.replace("ba", "+a"),
+            &digits.replace("ba", "zz"),
+        ] {
+            assert_eq!(Sha256::from_hex(wrong.as_bytes()), None, "{wrong:?}");
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use hex::FromHex as _;
 use serde::{Deserialize, Serialize};
 
 /// Who a node is to the consensus: its configured slot and the random number its data folder got when it was first
@@ -32,20 +33,13 @@ impl ClusterId {
 
     /// The id written in hexadecimal by its `Display`.
     pub fn from_hex(text: &str) -> Option<ClusterId> {
-        if text.len() != 32 || !text.is_ascii() {
-            return None;
-        }
-        let mut id = [0; 16];
-        for (at, byte) in id.iter_mut().enumerate() {
-            *byte = u8::from_str_radix(&text[2 * at..2 * at + 2], 16).ok()?;
-        }
-        Some(ClusterId(id))
+        <[u8; 16]>::from_hex(text).ok().map(ClusterId)
     }
 }
 
 impl fmt::Display for ClusterId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        f.write_str(&hex::encode(self.0))
     }
 }
 
@@ -71,4 +65,24 @@ pub struct Member {
     pub id: NodeId,
     /// Where.
     pub addresses: Addresses,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cluster_id_is_read_as_it_is_written() {
+        let id = ClusterId(std::array::from_fn(|at| at as u8 * 17));
+        assert_eq!(id.to_string(), "00112233445566778899aabbccddeeff");
+        assert_eq!(ClusterId::from_hex(&id.to_string()), Some(id));
+        for wrong in [
+            "",
+            "00",
+            "+0112233445566778899aabbccddeeff",
+            "0011223344556677é9aabbccddeeff",
+        ] {
+            assert_eq!(ClusterId::from_hex(wrong), None, "{wrong:?}");
+        }
+    }
 }

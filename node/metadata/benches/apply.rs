@@ -5,12 +5,21 @@ use std::hint::black_box;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use quorumfs_metadata::{LogBody, LogCommand, MetadataOptions, MetadataStore, Position};
 use quorumfs_proto::call::Mutation;
-use quorumfs_proto::command::{IfExists, NewInode, NewKind, Target};
-use quorumfs_proto::{Command, InodeNumber, Lane, Name, Operation, RequestId, SessionId, Timestamp};
+use quorumfs_proto::command::{IfExists, NewInode, NewKind, Privileges, Target};
+use quorumfs_proto::{
+    ChunkBody, ChunkId, Command, Extent, InodeNumber, Lane, Name, NewChunk, Operation, RequestId, SessionId,
+    Sha256, Timestamp,
+};
 
 const SESSION: SessionId = SessionId(1);
 /// Creations in one sample.
 const CREATES: u64 = 4096;
+/// Extents of a file before it is written over, and how often it is.
+const EXTENTS: u64 = 2048;
+/// What each of them covers.
+const EXTENT_BYTES: u32 = 4096;
+/// A step that has no factor in common with [`EXTENTS`]: it visits all places, never two neighbours in turn.
+const STRIDE: u64 = 1031;
 /// Entries that are applied before they are published, as the apply thread does when it is behind.
 const BATCH: usize = 64;
 
@@ -30,18 +39,50 @@ fn creation(number: u64) -> LogCommand {
         },
         existing: IfExists::Refuse,
     });
+    call(number, command)
+}
+
+fn call(sequence: u64, command: Command) -> LogCommand {
     LogCommand {
         stamp: Timestamp::default(),
         body: LogBody::Call(Mutation {
             request: RequestId {
                 session: SESSION,
                 lane: Lane(0),
-                sequence: number,
+                sequence,
             },
             chunk_low_water: 0,
             command,
         }),
     }
+}
+
+/// One new chunk at `file_offset` of `inode`.
+fn write(number: u64, inode: InodeNumber, file_offset: u64) -> LogCommand {
+    let chunk = ChunkId {
+        session: SESSION,
+        counter: number,
+    };
+    let command = Command {
+        chunks: vec![NewChunk {
+            id: chunk,
+            length: EXTENT_BYTES,
+            sha256: Sha256([7; 32]),
+            body: ChunkBody::Stored,
+        }],
+        operations: vec![Operation::Write {
+            inode: Target::Inode(inode),
+            pieces: vec![Extent {
+                file_offset,
+                length: EXTENT_BYTES,
+                chunk,
+                chunk_offset: 0,
+            }],
+            mtime: None,
+            privileges: Privileges::Keep,
+        }],
+    };
+    call(number, command)
 }
 
 /// A store in a folder of its own, and the index of its last entry.
@@ -100,6 +141,43 @@ fn apply(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// Writes that each cut two extents of a file that has many.
+fn extents(criterion: &mut Criterion) {
+    let mut first = Fixture::new();
+    first.apply(&[creation(1)]);
+    let view = first.store.view().expect("a view");
+    let file = view
+        .lookup(InodeNumber::ROOT, &name(1))
+        .expect("it is there")
+        .inode;
+    let bytes = u64::from(EXTENT_BYTES);
+    let filling: Vec<LogCommand> = (0..EXTENTS).map(|at| write(at + 2, file, at * bytes)).collect();
+    let cutting: Vec<LogCommand> = (0..EXTENTS)
+        .map(|at| write(at + 2 + EXTENTS, file, at * STRIDE % EXTENTS * bytes + bytes / 2))
+        .collect();
+    let filled = || {
+        let mut fixture = Fixture::new();
+        fixture.apply(&[creation(1)]);
+        fixture.apply(&filling);
+        fixture
+    };
+    let mut written = filled();
+    written.apply(&cutting);
+    let view = written.store.view().expect("a view");
+    let end = EXTENTS * bytes + bytes / 2;
+    assert_eq!(
+        view.attributes(file).expect("it is there").size,
+        end,
+        "all writes count"
+    );
+    let mut group = criterion.benchmark_group("apply");
+    group.throughput(Throughput::Elements(EXTENTS)).sample_size(10);
+    group.bench_function("writes that cut extents", |bencher| {
+        bencher.iter_batched_ref(filled, |fixture| fixture.apply(&cutting), BatchSize::PerIteration);
+    });
+    group.finish();
+}
+
 fn view(criterion: &mut Criterion) {
     let entries: Vec<LogCommand> = (1..=CREATES).map(creation).collect();
     let mut fixture = Fixture::new();
@@ -129,5 +207,5 @@ fn view(criterion: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, apply, view);
+criterion_group!(benches, apply, extents, view);
 criterion_main!(benches);

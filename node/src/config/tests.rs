@@ -42,7 +42,7 @@ fn errors_name_the_field_and_what_would_be_right() {
     assert!(
         resolve(&idle)
             .unwrap_err()
-            .contains("--scrub-mib-per-s: 0 is not from 1")
+            .contains("'--scrub-mib-per-s <MIB>': 0 is not from 1 to 100000")
     );
     let dir = tempfile::tempdir().unwrap();
     let secret = dir.path().join("secret");
@@ -81,7 +81,7 @@ fn ntp_servers_have_a_port_or_get_one() {
     assert!(
         resolve(&args)
             .unwrap_err()
-            .contains("--probe-interval-ms: 5 is not from 100")
+            .contains("'--probe-interval-ms <MS>': 5 is not from 100 to 600000")
     );
 }
 
@@ -106,6 +106,16 @@ fn flags_are_stronger_than_the_file_and_unknown_fields_are_refused() {
     .unwrap();
     assert_eq!((config.slot, config.data.to_str().unwrap()), (1, "/from-flag"));
     assert_eq!(config.ntp, ["a:123", "b:9"]);
-    std::fs::write(&file, "slott = 1\n").unwrap();
-    assert!(resolve(&["--config", file_name]).unwrap_err().contains("slott"));
+    for (text, wrong) in [
+        ("slott = 1\n", "slott"),
+        ("slot = 1\nscrub-mib-per-s = 0\n", "0 is not from 1 to 100000"),
+        ("slot = 1\nlog = 7\n", "log"),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        let error = resolve(&["--config", file_name]).unwrap_err();
+        let line = format!("line {}", text.lines().count());
+        for part in [file_name, &line, wrong] {
+            assert!(error.contains(part), "{error}");
+        }
+    }
 }

@@ -49,6 +49,10 @@ mod unstored;
 mod voters;
 mod wal;
 
+/// The bytes of the log, for `benches/wal.rs` alone.
+#[doc(hidden)]
+pub use self::wal::frame as wal_frame;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

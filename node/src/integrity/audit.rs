@@ -245,7 +245,7 @@ impl Auditor {
             }
             *self.last.lock() = Some(AuditReport {
                 index,
-                sha256: hexadecimal(digest),
+                sha256: digest.to_string(),
                 outcome: None,
                 same: Vec::new(),
                 different: Vec::new(),
@@ -366,10 +366,6 @@ fn digest(view: &View) -> Result<Sha256, StorageFault> {
         std::thread::sleep(since.elapsed());
         since = Instant::now();
     })
-}
-
-fn hexadecimal(digest: Sha256) -> String {
-    digest.0.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

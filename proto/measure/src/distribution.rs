@@ -145,15 +145,12 @@ impl Snapshot {
     /// A value that a part `quantile` (0 to 1) of the values does not exceed, at most 1/32 too large; 0 if there are
     /// none. Never above [`Snapshot::max`].
     pub fn quantile(&self, quantile: f64) -> u64 {
-        let wanted = (self.count as f64 * quantile.clamp(0.0, 1.0)).ceil().max(1.0) as u64;
-        let mut seen = 0;
-        for bucket in &self.buckets {
-            seen += bucket.count();
-            if seen >= wanted {
-                return bucket.end().min(self.max);
-            }
-        }
-        self.max
+        // Only a quantile out of bounds is refused, and this one is not.
+        let bucket = self.buckets.quantile_bucket(quantile.clamp(0.0, 1.0));
+        bucket
+            .ok()
+            .flatten()
+            .map_or(0, |bucket| bucket.end().min(self.max))
     }
 
     /// How many values are at most `value`; those of its own bucket (1/32 around it) are left out.

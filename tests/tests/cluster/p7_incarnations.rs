@@ -5,6 +5,7 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::time::Duration;
 
+use quorumfs_proto::ClusterId;
 use quorumfs_tests::damage::open_metadata;
 use quorumfs_tests::environment::wait_for;
 use quorumfs_tests::healing::assert_same_metadata;
@@ -114,11 +115,9 @@ fn p7_a_question_for_another_incarnation_is_refused() {
         let hello = peer.hello(wire::HelloRequest::default()).await.expect("hello");
         let hello = hello.into_inner();
         let own = hello.node.expect("it says who it is");
-        let cluster_id: String = hello
-            .cluster_id
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let cluster_id = ClusterId::from_bytes(&hello.cluster_id)
+            .expect("16 bytes")
+            .to_string();
         let name = |incarnation: u64| format!("{}@{incarnation:016x}", own.slot);
         let asked = |node: Option<String>| {
             let mut request = tonic::Request::new(wire::HeldChunksRequest::default());

@@ -280,14 +280,7 @@ fn p7_internal_endpoints_ask_for_the_secret_and_never_touch_what_files_name() {
     assert_eq!(chunks.len(), 20, "{verdict}");
     let last = chunks[19]["chunk"].as_str().expect("an id").to_string();
     let bytes = content[19 << 20..].to_vec();
-    let digest = |bytes: &[u8]| {
-        let digest = quorumfs_proto::Sha256::of(bytes);
-        digest
-            .0
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect::<String>()
-    };
+    let digest = |bytes: &[u8]| quorumfs_proto::Sha256::of(bytes).to_string();
     let right = digest(&bytes);
     let known = ("authorization", "Bearer the cluster's own secret");
     let (replicate, delete) = (format!("/replicate/{last}"), format!("/delete-content/{last}"));

@@ -2,6 +2,9 @@
 //!
 //! Base units (seconds, bytes), counters end in `_total`. Histograms have fixed bounds; a value within 1/32 of a bound
 //! may be counted in the next bucket.
+//!
+//! The crate's own counters and registry are not used: the same numbers are shown as JSON with quantiles, which its
+//! histograms do not keep, so what was counted is converted when it is asked for.
 
 use std::sync::atomic::Ordering;
 
@@ -43,6 +46,13 @@ const BOUNDS_ENTRIES: [u64; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024];
 /// The content type of [`text`].
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
+/// Families of one kind, each with its name, its help and its value.
+macro_rules! table {
+    ($families:ident.$add:ident: $($name:literal $help:literal $value:expr,)*) => {
+        $($families.$add($name, $help, $value);)*
+    };
+}
+
 /// Everything, as Prometheus' text. Fails only where a metric has no value at all, which is a defect.
 pub fn text(metrics: &Metrics, sources: Sources<'_>) -> Result<String, prometheus::Error> {
     let report = MetricsReport::gather(metrics, sources);
@@ -56,37 +66,19 @@ pub fn text(metrics: &Metrics, sources: Sources<'_>) -> Result<String, prometheu
     let failures = tasks
         .iter()
         .map(|task| counter(&[("task", task.name)], task.failures));
-    families.counter(
-        "quorumfs_task_failures_total",
-        "How often a background task failed and was started again.",
-        failures.collect(),
-    );
-    let plain: [(&str, &str, &Snapshot); 2] = [
-        (
-            "quorumfs_raft_flush_duration_seconds",
-            "How long flushes of the log took.",
-            &measured.flush_times,
-        ),
-        (
-            "quorumfs_raft_apply_duration_seconds",
-            "How long batches of entries took to apply.",
-            &measured.applies,
-        ),
-    ];
-    for (name, help, snapshot) in plain {
-        families.histogram(name, help, vec![duration(&[], snapshot)]);
+    let content_flushes = sources.content.flush_times();
+    let entries = histogram(&[], &measured.flush_entries, &BOUNDS_ENTRIES, 1.0);
+    table! { families.add_counter:
+        "quorumfs_task_failures_total" "How often a background task failed and was started again." failures.collect(),
     }
-    let flushes = sources.content.flush_times();
-    families.histogram(
-        "quorumfs_content_flush_duration_seconds",
-        "How long flushes of the content store took.",
-        vec![duration(&[], &flushes)],
-    );
-    families.histogram(
-        "quorumfs_raft_flush_entries",
-        "Entries made durable by one flush of the log.",
-        vec![histogram(&[], &measured.flush_entries, &BOUNDS_ENTRIES, 1.0)],
-    );
+    table! { families.add_durations:
+        "quorumfs_raft_flush_duration_seconds" "How long flushes of the log took." &measured.flush_times,
+        "quorumfs_raft_apply_duration_seconds" "How long batches of entries took to apply." &measured.applies,
+        "quorumfs_content_flush_duration_seconds" "How long flushes of the content store took." &content_flushes,
+    }
+    table! { families.add_histogram:
+        "quorumfs_raft_flush_entries" "Entries made durable by one flush of the log." vec![entries],
+    }
     let mut text = String::new();
     // A family without a metric (nothing of the kind happened yet) cannot be encoded, and is left out.
     families.0.retain(|family| !family.get_metric().is_empty());
@@ -107,18 +99,28 @@ impl Families {
         self.0.push(family);
     }
 
-    fn counter(&mut self, name: &str, help: &str, metrics: Vec<Metric>) {
+    fn add_counter(&mut self, name: &str, help: &str, metrics: Vec<Metric>) {
         self.add(MetricType::COUNTER, name, help, metrics);
     }
 
-    fn gauge(&mut self, name: &str, help: &str, value: f64) {
+    /// A counter without labels.
+    fn add_count(&mut self, name: &str, help: &str, value: u64) {
+        self.add_counter(name, help, vec![counter(&[], value)]);
+    }
+
+    fn add_gauge(&mut self, name: &str, help: &str, value: f64) {
         let mut gauge = Gauge::default();
         gauge.set_value(value);
         self.add(MetricType::GAUGE, name, help, vec![Metric::from_gauge(gauge)]);
     }
 
-    fn histogram(&mut self, name: &str, help: &str, metrics: Vec<Metric>) {
+    fn add_histogram(&mut self, name: &str, help: &str, metrics: Vec<Metric>) {
         self.add(MetricType::HISTOGRAM, name, help, metrics);
+    }
+
+    /// A histogram of durations without labels.
+    fn add_durations(&mut self, name: &str, help: &str, snapshot: &Snapshot) {
+        self.add_histogram(name, help, vec![duration(&[], snapshot)]);
     }
 }
 
@@ -178,35 +180,19 @@ fn operations(families: &mut Families, metrics: &Metrics) {
             durations.push(duration(&labels, &snapshot.durations));
         }
     }
-    families.counter(
-        "quorumfs_operations_total",
-        "Operations on files, by kind and by who wanted them.",
-        counts,
-    );
-    families.counter(
-        "quorumfs_operation_failures_total",
-        "Operations that were answered with an error.",
-        failures,
-    );
-    families.counter(
-        "quorumfs_operation_bytes_total",
-        "Bytes of content that operations moved.",
-        bytes,
-    );
-    families.histogram(
-        "quorumfs_operation_duration_seconds",
-        "How long this node took over operations.",
-        durations,
-    );
     let refusals = RefusalKind::ALL.into_iter().map(|kind| {
         let labels = [("reason", kind.name())];
         counter(&labels, metrics.refusals(kind))
     });
-    families.counter(
-        "quorumfs_refusals_total",
-        "Calls that were not decided here.",
-        refusals.collect(),
-    );
+    table! { families.add_counter:
+        "quorumfs_operations_total" "Operations on files, by kind and by who wanted them." counts,
+        "quorumfs_operation_failures_total" "Operations that were answered with an error." failures,
+        "quorumfs_operation_bytes_total" "Bytes of content that operations moved." bytes,
+        "quorumfs_refusals_total" "Calls that were not decided here." refusals.collect(),
+    }
+    table! { families.add_histogram:
+        "quorumfs_operation_duration_seconds" "How long this node took over operations." durations,
+    }
 }
 
 fn http(families: &mut Families, metrics: &Metrics) {
@@ -225,21 +211,13 @@ fn http(families: &mut Families, metrics: &Metrics) {
         bytes.push(counter(&labels, snapshot.bytes));
         durations.push(duration(&labels, &snapshot.durations));
     }
-    families.counter(
-        "quorumfs_http_requests_total",
-        "HTTP requests, by endpoint and by the hundred of the status.",
-        counts,
-    );
-    families.counter(
-        "quorumfs_http_bytes_total",
-        "Bytes of the bodies of uploads, and of the answers to all else.",
-        bytes,
-    );
-    families.histogram(
-        "quorumfs_http_request_duration_seconds",
-        "From a request's head to the end of its answer.",
-        durations,
-    );
+    table! { families.add_counter:
+        "quorumfs_http_requests_total" "HTTP requests, by endpoint and by the hundred of the status." counts,
+        "quorumfs_http_bytes_total" "Bytes of the bodies of uploads, and of the answers to all else." bytes,
+    }
+    table! { families.add_histogram:
+        "quorumfs_http_request_duration_seconds" "From a request's head to the end of its answer." durations,
+    }
 }
 
 fn replication(families: &mut Families, metrics: &Metrics, report: &MetricsReport) {
@@ -247,176 +225,65 @@ fn replication(families: &mut Families, metrics: &Metrics, report: &MetricsRepor
     let (own, peer) = (counted.own_copies.snapshot(), counted.peer_copies.snapshot());
     let brought = counted.to_quorum.snapshot();
     let places = [("own", &own), ("peer", &peer)];
-    let one = |value: u64| vec![counter(&[], value)];
-    families.counter(
-        "quorumfs_replication_chunks_total",
-        "Chunks that clients brought here.",
-        one(brought.durations.count()),
-    );
-    families.counter(
-        "quorumfs_replication_chunk_failures_total",
-        "Chunks that did not reach a quorum.",
-        one(brought.failures),
-    );
-    families.counter(
-        "quorumfs_replication_bytes_total",
-        "Bytes of chunks that reached a quorum, each counted once.",
-        one(brought.bytes),
-    );
-    families.counter(
-        "quorumfs_replication_inline_bytes_total",
-        "Bytes of content that came inside commands.",
-        one(counted.inline_bytes.load(Ordering::Relaxed)),
-    );
-    families.counter(
-        "quorumfs_replication_copied_bytes_total",
-        "Bytes of copies made, by where.",
-        places
-            .map(|(place, copies)| counter(&[("place", place)], copies.bytes))
-            .into(),
-    );
-    families.counter(
-        "quorumfs_replication_copy_failures_total",
-        "Copies that could not be made, by where.",
-        places
-            .map(|(place, copies)| counter(&[("place", place)], copies.failures))
-            .into(),
-    );
-    families.histogram(
-        "quorumfs_replication_copy_duration_seconds",
-        "Time until one node had a chunk on disk, by where.",
-        places
-            .map(|(place, copies)| duration(&[("place", place)], &copies.durations))
-            .into(),
-    );
-    families.histogram(
-        "quorumfs_replication_quorum_duration_seconds",
-        "Time until a quorum had a chunk on disk.",
-        vec![duration(&[], &brought.durations)],
-    );
-    families.histogram(
-        "quorumfs_replication_all_duration_seconds",
-        "Time until all nodes had a chunk on disk.",
-        vec![duration(&[], &counted.to_all.snapshot())],
-    );
-    if let Some(factor) = report.replication.overhead_factor {
-        families.gauge(
-            "quorumfs_replication_overhead_ratio",
-            "Bytes copied for each byte brought.",
-            factor,
-        );
+    let bytes = places.map(|(place, copies)| counter(&[("place", place)], copies.bytes));
+    let failures = places.map(|(place, copies)| counter(&[("place", place)], copies.failures));
+    let durations = places.map(|(place, copies)| duration(&[("place", place)], &copies.durations));
+    let inline_bytes = counted.inline_bytes.load(Ordering::Relaxed);
+    table! { families.add_count:
+        "quorumfs_replication_chunks_total" "Chunks that clients brought here." brought.durations.count(),
+        "quorumfs_replication_chunk_failures_total" "Chunks that did not reach a quorum." brought.failures,
+        "quorumfs_replication_bytes_total" "Bytes of chunks that reached a quorum, each counted once." brought.bytes,
+        "quorumfs_replication_inline_bytes_total" "Bytes of content that came inside commands." inline_bytes,
+        "quorumfs_raft_commit_failures_total" "Commands that came to no decision here." metrics.commits.failures(),
     }
-    families.histogram(
-        "quorumfs_raft_commit_duration_seconds",
-        "From a command's proposal to its result.",
-        vec![duration(&[], &metrics.commits.snapshot().durations)],
-    );
-    families.counter(
-        "quorumfs_raft_commit_failures_total",
-        "Commands that came to no decision here.",
-        one(metrics.commits.failures()),
-    );
+    table! { families.add_counter:
+        "quorumfs_replication_copied_bytes_total" "Bytes of copies made, by where." bytes.into(),
+        "quorumfs_replication_copy_failures_total" "Copies that could not be made, by where." failures.into(),
+    }
+    table! { families.add_histogram:
+        "quorumfs_replication_copy_duration_seconds" "Time until one node had a chunk on disk, by where." durations.into(),
+    }
+    let (to_all, commits) = (counted.to_all.snapshot(), metrics.commits.snapshot().durations);
+    table! { families.add_durations:
+        "quorumfs_replication_quorum_duration_seconds" "Time until a quorum had a chunk on disk." &brought.durations,
+        "quorumfs_replication_all_duration_seconds" "Time until all nodes had a chunk on disk." &to_all,
+        "quorumfs_raft_commit_duration_seconds" "From a command's proposal to its result." &commits,
+    }
+    if let Some(factor) = report.replication.overhead_factor {
+        table! { families.add_gauge:
+            "quorumfs_replication_overhead_ratio" "Bytes copied for each byte brought." factor,
+        }
+    }
 }
 
 fn node(families: &mut Families, report: &MetricsReport) {
     let (raft, content, space) = (&report.raft, &report.content, &report.space);
-    let gauges: [(&str, &str, f64); 15] = [
-        (
-            "quorumfs_uptime_seconds",
-            "For how long this node has run.",
-            report.uptime_s as f64,
-        ),
-        (
-            "quorumfs_raft_is_leader",
-            "1 where this node leads.",
-            f64::from(u8::from(report.is_leader)),
-        ),
-        ("quorumfs_raft_term", "The node's term.", raft.term as f64),
-        (
-            "quorumfs_raft_voters",
-            "Voters in the present configuration.",
-            raft.voters as f64,
-        ),
-        (
-            "quorumfs_raft_last_index",
-            "Index of the last entry in the log.",
-            raft.last_index.unwrap_or_default() as f64,
-        ),
-        (
-            "quorumfs_raft_committed_index",
-            "Index up to which entries are known to be committed.",
-            raft.committed_index.unwrap_or_default() as f64,
-        ),
-        (
-            "quorumfs_raft_applied_index",
-            "Index up to which entries have taken effect here.",
-            raft.applied_index.unwrap_or_default() as f64,
-        ),
-        (
-            "quorumfs_raft_log_bytes",
-            "Bytes of the log's files.",
-            raft.log_bytes as f64,
-        ),
-        ("quorumfs_content_chunks", "Chunks held.", content.chunks as f64),
-        (
-            "quorumfs_content_bytes",
-            "Bytes of the chunks held.",
-            content.bytes as f64,
-        ),
-        (
-            "quorumfs_metadata_overlay_bytes",
-            "Bytes of metadata that are not in the database yet.",
+    let indexes = [raft.last_index, raft.committed_index, raft.applied_index];
+    let [last, committed, applied] = indexes.map(|index| index.unwrap_or_default() as f64);
+    table! { families.add_gauge:
+        "quorumfs_uptime_seconds" "For how long this node has run." report.uptime_s as f64,
+        "quorumfs_raft_is_leader" "1 where this node leads." f64::from(u8::from(report.is_leader)),
+        "quorumfs_raft_term" "The node's term." raft.term as f64,
+        "quorumfs_raft_voters" "Voters in the present configuration." raft.voters as f64,
+        "quorumfs_raft_last_index" "Index of the last entry in the log." last,
+        "quorumfs_raft_committed_index" "Index up to which entries are known to be committed." committed,
+        "quorumfs_raft_applied_index" "Index up to which entries have taken effect here." applied,
+        "quorumfs_raft_log_bytes" "Bytes of the log's files." raft.log_bytes as f64,
+        "quorumfs_content_chunks" "Chunks held." content.chunks as f64,
+        "quorumfs_content_bytes" "Bytes of the chunks held." content.bytes as f64,
+        "quorumfs_metadata_overlay_bytes" "Bytes of metadata that are not in the database yet."
             report.caches.overlay_bytes as f64,
-        ),
-        (
-            "quorumfs_space_capacity_bytes",
-            "Bytes of this node's filesystem.",
-            space.capacity_bytes as f64,
-        ),
-        (
-            "quorumfs_space_available_bytes",
-            "Bytes that content may still take.",
-            space.available_bytes as f64,
-        ),
-        (
-            "quorumfs_mounts",
-            "Mounts that this node was told of lately.",
-            report.mounts.len() as f64,
-        ),
-        (
-            "quorumfs_mount_cache_bytes",
-            "Bytes in the caches of these mounts.",
-            report.caches.mount_bytes as f64,
-        ),
-    ];
-    for (name, help, value) in gauges {
-        families.gauge(name, help, value);
+        "quorumfs_space_capacity_bytes" "Bytes of this node's filesystem." space.capacity_bytes as f64,
+        "quorumfs_space_available_bytes" "Bytes that content may still take." space.available_bytes as f64,
+        "quorumfs_mounts" "Mounts that this node was told of lately." report.mounts.len() as f64,
+        "quorumfs_mount_cache_bytes" "Bytes in the caches of these mounts." report.caches.mount_bytes as f64,
     }
-    let counters: [(&str, &str, u64); 5] = [
-        ("quorumfs_raft_flushes_total", "Flushes of the log.", raft.flushes),
-        (
-            "quorumfs_raft_entries_flushed_total",
-            "Entries made durable.",
-            raft.entries_flushed,
-        ),
-        (
-            "quorumfs_raft_entries_applied_total",
-            "Entries applied since the node started.",
-            raft.entries_applied,
-        ),
-        (
-            "quorumfs_content_puts_total",
-            "Chunks acknowledged as durable on this node.",
-            content.puts,
-        ),
-        (
-            "quorumfs_content_flushes_total",
-            "Flushes of the content store.",
-            content.flushes,
-        ),
-    ];
-    for (name, help, value) in counters {
-        families.counter(name, help, vec![counter(&[], value)]);
+    table! { families.add_count:
+        "quorumfs_raft_flushes_total" "Flushes of the log." raft.flushes,
+        "quorumfs_raft_entries_flushed_total" "Entries made durable." raft.entries_flushed,
+        "quorumfs_raft_entries_applied_total" "Entries applied since the node started." raft.entries_applied,
+        "quorumfs_content_puts_total" "Chunks acknowledged as durable on this node." content.puts,
+        "quorumfs_content_flushes_total" "Flushes of the content store." content.flushes,
     }
 }
 

@@ -125,7 +125,7 @@ pub(super) async fn replicate(
         body.map_err(|rejected| ApiError::new(rejected.status(), "body_refused", rejected.body_text()))?;
     let sha256 = headers
         .get(SHA256_HEADER)
-        .and_then(|value| sha256(value.as_bytes()))
+        .and_then(|value| Sha256::from_hex(value.as_bytes()))
         .ok_or_else(|| {
             ApiError::bad_request("no_digest", format!("the header {SHA256_HEADER} has no SHA-256"))
                 .hint("64 hexadecimal digits, as sha256sum prints them")
@@ -206,17 +206,6 @@ fn chunk_id(name: &str) -> Result<ChunkId, ApiError> {
     })
 }
 
-fn sha256(hexadecimal: &[u8]) -> Option<Sha256> {
-    let mut bytes = [0; 32];
-    if hexadecimal.len() != 64 || !hexadecimal.iter().all(u8::is_ascii_hexdigit) {
-        return None;
-    }
-    for (byte, digits) in bytes.iter_mut().zip(hexadecimal.chunks_exact(2)) {
-        *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
-    }
-    Some(Sha256(bytes))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -237,8 +226,5 @@ mod tests {
         ] {
             assert!(chunk_id(wrong).is_err(), "{wrong:?}");
         }
-        assert_eq!(sha256(&[b'0'; 64]), Some(Sha256([0; 32])));
-        assert_eq!(sha256(&[b'g'; 64]), None);
-        assert_eq!(sha256(b"00"), None);
     }
 }

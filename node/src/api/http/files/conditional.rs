@@ -1,11 +1,15 @@
 //! Entity tags, and the preconditions of RFC 9110 section 13 on reads.
 //!
 //! The tag of a file is its inode and content version: equal versions mean equal bytes, so it is a strong one. A
-//! file replaced by an upload is another inode, so an old tag never comes back.
+//! file replaced by an upload is another inode, so an old tag never comes back. The `headers` crate parses and compares
+//! tags; a condition that it cannot parse is ignored, except `If-Range`, which then asks for the whole file.
 
-use axum::http::header::{IF_MATCH, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE, RANGE};
-use axum::http::{HeaderMap, HeaderName};
-use quorumfs_proto::Attributes;
+use std::time::SystemTime;
+
+use axum::http::HeaderMap;
+use axum::http::header::{IF_NONE_MATCH, RANGE};
+use headers::{ETag, HeaderMapExt as _, IfMatch, IfModifiedSince, IfNoneMatch, IfRange, IfUnmodifiedSince};
+use quorumfs_proto::{Attributes, Timestamp};
 
 use super::range::{self, Selected};
 use super::times;
@@ -28,40 +32,48 @@ pub(super) enum Verdict {
 
 /// Evaluates the preconditions and the range, in the RFC's order.
 pub(super) fn evaluate(headers: &HeaderMap, attributes: &Attributes) -> Verdict {
-    let tag = etag(attributes);
-    let modified = times::whole_seconds(attributes.mtime);
-    let date = |name: HeaderName| text(headers, &name).and_then(times::parse_http_date);
-
-    if headers.contains_key(IF_MATCH) {
-        if !lists(headers, IF_MATCH, &tag, Comparison::Strong) {
-            return Verdict::PreconditionFailed;
-        }
-    } else if date(IF_UNMODIFIED_SINCE).is_some_and(|limit| modified > limit) {
+    let tag: ETag = etag(attributes)
+        .parse()
+        .expect("hexadecimal digits and a dash between quotes are an entity tag");
+    // Compared as our own type: a file's time may lie outside what an HTTP date can name.
+    let modified_after = |limit: SystemTime| times::whole_seconds(attributes.mtime) > Timestamp::from(limit);
+    let is_as_demanded = match headers.typed_get::<IfMatch>() {
+        Some(listed) => listed.precondition_passes(&tag),
+        None => !date::<IfUnmodifiedSince>(headers).is_some_and(modified_after),
+    };
+    if !is_as_demanded {
         return Verdict::PreconditionFailed;
     }
-    if headers.contains_key(IF_NONE_MATCH) {
-        if lists(headers, IF_NONE_MATCH, &tag, Comparison::Weak) {
-            return Verdict::NotModified;
-        }
-    } else if date(IF_MODIFIED_SINCE).is_some_and(|limit| modified <= limit) {
+    let is_new = match headers.typed_get::<IfNoneMatch>() {
+        Some(listed) => listed.precondition_passes(&tag),
+        None => date::<IfModifiedSince>(headers).is_none_or(modified_after),
+    };
+    if !is_new {
         return Verdict::NotModified;
     }
-    Verdict::Serve(match text(headers, &RANGE) {
+    let wanted = headers.get(RANGE).and_then(|value| value.to_str().ok());
+    Verdict::Serve(match wanted {
         Some(wanted) if range_applies(headers, &tag) => range::select(wanted, attributes.size),
         _ => Selected::Whole,
     })
 }
 
+fn date<Condition: headers::Header + Into<SystemTime>>(headers: &HeaderMap) -> Option<SystemTime> {
+    headers.typed_get::<Condition>().map(Into::into)
+}
+
 /// `If-Range`: the part only if the client's other part is of this very content, which the tag alone says for sure
 /// (two changes can share a date); with a date the answer is the whole file.
-fn range_applies(headers: &HeaderMap, tag: &str) -> bool {
-    match headers.get(IF_RANGE) {
-        None => true,
-        Some(condition) => condition.as_bytes().trim_ascii() == tag.as_bytes(),
+fn range_applies(headers: &HeaderMap, tag: &ETag) -> bool {
+    match headers.typed_try_get::<IfRange>() {
+        Ok(None) => true,
+        Ok(Some(condition)) => !condition.is_modified(Some(tag), None),
+        Err(_) => false,
     }
 }
 
-/// Whether `If-None-Match: *` is asked: only if nothing is there.
+/// Whether `If-None-Match: *` is asked: only if nothing is there. A `*` that is sent twice still counts, which the
+/// typed header would take for a list of two broken tags.
 pub(super) fn wants_absent(headers: &HeaderMap) -> bool {
     headers
         .get_all(IF_NONE_MATCH)
@@ -69,37 +81,11 @@ pub(super) fn wants_absent(headers: &HeaderMap) -> bool {
         .any(|value| value.as_bytes().trim_ascii() == b"*")
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Comparison {
-    Strong,
-    Weak,
-}
-
-fn lists(headers: &HeaderMap, name: HeaderName, tag: &str, comparison: Comparison) -> bool {
-    headers
-        .get_all(name)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|list| list.split(','))
-        .map(str::trim)
-        .any(|listed| {
-            let opaque = match comparison {
-                Comparison::Weak => listed.strip_prefix("W/").unwrap_or(listed),
-                Comparison::Strong => listed,
-            };
-            listed == "*" || opaque == tag
-        })
-}
-
-fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
-    headers.get(name).and_then(|value| value.to_str().ok())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use axum::http::HeaderValue;
-    use quorumfs_proto::{FileKind, InodeNumber, Timestamp};
+    use axum::http::{HeaderName, HeaderValue};
+    use quorumfs_proto::{FileKind, InodeNumber};
 
     fn file() -> Attributes {
         let time = Timestamp {
@@ -193,5 +179,67 @@ mod tests {
             ]),
             WHOLE
         );
+    }
+
+    #[test]
+    fn lists_may_be_long_broken_or_spread_over_lines() {
+        let many = vec!["\"0-0\""; 1000].join(", ");
+        assert_eq!(verdict(&[("if-none-match", &many)]), WHOLE);
+        let with_ours = format!("{many}, \"1f-a\"");
+        assert_eq!(verdict(&[("if-none-match", &with_ours)]), Verdict::NotModified);
+        assert_eq!(verdict(&[("if-match", &with_ours)]), WHOLE);
+        let lines = HeaderMap::from_iter([
+            (IF_NONE_MATCH, HeaderValue::from_static("\"0-0\"")),
+            (IF_NONE_MATCH, HeaderValue::from_static("\"1f-a\"")),
+        ]);
+        assert_eq!(evaluate(&lines, &file()), Verdict::NotModified);
+        for broken in [
+            "",
+            "\"",
+            "W/",
+            "W/\"",
+            "1f-a",
+            "\"1f-a",
+            "\"a b\"",
+            "\"a\tb\"",
+            ",,,",
+            "w/\"1f-a\"",
+        ] {
+            assert_eq!(verdict(&[("if-none-match", broken)]), WHOLE, "{broken:?}");
+            assert_eq!(
+                verdict(&[("if-match", broken)]),
+                Verdict::PreconditionFailed,
+                "{broken:?}"
+            );
+            let part = [("range", "bytes=0-4"), ("if-range", broken)];
+            assert_eq!(verdict(&part), WHOLE, "{broken:?}");
+            assert_eq!(verdict(&[("if-modified-since", broken)]), WHOLE, "{broken:?}");
+        }
+    }
+
+    #[test]
+    fn times_that_no_http_date_can_name_are_compared() {
+        let mut file = file();
+        let since = "Sun, 06 Nov 1994 08:49:37 GMT";
+        let headers = HeaderMap::from_iter([(
+            HeaderName::from_static("if-modified-since"),
+            HeaderValue::from_static(since),
+        )]);
+        file.mtime.seconds = i64::MIN;
+        assert_eq!(evaluate(&headers, &file), Verdict::NotModified);
+        file.mtime.seconds = i64::MAX;
+        assert_eq!(evaluate(&headers, &file), WHOLE);
+    }
+
+    #[test]
+    fn an_upload_that_must_not_replace_says_so() {
+        let headers = |values: &[&'static str]| -> HeaderMap {
+            let values = values.iter().map(|value| HeaderValue::from_static(value));
+            values.map(|value| (IF_NONE_MATCH, value)).collect()
+        };
+        assert!(wants_absent(&headers(&["*"])));
+        assert!(wants_absent(&headers(&["*", "*"])));
+        assert!(!wants_absent(&headers(&["\"1f-a\""])));
+        assert!(!wants_absent(&headers(&[])));
     }
 }

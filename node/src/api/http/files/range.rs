@@ -2,6 +2,9 @@
 //!
 //! One range is served as 206. Several at once, another unit and what cannot be parsed are answered with the whole
 //! file, as the RFC allows.
+//!
+//! Not parsed by a crate: `headers` 0.4 finds a suffix longer than the file unsatisfiable and refuses `BYTES=`,
+//! `http-range-header` refuses leading zeros too, and both refuse positions beyond 64 bits; RFC 9110 serves all of these.
 
 /// Which bytes are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,6 +1,8 @@
 //! Timestamps as HTTP and JSON write them.
 //!
 //! Programs can set any time; what the formats cannot hold is left out (HTTP) or written with the year it is (JSON).
+//! The calendar is our own because a file's time is any 64-bit number of seconds, while the timestamps of `jiff` (and of
+//! `time` and `chrono`, in their ways) end within or before the year 9999 and begin after what can be set.
 
 use std::time::SystemTime;
 
@@ -15,11 +17,6 @@ pub(super) fn http_date(time: Timestamp) -> Option<String> {
     (0..HTTP_DATE_END_S)
         .contains(&whole.seconds)
         .then(|| httpdate::fmt_http_date(SystemTime::from(whole)))
-}
-
-/// What an HTTP date says; `None` where it is none.
-pub(super) fn parse_http_date(text: &str) -> Option<Timestamp> {
-    httpdate::parse_http_date(text.trim()).ok().map(Timestamp::from)
 }
 
 /// Without the part that HTTP dates do not show.
@@ -88,11 +85,6 @@ mod tests {
             http_date(at(784_111_777, 5)).as_deref(),
             Some("Sun, 06 Nov 1994 08:49:37 GMT")
         );
-        assert_eq!(
-            parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT"),
-            Some(at(784_111_777, 0))
-        );
-        assert_eq!(parse_http_date("yesterday"), None);
         for beyond in [i64::MIN, -1, HTTP_DATE_END_S, i64::MAX] {
             assert_eq!(http_date(at(beyond, 0)), None);
         }
