@@ -108,7 +108,10 @@ fn p7_a_leader_with_other_metadata_is_found_soon_and_hands_on_before_it_begins_a
             break;
         }
         leaders.push(leader);
-        assert!(leaders.len() < LEADERS_MAX, "node {wrong} never leads: {leaders:?}");
+        assert!(
+            leaders.len() < LEADERS_MAX,
+            "node {wrong} never leads: {leaders:?}"
+        );
         // Another one leads before this one is back: a leader that starts again at once may go on leading.
         cluster.kill(leader);
         cluster.leader();
@@ -173,7 +176,7 @@ fn p3_what_a_majority_contradicted_is_not_served_after_a_restart() {
         let reason = status["reason"].as_str().unwrap_or_default();
         assert!(reason.contains("differs from that of a majority"), "{status}");
         cluster.restart(other);
-        cluster.wait_log(wrong, &["until a majority lives without it"], LIMIT);
+        cluster.wait_log(wrong, &["until a majority is intact without it"], LIMIT);
     }
 
     cluster.start_node(absent);
