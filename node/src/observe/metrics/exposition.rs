@@ -1,7 +1,7 @@
-//! `GET /metrics` as Prometheus reads it: exposition format 0.0.4, encoded by the `prometheus` crate.
+//! `GET /metrics` for Prometheus: exposition format 0.0.4, encoded by the crate `prometheus`.
 //!
-//! Base units (seconds, bytes), counters end in `_total`. Histograms have fixed bounds; a value within 1/32 of a bound
-//! may be counted in the next bucket.
+//! Base units are seconds and bytes; counters end in `_total`. Histograms have fixed bounds; a value within 1/32 of a
+//! bound may be counted in the next bucket.
 
 use std::sync::atomic::Ordering;
 
@@ -15,7 +15,7 @@ use super::report::{MetricsReport, Sources};
 
 const NANOS_PER_SECOND: f64 = 1e9;
 
-/// Upper bounds of durations, in nanoseconds: from what memory answers to what a time-out ends.
+/// Upper bounds of durations, in nanoseconds: from an answer out of memory to a time-out.
 const BOUNDS_NS: [u64; 19] = [
     10_000,
     25_000,
@@ -37,13 +37,16 @@ const BOUNDS_NS: [u64; 19] = [
     10_000_000_000,
     60_000_000_000,
 ];
-/// Upper bounds of entries in a flush.
+/// Upper bounds of the number of entries in a flush.
 const BOUNDS_ENTRIES: [u64; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024];
 
-/// The content type of [`text`].
+/// The content type of the result of [`text`].
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// Everything, as Prometheus' text. Fails only where a metric has no value at all, which is a defect.
+/// Returns all metrics in Prometheus' text format.
+///
+/// # Errors
+/// Only if a metric has no value, which is a defect of this program.
 pub fn text(metrics: &Metrics, sources: Sources<'_>) -> Result<String, prometheus::Error> {
     let report = MetricsReport::gather(metrics, sources);
     let measured = sources.consensus.measured();
@@ -58,18 +61,18 @@ pub fn text(metrics: &Metrics, sources: Sources<'_>) -> Result<String, prometheu
         .map(|task| counter(&[("task", task.name)], task.failures));
     families.counter(
         "quorumfs_task_failures_total",
-        "How often a background task failed and was started again.",
+        "Failures of a background task, each followed by a restart.",
         failures.collect(),
     );
     let plain: [(&str, &str, &Snapshot); 2] = [
         (
             "quorumfs_raft_flush_duration_seconds",
-            "How long flushes of the log took.",
+            "Durations of the flushes of the log.",
             &measured.flush_times,
         ),
         (
             "quorumfs_raft_apply_duration_seconds",
-            "How long batches of entries took to apply.",
+            "Time to apply a batch of entries.",
             &measured.applies,
         ),
     ];
@@ -79,7 +82,7 @@ pub fn text(metrics: &Metrics, sources: Sources<'_>) -> Result<String, prometheu
     let flushes = sources.content.flush_times();
     families.histogram(
         "quorumfs_content_flush_duration_seconds",
-        "How long flushes of the content store took.",
+        "Durations of the flushes of the content store.",
         vec![duration(&[], &flushes)],
     );
     families.histogram(
@@ -88,7 +91,7 @@ pub fn text(metrics: &Metrics, sources: Sources<'_>) -> Result<String, prometheu
         vec![histogram(&[], &measured.flush_entries, &BOUNDS_ENTRIES, 1.0)],
     );
     let mut text = String::new();
-    // A family without a metric (nothing of the kind happened yet) cannot be encoded, and is left out.
+    // A family without a metric (no such event yet) cannot be encoded, and is left out.
     families.0.retain(|family| !family.get_metric().is_empty());
     TextEncoder::new().encode_utf8(&families.0, &mut text)?;
     Ok(text)
@@ -166,12 +169,12 @@ fn operations(families: &mut Families, metrics: &Metrics) {
     let (mut counts, mut failures, mut bytes, mut durations) = (vec![], vec![], vec![], vec![]);
     for origin in Origin::ALL {
         for kind in OperationKind::ALL {
-            let tally: &CallCounter = metrics.operation(origin, kind);
-            if tally.count() == 0 {
+            let calls: &CallCounter = metrics.operation(origin, kind);
+            if calls.count() == 0 {
                 continue;
             }
             let labels = [("kind", kind.name()), ("origin", origin.name())];
-            let snapshot = tally.snapshot();
+            let snapshot = calls.snapshot();
             counts.push(counter(&labels, snapshot.durations.count()));
             failures.push(counter(&labels, snapshot.failures));
             bytes.push(counter(&labels, snapshot.bytes));
@@ -180,7 +183,7 @@ fn operations(families: &mut Families, metrics: &Metrics) {
     }
     families.counter(
         "quorumfs_operations_total",
-        "Operations on files, by kind and by who wanted them.",
+        "Operations on files, by kind and origin.",
         counts,
     );
     families.counter(
@@ -195,7 +198,7 @@ fn operations(families: &mut Families, metrics: &Metrics) {
     );
     families.histogram(
         "quorumfs_operation_duration_seconds",
-        "How long this node took over operations.",
+        "Durations of operations on this node.",
         durations,
     );
     let refusals = RefusalKind::ALL.into_iter().map(|kind| {
@@ -204,7 +207,7 @@ fn operations(families: &mut Families, metrics: &Metrics) {
     });
     families.counter(
         "quorumfs_refusals_total",
-        "Calls that were not decided here.",
+        "Calls that were not decided on this node.",
         refusals.collect(),
     );
 }
@@ -212,8 +215,8 @@ fn operations(families: &mut Families, metrics: &Metrics) {
 fn http(families: &mut Families, metrics: &Metrics) {
     let (mut counts, mut bytes, mut durations) = (vec![], vec![], vec![]);
     for endpoint in Endpoint::ALL {
-        let (tally, classes) = metrics.http_requests(endpoint);
-        if tally.count() == 0 {
+        let (calls, classes) = metrics.http_requests(endpoint);
+        if calls.count() == 0 {
             continue;
         }
         for (class, count) in super::STATUS_CLASSES.into_iter().zip(classes) {
@@ -221,23 +224,23 @@ fn http(families: &mut Families, metrics: &Metrics) {
             counts.push(counter(&labels, count));
         }
         let labels = [("endpoint", endpoint.name())];
-        let snapshot = tally.snapshot();
+        let snapshot = calls.snapshot();
         bytes.push(counter(&labels, snapshot.bytes));
         durations.push(duration(&labels, &snapshot.durations));
     }
     families.counter(
         "quorumfs_http_requests_total",
-        "HTTP requests, by endpoint and by the hundred of the status.",
+        "HTTP requests, by endpoint and class of the status.",
         counts,
     );
     families.counter(
         "quorumfs_http_bytes_total",
-        "Bytes of the bodies of uploads, and of the answers to all else.",
+        "Bytes of the request bodies of uploads, and of the response bodies of all other requests.",
         bytes,
     );
     families.histogram(
         "quorumfs_http_request_duration_seconds",
-        "From a request's head to the end of its answer.",
+        "Time from the head of a request to the end of its response.",
         durations,
     );
 }
@@ -250,7 +253,7 @@ fn replication(families: &mut Families, metrics: &Metrics, report: &MetricsRepor
     let one = |value: u64| vec![counter(&[], value)];
     families.counter(
         "quorumfs_replication_chunks_total",
-        "Chunks that clients brought here.",
+        "Chunks that clients sent to this node.",
         one(brought.durations.count()),
     );
     families.counter(
@@ -270,21 +273,21 @@ fn replication(families: &mut Families, metrics: &Metrics, report: &MetricsRepor
     );
     families.counter(
         "quorumfs_replication_copied_bytes_total",
-        "Bytes of copies made, by where.",
+        "Bytes of copies made, by place.",
         places
             .map(|(place, copies)| counter(&[("place", place)], copies.bytes))
             .into(),
     );
     families.counter(
         "quorumfs_replication_copy_failures_total",
-        "Copies that could not be made, by where.",
+        "Copies that could not be made, by place.",
         places
             .map(|(place, copies)| counter(&[("place", place)], copies.failures))
             .into(),
     );
     families.histogram(
         "quorumfs_replication_copy_duration_seconds",
-        "Time until one node had a chunk on disk, by where.",
+        "Time until one node had a chunk on disk, by place.",
         places
             .map(|(place, copies)| duration(&[("place", place)], &copies.durations))
             .into(),
@@ -302,18 +305,18 @@ fn replication(families: &mut Families, metrics: &Metrics, report: &MetricsRepor
     if let Some(factor) = report.replication.overhead_factor {
         families.gauge(
             "quorumfs_replication_overhead_ratio",
-            "Bytes copied for each byte brought.",
+            "Bytes copied for each byte of chunks received.",
             factor,
         );
     }
     families.histogram(
         "quorumfs_raft_commit_duration_seconds",
-        "From a command's proposal to its result.",
+        "Time from a command's proposal to its result.",
         vec![duration(&[], &metrics.commits.snapshot().durations)],
     );
     families.counter(
         "quorumfs_raft_commit_failures_total",
-        "Commands that came to no decision here.",
+        "Commands that were not decided on this node.",
         one(metrics.commits.failures()),
     );
 }
@@ -323,12 +326,12 @@ fn node(families: &mut Families, report: &MetricsReport) {
     let gauges: [(&str, &str, f64); 15] = [
         (
             "quorumfs_uptime_seconds",
-            "For how long this node has run.",
+            "Time since this node started.",
             report.uptime_s as f64,
         ),
         (
             "quorumfs_raft_is_leader",
-            "1 where this node leads.",
+            "1 if this node leads, else 0.",
             f64::from(u8::from(report.is_leader)),
         ),
         ("quorumfs_raft_term", "The node's term.", raft.term as f64),
@@ -349,7 +352,7 @@ fn node(families: &mut Families, report: &MetricsReport) {
         ),
         (
             "quorumfs_raft_applied_index",
-            "Index up to which entries have taken effect here.",
+            "Index up to which entries are applied on this node.",
             raft.applied_index.unwrap_or_default() as f64,
         ),
         (
@@ -375,12 +378,12 @@ fn node(families: &mut Families, report: &MetricsReport) {
         ),
         (
             "quorumfs_space_available_bytes",
-            "Bytes that content may still take.",
+            "Bytes that are free for content.",
             space.available_bytes as f64,
         ),
         (
             "quorumfs_mounts",
-            "Mounts that this node was told of lately.",
+            "Mounts that this node heard from recently.",
             report.mounts.len() as f64,
         ),
         (
@@ -429,9 +432,9 @@ mod tests {
     #[test]
     fn counts_become_samples_with_labels_and_rising_buckets() {
         let metrics = Metrics::new();
-        let tally = metrics.operation(Origin::Rest, OperationKind::Create);
+        let counter = metrics.operation(Origin::Rest, OperationKind::Create);
         for micros in [100, 200, 3_000, 900_000] {
-            tally.record(Ending::Done, 10, Duration::from_micros(micros));
+            counter.record(Ending::Done, 10, Duration::from_micros(micros));
         }
         let mut families = Families::default();
         operations(&mut families, &metrics);

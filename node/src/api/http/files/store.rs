@@ -465,7 +465,7 @@ fn whole(fresh: &FreshChunk, offset: u64, payload: &Bytes) -> Extent {
 fn write(inode: Target, piece: Extent) -> Operation {
     Operation::Write {
         inode,
-        pieces: vec![piece],
+        extents: vec![piece],
         mtime: None,
         privileges: Privileges::Keep,
     }
