@@ -186,12 +186,10 @@ async fn serve_with(
 
 /// Describes why a service ended although the node was not told to stop.
 fn service_ended(name: &str, result: Result<anyhow::Result<()>, tokio::task::JoinError>) -> anyhow::Error {
-    let reason = match result {
-        Ok(Ok(())) => "without an error".to_string(),
-        Ok(Err(error)) => format!("{error:#}"),
-        Err(panicked) => panicked.to_string(),
-    };
-    anyhow::anyhow!("the {name} service ended: {reason}")
+    match result.map_err(anyhow::Error::from).flatten() {
+        Ok(()) => anyhow::anyhow!("the {name} service ended without an error"),
+        Err(error) => error.context(format!("the {name} service ended")),
+    }
 }
 
 /// Decides how the node may start again after `error`: before it gives up its state, it makes sure that other nodes
@@ -471,15 +469,11 @@ async fn run_parts(
     {
         return Err(StartAgain::WithLessContent(stopped).into());
     }
-    let data = config.data.display();
-    match storage_failed {
-        true => anyhow::bail!(
-            "the node stops because its storage failed: {reason}. Check the disk of {data}, then start the node again"
-        ),
-        false => anyhow::bail!(
-            "the node stops: {reason}. Start it again; if this recurs, it is a defect of the program"
-        ),
-    }
+    let advice = match storage_failed {
+        true => "its storage failed: check the disk of its data folder, then start it again",
+        false => "start it again; if this recurs, it is a defect of the program",
+    };
+    anyhow::bail!("the node stops: {reason}; {advice}")
 }
 
 fn lost_state(fatal: &FatalError) -> Renounced {

@@ -86,7 +86,7 @@ impl Consensus {
         if self.0.has_room.swap(room, Ordering::Relaxed) && !room {
             tracing::warn!(
                 free_bytes,
-                "the log's disk is nearly full: only what frees space is admitted"
+                "the log's disk is nearly full: only commands that free space are admitted"
             );
         }
     }

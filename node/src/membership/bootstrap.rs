@@ -269,7 +269,7 @@ fn decide(
         let of_it = heard.iter().filter(|answer| answer.cluster == Some(cluster));
         let reason = match config.founds && folder_is_fresh {
             true => format!(
-                "this node's data folder is empty while its cluster {cluster} lives (node {} belongs to it); \
+                "this node's data folder is empty although its cluster {cluster} exists (node {} belongs to it); \
                  it does not vote with what it may have forgotten",
                 answer.node.addresses.grpc
             ),
@@ -284,10 +284,10 @@ fn decide(
     if !config.founds || !folder_is_fresh {
         let silent = answers.iter().find_map(|answer| answer.as_ref().err());
         return Decision::Wait(match silent {
-            Some(silent) => format!("this node joins a cluster that lives, and none answers; {silent}"),
-            None => {
-                "this node joins a cluster that lives, and no node that answers belongs to one".to_string()
+            Some(silent) => {
+                format!("this node joins a running cluster, and none of its nodes answers; {silent}")
             }
+            None => "this node joins a running cluster, but no node that answers belongs to one".to_string(),
         });
     }
     if let Some(silent) = answers.iter().find_map(|answer| answer.as_ref().err()) {

@@ -171,7 +171,7 @@ impl MembershipChanges {
         })?;
         if self.is_leaving(found.id.slot) {
             self.end_removal(&ChangeError::Refused(format!(
-                "node {} was asked to stay meanwhile",
+                "node {} was invited again meanwhile",
                 found.id.slot
             )));
         }

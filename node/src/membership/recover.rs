@@ -43,7 +43,7 @@ pub async fn recover(
 ) -> anyhow::Result<String> {
     let folder = DataFolder::open(&config.data, config.slot)?;
     let membership = folder.membership().context(
-        "this data folder belongs to no cluster yet: there is nothing in it to go on from. Choose the node with the \
+        "this data folder belongs to no cluster yet, so there is nothing to recover. Choose the node with the \
          newest last entry",
     )?;
     let own = Member {
@@ -76,7 +76,7 @@ pub async fn recover(
     if let Some(index) = folder.contradicted_at() {
         writeln!(
             report,
-            "A majority found that its metadata at entry {index} are not what was agreed to: choose another node if one is \
+            "A majority found that its metadata at entry {index} differ from the agreed state: choose another node if one is \
              left. If none is, what this one has counts from then on, right or wrong."
         )?;
     }
@@ -177,7 +177,7 @@ async fn ask(transport: &Transport, member: &Member, cluster: ClusterId) -> Resu
         }
         match answer.trouble.is_empty() {
             true => Ok(()),
-            false => Err(format!("cannot be relied on ({})", answer.trouble)),
+            false => Err(format!("its state is unreliable ({})", answer.trouble)),
         }
     };
     let asked = tokio::time::timeout(ANSWER_TIMEOUT, ask).await;

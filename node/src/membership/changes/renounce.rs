@@ -38,7 +38,7 @@ impl MembershipChanges {
             && self.consensus.voter_sets().contains(&before)
         {
             return Err(unavailable(format!(
-                "node {before} is being made anew, one at a time"
+                "node {before} is being rebuilt, and only one node may be at a time"
             )));
         }
         self.consensus.quorum_without(node).await.map_err(unavailable)?;

@@ -87,7 +87,7 @@ pub(super) fn advice(inputs: &Inputs, present: &Setting, alternatives: &[Setting
 pub(super) fn notes(inputs: &Inputs) -> Vec<String> {
     let mut notes = vec![
         "Latencies are of the node that answers, without the client's network.".to_string(),
-        "Estimates for other numbers of nodes take nodes as independent and as fast as those measured; a leader that \
+        "Estimates for other numbers of nodes assume that nodes are independent and as fast as those measured; a leader that \
          sends to more nodes also works more, which they leave out."
             .to_string(),
         "Sums of 99th percentiles are upper bounds.".to_string(),
