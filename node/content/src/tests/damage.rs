@@ -203,7 +203,10 @@ fn wrong_bytes_with_right_crcs_are_found_by_their_digest() {
     assert_served(&store, &chunk);
     assert!(matches!(
         store.verify(chunk.id()),
-        Err(ContentError::Corrupt { what: "SHA-256", .. })
+        Err(ContentError::Corrupt {
+            what: "it does not match its SHA-256",
+            ..
+        })
     ));
 }
 
