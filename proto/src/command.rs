@@ -58,8 +58,7 @@ impl Command {
             chunk.id == extent.chunk
                 && u64::from(extent.chunk_offset) + u64::from(extent.length) <= u64::from(chunk.length)
         };
-        // An extent may only refer to a chunk that the same command brings: no other chunk is known to be this
-        // session's.
+        // An extent may only refer to a chunk that the same command brings: its bounds are checked against nothing else.
         for extent in self.operations.iter().flat_map(|operation| operation.extents()) {
             if !self.chunks.iter().any(|chunk| covers(chunk, extent)) {
                 return Err(FsError::InvalidArgument);
