@@ -1,11 +1,11 @@
-//! Going into the background, and telling the waiting parent how it went.
+//! Moves the mount process into the background and reports the result to the waiting parent.
 //!
-//! [`into_background`] forks before any thread exists. The parent keeps the terminal and waits for one report
-//! through a pipe: ready, or the exit code and the words to fail with; so `mount` returns when the directory
-//! can be used, and never says success too early. Until it has reported, the child dies with its parent (a
-//! `^C` takes both); afterwards nothing ties them.
+//! [`into_background`] forks before any other thread exists. The parent keeps the terminal and waits for one report
+//! through a pipe: ready, or an exit code and an error message. So `mount` returns when the directory can be used, and
+//! never reports success too early. Until it has reported, the child dies with its parent (a `^C` ends both);
+//! afterwards they are independent.
 //!
-//! Knows nothing of mounts.
+//! This module does not know mounts.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -15,56 +15,56 @@ use nix::fcntl::OFlag;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid};
 
-/// Which of the two processes this is.
+/// The process in which the function returned.
 #[derive(Debug)]
 pub enum Side {
-    /// The one that the user started.
+    /// The process that the user started.
     Parent(Waiting),
-    /// The one that stays.
+    /// The process that stays in the background.
     Child(Readiness),
 }
 
-/// How it went.
+/// The result of starting the mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Report {
-    /// The mount can be used.
+    /// The mount is ready.
     Ready,
-    /// It cannot.
+    /// The mount failed.
     Failed {
         /// The exit code of the command.
         exit_code: u8,
-        /// What to tell the user.
+        /// The error message for the user.
         message: String,
     },
 }
 
-/// The parent's end.
+/// The parent's end of the pipe.
 #[derive(Debug)]
 pub struct Waiting {
     child: Pid,
     pipe: File,
 }
 
-/// The child's end: says once how it went.
+/// The child's end of the pipe; it reports the result once.
 #[derive(Debug)]
 pub struct Readiness {
     pipe: Option<File>,
 }
 
-/// The file descriptor that the child keeps for its report; all above it are closed.
+/// The file descriptor of the child for its report; all higher ones are closed.
 const REPORT_FD: RawFd = 3;
 
-/// The exit code of a mount that failed, as mount(8) has it.
+/// The exit code of a mount that failed, as defined by mount(8).
 const EXIT_MOUNT_FAILED: u8 = 32;
 
-/// Forks. The child leaves the terminal and its folder and closes every descriptor it inherited; its standard
-/// streams go to `/dev/null`, standard error to `log`, if there is one.
+/// Forks. The child leaves the terminal and the working directory, and closes every descriptor it inherited. Its
+/// standard streams go to `/dev/null`, standard error to `log`, if given.
 ///
 /// # Errors
-/// When the kernel has no process to spare.
+/// If the kernel cannot create a process.
 ///
 /// # Panics
-/// When called while other threads run: what they hold locked would stay locked in the child for ever.
+/// If other threads are running: locks that they hold would stay locked in the child for ever.
 pub fn into_background(log: Option<File>) -> io::Result<Side> {
     assert_eq!(
         thread_count()?,
@@ -73,7 +73,7 @@ pub fn into_background(log: Option<File>) -> io::Result<Side> {
     );
     let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
     let parent = Pid::this();
-    // SAFETY: there is only this thread (checked above), so the child may go on as if nothing had happened.
+    // SAFETY: there is only this thread (checked above), so the child may continue as usual.
     match unsafe { nix::unistd::fork() }? {
         ForkResult::Parent { child } => Ok(Side::Parent(Waiting {
             child,
@@ -91,11 +91,11 @@ fn leave_everything(parent: Pid, pipe: OwnedFd, log: Option<File>) -> io::Result
     // SAFETY: prctl with these arguments touches no memory.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) };
     if nix::unistd::getppid() != parent {
-        // It died before the line above.
-        return Err(io::Error::other("the mount command was ended"));
+        // The parent died before the line above.
+        return Err(io::Error::other("the mount command was terminated"));
     }
     nix::unistd::setsid()?;
-    // No folder shall be kept busy by this process.
+    // This process must not keep a directory busy.
     nix::unistd::chdir("/")?;
     let null = File::options()
         .read(true)
@@ -113,8 +113,8 @@ fn leave_everything(parent: Pid, pipe: OwnedFd, log: Option<File>) -> io::Result
             return Err(io::Error::last_os_error());
         }
     }
-    // What the shell left open (locks, pipes that somebody reads to their end) must not live as long as the
-    // mount.
+    // Descriptors that the shell left open (locks, pipes that another process reads to their end) must not live as long
+    // as the mount.
     let old = pipe.into_raw_fd();
     // SAFETY: nothing in this process owns a descriptor above the standard streams any more: `null`, `log`
     // and `pipe` were given up by `into_raw_fd`, and a program that has just started has opened no others.
@@ -132,17 +132,17 @@ fn thread_count() -> io::Result<usize> {
 }
 
 impl Waiting {
-    /// Waits for the child's report, or its end.
+    /// Waits for the child's report, or for its end.
     ///
     /// # Errors
-    /// When the pipe cannot be read.
+    /// If the pipe cannot be read.
     pub fn wait(mut self) -> io::Result<Report> {
         let mut bytes = Vec::new();
         self.pipe.read_to_end(&mut bytes)?;
         if bytes == [0] {
             return Ok(Report::Ready);
         }
-        // It has told what it had to, or is gone already.
+        // The child has reported everything, or has already ended.
         let end = waitpid(self.child, None);
         Ok(match bytes.split_first() {
             Some((&exit_code, message)) => Report::Failed {
@@ -164,12 +164,12 @@ impl Waiting {
 }
 
 impl Readiness {
-    /// For a process that stays in the foreground: nobody waits.
+    /// Makes the reporter of a process that stays in the foreground: the report goes nowhere.
     pub fn unobserved() -> Readiness {
         Readiness { pipe: None }
     }
 
-    /// Says how it went. Whoever waits goes on; if it has gone already, that is no matter.
+    /// Reports the result. It does not matter if the parent has already ended.
     pub fn report(&mut self, report: &Report) {
         let Some(mut pipe) = self.pipe.take() else {
             return;
@@ -186,7 +186,7 @@ impl Readiness {
                 bytes
             }
         };
-        // Nobody is left to tell if the parent is gone.
+        // If the parent is gone, the report is not needed.
         let _ = pipe.write_all(&bytes);
     }
 }

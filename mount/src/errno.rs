@@ -1,11 +1,11 @@
 //! The one place where a verdict of the filesystem becomes an error number of the kernel.
 //!
-//! The match is exhaustive on purpose: a new [`FsError`] does not compile until it has its errno.
+//! The match is exhaustive on purpose: a new [`FsError`] does not compile until it has an errno.
 
 use fuser::Errno;
 use quorumfs_proto::FsError;
 
-/// What a program sees in `errno`.
+/// Returns the `errno` that programs see.
 pub fn errno(error: FsError) -> Errno {
     match error {
         FsError::NotFound => Errno::ENOENT,
@@ -25,8 +25,8 @@ pub fn errno(error: FsError) -> Errno {
         FsError::Stale => Errno::ESTALE,
         FsError::NotSupported => Errno::EOPNOTSUPP,
         FsError::ReadOnly => Errno::EROFS,
-        // Programs know EIO; ETIMEDOUT from a file is a surprise to most. The client puts again what is
-        // ChunkDead, so one that comes this far could not be saved either.
+        // Programs expect EIO; ETIMEDOUT from a file surprises most. The client puts again chunks that are ChunkDead,
+        // so such an error that arrives here could not be repaired.
         FsError::Io | FsError::TimedOut | FsError::ChunkDead => Errno::EIO,
         FsError::TooBig => Errno::E2BIG,
     }

@@ -1,15 +1,15 @@
-//! The edge towards the kernel: each request is decoded, given to [`quorumfs_fs::Filesystem`], and its answer encoded.
+//! The edge to the kernel: each request is decoded, given to [`quorumfs_fs::Filesystem`], and its answer is encoded.
 //! Nothing else.
 //!
-//! - Decoding is cheap and happens on fuser's threads. The work is a future that is polled once right there,
-//!   since what the caches know is ready at once and a change of threads would cost more than the work; what
-//!   has to wait goes on on tokio. So a fuser thread never waits for the cluster, and a thousand requests may
-//!   wait together; the kernel bounds how many.
-//! - Every request is answered exactly once. A panic in a handler answers EIO (fuser's replies do so when
-//!   they are dropped) and takes no thread with it.
-//! - The kernel keeps names and attributes as long as the mount option says (by default it asks each time), and a
-//!   file's pages only if it is told at open that they are still right. It drops them when it is told another size.
-//!   Look-ups are not counted, FORGET has nothing to do: of inodes without a name the kernel is asked (`notices`).
+//! - Decoding is cheap and happens on fuser's threads. The work is a future that is polled once on that thread, because
+//!   answers from the caches are ready at once and a change of threads would cost more than the work; work that must
+//!   wait continues on tokio. So a fuser thread never waits for the cluster, and a thousand requests may wait at once;
+//!   the kernel bounds their number.
+//! - Every request is answered exactly once. A panic in a handler answers EIO (fuser's replies do so when they are
+//!   dropped) and does not end a thread.
+//! - The kernel caches names and attributes as long as the mount option allows (by default not at all), and a file's
+//!   pages only if it is told at open that they are still valid. It drops them when it is told another size. Look-ups
+//!   are not counted and FORGET does nothing: for inodes without a name the kernel is asked (`notices`).
 
 mod answer;
 mod convert;
@@ -55,13 +55,12 @@ use quorumfs_fs::{Cluster, Opened, Order, Reader};
 pub use edge::FuseEdge;
 pub use session::serve_kernel;
 
-/// Requests that the kernel sends without a program waiting for each (read-ahead, write-back, release): two
-/// for each MiB of a long read-ahead of several files at once. fuser's default, 16, keeps a single reader's
-/// pipeline half empty.
+/// Most requests that the kernel sends without a waiting program (read-ahead, write-back, release): two for each MiB of
+/// a long read-ahead of several files at once. fuser's default of 16 keeps a single reader's pipeline half empty.
 const BACKGROUND_REQUESTS_MAX: u16 = 128;
 
-/// How much of a listing is asked for at once. fuser does not tell how much room the kernel offers: as much
-/// as the C library, 32 KiB, or, by an older kernel, a page.
+/// Bytes of a listing read at once. fuser does not reveal how much space the kernel offers: as much as the C library,
+/// 32 KiB, or a page with an older kernel.
 const LISTING_BYTES: usize = 32 << 10;
 
 impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
@@ -74,13 +73,13 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
             | InitFlags::FUSE_HANDLE_KILLPRIV_V2
             | InitFlags::FUSE_EXPORT_SUPPORT
             | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP; // O_APPEND handles may be mapped.
-        // An old kernel lacks some: the mount is slower there, not wrong.
+        // An old kernel lacks some: the mount is slower there, but correct.
         if let Err(missing) = config.add_capabilities(wanted) {
             tracing::info!(?missing, "the kernel's FUSE is old");
             let _ = config.add_capabilities(wanted & !missing);
         }
         let background = config.set_max_background(BACKGROUND_REQUESTS_MAX);
-        // A write is one chunk at most, and an append is atomic up to here.
+        // A write has at most one chunk, and an append up to this size is atomic.
         let write = config.set_max_write(CHUNK_BYTES_MAX);
         if background.is_err() || write.is_err() {
             return Err(io::Error::other("fuser refuses the bounds of requests"));
@@ -326,7 +325,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         reply: ReplyWrite,
     ) {
         if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
-            // A shared mapping's pages; whoever changed them is not known any more.
+            // Pages of a shared mapping; the process that changed them is unknown.
             return self.serve_write((request.pid(), reply), data, move |fs, data| async move {
                 fs.write_back(handle.0, offset, data).await
             });
@@ -528,7 +527,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
         );
     }
 
-    // What follows is not there. ENOSYS makes the kernel do without, and never ask again.
+    // The calls below are not supported. After ENOSYS the kernel does without them, and never asks again.
 
     fn lseek(
         &self,

@@ -1,8 +1,8 @@
-//! `quorumfs-mount`, and `mount.quorumfs` as mount(8) calls it.
+//! The program `quorumfs-mount`, which is also the helper `mount.quorumfs` of mount(8).
 //!
-//! What can be wrong without a cluster is found out in the terminal's own process; then the mount goes into
-//! the background, and the command returns when it can be used. Exit codes are mount(8)'s: 0 done, 1 wrong
-//! usage or no permission, 32 the mount failed.
+//! Errors that do not depend on the cluster are found in the terminal's own process. Then the mount moves into the
+//! background, and the command returns when the mount can be used. The exit codes are those of mount(8): 0 success, 1
+//! wrong usage or no permission, 32 the mount failed.
 
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -20,16 +20,16 @@ use tracing_subscriber::EnvFilter;
 const EXIT_USAGE: u8 = 1;
 const EXIT_MOUNT_FAILED: u8 = 32;
 
-/// Where more or less logging can be asked for, in the words of tracing-subscriber's filters.
+/// The environment variable with a log filter, in the syntax of tracing-subscriber.
 const LOG_VARIABLE: &str = "QUORUMFS_LOG";
 
-/// The kernel tells of every signal of a program that waits; fuser refuses on another descriptor than the kernel expects
-/// it on, and logs that as an error of the reply.
+/// The kernel reports every signal to a waiting program; fuser refuses on another descriptor than the kernel expects,
+/// and logs that as an error of the reply.
 const QUIET: &str = "fuser::reply=off";
 
-/// As many arenas as glibc's allocator may have. By itself it has eight for each core, and what one thread frees in its arena
-/// serves no other: chunks, which are made on one thread and dropped on another, then lie free many times over (measured: 350
-/// MiB where 200 MiB are in use; with two arenas 250 MiB, in less time; jemalloc has 275, mimalloc 290).
+/// Most arenas of glibc's allocator. Its default is eight for each core, and memory freed in one arena is not used by
+/// others: chunks, which are allocated on one thread and freed on another, would leave much unused memory (measured:
+/// 350 MiB for 200 MiB in use; with two arenas 250 MiB, and faster; jemalloc has 275, mimalloc 290).
 #[cfg(target_env = "gnu")]
 const ARENAS_MAX: libc::c_int = 2;
 
@@ -49,11 +49,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// Keeps memory that is free to few arenas. Called before there are other threads. What is set with `MALLOC_ARENA_MAX` counts
-/// no more.
+/// Limits free memory to few arenas. Must be called before other threads exist. Overrides `MALLOC_ARENA_MAX`.
 #[cfg(target_env = "gnu")]
 fn bound_arenas() {
-    // SAFETY: mallopt sets a number of the allocator, under its lock. A refusal leaves what it was.
+    // SAFETY: mallopt sets a number of the allocator, under its lock. If it refuses, the number is unchanged.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS_MAX) };
 }
 
@@ -98,22 +97,26 @@ fn run(request: &MountRequest) -> anyhow::Result<ExitCode> {
             start_logging(request.verbosity, log);
             Readiness::unobserved()
         }
-        ProcessMode::Background => match daemon::into_background(log).context("go into the background")? {
-            Side::Parent(waiting) => {
-                return Ok(match waiting.wait().context("wait for the mount process")? {
-                    Report::Ready => ExitCode::SUCCESS,
-                    Report::Failed { exit_code, message } => fail(exit_code, &message),
-                });
+        ProcessMode::Background => {
+            match daemon::into_background(log).context("cannot go into the background")? {
+                Side::Parent(waiting) => {
+                    return Ok(
+                        match waiting.wait().context("cannot wait for the mount process")? {
+                            Report::Ready => ExitCode::SUCCESS,
+                            Report::Failed { exit_code, message } => fail(exit_code, &message),
+                        },
+                    );
+                }
+                Side::Child(readiness) => {
+                    // Standard error is the log file now, if there is one.
+                    start_logging(request.verbosity, None);
+                    readiness
+                }
             }
-            Side::Child(readiness) => {
-                // Standard error is the log file now, if there is one.
-                start_logging(request.verbosity, None);
-                readiness
-            }
-        },
+        }
     };
     if cleared > 0 {
-        tracing::warn!(cleared, directory = %mount_point.path().display(), "unmounted what a dead mount process had left");
+        tracing::warn!(cleared, directory = %mount_point.path().display(), "unmounted the mount of a dead mount process");
     }
     match serve(request, &mount_point, tls, &mut readiness) {
         Ok(()) => Ok(ExitCode::SUCCESS),
@@ -148,14 +151,14 @@ fn open_log(path: &Path) -> anyhow::Result<File> {
     File::options()
         .append(true)
         .create(true)
-        // It names files, whoever may see them.
+        // The log contains names of files, so only this user may read it.
         .mode(0o600)
         .open(path)
-        .with_context(|| format!("open log file {}", path.display()))
+        .with_context(|| format!("cannot open the log file {}", path.display()))
 }
 
 fn read_tls(files: &TlsFiles) -> anyhow::Result<ClientTlsConfig> {
-    let read = |path: &Path| std::fs::read(path).with_context(|| format!("read {}", path.display()));
+    let read = |path: &Path| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     let config = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(&files.authority)?));
     Ok(match &files.identity {
         Some(identity) => {
@@ -167,7 +170,7 @@ fn read_tls(files: &TlsFiles) -> anyhow::Result<ClientTlsConfig> {
 }
 
 fn enter_mount_namespace(path: &Path) -> anyhow::Result<()> {
-    let doing = || format!("enter the mount namespace {}", path.display());
+    let doing = || format!("cannot enter the mount namespace {}", path.display());
     let namespace = File::open(path).with_context(doing)?;
     // SAFETY: the descriptor is open; setns touches no memory of this process.
     match unsafe { libc::setns(std::os::fd::AsRawFd::as_raw_fd(&namespace), libc::CLONE_NEWNS) } {

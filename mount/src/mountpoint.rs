@@ -1,10 +1,9 @@
-//! The directory that is mounted on: what lies there, mounting, unmounting.
+//! The directory that is mounted on: examining, mounting, unmounting.
 //!
-//! fuser's own mounting is not used: its test for "still mounted" is inverted, and its unmount fails when the
-//! mount is busy. What is mounted where is read from `/proc/self/mountinfo`, which never touches a mount and
-//! so never hangs on one.
+//! fuser's own mounting is not used: its test for "still mounted" is inverted, and its unmount fails if the mount is
+//! busy. Existing mounts are read from `/proc/self/mountinfo`, which never accesses a mount and so never hangs on one.
 //!
-//! Knows nothing of FUSE requests, clusters or threads that serve.
+//! This module does not know FUSE requests, clusters or the threads that serve.
 
 use std::ffi::{CString, OsString};
 use std::fs::File;
@@ -23,59 +22,59 @@ use nix::unistd::{ForkResult, Pid};
 
 use crate::options::{Access, Stacking};
 
-/// The type that the kernel and `findmnt` show.
+/// The filesystem type that the kernel and `findmnt` show.
 const FILESYSTEM_TYPE: &str = "fuse.quorumfs";
 
-/// How long a mount may take to say whether it lives. A dead one answers at once; one that waits for its
-/// cluster lives.
+/// Most time for a mount to answer whether it is alive. A dead one answers at once; one that waits for its cluster is
+/// alive.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How often it is looked whether it has.
+/// Interval at which the answer is looked for.
 const PROBE_POLL: Duration = Duration::from_millis(5);
 
-/// What the kernel reads ahead of a sequential reader. Its default, 128 KiB, is a fraction of a chunk; the
-/// mount itself reads ahead further and from several nodes.
+/// Read-ahead of the kernel for sequential readers. Its default, 128 KiB, is a fraction of a chunk; the mount itself
+/// reads ahead further and from several nodes.
 const READ_AHEAD_KIB: u32 = 1024;
 
-/// Why a directory cannot be mounted on, or not be unmounted. Each says all there is, its cause included.
+/// Why a directory cannot be mounted on or unmounted. Each message includes its cause.
 #[derive(Debug, thiserror::Error)]
 pub enum MountPointError {
-    /// There is nothing of that name.
+    /// The directory does not exist.
     #[error("mount point {0} does not exist")]
     Missing(PathBuf),
     /// It is not a directory.
     #[error("mount point {0} is not a directory")]
     NotDirectory(PathBuf),
-    /// A QuorumFS is mounted there, and lives.
+    /// A living QuorumFS is mounted there.
     #[error(
         "mount point {path} is busy: {source_name} is mounted on it (umount {path} first, or cover it with -o stack)"
     )]
     Busy {
-        /// Where.
+        /// The mount point.
         path: PathBuf,
-        /// What.
+        /// The source of the existing mount.
         source_name: String,
     },
-    /// The kernel says that it is busy.
+    /// The kernel reports that it is busy.
     #[error("mount point {0} is busy")]
     InUse(PathBuf),
-    /// Only root may.
+    /// The caller is not root.
     #[error("mounting on {0} needs root (CAP_SYS_ADMIN)")]
     NotPermitted(PathBuf),
-    /// There is no FUSE.
+    /// FUSE is not available.
     #[error("cannot open /dev/fuse (is the kernel's fuse module loaded?): {0}")]
     NoFuse(io::Error),
-    /// Something else was mounted over it, so that it cannot be reached.
+    /// Another mount covers it, so that it cannot be reached.
     #[error("{0} is covered by another mount")]
     Covered(PathBuf),
-    /// Anything else the kernel says.
-    #[error("{doing} {path}: {error}")]
+    /// Any other error of the kernel.
+    #[error("cannot {doing} {path}: {error}")]
     Kernel {
-        /// What was being done.
+        /// The action that failed.
         doing: &'static str,
-        /// With what.
+        /// Path of the mount point or mount.
         path: PathBuf,
-        /// What came of it.
+        /// The cause of the failure.
         error: io::Error,
     },
 }
@@ -94,15 +93,15 @@ impl MountPointError {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountPoint {
     path: PathBuf,
-    /// Mounts of dead processes that lie on it.
+    /// Number of mounts of dead processes on it.
     dead: usize,
 }
 
 impl MountPoint {
-    /// Looks at `directory`; changes nothing.
+    /// Examines `directory` without a change.
     ///
     /// # Errors
-    /// When it is not there, no directory, or already one of ours.
+    /// If it does not exist, is not a directory, or is already a QuorumFS mount.
     pub fn find(directory: &Path, stacking: Stacking) -> Result<MountPoint, MountPointError> {
         let path = match directory.canonicalize() {
             Ok(path) => path,
@@ -119,20 +118,20 @@ impl MountPoint {
         let mounts = mounts()?;
         let mut dead = 0;
         let mut covers = false;
-        // The topmost first: what is beneath a living one does not matter.
+        // The topmost first: mounts beneath a living one do not matter.
         for mount in mounts.iter().rev().filter(|mount| mount.path == path) {
             if mount.kind != FILESYSTEM_TYPE {
                 break;
             }
-            // What is going to be covered need not be asked, and might not answer.
+            // A mount that will be covered need not be asked, and might not answer.
             if stacking == Stacking::Cover {
                 covers = true;
                 break;
             }
-            // Only the topmost can be asked; those beneath a dead one are looked at again in `clear`.
+            // Only the topmost can be asked; those beneath a dead one are examined again in `clear`.
             let is_dead = dead > 0
                 || probe(&path)
-                    .map_err(|error| MountPointError::kernel("look at the mount on", &path, error))?
+                    .map_err(|error| MountPointError::kernel("examine the mount on", &path, error))?
                     == Life::Dead;
             if is_dead {
                 dead += 1;
@@ -143,11 +142,11 @@ impl MountPoint {
                 source_name: mount.source.clone(),
             });
         }
-        // The root of one of ours is a directory.
+        // The root of a QuorumFS mount is a directory.
         if dead == 0 && !covers {
             let metadata = path
                 .metadata()
-                .map_err(|error| MountPointError::kernel("look at", &path, error))?;
+                .map_err(|error| MountPointError::kernel("examine", &path, error))?;
             if !metadata.is_dir() {
                 return Err(MountPointError::NotDirectory(path));
             }
@@ -155,19 +154,19 @@ impl MountPoint {
         Ok(MountPoint { path, dead })
     }
 
-    /// Where it is, absolute and without symbolic links.
+    /// Returns the path, absolute and without symbolic links.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Takes away what processes that were killed have left mounted here. Answers how many there were.
+    /// Removes mounts that killed processes have left here. Returns their number.
     ///
     /// # Errors
-    /// When that may not be, or a living mount appears beneath a dead one.
+    /// If that is not permitted, or a living mount appears beneath a dead one.
     pub fn clear(self, stacking: Stacking) -> Result<(MountPoint, usize), MountPointError> {
         let mut current = self;
         let mut cleared = 0;
-        // Each round takes away one mount, and `find` counted them.
+        // Each round removes one mount, and `find` counted them.
         while current.dead > 0 {
             nix::mount::umount2(&current.path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).map_err(
                 |errno| match errno {
@@ -181,10 +180,10 @@ impl MountPoint {
         Ok((current, cleared))
     }
 
-    /// Mounts. The kernel's requests wait in the returned descriptor of `/dev/fuse`, the first of them INIT.
+    /// Mounts. The kernel's requests wait in the returned descriptor of `/dev/fuse`, INIT first.
     ///
     /// # Errors
-    /// When there is no FUSE, or the caller may not.
+    /// If FUSE is not available, or the caller is not permitted to mount.
     pub fn mount(
         &self,
         source: &str,
@@ -223,7 +222,7 @@ impl MountPoint {
         let device_number = topmost(&mounts()?, &self.path).map(|mount| mount.device.clone());
         let mounted = Mounted {
             path: self.path.clone(),
-            // Gone again within microseconds: `unmount` will find so too.
+            // The mount may already be gone again: `unmount` will find that too.
             device_number: device_number.unwrap_or_default(),
         };
         Ok((mounted, device.into()))
@@ -237,45 +236,44 @@ pub struct Mounted {
     device_number: String,
 }
 
-/// What became of an attempt to unmount.
+/// The result of an attempt to unmount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unmounting {
-    /// It is not mounted any more: no more requests will come.
+    /// It is no longer mounted: no more requests will come.
     Done,
-    /// Files are open, or somebody's working directory is there.
+    /// Files are open, or it is a working directory of a process.
     Busy,
 }
 
 /// How to treat a busy mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Urgency {
-    /// Leave it.
+    /// Leave it mounted.
     Polite,
-    /// Take it out of the tree at once; it ends when the last user lets go.
+    /// Remove it from the tree at once; it ends when its last user does.
     Detach,
 }
 
 impl Mounted {
-    /// Where.
+    /// Returns the path of the mount point.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Lets the kernel read ahead by more than it would.
+    /// Raises the kernel's read-ahead above its default.
     ///
     /// # Errors
-    /// When sysfs is not there or not writable; the mount works all the same.
+    /// If sysfs does not exist or is not writable; the mount works anyway.
     pub fn raise_read_ahead(&self) -> io::Result<()> {
         let file = format!("/sys/class/bdi/{}/read_ahead_kb", self.device_number);
         std::fs::write(file, READ_AHEAD_KIB.to_string())
     }
 
-    /// Unmounts this mount, and no other one that may lie on the same directory. Blocks while the kernel
-    /// writes back what it holds, so requests must be served meanwhile; should nobody serve them any more,
-    /// this process can end all the same (see [`unmount_apart`]).
+    /// Unmounts this mount, and no other one on the same directory. Blocks while the kernel writes back dirty pages, so
+    /// requests must be served meanwhile; if they are not, this process can still end (see [`unmount_apart`]).
     ///
     /// # Errors
-    /// When the kernel refuses for another reason than that it is busy.
+    /// If the kernel refuses for another reason than that it is busy.
     pub fn unmount(&self, urgency: Urgency) -> Result<Unmounting, MountPointError> {
         let mounts = mounts()?;
         match topmost(&mounts, &self.path) {
@@ -294,7 +292,7 @@ impl Mounted {
         };
         match unmount_apart(&self.path, flags) {
             Ok(()) => Ok(Unmounting::Done),
-            // Somebody else was quicker.
+            // It was unmounted by another process.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(Unmounting::Done),
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(Unmounting::Busy),
             Err(error) => Err(MountPointError::kernel("unmount", &self.path, error)),
@@ -302,9 +300,8 @@ impl Mounted {
     }
 }
 
-/// umount2(2) in a process of its own. A thread that waits for an answer of its own process cannot be killed
-/// while the process holds `/dev/fuse` open, and it would hold it open by being there: the process could
-/// never end.
+/// Calls umount2(2) in a separate process. A thread that waits for an answer of its own process cannot be killed while
+/// the process holds `/dev/fuse` open, and its existence would keep that open: the process could never end.
 fn unmount_apart(path: &Path, flags: MntFlags) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     // SAFETY: umount2 is a plain system call and touches no memory but `path`.
@@ -318,18 +315,18 @@ fn unmount_apart(path: &Path, flags: MntFlags) -> io::Result<()> {
     }
 }
 
-/// Makes a system call in a process of its own, whose exit code is 0 or the error number.
+/// Makes a system call in a separate process, whose exit code is 0 or the error number.
 ///
 /// # Safety
-/// Other threads run, so `call` may only do what is safe in a signal handler.
+/// Other threads are running, so `call` may only do what is safe in a signal handler.
 unsafe fn call_apart(call: impl FnOnce() -> libc::c_int) -> io::Result<Pid> {
-    // SAFETY: close_range and _exit are plain system calls, and `call` is what the caller vouches for.
+    // SAFETY: close_range and _exit are plain system calls, and the caller guarantees that `call` is safe.
     match unsafe { nix::unistd::fork() }? {
         ForkResult::Child => unsafe {
             libc::close_range(0, u32::MAX, 0);
             match call() {
                 0 => libc::_exit(0),
-                // Those of umount2 and statfs are far below 256.
+                // The error numbers of umount2 and statfs are far below 256.
                 _ => libc::_exit(*libc::__errno_location()),
             }
         },
@@ -337,13 +334,13 @@ unsafe fn call_apart(call: impl FnOnce() -> libc::c_int) -> io::Result<Pid> {
     }
 }
 
-/// How the call of a process of [`call_apart`] went.
+/// Converts the exit status of a process of [`call_apart`].
 fn outcome_of(status: WaitStatus) -> io::Result<()> {
     match status {
         WaitStatus::Exited(_, 0) => Ok(()),
         WaitStatus::Exited(_, errno) => Err(io::Error::from_raw_os_error(errno)),
         other => Err(io::Error::other(format!(
-            "the process of a system call ended with {other:?}"
+            "the process of a system call ended unexpectedly ({other:?})"
         ))),
     }
 }
@@ -354,9 +351,9 @@ enum Life {
     Dead,
 }
 
-/// Asks the mount on `path` a question that no cache answers. One that does not reply in time is alive: its
-/// process waits for a cluster, or was stopped. It is asked by a process of its own: one that waits for a stopped
-/// process's answer can not end, and this one must.
+/// Asks the mount on `path` a question that no cache answers. A mount that does not reply in time is alive: its process
+/// waits for a cluster, or was stopped. A separate process asks: one that waits for the answer of a stopped process
+/// cannot end, and this one must.
 fn probe(path: &Path) -> io::Result<Life> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut answer = MaybeUninit::<libc::statfs>::uninit();
@@ -367,7 +364,7 @@ fn probe(path: &Path) -> io::Result<Life> {
         match waitpid(child, Some(WaitPidFlag::WNOHANG)) {
             Ok(WaitStatus::StillAlive) if begin.elapsed() < PROBE_TIMEOUT => std::thread::sleep(PROBE_POLL),
             Ok(WaitStatus::StillAlive) => {
-                // It ends when the mount's process can tell, or has ended; nobody waits for it.
+                // It ends when the mount's process answers or has ended; it is not waited for.
                 nix::sys::signal::kill(child, Signal::SIGKILL)?;
                 return Ok(Life::Alive);
             }
@@ -381,7 +378,7 @@ fn probe(path: &Path) -> io::Result<Life> {
     }
 }
 
-/// What the kernel says of a mount whose process is gone, or whose connection was aborted.
+/// Whether the error means that the process of the mount is gone, or its connection was aborted.
 fn is_dead(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED))
 }
@@ -400,13 +397,12 @@ fn mounts() -> Result<Vec<Mount>, MountPointError> {
     Ok(parse_mounts(&text))
 }
 
-/// The mount that one gets to see at `path`: the kernel lists those on top later.
+/// Returns the visible mount at `path`: the kernel lists upper mounts later.
 fn topmost<'a>(mounts: &'a [Mount], path: &Path) -> Option<&'a Mount> {
     mounts.iter().rev().find(|mount| mount.path == path)
 }
 
-/// Reads mountinfo (proc_pid_mountinfo(5)): `id parent major:minor root path options tags… - type source
-/// super`.
+/// Parses mountinfo (proc_pid_mountinfo(5)): `id parent major:minor root path options tags… - type source super`.
 fn parse_mounts(text: &[u8]) -> Vec<Mount> {
     let parse = |line: &[u8]| {
         let mut fields = line.split(|&byte| byte == b' ');
@@ -425,7 +421,7 @@ fn parse_mounts(text: &[u8]) -> Vec<Mount> {
     text.split(|&byte| byte == b'\n').filter_map(parse).collect()
 }
 
-/// The kernel writes blanks and backslashes as three octal digits.
+/// Decodes blanks and backslashes, which the kernel writes as three octal digits.
 fn unescape(field: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(field.len());
     let mut rest = field;
@@ -506,7 +502,7 @@ mod tests {
         let found = find(directory.path()).unwrap();
         assert_eq!(found.path(), directory.path().canonicalize().unwrap());
     }
-    /// Mounting needs root and the kernel's FUSE, which not every machine that builds this has.
+    /// Mounting needs root and the kernel's FUSE, which not every build machine has.
     fn can_mount() -> bool {
         let can = nix::unistd::geteuid().is_root() && Path::new("/dev/fuse").exists();
         if !can {

@@ -1,8 +1,8 @@
-//! What the command line asks for.
+//! The command line.
 //!
-//! Two forms, one result: `quorumfs-mount [OPTIONS] SPEC DIR` for people, and `mount.quorumfs SPEC DIR
-//! [-sfnv] [-o …]`, as mount(8) calls its helpers (so that `mount -t quorumfs` and fstab work). Pure: reads
-//! no file, asks no kernel; what it accepts is consistent in itself.
+//! Two forms, one result: `quorumfs-mount [OPTIONS] SPEC DIR` for people, and `mount.quorumfs SPEC DIR [-sfnv] [-o …]`,
+//! as mount(8) calls its helpers (so that `mount -t quorumfs` and fstab work). Pure: reads no file, asks no kernel; an
+//! accepted command line is consistent.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -17,60 +17,60 @@ mod spec;
 pub use mount_options::{Access, DurabilityOption, MountWords, OptionError, Stacking, Unknown};
 pub use spec::{Spec, SpecError};
 
-/// All that a mount needs to know.
+/// The settings of a mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountRequest {
-    /// What is mounted.
+    /// The filesystem to mount.
     pub spec: Spec,
-    /// Where.
+    /// The mount point.
     pub directory: PathBuf,
-    /// What `df` shows as the source.
+    /// The source that `df` shows.
     pub source: String,
-    /// For mount(2).
+    /// Flags for mount(2).
     pub flags: MsFlags,
-    /// Who may use it; `None`: everyone if root mounts, else the owner.
+    /// The users who may use it; `None` means all if root mounts, else only the owner.
     pub access: Option<Access>,
     /// When calls are durable.
     pub durability: DurabilityOption,
-    /// How long a call may wait for a quorum; `None`: for ever.
+    /// Longest time that a call waits for a quorum; `None` means without limit.
     pub call_timeout: Option<Duration>,
-    /// Files for TLS, if it is to be used.
+    /// Files for TLS, if it is used.
     pub tls: Option<TlsFiles>,
-    /// How long the kernel may keep names and attributes unasked.
+    /// How long the kernel may keep names and attributes without asking.
     pub kernel_cache: Duration,
-    /// What if a QuorumFS mount is there already.
+    /// What to do if a QuorumFS mount exists there.
     pub stacking: Stacking,
     /// Whether the process stays in the foreground.
     pub place: ProcessMode,
-    /// Where the log goes.
+    /// The log file.
     pub log_file: Option<PathBuf>,
-    /// How much is logged.
+    /// The amount of logging.
     pub verbosity: Verbosity,
-    /// Whether anything is to happen at all.
+    /// Whether anything is mounted.
     pub effect: Effect,
-    /// The mount namespace to mount in, if not this one.
+    /// The mount namespace, if it is not the present one.
     pub namespace: Option<PathBuf>,
 }
 
 /// The PEM files of a mutual TLS connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsFiles {
-    /// Who vouches for the nodes.
+    /// The authority that signed the nodes' certificates.
     pub authority: PathBuf,
-    /// This mount's certificate and key, when nodes ask for them.
+    /// This mount's certificate and key, if nodes require them.
     pub identity: Option<TlsIdentityFiles>,
 }
 
 /// A certificate and its key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsIdentityFiles {
-    /// The certificate.
+    /// Path of the certificate.
     pub certificate: PathBuf,
-    /// The key.
+    /// Path of the private key.
     pub key: PathBuf,
 }
 
-/// Where the mount process lives.
+/// Where the mount process runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProcessMode {
     /// In the terminal, until it is unmounted.
@@ -79,31 +79,31 @@ pub enum ProcessMode {
     Background,
 }
 
-/// How much is logged.
+/// The amount of logging.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verbosity {
-    /// What an administrator wants to know.
+    /// Messages for administrators.
     Normal,
-    /// What a developer wants to know.
+    /// Messages for developers.
     Verbose,
 }
 
-/// Whether anything happens (`mount -f`).
+/// Whether anything is mounted (`mount -f`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// The mount is made.
     Mount,
-    /// Everything is checked, nothing is mounted.
+    /// Everything is checked, but nothing is mounted.
     Rehearse,
 }
 
-/// Why there is nothing to do: help that was asked for, or a mistake.
+/// Why there is nothing to do: a request for help, or wrong usage.
 #[derive(Debug, thiserror::Error)]
 pub enum Usage {
     /// Help or version, for standard output.
     #[error("{0}")]
     Asked(String),
-    /// A mistake, for standard error.
+    /// Wrong usage, for standard error.
     #[error("{0}")]
     Wrong(String),
 }
@@ -130,11 +130,11 @@ struct PlainArguments {
     /// Mount read-only
     #[arg(long)]
     read_only: bool,
-    /// Fail calls with EIO when no quorum answers for so long (default: wait)
+    /// Fail calls with EIO if no quorum answers for this long (default: wait)
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<String>,
-    /// What close(2) promises: `close`, that what was written is on disk on a quorum; `fsync`, that it will be within a
-    /// second, in the order of the closes
+    /// When written data is on disk on a quorum: `close`, when close(2) returns; `fsync`, within a second, in the order
+    /// of the closes
     #[arg(long, value_name = "close|fsync")]
     durability: Option<String>,
     /// Certificate authority that signed the nodes' certificates (PEM); turns TLS on
@@ -143,7 +143,7 @@ struct PlainArguments {
     /// This mount's own certificate (PEM)
     #[arg(long, value_name = "FILE")]
     tls_cert: Option<PathBuf>,
-    /// The key of that certificate (PEM)
+    /// The private key of that certificate (PEM)
     #[arg(long, value_name = "FILE")]
     tls_key: Option<PathBuf>,
     /// Log more
@@ -177,13 +177,13 @@ struct HelperArguments {
     /// Mount in this mount namespace
     #[arg(short = 'N', value_name = "NAMESPACE")]
     namespace: Option<PathBuf>,
-    /// The type that mount(8) was given
+    /// The filesystem type given to mount(8)
     #[arg(short = 't', value_name = "TYPE")]
     kind: Option<String>,
 }
 
 impl MountRequest {
-    /// Reads a command line; its first word (the program's name) decides which form it has.
+    /// Parses a command line; its first word (the program's name) selects the form.
     pub fn from_arguments(arguments: impl IntoIterator<Item = OsString>) -> Result<MountRequest, Usage> {
         let arguments: Vec<OsString> = arguments.into_iter().collect();
         let is_helper = arguments
@@ -204,7 +204,7 @@ impl PlainArguments {
         for list in &self.options {
             words.read(list, Unknown::Refuse)?;
         }
-        // A flag says the same as its word in `-o`, and more loudly.
+        // A flag means the same as its word in `-o`, and overrides it.
         if self.read_only {
             words.read("ro", Unknown::Refuse)?;
         }
@@ -305,7 +305,7 @@ impl From<clap::Error> for Usage {
     fn from(error: clap::Error) -> Usage {
         let text = error.render().to_string();
         if error.use_stderr() {
-            // clap's own first words; ours are added where it is printed.
+            // clap's own first words; the program's name is added where the message is printed.
             Usage::Wrong(
                 text.strip_prefix("error: ")
                     .unwrap_or(&text)

@@ -1,11 +1,10 @@
 //! One mount from connecting to unmounting.
 //!
-//! 1. Connect to the cluster and find the directory that becomes the root; nothing is mounted before both are
-//!    there.
+//! 1. Connect to the cluster and find the directory that becomes the root; nothing is mounted before both succeed.
 //! 2. Mount, let fuser's threads serve, report that the mount is ready.
-//! 3. Until somebody unmounts it, or a signal (SIGTERM, SIGINT, SIGHUP) asks for it: flush everything,
-//!    unmount; when it is busy, detach it and go on serving those who still use it, for [`STOP_TIMEOUT`] at
-//!    most or until a second signal.
+//! 3. When it is unmounted by a user, or a signal (SIGTERM, SIGINT, SIGHUP) asks for it: flush everything and unmount.
+//!    If the mount is busy, detach it and continue to serve its users, for at most [`STOP_TIMEOUT`] or until a second
+//!    signal.
 //!
 //! Invariant: no thread of this process ever waits for its own mount.
 
@@ -28,56 +27,54 @@ use crate::mountpoint::{MountPoint, MountPointError, Mounted, Unmounting, Urgenc
 use crate::options::{Access, DurabilityOption, MountRequest};
 use quorumfs_fs::{Cluster, Durability, Filesystem, FsOptions, Leased};
 
-/// How long a stopping mount goes on for those who still use it: service managers kill after 90 s, and what
-/// was flushed is safe.
+/// Longest time that a stopping mount serves its users: service managers kill after 90 s, and flushed data is safe.
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long the last flush may take, however the rest went: a few seconds of writing, and a change of leader.
+/// Most time for the last flush: a few seconds of writing, and a change of leader.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a last detaching unmount may take. It only waits for write-back, which is over when this process
-/// ends.
+/// Most time for a last detaching unmount. It only waits for write-back, which ends with this process.
 const DETACH_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long to wait for the session to be closed at the cluster. If that fails it lapses by itself.
+/// Most time to wait until the cluster has closed the session. After that it lapses by itself.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Files that the log names by their inode numbers when their bytes are lost.
+/// Most inode numbers in the log when bytes of files are lost.
 const NAMED_FILES_MAX: usize = 16;
 
-/// prctl(2)'s word for a process that serves a filesystem; the libc crate does not know it.
+/// prctl(2)'s flag for a process that serves a filesystem; the libc crate does not define it.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
-/// Why a mount did not come about, or did not end well. Each says all there is, its cause included.
+/// Why a mount failed, or did not end well. Each message includes its cause.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// Threads or signals could not be set up.
-    #[error("{doing}: {error}")]
+    #[error("cannot {doing}: {error}")]
     System {
-        /// What was being done.
+        /// The action that failed.
         doing: &'static str,
-        /// What came of it.
+        /// The cause of the failure.
         error: io::Error,
     },
-    /// No cluster was found, or it refuses us.
+    /// No cluster was found, or it refuses this mount.
     #[error("cannot mount: {0}")]
     Connect(ConnectError),
     /// A signal came before the mount was ready.
     #[error("interrupted before the mount was ready")]
     Interrupted,
     /// The sub-directory cannot be mounted.
-    #[error("sub-directory /{path}: {error}")]
+    #[error("cannot mount the sub-directory /{path}: {error}")]
     Subdirectory {
-        /// Which.
+        /// The path in the filesystem.
         path: String,
-        /// Why.
+        /// The cause of the failure.
         error: FsError,
     },
     /// Mounting or unmounting failed.
     #[error(transparent)]
     MountPoint(#[from] MountPointError),
-    /// What programs wrote is not all at the cluster.
-    #[error("data that was written here did not reach the cluster: {0}")]
+    /// Some data that programs wrote is not at the cluster.
+    #[error("data written through this mount did not reach the cluster and is lost: {0}")]
     Unflushed(FsError),
 }
 
@@ -87,11 +84,10 @@ impl ServeError {
     }
 }
 
-/// Makes the mount that `request` asks for on `mount_point`, reports through `readiness`, and returns when it
-/// is unmounted.
+/// Mounts as `request` asks on `mount_point`, reports through `readiness`, and returns when the mount has ended.
 ///
 /// # Errors
-/// See [`ServeError`]; those that come after the mount was ready are told by nobody else.
+/// [`ServeError`]; errors after the mount was ready are not reported elsewhere.
 pub fn serve(
     request: &MountRequest,
     mount_point: &MountPoint,
@@ -99,13 +95,12 @@ pub fn serve(
     readiness: &mut Readiness,
 ) -> Result<(), ServeError> {
     // SAFETY: prctl with these arguments touches no memory.
-    // The kernel must not wait for this mount when it needs memory for a thread of this process. Threads
-    // inherit it.
+    // The kernel must not wait for this mount when it needs memory for a thread of this process. Threads inherit this.
     if unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) } != 0 {
         tracing::debug!(error = %io::Error::last_os_error(), "cannot become an I/O flusher");
     }
-    // A call is a chain of short tasks, and each hand-over between threads costs it a context switch; fuser's threads
-    // take what is answered from memory.
+    // A call is a chain of short tasks, and each hand-over between threads costs a context switch; fuser's threads
+    // answer from memory themselves.
     let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads((cores / 2).max(1))
@@ -128,14 +123,14 @@ pub fn serve(
         tracing::info!(directory = %mount_point.path().display(), "unmounted");
         flushed.map_err(ServeError::Unflushed)
     });
-    // What still runs waits for a cluster that does not answer; nobody waits for it.
+    // Remaining tasks wait for a cluster that does not answer; they are not awaited.
     runtime.shutdown_background();
     result
 }
 
-/// One item for each SIGTERM, SIGINT or SIGHUP.
+/// Returns a receiver with one item for each SIGTERM, SIGINT or SIGHUP.
 fn stop_requests() -> Result<mpsc::Receiver<()>, ServeError> {
-    // The first asks to stop, the second to hurry; more say nothing new.
+    // The first asks to stop, the second to hurry; more have no effect.
     let (sender, requests) = mpsc::channel(2);
     for kind in [
         SignalKind::terminate(),
@@ -153,18 +148,17 @@ fn stop_requests() -> Result<mpsc::Receiver<()>, ServeError> {
 struct Service<C: Cluster> {
     filesystem: Arc<Filesystem<C>>,
     mounted: Mounted,
-    /// Resolves when the kernel has let go of the mount.
+    /// Resolves when the kernel has released the mount.
     ended: oneshot::Receiver<io::Result<()>>,
 }
 
 impl<C: Cluster> Service<C> {
-    /// Serves until it is unmounted or asked to `stop`. Then whoever still uses it has `stop_timeout` to let
-    /// go.
+    /// Serves until the mount is unmounted or asked to `stop`. Then its users have `stop_timeout` to finish.
     async fn run(mut self, stop: &mut mpsc::Receiver<()>, stop_timeout: Duration) -> Result<(), FsError> {
         let early = tokio::select! {
             ended = &mut self.ended => {
                 log_end(ended);
-                // By `umount -f` the kernel lets go of a mount, and leaves it in the tree if files are open.
+                // After `umount -f` the kernel has released the mount, but leaves it in the tree if files are open.
                 self.detach().await;
                 Ok(())
             }
@@ -189,21 +183,23 @@ impl<C: Cluster> Service<C> {
             );
         }
         match early {
-            // What took too long has been tried again; what failed is lost, and not tried twice.
+            // A flush that took too long has been tried again; failed bytes are lost and not tried twice.
             Ok(()) | Err(FsError::TimedOut) => last,
             Err(error) => Err(error),
         }
     }
 
-    /// Flushes and unmounts; serves on while the mount is busy, until `deadline` or a second request to stop.
-    /// Whatever happens the mount is not in the tree any more afterwards. Answers how the flush went.
+    /// Flushes and unmounts; continues to serve while the mount is busy, until `deadline` or a second request to stop.
+    /// The mount is not in the tree afterwards in any case. Returns the result of the flush.
     async fn stop(&mut self, stop: &mut mpsc::Receiver<()>, deadline: Instant) -> Result<(), FsError> {
         let mut flushed = Err(FsError::TimedOut);
         let stopping = async {
             flushed = until(deadline, self.filesystem.flush_all()).await;
             match unmount(&self.mounted, Urgency::Polite).await {
                 Some(Unmounting::Busy) => {
-                    tracing::info!("busy: detached, and served until it is let go");
+                    tracing::info!(
+                        "the mount is busy: it was detached, and is served until its users are done"
+                    );
                     unmount(&self.mounted, Urgency::Detach).await;
                 }
                 Some(Unmounting::Done) | None => {}
@@ -215,18 +211,18 @@ impl<C: Cluster> Service<C> {
             () = tokio::time::sleep_until(deadline) => "time is up",
             _ = stop.recv() => "asked to stop again",
         };
-        tracing::warn!("{left}: whoever still uses the mount loses it now");
+        tracing::warn!("{left}: the remaining users of the mount lose it now");
         self.detach().await;
         flushed
     }
 
-    /// Takes the mount out of the tree, if it is there.
+    /// Removes the mount from the tree, if it is there.
     async fn detach(&self) {
         if tokio::time::timeout(DETACH_TIMEOUT, unmount(&self.mounted, Urgency::Detach))
             .await
             .is_err()
         {
-            tracing::info!("the kernel is still writing back; it is told to give up");
+            tracing::info!("the kernel is still writing back; it must give up now");
         }
     }
 }
@@ -257,7 +253,7 @@ async fn start(
     client.set_statistics_source(move || {
         let filesystem = counted.upgrade();
         let filesystem = filesystem.as_ref();
-        statistics.told(
+        statistics.report(
             filesystem.map_or_else(Default::default, |fs| fs.cache_statistics()),
             filesystem.map_or(0, |fs| fs.dirty_bytes()),
         )
@@ -268,13 +264,13 @@ async fn start(
         Access::Owner
     });
     let (mounted, device) = mount_point.mount(&request.source, request.flags, access)?;
-    // From here on whoever looks at the directory waits for us, so nothing may wait in between.
+    // From here on accesses to the directory wait for this process, so nothing may block in between.
     let ended = match serve_kernel(edge, device, access) {
         Ok(ended) => ended,
         Err(error) => {
-            // Nobody serves it, so it must not stay.
+            // The mount is not served, so it must not stay.
             if let Err(error) = mounted.unmount(Urgency::Detach) {
-                tracing::error!(%error, "a mount that nobody serves stays behind");
+                tracing::error!(%error, "cannot remove a mount that is not served: unmount it with umount -l");
             }
             return Err(ServeError::system("serve the mount")(error));
         }
@@ -290,7 +286,7 @@ async fn start(
     Ok((client, service))
 }
 
-/// For people who look at the cluster: where this mount is.
+/// Returns a description of this mount, for people who examine the cluster.
 fn description(mount_point: &MountPoint) -> String {
     let host = nix::sys::utsname::uname().map(|names| names.nodename().to_string_lossy().into_owned());
     let host = host.unwrap_or_else(|_| "unknown host".to_owned());
@@ -301,7 +297,7 @@ fn description(mount_point: &MountPoint) -> String {
     )
 }
 
-/// The inode of the sub-directory that is mounted.
+/// Returns the inode of the sub-directory that is mounted.
 async fn resolve_root(client: &Client, path: &[Name]) -> Result<InodeNumber, ServeError> {
     if path.is_empty() {
         return Ok(InodeNumber::ROOT);
@@ -332,12 +328,12 @@ fn filesystem_options(request: &MountRequest, root: InodeNumber) -> FsOptions {
 fn log_end(ended: Result<io::Result<()>, oneshot::error::RecvError>) {
     match ended {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::error!(%error, "the kernel's connection broke"),
+        Ok(Err(error)) => tracing::error!(%error, "the connection to the kernel failed"),
         Err(_) => tracing::error!("the thread that serves the kernel panicked"),
     }
 }
 
-/// Unmounts; `None` when it cannot be, which is logged.
+/// Unmounts; returns `None` after an error, which is logged.
 async fn unmount(mounted: &Mounted, urgency: Urgency) -> Option<Unmounting> {
     let mounted = mounted.clone();
     match tokio::task::spawn_blocking(move || mounted.unmount(urgency)).await {
@@ -350,7 +346,7 @@ async fn unmount(mounted: &Mounted, urgency: Urgency) -> Option<Unmounting> {
     }
 }
 
-/// What `work` says, or [`FsError::TimedOut`] at `deadline`.
+/// Returns the result of `work`, or [`FsError::TimedOut`] at `deadline`.
 async fn until<T>(deadline: Instant, work: impl Future<Output = Result<T, FsError>>) -> Result<T, FsError> {
     tokio::time::timeout_at(deadline, work)
         .await

@@ -1,34 +1,35 @@
-//! What a mount does, counted: the kernel's requests by verb.
+//! Statistics of a mount: the kernel's requests by verb.
 //!
-//! Recorded by the edge towards the kernel; told to users (the extended attribute [`ATTRIBUTE`] of the mount's root) and
-//! to the cluster (with the keep-alives). Recording is a few atomic additions, see [`quorumfs_measure`].
+//! They are recorded by the edge to the kernel, and reported to users (the extended attribute [`ATTRIBUTE`] of the
+//! mount's root) and to the cluster (with the keep-alives). Recording is a few atomic additions, see
+//! [`quorumfs_measure`].
 
 use std::time::{Duration, Instant};
 
 use quorumfs_measure::{CallCounter, Ending};
 use quorumfs_proto::statistics::{CacheStatistics, ClientStatistics, VerbStatistics};
 
-/// The extended attribute of a mount's root that tells its statistics, as JSON. It is not listed, so that copies of
-/// the tree do not take it along.
+/// The extended attribute of a mount's root that contains its statistics as JSON. It is not listed, so that copies of
+/// the tree do not include it.
 pub const ATTRIBUTE: &str = "user.quorumfs.statistics";
 
-/// The attribute's value is filled up with spaces to a multiple of this: programs first ask how long it is, and it must
-/// not grow before they ask for it.
+/// The attribute's value is padded with spaces to a multiple of this: programs first ask for its length, and it must
+/// not grow before they ask for the value.
 const PADDED_TO_BYTES: usize = 8 << 10;
 
 macro_rules! verbs {
     ($($verb:ident $name:literal,)*) => {
-        /// What the kernel asks for.
+        /// The kinds of requests of the kernel.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Verb {
             $(#[doc = $name] $verb,)*
         }
 
         impl Verb {
-            /// All of them, by index.
+            /// All verbs, by index.
             pub const ALL: [Verb; [$($name),*].len()] = [$(Verb::$verb),*];
 
-            /// As it is shown.
+            /// Returns the name in reports.
             pub fn name(self) -> &'static str {
                 match self {
                     $(Verb::$verb => $name,)*
@@ -68,7 +69,7 @@ verbs! {
     RemoveXattr "removexattr",
 }
 
-/// The counters of a mount. Some 250 KiB.
+/// The counters of a mount. Takes about 250 KiB.
 #[derive(Debug)]
 pub struct Statistics {
     began: Instant,
@@ -85,17 +86,17 @@ impl Default for Statistics {
 }
 
 impl Statistics {
-    /// A request was answered, and moved `bytes` of content.
+    /// Records that a request was answered, and moved `bytes` of content.
     pub fn record(&self, verb: Verb, ending: Ending, bytes: u64, duration: Duration) {
         self.verbs[verb as usize].record(ending, bytes, duration);
     }
 
-    /// All of it, as it is now; verbs that never came are left out.
-    pub fn told(&self, cache: CacheStatistics, dirty_bytes: u64) -> ClientStatistics {
+    /// Returns the present statistics; verbs without a request are left out.
+    pub fn report(&self, cache: CacheStatistics, dirty_bytes: u64) -> ClientStatistics {
         let row = |verb: &Verb| {
-            let tally = &self.verbs[*verb as usize];
-            (tally.count() > 0).then(|| {
-                let snapshot = tally.snapshot();
+            let counter = &self.verbs[*verb as usize];
+            (counter.count() > 0).then(|| {
+                let snapshot = counter.snapshot();
                 VerbStatistics {
                     verb: verb.name().to_string(),
                     count: snapshot.durations.count(),
@@ -114,9 +115,9 @@ impl Statistics {
     }
 }
 
-/// The value of [`ATTRIBUTE`]: JSON, spaces, a line feed.
+/// Returns the value of [`ATTRIBUTE`]: JSON, spaces, a line feed.
 pub fn attribute_value(statistics: &ClientStatistics) -> Vec<u8> {
-    // It has no maps with keys that are no strings, so it can be written.
+    // Cannot fail: there are no maps with keys other than strings.
     let mut value = serde_json::to_vec(statistics).unwrap_or_default();
     let padded = (value.len() + 1).next_multiple_of(PADDED_TO_BYTES);
     value.resize(padded - 1, b' ');
@@ -137,11 +138,11 @@ mod tests {
         }
         statistics.record(Verb::Read, Ending::Done, 4096, Duration::from_micros(3));
         statistics.record(Verb::Read, Ending::Failed, 0, Duration::from_micros(3));
-        let told = statistics.told(CacheStatistics::default(), 12);
-        let value = attribute_value(&told);
+        let report = statistics.report(CacheStatistics::default(), 12);
+        let value = attribute_value(&report);
         assert_eq!(value.len(), PADDED_TO_BYTES, "with every verb it still fits");
         let parsed: ClientStatistics = serde_json::from_slice(&value).unwrap();
-        assert_eq!(parsed, told);
+        assert_eq!(parsed, report);
         let read = parsed.verbs.iter().find(|row| row.verb == "read").unwrap();
         assert_eq!((read.count, read.failures, read.bytes), (3, 1, 4096));
         assert_eq!(parsed.dirty_bytes, 12);

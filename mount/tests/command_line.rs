@@ -1,4 +1,4 @@
-//! What the mount command says and which exit code it leaves with, without any cluster.
+//! The messages and exit codes of the mount command, without a cluster.
 
 #![allow(clippy::unwrap_used)] // It is all tests.
 
@@ -22,7 +22,7 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// An address where nobody listens.
+/// Returns an address without a listener.
 fn unused_address() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     listener.local_addr().unwrap().to_string()

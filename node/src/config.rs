@@ -1,4 +1,4 @@
-//! The settings of a node: flags, then environment, then a TOML file, in that order of strength.
+//! The settings of a node. Flags override the environment, which overrides a TOML file.
 //!
 //! Everything is checked here, once, with an error that names the field, and the line where it stands in the file; what
 //! comes out as [`Config`] is valid. `clap` reads flags and environment, `toml` the file; only [`Settings::or`] is ours. A
@@ -15,15 +15,15 @@ use serde::Deserialize;
 
 use crate::transport::{ClusterSecret, TlsFiles};
 
-/// Highest slot number, and so the most members ever configured.
+/// Highest slot number, and so the largest number of configured members.
 const SLOT_MAX: u16 = 255;
 /// Asked for the time where nothing else is said.
 const NTP_DEFAULT: &str = "pool.ntp.org";
 const NTP_PORT: u16 = 123;
 /// Most NTP servers.
 const NTP_SERVERS_MAX: usize = 8;
-/// What is logged, unless told otherwise: not each step of an election, nor each of the ten heartbeats a second that a
-/// dead node misses, which the health monitor tells once.
+/// Default log filter. It excludes the steps of elections, and the ten heartbeats a second that a dead node misses: the
+/// health monitor reports that once.
 const LOG_DEFAULT: &str = "info,openraft=warn,openraft::core::heartbeat=error";
 const DAY_S: u64 = 86_400;
 const YEAR_S: u64 = 365 * DAY_S;
@@ -64,13 +64,13 @@ impl<const DEFAULT: u64, const MIN: u64, const MAX: u64> FromStr for Number<DEFA
 
 /// One node of a QuorumFS cluster: keeps a copy of every file, takes part in every decision.
 ///
-/// Start one on each machine with the same --members and a --slot and --data of its own. The cluster makes itself
+/// Start one on each machine with the same --members, and with its own --slot and --data. The nodes create the cluster
 /// once all of them are up and empty.
 #[derive(Debug, Default, Parser, Deserialize)]
 #[command(name = "quorumfs-node", version, max_term_width = 110)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Settings {
-    /// Which member this node is: its place in --members, counted from 1
+    /// Slot of this node: its place in --members, counted from 1
     #[arg(long, env = "QUORUMFS_SLOT", value_name = "N")]
     slot: Option<u16>,
     /// The gRPC address of every member in the order of their slots (1, 3, 5 or 7 of them)
@@ -81,7 +81,7 @@ pub struct Settings {
         value_delimiter = ','
     )]
     members: Option<Vec<String>>,
-    /// Join the living cluster that a node at any of these gRPC addresses belongs to (instead of --members)
+    /// Join the running cluster to which a node at any of these gRPC addresses belongs (instead of --members)
     #[arg(
         long,
         env = "QUORUMFS_JOIN",
@@ -89,19 +89,19 @@ pub struct Settings {
         value_delimiter = ','
     )]
     join: Option<Vec<String>>,
-    /// Where this node serves gRPC, as others reach it (with --join; else its entry in --members)
+    /// gRPC address of this node, as other nodes reach it (with --join; else its entry in --members)
     #[arg(long, env = "QUORUMFS_GRPC", value_name = "HOST:PORT")]
     grpc: Option<String>,
-    /// The folder that holds this node's log, metadata and content; made if it does not exist
+    /// Folder for this node's log, metadata and content; created if it does not exist
     #[arg(long, env = "QUORUMFS_DATA", value_name = "DIR")]
     data: Option<PathBuf>,
-    /// Where this node serves HTTP, as others reach it
+    /// HTTP address of this node, as clients reach it
     #[arg(long, env = "QUORUMFS_HTTP", value_name = "HOST:PORT")]
     http: Option<String>,
-    /// Where to listen for gRPC, if not at this node's entry in --members
+    /// Address to listen on for gRPC, if it differs from this node's entry in --members
     #[arg(long, env = "QUORUMFS_LISTEN_GRPC", value_name = "HOST:PORT")]
     listen_grpc: Option<String>,
-    /// Where to listen for HTTP, if not at --http
+    /// Address to listen on for HTTP, if it differs from --http
     #[arg(long, env = "QUORUMFS_LISTEN_HTTP", value_name = "HOST:PORT")]
     listen_http: Option<String>,
     /// PEM file of the authority that signs all nodes' and clients' certificates
@@ -116,11 +116,11 @@ pub struct Settings {
     /// Serve other machines without TLS: anyone who reaches the ports can read and change every file
     #[arg(long, env = "QUORUMFS_INSECURE_PLAINTEXT", num_args = 0..=1, default_missing_value = "true")]
     insecure_plaintext: Option<bool>,
-    /// What to log: error, warn, info, debug, trace, or a filter such as `info,quorumfs_node::consensus=debug` (default:
-    /// info, and of the consensus library only what goes wrong)
+    /// Log level: error, warn, info, debug, trace, or a filter such as `info,quorumfs_node::consensus=debug` (default:
+    /// info, and only problems of the consensus library)
     #[arg(long, env = "QUORUMFS_LOG", value_name = "LEVEL")]
     log: Option<String>,
-    /// How long a REST request waits for a quorum before it is answered 503, in milliseconds
+    /// Longest time that a REST request waits for a quorum before it is answered with 503, in milliseconds
     #[arg(long, env = "QUORUMFS_REQUEST_TIMEOUT_MS", value_name = "MS")]
     request_timeout_ms: Option<Number<10_000, 100, 600_000>>,
     /// At most how much of what is kept is re-read and verified per second, in MiB
@@ -149,7 +149,7 @@ pub struct Settings {
         value_delimiter = ','
     )]
     ntp: Option<Vec<String>>,
-    /// How often they are asked, in milliseconds (default: 64000)
+    /// Interval of the NTP queries, in milliseconds (default: 64000)
     #[arg(long, env = "QUORUMFS_NTP_INTERVAL_MS", value_name = "MS", hide = true)]
     ntp_interval_ms: Option<Number<64_000, 100, 600_000>>,
     /// How often the health of each other node is probed, in milliseconds (default: 5000)
@@ -158,7 +158,7 @@ pub struct Settings {
     /// A file with the cluster's secret, the same for every node: who shows it may use /replicate and /delete-content
     #[arg(long, env = "QUORUMFS_SECRET_FILE", value_name = "FILE")]
     secret_file: Option<PathBuf>,
-    /// How often a line in the log sums up what was done, where something was, in seconds
+    /// Interval of the summary of operations in the log, in seconds; no line is logged if nothing happened
     #[arg(long, env = "QUORUMFS_METRICS_SUMMARY_S", value_name = "S")]
     metrics_summary_s: Option<Number<300, 1, DAY_S>>,
     /// A TOML file with any of these settings (the names are the same, without the dashes in front)
@@ -167,39 +167,39 @@ pub struct Settings {
     config: Option<PathBuf>,
 }
 
-/// A setting that cannot be.
+/// An invalid setting.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// Neither flag, environment nor file gave it.
+    /// A required setting is missing.
     #[error("--{0} is not set; give it as a flag, as {1}, or in the file named by --config")]
     Missing(&'static str, &'static str),
-    /// It was given, but not as it must be.
+    /// A setting has an invalid value.
     #[error("--{field}: {reason}")]
     Invalid {
         /// The flag's name.
         field: &'static str,
-        /// What is wrong and what would be right.
+        /// What is wrong, and what would be right.
         reason: String,
     },
-    /// The file could not be read or understood.
+    /// The file cannot be read or parsed.
     #[error("--config {file}: {reason}")]
     File {
-        /// Its path.
+        /// Path of the file.
         file: PathBuf,
         /// What is wrong.
         reason: String,
     },
 }
 
-/// Valid settings.
+/// The validated settings of a node.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// This node's slot, from 1.
     pub slot: u16,
-    /// gRPC addresses of other nodes: all members in the order of their slots, or any where [`Config::founds`] is
+    /// gRPC addresses of other nodes: all members in the order of their slots, or any members if [`Config::founds`] is
     /// false.
     pub members: Vec<String>,
-    /// Whether this node is one of those that make the cluster; else it joins one that lives.
+    /// Whether this node is one of those that create the cluster; else it joins a running one.
     pub founds: bool,
     /// This node's gRPC address as others reach it.
     pub grpc: String,
@@ -207,56 +207,59 @@ pub struct Config {
     pub data: PathBuf,
     /// This node's HTTP address as others reach it.
     pub http: String,
-    /// Where to listen for gRPC.
+    /// Address to listen on for gRPC.
     pub listen_grpc: SocketAddr,
-    /// Where to listen for HTTP.
+    /// Address to listen on for HTTP.
     pub listen_http: SocketAddr,
-    /// Mutual TLS for gRPC.
+    /// Files for mutual TLS on gRPC.
     pub tls: Option<TlsFiles>,
     /// The log filter.
     pub log: String,
-    /// How long a REST request waits for a quorum, in milliseconds.
+    /// Longest time that a REST request waits for a quorum, in milliseconds.
     pub request_timeout_ms: u64,
-    /// At most how many bytes are verified per second.
+    /// Most bytes verified per second.
     pub scrub_bytes_per_s: u64,
-    /// From the beginning of one pass of verifying to that of the next, in seconds.
+    /// Time between the starts of two passes of verification, in seconds.
     pub scrub_interval_s: u64,
-    /// How often it is looked for content that no file names any more, in seconds.
+    /// Interval of the search for dead content, in seconds.
     pub sweep_interval_s: u64,
-    /// How often all nodes compare their metadata, in seconds.
+    /// Interval of the comparison of metadata, in seconds.
     pub audit_interval_s: u64,
-    /// At most how many bytes of missing content are fetched per second.
+    /// Most bytes of missing content fetched per second.
     pub recovery_bytes_per_s: u64,
-    /// NTP servers, `HOST:PORT`; none: nobody is asked.
+    /// NTP servers, `HOST:PORT`; empty if none is to be asked.
     pub ntp: Vec<String>,
-    /// How often they are asked, in milliseconds.
+    /// Interval of the NTP queries, in milliseconds.
     pub ntp_interval_ms: u64,
-    /// How often the other nodes are probed, in milliseconds.
+    /// Interval of the health probes, in milliseconds.
     pub probe_interval_ms: u64,
-    /// What opens the internal endpoints; nothing does where there is none.
+    /// The secret of the internal endpoints; without it they are closed.
     pub secret: Option<ClusterSecret>,
-    /// How often a line in the log sums up what was done, in seconds.
+    /// Interval of the summary in the log, in seconds.
     pub metrics_summary_s: u64,
 }
 
-/// Makes one node that is down go on alone, as a new cluster, where a majority is lost for good.
+/// Makes one node that is down continue alone, as a new cluster, when a majority is lost for good.
 ///
-/// The last resort: what other nodes acknowledged and this one does not have is gone for good. Give it the flags that the
-/// node is started with. Without --accept-loss it only looks: ask each node that is left, and take the one with the
-/// newest last entry. It refuses where a majority lives.
+/// This is the last resort: changes that other nodes acknowledged and this one does not have are lost. Pass the flags
+/// with which the node is started. Without --accept-loss nothing is changed: examine each remaining node this way, and
+/// choose the one with the newest last entry. The command refuses if a majority is alive.
 #[derive(Debug, Parser)]
 #[command(name = "quorumfs-node recover", version, max_term_width = 110)]
 pub struct RecoverSettings {
-    /// Do it, knowing what may be missing
+    /// Continue alone, and accept that changes may be missing
     #[arg(long)]
     pub accept_loss: bool,
-    /// As the node is started
+    /// The settings with which the node is started
     #[command(flatten)]
     pub node: Settings,
 }
 
 impl Settings {
-    /// Adds the file's settings where neither flag nor environment spoke, and checks the whole.
+    /// Adds the file's settings where neither a flag nor the environment gave a value, and checks all settings.
+    ///
+    /// # Errors
+    /// [`ConfigError`] for the first invalid setting.
     pub fn resolve(self) -> Result<Config, ConfigError> {
         let settings = match &self.config {
             None => self,
@@ -381,7 +384,7 @@ impl Settings {
     }
 }
 
-/// A list of addresses, each once.
+/// Checks a list of addresses, each of which may occur once.
 fn joined(field: &'static str, addresses: Vec<String>) -> Result<Vec<String>, ConfigError> {
     let addresses: Vec<String> = addresses.into_iter().map(|m| m.trim().to_string()).collect();
     for (at, address) in addresses.iter().enumerate() {
@@ -394,7 +397,7 @@ fn joined(field: &'static str, addresses: Vec<String>) -> Result<Vec<String>, Co
     Ok(addresses)
 }
 
-/// The members of a cluster that is to be made, and which of them is this node's.
+/// Checks the members of a new cluster; returns them and this node's address.
 fn founding(members: Vec<String>, slot: u16) -> Result<(Vec<String>, String), ConfigError> {
     let invalid = |field, reason: String| Err(ConfigError::Invalid { field, reason });
     let members = joined("members", members)?;
@@ -411,7 +414,7 @@ fn founding(members: Vec<String>, slot: u16) -> Result<(Vec<String>, String), Co
     Ok((members, own))
 }
 
-/// The servers as `HOST:PORT`; none for `none`.
+/// Returns the servers as `HOST:PORT`; none for `none`.
 fn ntp_servers(given: Vec<String>) -> Result<Vec<String>, ConfigError> {
     let invalid = |reason: String| ConfigError::Invalid { field: "ntp", reason };
     let given: Vec<&str> = given.iter().map(|server| server.trim()).collect();
@@ -423,7 +426,7 @@ fn ntp_servers(given: Vec<String>) -> Result<Vec<String>, ConfigError> {
         return Err(invalid(reason));
     }
     let with_port = |server: &str| {
-        // An IPv6 address has colons of its own: it has a port only after brackets.
+        // An IPv6 address contains colons: it has a port only after brackets.
         let bare_ipv6 = server.parse::<std::net::Ipv6Addr>().is_ok();
         let whole = if bare_ipv6 {
             format!("[{server}]:{NTP_PORT}")
@@ -443,7 +446,7 @@ fn ntp_servers(given: Vec<String>) -> Result<Vec<String>, ConfigError> {
     given.into_iter().map(with_port).collect()
 }
 
-/// The cluster's secret, as it stands in a file.
+/// Reads the cluster's secret from a file.
 fn read_secret(path: &Path) -> Result<ClusterSecret, ConfigError> {
     let fail = |reason: String| ConfigError::Invalid {
         field: "secret-file",
@@ -459,7 +462,7 @@ fn read_secret(path: &Path) -> Result<ClusterSecret, ConfigError> {
     })
 }
 
-/// Whether `address` is `HOST:PORT`.
+/// Whether `address` has the form `HOST:PORT`.
 pub fn is_host_and_port(address: &str) -> bool {
     address.rsplit_once(':').is_some_and(|(host, port)| {
         !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0) && !host.contains(['/', ' ', '@'])
@@ -483,7 +486,7 @@ fn listen_address(field: &'static str, address: &str) -> Result<SocketAddr, Conf
     let first = found
         .next()
         .ok_or_else(|| fail(format!("{address} names no address")))?;
-    // A name such as `localhost` may stand for ::1 and 127.0.0.1; members reach each other over IPv4 more surely.
+    // A name such as `localhost` may stand for ::1 and 127.0.0.1; IPv4 is more certain to work between members.
     Ok(found
         .find(|a| matches!(a.ip(), IpAddr::V4(_)))
         .filter(|_| first.is_ipv6())

@@ -5,30 +5,31 @@
 //! A program writes 3 MiB and closes the file.
 //!
 //! 1. The mount cuts the bytes into chunks and sends each in its `PutChunks` stream to the leader, where
-//!    [`api::grpc::filesystem`] decodes it and calls [`leader::write::Writer::put_chunk`].
-//! 2. The leader appends it to its own store ([`quorumfs_content::ContentStore::put`]) and at the same time pushes it to every
-//!    other member ([`replication::PeerChunks::push`], served by [`api::grpc::peer`] there). Each answers after a flush that
-//!    it shares with whatever else waited. When a majority has the chunk on disk, the mount is told (P2).
-//! 3. The mount sends one command that names the three chunks. [`leader::write::Writer::mutate`] sees that each is known to be
-//!    on a quorum in this term, stamps the time, and proposes it: [`consensus::Consensus::propose`].
-//! 4. openraft appends it to the log ([`consensus`]'s WAL, many entries to one flush) here and on the followers. Once
-//!    a majority has flushed it, it is committed, whatever dies next (P1).
-//! 5. The apply thread decides it: [`quorumfs_metadata`]'s `apply` looks at the session's lane first (a retry hears the first
-//!    answer, P4), then changes inodes and extents in the overlay, all or nothing. The outcome, with the new
-//!    attributes of all it touched, travels back to the mount, and `close` returns.
-//! 6. Later, off every path: the overlay goes to redb in one durable transaction, the log behind it is purged, and
-//!    every node compares what it holds with what is named ([`integrity`]).
+//!    [`api::grpc::filesystem`] decodes it and calls [`leader::write::WritePath::put_chunk`].
+//! 2. The leader appends the chunk to its own store ([`quorumfs_content::ContentStore::put`]) and at the same time pushes it
+//!    to every other member ([`replication::PeerChunks::push`], served there by [`api::grpc::peer`]). Each answers after a
+//!    flush, which it shares with other waiting chunks. When a majority has the chunk on disk, the leader answers the mount
+//!    (P2).
+//! 3. The mount sends one command that names the three chunks. [`leader::write::WritePath::mutate`] checks that each is known
+//!    to be on a quorum in this term, stamps the time, and proposes the command: [`consensus::Consensus::propose`].
+//! 4. openraft appends the command to the log ([`consensus`]'s WAL, many entries to one flush) on the leader and on the
+//!    followers. Once a majority has flushed it, it is committed, whichever minority of nodes fails next (P1).
+//! 5. The apply thread applies it: [`quorumfs_metadata`]'s `apply` first checks the session's lane (a retry gets the first
+//!    answer, P4), then changes inodes and extents in the overlay, as a whole or not at all. The outcome, with the new
+//!    attributes of all changed inodes, is sent to the mount, and `close` returns.
+//! 6. Later, in the background: the overlay goes to redb in one durable transaction, the log behind it is purged, and
+//!    every node compares the chunks that it holds with those that files refer to ([`integrity`]).
 //!
-//! A few KiB ride inside the command instead (steps 1 and 2 fall away); each node moves them to its store when it
-//! applies it.
+//! A few KiB of content travel inside the command instead (without steps 1 and 2); each node moves them to its store when
+//! it applies the command.
 //!
 //! # One read
 //!
-//! 1. `open` asks the leader for the file's attributes and extents: [`leader::read::Reader::query`] makes sure that it still leads
-//!    and has applied what was acknowledged before ([`consensus::Consensus::barrier`]), then answers from one
+//! 1. `open` asks the leader for the file's attributes and extents: [`leader::read::Reader::query`] confirms that the node
+//!    still leads and has applied everything acknowledged before ([`consensus::Consensus::barrier`]), then answers from one
 //!    consistent [`quorumfs_metadata::View`].
 //! 2. `read` asks any node for a range of a chunk: [`leader::read::Reader::chunk`] reads whole blocks and checks their CRCs. A
-//!    node that lacks the chunk, or whose copy is bad, fetches it from another for the caller and heals itself (P3, P7).
+//!    node that lacks the chunk, or whose copy is bad, fetches it from another node for the caller and repairs itself (P3, P7).
 //!
 //! # Layers
 //!

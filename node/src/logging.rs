@@ -1,8 +1,9 @@
-//! What keeps the node's own log short: who says the same again and again is heard once a minute.
+//! Limits repeated messages in the node's log to one a minute.
 //!
-//! The consensus library warns of every attempt that fails: two lines a second for as long as another node is away,
-//! more while nobody leads. [`Limited`] passes each of its warnings once a minute, and of each place in its source a few
-//! different ones. Errors always pass, and so do its details, for who asks for them. Others that say why they wait use [`Told`] themselves.
+//! The consensus library logs a warning for every failed attempt: two lines a second while another node is away, more
+//! while there is no leader. [`Limited`] passes each of its warnings once a minute, and for each place in its source a
+//! few different ones. Errors always pass, and so do levels below warnings, if they are enabled. Other code that logs
+//! why it waits uses [`RecentMessages`] itself.
 
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
@@ -14,27 +15,27 @@ use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Metadata, Subscriber, callsite};
 use tracing_subscriber::layer::{Context, Layer};
 
-/// For so long what was said is not said again.
+/// Time for which a repeated message is suppressed.
 const SILENCE: Duration = Duration::from_secs(60);
-/// How many different things are said meanwhile.
+/// Most different messages within that time.
 const DIFFERENT_MAX: usize = 8;
 /// The library whose warnings are limited.
 const LIMITED_TARGET: &str = "openraft";
 
-/// What was said in the last minute.
+/// The messages of the last minute.
 #[derive(Debug, Default)]
-pub struct Told {
+pub struct RecentMessages {
     since: Option<Instant>,
     said: Vec<u64>,
 }
 
-impl Told {
-    /// Whether `text` is to be said: it has not been for a minute, nor too much else.
-    pub fn is_news(&mut self, text: &str) -> bool {
-        self.is_news_at(text, Instant::now())
+impl RecentMessages {
+    /// Whether `text` should be logged: it was not in the last minute, and there were not too many others.
+    pub fn is_new(&mut self, text: &str) -> bool {
+        self.is_new_at(text, Instant::now())
     }
 
-    fn is_news_at(&mut self, text: &str, now: Instant) -> bool {
+    fn is_new_at(&mut self, text: &str, now: Instant) -> bool {
         if self
             .since
             .is_none_or(|since| now.duration_since(since) >= SILENCE)
@@ -45,17 +46,17 @@ impl Told {
         let mut hasher = DefaultHasher::new();
         hasher.write(text.as_bytes());
         let hash = hasher.finish();
-        let is_news = self.said.len() < DIFFERENT_MAX && !self.said.contains(&hash);
-        if is_news {
+        let is_new = self.said.len() < DIFFERENT_MAX && !self.said.contains(&hash);
+        if is_new {
             self.said.push(hash);
         }
-        is_news
+        is_new
     }
 }
 
-/// A layer that keeps the rest from everybody. As many entries as the library has places that warn.
+/// A layer that suppresses repeated messages. It has one entry for each place in the library that logs a warning.
 #[derive(Debug, Default)]
-pub struct Limited(Mutex<HashMap<callsite::Identifier, Told>>);
+pub struct Limited(Mutex<HashMap<callsite::Identifier, RecentMessages>>);
 
 impl Limited {
     fn concerns(metadata: &Metadata<'_>) -> bool {
@@ -72,8 +73,8 @@ impl<S: Subscriber> Layer<S> for Limited {
         }
         let mut text = Text(String::new());
         event.record(&mut text);
-        let mut told = self.0.lock();
-        told.entry(metadata.callsite()).or_default().is_news(&text.0)
+        let mut recent = self.0.lock();
+        recent.entry(metadata.callsite()).or_default().is_new(&text.0)
     }
 }
 
@@ -82,7 +83,7 @@ struct Text(String);
 
 impl Visit for Text {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        // Writing to a string does not fail.
+        // Writing to a string cannot fail.
         let _ = write!(self.0, "{}={value:?} ", field.name());
     }
 }
@@ -97,14 +98,14 @@ mod tests {
 
     #[test]
     fn the_same_is_said_once_a_minute_and_not_too_much_else() {
-        let mut told = Told::default();
+        let mut recent = RecentMessages::default();
         let start = Instant::now();
-        assert!(told.is_news_at("node 2 does not answer", start));
-        assert!(told.is_news_at("node 3 does not answer", start));
-        assert!(!told.is_news_at("node 2 does not answer", start + SILENCE / 2));
-        let others = (0..100).filter(|number| told.is_news_at(&format!("{number}"), start));
+        assert!(recent.is_new_at("node 2 does not answer", start));
+        assert!(recent.is_new_at("node 3 does not answer", start));
+        assert!(!recent.is_new_at("node 2 does not answer", start + SILENCE / 2));
+        let others = (0..100).filter(|number| recent.is_new_at(&format!("{number}"), start));
         assert_eq!(others.count(), DIFFERENT_MAX - 2);
-        assert!(told.is_news_at("node 2 does not answer", start + SILENCE));
+        assert!(recent.is_new_at("node 2 does not answer", start + SILENCE));
     }
 
     #[test]

@@ -19,18 +19,18 @@ use tracing::{error, warn};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-/// The exit code for settings that cannot be (EX_USAGE of sysexits.h, as clap's own 2 is for unknown flags).
+/// The exit code for invalid settings, the same as clap's for unknown flags.
 const EXIT_USAGE: u8 = 2;
 
-/// The first argument that makes this program the last resort instead of a node.
+/// The first argument that selects the recovery by hand instead of running a node.
 const RECOVER: &str = "recover";
 
-/// How long tasks may take to end, once all that matters has.
+/// Most time for background tasks to end after the important ones have ended.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// As many arenas as glibc's allocator may have. By itself it has eight for each core, and what one thread frees in its arena
-/// serves no other: chunks, which are made on one thread and dropped on another, then lie free many times over (measured: 350
-/// MiB where 200 MiB are in use; with two arenas 250 MiB, in less time; jemalloc has 275, mimalloc 290).
+/// Most arenas of glibc's allocator. Its default is eight for each core, and memory freed in one arena is not used by
+/// others: chunks, which are allocated on one thread and freed on another, would leave much unused memory (measured:
+/// 350 MiB for 200 MiB in use; with two arenas 250 MiB, and faster; jemalloc has 275, mimalloc 290).
 #[cfg(target_env = "gnu")]
 const ARENAS_MAX: libc::c_int = 2;
 
@@ -57,16 +57,18 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(again) if again.is::<StartAgain>() => {
             error!("{again:#}");
-            // In the same process, so that whoever watches over it need not start it again; with everything that was
-            // open closed.
+            // Restarts in the same process, so that no service manager is needed; everything that was open is closed.
             let mut command = std::process::Command::new("/proc/self/exe");
             let failed = command.args(std::env::args_os().skip(1)).exec();
             error!(%failed, "cannot start again");
             ExitCode::FAILURE
         }
         Err(failed) => {
-            error!("{failed:#}");
-            eprintln!("quorumfs-node: {failed:#}");
+            // The log goes to standard error too: once is enough.
+            match tracing::enabled!(tracing::Level::ERROR) {
+                true => error!("{failed:#}"),
+                false => eprintln!("quorumfs-node: {failed:#}"),
+            }
             ExitCode::FAILURE
         }
     }
@@ -77,7 +79,7 @@ fn usage(error: &ConfigError) -> ExitCode {
     ExitCode::from(EXIT_USAGE)
 }
 
-/// `quorumfs-node recover`: see [`RecoverSettings`].
+/// Runs `quorumfs-node recover`: see [`RecoverSettings`].
 fn recover_by_hand(settings: RecoverSettings) -> ExitCode {
     let config = match settings.node.resolve() {
         Ok(config) => config,
@@ -88,7 +90,7 @@ fn recover_by_hand(settings: RecoverSettings) -> ExitCode {
         false => Consent::Look,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let done = runtime.context("start the runtime").and_then(|runtime| {
+    let done = runtime.context("cannot start the runtime").and_then(|runtime| {
         runtime.block_on(recover(
             &config,
             server::LOG_FOLDER,
@@ -108,11 +110,10 @@ fn recover_by_hand(settings: RecoverSettings) -> ExitCode {
     }
 }
 
-/// Keeps memory that is free to few arenas. Called before there are other threads. What is set with `MALLOC_ARENA_MAX` counts
-/// no more.
+/// Limits free memory to few arenas. Must be called before other threads exist. Overrides `MALLOC_ARENA_MAX`.
 #[cfg(target_env = "gnu")]
 fn bound_arenas() {
-    // SAFETY: mallopt sets a number of the allocator, under its lock. A refusal leaves what it was.
+    // SAFETY: mallopt sets a number of the allocator, under its lock. If it refuses, the number is unchanged.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS_MAX) };
 }
 
@@ -121,36 +122,36 @@ fn bound_arenas() {}
 
 fn run(config: Config) -> anyhow::Result<()> {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    // A call is a chain of short tasks; handed from one thread to another each costs a context switch. Half the cores
-    // is what the rest of the work (the log, the content store, the other programs) leaves. tokio's own
-    // TOKIO_WORKER_THREADS overrides it.
+    // A call is a chain of short tasks; moving it from one thread to another costs a context switch. Half the cores
+    // leave enough for the other work (the log, the content store, other programs). tokio's own TOKIO_WORKER_THREADS
+    // overrides this.
     if std::env::var_os("TOKIO_WORKER_THREADS").is_none() {
         let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
         runtime.worker_threads((cores / 2).max(1));
     }
-    let runtime = runtime.enable_all().build().context("start the runtime")?;
+    let runtime = runtime.enable_all().build().context("cannot start the runtime")?;
     let ended = runtime.block_on(run_until_told(config));
-    // Work that blocks (a look at all content, a log that waits for room) is not waited for: what it leaves behind is what a
-    // crash leaves.
+    // Blocking work (a walk over all content, a log that waits for space) is not awaited: it leaves the same state as a
+    // crash.
     runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
     ended
 }
 
-/// The soft limit of open files is 1024 for the sake of select(2), which is not used here; connections, the log and the
-/// segments of the content store can be more (getrlimit(2)).
+/// Raises the soft limit of open files. It is 1024 for the sake of select(2), which is not used here; there can be more
+/// connections, log files and segments (getrlimit(2)).
 fn raise_open_files_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(errno) = raised {
-        warn!(%errno, "the limit of open files stays as it is");
+        warn!(%errno, "cannot raise the limit of open files");
     }
 }
 
 async fn run_until_told(config: Config) -> anyhow::Result<()> {
     let grpc = bind(config.listen_grpc, "gRPC").await?;
     let http = bind(config.listen_http, "HTTP").await?;
-    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     let shutdown = async move {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -163,5 +164,5 @@ async fn run_until_told(config: Config) -> anyhow::Result<()> {
 async fn bind(address: std::net::SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address)
         .await
-        .with_context(|| format!("listen for {what} on {address}"))
+        .with_context(|| format!("cannot listen for {what} on {address}"))
 }

@@ -1,6 +1,6 @@
-//! A node as its edges see it: who it is and, once it knows its cluster, what it is made of.
+//! A node as its edges see it: its identity and, once it knows its cluster, its parts.
 //!
-//! Knows nothing of the edges, nor of how the parts are built.
+//! This module does not know the edges, nor how the parts are built.
 
 use std::sync::{Arc, OnceLock};
 
@@ -15,7 +15,7 @@ use crate::leader::leases::Leases;
 use crate::leader::read::Reader;
 use crate::leader::rewrite::Rewriter;
 use crate::leader::sessions::SessionKeeper;
-use crate::leader::write::Writer;
+use crate::leader::write::WritePath;
 use crate::membership::bootstrap::{Invitation, WaitReason};
 use crate::membership::changes::MembershipChanges;
 use crate::membership::identity::{DataFolder, Membership};
@@ -33,56 +33,56 @@ pub struct Node {
     own: Member,
     folder: DataFolder,
     waiting_for: WaitReason,
-    /// What is wrong with it, while it waits to be made anew.
+    /// The problem with its state, while it waits to be rebuilt.
     trouble: Mutex<Option<String>>,
     invitation: Invitation,
     metrics: Arc<Metrics>,
     tasks: Arc<Tasks>,
     parts: OnceLock<Parts>,
-    /// In the place of the parts, where the state is lost and the log is not: it votes.
+    /// Set instead of the parts if the state is lost and the log is not: the node only votes.
     log_only: OnceLock<(ClusterId, Consensus)>,
 }
 
-/// What a node is made of, once it knows its cluster.
+/// The parts of a node that knows its cluster.
 pub struct Parts {
-    /// The cluster's name.
+    /// The cluster's id.
     pub cluster: ClusterId,
     /// The replicated log.
     pub consensus: Consensus,
-    /// The state the log builds.
+    /// The state that results from the log.
     pub metadata: Arc<MetadataStore>,
-    /// The bytes of files.
+    /// The content of files.
     pub content: Arc<ContentStore>,
     /// The write path.
-    pub writer: Arc<Writer>,
-    /// Puts small extents together, so that there is room for writes.
+    pub writer: Arc<WritePath>,
+    /// Combines small extents, so that writes are not refused.
     pub rewriter: Arc<Rewriter>,
     /// The read path.
     pub reader: Arc<Reader>,
-    /// Fetches what is missing.
+    /// Fetches missing chunks.
     pub recovery: Arc<Recovery>,
-    /// Verifies what is held and makes bad copies anew.
+    /// Verifies held chunks and replaces bad copies.
     pub repair: Arc<Repair>,
     /// Compares the metadata of all nodes.
     pub auditor: Arc<Auditor>,
-    /// Frees what is dead.
+    /// Frees dead chunks.
     pub sweeper: Arc<Sweeper>,
-    /// Knows who holds what.
+    /// Knows which nodes should hold each chunk.
     pub placement: Arc<Placement>,
-    /// Knows who has room.
+    /// Knows which nodes have space.
     pub space: Arc<SpaceMonitor>,
-    /// Knows who may answer from what it knows.
+    /// Knows which session holds the lease.
     pub leases: Leases,
-    /// Takes members in and out.
-    pub roster: Arc<MembershipChanges>,
-    /// Knows which clients live.
+    /// Adds and removes members.
+    pub membership_changes: Arc<MembershipChanges>,
+    /// Knows which clients are alive.
     pub sessions: Arc<SessionKeeper>,
-    /// Knows who answers, and how this node's clock is.
+    /// Knows which nodes answer, and the state of this node's clock.
     pub health: Arc<HealthMonitor>,
 }
 
 impl Node {
-    /// A node that does not know its cluster yet.
+    /// Makes a node that does not know its cluster yet.
     pub fn new(own: Member, folder: DataFolder, tasks: Arc<Tasks>) -> Node {
         Node {
             own,
@@ -97,79 +97,79 @@ impl Node {
         }
     }
 
-    /// The node knows its cluster: from now on its edges serve. Only the first call counts.
+    /// Sets the parts once the node knows its cluster: from now on its edges serve. Only the first call has an effect.
     pub fn begin(&self, parts: Parts) {
         let _ = self.parts.set(parts);
     }
 
-    /// The node has nothing but its log: it takes part in the consensus of its cluster, and its edges serve nothing else.
+    /// Sets the consensus of a node that has only its log: it votes, and its edges serve nothing else.
     pub fn begin_with_log_only(&self, cluster: ClusterId, consensus: Consensus) {
         let _ = self.log_only.set((cluster, consensus));
     }
 
-    /// The part that it takes in the consensus of its cluster, with its state or without.
+    /// Returns the cluster and the consensus in which the node takes part, with or without its state.
     pub fn consensus(&self) -> Option<(ClusterId, &Consensus)> {
         let of_parts = self.parts().map(|parts| (parts.cluster, &parts.consensus));
         let alone = || self.log_only.get();
         of_parts.or_else(|| alone().map(|(cluster, consensus)| (*cluster, consensus)))
     }
 
-    /// What its administrator should know although it has begun.
+    /// Returns a warning for the administrator of a node that is running.
     pub fn warning(&self) -> Option<String> {
         self.trouble().or_else(|| self.waiting_for.lock().clone())
     }
 
-    /// What is wrong with its state, if it cannot be relied on.
+    /// Returns why its state is unreliable, if it is.
     pub fn trouble(&self) -> Option<String> {
         self.trouble.lock().clone()
     }
 
-    /// Its state cannot be relied on from now on.
+    /// Records that its state is unreliable from now on.
     pub fn set_trouble(&self, trouble: String) {
         *self.trouble.lock() = Some(trouble);
     }
 
-    /// Its data folder.
+    /// Returns its data folder.
     pub fn folder(&self) -> &DataFolder {
         &self.folder
     }
 
-    /// Where it is noted what the node waits for.
+    /// Returns the reason for which the node waits.
     pub fn waiting_for(&self) -> &WaitReason {
         &self.waiting_for
     }
 
-    /// Where a leader's word that this node was taken in is left.
+    /// Returns the place for a leader's message that this node was accepted.
     pub fn invitation(&self) -> &Invitation {
         &self.invitation
     }
 
-    /// Who this node is.
+    /// Returns this node as a member.
     pub fn own(&self) -> &Member {
         &self.own
     }
 
-    /// What it does, counted.
+    /// Returns its metrics.
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.metrics
     }
 
-    /// Its loops.
+    /// Returns its background tasks.
     pub fn tasks(&self) -> &Arc<Tasks> {
         &self.tasks
     }
 
-    /// The cluster this node's folder belongs to.
+    /// Returns the cluster to which this node's folder belongs.
     pub fn membership(&self) -> Option<Membership> {
         self.folder.membership()
     }
 
-    /// The parts, once the node knows its cluster and has opened its state.
+    /// Returns the parts, once the node knows its cluster and has opened its state.
     pub fn parts(&self) -> Option<&Parts> {
         self.parts.get()
     }
 
-    /// Why there are no parts yet, in words.
+    /// Returns why there are no parts yet.
     pub fn not_ready(&self) -> String {
         self.warning()
             .unwrap_or_else(|| "the node is starting".to_string())

@@ -1,19 +1,19 @@
-//! How fast: a bound for those who would take all of a disk or a network, and a measure of what was done. Pure: the
-//! time is told.
+//! Rates: a limit for work that could use all of a disk or a network, and a measurement of work done. Pure: times are
+//! arguments.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// How far a [`Pacer`] may fall behind and catch up: what a busy moment took away is not all demanded at once.
+/// Most time that a [`Pacer`] may catch up: after a busy moment it does not demand all of the missed work at once.
 const SLACK_MS: u64 = 100;
-/// Over how long a [`RateMeter`] looks back.
+/// Window of a [`RateMeter`].
 const RATE_WINDOW_MS: u64 = 5_000;
-/// The least it divides by: what has just begun has no rate yet.
+/// Least divisor: work that has just begun has no rate yet.
 const RATE_SPAN_MS_MIN: u64 = 1_000;
-/// Bounds what a meter remembers: what comes within less than this is one entry.
+/// Bounds the memory of a meter: work within less time than this is one entry.
 const RATE_STEP_MS: u64 = 100;
 
-/// Lets bytes through at a bounded rate.
+/// Limits bytes to a rate.
 #[derive(Debug)]
 pub struct Pacer {
     bytes_per_s: u64,
@@ -21,7 +21,7 @@ pub struct Pacer {
 }
 
 impl Pacer {
-    /// At most `bytes_per_s`, at least 1.
+    /// Makes a limit of `bytes_per_s`, at least 1.
     pub fn new(bytes_per_s: u64) -> Pacer {
         Pacer {
             bytes_per_s: bytes_per_s.max(1),
@@ -29,7 +29,7 @@ impl Pacer {
         }
     }
 
-    /// Takes `bytes` at `now`, and answers how long to wait before they may go.
+    /// Takes `bytes` at `now`; returns the time to wait before they may be used.
     pub fn take(&mut self, now: Instant, bytes: u64) -> Duration {
         let earliest = now.checked_sub(Duration::from_millis(SLACK_MS)).unwrap_or(now);
         let begin = self.next.map_or(now, |next| next.max(earliest));
@@ -39,14 +39,14 @@ impl Pacer {
     }
 }
 
-/// Bytes per second over the last seconds.
+/// Measures bytes per second over the last seconds.
 #[derive(Debug, Default)]
 pub struct RateMeter {
     steps: VecDeque<(Instant, u64)>,
 }
 
 impl RateMeter {
-    /// `bytes` were done at `now`.
+    /// Records `bytes` done at `now`.
     pub fn add(&mut self, now: Instant, bytes: u64) {
         match self.steps.back_mut() {
             Some((at, sum)) if now.saturating_duration_since(*at) < Duration::from_millis(RATE_STEP_MS) => {
@@ -57,7 +57,7 @@ impl RateMeter {
         self.forget(now);
     }
 
-    /// The rate at `now`, in bytes per second; 0 if nothing was done lately.
+    /// Returns the rate at `now` in bytes per second; 0 if nothing was done recently.
     pub fn bytes_per_s(&mut self, now: Instant) -> u64 {
         self.forget(now);
         let Some((first, _)) = self.steps.front() else {
@@ -94,7 +94,7 @@ mod tests {
         assert_eq!(pacer.take(at(0), 500), Duration::ZERO);
         assert_eq!(pacer.take(at(0), 500), Duration::from_millis(500));
         assert_eq!(pacer.take(at(600), 100), Duration::from_millis(400));
-        // An idle time is not saved up but for the slack.
+        // Idle time is not saved up, except for the slack.
         assert_eq!(pacer.take(at(10_000), 1000), Duration::ZERO);
         assert_eq!(pacer.take(at(10_000), 1), Duration::from_millis(900));
     }

@@ -1,9 +1,9 @@
-//! What a node keeps is for its own user alone: whoever can read its log, metadata or segments reads every file.
+//! Keeps a node's files private to its user: a reader of its log, metadata or segments can read every file.
 //!
-//! The process makes nothing that others may read ([`keep_new_files_private`]), and what an earlier program left is taken back
-//! when the data folder is opened ([`make_private`]).
+//! The process creates no file that others may read ([`keep_new_files_private`]); the permissions of files made by an
+//! earlier program are corrected when the data folder is opened ([`make_private`]).
 //!
-//! Knows nothing of what the files are.
+//! This module does not know what the files are.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -13,21 +13,22 @@ use std::path::Path;
 use nix::sys::stat::{Mode, umask};
 use tracing::warn;
 
-/// Of a folder.
+/// Mode of a folder.
 pub const FOLDER_MODE: u32 = 0o700;
-/// Of a file.
+/// Mode of a file.
 pub const FILE_MODE: u32 = 0o600;
 
-/// How deep a data folder is looked at; it has two levels, and what was set aside one more.
+/// Most levels of a data folder that are visited; it has two, and files that were set aside are one deeper.
 const DEPTH_MAX: usize = 4;
 
-/// From now on this process makes files and folders that only its user can open (umask(2)). Called before there are threads.
+/// From now on this process creates only files and folders that its user alone can open (umask(2)). Must be called
+/// before threads exist.
 pub fn keep_new_files_private() {
     umask(Mode::S_IRWXG | Mode::S_IRWXO);
 }
 
-/// Takes everybody else's permissions away from `folder` and all in it. What cannot be looked at or changed is said, and stays
-/// as it is: a node starts on a disk that is damaged.
+/// Removes the permissions of other users from `folder` and everything in it. A file that cannot be examined or changed
+/// is logged and left unchanged: a node must start on a damaged disk too.
 pub fn make_private(folder: &Path) {
     let mut failures = Failures::default();
     failures.note(folder, restrict(folder, FOLDER_MODE));
@@ -35,12 +36,12 @@ pub fn make_private(folder: &Path) {
     if let Some((path, error)) = failures.first {
         warn!(
             path, %error, failures = failures.count,
-            "others on this machine may be able to read what this node keeps: the permissions cannot be changed"
+            "cannot change permissions in the data folder: other users of this machine may be able to read the files of this cluster"
         );
     }
 }
 
-/// What could not be done, to be said once.
+/// The failures, to be logged once.
 #[derive(Debug, Default)]
 struct Failures {
     count: u64,
@@ -62,11 +63,11 @@ impl Failures {
         for entry in entries {
             let entry = match entry {
                 Ok(entry) => entry,
-                // There may be no end to it.
+                // A failing listing may never end.
                 Err(error) => return self.note(folder, Err(error)),
             };
             let path = entry.path();
-            // Links are followed: content may be kept on another disk. What is gone meanwhile needs nothing.
+            // Links are followed, because content may be on another disk. A file that has been removed needs nothing.
             let kind = match fs::metadata(&path) {
                 Ok(metadata) => metadata.file_type(),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,

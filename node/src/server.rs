@@ -1,8 +1,8 @@
-//! Builds the parts of a node, joins them, and serves given listeners until told to stop.
+//! Builds the parts of a node, connects them, and serves the given listeners until it is told to stop.
 //!
-//! The edges are up before the node knows its cluster: they answer `Hello`, `Discover` and `/status` from the first
-//! moment, and refuse the rest with the reason. Once the cluster is found, the disk's state is opened, the consensus
-//! begins, and [`Node::parts`] is there.
+//! The edges start before the node knows its cluster: they answer `Hello`, `Discover` and `/status` at once, and refuse
+//! other requests with the reason. Once the cluster is found, the stores are opened, the consensus starts, and
+//! [`Node::parts`] is set.
 
 mod log_only;
 mod own_client;
@@ -43,7 +43,7 @@ use crate::leader::leases::Leases;
 use crate::leader::read::Reader;
 use crate::leader::rewrite::Rewriter;
 use crate::leader::sessions::SessionKeeper;
-use crate::leader::write::Writer;
+use crate::leader::write::WritePath;
 use crate::membership::bootstrap::{find_membership, watch_for_strangers};
 use crate::membership::changes::MembershipChanges;
 use crate::membership::features;
@@ -62,38 +62,41 @@ use quorumfs_content::Stopped;
 use quorumfs_metadata::Position;
 
 /// Flow-control windows of the service: with the defaults, 1 MiB messages reach half the throughput (measured). A
-/// client's stream of chunks may fill its window whatever else this process carries, so it is no larger than it must.
+/// client's stream of chunks may fill its window independently of other load, so it is no larger than necessary.
 const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
-/// Batches of applied entries that wait for recovery and sweeper; what does not fit they find in their passes.
+/// Most batches of applied entries that wait for recovery and sweeper; those that do not fit are found by their passes.
 const EFFECTS_QUEUED_MAX: usize = 4096;
-/// How long open requests may take to end after a shutdown was asked for.
+/// Most time for open requests to end after a shutdown was requested.
 const DRAIN_TIMEOUT_MS: u64 = 2_000;
 
-/// How often a node that has no log yet looks whether it has one.
+/// Interval at which a node without a log checks whether it has one.
 const TOOK_PART_INTERVAL_MS: u64 = 250;
 
-/// The parts of the data folder that go together: either has promises in it that the other completes.
+/// The parts of the data folder that belong together: each has promises that the other completes.
 pub const LOG_FOLDER: &str = "wal";
-/// See [`LOG_FOLDER`].
+/// The database of the metadata; see [`LOG_FOLDER`].
 pub const METADATA_FILE: &str = "metadata.redb";
 
-/// The node cannot go on as it is, but can begin again: in the same process, so that whoever watches over it need not.
+/// The node cannot continue, but can start again in the same process, without a service manager.
 #[derive(Debug, thiserror::Error)]
 pub enum StartAgain {
-    /// What it had promised to remember is lost, or its metadata is not what it should be. What is left was set aside and it has
-    /// a new incarnation: it asks its cluster to take it in, with the content that it kept.
+    /// Its promises are lost, or its metadata is wrong. Its files were set aside and it has a new incarnation, with
+    /// which it asks the cluster to accept it, with the content that it kept.
     #[error(transparent)]
     AsNew(#[from] Renounced),
-    /// It could not be made anew after all (others failed at the same time), or it need not be: its disk is in order.
-    #[error("{0}; the node starts again as it was")]
+    /// It could not be rebuilt after all (other nodes failed at the same time), or need not be: its disk is intact.
+    #[error("{0}; the node starts again unchanged")]
     AsItWas(String),
-    /// Content was taken away under it. It is who it was, and fetches what it lacks.
-    #[error("{0}; the node starts again with what is left")]
+    /// Content was removed from under it. It keeps its identity, and fetches what it lacks.
+    #[error("{0}; the node starts again with the content that is left")]
     WithLessContent(Stopped),
 }
 
-/// Runs a node on these listeners until `shutdown` is done, or until it must stop because its disk failed.
+/// Runs a node on these listeners until `shutdown` completes, or until the node must stop.
+///
+/// # Errors
+/// The reason why the node must stop; [`StartAgain`] if it should start again.
 pub async fn serve(
     config: Config,
     grpc: TcpListener,
@@ -125,7 +128,7 @@ async fn serve_with(
         .as_ref()
         .map(TlsFiles::client_config)
         .transpose()
-        .context("read TLS files")?;
+        .context("cannot read the TLS files")?;
     let transport = Arc::new(Transport::new(client_tls.clone()));
     let node = Arc::new(Node::new(own, folder, tasks));
 
@@ -168,10 +171,10 @@ async fn serve_with(
             }
             ended => ended,
         },
-        result = grpc_server => Err(anyhow::anyhow!("the gRPC service ended: {result:?}")),
-        result = http_server => Err(anyhow::anyhow!("the HTTP service ended: {result:?}")),
+        result = grpc_server => Err(service_ended("gRPC", result)),
+        result = http_server => Err(service_ended("HTTP", result)),
     };
-    // While this node still serves: it may be the leader that is to hear of it.
+    // Closed while this node still serves: it may be the leader that must be told.
     close_session(&config.data, &closing).await;
     let _ = stop.send(true);
     if let Some((_, consensus)) = node.consensus() {
@@ -181,8 +184,16 @@ async fn serve_with(
     result
 }
 
-/// What ended the node, once it may start again where that is what it asks for: before it gives anything up it makes sure
-/// that others have it.
+/// Describes why a service ended although the node was not told to stop.
+fn service_ended(name: &str, result: Result<anyhow::Result<()>, tokio::task::JoinError>) -> anyhow::Error {
+    match result.map_err(anyhow::Error::from).flatten() {
+        Ok(()) => anyhow::anyhow!("the {name} service ended without an error"),
+        Err(error) => error.context(format!("the {name} service ended")),
+    }
+}
+
+/// Decides how the node may start again after `error`: before it gives up its state, it makes sure that other nodes
+/// have it.
 async fn may_start_again(
     config: &Config,
     node: &Node,
@@ -192,7 +203,7 @@ async fn may_start_again(
     let Some(StartAgain::AsNew(why)) = error.downcast_ref() else {
         return error;
     };
-    // Who has bound no cluster has promised nothing.
+    // A node without a cluster has promised nothing.
     let Some(membership) = node.membership() else {
         return error;
     };
@@ -210,7 +221,7 @@ async fn may_start_again(
     }
 }
 
-/// Finds the cluster, opens the state, joins the parts; returns only when the node must stop.
+/// Finds the cluster, opens the stores, connects the parts; returns only when the node must stop.
 async fn run_parts(
     config: &Config,
     node: &Arc<Node>,
@@ -270,9 +281,9 @@ async fn run_parts(
         Err(error) if error.costs_incarnation() && has_others(config) => {
             return Err(StartAgain::AsNew(Renounced::Log(error)).into());
         }
-        Err(error) => return Err(error).context("start consensus"),
+        Err(error) => return Err(error).context("cannot start the consensus"),
     };
-    // Who was taken in later has no founders to make a cluster with.
+    // A node that was accepted later has no founders with which to create a cluster.
     if membership
         .founders
         .iter()
@@ -325,7 +336,7 @@ async fn run_parts(
         repair.clone(),
         Duration::from_secs(config.sweep_interval_s),
     );
-    let roster = MembershipChanges::new(
+    let membership_changes = MembershipChanges::new(
         consensus.clone(),
         metadata.clone(),
         placement.clone(),
@@ -351,7 +362,7 @@ async fn run_parts(
         Duration::from_secs(config.audit_interval_s),
         move |index| {
             if let Err(failed) = contradicted.folder().note_contradicted(index) {
-                warn!(%failed, "cannot note that a majority has other metadata");
+                warn!(%failed, "cannot record that a majority has other metadata");
             }
         },
     );
@@ -366,7 +377,7 @@ async fn run_parts(
         known,
         |(consensus, metadata, transport, stamps)| features::run(consensus, metadata, transport, stamps),
     );
-    let writer = Writer::new(
+    let writer = WritePath::new(
         consensus.clone(),
         content.clone(),
         peers.clone(),
@@ -397,7 +408,7 @@ async fn run_parts(
     tasks.supervise("space", space.clone(), SpaceMonitor::run);
     tasks.supervise_until_done("clock", clock, ClockMonitor::run);
     sessions.start(tasks);
-    roster.start(tasks);
+    membership_changes.start(tasks);
     health.start(tasks);
     recovery.start(tasks);
     repair.start(tasks);
@@ -435,14 +446,14 @@ async fn run_parts(
         placement,
         space,
         leases: Leases::default(),
-        roster,
+        membership_changes,
         sessions,
         health,
     };
     node.begin(parts);
-    info!("node takes part in its cluster");
-    // A failed flush is never retried: what the disk holds is not known any more.
-    let reason = tokio::select! {
+    info!("the node takes part in its cluster");
+    // A failed flush is never retried: the content of the disk is unknown.
+    let (reason, storage_failed) = tokio::select! {
         reason = consensus_fault.fatal() => {
             if reason.costs_state() && has_others(config) {
                 return Err(StartAgain::AsNew(lost_state(&reason)).into());
@@ -450,18 +461,22 @@ async fn run_parts(
             if reason.is_over_after_start() {
                 return Err(StartAgain::AsItWas(reason.to_string()).into());
             }
-            reason.to_string()
+            (reason.to_string(), reason.is_storage_failure())
         }
-        stopped = content_fault.fatal() => stopped.to_string(),
+        stopped = content_fault.fatal() => (stopped.to_string(), true),
         index = audited.contradicted() => return Err(StartAgain::AsNew(Renounced::State { index }).into()),
     };
-    // Where content cannot be flushed, the consensus stops too, and may be heard first.
+    // If content cannot be flushed, the consensus stops too, and its signal may arrive first.
     if let Some(stopped) = content_fault.fatal().now_or_never()
         && stopped.files_gone
     {
         return Err(StartAgain::WithLessContent(stopped).into());
     }
-    anyhow::bail!("the node stops because its disk failed: {reason}")
+    let advice = match storage_failed {
+        true => "its storage failed: check the disk of its data folder, then start it again",
+        false => "start it again; if this recurs, it is a defect of the program",
+    };
+    anyhow::bail!("the node stops: {reason}; {advice}")
 }
 
 fn lost_state(fatal: &FatalError) -> Renounced {
@@ -471,33 +486,34 @@ fn lost_state(fatal: &FatalError) -> Renounced {
     }
 }
 
-/// Founds the cluster, if this node's log is empty still. Every founder does: with the same members it is the same act.
+/// Creates the cluster if this node's log is still empty. Every founder does so; with the same members the result is
+/// the same.
 async fn bootstrap(consensus: &Consensus, founders: Vec<Member>) -> anyhow::Result<()> {
     if !consensus.is_empty() {
         return Ok(());
     }
     match consensus.initialize(founders).await {
-        // Another founder was quicker, and its first entries are here.
+        // Another founder was faster, and its first entries are here.
         Ok(()) | Err(ConsensusError::Initialize(_)) => Ok(()),
-        Err(error) => Err(error).context("make the cluster"),
+        Err(error) => Err(error).context("cannot create the cluster"),
     }
 }
 
-/// Once there is a log, the folder says so: found without it later, the node knows that it has forgotten its promises.
+/// Records in the folder that there is a log: if it is missing later, the node knows that it has lost its promises.
 async fn note_took_part(node: Arc<Node>, consensus: Consensus) {
     while !node.folder().took_part() {
         if !consensus.is_empty() {
             let folder = node.clone();
             let noted = tokio::task::spawn_blocking(move || folder.folder().note_took_part()).await;
             if let Ok(Err(failed)) = noted {
-                warn!(%failed, "cannot note that this node has a log");
+                warn!(%failed, "cannot record that this node has a log");
             }
         }
         tokio::time::sleep(Duration::from_millis(TOOK_PART_INTERVAL_MS)).await;
     }
 }
 
-/// What applies changed about content goes to who looks after it.
+/// Passes the effects of applied entries on content to recovery and sweeper.
 async fn hand_on_effects(
     applied: Arc<tokio::sync::Mutex<tokio::sync::mpsc::Receiver<AppliedEffects>>>,
     recovery: Arc<Recovery>,
@@ -527,10 +543,12 @@ async fn serve_grpc(
         .http2_keepalive_timeout(Some(Duration::from_secs(10)));
     if let Some(files) = &config.tls {
         let identity = Identity::from_pem(
-            std::fs::read(&files.certificate).context("read --tls-cert")?,
-            std::fs::read(&files.key).context("read --tls-key")?,
+            std::fs::read(&files.certificate).context("cannot read the file of --tls-cert")?,
+            std::fs::read(&files.key).context("cannot read the file of --tls-key")?,
         );
-        let authority = Certificate::from_pem(std::fs::read(&files.authority).context("read --tls-ca")?);
+        let authority = Certificate::from_pem(
+            std::fs::read(&files.authority).context("cannot read the file of --tls-ca")?,
+        );
         server = server.tls_config(
             ServerTlsConfig::new()
                 .identity(identity)
@@ -567,7 +585,7 @@ async fn serve_http(
     let for_status = node.clone();
     let state = RestState {
         client: client.clone(),
-        // Numbers, names and lists: nothing that JSON could not say.
+        // Cannot fail: the status has only numbers, names and lists.
         status: Arc::new(move || serde_json::json!(status::status(&for_status))),
         admin: admin::router(node.clone(), config.secret.clone()).layer(axum::Extension(client)),
         request_timeout: Duration::from_millis(config.request_timeout_ms),

@@ -1,10 +1,11 @@
-//! The supervisor: every loop that runs for as long as the node is started here, under a name.
+//! The supervisor: every task that runs as long as the node is started here, under a name.
 //!
-//! A loop that panics or returns is noted with its reason and started again, after a pause that grows while it goes on
-//! failing. What each does is shown in `/status` and in the metrics, so that healing which has stopped is not noticed by its
-//! absence only. A loop keeps nothing of its own that must survive it: what does lies behind the `Arc` that it is made from.
+//! A task that panics or returns is recorded with its reason and started again after a pause, which grows while it
+//! keeps failing. `/status` and the metrics show the state of each task, so that a healing task that has stopped is
+//! visible. A task keeps no state of its own that must survive: such state is behind the `Arc` from which the task is
+//! made.
 //!
-//! Knows nothing of what the loops do. Where going on would break a promise a loop says so itself
+//! This module does not know what the tasks do. If continuing would break a promise, a task reports that itself
 //! ([`crate::consensus::Consensus::fatal`]), and the node ends.
 
 use std::collections::BTreeMap;
@@ -22,65 +23,65 @@ use tracing::error;
 
 use crate::wall_clock::unix_ms;
 
-/// From the first failure to the next start; doubled with each failure that follows.
+/// Pause between the first failure and the restart; doubled with each further failure.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
-/// The pause grows no longer than to this.
+/// Longest pause before a restart.
 const PAUSE_MAX: Duration = Duration::from_secs(30);
-/// Whoever ran for so long before it failed starts again after the shortest pause.
+/// A task that ran this long before it failed restarts after the shortest pause.
 const STEADY_AFTER: Duration = Duration::from_secs(60);
 
 tokio::task_local! {
-    /// The name of the supervised loop that is being polled.
+    /// The name of the supervised task that is being polled.
     static NAME: &'static str;
 }
 
-/// Whether a loop is at work.
+/// The state of a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TaskState {
-    /// It runs.
+    /// It is running.
     Running,
-    /// It failed, and starts again after a pause.
+    /// It failed, and restarts after a pause.
     Waiting,
-    /// It had an end, and has come to it.
+    /// It had an end, and has reached it.
     Done,
 }
 
-/// What is known of a loop.
+/// The report about a task.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct TaskReport {
-    /// Its name.
+    /// Name of the task.
     pub name: &'static str,
-    /// Whether it is at work.
+    /// State of the task.
     pub state: TaskState,
-    /// When it was started last, in milliseconds since 1970.
+    /// Time of its last start, in milliseconds since 1970.
     pub started_unix_ms: u64,
-    /// How often it has failed.
+    /// Number of failures.
     pub failures: u64,
-    /// Why it failed last.
+    /// The reason of the last failure.
     pub last_error: Option<String>,
 }
 
-/// Whether a loop may return.
+/// Whether a task may return.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Returns {
-    /// That is a failure.
+    /// Returning is a failure.
     Never,
-    /// Then its work is done.
+    /// Returning means that its work is done.
     WhenDone,
 }
 
-/// All supervised loops of a node.
+/// All supervised tasks of a node.
 #[derive(Debug, Default)]
 pub struct Tasks {
     reports: Mutex<BTreeMap<&'static str, TaskReport>>,
-    /// Tests end loops with it.
+    /// Tests make tasks panic with it.
     #[cfg(test)]
     panics: tokio::sync::watch::Sender<Option<&'static str>>,
 }
 
 impl Tasks {
-    /// Runs `run` of `part`, for ever.
+    /// Runs `run` of `part`; restarts it whenever it ends.
     pub fn supervise<Part, Work>(
         self: &Arc<Self>,
         name: &'static str,
@@ -95,7 +96,7 @@ impl Tasks {
         tokio::spawn(self.clone().run(name, Returns::Never, make))
     }
 
-    /// Runs `run` of `part`, until it returns.
+    /// Runs `run` of `part` until it returns; restarts it after a panic.
     pub fn supervise_until_done<Part, Work>(
         self: &Arc<Self>,
         name: &'static str,
@@ -110,7 +111,7 @@ impl Tasks {
         tokio::spawn(self.clone().run(name, Returns::WhenDone, make))
     }
 
-    /// What is known of each, by name.
+    /// Returns the reports about all tasks, by name.
     pub fn report(&self) -> Vec<TaskReport> {
         self.reports.lock().values().cloned().collect()
     }
@@ -129,7 +130,7 @@ impl Tasks {
             let work = self.clone().until_panic(name, make());
             #[cfg(not(test))]
             let work = make();
-            // It ends with this task, which whoever started the loop may abort.
+            // The inner task ends with this one, which the caller may abort.
             let ended = AbortOnDropHandle::new(tokio::spawn(NAME.scope(name, work))).await;
             let reason = match ended {
                 Ok(()) if returns == Returns::WhenDone => {
@@ -143,7 +144,7 @@ impl Tasks {
                     );
                     "it ended".to_string()
                 }
-                // The panic hook has said it, with the name.
+                // The panic hook has logged the panic with the task's name.
                 Err(panicked) => panicked.to_string(),
             };
             if began.elapsed() >= STEADY_AFTER {
@@ -182,7 +183,7 @@ impl Tasks {
 
 #[cfg(test)]
 impl Tasks {
-    /// The loop of this name panics where it waits next.
+    /// Makes the task with this name panic at its next wait.
     pub fn make_panic(&self, name: &'static str) {
         self.panics.send_replace(Some(name));
     }
@@ -322,7 +323,7 @@ mod tests {
         let began = Instant::now();
         wait_for(&tasks, |report| report.failures == 4).await;
         let elapsed = began.elapsed();
-        // 0.1 + 0.2 + 0.4; the timer's own delays come on top.
+        // 0.1 + 0.2 + 0.4 s; delays of the timer are added.
         assert!(elapsed >= Duration::from_millis(700), "{elapsed:?}");
     }
 

@@ -1,9 +1,9 @@
 //! Connections to the other nodes.
 //!
-//! One connection for each purpose, because a connection shares one flow-control window and one driver task: a
-//! gigabyte of chunks must not delay a heartbeat. Connections are made when first used and made again by themselves.
+//! There is one connection for each purpose, because a connection shares one flow-control window and one driver task: a
+//! gigabyte of chunks must not delay a heartbeat. Connections are made on first use and reconnect automatically.
 //!
-//! Knows nothing of what is said over them.
+//! This module does not know the messages.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -19,43 +19,46 @@ use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
-/// The metadata key with which every request between nodes names its cluster.
+/// The metadata key of the cluster in every request between nodes.
 pub const CLUSTER_KEY: &str = "quorumfs-cluster";
 
-/// The metadata key with which a request names the node that it is for, where an answer counts as that node's: one that
-/// was wiped has another incarnation at the same address. Without it nothing is compared.
+/// The metadata key of the node that a request is for, used if the answer counts as that node's: a wiped node has
+/// another incarnation at the same address. Without it nothing is compared.
 pub const NODE_KEY: &str = "quorumfs-node";
 
-/// A node that does not answer a connection attempt in this time is not reachable.
+/// Most time for a connection attempt; after that the node is unreachable.
 const CONNECT_TIMEOUT_MS: u64 = 1_000;
 /// Windows for bulk transfer: with the defaults 1 MiB messages reach half the throughput (measured).
 const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 
-/// What a connection is for.
+/// The purpose of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Purpose {
-    /// Consensus messages.
+    /// Messages of the consensus.
     Raft,
-    /// Small questions and their answers.
+    /// Small requests and their responses.
     Control,
     /// Chunks and snapshots.
     Bulk,
 }
 
-/// Mutual TLS: the files, PEM.
+/// The files for mutual TLS, in PEM format.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsFiles {
-    /// Who signs the certificates of nodes and clients.
+    /// The authority that signs the certificates of nodes and clients.
     pub authority: PathBuf,
-    /// Our certificate.
+    /// This program's certificate.
     pub certificate: PathBuf,
-    /// Its private key.
+    /// The private key of the certificate.
     pub key: PathBuf,
 }
 
 impl TlsFiles {
-    /// The client's side of the connection.
+    /// Reads the files for the client's side of a connection.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
     pub fn client_config(&self) -> std::io::Result<ClientTlsConfig> {
         Ok(ClientTlsConfig::new()
             .ca_certificate(Certificate::from_pem(std::fs::read(&self.authority)?))
@@ -66,10 +69,10 @@ impl TlsFiles {
     }
 }
 
-/// A client of a peer, with the cluster's name on every request.
+/// A client of a peer that adds the cluster's id to every request.
 pub type Peer = PeerClient<InterceptedService<Channel, AddressHeaders>>;
 
-/// Puts [`CLUSTER_KEY`] and [`NODE_KEY`] on requests.
+/// Adds [`CLUSTER_KEY`] and [`NODE_KEY`] to requests.
 #[derive(Clone, Debug)]
 pub struct AddressHeaders {
     cluster: Option<MetadataValue<Ascii>>,
@@ -87,7 +90,7 @@ impl Interceptor for AddressHeaders {
     }
 }
 
-/// The connections of this node to others.
+/// The connections of this node to other nodes.
 #[derive(Debug)]
 pub struct Transport {
     tls: Option<ClientTlsConfig>,
@@ -96,7 +99,7 @@ pub struct Transport {
 }
 
 impl Transport {
-    /// No connection is made yet.
+    /// Makes a transport without connections.
     pub fn new(tls: Option<ClientTlsConfig>) -> Transport {
         Transport {
             tls,
@@ -105,22 +108,28 @@ impl Transport {
         }
     }
 
-    /// From now on requests name `cluster`.
+    /// From now on requests carry the id of `cluster`.
     pub fn set_cluster(&self, cluster: ClusterId) {
         *self.cluster.lock() = Some(cluster);
     }
 
-    /// A client of `member`: whoever else answers at its address refuses. Fails only where the address cannot be one.
+    /// Returns a client of `member`; another node at its address refuses its requests.
+    ///
+    /// # Errors
+    /// If the address is not valid.
     pub fn member(&self, member: &Member, purpose: Purpose) -> Result<Peer, tonic::transport::Error> {
         self.client(&member.addresses.grpc, Some(member.id), purpose)
     }
 
-    /// A client of the node at `addresses`; fails only where the address cannot be one.
+    /// Returns a client of the node at `addresses`.
+    ///
+    /// # Errors
+    /// If an address is not valid.
     pub fn peer(&self, addresses: &Addresses, purpose: Purpose) -> Result<Peer, tonic::transport::Error> {
         self.peer_at(&addresses.grpc, purpose)
     }
 
-    /// As [`Transport::peer`], for a `host:port` of which no more is known.
+    /// Like [`Transport::peer`], for a `host:port` of which no more is known.
     pub fn peer_at(&self, address: &str, purpose: Purpose) -> Result<Peer, tonic::transport::Error> {
         self.client(address, None, purpose)
     }
@@ -172,21 +181,21 @@ impl Transport {
     }
 }
 
-/// What those know who may use the internal endpoints of REST: the content of a file that every node is given.
+/// The secret of the internal endpoints of REST: the content of a file that every node is given.
 #[derive(Clone)]
 pub struct ClusterSecret(Sha256);
 
 impl ClusterSecret {
-    /// Fewer bytes can be guessed.
+    /// Least number of bytes; a shorter secret can be guessed.
     pub const BYTES_MIN: usize = 16;
 
-    /// The content of a file, without the white space around it; `None` where that is too short.
+    /// Makes a secret of the content of a file, without surrounding white space; `None` if it is too short.
     pub fn new(content: &[u8]) -> Option<ClusterSecret> {
         let content = content.trim_ascii();
         (content.len() >= ClusterSecret::BYTES_MIN).then(|| ClusterSecret(Sha256::of(content)))
     }
 
-    /// Whether `shown` is the secret. How long it takes tells nothing of where they differ.
+    /// Whether `shown` is the secret, compared in constant time.
     pub fn is(&self, shown: &[u8]) -> bool {
         self.0.0.ct_eq(&Sha256::of(shown).0).into()
     }

@@ -1,4 +1,4 @@
-//! What is known of an inode.
+//! The attributes of an inode.
 
 use std::time::Duration;
 
@@ -8,17 +8,17 @@ use crate::ids::InodeNumber;
 
 const NANOSECONDS_PER_S: i64 = 1_000_000_000;
 
-/// Seconds and nanoseconds since 1970-01-01T00:00:00Z. Ordered as time is.
+/// Seconds and nanoseconds since 1970-01-01T00:00:00Z. Ordered by time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Timestamp {
-    /// Whole seconds, rounded towards the past (so before 1970 they are negative).
+    /// Whole seconds, rounded down (negative before 1970).
     pub seconds: i64,
-    /// 0 to 999,999,999, counted forward from `seconds`.
+    /// 0 to 999,999,999, added to `seconds`.
     pub nanoseconds: u32,
 }
 
 impl Timestamp {
-    /// The moment `nanoseconds` after this one.
+    /// Returns the time `nanoseconds` after this one.
     #[must_use]
     pub fn plus_nanoseconds(self, nanoseconds: u32) -> Timestamp {
         let sum = u64::from(self.nanoseconds) + u64::from(nanoseconds);
@@ -28,7 +28,7 @@ impl Timestamp {
         }
     }
 
-    /// The moment `duration` after this one.
+    /// Returns the time `duration` after this one.
     #[must_use]
     pub fn plus(self, duration: Duration) -> Timestamp {
         let seconds = i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
@@ -39,14 +39,14 @@ impl Timestamp {
         .plus_nanoseconds(duration.subsec_nanos())
     }
 
-    /// In nanoseconds since 1970; what lies outside the years 1678 to 2262 at their end.
+    /// Returns nanoseconds since 1970, clamped to the years 1678 to 2262.
     pub fn unix_ns(self) -> i64 {
         self.seconds
             .saturating_mul(NANOSECONDS_PER_S)
             .saturating_add(i64::from(self.nanoseconds))
     }
 
-    /// From nanoseconds since 1970.
+    /// Converts nanoseconds since 1970.
     pub fn from_unix_ns(nanoseconds: i64) -> Timestamp {
         Timestamp {
             seconds: nanoseconds.div_euclid(NANOSECONDS_PER_S),
@@ -92,7 +92,7 @@ impl From<Timestamp> for std::time::SystemTime {
     }
 }
 
-/// What kind of thing an inode is.
+/// The kind of an inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum FileKind {
     /// A regular file.
@@ -103,7 +103,7 @@ pub enum FileKind {
     Symlink,
     /// A named pipe.
     Fifo,
-    /// A socket's name.
+    /// A Unix socket.
     Socket,
     /// A character device.
     CharacterDevice,
@@ -111,42 +111,43 @@ pub enum FileKind {
     BlockDevice,
 }
 
-/// What stat(2) tells of an inode, and what the caches need beside it.
+/// The attributes that stat(2) returns, and those that the caches need.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attributes {
-    /// Its number.
+    /// The inode's number.
     pub inode: InodeNumber,
-    /// What it is. Never changes.
+    /// The inode's kind. It never changes.
     pub kind: FileKind,
     /// The low twelve bits of the mode: permissions, set-user-id, set-group-id, sticky.
     pub mode: u16,
-    /// Owner.
+    /// User id of the owner.
     pub uid: u32,
-    /// Group.
+    /// Id of the group.
     pub gid: u32,
-    /// Hard links; of a directory 2 and one for each sub-directory. 0: unlinked, but maybe still open.
+    /// Number of hard links; for a directory 2 plus the number of its sub-directories. 0 means unlinked, but maybe
+    /// still open.
     pub links: u32,
-    /// Bytes of content; of a directory the number of its entries; of a symbolic link the bytes of its target.
+    /// Bytes of content; for a directory the number of its entries; for a symbolic link the bytes of its target.
     pub size: u64,
     /// Bytes that extents cover (holes do not count).
     pub allocated_bytes: u64,
-    /// Device number, of device files.
+    /// Device number of a device file; 0 for other kinds.
     pub rdev: u32,
-    /// Last access.
+    /// Time of the last access.
     pub atime: Timestamp,
-    /// Last change of content.
+    /// Time of the last change of content.
     pub mtime: Timestamp,
-    /// Last change of the inode.
+    /// Time of the last change of the inode.
     pub ctime: Timestamp,
-    /// When it was made.
+    /// Time of creation.
     pub birth_time: Timestamp,
-    /// Grows with every change of the content. Equal versions mean equal bytes.
+    /// Number that grows with every change of the content. Equal versions mean equal bytes.
     pub content_version: u64,
-    /// Extended attributes it has; 0 spares the question.
+    /// Number of extended attributes. If 0, a client need not ask for them.
     pub xattr_count: u32,
-    /// Whether one of them is `security.capability`.
+    /// Whether `security.capability` is one of them.
     pub has_capability: bool,
-    /// Of a directory, the one it lies in (of the root: the root).
+    /// For a directory, its parent directory (for the root, the root).
     pub parent: InodeNumber,
 }
 

@@ -1,4 +1,4 @@
-//! How a client speaks to the leader: the contents of the `Calls` stream's envelopes.
+//! The calls of a client to the leader: the contents of the envelopes of the `Calls` stream.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,77 +9,78 @@ use crate::member::Member;
 use crate::outcome::Outcome;
 use crate::query::{Answer, Query};
 
-/// What a client asks. Mutations and queries are different things; only mutations carry a request id.
+/// A request of a client. Mutations and queries are separate types; only mutations carry a request id.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ClientRequest {
     /// Changes metadata once, however often it is sent.
     Mutate(Mutation),
-    /// Reads metadata, as new as the last acknowledged change (P5).
+    /// Reads metadata that includes every change acknowledged before (P5).
     Query(Query),
-    /// Makes the session known. Sending it again does no harm.
+    /// Registers the session. Sending it again has no further effect.
     OpenSession {
-        /// Drawn at random by the client.
+        /// Random id drawn by the client.
         session: SessionId,
-        /// For people: host, process, mount point.
+        /// Description for people: host, process, mount point.
         description: String,
     },
-    /// The session lives.
+    /// States that the session is alive.
     KeepAlive {
-        /// Which.
+        /// Id of the session.
         session: SessionId,
     },
-    /// The session is over: what it held is released.
+    /// Ends the session and releases what it held.
     CloseSession {
-        /// Which.
+        /// Id of the session.
         session: SessionId,
     },
-    /// As [`ClientRequest::OpenSession`], of a session that proves itself: from now on only streams that show the secret speak for
-    /// it. With another secret than before it is refused.
+    /// Like [`ClientRequest::OpenSession`], with a secret: from now on only streams that show the secret may act for
+    /// the session. A secret that differs from an earlier one is refused.
     OpenSessionWithKey {
-        /// Drawn at random by the client.
+        /// Random id drawn by the client.
         session: SessionId,
-        /// For people: host, process, mount point.
+        /// Description for people: host, process, mount point.
         description: String,
-        /// Likewise.
+        /// Random secret drawn by the client.
         secret: SessionSecret,
     },
-    /// The session lives, and answers the question that came with the last keep-alive. Sending it again does no harm.
+    /// States that the session is alive, and answers the question that came with the last keep-alive. Sending it again
+    /// has no further effect.
     AnswerUnlinked {
-        /// Which.
+        /// Id of the session.
         session: SessionId,
-        /// As in the question.
+        /// `from` of the question.
         from: u64,
-        /// As in the question.
+        /// `through` of the question.
         through: u64,
-        /// Those of the inodes asked about that it holds. All others it does not hold, and never will again.
+        /// The inodes in the question that the session holds. It does not hold the others, and never will again.
         held: Vec<InodeNumber>,
     },
-    /// Ends a session whose process is known to be gone; answered as [`ClientRequest::CloseSession`].
+    /// Ends a session whose process is known to be gone. The response is that of [`ClientRequest::CloseSession`].
     CloseSessionWithKey {
-        /// Which.
+        /// Id of the session.
         session: SessionId,
-        /// With which it was opened.
+        /// The secret with which the session was opened.
         secret: SessionSecret,
     },
 }
 
-/// A command with its identity.
+/// A command with its request id.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mutation {
-    /// Names it once.
+    /// Identifies the mutation, so that it takes effect once.
     pub request: RequestId,
     /// Chunks of this session with a smaller counter that no file names are dead.
     pub chunk_low_water: u64,
-    /// What is to be done.
+    /// The operations to apply.
     pub command: Command,
 }
 
-/// What a client is told.
+/// A response to a client.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ClientResponse {
-    /// What a mutation did, or why it did nothing. Final: it is what every retry will hear.
+    /// The result of a mutation, or why it was refused. It is final: every retry gets the same.
     Outcome(Result<Outcome, FsError>),
-    /// What a query found.
+    /// The answer to a query.
     Answer(Result<Answer, FsError>),
     /// The session is known and alive.
     Session(SessionState),
@@ -87,12 +88,12 @@ pub enum ClientResponse {
     Refused(Refusal),
 }
 
-/// What a client should know of its session.
+/// What the leader reports to a client about its session.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionState {
-    /// Unlinked inodes that wait for this session to say that it does not have them open
-    /// ([`crate::command::Operation::ReleaseUnlinked`]): at most [`crate::limits::HELD_ASKED_MAX`] at a time, and others the
-    /// next time.
+    /// Unlinked inodes for which the leader waits until this session states that it does not have them open
+    /// ([`crate::command::Operation::ReleaseUnlinked`]): at most [`crate::limits::HELD_ASKED_MAX`] at a time; the
+    /// others follow with later responses.
     pub unlinked: Vec<InodeNumber>,
 }
 
@@ -105,46 +106,47 @@ impl From<Refusal> for ClientResponse {
 /// Why nothing was decided.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Refusal {
-    /// This node does not lead; ask there, or look for the leader.
+    /// This node is not the leader. The client asks `leader`, or looks for it.
     NotLeader {
-        /// Its gRPC address, where it is known.
+        /// gRPC address of the leader, if it is known.
         leader: Option<String>,
     },
-    /// Nobody can decide now; try again a little later.
+    /// No node can decide now; the client tries again a little later.
     Unavailable {
-        /// In words, for `/status` and the log.
+        /// Explanation for `/status` and the log.
         reason: String,
     },
-    /// These chunks are not known to be on f + 1 voters: put them again, then send the same mutation again.
+    /// These chunks are not known to be on f + 1 voters: the client puts them again, then sends the same mutation
+    /// again.
     PutAgain {
-        /// Which.
+        /// Ids of the chunks.
         chunks: Vec<ChunkId>,
     },
-    /// The session is not known or has ended. What it had under way has an unknown outcome and must not be sent
-    /// again under another (EIO).
+    /// The session is not known or has ended. Its mutations without a response have an unknown outcome and must not be
+    /// sent again under another session (EIO).
     UnknownSession,
-    /// A later mutation of the lane was already decided; the sender has lost count.
+    /// A later mutation of the lane was already decided; the sender's sequence numbers are wrong.
     StaleSequence,
     /// The call could not be decoded or is out of bounds.
     Invalid {
-        /// What is wrong with it.
+        /// What is wrong with the call.
         reason: String,
     },
-    /// The session has ended, and its lanes prove that this mutation was not decided before: it never will be, and may be
-    /// sent again under another session. On the wire it is [`Refusal::UnknownSession`] with a flag in the envelope, which
-    /// clients that do not know it pass over.
+    /// The session has ended, and its lanes prove that this mutation was not decided: it never will be, and may be sent
+    /// again under another session. On the wire it is [`Refusal::UnknownSession`] with a flag in the envelope; clients
+    /// that do not know the flag ignore it.
     NeverDecided,
 }
 
 impl Refusal {
-    /// Another node leads: `leader`, if it is known.
+    /// Returns a refusal that names `leader` as the leader, if it is known.
     pub fn not_leader(leader: Option<Member>) -> Refusal {
         Refusal::NotLeader {
             leader: leader.map(|member| member.addresses.grpc),
         }
     }
 
-    /// Nobody can decide now because of `reason`.
+    /// Returns a refusal that says that no node can decide now, because of `reason`.
     pub fn unavailable(reason: impl std::fmt::Display) -> Refusal {
         Refusal::Unavailable {
             reason: reason.to_string(),

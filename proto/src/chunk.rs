@@ -1,4 +1,4 @@
-//! Content: immutable chunks, and the extents of a file that lie in them.
+//! Content: immutable chunks, and the extents of files that refer to them.
 
 use std::fmt;
 
@@ -11,12 +11,12 @@ use crate::error::FsError;
 use crate::ids::ChunkId;
 use crate::limits::{BLOCK_BYTES, CHUNK_BYTES_MAX, FILE_BYTES_MAX};
 
-/// The SHA-256 of a chunk (FIPS 180-4), computed once, by who wrote it.
+/// The SHA-256 of a chunk (FIPS 180-4), computed once, by its writer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Sha256(pub [u8; 32]);
 
 impl Sha256 {
-    /// The digest of `payload`.
+    /// Returns the digest of `payload`.
     pub fn of(payload: &[u8]) -> Sha256 {
         Sha256(sha2::Sha256::digest(payload).into())
     }
@@ -34,12 +34,13 @@ impl fmt::Display for Sha256 {
     }
 }
 
-/// The CRC-32C (Castagnoli, RFC 3720 appendix B.4) of each 4 KiB block of `payload`; the last may be short.
+/// Returns the CRC-32C (Castagnoli, RFC 3720 appendix B.4) of each 4 KiB block of `payload`; the last block may be
+/// short.
 pub fn block_crcs(payload: &[u8]) -> Vec<u32> {
     payload.chunks(BLOCK_BYTES as usize).map(crc32c::crc32c).collect()
 }
 
-/// Whether each block of `payload` has the CRC-32C given for it, and there is one for each.
+/// Whether `block_crcs` has one CRC-32C for each block of `payload`, and each matches.
 pub fn blocks_match(payload: &[u8], block_crcs: &[u32]) -> bool {
     payload.len().div_ceil(BLOCK_BYTES as usize) == block_crcs.len()
         && payload
@@ -48,25 +49,25 @@ pub fn blocks_match(payload: &[u8], block_crcs: &[u32]) -> bool {
             .all(|(block, crc)| crc32c::crc32c(block) == *crc)
 }
 
-/// Why bytes are no chunk.
+/// Why bytes are not a valid chunk or part of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadChunk {
-    /// There are none, or more than [`CHUNK_BYTES_MAX`].
+    /// It has no bytes, or more than [`CHUNK_BYTES_MAX`].
     #[error("a chunk has 1 to {CHUNK_BYTES_MAX} bytes, not {0}")]
     Length(usize),
-    /// A part of one does not begin where a block begins.
-    #[error("it begins inside a block")]
+    /// A part of a chunk does not begin at a block boundary.
+    #[error("a part of a chunk begins inside a block")]
     Offset,
-    /// There is not one CRC for each block.
-    #[error("it has not one CRC for each block")]
+    /// The number of CRCs differs from the number of blocks.
+    #[error("the number of CRCs differs from the number of blocks of the chunk")]
     CrcCount,
     /// A block does not match its CRC.
-    #[error("a block does not match its CRC")]
+    #[error("a block of the chunk does not match its CRC")]
     Crc,
 }
 
-/// A whole chunk: 1 to [`CHUNK_BYTES_MAX`] bytes, with their SHA-256 and the CRC-32C of each block. The bytes matched the
-/// CRCs when it was made; the SHA-256 is its writer's word.
+/// A whole chunk: 1 to [`CHUNK_BYTES_MAX`] bytes, their SHA-256, and the CRC-32C of each block. The bytes matched the
+/// CRCs when the value was made. The SHA-256 is what the chunk's writer stated; it is not checked here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chunk {
     id: ChunkId,
@@ -76,7 +77,7 @@ pub struct Chunk {
 }
 
 impl Chunk {
-    /// A chunk of `payload`, all checksums computed.
+    /// Makes a chunk of `payload` and computes all checksums.
     ///
     /// # Errors
     /// [`BadChunk::Length`].
@@ -85,7 +86,7 @@ impl Chunk {
         Chunk::with_sha256(id, sha256, payload)
     }
 
-    /// A chunk of trusted bytes whose SHA-256 is known, such as those that came inside a command.
+    /// Makes a chunk of trusted bytes whose SHA-256 is known, such as the bytes inside a command.
     ///
     /// # Errors
     /// [`BadChunk::Length`].
@@ -100,7 +101,8 @@ impl Chunk {
         })
     }
 
-    /// A chunk that came over a network or from a disk: its bytes must match the CRCs that came with them.
+    /// Makes a chunk of bytes that came over a network or from a disk, and checks them against the CRCs that came with
+    /// them.
     ///
     /// # Errors
     /// Any [`BadChunk`].
@@ -113,33 +115,33 @@ impl Chunk {
         ChunkRange::checked(0, payload, block_crcs)?.into_chunk(id, sha256)
     }
 
-    /// Its identity.
+    /// Returns the chunk's id.
     pub fn id(&self) -> ChunkId {
         self.id
     }
 
-    /// The digest its writer computed.
+    /// Returns the digest that the chunk's writer computed.
     pub fn sha256(&self) -> Sha256 {
         self.sha256
     }
 
-    /// Its bytes.
+    /// Returns the chunk's bytes.
     pub fn payload(&self) -> &Bytes {
         &self.payload
     }
 
-    /// The CRC-32C of each 4 KiB block of its bytes.
+    /// Returns the CRC-32C of each 4 KiB block.
     pub fn block_crcs(&self) -> &[u32] {
         &self.block_crcs
     }
 
-    /// How many bytes it has.
+    /// Returns the number of bytes.
     pub fn length(&self) -> u32 {
         self.payload.len() as u32
     }
 }
 
-/// Whole blocks of a chunk, which matched their CRCs when this was made.
+/// Whole blocks of a chunk. They matched their CRCs when the value was made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChunkRange {
     offset: u32,
@@ -148,10 +150,11 @@ pub struct ChunkRange {
 }
 
 impl ChunkRange {
-    /// The blocks `payload`, which begin at `offset` in their chunk; they must match the CRCs that came with them.
+    /// Makes a range of the blocks `payload`, which begin at `offset` in their chunk, and checks them against the CRCs
+    /// that came with them. A range may be empty.
     ///
     /// # Errors
-    /// Any [`BadChunk`]. No bytes at all are a range.
+    /// Any [`BadChunk`].
     pub fn checked(offset: u32, payload: Bytes, block_crcs: Vec<u32>) -> Result<ChunkRange, BadChunk> {
         if !offset.is_multiple_of(BLOCK_BYTES) {
             return Err(BadChunk::Offset);
@@ -172,32 +175,32 @@ impl ChunkRange {
         }
     }
 
-    /// Where in the chunk it begins; a multiple of the block size.
+    /// Returns the offset in the chunk; a multiple of the block size.
     pub fn offset(&self) -> u32 {
         self.offset
     }
 
-    /// The bytes.
+    /// Returns the bytes.
     pub fn payload(&self) -> &Bytes {
         &self.payload
     }
 
-    /// The offset, the bytes and the CRC-32C of each block of them.
+    /// Returns the offset, the bytes, and the CRC-32C of each of their blocks.
     pub fn into_parts(self) -> (u32, Bytes, Vec<u32>) {
         (self.offset, self.payload, self.block_crcs)
     }
 
-    /// Exactly the bytes `offset..offset + length` of the chunk, if they are all in this range.
+    /// Returns the bytes `offset..offset + length` of the chunk, if this range has all of them.
     pub fn exactly(&self, offset: u32, length: u32) -> Option<Bytes> {
         let begin = offset.checked_sub(self.offset)? as usize;
         let end = begin.checked_add(length as usize)?;
         (end <= self.payload.len()).then(|| self.payload.slice(begin..end))
     }
 
-    /// The chunk of which this is all.
+    /// Converts a range that is a whole chunk.
     ///
     /// # Errors
-    /// [`BadChunk::Offset`] where it does not begin with the chunk, [`BadChunk::Length`] where there are no bytes.
+    /// [`BadChunk::Offset`] if the range does not start at 0, [`BadChunk::Length`] if it is empty.
     pub fn into_chunk(self, id: ChunkId, sha256: Sha256) -> Result<Chunk, BadChunk> {
         if self.offset != 0 {
             return Err(BadChunk::Offset);
@@ -219,30 +222,33 @@ fn check_length(payload: &Bytes) -> Result<(), BadChunk> {
     }
 }
 
-/// Where the bytes of a chunk are that a command names for the first time.
+/// Where the bytes of a chunk are when a command names it for the first time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ChunkBody {
-    /// On the disks of f + 1 voters, put there before the command (P2).
+    /// On the disks of f + 1 voters, where the client put them before it sent the command (P2).
     Stored,
-    /// Here; each node moves them to its content store when it applies the command.
+    /// In the command. Each node moves them to its content store when it applies the command.
     Inline(Bytes),
 }
 
 /// A chunk that a command names for the first time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NewChunk {
-    /// Its identity; the session is the one that sends the command.
+    /// The chunk's id; its session is the one that sends the command.
     pub id: ChunkId,
-    /// Its bytes: 1 to [`CHUNK_BYTES_MAX`].
+    /// Number of bytes: 1 to [`CHUNK_BYTES_MAX`].
     pub length: u32,
-    /// Their digest.
+    /// SHA-256 of the bytes.
     pub sha256: Sha256,
-    /// Where they are.
+    /// Where the bytes are.
     pub body: ChunkBody,
 }
 
 impl NewChunk {
-    /// [`FsError::InvalidArgument`] where the length is out of bounds or not that of the inline bytes.
+    /// Checks the bounds.
+    ///
+    /// # Errors
+    /// [`FsError::InvalidArgument`] if the length is out of bounds or differs from that of the inline bytes.
     pub fn validate(&self) -> Result<(), FsError> {
         let inline_differs =
             matches!(&self.body, ChunkBody::Inline(bytes) if bytes.len() != self.length as usize);
@@ -256,24 +262,27 @@ impl NewChunk {
 /// An extent: a part of a file, and the part of a chunk that holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Extent {
-    /// Where it begins in the file.
+    /// Offset in the file.
     pub file_offset: u64,
-    /// How long it is, at least 1.
+    /// Number of bytes, at least 1.
     pub length: u32,
     /// The chunk that holds the bytes.
     pub chunk: ChunkId,
-    /// Where they begin in the chunk.
+    /// Offset of the bytes in the chunk.
     pub chunk_offset: u32,
 }
 
 impl Extent {
-    /// Where the extent ends in the file (exclusive).
+    /// Returns the end of the extent in the file (exclusive).
     pub fn file_end(&self) -> u64 {
         self.file_offset + u64::from(self.length)
     }
 
-    /// [`FsError::InvalidArgument`] where it is empty or reaches past the largest chunk,
-    /// [`FsError::FileTooLarge`] where it ends past the largest file.
+    /// Checks the bounds.
+    ///
+    /// # Errors
+    /// [`FsError::InvalidArgument`] if the extent is empty or reaches past the largest chunk, [`FsError::FileTooLarge`]
+    /// if it ends past the largest file.
     pub fn validate(&self) -> Result<(), FsError> {
         if self.length == 0
             || self

@@ -1,36 +1,37 @@
 //! The one encoding of domain types: a version byte, then postcard (<https://postcard.jamesmunns.com/wire-format>).
 //!
-//! Why not protobuf here too: these types are checked by their constructors when they are decoded, lie in the log
-//! and in the tables as they travel, and never need to be read by a third party. The envelopes that carry them are
-//! protobuf, so that streams, peers and future callers meet a described interface.
+//! Why these types are not protobuf: their constructors check them when they are decoded, the log and the tables store
+//! them in the form in which they travel, and no third party reads them. The envelopes that carry them are protobuf, so
+//! that streams, peers and future callers have a described interface.
 //!
-//! A reader refuses versions it does not know; a new version is a new number here, with a conversion from the old.
+//! A reader refuses versions that it does not know. A new encoding gets a new version number here and a conversion from
+//! the old one.
 
 use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// The version written.
+/// The version that this program writes.
 pub const VERSION: u8 = 1;
 
-/// Why bytes are not a value.
+/// Why bytes could not be decoded.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {
-    /// Written by a version this one does not know.
+    /// The bytes were written by a version that this program does not know.
     #[error("encoding version {found} is not known (this program knows {VERSION}); use a newer program")]
     UnknownVersion {
-        /// The version found.
+        /// The version in the bytes.
         found: u8,
     },
-    /// Cut short, damaged or out of bounds.
+    /// The bytes are cut short, damaged or out of bounds.
     #[error("malformed {what}: {reason}")]
     Malformed {
         /// The type that was expected.
         what: &'static str,
-        /// What the decoder says.
+        /// The decoder's message.
         reason: String,
     },
-    /// Damaged on its way or on disk.
+    /// The bytes were damaged in transit or on disk.
     #[error("checksum of {what} does not match")]
     Checksum {
         /// The type that was expected.
@@ -46,13 +47,16 @@ pub fn encode<T: Serialize>(value: &T) -> Bytes {
     Bytes::from(out)
 }
 
-/// How many bytes `value` takes in [`encode`]d form, without the version.
+/// Returns the number of bytes of `value` in [`encode`]d form, without the version byte.
 pub fn encoded_bytes<T: Serialize>(value: &T) -> usize {
     let size = postcard::ser_flavors::Size::default();
     postcard::serialize_with_flavor(value, size).expect("counting bytes cannot fail")
 }
 
-/// Decodes what [`encode`] made. The bytes must be used up.
+/// Decodes bytes made by [`encode`].
+///
+/// # Errors
+/// [`DecodeError`] if the version is not known, the bytes are malformed, or bytes are left over.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, DecodeError> {
     let what = std::any::type_name::<T>();
     let malformed = |reason: &str| DecodeError::Malformed {
@@ -70,7 +74,7 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, DecodeError> {
     }
 }
 
-/// Encodes `value` with a CRC-32C behind it: the form in which values lie in tables and files.
+/// Encodes `value` and appends a CRC-32C: the form of values in tables and files.
 pub fn encode_checked<T: Serialize>(value: &T) -> Bytes {
     let mut out = postcard::to_extend(value, vec![VERSION]).expect("encoding to memory");
     let crc = crc32c::crc32c(&out);
@@ -78,7 +82,10 @@ pub fn encode_checked<T: Serialize>(value: &T) -> Bytes {
     Bytes::from(out)
 }
 
-/// Decodes what [`encode_checked`] made, after its checksum.
+/// Checks the CRC-32C of bytes made by [`encode_checked`] and decodes them.
+///
+/// # Errors
+/// [`DecodeError`], as [`decode`], and if the checksum does not match.
 pub fn decode_checked<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, DecodeError> {
     match bytes.split_last_chunk::<4>() {
         Some((body, crc)) if crc32c::crc32c(body) == u32::from_le_bytes(*crc) => decode(body),

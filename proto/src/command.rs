@@ -1,4 +1,4 @@
-//! What changes metadata: one [`Command`] is one Raft log entry, all of it or nothing.
+//! Changes of metadata: one [`Command`] is one Raft log entry and takes effect as a whole or not at all.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -14,14 +14,14 @@ use crate::name::{Name, SymlinkTarget, XattrName};
 /// A short list of operations that take effect together, in order; if one is refused, none takes effect.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Command {
-    /// Content that the operations name for the first time.
+    /// Chunks that the operations name for the first time.
     pub chunks: Vec<NewChunk>,
-    /// 1 to [`limits::COMMAND_OPERATIONS_MAX`].
+    /// 1 to [`limits::COMMAND_OPERATIONS_MAX`] operations.
     pub operations: Vec<Operation>,
 }
 
 impl Command {
-    /// A command of one operation that brings no content.
+    /// Makes a command of one operation without content.
     pub fn single(operation: Operation) -> Command {
         Command {
             chunks: Vec::new(),
@@ -29,7 +29,10 @@ impl Command {
         }
     }
 
-    /// Checks every bound that can be checked without state; `session` is who sends it.
+    /// Checks every bound that can be checked without the filesystem's state. `session` is the sender.
+    ///
+    /// # Errors
+    /// The [`FsError`] with which the command is refused.
     pub fn validate(&self, session: SessionId) -> Result<(), FsError> {
         if self.operations.is_empty()
             || self.operations.len() > limits::COMMAND_OPERATIONS_MAX
@@ -37,12 +40,12 @@ impl Command {
         {
             return Err(FsError::InvalidArgument);
         }
-        let mut pieces = 0;
+        let mut extents = 0;
         for operation in &self.operations {
             operation.validate()?;
-            pieces += operation.pieces().len();
+            extents += operation.extents().len();
         }
-        if pieces > limits::COMMAND_PIECES_MAX {
+        if extents > limits::COMMAND_EXTENTS_MAX {
             return Err(FsError::InvalidArgument);
         }
         for chunk in &self.chunks {
@@ -51,13 +54,13 @@ impl Command {
                 return Err(FsError::InvalidArgument);
             }
         }
-        let covers = |chunk: &NewChunk, piece: &Extent| {
-            chunk.id == piece.chunk
-                && u64::from(piece.chunk_offset) + u64::from(piece.length) <= u64::from(chunk.length)
+        let covers = |chunk: &NewChunk, extent: &Extent| {
+            chunk.id == extent.chunk
+                && u64::from(extent.chunk_offset) + u64::from(extent.length) <= u64::from(chunk.length)
         };
-        // A piece may only lie in a chunk that this very command brings: nothing else can vouch for it.
-        for piece in self.operations.iter().flat_map(|operation| operation.pieces()) {
-            if !self.chunks.iter().any(|chunk| covers(chunk, piece)) {
+        // An extent may only refer to a chunk that the same command brings: its bounds are checked against nothing else.
+        for extent in self.operations.iter().flat_map(|operation| operation.extents()) {
+            if !self.chunks.iter().any(|chunk| covers(chunk, extent)) {
                 return Err(FsError::InvalidArgument);
             }
         }
@@ -65,8 +68,8 @@ impl Command {
             let named = self
                 .operations
                 .iter()
-                .flat_map(|o| o.pieces())
-                .any(|piece| piece.chunk == chunk.id);
+                .flat_map(|o| o.extents())
+                .any(|extent| extent.chunk == chunk.id);
             if !named {
                 return Err(FsError::InvalidArgument);
             }
@@ -74,8 +77,11 @@ impl Command {
         Ok(())
     }
 
-    /// Checks the bounds of what travels: an entry of the log must fit a message to the followers. Asked where a command
-    /// comes in and not, as [`Command::validate`], by who applies it: what is in the log was taken.
+    /// Checks that the entry of the log fits a message to the followers. Edges call it when a command arrives; `apply`,
+    /// which calls [`Command::validate`], does not: a command that is in the log was accepted.
+    ///
+    /// # Errors
+    /// The [`FsError`] with which the command is refused.
     pub fn validate_bytes(&self) -> Result<(), FsError> {
         if self.inline_bytes() > limits::INLINE_BYTES_MAX as usize
             || codec::encoded_bytes(self) > limits::COMMAND_BYTES_MAX
@@ -85,14 +91,14 @@ impl Command {
         Ok(())
     }
 
-    /// Whether it only says what a session does not have open: it changes nothing that anybody can see.
+    /// Whether the command only states which inodes a session does not have open: no client can see a change.
     pub fn releases_only(&self) -> bool {
         self.operations
             .iter()
             .all(|operation| matches!(operation, Operation::ReleaseUnlinked { .. }))
     }
 
-    /// Bytes of content that ride inside.
+    /// Returns the number of bytes of content inside the command.
     pub fn inline_bytes(&self) -> usize {
         let inline = |chunk: &NewChunk| match &chunk.body {
             ChunkBody::Inline(bytes) => bytes.len(),
@@ -101,7 +107,8 @@ impl Command {
         self.chunks.iter().map(inline).sum()
     }
 
-    /// Whether it leaves no more used than before: such a command is taken even when the disks are full.
+    /// Whether the command uses no more space than is used before it. Such a command is accepted even if the disks are
+    /// full.
     pub fn frees_space(&self) -> bool {
         self.chunks.is_empty()
             && self.operations.iter().all(|operation| {
@@ -118,143 +125,147 @@ impl Command {
     }
 }
 
-/// Which inode an operation is about.
+/// The inode that an operation refers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Target {
-    /// One that exists.
+    /// An inode that exists.
     Inode(InodeNumber),
-    /// The one that the operation of this index in the same command created (or found).
+    /// The inode that the operation with this index in the same command created (or found).
     Created(u16),
 }
 
 /// One change. The order of the variants is part of the encoding: append, never reorder.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Operation {
-    /// Makes an inode and names it. Answers [`crate::outcome::OperationResult::Entry`].
+    /// Creates an inode and names it. Answers [`crate::outcome::OperationResult::Entry`].
     Create {
-        /// The directory.
+        /// The directory that has the name.
         parent: Target,
         /// The entry's name.
         name: Name,
-        /// What is made.
+        /// The new inode.
         inode: NewInode,
-        /// What if the name exists.
+        /// What happens if the name exists.
         existing: IfExists,
     },
-    /// Makes a regular file without a name, held open by this session until it ends or releases it (O_TMPFILE, and
-    /// REST uploads under way). Answers `Entry`.
+    /// Creates a regular file without a name. The session holds it open until it ends or releases it (O_TMPFILE, and
+    /// REST uploads in progress). Answers `Entry`.
     CreateUnlinked {
-        /// What is made; its kind must be [`NewKind::File`].
+        /// The new inode; its kind must be [`NewKind::File`].
         inode: NewInode,
     },
-    /// Names an inode once more (link(2)). A `CreateUnlinked` inode gets its first name so. Answers `Entry`.
+    /// Adds a name to an inode (link(2)). The first name of a `CreateUnlinked` inode is given this way. Answers
+    /// `Entry`.
     Link {
-        /// What is named; not a directory.
+        /// The inode; not a directory.
         inode: Target,
-        /// The directory.
+        /// The directory that has the name.
         parent: Target,
         /// The new name.
         name: Name,
-        /// What if the name exists: [`IfExists::Open`] here means that a file of that name is replaced, as by rename(2).
+        /// What happens if the name exists: here [`IfExists::Open`] means that a file of that name is replaced, as by
+        /// rename(2).
         existing: IfExists,
     },
     /// Removes a name of a file (unlink(2)). Answers `Removed`.
     Unlink {
-        /// The directory.
+        /// The directory that has the name.
         parent: Target,
-        /// The name.
+        /// Name of the entry.
         name: Name,
-        /// Whether the sending session has the inode open and so wants it kept.
+        /// Whether the sending session has the inode open, so that it must be kept.
         held: Held,
     },
     /// Removes an empty directory (rmdir(2)). Answers `Removed`.
     RemoveDirectory {
-        /// The directory it lies in.
+        /// The parent directory.
         parent: Target,
-        /// Its name.
+        /// The directory's name.
         name: Name,
     },
-    /// renameat2(2). Answers `Renamed`.
+    /// Renames or exchanges, as renameat2(2). Answers `Renamed`.
     Rename {
-        /// Where it is.
+        /// The present directory.
         from_parent: Target,
-        /// What it is called.
+        /// The present name.
         from_name: Name,
-        /// Where it goes.
+        /// The new directory.
         to_parent: Target,
-        /// What it will be called.
+        /// The new name.
         to_name: Name,
-        /// What if that name exists.
+        /// What happens if the new name exists.
         mode: RenameMode,
-        /// Whether the sending session has the inode open that is replaced.
+        /// Whether the sending session has the replaced inode open.
         held: Held,
     },
     /// Changes attributes and size. Answers `Entry`.
     SetAttributes {
-        /// Whose.
+        /// The inode to change.
         inode: Target,
-        /// Which.
+        /// The attributes to change.
         changes: AttributeChanges,
     },
-    /// Puts pieces of this command's chunks into a file; size becomes max(size, end of the last piece). Answers `Entry`.
+    /// Writes extents of this command's chunks to a file. The size becomes max(size, end of the last extent). Answers
+    /// `Entry`.
     Write {
-        /// The file.
+        /// The file to change.
         inode: Target,
-        /// Where what lies. Later pieces lie over earlier ones.
-        pieces: Vec<Extent>,
-        /// When the program wrote: becomes mtime; `None` leaves it as it is (a `utimens` came after the write).
+        /// The extents. Where they overlap, the later one counts.
+        extents: Vec<Extent>,
+        /// Time of the program's write, which becomes mtime; `None` leaves mtime as it is (a `utimens` came after the
+        /// write).
         mtime: Option<Timestamp>,
-        /// Whether set-user-id, set-group-id and `security.capability` are dropped, as by a write of an
-        /// unprivileged program.
+        /// Whether set-user-id, set-group-id and `security.capability` are dropped, as by a write of an unprivileged
+        /// program.
         privileges: Privileges,
     },
-    /// Adds pieces at the end of a file, wherever that is by then; their `file_offset`s count from that end.
+    /// Adds extents at the end that the file has when the command is applied; their `file_offset`s count from that end.
     /// Answers `Appended`.
     Append {
-        /// The file.
+        /// The file to change.
         inode: Target,
-        /// What is added.
-        pieces: Vec<Extent>,
-        /// As for `Write`.
+        /// The extents to add.
+        extents: Vec<Extent>,
+        /// What happens to privileges, as for `Write`.
         privileges: Privileges,
     },
-    /// setxattr(2). Answers `Entry`.
+    /// Sets an extended attribute (setxattr(2)). Answers `Entry`.
     SetXattr {
-        /// Whose.
+        /// The inode to change.
         inode: Target,
-        /// Which.
+        /// The attribute's name.
         name: XattrName,
-        /// At most [`limits::XATTR_VALUE_BYTES_MAX`] bytes.
+        /// The value: at most [`limits::XATTR_VALUE_BYTES_MAX`] bytes.
         value: Bytes,
-        /// What if it exists, or does not.
+        /// What happens if the attribute exists, or does not.
         mode: XattrMode,
     },
-    /// removexattr(2). Answers `Entry`.
+    /// Removes an extended attribute (removexattr(2)). Answers `Entry`.
     RemoveXattr {
-        /// Whose.
+        /// The inode to change.
         inode: Target,
-        /// Which.
+        /// The attribute's name.
         name: XattrName,
     },
-    /// This session does not have these unlinked inodes open (any more). Answers `Done`.
+    /// States that this session does not, or no longer, have these unlinked inodes open. Answers `Done`.
     ReleaseUnlinked {
-        /// Numbers that are not known (any more) are passed over.
+        /// The inodes. Unknown numbers are ignored.
         inodes: Vec<InodeNumber>,
     },
 }
 
 impl Operation {
-    /// The pieces of content it names.
-    pub fn pieces(&self) -> &[Extent] {
+    /// Returns the extents of content in the operation.
+    pub fn extents(&self) -> &[Extent] {
         match self {
-            Operation::Write { pieces, .. } | Operation::Append { pieces, .. } => pieces,
+            Operation::Write { extents, .. } | Operation::Append { extents, .. } => extents,
             _ => &[],
         }
     }
 
     fn validate(&self) -> Result<(), FsError> {
-        for piece in self.pieces() {
-            piece.validate()?;
+        for extent in self.extents() {
+            extent.validate()?;
         }
         match self {
             Operation::SetXattr { value, .. } if value.len() > limits::XATTR_VALUE_BYTES_MAX => {
@@ -273,31 +284,31 @@ impl Operation {
     }
 }
 
-/// An inode to be made.
+/// An inode to create.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NewInode {
-    /// What it is.
+    /// Kind of the inode.
     pub kind: NewKind,
-    /// The low twelve bits, the caller's umask already taken away.
+    /// The low twelve bits of the mode, with the caller's umask applied.
     pub mode: u16,
-    /// Owner.
+    /// User id of the owner.
     pub uid: u32,
-    /// Group, unless the directory's set-group-id bit passes on its own.
+    /// Group id, unless the directory's set-group-id bit passes on the directory's group.
     pub gid: u32,
 }
 
-/// What kind of inode is made.
+/// The kind of inode to create.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum NewKind {
     /// An empty regular file.
     File,
     /// An empty directory.
     Directory,
-    /// A symbolic link (its mode is always 0777).
+    /// A symbolic link with this target (its mode is always 0777).
     Symlink(SymlinkTarget),
     /// A named pipe.
     Fifo,
-    /// A socket's name.
+    /// A Unix socket.
     Socket,
     /// A character device with this device number.
     CharacterDevice(u32),
@@ -305,80 +316,80 @@ pub enum NewKind {
     BlockDevice(u32),
 }
 
-/// What a create does when the name exists.
+/// What a create does if the name exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum IfExists {
-    /// [`FsError::Exists`] (O_EXCL, mkdir, mknod, symlink, link).
+    /// It fails with [`FsError::Exists`] (O_EXCL, mkdir, mknod, symlink, link).
     Refuse,
-    /// Takes the existing inode instead, as open(O_CREAT) does: `Entry` with `created: false`.
+    /// It takes the existing inode instead, as open(O_CREAT) does: `Entry` with `created: false`.
     Open,
 }
 
-/// Whether the sending session holds an inode open that loses its last name.
+/// Whether the sending session holds open an inode that loses its last name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Held {
-    /// It does, and will release it.
+    /// The session holds it open, and will release it.
     Open,
-    /// It does not, and refuses cached opens of it from now on.
+    /// The session does not hold it open, and refuses cached opens of it from now on.
     NotOpen,
 }
 
-/// renameat2(2)'s flags.
+/// The flags of renameat2(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RenameMode {
-    /// Replaces what has the new name, if it may be.
+    /// Replaces the inode that has the new name, if that is allowed.
     Replace,
-    /// [`FsError::Exists`] if something has the new name (RENAME_NOREPLACE).
+    /// Fails with [`FsError::Exists`] if the new name exists (RENAME_NOREPLACE).
     NoReplace,
-    /// The two change places (RENAME_EXCHANGE).
+    /// Exchanges the two inodes (RENAME_EXCHANGE).
     Exchange,
 }
 
-/// setxattr(2)'s flags.
+/// The flags of setxattr(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum XattrMode {
-    /// Makes or replaces.
+    /// Creates or replaces the attribute.
     Set,
-    /// [`FsError::Exists`] if it exists (XATTR_CREATE).
+    /// Fails with [`FsError::Exists`] if the attribute exists (XATTR_CREATE).
     Create,
-    /// [`FsError::NoAttribute`] if it does not (XATTR_REPLACE).
+    /// Fails with [`FsError::NoAttribute`] if the attribute does not exist (XATTR_REPLACE).
     Replace,
 }
 
-/// What becomes of set-user-id, set-group-id and file capabilities.
+/// What happens to set-user-id, set-group-id and file capabilities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Privileges {
-    /// They stay.
+    /// They are kept.
     Keep,
     /// They are dropped (FUSE_HANDLE_KILLPRIV_V2).
     Drop,
 }
 
-/// Where a timestamp comes from.
+/// The source of a timestamp.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SetTime {
-    /// The command's own stamp (UTIME_NOW).
+    /// The command's own time stamp (UTIME_NOW).
     Now,
-    /// This one.
+    /// This point in time.
     At(Timestamp),
 }
 
-/// Which attributes change; `None` leaves one as it is.
+/// The attributes to change; `None` leaves one as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AttributeChanges {
-    /// The low twelve bits.
+    /// The low twelve bits of the mode.
     pub mode: Option<u16>,
-    /// Owner.
+    /// User id of the owner.
     pub uid: Option<u32>,
-    /// Group.
+    /// Id of the group.
     pub gid: Option<u32>,
-    /// truncate(2) or ftruncate(2): what lies beyond is cut, what is new is a hole.
+    /// The new size (truncate(2), ftruncate(2)): content beyond it is cut off, a new part is a hole.
     pub size: Option<u64>,
-    /// Last access.
+    /// Time of the last access.
     pub atime: Option<SetTime>,
-    /// Last change of content.
+    /// Time of the last change of content.
     pub mtime: Option<SetTime>,
-    /// Whether privileges are dropped: by chown always, by truncation when the caller is not privileged.
+    /// Whether privileges are dropped: always by chown, by truncation if the caller is not privileged.
     pub privileges: Option<Privileges>,
 }
 
@@ -400,7 +411,7 @@ mod tests {
         }
     }
 
-    fn piece(chunk: &NewChunk, at: u64, length: u32) -> Extent {
+    fn extent(chunk: &NewChunk, at: u64, length: u32) -> Extent {
         Extent {
             file_offset: limits::FILE_BYTES_MAX - at - u64::from(length),
             length,
@@ -409,10 +420,10 @@ mod tests {
         }
     }
 
-    fn write(pieces: Vec<Extent>) -> Operation {
+    fn write(extents: Vec<Extent>) -> Operation {
         Operation::Write {
             inode: Target::Inode(InodeNumber(u64::MAX)),
-            pieces,
+            extents,
             mtime: Some(Timestamp::default()),
             privileges: Privileges::Drop,
         }
@@ -429,7 +440,7 @@ mod tests {
 
     #[test]
     fn the_largest_command_of_a_client_has_a_quarter_of_the_bytes() {
-        // What a mount flushes with one command, and the operation that goes along.
+        // The largest flush of a mount in one command, with the operation that goes along.
         let inline = ChunkBody::Inline(vec![7; limits::INLINE_BYTES_MAX as usize].into());
         let mut chunks = vec![chunk(u64::MAX, inline, limits::INLINE_BYTES_MAX)];
         for counter in 1..limits::COMMAND_CHUNKS_MAX as u64 {
@@ -439,12 +450,12 @@ mod tests {
                 limits::CHUNK_BYTES_MAX,
             ));
         }
-        let pieces = (0..limits::COMMAND_PIECES_MAX).map(|n| {
+        let extents = (0..limits::COMMAND_EXTENTS_MAX).map(|n| {
             let chunk = &chunks[n % chunks.len()];
-            piece(chunk, n as u64, limits::INLINE_BYTES_MAX)
+            extent(chunk, n as u64, limits::INLINE_BYTES_MAX)
         });
         let largest = Command {
-            operations: vec![write(pieces.collect()), set_xattr(limits::XATTR_VALUE_BYTES_MAX)],
+            operations: vec![write(extents.collect()), set_xattr(limits::XATTR_VALUE_BYTES_MAX)],
             chunks,
         };
         assert_eq!(largest.validate(SessionId(u64::MAX)), Ok(()));
@@ -472,10 +483,10 @@ mod tests {
                 length,
             )
         });
-        let pieces = halves.iter().map(|chunk| piece(chunk, 0, length)).collect();
+        let extents = halves.iter().map(|chunk| extent(chunk, 0, length)).collect();
         let mut inline = Command {
             chunks: halves.to_vec(),
-            operations: vec![write(pieces)],
+            operations: vec![write(extents)],
         };
         assert_eq!(inline.validate_bytes(), Err(FsError::TooBig));
         inline.chunks.pop();

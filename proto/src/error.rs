@@ -1,11 +1,10 @@
-//! The verdicts of the filesystem: values that `apply` answers with, never faults of a node.
+//! The verdicts of the filesystem: values with which `apply` answers, never faults of a node.
 
 use serde::{Deserialize, Serialize};
 
-/// Why an operation was not done, in the terms of POSIX. The mount turns each into its errno, REST into a
-/// status.
+/// Why an operation was refused, in the terms of POSIX. The mount converts each to its errno, REST to a status.
 ///
-/// The order is part of the encoding: append, never reorder.
+/// The order of the variants is part of the encoding: append, never reorder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
 pub enum FsError {
     /// ENOENT
@@ -50,7 +49,7 @@ pub enum FsError {
     /// ENOSPC
     #[error("no space left on a quorum of nodes")]
     NoSpace,
-    /// ESTALE: the inode is gone for ever.
+    /// ESTALE: the inode no longer exists.
     #[error("stale file handle")]
     Stale,
     /// EOPNOTSUPP
@@ -59,13 +58,13 @@ pub enum FsError {
     /// EROFS
     #[error("read-only file system")]
     ReadOnly,
-    /// EIO: bytes could not be read from, or a call could not be brought to, any node.
+    /// EIO: no node could deliver the bytes, or no node could be reached with the call.
     #[error("input/output error")]
     Io,
-    /// ETIMEDOUT within, EIO towards programs: no quorum answered within the time-out the user set.
+    /// ETIMEDOUT inside, EIO for programs: no quorum answered within the time-out that the user set.
     #[error("no quorum answered in time")]
     TimedOut,
-    /// The command names a chunk that is already dead (below the session's low-water mark): put it again.
+    /// The command names a chunk that is already dead (below the session's low-water mark). The client puts it again.
     #[error("the command names a chunk that is dead")]
     ChunkDead,
     /// E2BIG: an extended attribute is larger than 64 KiB.

@@ -1,10 +1,10 @@
-//! Identifiers, each a type of its own so that none is taken for another.
+//! Identifiers. Each has its own type, so that they cannot be confused.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// An inode's number. Never reused; the root directory is [`InodeNumber::ROOT`].
+/// The number of an inode. Never reused; the root directory is [`InodeNumber::ROOT`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct InodeNumber(pub u64);
 
@@ -19,7 +19,7 @@ impl fmt::Display for InodeNumber {
     }
 }
 
-/// A client's identity in the cluster: 64 random bits that the client draws when it starts.
+/// The id of a session: 64 random bits that the client draws when it starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SessionId(pub u64);
 
@@ -29,7 +29,7 @@ impl fmt::Display for SessionId {
     }
 }
 
-/// What a client knows and nobody else: it proves that a session is its own. Drawn at random with the session's id. The
+/// The secret that proves that a session belongs to a client. Drawn at random together with the session's id. The
 /// cluster keeps only its digest.
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionSecret(pub [u8; 32]);
@@ -40,7 +40,7 @@ impl fmt::Debug for SessionSecret {
     }
 }
 
-/// A chunk's identity: the session that made it and that session's counter. Never reused.
+/// The id of a chunk: the session that made it and that session's counter. Never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ChunkId {
     /// The session that made the chunk; only its commands may name it for the first time.
@@ -55,18 +55,18 @@ impl fmt::Display for ChunkId {
     }
 }
 
-/// One of a session's lanes (the slots of NFSv4.1, RFC 8881 section 2.10.6): it carries one
-/// mutation at a time and remembers the last one's result. Below [`crate::limits::LANES_MAX`].
+/// One of a session's lanes (the slots of NFSv4.1, RFC 8881 section 2.10.6). A lane carries one mutation at a time, and
+/// the cluster keeps the result of its last one. Below [`crate::limits::LANES_MAX`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Lane(pub u16);
 
-/// Names one mutation once, however often it is sent (P4).
+/// Identifies a mutation, so that it takes effect once however often it is sent (P4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct RequestId {
-    /// Whose mutation it is.
+    /// The session of the sender.
     pub session: SessionId,
-    /// The lane it travels in.
+    /// The lane that carries the mutation.
     pub lane: Lane,
-    /// Counts up by one from 1 with each new mutation of the lane.
+    /// Starts at 1 and grows by one with each new mutation of the lane.
     pub sequence: u64,
 }

@@ -1,14 +1,14 @@
-//! The words that the parts of QuorumFS exchange.
+//! The domain types that the parts of QuorumFS exchange.
 //!
-//! [`command::Command`] (what changes metadata), [`query::Query`] (what reads it), [`call`] (how a mount says either), and
-//! the types they are made of. They lie in the Raft log and in the tables, and travel in the messages of
-//! `quorumfs_wire`, always in the one versioned encoding of [`codec`].
+//! They are [`command::Command`] (a change of metadata), [`query::Query`] (a read of metadata), [`call`] (the requests
+//! and responses that carry them), and the types that these are made of. They are stored in the Raft log and in the
+//! tables, and travel in the messages of `quorumfs_wire`, always in the one versioned encoding of [`codec`].
 //!
-//! A domain type cannot hold what is not valid: [`name::Name`] has no slash, a
-//! [`chunk::NewChunk`] is within its bounds. Validation happens in the constructor and, because
-//! decoding goes through it, once on receipt; code behind an edge never checks again.
+//! A domain type cannot hold an invalid value: [`name::Name`] has no slash, a [`chunk::NewChunk`] is within its bounds.
+//! Validation happens in the constructor; decoding calls the constructor, so a value is validated once, on receipt, and
+//! code behind an edge never checks it again.
 //!
-//! This crate knows nothing of sockets, disks, FUSE or Raft, and looks at no clock.
+//! This crate does not know sockets, disks, FUSE or Raft, and reads no clock.
 
 pub mod attributes;
 pub mod call;

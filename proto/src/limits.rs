@@ -1,4 +1,4 @@
-//! The named bounds that both sides of a connection must agree on, each with its reason.
+//! The bounds on which both sides of a connection must agree, each with its reason.
 
 /// Most bytes of one chunk. One FUSE write is at most 1 MiB, so a large write makes one chunk.
 pub const CHUNK_BYTES_MAX: u32 = 1 << 20;
@@ -6,8 +6,8 @@ pub const CHUNK_BYTES_MAX: u32 = 1 << 20;
 /// Size of the blocks of a chunk that carry a CRC-32C of their own: a page, the least FUSE reads.
 pub const BLOCK_BYTES: u32 = 4096;
 
-/// Most bytes of content that ride inside one command (and so through the Raft log, which writes
-/// them once more). Above it a chunk of its own costs less than the second copy.
+/// Most bytes of content inside one command. They pass through the Raft log, which writes them once more; above this
+/// bound a chunk of its own costs less than the second copy.
 pub const INLINE_BYTES_MAX: u32 = 32 << 10;
 
 /// Most bytes of a file or directory name (NAME_MAX of Linux).
@@ -28,21 +28,21 @@ pub const XATTR_LIST_BYTES_MAX: usize = 64 << 10;
 /// Most operations in one command.
 pub const COMMAND_OPERATIONS_MAX: usize = 256;
 
-/// Most pieces (extents) in one command: 1 MiB of random 4 KiB writes makes 256 of them.
-pub const COMMAND_PIECES_MAX: usize = 4096;
+/// Most extents in one command: 1 MiB of random 4 KiB writes makes 256 of them.
+pub const COMMAND_EXTENTS_MAX: usize = 4096;
 
-/// Most new chunks that one command names.
+/// Most new chunks in one command.
 pub const COMMAND_CHUNKS_MAX: usize = 256;
 
-/// Most bytes of one encoded command: the largest that clients make (content inside, all its pieces, names and an
-/// extended attribute) has a quarter of it. With as many bytes of other entries before it, as a message to a follower
+/// Most bytes of one encoded command. The largest that clients make (inline content, the most extents, names and an
+/// extended attribute) has a quarter of it. Together with as many bytes of earlier entries, as a message to a follower
 /// may have, it stays below [`MESSAGE_BYTES_MAX`].
 pub const COMMAND_BYTES_MAX: usize = (CHUNK_BYTES_MAX as usize) + (64 << 10);
 
-/// Most bytes of what a session is called; what is longer is cut.
+/// Most bytes of the description of a session; a longer one is cut.
 pub const SESSION_DESCRIPTION_BYTES_MAX: usize = 1024;
 
-/// Lanes of one session: so many calls of one client can be under way at once.
+/// Lanes of one session: the number of mutations of one client that can be in progress at once.
 pub const LANES_MAX: u16 = 64;
 
 /// Most hard links of one inode (as ext4).
@@ -57,18 +57,18 @@ pub const DIRECTORY_ANSWER_BYTES_MAX: u32 = 1 << 20;
 /// Most extents in one answer.
 pub const EXTENTS_ANSWER_MAX: u32 = 8192;
 
-/// Largest gRPC message either side accepts: a chunk or command with room for its envelope.
+/// Largest gRPC message that either side accepts: a chunk or command with room for its envelope.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 
-/// Most unlinked inodes that a session is asked about by one [`crate::call::SessionState`].
+/// Most unlinked inodes in one [`crate::call::SessionState`].
 pub const HELD_ASKED_MAX: usize = 1000;
 
-/// How long a client may be silent before its session's pins lapse.
+/// Time without a message from a client after which its session's pins lapse.
 pub const SESSION_TIMEOUT_MS: u64 = 60_000;
 
-/// How long a lease holds from when its holder sent the request that was answered with it. A foreign call waits for as
-/// much at the most; the kernel keeps names and attributes for no longer.
+/// Lifetime of a lease, counted from when its holder sent the request whose response granted it. A call of another
+/// session waits at most this long; the kernel keeps names and attributes no longer.
 pub const LEASE_MS: u32 = 1_000;
 
-/// How often a client says that it is alive.
+/// Interval of a client's keep-alives.
 pub const KEEP_ALIVE_INTERVAL_MS: u64 = 5_000;

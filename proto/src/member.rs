@@ -5,13 +5,13 @@ use std::fmt;
 use hex::FromHex as _;
 use serde::{Deserialize, Serialize};
 
-/// Who a node is to the consensus: its configured slot and the random number its data folder got when it was first
-/// made. A folder that lost its content gets a new one, so that it never votes for what it has forgotten.
+/// A node's id in the consensus: its configured slot, and the random number that its data folder got when it was
+/// created. A folder that lost its content gets a new number, so it never votes as a node whose votes it has forgotten.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct NodeId {
-    /// 1 to 255, unique in the cluster.
+    /// The configured slot: 1 to 255, unique in the cluster.
     pub slot: u16,
-    /// Drawn at random when the data folder was made; never 0.
+    /// Random number drawn when the data folder was created; never 0.
     pub incarnation: u64,
 }
 
@@ -21,17 +21,17 @@ impl fmt::Display for NodeId {
     }
 }
 
-/// Names a cluster for ever: 16 bytes, derived from its first members.
+/// The permanent id of a cluster: 16 bytes, derived from its first members.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ClusterId(pub [u8; 16]);
 
 impl ClusterId {
-    /// The id that `bytes` name, if there are 16 of them.
+    /// Converts 16 bytes; `None` for any other length.
     pub fn from_bytes(bytes: &[u8]) -> Option<ClusterId> {
         bytes.try_into().ok().map(ClusterId)
     }
 
-    /// The id written in hexadecimal by its `Display`.
+    /// Parses the hexadecimal form that `Display` writes.
     pub fn from_hex(text: &str) -> Option<ClusterId> {
         <[u8; 16]>::from_hex(text).ok().map(ClusterId)
     }
@@ -49,7 +49,7 @@ impl fmt::Debug for ClusterId {
     }
 }
 
-/// Where a node is reached.
+/// The addresses of a node.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Addresses {
     /// `host:port` of its gRPC service.
@@ -58,12 +58,12 @@ pub struct Addresses {
     pub http: String,
 }
 
-/// A node: who it is and where.
+/// A node: its id and its addresses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Member {
-    /// Who.
+    /// The node's id.
     pub id: NodeId,
-    /// Where.
+    /// The node's addresses.
     pub addresses: Addresses,
 }
 

@@ -1,4 +1,4 @@
-//! Names that programs give: bytes, not UTF-8, each valid by construction.
+//! Names that programs choose: bytes, not UTF-8, each valid by construction.
 
 use std::fmt;
 
@@ -14,8 +14,11 @@ use crate::limits::{NAME_BYTES_MAX, SYMLINK_BYTES_MAX, XATTR_NAME_BYTES_MAX};
 pub struct Name(Bytes);
 
 impl Name {
-    /// Checks `bytes`. [`FsError::NameTooLong`] above 255 bytes, [`FsError::InvalidArgument`] for
-    /// everything else that cannot be a name.
+    /// Checks `bytes`.
+    ///
+    /// # Errors
+    /// [`FsError::NameTooLong`] above 255 bytes, [`FsError::InvalidArgument`] for everything else that cannot be a
+    /// name.
     pub fn new(bytes: impl Into<Bytes>) -> Result<Name, FsError> {
         let bytes = bytes.into();
         if bytes.len() > NAME_BYTES_MAX {
@@ -31,7 +34,7 @@ impl Name {
         Ok(Name(bytes))
     }
 
-    /// The bytes of the name.
+    /// Returns the bytes of the name.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
@@ -62,14 +65,17 @@ impl fmt::Display for Name {
     }
 }
 
-/// Where a symbolic link points: 1 to 4095 bytes without NUL.
+/// The target of a symbolic link: 1 to 4095 bytes without NUL.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Bytes", into = "Bytes")]
 pub struct SymlinkTarget(Bytes);
 
 impl SymlinkTarget {
-    /// Checks `bytes`. [`FsError::NameTooLong`] above 4095 bytes, [`FsError::InvalidArgument`] with a NUL,
-    /// [`FsError::NotFound`] when empty, as symlink(2) has it.
+    /// Checks `bytes`.
+    ///
+    /// # Errors
+    /// [`FsError::NameTooLong`] above 4095 bytes, [`FsError::InvalidArgument`] with a NUL, [`FsError::NotFound`] when
+    /// empty (as symlink(2)).
     pub fn new(bytes: impl Into<Bytes>) -> Result<SymlinkTarget, FsError> {
         let bytes = bytes.into();
         if bytes.is_empty() {
@@ -84,7 +90,7 @@ impl SymlinkTarget {
         Ok(SymlinkTarget(bytes))
     }
 
-    /// The bytes of the target.
+    /// Returns the bytes of the target.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
@@ -108,11 +114,14 @@ impl From<SymlinkTarget> for Bytes {
 #[serde(try_from = "Bytes", into = "Bytes")]
 pub struct XattrName(Bytes);
 
-/// The namespaces of extended attributes (xattr(7)) that are kept.
+/// The namespaces of extended attributes (xattr(7)) that are stored.
 const XATTR_NAMESPACES: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
 
 impl XattrName {
-    /// Checks `bytes`. [`FsError::Range`] when empty or above 255 bytes, as setxattr(2) has it.
+    /// Checks `bytes`.
+    ///
+    /// # Errors
+    /// [`FsError::Range`] when empty or above 255 bytes (as setxattr(2)).
     pub fn new(bytes: impl Into<Bytes>) -> Result<XattrName, FsError> {
         let bytes = bytes.into();
         if bytes.is_empty() || bytes.len() > XATTR_NAME_BYTES_MAX {
@@ -124,14 +133,16 @@ impl XattrName {
         Ok(XattrName(bytes))
     }
 
-    /// The bytes of the name.
+    /// Returns the bytes of the name.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 
-    /// Whether a program may use the name, as Linux' own filesystems have it: [`FsError::NotSupported`] outside of the
-    /// namespaces `user`, `trusted` and `security` (what lies in `system` are ACLs, which nobody would enforce),
-    /// [`FsError::InvalidArgument`] where nothing follows the namespace.
+    /// Checks that programs may use the name, as Linux' own filesystems do.
+    ///
+    /// # Errors
+    /// [`FsError::NotSupported`] outside of the namespaces `user`, `trusted` and `security` (`system` has ACLs, which
+    /// QuorumFS does not enforce), [`FsError::InvalidArgument`] if nothing follows the namespace.
     pub fn require_known_namespace(&self) -> Result<(), FsError> {
         let rest = XATTR_NAMESPACES
             .iter()

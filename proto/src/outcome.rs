@@ -1,24 +1,24 @@
-//! What a command did.
+//! The result of a command.
 
 use serde::{Deserialize, Serialize};
 
 use crate::attributes::Attributes;
 use crate::ids::InodeNumber;
 
-/// The result of a whole command. It carries the new attributes of every inode it touched, so that no round trip
-/// follows to learn them.
+/// The result of a whole command. It has the new attributes of every inode that the command changed, so that the client
+/// needs no further round trip for them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
-    /// One for each operation, in order.
+    /// One result for each operation, in order.
     pub results: Vec<OperationResult>,
-    /// Attributes after the command of every inode it touched (parents too) and that still exists, each once.
+    /// The attributes after the command of every inode that it changed (parents too) and that still exists, each once.
     pub touched: Vec<Attributes>,
-    /// The log index at which it took effect.
+    /// The log index at which the command took effect.
     pub index: u64,
 }
 
 impl Outcome {
-    /// The attributes after the command of `inode`, if it was touched.
+    /// Returns the attributes of `inode` after the command, if the command changed it.
     pub fn attributes_of(&self, inode: InodeNumber) -> Option<&Attributes> {
         self.touched.iter().find(|attributes| attributes.inode == inode)
     }
@@ -27,32 +27,32 @@ impl Outcome {
 /// The result of one operation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum OperationResult {
-    /// Nothing to tell.
+    /// Success without details.
     Done,
-    /// The inode it was about; its attributes are among those touched.
+    /// The inode of the operation; its attributes are in [`Outcome::touched`].
     Entry {
-        /// Which.
+        /// Number of the inode.
         inode: InodeNumber,
-        /// Whether this operation made it.
+        /// Whether this operation created it.
         created: bool,
     },
-    /// A name is gone.
+    /// A name was removed.
     Removed {
-        /// What it named.
+        /// The inode that had the name.
         inode: InodeNumber,
         /// Whether that was its last name.
         last: bool,
     },
-    /// A name has moved.
+    /// A name was moved.
     Renamed {
-        /// What moved.
+        /// The inode that was moved.
         inode: InodeNumber,
-        /// What had the new name before: replaced, or exchanged.
+        /// The inode that had the new name before: it was replaced or exchanged.
         other: Option<InodeNumber>,
     },
-    /// Content was added at this offset.
+    /// Content was added at the end of a file.
     Appended {
-        /// Where the first byte went.
+        /// Offset of the first byte added.
         offset: u64,
     },
 }

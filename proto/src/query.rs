@@ -1,4 +1,4 @@
-//! What reads metadata. Queries change nothing and need no request id.
+//! Queries read metadata. They change nothing and need no request id.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -8,123 +8,123 @@ use crate::chunk::Extent;
 use crate::ids::InodeNumber;
 use crate::name::{Name, SymlinkTarget, XattrName};
 
-/// A question. The order of the variants is part of the encoding: append, never reorder.
+/// A query. The order of the variants is part of the encoding: append, never reorder.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Query {
-    /// What has this name: [`Answer::Attributes`].
+    /// Asks for the inode with this name: [`Answer::Attributes`].
     Lookup {
-        /// The directory.
+        /// Inode number of the directory.
         parent: InodeNumber,
-        /// The name.
+        /// Name of the entry.
         name: Name,
     },
-    /// What is known of an inode: [`Answer::Attributes`].
+    /// Asks for the attributes of an inode: [`Answer::Attributes`].
     Attributes {
-        /// Which.
+        /// Number of the inode.
         inode: InodeNumber,
     },
-    /// What lies at this path, from `from` (symbolic links are not followed): [`Answer::Attributes`].
+    /// Asks for the inode at this path (symbolic links are not followed): [`Answer::Attributes`].
     Resolve {
-        /// Where the path begins.
+        /// The directory where the path begins.
         from: InodeNumber,
-        /// Names, outermost first; empty: `from` itself.
+        /// The names, outermost first; empty means `from` itself.
         path: Vec<Name>,
     },
-    /// Entries of a directory in the order of their cookies: [`Answer::Entries`].
+    /// Asks for entries of a directory in the order of their cookies: [`Answer::Entries`].
     ReadDirectory {
-        /// The directory.
+        /// Inode number of the directory.
         inode: InodeNumber,
-        /// Entries after this cookie; 0: from the start.
+        /// Entries after this cookie; 0 for the first.
         after: u64,
-        /// About how many bytes of entries; at most [`crate::limits::DIRECTORY_ANSWER_BYTES_MAX`].
+        /// Approximate size of the answer; at most [`crate::limits::DIRECTORY_ANSWER_BYTES_MAX`].
         bytes_max: u32,
-        /// Whether each comes with its attributes.
+        /// Whether each entry comes with its attributes.
         detail: EntryDetail,
     },
-    /// Where a symbolic link points: [`Answer::Target`].
+    /// Asks for the target of a symbolic link: [`Answer::Target`].
     ReadLink {
-        /// The link.
+        /// Inode number of the link.
         inode: InodeNumber,
     },
-    /// The value of an extended attribute: [`Answer::XattrValue`].
+    /// Asks for the value of an extended attribute: [`Answer::XattrValue`].
     GetXattr {
-        /// Whose.
+        /// Number of the inode.
         inode: InodeNumber,
-        /// Which.
+        /// The attribute's name.
         name: XattrName,
     },
-    /// The names of all extended attributes: [`Answer::XattrNames`].
+    /// Asks for the names of all extended attributes: [`Answer::XattrNames`].
     ListXattrs {
-        /// Whose.
+        /// Number of the inode.
         inode: InodeNumber,
     },
-    /// Where the bytes of a file are, and its attributes at the same moment: [`Answer::Extents`].
+    /// Asks for the extents of a file, and its attributes at the same moment: [`Answer::Extents`].
     Extents {
-        /// The file.
+        /// Inode number of the file.
         inode: InodeNumber,
-        /// From this offset in the file (an extent that only ends after it comes too, whole).
+        /// Start of the range in the file. An extent that begins before it and ends after it is included, whole.
         from: u64,
-        /// To this offset (exclusive).
+        /// End of the range (exclusive).
         to: u64,
-        /// At most so many; never more than [`crate::limits::EXTENTS_ANSWER_MAX`].
+        /// Most extents in the answer; never more than [`crate::limits::EXTENTS_ANSWER_MAX`].
         extents_max: u32,
     },
-    /// Space and counts: [`Answer::Space`].
+    /// Asks for the space and the counts of the cluster: [`Answer::Space`].
     Space,
 }
 
-/// How much a listing tells of each entry.
+/// The detail of the entries of a listing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum EntryDetail {
     /// Name, number and kind.
     Name,
-    /// The attributes too.
+    /// Name, number, kind and attributes.
     Attributes,
 }
 
-/// The answer to a [`Query`]; each names its own.
+/// The answer to a [`Query`]; each query names its variant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Answer {
-    /// Of the inode asked for.
+    /// The attributes of the inode asked for.
     Attributes(Attributes),
     /// Entries of a directory.
     Entries(DirectoryPage),
-    /// Where a symbolic link points.
+    /// The target of a symbolic link.
     Target(SymlinkTarget),
     /// The value of an extended attribute.
     XattrValue(Bytes),
     /// The names of extended attributes.
     XattrNames(Vec<XattrName>),
-    /// Where the bytes of a file are.
+    /// The extents of a file.
     Extents(ExtentsPage),
-    /// Space and counts.
+    /// Space and counts of the cluster.
     Space(Space),
 }
 
 /// Part of the entries of a directory.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirectoryPage {
-    /// In the order of their cookies. Entries of equal cookies are never split between two pages.
+    /// The entries in the order of their cookies. Entries with equal cookies are never split between two pages.
     pub entries: Vec<DirectoryEntry>,
-    /// Whether these are the last.
+    /// Whether these entries are the last.
     pub end: bool,
 }
 
 /// Part of the extents of a file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExtentsPage {
-    /// Of the file, at the same moment.
+    /// The attributes of the file at the same moment.
     pub attributes: Attributes,
-    /// By offset, not overlapping; what lies between them is a hole.
+    /// The extents by offset, without overlaps; gaps between them are holes.
     pub extents: Vec<Extent>,
     /// The offset up to which `extents` are complete.
     pub known_to: u64,
 }
 
-/// Takes the answer to a query of one type; an answer to another query comes back as it is.
+/// Takes the answer to a query of one type; the answer to another query is returned unchanged.
 pub type TakeAnswer<A> = fn(Answer) -> Result<A, Box<Answer>>;
 
-/// A query together with the type of its answer: `A`.
+/// A query with the type of its answer, `A`.
 #[derive(Clone, Debug)]
 pub struct TypedQuery<A> {
     query: Query,
@@ -132,18 +132,18 @@ pub struct TypedQuery<A> {
 }
 
 impl<A> TypedQuery<A> {
-    /// The query as it is sent.
+    /// Returns the query in the form that is sent.
     pub fn query(&self) -> &Query {
         &self.query
     }
 
-    /// The query as it is sent, and the function that takes its answer.
+    /// Returns the query in the form that is sent, and the function that takes its answer.
     pub fn into_parts(self) -> (Query, TakeAnswer<A>) {
         (self.query, self.take)
     }
 }
 
-/// The function that takes an answer of one variant.
+/// Makes the function that takes an answer of one variant.
 macro_rules! take {
     ($variant:ident) => {
         |answer| match answer {
@@ -154,7 +154,7 @@ macro_rules! take {
 }
 
 impl Query {
-    /// The attributes of what `name` names in `parent`.
+    /// Asks for the attributes of the inode called `name` in `parent`.
     pub fn lookup(parent: InodeNumber, name: Name) -> TypedQuery<Attributes> {
         TypedQuery {
             query: Query::Lookup { parent, name },
@@ -162,7 +162,7 @@ impl Query {
         }
     }
 
-    /// The attributes of `inode`.
+    /// Asks for the attributes of `inode`.
     pub fn attributes(inode: InodeNumber) -> TypedQuery<Attributes> {
         TypedQuery {
             query: Query::Attributes { inode },
@@ -170,7 +170,7 @@ impl Query {
         }
     }
 
-    /// The attributes of what lies at `path` from `from`. Symbolic links are not followed.
+    /// Asks for the attributes of the inode at `path`, starting at `from`. Symbolic links are not followed.
     pub fn resolve(from: InodeNumber, path: Vec<Name>) -> TypedQuery<Attributes> {
         TypedQuery {
             query: Query::Resolve { from, path },
@@ -178,7 +178,8 @@ impl Query {
         }
     }
 
-    /// The entries of the directory `inode` after the cookie `after` (0: the first), about `bytes_max` bytes of them.
+    /// Asks for the entries of the directory `inode` after the cookie `after` (0 for the first), about `bytes_max`
+    /// bytes of them.
     pub fn read_directory(
         inode: InodeNumber,
         after: u64,
@@ -196,7 +197,7 @@ impl Query {
         }
     }
 
-    /// The target of the symbolic link `inode`.
+    /// Asks for the target of the symbolic link `inode`.
     pub fn read_link(inode: InodeNumber) -> TypedQuery<SymlinkTarget> {
         TypedQuery {
             query: Query::ReadLink { inode },
@@ -204,7 +205,7 @@ impl Query {
         }
     }
 
-    /// The value of an extended attribute of `inode`.
+    /// Asks for the value of an extended attribute of `inode`.
     pub fn xattr(inode: InodeNumber, name: XattrName) -> TypedQuery<Bytes> {
         TypedQuery {
             query: Query::GetXattr { inode, name },
@@ -212,7 +213,7 @@ impl Query {
         }
     }
 
-    /// The names of all extended attributes of `inode`.
+    /// Asks for the names of all extended attributes of `inode`.
     pub fn xattr_names(inode: InodeNumber) -> TypedQuery<Vec<XattrName>> {
         TypedQuery {
             query: Query::ListXattrs { inode },
@@ -220,7 +221,7 @@ impl Query {
         }
     }
 
-    /// The extents of the file `inode` between two offsets, at most `extents_max` of them.
+    /// Asks for the extents of the file `inode` between two offsets, at most `extents_max` of them.
     pub fn extents(inode: InodeNumber, from: u64, to: u64, extents_max: u32) -> TypedQuery<ExtentsPage> {
         TypedQuery {
             query: Query::Extents {
@@ -233,7 +234,7 @@ impl Query {
         }
     }
 
-    /// Space and counts of the cluster.
+    /// Asks for the space and the counts of the cluster.
     pub fn space() -> TypedQuery<Space> {
         TypedQuery {
             query: Query::Space,
@@ -245,24 +246,24 @@ impl Query {
 /// An entry of a directory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirectoryEntry {
-    /// Its name.
+    /// Name of the entry.
     pub name: Name,
-    /// What it names.
+    /// The inode with that name.
     pub inode: InodeNumber,
-    /// What kind of thing that is.
+    /// The kind of the inode.
     pub kind: FileKind,
-    /// Where a listing goes on after it: 3 to i64::MAX, and the same as long as the entry exists.
+    /// The position after which a listing continues: 3 to i64::MAX, the same as long as the entry exists.
     pub cookie: u64,
-    /// If asked for.
+    /// The attributes, if the query asked for them.
     pub attributes: Option<Attributes>,
 }
 
-/// What statfs(2) tells.
+/// The numbers that statfs(2) returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Space {
-    /// Bytes that the cluster can hold of content, each counted once.
+    /// Bytes of content that the cluster can hold, each counted once.
     pub capacity_bytes: u64,
-    /// Bytes of it still free.
+    /// Bytes of it that are free.
     pub available_bytes: u64,
     /// Inodes in use.
     pub inodes: u64,

@@ -1,17 +1,17 @@
-//! What a client says of its own work: a mount shows it to its users and sends it with its keep-alives.
+//! A client's report on its own work: a mount shows it to its users and sends it with its keep-alives.
 
 use quorumfs_measure::Latency;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// What a client has done since it started.
+/// The work of a client since it started.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ClientStatistics {
-    /// For how long it has run, in seconds.
+    /// Time since the start, in seconds.
     pub uptime_s: u64,
-    /// Each kind of request that it had so far.
+    /// The kinds of requests that the client has had.
     pub verbs: Vec<VerbStatistics>,
-    /// Its cache of chunks.
+    /// The client's cache of chunks.
     pub cache: CacheStatistics,
     /// Bytes that programs wrote and the cluster does not have yet.
     pub dirty_bytes: u64,
@@ -20,24 +20,24 @@ pub struct ClientStatistics {
 /// One kind of request.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VerbStatistics {
-    /// Which: `read`, `write`, `lookup`, …
+    /// The kind: `read`, `write`, `lookup`, …
     pub verb: String,
-    /// How many.
+    /// Number of requests.
     pub count: u64,
-    /// How many of them were answered with an error. A name that is not there is one.
+    /// Number of requests answered with an error. A look-up of a name that does not exist counts as one.
     pub failures: u64,
-    /// Bytes of content that they moved.
+    /// Bytes of content moved by the requests.
     pub bytes: u64,
-    /// How long the program waited.
+    /// Durations of the requests, as programs see them.
     pub latency: Latency,
 }
 
 /// A cache of chunks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CacheStatistics {
-    /// Looks that found what they wanted.
+    /// Look-ups that found the chunk.
     pub hits: u64,
-    /// Looks that did not.
+    /// Look-ups that did not.
     pub misses: u64,
     /// Bytes held now.
     pub bytes: u64,

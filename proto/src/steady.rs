@@ -1,34 +1,34 @@
-//! Time that never runs backwards, whatever the clock behind it does.
+//! Time that never runs backwards, even if its source does.
 //!
-//! Owes: what it answers is never before what it answered earlier, and follows its source whenever that is ahead. While
-//! the source is behind (it was set back, or another machine's took its place) it goes on at a fraction of the speed until
-//! the source has caught up, so that what happens meanwhile is still told apart.
+//! Contract: an answer is never before an earlier one, and equals the source whenever the source is ahead. While the
+//! source is behind (its clock was set back, or the source is now another machine), time continues at a fraction of its
+//! speed until the source has caught up, so that events in the meantime still have different times.
 //!
-//! Pure: the source's time and the moment of a clock that only runs forward are arguments.
+//! Pure: the time of the source and the moment of a monotonic clock are arguments.
 
 use std::time::Duration;
 
 use crate::attributes::Timestamp;
 
-/// While the source is behind, time goes on at a quarter of the speed: who was an hour ahead is caught up with after 80
-/// minutes.
+/// While the source is behind, time runs at a quarter of its speed: a source that was set back by one hour has caught
+/// up after 80 minutes.
 const SLOWED_DIVISOR: u32 = 4;
 
-/// See the module.
+/// The state of a steady clock; see the module documentation.
 #[derive(Clone, Debug, Default)]
 pub struct SteadyTime {
     last: Option<(Timestamp, Duration)>,
 }
 
 impl SteadyTime {
-    /// What the time is at `moment`, when the source says `source`; what comes later is not before it.
+    /// Returns the time at `moment`, when the source says `source`. Later answers are not before it.
     pub fn advance(&mut self, moment: Duration, source: Timestamp) -> Timestamp {
         let now = self.at(moment, source);
         self.last = Some((now, moment));
         now
     }
 
-    /// As [`SteadyTime::advance`], but nobody relies on it: the next may be before it.
+    /// Like [`SteadyTime::advance`], but does not record the answer: the next one may be before it.
     pub fn at(&self, moment: Duration, source: Timestamp) -> Timestamp {
         match self.last {
             None => source,
@@ -57,7 +57,7 @@ mod tests {
         let mut time = SteadyTime::default();
         assert_eq!(time.advance(moment(0), at(5000)), at(5000));
         assert_eq!(time.advance(moment(10), at(5010)), at(5010));
-        // An hour back.
+        // The source is set back by one hour.
         assert_eq!(time.advance(moment(14), at(1414)), at(5011));
         assert_eq!(time.at(moment(18), at(1418)), at(5012));
         assert_eq!(time.advance(moment(4810), at(6210)), at(6210), "caught up");

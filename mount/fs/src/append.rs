@@ -190,7 +190,7 @@ impl<C: Cluster> Filesystem<C> {
                 chunks: vec![named],
                 operations: vec![Operation::Append {
                     inode: Target::Inode(node.inode),
-                    pieces: vec![piece],
+                    extents: vec![piece],
                     privileges,
                 }],
             };

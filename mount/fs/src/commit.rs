@@ -248,7 +248,7 @@ impl<C: Cluster> Filesystem<C> {
                 .collect();
             let write = (!packs.is_empty()).then(|| Operation::Write {
                 inode: Target::Inode(node.inode),
-                pieces: pieces.clone(),
+                extents: pieces.clone(),
                 mtime,
                 privileges,
             });

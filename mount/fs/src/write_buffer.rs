@@ -17,14 +17,14 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use quorumfs_proto::limits::{CHUNK_BYTES_MAX, COMMAND_CHUNKS_MAX, COMMAND_PIECES_MAX, INLINE_BYTES_MAX};
+use quorumfs_proto::limits::{CHUNK_BYTES_MAX, COMMAND_CHUNKS_MAX, COMMAND_EXTENTS_MAX, INLINE_BYTES_MAX};
 use quorumfs_proto::{ChunkId, Extent};
 
 /// The grid of a file on which whole chunks are cut.
 pub const CELL_BYTES: u64 = CHUNK_BYTES_MAX as u64;
 
 /// Most ranges in one pack: four such packs fill a command's pieces.
-pub const PACK_RANGES_MAX: usize = COMMAND_PIECES_MAX / 4;
+pub const PACK_RANGES_MAX: usize = COMMAND_EXTENTS_MAX / 4;
 
 /// What a range costs beside its bytes (map node, buffer header, its extent), so that many tiny writes count as the
 /// memory they take.
@@ -327,7 +327,7 @@ impl WriteBuffer {
                 inline_bytes += pack.payload.len();
             }
             pack.sequence <= last_sequence
-                && pieces <= COMMAND_PIECES_MAX
+                && pieces <= COMMAND_EXTENTS_MAX
                 && inline_bytes <= INLINE_BYTES_MAX as usize
         };
         self.sealed

@@ -1,4 +1,4 @@
-//! How values of the filesystem become replies. Pure but for the reply itself.
+//! Converts results of the filesystem to replies. Pure except for the reply itself.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -23,24 +23,25 @@ use quorumfs_fs::{DirectoryItem, Moved, Opened};
 /// The block size of statfs(2), in which it counts.
 const STATFS_BLOCK_BYTES: u32 = 4096;
 
-/// How statfs(2) tells of free inodes, of which there is no fixed number: as many as there is room for, with
-/// so many bytes to each.
+/// Bytes per free inode for statfs(2): there is no fixed number of inodes, so the number reported is the free space
+/// divided by this.
 const BYTES_PER_INODE: u64 = 1024;
 
-/// How this mount's kernel sees the cluster's inodes.
+/// The kernel's view of the cluster's inodes.
 #[derive(Clone)]
 pub struct View {
-    /// Its numbers.
+    /// The mapping of inode numbers.
     pub inodes: InodeMap,
-    /// Where it knows directories.
+    /// The directories that the kernel knows.
     pub places: Arc<Places>,
-    /// How long the kernel may keep names and attributes, from now. Asked at each answer, because it runs out.
+    /// How long the kernel may keep names and attributes from now on. Called for each answer, because the time runs
+    /// out.
     pub cache: Arc<dyn Fn() -> Duration + Send + Sync>,
 }
 
 impl View {
-    /// How long the kernel may keep what it is told of a file of `attr`. Not at all where a write can take set-user-id
-    /// or set-group-id away: that happens here (FUSE_HANDLE_KILLPRIV_V2), and the kernel is not told.
+    /// Returns how long the kernel may keep attributes of a file with `attr`. Not at all if a write can drop
+    /// set-user-id or set-group-id: the mount drops them (FUSE_HANDLE_KILLPRIV_V2) without the kernel's knowledge.
     pub fn keep(&self, attr: &FileAttr) -> Duration {
         const PRIVILEGES: u16 = 0o6000;
         if attr.kind == FileType::RegularFile && attr.perm & PRIVILEGES != 0 {
@@ -49,8 +50,9 @@ impl View {
         (self.cache)()
     }
 
-    /// `attributes` of what is named at `place`, and how long the kernel may keep them and the name. It takes the number in
-    /// them for its own; where that is not the inode's, it has to ask for the attributes, which tell the right one.
+    /// Returns `attributes` of the inode named at `place`, and how long the kernel may keep them and the name. The
+    /// kernel uses the number in them as the inode's; if that differs from the real number, the kernel must ask for the
+    /// attributes, which contain the real one.
     pub fn entry(&self, attributes: &Attributes, place: Place) -> (FileAttr, Duration, Duration) {
         let mut attr = self.attr(attributes);
         if attr.kind == FileType::Directory {
@@ -61,7 +63,7 @@ impl View {
         (attr, keep_attributes, keep)
     }
 
-    /// This mount moved directories: one to `to_parent`, and the one that was there, to `from_parent`.
+    /// Records that this mount moved directories: one to `to_parent`, and the exchanged one, if any, to `from_parent`.
     pub fn moved(&self, moved: &Moved, from_parent: INodeNo, to_parent: INodeNo) {
         for (directory, parent) in [(moved.there, to_parent), (moved.back, from_parent)] {
             if let Some(directory) = directory {
@@ -70,16 +72,16 @@ impl View {
         }
     }
 
-    /// `attributes` as the kernel is told.
+    /// Returns `attributes` in the kernel's form.
     pub fn attr(&self, attributes: &Attributes) -> FileAttr {
         convert::file_attr(attributes, self.inodes.to_kernel(attributes.inode))
     }
 }
 
-/// Inode numbers are never used twice, so none has a second generation.
+/// Inode numbers are never reused, so there is one generation.
 pub const GENERATION: Generation = Generation(0);
 
-/// What open(2) and create(2) answer.
+/// Returns the flags of the answer to open(2) and create(2).
 pub fn open_flags(opened: &Opened) -> FopenFlags {
     let mut flags = FopenFlags::empty();
     flags.set(FopenFlags::FOPEN_DIRECT_IO, opened.direct_io);
@@ -87,7 +89,7 @@ pub fn open_flags(opened: &Opened) -> FopenFlags {
     flags
 }
 
-/// lookup, mkdir, link, …: an inode that the kernel may remember by name.
+/// Answers lookup, mkdir, link, …: an inode that the kernel may cache by name.
 pub fn answer_entry(view: View, place: Place) -> impl FnOnce(ReplyEntry, Attributes) {
     move |reply, attributes| {
         let (attr, keep_attributes, keep) = view.entry(&attributes, place);
@@ -95,7 +97,7 @@ pub fn answer_entry(view: View, place: Place) -> impl FnOnce(ReplyEntry, Attribu
     }
 }
 
-/// rename.
+/// Answers rename.
 pub fn answer_moved(view: View, from: INodeNo, to: INodeNo) -> impl FnOnce(ReplyEmpty, Moved) {
     move |reply, moved| {
         view.moved(&moved, from, to);
@@ -103,7 +105,7 @@ pub fn answer_moved(view: View, from: INodeNo, to: INodeNo) -> impl FnOnce(Reply
     }
 }
 
-/// stat, chmod, …
+/// Answers stat, chmod, …
 pub fn answer_attr(view: View) -> impl FnOnce(ReplyAttr, Attributes) {
     move |reply, attributes| {
         let attr = view.attr(&attributes);
@@ -111,12 +113,12 @@ pub fn answer_attr(view: View) -> impl FnOnce(ReplyAttr, Attributes) {
     }
 }
 
-/// What has nothing to tell.
+/// Answers calls without a result.
 pub fn answer_ok(reply: ReplyEmpty, (): ()) {
     reply.ok();
 }
 
-/// getxattr and listxattr, for a program that has room for `room_bytes`.
+/// Answers getxattr and listxattr, for a program that offers `room_bytes`.
 pub fn answer_xattr(room_bytes: u32) -> impl FnOnce(ReplyXattr, Bytes) {
     move |reply, value| match convert::xattr_fit(value.len(), room_bytes) {
         Ok(XattrFit::Size(size)) => reply.size(size),
@@ -125,7 +127,7 @@ pub fn answer_xattr(room_bytes: u32) -> impl FnOnce(ReplyXattr, Bytes) {
     }
 }
 
-/// statfs(2).
+/// Answers statfs(2).
 pub fn answer_space(reply: ReplyStatfs, space: Space) {
     let blocks = |bytes: u64| bytes / u64::from(STATFS_BLOCK_BYTES);
     let free_inodes = space.available_bytes / BYTES_PER_INODE;
@@ -141,7 +143,7 @@ pub fn answer_space(reply: ReplyStatfs, space: Space) {
     );
 }
 
-/// READDIR from `start`: as many as fit.
+/// Answers READDIR from `start`: as many entries as fit.
 pub fn answer_names(view: View, start: u64) -> impl FnOnce(ReplyDirectory, Vec<DirectoryItem>) {
     move |mut reply, items| {
         for (item, offset) in items.iter().zip(convert::resume_offsets(start, &items)) {
@@ -155,7 +157,7 @@ pub fn answer_names(view: View, start: u64) -> impl FnOnce(ReplyDirectory, Vec<D
     }
 }
 
-/// READDIRPLUS of `directory` from `start`: as many as fit, each looked up as well.
+/// Answers READDIRPLUS of `directory` from `start`: as many entries as fit, with attributes.
 pub fn answer_entries(
     view: View,
     directory: INodeNo,
@@ -169,7 +171,7 @@ pub fn answer_entries(
                     let (attr, keep, _) = view.entry(attributes, Place::of(directory, &item.name));
                     (attr, keep)
                 }
-                // "." and "..": of these the kernel takes nothing but number and kind.
+                // "." and "..": the kernel uses only their number and kind.
                 None => {
                     let number = view.inodes.to_kernel(item.inode);
                     (convert::bare_attr(number, item.kind), Duration::ZERO)

@@ -1,4 +1,4 @@
-//! Between what the kernel says and what the filesystem understands. Pure.
+//! Conversions between the kernel's types and those of the filesystem. Pure.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -9,14 +9,14 @@ use quorumfs_proto::{Attributes, FileKind, FsError, Timestamp, XattrName};
 
 use quorumfs_fs::{DirectoryItem, WritePosition};
 
-/// What programs are told to read and write at a time. The C library sizes its buffers by it, and each of its
-/// writes is a request of its own, so larger is faster; it costs every open stream that much memory.
+/// The preferred size of reads and writes. The C library sizes its buffers by it, and each of its writes is a request,
+/// so larger is faster; it costs every open stream that much memory.
 const PREFERRED_IO_BYTES: u32 = 128 << 10;
 
 /// The unit of `st_blocks`, whatever the block size.
 const STAT_BLOCK_BYTES: u64 = 512;
 
-/// `attributes` as the kernel wants them, under the number it knows.
+/// Returns `attributes` in the kernel's form, with the number that the kernel knows.
 pub fn file_attr(attributes: &Attributes, inode: INodeNo) -> FileAttr {
     FileAttr {
         ino: inode,
@@ -37,7 +37,7 @@ pub fn file_attr(attributes: &Attributes, inode: INodeNo) -> FileAttr {
     }
 }
 
-/// What little there is to tell of an inode of which nothing is known but its kind.
+/// Returns attributes of an inode of which only the kind is known.
 pub fn bare_attr(inode: INodeNo, kind: FileKind) -> FileAttr {
     FileAttr {
         ino: inode,
@@ -58,10 +58,10 @@ pub fn bare_attr(inode: INodeNo, kind: FileKind) -> FileAttr {
     }
 }
 
-/// Where a listing that was asked for from `start` goes on after each of its items.
+/// Returns, for a listing from `start`, the offset at which the kernel continues after each item.
 ///
-/// That is the item's cookie; but of items that share one, only after the last: should the kernel's buffer
-/// end between them, they are told once more rather than never.
+/// That is the item's cookie. If several items share a cookie, only the last one has it: if the kernel's buffer ends
+/// between them, they are listed again rather than skipped.
 pub fn resume_offsets(start: u64, items: &[DirectoryItem]) -> impl Iterator<Item = u64> {
     let mut before = start;
     (0..items.len()).map(move |at| {
@@ -73,7 +73,7 @@ pub fn resume_offsets(start: u64, items: &[DirectoryItem]) -> impl Iterator<Item
     })
 }
 
-/// The kernel's word for `kind`.
+/// Returns fuser's type for `kind`.
 pub fn file_type(kind: FileKind) -> FileType {
     match kind {
         FileKind::File => FileType::RegularFile,
@@ -86,11 +86,11 @@ pub fn file_type(kind: FileKind) -> FileType {
     }
 }
 
-/// What mknod(2) makes.
+/// Returns the kind of inode that mknod(2) creates.
 ///
 /// # Errors
-/// [`FsError::InvalidArgument`] for what mknod does not make, [`FsError::NotPermitted`] for a directory, as
-/// POSIX has it.
+/// [`FsError::InvalidArgument`] for kinds that mknod does not create, [`FsError::NotPermitted`] for a directory, as
+/// POSIX requires.
 pub fn node_kind(mode: u32, rdev: u32) -> Result<NewKind, FsError> {
     match mode & libc::S_IFMT {
         0 | libc::S_IFREG => Ok(NewKind::File),
@@ -103,13 +103,13 @@ pub fn node_kind(mode: u32, rdev: u32) -> Result<NewKind, FsError> {
     }
 }
 
-/// The low twelve bits. The umask is off already: without FUSE_DONT_MASK the kernel takes it away.
+/// Returns the low twelve bits. The umask is already applied: without FUSE_DONT_MASK the kernel does that.
 pub fn permissions(mode: u32) -> u16 {
     (mode & 0o7777) as u16
 }
 
-/// The way back of what fuser makes of a moment before 1970: the kernel sends whole seconds rounded down and
-/// nanoseconds that count up from there, fuser takes both away from the epoch.
+/// Reverses fuser's conversion of a time before 1970: the kernel sends whole seconds rounded down and nanoseconds
+/// counted forward from there; fuser subtracts both from the epoch.
 pub fn timestamp_from_fuser(time: SystemTime) -> Timestamp {
     match time.duration_since(UNIX_EPOCH) {
         Ok(after) => Timestamp {
@@ -133,28 +133,27 @@ fn set_time(time: TimeOrNow) -> SetTime {
     }
 }
 
-/// The fields of a SETATTR that mean something here.
+/// The fields of a SETATTR that are used.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SetAttrFields {
-    /// chmod(2)
+    /// New mode (chmod(2)).
     pub mode: Option<u32>,
-    /// chown(2)
+    /// New owner (chown(2)).
     pub uid: Option<u32>,
-    /// chown(2)
+    /// New group (chown(2)).
     pub gid: Option<u32>,
-    /// truncate(2)
+    /// New size (truncate(2)).
     pub size: Option<u64>,
-    /// utimensat(2)
+    /// New time of the last access (utimensat(2)).
     pub atime: Option<TimeOrNow>,
-    /// utimensat(2)
+    /// New time of the last change of content (utimensat(2)).
     pub mtime: Option<TimeOrNow>,
 }
 
-/// What a SETATTR of `caller_uid` changes.
+/// Returns the changes that a SETATTR of `caller_uid` makes.
 ///
-/// With FUSE_HANDLE_KILLPRIV_V2 it is ours to drop privileges: a request without any field asks for just
-/// that, chown does always, truncation does unless root truncates (fuser hides the kernel's own word for the
-/// last).
+/// With FUSE_HANDLE_KILLPRIV_V2 the mount must drop privileges: a request without any field asks for just that, chown
+/// always does, truncation does unless root truncates (fuser hides the kernel's own flag for the last).
 pub fn attribute_changes(fields: SetAttrFields, caller_uid: u32) -> AttributeChanges {
     let chown = fields.uid.is_some() || fields.gid.is_some();
     let truncate = fields.size.is_some();
@@ -172,7 +171,7 @@ pub fn attribute_changes(fields: SetAttrFields, caller_uid: u32) -> AttributeCha
     }
 }
 
-/// What becomes of a file's privileges when a program of this user truncates it.
+/// Returns what happens to a file's privileges when a program of this user truncates it.
 pub fn privileges_of(caller_uid: u32) -> Privileges {
     match caller_uid {
         0 => Privileges::Keep,
@@ -180,8 +179,8 @@ pub fn privileges_of(caller_uid: u32) -> Privileges {
     }
 }
 
-/// Where a WRITE goes and what becomes of the file's privileges. `open_flags` are those of the file as they are now, not
-/// as it was opened.
+/// Returns the position of a WRITE and what happens to the file's privileges. `open_flags` are the present flags of the
+/// file, not those with which it was opened.
 pub fn write_terms(offset: u64, open_flags: i32, write_flags: WriteFlags) -> (WritePosition, Privileges) {
     let place = if open_flags & libc::O_APPEND == 0 {
         WritePosition::At(offset)
@@ -199,10 +198,10 @@ pub fn write_terms(offset: u64, open_flags: i32, write_flags: WriteFlags) -> (Wr
     (place, privileges)
 }
 
-/// renameat2(2)'s flags.
+/// Converts renameat2(2)'s flags.
 ///
 /// # Errors
-/// [`FsError::InvalidArgument`] for RENAME_WHITEOUT, and all that we do not know.
+/// [`FsError::InvalidArgument`] for RENAME_WHITEOUT and unknown flags.
 pub fn rename_mode(flags: RenameFlags) -> Result<RenameMode, FsError> {
     if flags.is_empty() {
         Ok(RenameMode::Replace)
@@ -215,10 +214,10 @@ pub fn rename_mode(flags: RenameFlags) -> Result<RenameMode, FsError> {
     }
 }
 
-/// setxattr(2)'s flags.
+/// Converts setxattr(2)'s flags.
 ///
 /// # Errors
-/// [`FsError::InvalidArgument`] for all but the two, and for both at once.
+/// [`FsError::InvalidArgument`] for unknown flags, and for both flags at once.
 pub fn xattr_mode(flags: i32) -> Result<XattrMode, FsError> {
     match flags {
         0 => Ok(XattrMode::Set),
@@ -228,7 +227,7 @@ pub fn xattr_mode(flags: i32) -> Result<XattrMode, FsError> {
     }
 }
 
-/// An extended attribute's name that a program may use.
+/// Checks the name of an extended attribute that a program uses.
 ///
 /// # Errors
 /// Those of [`XattrName::new`] and [`XattrName::require_known_namespace`].
@@ -238,19 +237,19 @@ pub fn xattr_name(name: &[u8]) -> Result<XattrName, FsError> {
     Ok(name)
 }
 
-/// How an answer to getxattr(2) or listxattr(2) fits into what the program offered.
+/// The kind of answer to getxattr(2) or listxattr(2).
 #[derive(Debug, PartialEq, Eq)]
 pub enum XattrFit {
-    /// It only asked for the size.
+    /// The program only asked for the size.
     Size(u32),
-    /// It has room.
+    /// The data fits.
     Data,
 }
 
-/// Decides about `length` bytes for a program that has room for `room_bytes`; 0: it asks how much it needs.
+/// Decides how to answer with `length` bytes a program that offers `room_bytes`; 0 asks for the size.
 ///
 /// # Errors
-/// [`FsError::Range`] when there is not enough room.
+/// [`FsError::Range`] if the data does not fit.
 pub fn xattr_fit(length: usize, room_bytes: u32) -> Result<XattrFit, FsError> {
     let length = u32::try_from(length).map_err(|_| FsError::TooBig)?;
     if room_bytes == 0 {
@@ -262,7 +261,7 @@ pub fn xattr_fit(length: usize, room_bytes: u32) -> Result<XattrFit, FsError> {
     }
 }
 
-/// Names as listxattr(2) wants them: one after the other, each ended by a NUL.
+/// Returns names in the form of listxattr(2): concatenated, each ended by a NUL.
 pub fn joined_xattr_names(names: &[XattrName]) -> Vec<u8> {
     let mut joined = Vec::with_capacity(names.iter().map(|name| name.as_bytes().len() + 1).sum());
     for name in names {
@@ -277,7 +276,7 @@ mod tests {
     use super::*;
     use std::time::Duration;
 
-    /// As fuser 0.18 decodes a kernel's timespec.
+    /// Decodes a kernel's timespec as fuser 0.18 does.
     fn as_fuser_decodes(seconds: i64, nanoseconds: u32) -> SystemTime {
         if seconds >= 0 {
             UNIX_EPOCH + Duration::new(seconds as u64, nanoseconds)
@@ -383,7 +382,7 @@ mod tests {
         ] {
             assert!(xattr_name(known).is_ok(), "{}", known.escape_ascii());
         }
-        // ACLs are not there yet.
+        // ACLs are not supported.
         for unknown in [
             &b"system.posix_acl_access"[..],
             b"system.x",

@@ -1,4 +1,4 @@
-//! What a mount's edge is made of, and how a request's work is run and its reply given: once, whatever happens.
+//! The parts of a mount's edge, and how the work of a request is run and answered: once, whatever happens.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -24,7 +24,7 @@ use crate::statistics::{Statistics, Verb, attribute_value};
 use quorumfs_fs::interrupt::{Caller, Callers, Tolerance, in_vain};
 use quorumfs_fs::{Cluster, Filesystem, Handle, NewFile, OpenFlags, Opened};
 
-/// A reply that can be an error. Dropped without an answer it says EIO.
+/// A reply that can be an error. Dropped without an answer, it sends EIO.
 pub trait Refuse: Send + 'static {
     /// Answers with an error.
     fn refuse(self, errno: Errno);
@@ -54,10 +54,10 @@ refuse!(
     ReplyXattr
 );
 
-/// The kernel asks again after so long even under a long lease.
+/// Longest time that the kernel may cache without asking, even under a longer lease.
 const CACHE_MAX: Duration = Duration::from_secs(1);
 
-/// One mount's edge.
+/// The edge of one mount.
 pub struct FuseEdge<C: Cluster> {
     filesystem: Arc<Filesystem<C>>,
     pub(super) view: View,
@@ -67,12 +67,12 @@ pub struct FuseEdge<C: Cluster> {
     pub(super) payloads: WaitingPayloads,
 }
 
-/// A request as it is served: what it asks for, the thread that waits for it, and its reply.
+/// A request being served: its verb, the waiting thread, and its reply.
 pub(super) type Asked<Reply> = (Verb, u32, Reply);
 
 impl<C: Cluster> FuseEdge<C> {
-    /// The edge of `filesystem`, whose root is the cluster's directory `root`. The kernel may keep names and attributes
-    /// as long as the lease holds, and for `cache` at the least.
+    /// Makes the edge of `filesystem`, whose root is the cluster's directory `root`. The kernel may keep names and
+    /// attributes as long as the lease holds, and for at least `cache`.
     pub fn new(
         filesystem: Arc<Filesystem<C>>,
         root: InodeNumber,
@@ -99,8 +99,7 @@ impl<C: Cluster> FuseEdge<C> {
         }
     }
 
-    /// From now on the kernel is asked which removed inodes programs still use, and told which pages are not right any
-    /// more.
+    /// From now on the kernel is asked which removed inodes programs still use, and notified of invalid pages.
     pub(super) fn reach_kernel(&self, notices: Notices) {
         let (inodes, notices) = (self.view.inodes, Arc::new(notices));
         let asked = Arc::clone(&notices);
@@ -117,26 +116,26 @@ impl<C: Cluster> FuseEdge<C> {
         self.filesystem.set_pages_above(notices);
     }
 
-    /// What is counted of the requests.
+    /// Returns the counters of requests.
     pub fn statistics(&self) -> &Arc<Statistics> {
         &self.statistics
     }
 
-    /// Tells [`ATTRIBUTE`](crate::statistics::ATTRIBUTE).
+    /// Answers a request for [`ATTRIBUTE`](crate::statistics::ATTRIBUTE).
     pub(super) fn tell_statistics(&self, room_bytes: u32, reply: ReplyXattr) {
         let filesystem = &self.filesystem;
         let told = self
             .statistics
-            .told(filesystem.cache_statistics(), filesystem.dirty_bytes());
+            .report(filesystem.cache_statistics(), filesystem.dirty_bytes());
         answer_xattr(room_bytes)(reply, attribute_value(&told).into());
     }
 
-    /// What the cluster calls the kernel's `inode`.
+    /// Returns the cluster's number of the kernel's `inode`.
     pub(super) fn cluster_inode(&self, inode: INodeNo) -> Result<InodeNumber, FsError> {
         self.view.inodes.to_cluster(inode)
     }
 
-    /// Runs `work` and gives its result to `answer`, its error to the kernel.
+    /// Runs `work` and gives its result to `answer`, or its error to the kernel.
     pub(super) fn serve<Reply, Work, Running, Value>(
         &self,
         asked: Asked<Reply>,
@@ -151,7 +150,7 @@ impl<C: Cluster> FuseEdge<C> {
         self.run(asked, |_| 0, work, answer, |_, _| ());
     }
 
-    /// As [`FuseEdge::serve`], for what moves content: `moved` tells how many bytes.
+    /// Like [`FuseEdge::serve`], for requests that move content: `moved` returns the number of bytes.
     pub(super) fn serve_moving<Reply, Work, Running, Value>(
         &self,
         asked: Asked<Reply>,
@@ -167,8 +166,8 @@ impl<C: Cluster> FuseEdge<C> {
         self.run(asked, moved, work, answer, |_, _| ());
     }
 
-    /// As [`FuseEdge::serve`], for what opens something: `close` closes it again where the caller was interrupted, for
-    /// the kernel does not know of it then.
+    /// Like [`FuseEdge::serve`], for requests that open something: if the caller was interrupted, `close` closes it
+    /// again, because the kernel does not know it then.
     pub(super) fn serve_opening<Reply, Work, Running, Value>(
         &self,
         asked: Asked<Reply>,
@@ -216,7 +215,7 @@ impl<C: Cluster> FuseEdge<C> {
                 Some(Err(error)) => reply.refuse(errno(error)),
                 None => {
                     reply.refuse(Errno::EINTR);
-                    // Nobody is told how it ends; what it leaves behind is told as any failure is.
+                    // The caller is gone; a failure is reported like any other.
                     if let Ok(value) = in_vain(running).await {
                         close(filesystem, value);
                     }
@@ -225,7 +224,7 @@ impl<C: Cluster> FuseEdge<C> {
         });
     }
 
-    /// As [`FuseEdge::serve`], for a write of `data`, which waits for room in memory first.
+    /// Like [`FuseEdge::serve`], for a write of `data`, which first waits for space in memory.
     pub(super) fn serve_write<Work, Writing>(
         &self,
         (thread, reply): (u32, ReplyWrite),
@@ -244,7 +243,7 @@ impl<C: Cluster> FuseEdge<C> {
         );
     }
 
-    /// mknod, mkdir, symlink.
+    /// Serves mknod, mkdir and symlink.
     pub(super) fn make(
         &self,
         request: &Request,
@@ -274,7 +273,7 @@ impl<C: Cluster> FuseEdge<C> {
     }
 }
 
-/// What may interrupt the callers of `verb`.
+/// Returns what may interrupt the callers of `verb`.
 fn tolerance(verb: Verb) -> Tolerance {
     match verb {
         Verb::Lookup
@@ -307,7 +306,7 @@ fn tolerance(verb: Verb) -> Tolerance {
     }
 }
 
-/// How `caller_uid` opens a file.
+/// Returns the options with which `caller_uid` opens a file.
 pub(super) fn opening(flags: i32, caller_uid: u32) -> OpenFlags {
     OpenFlags {
         privileges: convert::privileges_of(caller_uid),
@@ -315,7 +314,7 @@ pub(super) fn opening(flags: i32, caller_uid: u32) -> OpenFlags {
     }
 }
 
-/// The file that `request` creates with this mode.
+/// Returns the file that `request` creates with this mode.
 pub(super) fn new_file(mode: u32, request: &Request) -> NewFile {
     NewFile {
         mode: convert::permissions(mode),
@@ -324,36 +323,35 @@ pub(super) fn new_file(mode: u32, request: &Request) -> NewFile {
     }
 }
 
-/// Closes a file that nobody knows to be open.
+/// Closes a file that the kernel does not know to be open.
 pub(super) fn close<C: Cluster>(filesystem: Arc<Filesystem<C>>, opened: Opened) {
     tokio::spawn(async move {
-        // It was opened a moment ago, so it is there.
+        // It was opened a moment ago, so the handle exists.
         let _ = filesystem.release(opened.handle).await;
     });
 }
 
-/// As [`close`], a directory.
+/// Closes a directory that the kernel does not know to be open.
 pub(super) fn close_directory<C: Cluster>(filesystem: Arc<Filesystem<C>>, handle: Handle) {
     let _ = filesystem.release_directory(handle);
 }
 
-/// A name that outlives its request.
+/// Copies a name, so that it outlives its request.
 pub(super) fn name_bytes(name: &OsStr) -> Bytes {
     Bytes::copy_from_slice(name.as_bytes())
 }
 
-/// Polls `work` once here; if it has to wait it goes on on `runtime`. A panic ends `work` and nothing else.
+/// Polls `work` once on this thread; if it must wait, it continues on `runtime`. A panic ends only `work`.
 fn run(runtime: &tokio::runtime::Handle, work: impl Future<Output = ()> + Send + 'static) {
     let mut work = Box::pin(work);
     let _inside = runtime.enter();
-    // Nobody is woken through this context: `spawn` polls once more, and whatever became ready in between is
-    // seen then.
+    // This context wakes nothing: `spawn` polls once more, and finds what became ready in between.
     let mut context = Context::from_waker(Waker::noop());
-    // After a panic the future is dropped unpolled, so nothing broken is looked at.
+    // After a panic the future is dropped without another poll, so its broken state is not used.
     match std::panic::catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(&mut context))) {
         Ok(Poll::Pending) => drop(runtime.spawn(work)),
         Ok(Poll::Ready(())) => {}
-        // The panic hook has logged it, and the reply says EIO when it is dropped.
+        // The panic hook has logged the panic, and the dropped reply sends EIO.
         Err(_panic) => drop(std::panic::catch_unwind(AssertUnwindSafe(|| drop(work)))),
     }
 }

@@ -1,44 +1,47 @@
-//! How the kernel's inode numbers and the cluster's relate.
+//! The relation between the kernel's inode numbers and the cluster's.
 //!
-//! To the kernel the root of a mount is always 1. When a sub-directory is mounted its number in the cluster
-//! is another one, so the two change places; all other numbers are the same on both sides. That map is total
-//! and its own inverse, but the kernel is never told the changed number of the cluster's root, which lies
-//! outside of such a mount: a number made up in a file handle must not lead there.
+//! To the kernel the root of a mount is always 1. If a sub-directory is mounted, its number in the cluster is another
+//! one, so the two are exchanged; all other numbers are the same on both sides. The mapping is total and its own
+//! inverse, but the kernel is never given the exchanged number of the cluster's root, which is outside of such a mount:
+//! a forged number in a file handle must not lead there.
 //!
-//! The kernel may know a directory under several numbers (`places`): they differ in a tag above the inode's own bits.
+//! The kernel may know a directory by several numbers (`places`): they differ in a tag above the inode's own bits.
 //!
-//! Knows nothing of how many lookups the kernel holds: cluster numbers are never used twice, so forgetting
-//! one early is harmless.
+//! This module does not count the kernel's look-ups: cluster numbers are never reused, so forgetting one early does no
+//! harm.
 
 use fuser::INodeNo;
 use quorumfs_proto::{FsError, InodeNumber};
 
-/// Bits of an inode's own number. A cluster counts its inodes from 1, and does not come to make so many.
+/// Bits of an inode's own number. A cluster numbers its inodes from 1 and never creates that many.
 pub const INODE_BITS: u32 = 48;
 
-/// The kernel's `inode` without the tag that says where it was found.
+/// Returns the kernel's `inode` without the tag that says where it was found.
 pub fn untagged(inode: INodeNo) -> INodeNo {
     INodeNo(inode.0 & ((1 << INODE_BITS) - 1))
 }
 
-/// The map of one mount.
+/// The mapping of one mount.
 #[derive(Clone, Copy, Debug)]
 pub struct InodeMap {
     root: InodeNumber,
 }
 
 impl InodeMap {
-    /// Of a mount whose root is the cluster's directory `root`.
+    /// Makes the mapping of a mount whose root is the cluster's directory `root`.
     pub fn new(root: InodeNumber) -> InodeMap {
         InodeMap { root }
     }
 
-    /// What the kernel calls the cluster's `inode`.
+    /// Returns the kernel's number of the cluster's `inode`.
     pub fn to_kernel(self, inode: InodeNumber) -> INodeNo {
         INodeNo(self.swap(inode).0)
     }
 
-    /// What the cluster calls the kernel's `inode`. [`FsError::Stale`] for what this mount does not reach.
+    /// Returns the cluster's number of the kernel's `inode`.
+    ///
+    /// # Errors
+    /// [`FsError::Stale`] for an inode outside of this mount.
     pub fn to_cluster(self, inode: INodeNo) -> Result<InodeNumber, FsError> {
         let inode = InodeNumber(untagged(inode).0);
         if inode == self.root && self.root != InodeNumber::ROOT {

@@ -1,17 +1,17 @@
-//! The bytes of write requests that were read from the kernel and wait to be taken by the filesystem.
+//! The bytes of write requests that have been read from the kernel and wait for the filesystem.
 //!
-//! A request must be read before anybody knows that it is a write, and then the kernel does not keep its bytes for us:
-//! somebody must. A thread that waited with them would hold up all other requests behind it, and the program's death.
-//! So the first [`WAITING_BYTES_MAX`] wait in memory, and what comes beyond is laid into a file on this machine's disk,
-//! without a name, until it is its turn.
+//! A request must be read before it is known to be a write, and then the kernel does not keep its bytes. A thread that
+//! kept them while it waits would block all later requests, and the death of the program. So the first
+//! [`WAITING_BYTES_MAX`] wait in memory, and further ones in an unnamed file on this machine's disk, until it is their
+//! turn.
 //!
-//! Owes: memory for waiting bytes is bounded, whatever the number of programs that write, and no thread waits for room.
-//! Programs that are blocked cannot send more, so the file is bounded by their number; [`FILE_BYTES_MAX`] bounds it in
-//! any case. Where there is no such file (no disk, no room) or it is full, bytes wait in memory after all: the bound
-//! does not hold then, and the log says so once.
+//! Contract: memory for waiting bytes is bounded, whatever the number of writing programs, and no thread waits for
+//! space. Programs that are blocked cannot send more, so the file is bounded by their number; [`FILE_BYTES_MAX`] bounds
+//! it in any case. If there is no such file (no disk, no space) or it is full, bytes wait in memory after all: the
+//! bound does not hold then, and the log says so once.
 //!
 //! Invariants: a slot of the file belongs to one [`Payload`] from its writing until that is dropped. The file is opened
-//! before anything is mounted and never lies on a FUSE filesystem, so this process never waits for its own mount.
+//! before anything is mounted and is never on a FUSE filesystem, so this process never waits for its own mount.
 
 use std::fs::File;
 use std::io;
@@ -27,14 +27,15 @@ use quorumfs_proto::FsError;
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Bytes of write requests that wait in memory: a full MiB of as many programs as keep any connection busy.
+/// Most bytes of write requests that wait in memory: a MiB for each of as many programs as saturate any connection.
 pub const WAITING_BYTES_MAX: usize = 32 << 20;
-/// Bytes in the file: more programs than this may be blocked in writes of a MiB at once on no machine we know.
+/// Most bytes in the file: more than programs blocked in writes of a MiB at once need on any known machine.
 const FILE_BYTES_MAX: u64 = 8 << 30;
-/// A write request has one chunk's bytes at most.
+/// A write request has at most the bytes of one chunk.
 const SLOT_BYTES: u64 = CHUNK_BYTES_MAX as u64;
 
-/// Where files without a name go; memory is no use, nor is what waits for another machine, or for this process.
+/// Folders for the unnamed file; a file in memory is useless, and so is one that waits for another machine or this
+/// process.
 const FOLDERS: [&str; 3] = ["/var/tmp", "/var/cache", "/tmp"];
 const TMPFS: FsType = FsType(0x0102_1994);
 const RAMFS: FsType = FsType(0x8584_58f6_u32 as _);
@@ -42,17 +43,17 @@ const FUSE: FsType = FsType(0x6573_5546);
 const NFS: FsType = FsType(0x6969);
 const CIFS: FsType = FsType(0xff53_4d42_u32 as _);
 
-/// See the module. Cloning shares it.
+/// The waiting payloads; see the module documentation. Clones share it.
 #[derive(Clone, Debug)]
 pub struct WaitingPayloads {
     memory: Arc<Semaphore>,
     file: Option<Arc<Slots>>,
-    /// Whether the log has heard that the bound does not hold.
+    /// Whether it was logged that the bound does not hold.
     told: Arc<AtomicBool>,
 }
 
 impl WaitingPayloads {
-    /// Nothing waits yet.
+    /// Makes an empty set of payloads.
     pub fn new() -> WaitingPayloads {
         WaitingPayloads::bounded(
             WAITING_BYTES_MAX,
@@ -68,7 +69,7 @@ impl WaitingPayloads {
         }
     }
 
-    /// Takes a request's bytes; never waits for other requests.
+    /// Stores a request's bytes; never waits for other requests.
     pub fn take(&self, data: &[u8]) -> Payload {
         let bytes = data.len() as u32;
         let memory = Arc::clone(&self.memory);
@@ -78,7 +79,7 @@ impl WaitingPayloads {
                 Ok(slot) => Storage::File(slot),
                 Err(error) => {
                     if !self.told.swap(true, Ordering::Relaxed) {
-                        tracing::warn!(%error, "writes that wait for the cluster take more memory than they should");
+                        tracing::warn!(%error, "writes that wait for the cluster use more memory than the bound: there is no file on disk for them");
                     }
                     Storage::Memory(Bytes::copy_from_slice(data), None)
                 }
@@ -110,14 +111,14 @@ pub struct Payload {
 
 #[derive(Debug)]
 enum Storage {
-    /// With its share of the bound; without one where there was no other way.
+    /// In memory, with its share of the bound; without one if there was no alternative.
     Memory(Bytes, Option<OwnedSemaphorePermit>),
     File(Slot),
 }
 
 impl Payload {
-    /// Gives the bytes to `write`, as soon as there is room for them in memory; first come, first served. They count as
-    /// waiting until it is done.
+    /// Gives the bytes to `write` when there is space for them in memory, in order of arrival. They count as waiting
+    /// until `write` is done.
     pub async fn give<Writing, T>(self, write: impl FnOnce(Bytes) -> Writing) -> Result<T, FsError>
     where
         Writing: Future<Output = Result<T, FsError>>,
@@ -126,7 +127,10 @@ impl Payload {
         write(bytes).await
     }
 
-    /// The bytes, with what they count by. [`FsError::Io`]: the disk did not give them back.
+    /// Returns the bytes with their share of the bound.
+    ///
+    /// # Errors
+    /// [`FsError::Io`] if the disk cannot read them.
     async fn bytes(self) -> Result<(Bytes, Option<OwnedSemaphorePermit>), FsError> {
         let slot = match self.place {
             Storage::Memory(bytes, permit) => return Ok((bytes, permit)),
@@ -138,14 +142,14 @@ impl Payload {
         match read.map_err(io::Error::other).flatten() {
             Ok(bytes) => Ok((bytes, permit)),
             Err(error) => {
-                tracing::error!(%error, bytes = length, "cannot read back what a program wrote");
+                tracing::error!(%error, bytes = length, "cannot read the bytes of a write back from the disk; the write fails");
                 Err(FsError::Io)
             }
         }
     }
 }
 
-/// A file as an array of places for one payload each.
+/// A file as an array of slots for one payload each.
 #[derive(Debug)]
 struct Slots {
     file: File,
@@ -154,7 +158,7 @@ struct Slots {
 
 #[derive(Debug, Default)]
 struct Used {
-    /// Those below `end` that are free.
+    /// The free slots below `end`.
     free: Vec<u64>,
     end: u64,
 }
@@ -192,13 +196,13 @@ impl Slots {
         used.free.push(number);
         if used.free.len() as u64 == used.end {
             *used = Used::default();
-            // Under the lock: nobody writes yet. Where it fails the file only stays as large as it was.
+            // Under the lock, so no write is in progress. If it fails, the file only keeps its size.
             let _ = self.file.set_len(0);
         }
     }
 }
 
-/// One place in the file.
+/// One slot of the file.
 #[derive(Debug)]
 struct Slot {
     slots: Arc<Slots>,
@@ -223,7 +227,7 @@ impl Drop for Slot {
     }
 }
 
-/// A file without a name in `folder`, if that is on a disk of this machine.
+/// Opens an unnamed file in `folder`, if that is on a disk of this machine.
 fn open(folder: &Path) -> Option<File> {
     let file = tempfile::tempfile_in(folder).ok()?;
     let kind = fstatfs(&file).ok()?.filesystem_type();

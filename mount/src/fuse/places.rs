@@ -1,22 +1,22 @@
-//! Under which number the kernel knows each directory, and where.
+//! The numbers and the places by which the kernel knows each directory.
 //!
-//! To the kernel a directory has one place. When a look-up finds it at another one, because another mount moved it, the
-//! kernel moves its own record of the directory, and all below, if it gets the locks for that; else the call fails with
-//! ESTALE. A rename holds one of these locks itself and so always fails. And where parent and child have changed places it
-//! sees a loop (ELOOP).
+//! To the kernel a directory has one place. If a look-up finds it at another one, because another mount moved it, the
+//! kernel moves its own record of the directory and everything below, if it gets the locks for that; else the call
+//! fails with ESTALE. A rename holds one of these locks itself and so always fails. If parent and child have changed
+//! places, the kernel sees a loop (ELOOP).
 //!
-//! So a directory that is found below another parent than the kernel knows it under gets a new number there: to the kernel
-//! it is another directory. The record of the old place stays for those who use it (a working directory, an open one);
-//! both numbers lead to the same directory of the cluster, and its attributes tell the same inode number. What lies below
-//! it the kernel finds anew, since the parent is another one.
+//! So a directory that is found below another parent than the kernel knows gets a new number there: to the kernel it is
+//! another directory. The record of the old place stays for programs that use it (as a working directory or an open
+//! one). Both numbers lead to the same directory of the cluster, and its attributes contain the same inode number. The
+//! kernel looks up everything below it again, since the parent is another one.
 //!
-//! A number is the inode's own with a tag in the upper bits. The tag is 0 until a directory moves. Bounded by count: of a
-//! directory that is remembered no more the kernel is told the number without a tag, and if it has been moved meanwhile a
-//! call may fail once.
+//! A number is the inode's own with a tag in the upper bits. The tag is 0 until a directory moves. The number of
+//! remembered directories is bounded: for a forgotten directory the kernel gets the number without a tag, and if it has
+//! been moved meanwhile a call may fail once.
 //!
-//! All numbers that a directory was given are remembered with it, since the kernel may know it under any of them: a
-//! working directory keeps the number of its place long after the newest one is forgotten. So are the names under which it
-//! was told of older ones: it may keep these for days, and the directory with them, although nobody uses it.
+//! All numbers that a directory was given are remembered, since the kernel may know it by any of them: a working
+//! directory keeps the number of its place long after the newest one is forgotten. So are the names with the older
+//! numbers: the kernel may keep these for days, and the directory with them, although no program uses it.
 
 use bytes::Bytes;
 use fuser::INodeNo;
@@ -25,26 +25,26 @@ use quick_cache::unsync::Cache;
 
 use super::inode_map::{INODE_BITS, untagged};
 
-/// Directories remembered: some 4 MiB at most.
+/// Most directories remembered: about 4 MiB.
 const DIRECTORIES_MAX: usize = 64 << 10;
 
-/// Tags remembered of a directory that is moved again and again: beyond it the oldest is forgotten, and a directory that
-/// nobody uses but under that number counts as unused. At most 4 MiB for all directories.
+/// Most tags remembered of a directory that is moved repeatedly: beyond it the oldest is forgotten, and a directory
+/// that is used only by that number counts as unused. At most 4 MiB for all directories.
 const TAGS_MAX: usize = 32;
 
-/// Where an answer names an inode.
+/// The place at which an answer names an inode.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
     /// By this name in this directory of the kernel.
     In(INodeNo, Bytes),
-    /// As the directory that was asked about, ".".
+    /// As the directory of the request, ".".
     Itself(INodeNo),
-    /// As the directory above, "..", or anything that is no directory.
+    /// As the parent directory, "..", or an inode that is not a directory.
     Anywhere,
 }
 
 impl Place {
-    /// Of what a look-up of `name` in `parent` finds.
+    /// Returns the place of the result of a look-up of `name` in `parent`.
     pub fn of(parent: INodeNo, name: &Bytes) -> Place {
         match &name[..] {
             b"." => Place::Itself(parent),
@@ -57,27 +57,29 @@ impl Place {
 #[derive(Clone, Debug)]
 struct Known {
     parent: INodeNo,
-    /// Empty where this mount gave it, and the kernel has not asked since.
+    /// Empty if this mount moved it there, and the kernel has not looked it up since.
     name: Bytes,
-    /// Where it was told of it before another mount moved it, the oldest first. As many as tags at most.
+    /// The places that the kernel knew before another mount moved the directory, the oldest first. At most as many as
+    /// tags.
     left: Vec<(INodeNo, Bytes)>,
-    /// Of the numbers that the kernel was told, the newest last; before these it was told the one without a tag.
+    /// The tags of the numbers given to the kernel, the newest last; before these it was given the number without a
+    /// tag.
     tags: Vec<u16>,
 }
 
 impl Known {
-    /// The number that it was told last.
+    /// Returns the number that the kernel was given last.
     fn number(&self, plain: INodeNo) -> INodeNo {
         self.tags.last().map_or(plain, |tag| tagged(plain, *tag))
     }
 }
 
-/// See the module. The lock is held for a look-up.
+/// The places of all directories; see the module documentation. The lock is held for one look-up.
 pub struct Places {
-    state: Mutex<State>,
+    state: Mutex<PlaceTable>,
 }
 
-struct State {
+struct PlaceTable {
     /// By the number without a tag.
     directories: Cache<INodeNo, Known>,
     last_tag: u16,
@@ -86,7 +88,7 @@ struct State {
 impl Default for Places {
     fn default() -> Places {
         Places {
-            state: Mutex::new(State {
+            state: Mutex::new(PlaceTable {
                 directories: Cache::new(DIRECTORIES_MAX),
                 last_tag: 0,
             }),
@@ -94,7 +96,7 @@ impl Default for Places {
     }
 }
 
-impl State {
+impl PlaceTable {
     fn next_tag(&mut self) -> u16 {
         self.last_tag = self.last_tag.checked_add(1).unwrap_or(1);
         self.last_tag
@@ -102,7 +104,7 @@ impl State {
 }
 
 impl Places {
-    /// What the kernel is to call the directory `plain` (a number without a tag) that it is told of at `place`.
+    /// Returns the number for the kernel of the directory `plain` (a number without a tag) at `place`.
     pub fn number(&self, plain: INodeNo, place: Place) -> INodeNo {
         if plain == INodeNo::ROOT {
             return plain;
@@ -142,7 +144,7 @@ impl Places {
         number
     }
 
-    /// This mount moved the directory `plain` from one parent to another: the kernel moves its record.
+    /// Records that this mount moved the directory `plain` to another parent: the kernel moves its record.
     pub fn moved(&self, plain: INodeNo, to_parent: INodeNo) {
         let mut state = self.state.lock();
         let known = state.directories.get(&plain);
@@ -155,7 +157,7 @@ impl Places {
         state.directories.insert(plain, known);
     }
 
-    /// All that the kernel may call `plain`, the newest first.
+    /// Returns all numbers by which the kernel may know `plain`, the newest first.
     pub fn numbers(&self, plain: INodeNo) -> Vec<INodeNo> {
         let state = self.state.lock();
         let tags = state.directories.get(&plain).map_or(&[][..], |known| &known.tags);
@@ -163,7 +165,7 @@ impl Places {
         given.chain([plain]).collect()
     }
 
-    /// The names that do not lead to `plain` any more and that the kernel may still know it by; told once.
+    /// Takes the outdated names by which the kernel may still know `plain`; each is returned once.
     pub fn take_left(&self, plain: INodeNo) -> Vec<(INodeNo, Bytes)> {
         let mut state = self.state.lock();
         match state.directories.get(&plain).cloned() {
@@ -188,7 +190,7 @@ fn tagged(plain: INodeNo, tag: u16) -> INodeNo {
     INodeNo(plain.0 | u64::from(tag) << INODE_BITS)
 }
 
-/// Whether `number` says that the directory was moved.
+/// Whether `number` has the tag of a directory that was moved.
 pub fn is_tagged(number: INodeNo) -> bool {
     untagged(number) != number
 }

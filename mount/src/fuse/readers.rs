@@ -1,10 +1,10 @@
-//! When the readers of a file have taken what their answers gave them.
+//! Detects when the readers of a file have copied the pages of their answers.
 //!
-//! A thread that waits for a page is woken by the answer, and takes its bytes when it has a processor again: on a busy
-//! machine milliseconds later. Nothing tells when that was, but `/proc/TID` shows whether it has run since. Between the
-//! page and its bytes it does not wait for anything, so one that runs, or waits for something else, has taken them.
+//! A thread that waits for a page is woken by the answer and copies its bytes when it gets a processor: on a busy
+//! machine milliseconds later. No event reports that, but `/proc/TID` shows whether the thread has run since. Between
+//! the page and its bytes it waits for nothing, so a thread that has run, or waits for something else, has copied them.
 //!
-//! Must not know of files and pages.
+//! This module must not know files and pages.
 
 use std::fs;
 use std::thread;
@@ -12,21 +12,21 @@ use std::time::{Duration, Instant};
 
 use quorumfs_fs::Reader;
 
-/// Between two looks.
+/// Pause between two checks.
 const TICK: Duration = Duration::from_micros(200);
 
-/// A reader that gets no processor for so long is not waited for any longer.
+/// A reader that gets no processor for this long is no longer waited for.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// How long the threads that `/proc` does not show are waited for.
+/// Time to wait for threads that `/proc` does not show.
 const UNSEEN_PAUSE: Duration = Duration::from_millis(5);
 
-/// What `/proc` shows of a thread.
+/// The state of a thread in `/proc`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Seen {
-    /// It runs, or waits for a processor. It has had one for so many nanoseconds so far, if the kernel counts them.
+    /// It runs, or waits for a processor. It has run for this many nanoseconds so far, if the kernel counts them.
     Runnable { ran_ns: Option<u64> },
-    /// It waits for something else, or there is none.
+    /// It waits for something else, or does not exist.
     NotRunnable,
 }
 
@@ -47,7 +47,7 @@ pub(super) fn until_taken(readers: &[Reader]) {
 }
 
 fn seen(Reader(thread): Reader) -> Seen {
-    // Both files are shown without any lock that a thread holds while it waits for this mount.
+    // Reading these files takes no lock that a thread holds while it waits for this mount.
     let read = |file: &str| fs::read_to_string(format!("/proc/{thread}/{file}")).ok();
     let ran_ns = read("schedstat").and_then(|text| text.split(' ').next()?.parse().ok());
     match read("status").as_deref().and_then(state) {
@@ -56,7 +56,7 @@ fn seen(Reader(thread): Reader) -> Seen {
     }
 }
 
-/// The letter of a thread's state in `/proc/TID/status` (proc_pid_status(5)).
+/// Returns the letter of a thread's state in `/proc/TID/status` (proc_pid_status(5)).
 fn state(status: &str) -> Option<char> {
     let line = status.lines().find_map(|line| line.strip_prefix("State:"))?;
     line.trim_start().chars().next()

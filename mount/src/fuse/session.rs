@@ -14,11 +14,11 @@ use quorumfs_fs::Cluster;
 /// The threads only decode and copy, so a few saturate any kernel.
 const THREADS_MAX: usize = 8;
 
-/// Answers the INIT that waits in `device` and starts fuser's threads. What is returned resolves when the kernel has
-/// let go of the mount.
+/// Answers the INIT that waits in `device` and starts fuser's threads. The returned receiver resolves when the kernel
+/// has released the mount.
 ///
 /// # Errors
-/// When INIT fails or there is no thread to spare; nobody serves the mount then.
+/// If INIT fails or no thread can be started; the mount is not served then.
 pub fn serve_kernel<C: Cluster>(
     edge: FuseEdge<C>,
     device: OwnedFd,
@@ -39,7 +39,7 @@ pub fn serve_kernel<C: Cluster>(
     std::thread::Builder::new()
         .name("fuse".to_owned())
         .spawn(move || {
-            // Nobody listens any more when the process is about to end.
+            // The receiver may be gone when the process is about to end.
             let _ = sender.send(session.run());
         })?;
     Ok(ended)

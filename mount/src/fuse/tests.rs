@@ -1,5 +1,5 @@
-//! The whole way from a program through the kernel to a cluster in memory. Needs root and `/dev/fuse`; where
-//! they are not, the tests say that they were skipped.
+//! The whole path from a program through the kernel to a cluster in memory. Needs root and `/dev/fuse`; without them
+//! the tests are skipped and say so.
 
 mod append;
 mod coherence;
@@ -28,7 +28,7 @@ use crate::options::{Access, Stacking};
 use quorumfs_fs::{Filesystem, FsOptions};
 use quorumfs_memory::{Connection, MemoryCluster};
 
-/// A test that hangs in its own mount could never be ended: after this the mount is torn down under it.
+/// A test that hangs in its own mount could never be ended: after this time the mount is torn down.
 const TEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(crate) struct TestMount {
@@ -38,7 +38,7 @@ pub(crate) struct TestMount {
     pub(crate) runtime: tokio::runtime::Runtime,
     /// Resolves when fuser's threads have ended; a test may take it.
     pub(crate) ended: Option<tokio::sync::oneshot::Receiver<io::Result<()>>>,
-    /// Dropping it calls the watchdog off.
+    /// Dropping it stops the watchdog.
     _watchdog: mpsc::Sender<()>,
 }
 
@@ -107,7 +107,7 @@ impl TestMount {
 
     /// Unmounts as a stopping mount does, and waits for fuser's threads.
     pub(crate) fn unmount(mut self) {
-        // A process that another test is just starting holds a copy of all that is open here, until it runs.
+        // A process that another test is starting holds copies of all open descriptors until it runs.
         let begin = std::time::Instant::now();
         while self.mounted.unmount(Urgency::Polite).unwrap() == Unmounting::Busy {
             assert!(begin.elapsed() < Duration::from_secs(10), "it stays busy");
@@ -141,8 +141,8 @@ fn check(result: i32) -> io::Result<()> {
     }
 }
 
-/// Runs `work` in a child process and answers what it answers. It may only make system calls: it is the copy
-/// of one thread of many.
+/// Runs `work` in a child process and returns its result. It may only make system calls: the child is a copy of one
+/// thread of many.
 fn in_child(work: impl FnOnce() -> i32) -> i32 {
     match unsafe { nix::unistd::fork() }.unwrap() {
         nix::unistd::ForkResult::Child => unsafe {
@@ -228,7 +228,7 @@ fn names_move_and_go_as_rename_and_unlink_say() {
     rename2(&a, &b, libc::RENAME_EXCHANGE).unwrap();
     assert_eq!(fs::read(&a).unwrap(), b"b");
     assert_eq!(errno_of(rename2(&a, &b, libc::RENAME_WHITEOUT)), libc::EINVAL);
-    // What is open lives on without a name.
+    // An open file exists without a name.
     let mut open = File::options().read(true).write(true).open(&c).unwrap();
     fs::rename(&a, &c).unwrap();
     open.write_all(b"still here").unwrap();
@@ -355,7 +355,7 @@ fn two_mounts_see_each_others_closed_files() {
     let (one, other) = (mount(&cluster, 1), mount(&cluster, 2));
     fs::write(one.path("file"), "old").unwrap();
     assert_eq!(fs::read_to_string(other.path("file")).unwrap(), "old");
-    // Same length, so that nothing but the content's version tells.
+    // The same length, so that only the content's version differs.
     fs::write(one.path("file"), "new").unwrap();
     assert_eq!(fs::read_to_string(other.path("file")).unwrap(), "new");
     let mut append = File::options().append(true).open(other.path("file")).unwrap();
@@ -380,8 +380,8 @@ fn a_shared_mapping_is_written_back_and_never_makes_the_file_longer() {
     let mount = mount(&cluster, 1);
     fs::write(mount.path("file"), pattern(10_000)).unwrap();
     let path = c_path(&mount.path("file"));
-    // In a process of its own: one that waits for a page holds its memory map locked, and to serve the page
-    // this process may have to change its own.
+    // In a separate process: a thread that waits for a page holds the lock of its memory map, and this process may have
+    // to change its own to serve the page.
     let failed_call = in_child(|| unsafe {
         let file = libc::open(path.as_ptr(), libc::O_RDWR);
         let length = 12_288;
@@ -441,7 +441,7 @@ fn special_files_modes_and_the_umask() {
     );
     assert_eq!(shell("echo gone > n; cat n"), "", "the device is the kernel's");
     assert_eq!(shell("stat -f -c '%T %l' ."), "fuseblk 255\n");
-    // A program without privileges that writes takes them from the file.
+    // A write by a program without privileges drops them from the file.
     shell("echo x > suid; chmod 6777 suid; chmod 777 .");
     let file = mount.path("suid");
     let write = Command::new("sh")

@@ -1,18 +1,19 @@
-//! The write(2) that a WRITE request is part of.
+//! The write(2) call to which a WRITE request belongs.
 //!
-//! The kernel splits long writes without saying so. While a thread waits for the answer to the first part it shows the
-//! call that it is in, with its arguments, in `/proc/TID/syscall` (proc_pid_syscall(5)).
+//! The kernel splits long writes without marking the parts. While a thread waits for the answer to the first part,
+//! `/proc/TID/syscall` shows its system call with the arguments (proc_pid_syscall(5)).
 
 use std::fs;
 
 use quorumfs_fs::{WritePosition, may_be_a_part};
 
-/// `place` of a request of so many bytes, with what is still to come where that matters and can be seen.
+/// Adds to `place`, the position of a request of `bytes`, how many bytes are still to come, if that matters and can be
+/// seen.
 pub(super) async fn with_rest(mut place: WritePosition, thread: u32, bytes: usize) -> WritePosition {
     if let WritePosition::End { more_bytes, .. } = &mut place
         && may_be_a_part(bytes)
     {
-        // Not on a thread of the runtime: what is read there may have to wait.
+        // Not on a thread of the runtime: reading that file may block.
         let whole = tokio::task::spawn_blocking(move || bytes_of_write(thread)).await;
         *more_bytes = whole
             .ok()
@@ -22,13 +23,13 @@ pub(super) async fn with_rest(mut place: WritePosition, thread: u32, bytes: usiz
     place
 }
 
-/// How many bytes the thread `thread`, which waits for an answer, writes with one call. `None`: that cannot be seen, or it is
-/// another call than write(2) and pwrite(2).
+/// Returns the number of bytes that `thread`, which waits for an answer, writes with one call. `None` if that cannot be
+/// seen, or the call is neither write(2) nor pwrite(2).
 fn bytes_of_write(thread: u32) -> Option<u64> {
     parse(&fs::read_to_string(format!("/proc/{thread}/syscall")).ok()?)
 }
 
-/// The number of the call in decimal, then its arguments in hexadecimal.
+/// Parses the number of the call in decimal, then its arguments in hexadecimal.
 fn parse(shown: &str) -> Option<u64> {
     let mut fields = shown.split_ascii_whitespace();
     let number: i64 = fields.next()?.parse().ok()?;

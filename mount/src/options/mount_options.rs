@@ -1,7 +1,7 @@
-//! The words of `-o`: comma-separated, later ones win, unknown ones are refused by name.
+//! The options of `-o`: comma-separated, later ones override earlier ones, unknown ones are refused by name.
 //!
-//! Three kinds: what mount(2) takes as a flag, what is for mount(8) or the init system and means nothing
-//! here, and our own.
+//! There are three kinds: flags of mount(2), options for mount(8) or the init system, which are ignored here, and our
+//! own.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -20,13 +20,13 @@ pub enum DurabilityOption {
 /// Who may use the mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Every user, as the permissions of the files have it.
+    /// All users, subject to the permissions of files.
     Everyone,
     /// Only the user who mounts.
     Owner,
 }
 
-/// What if a QuorumFS mount is there already.
+/// What to do if a QuorumFS mount exists at the mount point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stacking {
     /// It is an error.
@@ -35,27 +35,27 @@ pub enum Stacking {
     Cover,
 }
 
-/// What if an option is not known (`mount -s`).
+/// What to do with an unknown option (`mount -s`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unknown {
     /// It is an error.
     Refuse,
-    /// It is passed over.
+    /// It is ignored.
     Tolerate,
 }
 
-/// What all `-o` together say.
+/// The contents of all `-o`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountWords {
-    /// For mount(2).
+    /// Flags for mount(2).
     pub flags: MsFlags,
     /// `durability=close|fsync`
     pub durability: DurabilityOption,
-    /// `timeout=SECONDS`: how long a call may wait for a quorum; `None`: for ever (P6).
+    /// `timeout=SECONDS`: longest time that a call waits for a quorum; `None` means without limit (P6).
     pub call_timeout: Option<Duration>,
     /// `allow_other`
     pub access: Option<Access>,
-    /// `fsname=NAME`: what `df` shows as the source.
+    /// `fsname=NAME`: the source that `df` shows.
     pub source: Option<String>,
     /// `tls-ca=FILE`
     pub tls_ca: Option<PathBuf>,
@@ -65,8 +65,8 @@ pub struct MountWords {
     pub tls_key: Option<PathBuf>,
     /// `log-file=FILE`
     pub log_file: Option<PathBuf>,
-    /// `cache_ms=N`: how long the kernel may keep names and attributes unasked. Other mounts' changes are
-    /// seen that much later.
+    /// `cache_ms=N`: how long the kernel may keep names and attributes without asking. Changes of other mounts become
+    /// visible that much later.
     pub kernel_cache: Duration,
     /// `stack`
     pub stacking: Stacking,
@@ -93,32 +93,32 @@ impl Default for MountWords {
 /// Why an option was refused.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum OptionError {
-    /// Nobody knows it.
+    /// The option is unknown.
     #[error("unknown mount option `{0}`")]
     Unknown(String),
-    /// It takes no value.
+    /// The option takes no value.
     #[error("mount option `{0}` takes no value")]
     UnexpectedValue(String),
-    /// It needs a value.
+    /// The option needs a value.
     #[error("mount option `{0}` needs a value, as in `{0}={1}`")]
     MissingValue(String, &'static str),
-    /// Its value is none.
+    /// The value is not valid.
     #[error("mount option `{option}={value}`: expected {expected}")]
     BadValue {
-        /// Which.
+        /// Name of the option.
         option: String,
-        /// As given.
+        /// The value given.
         value: String,
-        /// What would do.
+        /// The valid values.
         expected: &'static str,
     },
-    /// It asks for what is not there.
+    /// The option asks for a feature that does not exist.
     #[error("mount option `{0}` is not supported: {1}")]
     NotSupported(String, &'static str),
 }
 
 impl MountWords {
-    /// Takes in one comma-separated list.
+    /// Adds the options of one comma-separated list.
     pub fn read(&mut self, list: &str, unknown: Unknown) -> Result<(), OptionError> {
         for word in list.split(',').filter(|word| !word.is_empty()) {
             match (self.read_word(word), unknown) {
@@ -205,7 +205,7 @@ impl MountWords {
             "tls-cert" | "tls_cert" => self.tls_cert = path()?,
             "tls-key" | "tls_key" => self.tls_key = path()?,
             "log-file" | "log_file" => self.log_file = path()?,
-            // The kernel checks permissions anyway, and the type is always fuse.quorumfs.
+            // The kernel always checks permissions, and the type is always fuse.quorumfs.
             "default_permissions" => plain()?,
             "subtype" if value == Some("quorumfs") => {}
             "remount" => {
@@ -226,7 +226,7 @@ impl MountWords {
     }
 }
 
-/// What mount(8), fstab and the init system say to each other.
+/// Whether the option is for mount(8), fstab or the init system.
 fn is_for_others(key: &str) -> bool {
     matches!(
         key,
@@ -250,12 +250,12 @@ enum Switch {
     Off,
 }
 
-/// The flags of mount(2) that a word sets or clears.
+/// Returns the flags of mount(2) that an option sets or clears.
 fn kernel_flag(key: &str) -> Option<(MsFlags, Switch)> {
     use Switch::{Off, On};
-    // As mount(8) has it: who lets users mount does not want their programs to gain from it.
+    // As in mount(8): programs must not gain privileges from mounts that users make.
     let harmless = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    // nix does not know MS_NOSYMFOLLOW.
+    // nix does not define MS_NOSYMFOLLOW.
     let no_links = MsFlags::from_bits_retain(256);
     Some(match key {
         "ro" => (MsFlags::MS_RDONLY, On),

@@ -1,7 +1,7 @@
-//! What is mounted: `HOST:PORT[,HOST:PORT…][:/subdir]`.
+//! The filesystem to mount: `HOST:PORT[,HOST:PORT…][:/subdir]`.
 //!
-//! The form of fstab's first field for network filesystems; `quorumfs://HOST:PORT[,…][/subdir]` means the
-//! same. Knows nothing of name resolution: a host that does not exist is found out when connecting.
+//! This is the form of fstab's first field for network filesystems; `quorumfs://HOST:PORT[,…][/subdir]` means the same.
+//! Names are not resolved here: a host that does not exist is found when connecting.
 
 use quorumfs_proto::Name;
 
@@ -10,15 +10,15 @@ use quorumfs_proto::Name;
 pub struct Spec {
     /// `HOST:PORT` of nodes, at least one.
     pub addresses: Vec<String>,
-    /// The directory within the filesystem that becomes the root of the mount, outermost name first; empty
-    /// for all.
+    /// The directory in the filesystem that becomes the root of the mount, outermost name first; empty for the whole
+    /// filesystem.
     pub subdirectory: Vec<Name>,
 }
 
-/// Why a spec cannot be one.
+/// Why a spec is not valid.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SpecError {
-    /// There is no address in it.
+    /// It contains no address.
     #[error("`{0}` names no node; expected HOST:PORT[,HOST:PORT…][:/subdir]")]
     NoAddress(String),
     /// An address is not `HOST:PORT`.
@@ -27,12 +27,12 @@ pub enum SpecError {
     /// A port is not a number from 1 to 65535.
     #[error("`{address}`: port `{port}` is not a number from 1 to 65535")]
     BadPort {
-        /// All of it.
+        /// The whole address.
         address: String,
-        /// The port.
+        /// The invalid port.
         port: String,
     },
-    /// The path leads out of the filesystem, or has a name that cannot be.
+    /// The path leads out of the filesystem, or has an invalid name.
     #[error("sub-directory `{0}` is not a path below the root")]
     BadSubdirectory(String),
 }
@@ -82,7 +82,7 @@ fn check_address(address: &str) -> Result<(), SpecError> {
     let bad = || SpecError::BadAddress(address.to_owned());
     let (host, port) = address.rsplit_once(':').ok_or_else(bad)?;
     let bare = match host.strip_prefix('[') {
-        // An IPv6 address stands in brackets, so that its colons are not taken for the port's.
+        // An IPv6 address is in brackets, so that its colons are not taken for the port's.
         Some(inner) => inner.strip_suffix(']').ok_or_else(bad)?,
         None if host.contains(':') => return Err(bad()),
         None => host,

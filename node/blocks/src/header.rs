@@ -1,10 +1,10 @@
-//! The database's header, the one part that is written in place, kept twice.
+//! The database's header. It is the only part that is written in place, and it is stored twice.
 //!
-//! - A header that has not been synced never overwrites the only one that has: until the next sync all headers go to the
-//!   other slot. So a crash leaves the last synced one, or a newer one that is whole.
-//! - Behind a sync the other slot gets the same header. Where one is damaged later the other has it.
+//! - A header that has not been synced never overwrites the only synced one: until the next sync all headers go to the
+//!   other slot. So a crash leaves the last synced header, or a newer one that is whole.
+//! - After a sync the other slot gets the same header. If one is damaged later, the other is used.
 //!
-//! The slots count: of two whole ones the one with the higher number is newer.
+//! If both slots are whole, the one with the higher number is newer.
 
 use std::fs::File;
 use std::io;
@@ -12,39 +12,39 @@ use std::os::unix::fs::FileExt as _;
 
 use super::layout::BLOCK_BYTES;
 
-/// What a file of ours begins with. Not what redb's begin with, so that neither is taken for the other.
+/// The first bytes of a block file. They differ from redb's, so that neither kind of file is taken for the other.
 const MAGIC: [u8; 8] = *b"QFSblock";
 /// The version of the layout.
 const VERSION: u32 = 1;
-/// How much of block 0 is kept: redb uses the first 320 bytes.
+/// Bytes of block 0 that are stored: redb uses the first 320.
 const CONTENT_BYTES: usize = 1024;
 /// Magic, version, number, content and checksum.
 const SLOT_BYTES: usize = 8 + 4 + 4 + CONTENT_BYTES + 4;
 
-/// What a file turns out to be.
+/// What the slots of a file contain.
 #[derive(Debug)]
 pub enum Found {
-    /// One of ours.
+    /// The newest whole header.
     Header(Box<Header>),
-    /// One that a newer program made.
+    /// A header written by a newer program.
     UnknownVersion(u32),
-    /// Neither slot is whole.
+    /// Damage: neither slot is whole.
     Damaged,
 }
 
-/// See the module.
+/// The header in memory.
 #[derive(Debug)]
 pub struct Header {
     content: [u8; CONTENT_BYTES],
     number: u32,
-    /// The slot that has the last synced header; the other one is written next.
+    /// The slot that has the last synced header; the next header goes to the other one.
     synced_slot: u64,
-    /// Whether there was a write since the last sync.
+    /// Whether the header was written since the last sync.
     is_unsynced: bool,
 }
 
 impl Header {
-    /// Of a file that is being made.
+    /// Returns the header of a new file.
     pub fn new() -> Header {
         Header {
             content: [0; CONTENT_BYTES],
@@ -54,7 +54,7 @@ impl Header {
         }
     }
 
-    /// Reads both slots. The newest is taken for synced: whoever goes on to write syncs the file before.
+    /// Reads both slots. The newest header is assumed to be synced: callers sync the file before they write.
     pub fn read(file: &File) -> io::Result<Found> {
         let mut newest: Option<Header> = None;
         let mut unknown = None;
@@ -62,7 +62,7 @@ impl Header {
             let mut bytes = [0; SLOT_BYTES];
             match file.read_exact_at(&mut bytes, slot * BLOCK_BYTES) {
                 Ok(()) => {}
-                // Unreadable is as good as damaged; the other slot may do.
+                // An unreadable slot is treated like a damaged one; the other slot may be whole.
                 Err(error) if super::is_unreadable(&error) => continue,
                 Err(error) => return Err(error),
             }
@@ -89,24 +89,24 @@ impl Header {
         })
     }
 
-    /// The slot that the next header goes to.
+    /// Returns the slot that the next header goes to.
     pub fn next_slot(&self) -> u64 {
         1 - self.synced_slot
     }
 
-    /// The number of the newest header. What is written from now on goes with the next.
+    /// Returns the number of the newest header. Blocks written from now on belong to the next one.
     pub fn number(&self) -> u32 {
         self.number
     }
 
-    /// Answers a read from block 0.
+    /// Copies bytes of block 0, to answer a read.
     pub fn copy_to(&self, offset: usize, out: &mut [u8]) {
         for (at, byte) in out.iter_mut().enumerate() {
             *byte = self.content.get(offset + at).copied().unwrap_or(0);
         }
     }
 
-    /// Takes a write to block 0 and puts it into the file.
+    /// Takes a write to block 0 and writes the header to the file.
     pub fn write(&mut self, file: &File, offset: usize, data: &[u8]) -> io::Result<()> {
         let place = self.content.get_mut(offset..offset + data.len());
         let place = place.ok_or_else(|| {
@@ -119,7 +119,7 @@ impl Header {
         self.put(file, self.next_slot())
     }
 
-    /// All that was written has been synced.
+    /// Records that everything written has been synced.
     pub fn synced(&mut self, file: &File) -> io::Result<()> {
         if std::mem::take(&mut self.is_unsynced) {
             self.synced_slot = self.next_slot();
@@ -139,7 +139,7 @@ impl Header {
     }
 }
 
-/// Version, number and content of a slot that is whole.
+/// Returns version, number and content of a slot; `None` if the slot is not whole.
 fn decode(bytes: &[u8; SLOT_BYTES]) -> Option<(u32, u32, [u8; CONTENT_BYTES])> {
     let (body, crc) = bytes.split_last_chunk::<4>()?;
     if crc32c::crc32c(body) != u32::from_le_bytes(*crc) || !body.starts_with(&MAGIC) {

@@ -1,4 +1,4 @@
-//! Where a block and its checksum lie in the file. Pure arithmetic.
+//! The places of blocks and checksums in the file. Pure arithmetic.
 //!
 //! ```text
 //! physical block:  0        1        2      3 …  514          515    516 …
@@ -6,8 +6,8 @@
 //!                  slot A   slot B
 //! ```
 //!
-//! Block 0 of the database, its header, lies in the two slots. Block `n` above it is data block `n − 1`. A block of sums
-//! holds eight bytes for each data block of its group.
+//! Block 0 of the database, its header, is stored in the two slots. Block `n` above it is data block `n − 1`. A block
+//! of sums has eight bytes for each data block of its group.
 
 use std::ops::Range;
 
@@ -15,14 +15,14 @@ use std::ops::Range;
 pub const BLOCK_BYTES: u64 = 4096;
 /// Physical blocks before the first group.
 const SLOT_BLOCKS: u64 = 2;
-/// Data blocks of a group: as many as one block of sums has room for.
+/// Data blocks of a group: as many as one block of sums has entries.
 const GROUP_BLOCKS: u64 = BLOCK_BYTES / SUM_BYTES;
-/// Physical blocks of a group, its sums among them.
+/// Physical blocks of a group, its block of sums included.
 const GROUP_PHYSICAL_BLOCKS: u64 = GROUP_BLOCKS + 1;
-/// What is kept for each data block.
+/// Bytes of one entry of a block of sums.
 pub const SUM_BYTES: u64 = 8;
 
-/// How long the file is for a database of `logical_bytes`. `None`: no database is so long.
+/// Returns the length of the file for a database of `logical_bytes`; `None` if no database has that length.
 pub fn physical_bytes(logical_bytes: u64) -> Option<u64> {
     if logical_bytes == 0 {
         return Some(SLOT_BLOCKS * BLOCK_BYTES);
@@ -35,7 +35,7 @@ pub fn physical_bytes(logical_bytes: u64) -> Option<u64> {
     Some((SLOT_BLOCKS + groups + data_blocks) * BLOCK_BYTES)
 }
 
-/// How long the database in a file of `physical_bytes` is. `None`: the file was cut or lengthened.
+/// Returns the length of the database in a file of `physical_bytes`; `None` if the file was cut or lengthened.
 pub fn logical_bytes(physical_bytes: u64) -> Option<u64> {
     if !physical_bytes.is_multiple_of(BLOCK_BYTES) {
         return None;
@@ -44,7 +44,7 @@ pub fn logical_bytes(physical_bytes: u64) -> Option<u64> {
     if blocks == 0 {
         return Some(0);
     }
-    // A group without data has no block of sums either.
+    // A group without data blocks has no block of sums either.
     if blocks % GROUP_PHYSICAL_BLOCKS == 1 {
         return None;
     }
@@ -55,17 +55,17 @@ pub fn logical_bytes(physical_bytes: u64) -> Option<u64> {
 /// Consecutive blocks of one group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// The first block of the database.
+    /// The first block, as a block of the database.
     pub block: u64,
-    /// How many.
+    /// The number of blocks.
     pub count: u64,
-    /// Where the first one's bytes lie in the file; the others follow.
+    /// Offset of the first block's bytes in the file; the others follow.
     pub data_at: u64,
-    /// Where its sum lies; the others follow.
+    /// Offset of the first block's sum in the file; the others follow.
     pub sums_at: u64,
 }
 
-/// `blocks` of the database, none of them block 0, by group.
+/// Splits `blocks` of the database, which must not include block 0, by group.
 pub fn runs(blocks: Range<u64>) -> impl Iterator<Item = Run> {
     let mut next = blocks.start;
     std::iter::from_fn(move || {

@@ -1,24 +1,23 @@
 //! A file for redb in which every block has a checksum, verified whenever the block is read.
 //!
-//! redb verifies its own checksums only when it repairs a database. A flipped bit in a page that it reads is taken for
-//! what was written: rows vanish, or redb panics. With [`BlockFile`] below it such a read is an error
-//! ([`std::io::ErrorKind::InvalidData`]), before redb sees one byte of the block, and whoever owns the file is told
-//! ([`BlockFile::open`]). redb keeps the pages that it uses in memory, above this; they cost one checksum when they are
+//! redb verifies its own checksums only when it repairs a database. It takes a flipped bit in a page that it reads for
+//! valid data: rows vanish, or redb panics. With [`BlockFile`] below it such a read is an error
+//! ([`std::io::ErrorKind::InvalidData`]) before redb sees one byte of the block, and the owner of the file is notified
+//! ([`BlockFile::open`]). redb caches the pages that it uses above this layer, so a page costs one checksum when it is
 //! read from the file.
 //!
-//! What must hold:
+//! Invariants:
 //!
-//! - A checksum covers the block's bytes, its number, and the number of the header that it belongs to. So a block that was
-//!   written to another's place is found, and one that is newer than the header.
-//! - A crash costs nothing that was synced. redb writes a block that the last synced header names never in place, so a
-//!   block that is torn is one that nobody reads. Its checksum lies with others' in one sector, and a write that is cut
-//!   short leaves each sector as it was or as it was to be (what disks promise). The header is kept twice
-//!   ([`header`]).
+//! - A checksum covers the block's bytes, its number, and the number of the header that it belongs to. So a block that
+//!   was written to the place of another is detected, and so is one that is newer than the header.
+//! - A crash loses nothing that was synced. redb never writes in place a block that the last synced header refers to,
+//!   so a torn block is one that is not read. Its checksum shares a sector with others, and a write that is cut short
+//!   leaves each sector either old or new (disks promise this). The header is stored twice ([`header`]).
 //!
-//! What it does not find: a block that is, whole, what it was at an earlier time, because the disk lost a later write and
-//! said nothing.
+//! Not detected: a block that has, whole, its content of an earlier time, because the disk lost a later write without
+//! an error.
 //!
-//! It knows nothing of what redb keeps in the blocks.
+//! This crate does not know what redb stores in the blocks.
 
 mod header;
 mod layout;
@@ -34,24 +33,27 @@ use parking_lot::Mutex;
 use self::header::{Found, Header};
 use self::layout::{BLOCK_BYTES, Run, SUM_BYTES};
 
-/// Is told what is damaged, once for each read that meets it.
+/// Called with a description of the damage, once for each read that finds damage.
 pub type OnDamage = Arc<dyn Fn(&str) + Send + Sync>;
 
-/// What a plain file of redb begins with.
+/// The first bytes of a plain redb file.
 const REDB_MAGIC: [u8; 9] = *b"redb\x1a\n\xa9\r\n";
-/// Bytes that [`convert`] copies at a time.
+/// Bytes that [`convert`] copies per step.
 const CONVERT_BYTES: usize = 1 << 20;
 
-/// What a file is, as its beginning says.
+/// The kind of a file, judged by its first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Made by [`BlockFile`], or too damaged to tell.
+    /// Made by [`BlockFile`], or damaged beyond recognition.
     Blocks,
     /// Made by redb itself, without checksums of blocks.
     Plain,
 }
 
-/// Looks at the beginning of a file.
+/// Reads the beginning of a file and returns its kind.
+///
+/// # Errors
+/// Those of the read.
 pub fn kind_of(file: &File) -> io::Result<Kind> {
     let mut begins = [0; REDB_MAGIC.len()];
     match file.read_exact_at(&mut begins, 0) {
@@ -62,8 +64,11 @@ pub fn kind_of(file: &File) -> io::Result<Kind> {
     }
 }
 
-/// Copies a plain file of redb, which is in order and which nobody has open, into `into`, which is empty. Durable when
-/// it returns.
+/// Copies `plain`, an intact plain redb file that no process has open, to the empty file `into`. The copy is durable
+/// when the function returns.
+///
+/// # Errors
+/// Those of reading and writing the files.
 pub fn convert(plain: &File, into: File) -> io::Result<()> {
     use redb::StorageBackend as _;
     let bytes = plain.metadata()?.len();
@@ -78,7 +83,7 @@ pub fn convert(plain: &File, into: File) -> io::Result<()> {
         at += piece.len() as u64;
     }
     blocks.sync_data()?;
-    // Last, so that a copy that is cut short is none.
+    // The header is written last, so that an incomplete copy has none.
     let mut first = vec![0; BLOCK_BYTES as usize];
     plain.read_exact_at(&mut first, 0)?;
     let used = first
@@ -89,11 +94,11 @@ pub fn convert(plain: &File, into: File) -> io::Result<()> {
     blocks.sync_data()
 }
 
-/// The file; see the module.
+/// The file; see the crate documentation.
 pub struct BlockFile {
     file: File,
     header: Mutex<Header>,
-    /// [`Header::number`], for those that must not wait while `header` is locked for a sync.
+    /// [`Header::number`], for readers that must not wait while `header` is locked for a sync.
     header_number: AtomicU32,
     on_damage: OnDamage,
 }
@@ -104,10 +109,10 @@ impl std::fmt::Debug for BlockFile {
     }
 }
 
-/// What is kept beside a block.
+/// The entry of a block of sums.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Sum {
-    /// The number of the header that it belongs to; 0: it was never written.
+    /// The number of the header that the block belongs to; 0 if the block was never written.
     header: u32,
     crc: u32,
 }
@@ -141,7 +146,7 @@ impl Sum {
 }
 
 impl BlockFile {
-    /// Begins a database in an empty file.
+    /// Creates a database in an empty file.
     pub fn create(file: File, on_damage: OnDamage) -> BlockFile {
         BlockFile::with(file, Header::new(), on_damage)
     }
@@ -155,33 +160,34 @@ impl BlockFile {
         }
     }
 
-    /// Opens a file that was made by [`BlockFile::create`]. `on_damage` is told before a read answers that a block is
-    /// damaged.
+    /// Opens a file made by [`BlockFile::create`]. `on_damage` is called before a read returns the error that a block
+    /// is damaged.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidData`]: the file is damaged, which `on_damage` is not told of. [`ErrorKind::Unsupported`]: a
-    /// newer program made it.
+    /// [`ErrorKind::InvalidData`] if the file is damaged; `on_damage` is not called. [`ErrorKind::Unsupported`] if a
+    /// newer program made the file.
     pub fn open(file: File, on_damage: OnDamage) -> io::Result<BlockFile> {
         BlockFile::open_with(file, on_damage, File::sync_data)
     }
 
-    /// As [`BlockFile::open`], with what makes durable what was found.
+    /// [`BlockFile::open`] with a parameter for the function that syncs the file.
     fn open_with(
         file: File,
         on_damage: OnDamage,
         sync: impl FnOnce(&File) -> io::Result<()>,
     ) -> io::Result<BlockFile> {
         let bytes = file.metadata()?.len();
-        // One that is empty was never finished.
+        // An empty file was never completed.
         if layout::logical_bytes(bytes).is_none_or(|logical| logical == 0) {
             return Err(damaged(&format!("a file of {bytes} bytes was cut or lengthened")));
         }
         match Header::read(&file)? {
             Found::Header(header) => {
-                // A process that was killed may have written the newest header and not synced it, and it is taken for one
-                // that is: the next one goes over the other, which may be the only one that the disk has.
+                // A process that was killed may have written the newest header without a sync. It is treated as synced
+                // from here on, so it must be: the next header overwrites the other slot, which may be the only one on
+                // the disk.
                 match sync(&file) {
-                    // Nothing is written to such a file.
+                    // A file on a read-only filesystem is never written.
                     Err(error) if error.kind() == ErrorKind::ReadOnlyFilesystem => {}
                     synced => synced?,
                 }
@@ -229,8 +235,9 @@ impl BlockFile {
         Ok(())
     }
 
-    /// An error that says that what is there is not what was written, or cannot be had; others as they are.
-    fn told(&self, error: io::Error) -> io::Error {
+    /// Calls `on_damage` if the error says that the data on disk is not what was written or cannot be read, and returns
+    /// the error.
+    fn reported(&self, error: io::Error) -> io::Error {
         let error = match is_unreadable(&error) {
             true => damaged(&error.to_string()),
             false => error,
@@ -248,8 +255,8 @@ impl redb::StorageBackend for BlockFile {
         if bytes == 0 {
             return Ok(0);
         }
-        let told = |()| self.told(damaged(&format!("a file of {bytes} bytes was cut or lengthened")));
-        layout::logical_bytes(bytes).ok_or(()).map_err(told)
+        let reported = |()| self.reported(damaged(&format!("a file of {bytes} bytes was cut or lengthened")));
+        layout::logical_bytes(bytes).ok_or(()).map_err(reported)
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
@@ -257,14 +264,16 @@ impl redb::StorageBackend for BlockFile {
             self.header.lock().copy_to(offset as usize, out);
             return Ok(());
         }
-        self.read_blocks(offset, out).map_err(|error| self.told(error))
+        self.read_blocks(offset, out)
+            .map_err(|error| self.reported(error))
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        let bytes = layout::physical_bytes(len).ok_or_else(|| invalid("a database is whole blocks long"))?;
+        let bytes = layout::physical_bytes(len)
+            .ok_or_else(|| invalid("the length of a database must be a multiple of the block size"))?;
         let before = self.len()?;
         self.file.set_len(bytes)?;
-        // Who grows into the place of what is cut off now must not find its sums there.
+        // Blocks that are cut off now must leave no sums behind: the file may grow again.
         if len < before {
             for run in layout::runs((len / BLOCK_BYTES).max(1)..before / BLOCK_BYTES) {
                 if run.sums_at < bytes {
@@ -277,7 +286,7 @@ impl redb::StorageBackend for BlockFile {
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        // Held throughout: a header that is written meanwhile would count as synced.
+        // Held throughout: a header written meanwhile would be recorded as synced.
         let mut header = self.header.lock();
         self.file.sync_data()?;
         header.synced(&self.file)
@@ -310,12 +319,15 @@ fn blocks_of(offset: u64, bytes: usize) -> io::Result<std::ops::Range<u64>> {
     let end = offset + bytes as u64;
     match offset.is_multiple_of(BLOCK_BYTES) && end.is_multiple_of(BLOCK_BYTES) {
         true => Ok(offset / BLOCK_BYTES..end / BLOCK_BYTES),
-        false => Err(invalid("a database is read and written in whole blocks")),
+        false => Err(invalid(
+            "offset and length of a read or write must be multiples of the block size",
+        )),
     }
 }
 
-/// What a disk or a filesystem says of data that it cannot give: EUCLEAN and EBADMSG are checksums of ext4, XFS and btrfs
-/// that do not match, ENODATA and EILSEQ a sector that the medium does not give back (errno(3), Linux block/blk-core.c).
+/// Errors with which a disk or a filesystem reports data that it cannot return: EUCLEAN and EBADMSG are checksums of
+/// ext4, XFS and btrfs that do not match, ENODATA and EILSEQ a sector that the medium does not return (errno(3), Linux
+/// block/blk-core.c).
 const MEDIUM_ERRORS: [i32; 6] = [
     libc::EIO,
     libc::EUCLEAN,
@@ -325,15 +337,15 @@ const MEDIUM_ERRORS: [i32; 6] = [
     libc::EREMOTEIO,
 ];
 
-/// Whether a disk or a filesystem says so of data that it cannot give. Only what a read met means that: after a write or
-/// a flush it is not known what the disk holds.
+/// Whether the error says that the disk or the filesystem cannot return data. Meaningful for reads only: after a failed
+/// write or flush the content of the disk is unknown.
 pub fn is_medium_error(error: &io::Error) -> bool {
     error
         .raw_os_error()
         .is_some_and(|errno| MEDIUM_ERRORS.contains(&errno))
 }
 
-/// Whether the disk does not have what was asked for: a sector that cannot be read, or the end of a file that was cut.
+/// Whether the disk does not have the data: an unreadable sector, or the end of a file that was cut.
 fn is_unreadable(error: &io::Error) -> bool {
     is_medium_error(error) || error.kind() == ErrorKind::UnexpectedEof
 }

@@ -1,4 +1,4 @@
-//! Databases in files of blocks: after damage, after crashes, and made of plain ones.
+//! Databases in block files: after damage, after crashes, and converted from plain files.
 
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
@@ -80,7 +80,7 @@ fn a_database_is_found_again() {
     let mut again = database(BlockFile::open(file(&path), nobody()).unwrap()).unwrap();
     check(&again).unwrap();
     assert!(again.check_integrity().unwrap());
-    // Most of it goes: the file is cut, and grows again later.
+    // Most blocks are removed: the file is cut, and grows again later.
     let transaction = again.begin_write().unwrap();
     transaction.delete_table(TABLE).unwrap();
     transaction.commit().unwrap();
@@ -99,12 +99,12 @@ fn a_flipped_bit_is_found_or_changes_nothing() {
     let bits = sound.metadata().unwrap().len() * 8;
     let damaged = folder.path().join("damaged");
     let mut found = 0;
-    // Every place of the file in turn, by steps that no structure in it has.
+    // Bits all over the file, in steps that match no structure of it.
     for bit in (0..bits).step_by((bits as usize / 300) | 1) {
         std::fs::copy(&sound, &damaged).unwrap();
         flip(&damaged, bit);
-        let told = Arc::new(AtomicU64::new(0));
-        let counter = told.clone();
+        let reported = Arc::new(AtomicU64::new(0));
+        let counter = reported.clone();
         let on_damage: OnDamage = Arc::new(move |_| {
             counter.fetch_add(1, Ordering::Relaxed);
         });
@@ -114,7 +114,7 @@ fn a_flipped_bit_is_found_or_changes_nothing() {
             .and_then(|database| check(&database).map_err(|error| error.to_string()));
         if let Err(reason) = checked {
             assert!(reason.contains("damaged"), "bit {bit}: {reason}");
-            assert!(told.load(Ordering::Relaxed) > 0, "bit {bit}: {reason}");
+            assert!(reported.load(Ordering::Relaxed) > 0, "bit {bit}: {reason}");
             found += 1;
         }
     }
@@ -150,7 +150,7 @@ fn either_copy_of_the_header_is_enough() {
     );
 }
 
-/// Forgets what was written and not synced, some of it or all, from a moment on.
+/// A file that from a given moment on loses some or all of the writes that were not synced.
 #[derive(Debug)]
 struct Crashing {
     blocks: BlockFile,
@@ -183,7 +183,7 @@ impl StorageBackend for Crashing {
         if left != Ok(1) {
             return self.blocks.write(offset, data);
         }
-        // The last one is torn: half of the bytes are new, and the sums are the old ones.
+        // The last write is torn: half of the bytes are new, and the sums are the old ones.
         if offset < BLOCK_BYTES {
             let slot = self.blocks.header.lock().next_slot();
             return self
@@ -262,15 +262,15 @@ fn what_disks_and_filesystems_say_of_data_that_they_cannot_give_is_damage() {
     // EIO, EUCLEAN, EBADMSG, ENODATA, EILSEQ, EREMOTEIO.
     for errno in [5, 117, 74, 61, 84, 121] {
         let folder = tempfile::tempdir().unwrap();
-        let told = Arc::new(AtomicU64::new(0));
-        let hears = told.clone();
+        let reported = Arc::new(AtomicU64::new(0));
+        let hears = reported.clone();
         let on_damage: OnDamage = Arc::new(move |_| {
             hears.fetch_add(1, Ordering::Relaxed);
         });
         let blocks = BlockFile::create(file(&folder.path().join("blocks")), on_damage);
-        let error = blocks.told(io::Error::from_raw_os_error(errno));
+        let error = blocks.reported(io::Error::from_raw_os_error(errno));
         assert_eq!(error.kind(), ErrorKind::InvalidData, "errno {errno}");
-        assert_eq!(told.load(Ordering::Relaxed), 1, "errno {errno}");
+        assert_eq!(reported.load(Ordering::Relaxed), 1, "errno {errno}");
     }
 }
 
@@ -286,7 +286,7 @@ fn what_a_killed_process_wrote_last_is_synced_before_it_counts_as_synced() {
     };
     drop(BlockFile::open_with(file(&path), nobody(), counted).unwrap());
     assert_eq!(synced.load(Ordering::Relaxed), 1);
-    // Where that fails nobody knows what the disk has.
+    // After a failed sync the content of the disk is unknown.
     let failing = |_: &File| Err(io::Error::from_raw_os_error(libc::EIO));
     let refused = BlockFile::open_with(file(&path), nobody(), failing).unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::EIO));

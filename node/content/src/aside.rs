@@ -1,10 +1,10 @@
-//! Files and folders that the disk does not give back, under a name that no store takes for its own.
+//! Files and folders that the disk cannot read, renamed so that no store uses them.
 
 use std::path::{Path, PathBuf};
 
 use super::error::ContentError;
 
-/// What the names of files that were set aside begin with.
+/// Prefix of the names of files that were set aside.
 const ASIDE_PREFIX: &str = "unreadable-";
 
 /// A segment that could not be opened.
@@ -15,16 +15,16 @@ pub(super) struct Unreadable {
     pub(super) error: ContentError,
 }
 
-/// What salvaging came to.
+/// The result of salvaging.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct SetAside {
     /// Files that were set aside.
     pub(super) files: u64,
-    /// Of these, those that were not looked at to the end.
+    /// Files among them that were not read to the end.
     pub(super) partly_read: u64,
 }
 
-/// Gives `path` a name that no store takes for its own.
+/// Renames `path` so that no store uses it, and returns the new path.
 pub(super) fn set_aside(path: &Path) -> Result<PathBuf, ContentError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let aside = path.with_file_name(format!("{ASIDE_PREFIX}{name}"));
@@ -32,7 +32,7 @@ pub(super) fn set_aside(path: &Path) -> Result<PathBuf, ContentError> {
     Ok(aside)
 }
 
-/// The files in `directory` that were set aside, now or by an earlier process; by name.
+/// Returns the files in `directory` that were set aside, now or by an earlier process, by name.
 pub(super) fn files_set_aside(directory: &Path) -> Vec<PathBuf> {
     let is_aside = |path: &PathBuf| {
         let name = path.file_name().unwrap_or_default();
@@ -44,7 +44,7 @@ pub(super) fn files_set_aside(directory: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// Sets a whole folder aside that cannot be listed, so that the store begins with an empty one, and says where it is now.
+/// Sets aside a folder that cannot be listed, so that the store starts with an empty one. Returns the new path.
 pub(super) fn set_folder_aside(directory: &Path) -> Result<PathBuf, ContentError> {
     let name = directory.file_name().unwrap_or_default().to_string_lossy();
     let number = (1..).find(|number| {

@@ -1,7 +1,7 @@
-//! What can go wrong with content, as its callers must tell it apart.
+//! The errors of the content store, as its callers must distinguish them.
 //!
-//! A full disk ([`ContentError::NoSpace`]) and a failed read are the caller's to handle; a failed flush
-//! ([`ContentError::Fatal`]) ends the node: nobody knows any more which bytes the disk holds.
+//! Callers handle a full disk ([`ContentError::NoSpace`]) and a failed read. A failed flush ([`ContentError::Fatal`])
+//! ends the node: it is unknown which bytes the disk holds.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,21 +11,21 @@ use quorumfs_blocks::is_medium_error;
 use quorumfs_proto::BadChunk;
 use quorumfs_proto::ChunkId;
 
-/// Why the content store did not do what it was asked.
+/// Why the content store did not do what it was asked. Each message includes its cause.
 #[derive(Debug, thiserror::Error)]
 pub enum ContentError {
-    /// No copy here; another node may have one.
+    /// This node has no copy; another node may have one.
     #[error("chunk {id} is not held here")]
     NotFound {
         /// The chunk asked for.
         id: ChunkId,
     },
-    /// The copy here does not match its checksums; another node's may.
+    /// This node's copy does not match its checksums; another node's may.
     #[error("chunk {id} is damaged here: {what}")]
     Corrupt {
         /// The chunk asked for.
         id: ChunkId,
-        /// What does not match.
+        /// The part of the copy that is wrong.
         what: &'static str,
     },
     /// The chunk ends before the range asked for begins.
@@ -33,54 +33,54 @@ pub enum ContentError {
     OutOfRange {
         /// The chunk asked for.
         id: ChunkId,
-        /// Where the range begins.
+        /// Offset of the range.
         offset: u32,
-        /// How long the chunk is.
+        /// Length of the chunk.
         held: u32,
     },
-    /// What was to be stored is no chunk: nothing was written.
+    /// The data is not a valid chunk. Nothing was written.
     #[error(transparent)]
     Malformed(#[from] BadChunk),
-    /// The disk is full (or nearly: a reserve is left to those who delete). The store stays usable.
+    /// The disk is full, or nearly: a reserve is kept for deletions. The store stays usable.
     #[error("no space left for content")]
     NoSpace,
-    /// The operating system said no.
-    #[error("cannot {action} {}: {source}", path.display())]
+    /// A system call failed.
+    #[error("cannot {action} {}: {error}", path.display())]
     Io {
-        /// What was being done.
+        /// The action that failed.
         action: &'static str,
-        /// To which file.
+        /// The file or folder.
         path: PathBuf,
-        /// What it said.
-        source: io::Error,
+        /// The error of the system.
+        error: io::Error,
     },
-    /// A segment written by a later program.
+    /// The segment was written by a newer program.
     #[error("{} has format version {found}, which this program does not know; use a newer one", path.display())]
     UnknownVersion {
-        /// The segment.
+        /// Path of the segment.
         path: PathBuf,
-        /// Its version.
+        /// The version in the segment.
         found: u32,
     },
-    /// The folder cannot be listed, and no other node has what is in it.
+    /// The folder cannot be listed, and no other node has its content.
     #[error(
-        "{source}; no other node has what is in it, so it stays as it is: repair the filesystem of {}, or put a copy of the \
+        "{error}; no other node has its content, so it is left unchanged: repair the filesystem of {}, or put a copy of the \
          folder in its place",
         path.display()
     )]
     Unlisted {
-        /// The folder.
+        /// Path of the folder.
         path: PathBuf,
-        /// What the disk said the last time.
-        source: Box<ContentError>,
+        /// The error of the last attempt.
+        error: Box<ContentError>,
     },
     /// Another process has the folder open.
     #[error("{} is in use by another process", path.display())]
     InUse {
-        /// The folder.
+        /// Path of the folder.
         path: PathBuf,
     },
-    /// A flush failed. It is not tried again, and nothing is acknowledged any more: the node must stop.
+    /// A flush failed. It is not retried, and nothing is acknowledged any more: the node must stop.
     #[error("the content store has stopped: {reason}")]
     Fatal {
         /// The first failure.
@@ -88,14 +88,14 @@ pub enum ContentError {
     },
 }
 
-/// A flush has failed, or files are gone: what the store answers from then on.
+/// The state of a store after a flush has failed, or after files were removed from under it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{reason}")]
 pub struct Stopped {
     /// The first failure.
     pub reason: Arc<str>,
-    /// Somebody took files away from under the running store. The disk may be well: opened anew, the store holds what is
-    /// left.
+    /// Whether files were removed from under the running store. The disk may be intact: if the store is opened again,
+    /// it holds the chunks that are left.
     pub files_gone: bool,
 }
 
@@ -108,7 +108,7 @@ impl Stopped {
         }
     }
 
-    /// `path` was taken away.
+    /// `path` was removed.
     pub(super) fn gone(path: &Path) -> Stopped {
         Stopped {
             reason: format!("{} was removed while it was in use", path.display()).into(),
@@ -124,24 +124,24 @@ impl From<Stopped> for ContentError {
 }
 
 impl ContentError {
-    /// Whether it says that the copy is bad. Any other failure to read it (too many open files, no memory, no permission)
-    /// says nothing of the copy, which may be the last good one.
+    /// Whether the error says that the copy is bad. Any other failure to read it (too many open files, no memory, no
+    /// permission) says nothing about the copy, which may be the last good one.
     pub fn is_bad_copy(&self) -> bool {
         match self {
             ContentError::Corrupt { .. } => true,
-            ContentError::Io { source, .. } => is_medium_error(source),
+            ContentError::Io { error, .. } => is_medium_error(error),
             _ => false,
         }
     }
 
-    /// An I/O error with its context; a full disk is [`ContentError::NoSpace`] wherever it shows.
-    pub(super) fn io(action: &'static str, path: &Path, source: io::Error) -> ContentError {
-        match source.kind() {
+    /// Makes an I/O error with its context. A full disk is [`ContentError::NoSpace`] wherever it is reported.
+    pub(super) fn io(action: &'static str, path: &Path, error: io::Error) -> ContentError {
+        match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ContentError::NoSpace,
             _ => ContentError::Io {
                 action,
                 path: path.to_path_buf(),
-                source,
+                error,
             },
         }
     }

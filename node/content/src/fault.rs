@@ -1,8 +1,8 @@
-//! The first failed flush, or the first file found to be gone: remembered for ever, told to who asks.
+//! The first failed flush, or the first file found to be missing, remembered until the process ends.
 //!
-//! Invariant: after a failure no flush is tried again and none is reported as done. The kernel may have dropped the
-//! pages that it could not write, and would report success the second time. What is in a file without a name is gone
-//! with this process, so a flush of such a file is no success either.
+//! Invariant: after a failure no flush is retried and none is reported as successful. The kernel may have dropped the
+//! pages that it could not write, and would report success the second time. The content of a file without a name is
+//! lost when this process ends, so a flush of such a file is not reported as successful either.
 
 use std::fs::File;
 use std::io;
@@ -20,15 +20,15 @@ use super::error::Stopped;
 #[derive(Debug)]
 pub struct Fault {
     first: OnceLock<Stopped>,
-    /// Opens once `first` is set.
+    /// Opens when `first` is set.
     failed: Latch,
-    /// Tests make flushes fail.
+    /// Set by tests to make flushes fail.
     #[cfg(test)]
     pub fail_flushes: AtomicBool,
 }
 
 impl Fault {
-    /// Nothing has failed yet.
+    /// Returns a state without a failure.
     pub fn new() -> Fault {
         Fault {
             first: OnceLock::new(),
@@ -38,7 +38,7 @@ impl Fault {
         }
     }
 
-    /// An error once a flush has failed.
+    /// Returns an error if a flush has failed.
     pub fn check(&self) -> Result<(), Stopped> {
         match self.first.get() {
             None => Ok(()),
@@ -62,7 +62,7 @@ impl Fault {
         }
     }
 
-    /// A file in use is not there any more.
+    /// Records that a file in use does not exist any more.
     pub fn files_gone(&self, path: &Path) -> Stopped {
         self.stop(|| Stopped::gone(path))
     }
@@ -75,13 +75,13 @@ impl Fault {
 
     fn remember(&self, action: &str, path: &Path, result: io::Result<()>) -> Result<(), Stopped> {
         let Err(source) = result else {
-            // Another thread's flush may have failed meanwhile: nothing is reported as done after that.
+            // Another thread's flush may have failed meanwhile; after that nothing is reported as successful.
             return self.check();
         };
         Err(self.stop(|| Stopped::because(action, path, &source)))
     }
 
-    /// Stops for `reason`, if this is the first; answers what the first was.
+    /// Records `reason` if it is the first, and returns the first one.
     fn stop(&self, reason: impl FnOnce() -> Stopped) -> Stopped {
         let first = self.first.get_or_init(reason).clone();
         self.failed.count_down();

@@ -1,14 +1,16 @@
-//! Where each chunk lies: a cache of what the segments say.
+//! The index: where each chunk is stored. It is a cache of what the segments contain.
 //!
-//! A sorted map of 28 bytes for each chunk (about 50 with the tree around them), because recovery walks it in order.
+//! A sorted map of 28 bytes for each chunk (about 50 with the tree around them). It is sorted because recovery walks it
+//! in order.
 //!
-//! A copy that failed its check is set aside: it is not served and not counted as held, but its record stays where it
-//! lies until another copy has been written, so that a fault of the check or of the others costs nothing.
+//! A copy that failed its check is set aside: it is not served and does not count as held, but its record stays in
+//! place until another copy has been written, so that an error in the check or damage of the other copies does not lose
+//! data.
 //!
-//! Invariants: a segment's count of live records is the number of places here, set aside or not, that lie in it; both
-//! change under the same lock. Every place's segment is in `segments`.
+//! Invariants: a segment's count of live records is the number of locations in it, set aside or not; both change under
+//! the same lock. The segment of every location is in `segments`.
 //!
-//! Knows nothing of files.
+//! This module does not know files.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
@@ -20,19 +22,19 @@ use quorumfs_proto::ChunkId;
 use super::record::{Entry, Layout};
 use super::segment::Segment;
 
-/// Where a chunk's record lies.
+/// The location of a chunk's record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RecordLocation {
-    /// The segment's sequence.
+    /// The segment's sequence number.
     pub segment: u32,
-    /// The record's position in it, in units.
+    /// The record's position in the segment, in units.
     pub position_units: u32,
-    /// The payload's length.
+    /// The payload's length in bytes.
     pub length: u32,
 }
 
 impl RecordLocation {
-    /// The place of `entry` of segment `segment`.
+    /// Returns the location of `entry` in segment `segment`.
     pub fn new(segment: u32, entry: &Entry) -> RecordLocation {
         RecordLocation {
             segment,
@@ -41,7 +43,7 @@ impl RecordLocation {
         }
     }
 
-    /// The record's layout.
+    /// Returns the record's layout.
     pub fn layout(&self, id: ChunkId) -> Layout {
         Entry {
             id,
@@ -52,12 +54,12 @@ impl RecordLocation {
     }
 }
 
-/// Records of one segment that are live no more.
+/// Records of one segment that are no longer live.
 #[derive(Debug)]
 pub struct Removed {
-    /// The segment.
+    /// The segment of the records.
     pub segment: Arc<Segment>,
-    /// Their positions, in units.
+    /// The positions of the records, in units.
     pub positions: Vec<u32>,
 }
 
@@ -70,16 +72,16 @@ struct Inner {
     segments: BTreeMap<u32, Arc<Segment>>,
 }
 
-/// The index.
+/// The index of a store; see the module documentation.
 #[derive(Debug, Default)]
 pub struct Index {
-    // Locked for a lookup or an insertion at a time, or for a batch of removals; never during I/O.
+    // Locked for one lookup or insertion, or for a batch of removals; never during I/O.
     inner: RwLock<Inner>,
 }
 
 impl Index {
-    /// The index of `entries`, the live records of `segments` in the order in which they were written. Of several
-    /// records of a chunk the last counts; the others are returned.
+    /// Builds the index from `entries`, the live records of `segments` in the order in which they were written. If a
+    /// chunk has several records, the last counts; the others are returned.
     pub fn rebuild(
         segments: Vec<Arc<Segment>>,
         mut entries: Vec<(ChunkId, RecordLocation)>,
@@ -88,7 +90,7 @@ impl Index {
             .into_iter()
             .map(|segment| (segment.sequence, segment))
             .collect();
-        // Stable: records of one chunk stay in the order in which they were written.
+        // The sort is stable: records of one chunk stay in the order in which they were written.
         entries.sort_by_key(|(id, _)| *id);
         let mut superseded: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         let mut kept = Vec::with_capacity(entries.len());
@@ -119,7 +121,7 @@ impl Index {
             })
             .collect();
         let inner = Inner {
-            // From sorted input the tree is built with full nodes.
+            // A tree built from sorted input has full nodes.
             places: kept.into_iter().collect(),
             aside: BTreeMap::new(),
             payload_bytes,
@@ -131,7 +133,7 @@ impl Index {
         (index, superseded)
     }
 
-    /// Where `id` lies.
+    /// Returns the location of `id` and its segment.
     pub fn get(&self, id: ChunkId) -> Option<(RecordLocation, Arc<Segment>)> {
         let inner = self.inner.read();
         let place = *inner.places.get(&id)?;
@@ -139,12 +141,12 @@ impl Index {
         Some((place, Arc::clone(segment)))
     }
 
-    /// Whether `id` lies anywhere, durable or not.
+    /// Whether `id` has a record, durable or not.
     pub fn contains(&self, id: ChunkId) -> bool {
         self.inner.read().places.contains_key(&id)
     }
 
-    /// Whether `id`'s record is known to be on disk.
+    /// Whether the record of `id` is known to be on disk.
     pub fn holds_durably(&self, id: ChunkId) -> bool {
         let inner = self.inner.read();
         let Some(place) = inner.places.get(&id) else {
@@ -156,7 +158,7 @@ impl Index {
             .is_some_and(|segment| place.layout(id).end() <= segment.flushed())
     }
 
-    /// Up to `max` ids above `after`, ascending.
+    /// Returns up to `max` ids above `after`, ascending.
     pub fn ids_after(&self, after: Option<ChunkId>, max: usize) -> Vec<ChunkId> {
         let from = after.map_or(Bound::Unbounded, Bound::Excluded);
         let inner = self.inner.read();
@@ -168,23 +170,23 @@ impl Index {
             .collect()
     }
 
-    /// How many chunks there are, and the bytes of their payloads.
+    /// Returns the number of chunks and the bytes of their payloads.
     pub fn counts(&self) -> (u64, u64) {
         let inner = self.inner.read();
         (inner.places.len() as u64, inner.payload_bytes)
     }
 
-    /// `segment` takes records from now on.
+    /// Adds `segment`, which takes records from now on.
     pub fn add_segment(&self, segment: Arc<Segment>) {
         self.inner.write().segments.insert(segment.sequence, segment);
     }
 
-    /// The segments, oldest first.
+    /// Returns the segments, oldest first.
     pub fn segments(&self) -> Vec<Arc<Segment>> {
         self.inner.read().segments.values().cloned().collect()
     }
 
-    /// Takes `segment` out if no record in it is live.
+    /// Removes `segment` if no record in it is live.
     pub fn remove_segment_if_empty(&self, segment: &Segment) -> bool {
         let mut inner = self.inner.write();
         let empty = segment.live_records() == 0;
@@ -194,7 +196,7 @@ impl Index {
         empty
     }
 
-    /// `entry` of `segment` is where its chunk lies.
+    /// Sets the location of a chunk to `entry` of `segment`.
     pub fn insert(&self, segment: &Segment, entry: &Entry) {
         let mut inner = self.inner.write();
         segment.add_live(entry.layout());
@@ -205,7 +207,7 @@ impl Index {
         debug_assert!(before.is_none(), "the writer looks before it appends");
     }
 
-    /// The record of `entry` in `from` is now that of `to`, its copy.
+    /// Changes the location of a chunk from the record `entry` in `from` to its copy in `to`.
     pub fn relocate(&self, from: &Segment, entry: &Entry, to: &Segment, copy: &Entry) {
         let mut inner = self.inner.write();
         let old = RecordLocation::new(from.sequence, entry);
@@ -218,7 +220,7 @@ impl Index {
         }
     }
 
-    /// Takes chunks out, with what is set aside of them.
+    /// Removes chunks, with the copies of them that were set aside.
     pub fn remove(&self, ids: &[ChunkId]) -> Vec<Removed> {
         let mut inner = self.inner.write();
         let mut gone = Vec::new();
@@ -232,8 +234,8 @@ impl Index {
         inner.no_longer_live(&gone)
     }
 
-    /// The copy of `id` at `place` failed its check: it is held no more, but its record stays, if no more than
-    /// `bytes_max` are set aside by that. What has to go instead is returned.
+    /// Sets aside the copy of `id` at `place`, which failed its check: it is no longer held, but its record stays as
+    /// long as at most `bytes_max` are set aside. Returns the copies that must be removed for that.
     pub fn set_aside(&self, id: ChunkId, place: RecordLocation, bytes_max: u64) -> Vec<Removed> {
         let mut inner = self.inner.write();
         if inner.places.get(&id) != Some(&place) {
@@ -251,7 +253,7 @@ impl Index {
         inner.no_longer_live(&gone)
     }
 
-    /// Takes out what is set aside of these chunks.
+    /// Removes the copies of these chunks that were set aside.
     pub fn take_aside(&self, ids: &[ChunkId]) -> Vec<Removed> {
         let mut inner = self.inner.write();
         let mut gone = Vec::new();
@@ -261,12 +263,12 @@ impl Index {
         inner.no_longer_live(&gone)
     }
 
-    /// Whether `segment` is one of its segments.
+    /// Whether the index has `segment`.
     pub fn has_segment(&self, segment: &Segment) -> bool {
         self.inner.read().segments.contains_key(&segment.sequence)
     }
 
-    /// Whether a record that was set aside lies in `segment`.
+    /// Whether `segment` has a record that was set aside.
     pub fn has_aside(&self, segment: &Segment) -> bool {
         let inner = self.inner.read();
         inner
@@ -277,7 +279,7 @@ impl Index {
 }
 
 impl Inner {
-    /// The records at these places are counted no more.
+    /// Lowers the counts of the segments by the records at these locations.
     fn no_longer_live(&self, gone: &[(ChunkId, RecordLocation)]) -> Vec<Removed> {
         let mut removed: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         for (id, place) in gone {

@@ -1,4 +1,4 @@
-//! The thread that writes and flushes for those who wait: one flush serves all puts that came while the last one ran.
+//! The thread that writes and flushes for its callers. One flush serves all puts that arrived during the previous one.
 //!
 //! Puts are admitted by bytes ([`PUT_QUEUE_BYTES_MAX`]) before they enter the queue, so it is bounded.
 
@@ -14,15 +14,15 @@ use super::error::ContentError;
 use super::writer::SegmentWriter;
 use quorumfs_proto::Chunk;
 
-/// Most bytes of chunks that wait to be written: a second's work of a slow disk, and more than one flush can use.
+/// Most bytes of chunks in the queue: about a second of work for a slow disk, and more than one flush can use.
 const PUT_QUEUE_BYTES_MAX: usize = 64 << 20;
-/// What is written at most before it is flushed, so that the first of many puts does not wait for all of them.
+/// Most bytes written before a flush, so that the first of many puts does not wait for all of them.
 const FLUSH_BYTES_MAX: usize = 16 << 20;
 
 enum Job {
     Put {
         chunk: Chunk,
-        // Given back when the put is answered.
+        // Returned when the put is answered.
         admission: OwnedSemaphorePermit,
         done: oneshot::Sender<Result<(), ContentError>>,
     },
@@ -34,7 +34,7 @@ enum Job {
 /// The thread and its queue.
 #[derive(Debug)]
 pub struct IoThread {
-    // `None` only while it is being dropped.
+    // `None` only while the value is being dropped.
     queue: Option<mpsc::Sender<Job>>,
     admission: Arc<Semaphore>,
     thread: Option<JoinHandle<()>>,
@@ -42,7 +42,7 @@ pub struct IoThread {
 }
 
 impl IoThread {
-    /// Starts it.
+    /// Starts the thread.
     pub fn start(writer: Arc<SegmentWriter>) -> std::io::Result<IoThread> {
         let (queue, jobs) = mpsc::channel();
         let puts = Arc::new(AtomicU64::new(0));
@@ -58,7 +58,7 @@ impl IoThread {
         })
     }
 
-    /// Writes `chunk`; durable when it returns.
+    /// Writes `chunk`. It is durable when the call returns.
     pub async fn put(&self, chunk: Chunk) -> Result<(), ContentError> {
         let admission = Arc::clone(&self.admission)
             .acquire_owned(chunk.payload().len())
@@ -72,19 +72,19 @@ impl IoThread {
         answer.await.map_err(|_| stopped())?
     }
 
-    /// Flushes; blocks until it is done.
+    /// Flushes, and blocks until the flush has ended.
     pub fn flush(&self) -> Result<(), ContentError> {
         let (done, answer) = oneshot::channel();
         self.send(Job::Flush { done: Some(done) })?;
         futures::executor::block_on(answer.into_future()).map_err(|_| stopped())?
     }
 
-    /// Lets it flush soon; nobody waits.
+    /// Requests a flush without waiting for it.
     pub fn flush_soon(&self) -> Result<(), ContentError> {
         self.send(Job::Flush { done: None })
     }
 
-    /// How many puts it has acknowledged.
+    /// Returns the number of acknowledged puts.
     pub fn puts(&self) -> u64 {
         self.puts.load(Ordering::Relaxed)
     }
@@ -101,7 +101,7 @@ impl Drop for IoThread {
     fn drop(&mut self) {
         self.queue = None;
         if let Some(thread) = self.thread.take() {
-            // It ends with the queue; a panic in it has been reported by the panic hook.
+            // The thread ends when the queue closes; the panic hook has reported a panic in it.
             let _ = thread.join();
         }
     }
@@ -129,7 +129,7 @@ fn run(writer: &SegmentWriter, jobs: &mpsc::Receiver<Job>, puts: &AtomicU64) {
                     written_bytes += chunk.payload().len();
                     match writer.append(&chunk) {
                         Ok(_) => put_waiters.push((done, admission)),
-                        // Who no longer waits does not mind, here and below.
+                        // Here and below: a caller that has stopped waiting does not receive the result.
                         Err(error) => drop(done.send(Err(error))),
                     }
                 }

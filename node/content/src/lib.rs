@@ -1,17 +1,16 @@
-//! Content: immutable chunks in append-only segments on this node's disk.
+//! The content store: immutable chunks in append-only segments on this node's disk.
 //!
-//! A put goes [`ContentStore::put`] → the I/O thread's queue → `SegmentWriter::append` (one `pwritev` into the active
-//! segment, the index is told) → `SegmentWriter::flush` (one `fdatasync` for all who wait) → answered. A read goes
-//! [`ContentStore::read`] → index → header and block CRCs → blocks, both verified. A discard
-//! ([`ContentStore::discard`]) takes chunks out of the index, marks their records dead in place, flushes the marks,
-//! and only then punches the holes.
+//! A put takes these steps: [`ContentStore::put`] → the I/O thread's queue → `SegmentWriter::append` (one `pwritev`
+//! into the active segment, then the index is updated) → `SegmentWriter::flush` (one `fdatasync` for all waiting puts)
+//! → answer. A read: [`ContentStore::read`] → index → header and block CRCs → blocks, both verified. A discard
+//! ([`ContentStore::discard`]) removes chunks from the index, marks their records dead in place, flushes the marks, and
+//! only then punches the holes.
 //!
-//! From the bottom: `record` (bytes) · `segment` (one file) · `scan` (opening one) · `salvage` (one that the disk does not
-//! give back) · `index` (chunk → place) ·
-//! `fault` (failed flushes) · `writer` (append, flush) · `io_thread` (callers that wait for a flush) · `store` (the whole) ·
-//! `reclaim` (its discarding half).
+//! From the bottom: `record` (bytes) · `segment` (one file) · `scan` (opening a segment) · `salvage` (a segment that
+//! the disk cannot read) · `index` (chunk → location) · `fault` (failed flushes) · `writer` (append, flush) ·
+//! `io_thread` (callers that wait for a flush) · `store` (the public interface) · `reclaim` (discarding).
 //!
-//! Knows nothing of metadata: which chunks are needed, and whether one is dead, is for others to say.
+//! This crate does not know metadata: its callers decide which chunks are needed and which are dead.
 
 mod aside;
 mod error;

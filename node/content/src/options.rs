@@ -1,22 +1,23 @@
-//! How a content store is laid out.
+//! Options of a content store.
 
-/// How a content store is laid out.
+/// Options of a content store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ContentOptions {
-    /// Size of a segment; smaller ones are made where the disk has little room.
+    /// Size of a segment in bytes; segments are smaller if the disk has little space.
     pub segment_bytes: u64,
-    /// What content leaves free of the disk for log, metadata and who deletes; at most a sixteenth of the disk.
+    /// Bytes of the disk that content leaves free for the log, the metadata and deletions; at most a sixteenth of the
+    /// disk.
     pub reserve_bytes: u64,
-    /// What is done about a folder that the disk does not list.
+    /// What to do with a folder that cannot be listed.
     pub unlisted: Unlisted,
 }
 
-/// What is done about a content folder that the disk does not list, again and again.
+/// What to do with a content folder that repeatedly cannot be listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unlisted {
-    /// It is set aside, and its content fetched from other nodes.
+    /// Set it aside; its content is fetched from other nodes.
     SetAside,
-    /// It stays, and the store does not open: nobody else has its content.
+    /// Leave it, and do not open the store: no other node has its content.
     Refuse,
 }
 

@@ -1,14 +1,14 @@
-//! Discarding: chunks leave the index, their records are marked dead in place, the marks are flushed, and only then
-//! holes are punched; a segment without a live record is unlinked, a sparse one is rewritten.
+//! Discarding: chunks are removed from the index, their records are marked dead in place, the marks are flushed, and
+//! only then holes are punched. A segment without a live record is unlinked, a sparse one is rewritten.
 //!
-//! Nothing here needs room on the disk but rewriting, which makes more than it takes: a full disk can be emptied.
+//! Only rewriting needs space on the disk, and it frees more than it takes. So a full disk can be emptied.
 //!
-//! After a crash a discarded chunk may be back if its mark had not been flushed, never without its bytes; who decides
-//! what is dead finds it again. A chunk whose mark was flushed and whose hole was not yet punched stays gone, and its
-//! room comes back when the store is opened, or with its segment.
+//! After a crash a discarded chunk may be back if its mark had not been flushed, but never without its bytes; the
+//! caller that decides which chunks are dead finds it again. A chunk whose mark was flushed and whose hole was not yet
+//! punched stays discarded, and its space is freed when the store is opened, or with its segment.
 //!
-//! Invariants: no hole is punched under a record whose mark is not on disk. One discard, quarantine or rewriting at a
-//! time.
+//! Invariants: no hole is punched under a record whose mark is not on disk. One discard, quarantine or rewriting runs
+//! at a time.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -22,39 +22,39 @@ use super::record::{Entry, Table};
 use super::segment::{Sealing, Segment, holes, punch};
 use super::store::ContentStore;
 
-/// A segment is rewritten when at most this part of what it takes on disk is live.
+/// A segment is rewritten when at most 1/2 of what it occupies on disk is live.
 const SPARSE_PART: u64 = 2;
-/// Below this it is not worth the writing; the disk's own granularity alone may waste as much.
+/// Below this many bytes rewriting is not worth the I/O; the disk's own granularity may waste as much.
 const SPARSE_BYTES_MIN: u64 = 64 << 10;
 
-/// Most bytes of bad copies that are kept until others have been written; beyond it they go at once.
+/// Most bytes of bad copies that are kept until good ones have been written; beyond it they are removed at once.
 const ASIDE_BYTES_MAX: u64 = 256 << 20;
 
-/// What became of a copy that was said to be bad.
+/// The result of [`ContentStore::quarantine`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quarantined {
-    /// It failed its check again: it is not held any more.
+    /// The copy failed its check again. It is no longer held.
     SetAside,
-    /// It is as it should be: another copy has been written meanwhile, or the disk thought better of it.
+    /// The copy is good: another one has been written meanwhile, or the disk returns the right bytes now.
     Healthy,
-    /// There is none.
+    /// This node has no copy.
     NotHeld,
 }
 
-/// What rewriting sparse segments did.
+/// The result of [`ContentStore::rewrite_sparse`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rewritten {
     /// Segments rewritten and unlinked.
     pub segments: u64,
-    /// Bytes of records written anew.
+    /// Bytes of records that were copied.
     pub moved_bytes: u64,
-    /// Bytes of disk that the old segments took.
+    /// Bytes of disk that the old segments occupied.
     pub freed_bytes: u64,
-    /// Chunks whose copy here turned out to be damaged; no longer held.
+    /// Chunks whose copy here is damaged; they are no longer held.
     pub damaged: Vec<ChunkId>,
 }
 
-/// Marked records whose room can be given back once the marks are on disk.
+/// Records marked dead, whose space can be freed when the marks are on disk.
 struct Marked {
     segment: Arc<Segment>,
     file: Arc<File>,
@@ -63,8 +63,8 @@ struct Marked {
 }
 
 impl ContentStore {
-    /// Drops chunks and gives their room back; ids that are not held are passed over. Blocks. Returns how many bytes
-    /// of disk were freed. Even where it fails the chunks are no longer served by this process.
+    /// Discards chunks and frees their space; ids that are not held are ignored. Blocks. Returns the number of bytes
+    /// freed on disk. Even if it fails, this process no longer serves the chunks.
     pub fn discard(&self, ids: &[ChunkId]) -> Result<u64, ContentError> {
         self.writer.fault.check()?;
         let _one_at_a_time = self.reclaim.lock();
@@ -72,12 +72,12 @@ impl ContentStore {
         self.release(removed)
     }
 
-    /// Looks at a copy that failed its check once more; if it is bad, or does not have the digest `named`, it is held no
-    /// more, so that it is fetched anew. Its record is kept until [`ContentStore::forget_aside`], or until the store is
-    /// opened with another. Blocks.
+    /// Checks again a copy that failed its check. If the copy is bad, or does not have the digest `named`, it is no
+    /// longer held, so that recovery fetches the chunk. Its record is kept until [`ContentStore::forget_aside`], or
+    /// until the store is opened and has another copy. Blocks.
     pub fn quarantine(&self, id: ChunkId, named: Option<Sha256>) -> Result<Quarantined, ContentError> {
         self.writer.fault.check()?;
-        // No other copy of it is taken out in between.
+        // Prevents that another copy of the chunk is removed in between.
         let _one_at_a_time = self.reclaim.lock();
         let Some((place, _)) = self.index.get(id) else {
             return Ok(Quarantined::NotHeld);
@@ -90,13 +90,13 @@ impl ContentStore {
         }
         let gone = self.index.set_aside(id, place, ASIDE_BYTES_MAX);
         if let Err(error) = self.release(gone) {
-            // Its room comes back with its segment.
-            tracing::warn!(%error, chunk = %id, "the room of a bad copy is not given back");
+            // The space is freed with the segment.
+            tracing::warn!(%error, chunk = %id, "cannot free the space of a bad copy; it is freed with its segment");
         }
         Ok(Quarantined::SetAside)
     }
 
-    /// Gives back the room of bad copies that were kept aside. Blocks.
+    /// Frees the space of bad copies that were kept aside. Blocks.
     pub fn forget_aside(&self, ids: &[ChunkId]) -> Result<u64, ContentError> {
         self.writer.fault.check()?;
         let _one_at_a_time = self.reclaim.lock();
@@ -107,8 +107,8 @@ impl ContentStore {
         self.release(removed)
     }
 
-    /// Rewrites segments of which little is live, the sparsest first, until about `budget_bytes` of records have
-    /// moved; one segment at the least, if one is sparse. Blocks for as long as that takes.
+    /// Rewrites segments with few live records, the sparsest first, until about `budget_bytes` of records have moved;
+    /// at least one segment if one is sparse. Blocks for as long as that takes.
     pub fn rewrite_sparse(&self, budget_bytes: u64) -> Result<Rewritten, ContentError> {
         self.writer.fault.check()?;
         let _one_at_a_time = self.reclaim.lock();
@@ -131,9 +131,9 @@ impl ContentStore {
             }
             match self.rewrite(&segment) {
                 Ok(damaged) => done.damaged.extend(damaged),
-                // One that cannot be read must not keep the others from being rewritten.
+                // A segment that cannot be read must not prevent the rewriting of the others.
                 Err(error @ ContentError::Io { .. }) => {
-                    tracing::warn!(%error, path = %segment.path.display(), "a sparse segment stays as it is");
+                    tracing::warn!(%error, path = %segment.path.display(), "cannot rewrite a sparse segment; it stays as it is");
                     continue;
                 }
                 Err(error) => return Err(error),
@@ -145,7 +145,7 @@ impl ContentStore {
         Ok(done)
     }
 
-    /// Moves the live records of `segment`; returns those that turned out to be damaged.
+    /// Moves the live records of `segment`; returns the chunks whose records are damaged.
     fn rewrite(&self, segment: &Arc<Segment>) -> Result<Vec<ChunkId>, ContentError> {
         let table = segment.table(&*self.file(segment)?)?;
         let mut damaged = Vec::new();
@@ -169,7 +169,7 @@ impl ContentStore {
             }
         });
         if let Err(error) = copied.and_then(|()| self.sync()) {
-            // The copies are of no use: the originals stay what counts.
+            // The copies are dropped; the originals stay in the index.
             let useless = copies.into_iter().map(|(_, to, copy)| Removed {
                 segment: to,
                 positions: vec![copy.position_units],
@@ -180,29 +180,31 @@ impl ContentStore {
         for (entry, to, copy) in &copies {
             self.index.relocate(segment, entry, to, copy);
         }
-        // Their marks go with the segment.
+        // Their records are removed with the segment.
         self.index.remove(&damaged);
         Ok(damaged)
     }
 
-    /// What is left to do when the index has been rebuilt: records that a later one supersedes, segments that are
-    /// empty. Returns how many segments went.
+    /// Completes opening, after the index has been rebuilt: frees records that a later one supersedes, and removes
+    /// empty segments. Returns the number of segments removed.
     pub(super) fn tidy_after_open(&self, superseded: Vec<Removed>) -> Result<u64, ContentError> {
         match self.release(superseded) {
             Err(error @ ContentError::Fatal { .. }) => return Err(error),
-            // Their room comes back with their segments.
-            Err(error) => tracing::warn!(%error, "the room of superseded chunks is not given back"),
+            // The space is freed with the segments.
+            Err(error) => {
+                tracing::warn!(%error, "cannot free the space of superseded copies; it is freed with their segments")
+            }
             Ok(_) => {}
         }
         Ok(self.remove_empty_segments()?.segments)
     }
 
-    /// Marks records that the index no longer names, and gives their room back.
+    /// Marks records that the index no longer refers to, and frees their space.
     fn release(&self, removed: Vec<Removed>) -> Result<u64, ContentError> {
         let mut failure = None;
         let mut marked = Vec::new();
         for Removed { segment, positions } in removed {
-            // It is unlinked below.
+            // The segment is unlinked below.
             if segment.live_records() == 0 && segment.is_sealed() {
                 continue;
             }
@@ -239,7 +241,8 @@ impl ContentStore {
         failure.map_or(Ok(freed_bytes), Err)
     }
 
-    /// Marks records dead. On disk when it returns, if the segment is sealed; else with the next group flush.
+    /// Marks records dead. If the segment is sealed, the marks are on disk when this returns; else after the next group
+    /// flush.
     fn mark(&self, segment: &Segment, positions: &[u32]) -> Result<(Arc<File>, Table), ContentError> {
         let file = self.file(segment)?;
         let (table, sealing) = segment.mark_dead(&file, positions)?;
@@ -265,7 +268,7 @@ impl ContentStore {
                 Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
                     return Err(ContentError::io("remove", &segment.path, source));
                 }
-                // Gone is what it was to be.
+                // The file is already gone, as intended.
                 _ => {}
             }
             self.forget_file(&segment);
@@ -287,9 +290,9 @@ struct Removal {
     freed_bytes: u64,
 }
 
-/// What a segment takes on disk.
+/// Returns the bytes that a segment occupies on disk.
 fn allocated_bytes(segment: &Segment) -> Result<u64, ContentError> {
-    // st_blocks counts 512 bytes, whatever the filesystem's block is.
+    // st_blocks counts units of 512 bytes, whatever the filesystem's block size is.
     std::fs::metadata(&segment.path)
         .map(|metadata| metadata.blocks() * 512)
         .map_err(|source| ContentError::io("inspect", &segment.path, source))

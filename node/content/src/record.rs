@@ -1,4 +1,4 @@
-//! The bytes of a segment: how records, the segment's header and its footer are written and recognised.
+//! The bytes of a segment: how records, the segment's header and its footer are encoded and recognised.
 //!
 //! ```text
 //! segment  = header (64 bytes)  record*  [footer]
@@ -9,28 +9,29 @@
 //! ```
 //!
 //! All numbers are little-endian; positions are counted in units of 8 bytes, to which records are aligned. Small
-//! records lie close together (a payload of 1 KiB costs 84 bytes more, not a page); a large payload begins on a page,
-//! so that reading a block touches one page and a dead payload can be punched out whole, for at most one page in 16.
+//! records are packed closely (a payload of 1 KiB costs 84 bytes more, not a page). A large payload begins on a page,
+//! so that reading a block touches one page and a dead payload can be punched out whole; that costs at most one page in
+//! 16.
 //!
 //! Invariants:
-//! - A record is recognised by its salt (random, in the segment's file name), its own position and a CRC over
-//!   header and block CRCs. So bytes of a payload that look like a record, even a copy of a segment, never are one.
-//! - The mark alone is outside the CRC: it is what changes in place when the chunk is discarded. Eight aligned bytes
-//!   lie in one sector, so it is either mark. Discarding therefore needs no room on the disk.
-//! - `flushed` is how much of the segment was known to be on disk when the record was written: only what lies above
-//!   the highest of them may be torn.
+//! - A record is recognised by its salt (random, in the segment's file name), its own position and a CRC over header
+//!   and block CRCs. So bytes of a payload that look like a record, even a copy of a segment, are never taken for one.
+//! - Only the mark is outside the CRC: it changes in place when the chunk is discarded. It is eight aligned bytes in
+//!   one sector, so it is always one of the two marks. Discarding therefore needs no space on the disk.
+//! - `flushed` is the length of the segment that was known to be on disk when the record was written: only records
+//!   above the highest such value may be torn.
 //! - A footer's states are outside its CRC for the same reason.
 //!
-//! Knows nothing of files.
+//! This module does not know files.
 
 use quorumfs_proto::limits::{BLOCK_BYTES, CHUNK_BYTES_MAX};
 use quorumfs_proto::{ChunkId, SessionId, Sha256};
 
-/// Version of all of this.
+/// Version of the whole format.
 pub const FORMAT_VERSION: u32 = 1;
-/// What records are aligned to, and positions counted in.
+/// Alignment of records, and the unit of positions.
 pub const UNIT_BYTES: u64 = 8;
-/// Page and filesystem block: what holes are made of.
+/// Page size and filesystem block size: the granularity of holes.
 pub const PAGE_BYTES: u64 = 4096;
 /// Size of a segment's header.
 pub const SEGMENT_HEADER_BYTES: u64 = 64;
@@ -46,12 +47,12 @@ const ENTRY_BYTES: usize = 24;
 const SEGMENT_MAGIC: u64 = u64::from_le_bytes(*b"QFSsegmt");
 const TRAILER_MAGIC: u64 = u64::from_le_bytes(*b"QFSfoot1");
 const LIVE_MARK: u64 = u64::from_le_bytes(*b"QFSlive1");
-/// What a discarded record's first 8 bytes become.
+/// The first 8 bytes of a discarded record.
 pub const DEAD_MARK: [u8; 8] = *b"QFSdead1";
-/// What a discarded record's state in the footer becomes.
+/// The state of a discarded record in the footer.
 pub const DEAD_STATE: u8 = 0xDD;
 
-/// Where the mark ends and what the CRC covers begins.
+/// Length of the mark; the CRC covers what follows.
 const MARK_BYTES: usize = 8;
 const CRC_AT: usize = 44;
 
@@ -60,27 +61,27 @@ pub const fn align_up(value: u64, step: u64) -> u64 {
     (value + step - 1) & !(step - 1)
 }
 
-/// How many blocks, and so CRCs, a payload has.
+/// Returns the number of blocks, and so of CRCs, of a payload.
 pub const fn blocks(length: u32) -> usize {
     length.div_ceil(BLOCK_BYTES) as usize
 }
 
-/// Where the parts of a record lie in its segment; follows from its position and its payload's length.
+/// The positions of the parts of a record in its segment. They follow from its position and its payload's length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// Where its header begins.
+    /// Position of the record's header, in bytes.
     pub position: u64,
-    /// Length of the payload.
+    /// Length of the payload, in bytes.
     pub length: u32,
 }
 
 impl Layout {
-    /// Size of header and block CRCs.
+    /// Returns the size of header and block CRCs.
     pub const fn head_bytes(&self) -> usize {
         RECORD_HEADER_BYTES + 4 * blocks(self.length)
     }
 
-    /// Where the payload begins.
+    /// Returns the position of the payload.
     pub const fn payload_at(&self) -> u64 {
         let head_end = self.position + self.head_bytes() as u64;
         if self.length >= PAGE_ALIGNED_FROM_BYTES {
@@ -90,12 +91,12 @@ impl Layout {
         }
     }
 
-    /// Where the next record may begin.
+    /// Returns the first position at which the next record may begin.
     pub const fn end(&self) -> u64 {
         align_up(self.payload_at() + self.length as u64, UNIT_BYTES)
     }
 
-    /// What the record takes.
+    /// Returns the bytes that the record occupies.
     pub const fn record_bytes(&self) -> u64 {
         self.end() - self.position
     }
@@ -104,22 +105,22 @@ impl Layout {
 /// Whether a record's chunk is still held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mark {
-    /// Held.
+    /// The chunk is held.
     Live,
-    /// Discarded; the payload may be gone.
+    /// The chunk is discarded; the payload may be gone.
     Dead,
 }
 
 /// A record's header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RecordHeader {
-    /// Whether it is still held.
+    /// Whether the chunk is still held.
     pub mark: Mark,
-    /// The chunk.
+    /// The chunk's id.
     pub id: ChunkId,
-    /// Where the record lies and how long its payload is.
+    /// The record's position and its payload's length.
     pub layout: Layout,
-    /// How much of the segment was known to be on disk.
+    /// The length of the segment that was known to be on disk.
     pub flushed: u64,
     /// The payload's digest.
     pub sha256: Sha256,
@@ -144,7 +145,7 @@ fn record_crc(head: &[u8]) -> u32 {
 }
 
 impl RecordHeader {
-    /// The bytes that lie before the payload: header, block CRCs, and what aligns the payload.
+    /// Encodes the bytes before the payload: header, block CRCs, and the padding that aligns the payload.
     pub fn encode(&self, salt: u64, block_crcs: &[u32]) -> Vec<u8> {
         let layout = self.layout;
         let before_payload = (layout.payload_at() - layout.position) as usize;
@@ -170,8 +171,8 @@ impl RecordHeader {
         out
     }
 
-    /// What the first [`RECORD_HEADER_BYTES`] at `position` claim to be; not yet checked by CRC, for which the
-    /// length that is claimed here must be known.
+    /// Decodes the first [`RECORD_HEADER_BYTES`] of a record at `position`, without a check of the CRC: that needs the
+    /// length that is stated here.
     pub fn claimed(bytes: &[u8], salt: u64, position: u64) -> Option<RecordHeader> {
         if bytes.len() < RECORD_HEADER_BYTES || u64_at(bytes, 8) != salt {
             return None;
@@ -197,7 +198,8 @@ impl RecordHeader {
         })
     }
 
-    /// The header and block CRCs in `head`, which has [`Layout::head_bytes`], if they are what was written.
+    /// Decodes the header and block CRCs in `head`, which has [`Layout::head_bytes`] bytes; `None` if they are not
+    /// valid.
     pub fn decode(head: &[u8], salt: u64, position: u64) -> Option<(RecordHeader, Vec<u32>)> {
         let header = RecordHeader::claimed(head, salt, position)?;
         let head = head.get(..header.layout.head_bytes())?;
@@ -212,7 +214,7 @@ impl RecordHeader {
     }
 }
 
-/// A segment's header: what it is, for who finds the file; all else is in its name and its records.
+/// Encodes a segment's header. It only identifies the file; everything else is in its name and its records.
 pub fn encode_segment_header(sequence: u32, salt: u64) -> [u8; SEGMENT_HEADER_BYTES as usize] {
     let mut out = [0; SEGMENT_HEADER_BYTES as usize];
     out[..8].copy_from_slice(&SEGMENT_MAGIC.to_le_bytes());
@@ -224,26 +226,26 @@ pub fn encode_segment_header(sequence: u32, salt: u64) -> [u8; SEGMENT_HEADER_BY
     out
 }
 
-/// The format version that a segment's header names; `None` where it is damaged or was never written.
+/// Returns the format version in a segment's header; `None` if the header is damaged or was never written.
 pub fn segment_version(header: &[u8]) -> Option<u32> {
     let header = header.get(..SEGMENT_HEADER_BYTES as usize)?;
     (u64_at(header, 0) == SEGMENT_MAGIC && crc32c::crc32c(&header[..24]) == u32_at(header, 24))
         .then(|| u32_at(header, 8))
 }
 
-/// One record, as the footer lists it.
+/// A record as listed in the footer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// The chunk.
+    /// Id of the chunk.
     pub id: ChunkId,
-    /// Its record's position, in units.
+    /// The record's position, in units.
     pub position_units: u32,
-    /// Its payload's length.
+    /// The payload's length, in bytes.
     pub length: u32,
 }
 
 impl Entry {
-    /// The entry of the record that lies there.
+    /// Returns the entry of the record at `layout`.
     pub fn new(id: ChunkId, layout: Layout) -> Entry {
         Entry {
             id,
@@ -252,7 +254,7 @@ impl Entry {
         }
     }
 
-    /// Where the record lies.
+    /// Returns the record's layout.
     pub fn layout(&self) -> Layout {
         Layout {
             position: u64::from(self.position_units) * UNIT_BYTES,
@@ -261,17 +263,17 @@ impl Entry {
     }
 }
 
-/// All records of a segment, by position, and which of them are dead.
+/// All records of a segment by position, and whether each is dead.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table {
     /// The records, by ascending position.
     pub entries: Vec<Entry>,
-    /// For each whether it is dead.
+    /// For each entry, whether it is dead.
     pub dead: Vec<bool>,
 }
 
 impl Table {
-    /// Adds a record behind all others.
+    /// Adds a record after all others.
     pub fn push(&mut self, entry: Entry, mark: Mark) {
         debug_assert!(
             self.entries
@@ -282,14 +284,14 @@ impl Table {
         self.dead.push(mark == Mark::Dead);
     }
 
-    /// Which entry lies at `position_units`.
+    /// Returns the index of the entry at `position_units`.
     pub fn find(&self, position_units: u32) -> Option<usize> {
         self.entries
             .binary_search_by_key(&position_units, |entry| entry.position_units)
             .ok()
     }
 
-    /// The live entries, by position.
+    /// Returns the live entries by position.
     pub fn live(&self) -> impl Iterator<Item = &Entry> {
         self.entries
             .iter()
@@ -299,32 +301,32 @@ impl Table {
     }
 }
 
-/// Where the parts of a footer lie.
+/// The positions of the parts of a footer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footer {
-    /// Where it begins: behind the last record.
+    /// Position of the footer: after the last record.
     pub position: u64,
-    /// How many entries it has.
+    /// Number of entries.
     pub count: u32,
 }
 
 impl Footer {
-    /// What a footer of so many entries takes.
+    /// Returns the size of a footer of `count` entries.
     pub const fn bytes(count: usize) -> u64 {
         align_up((count * (ENTRY_BYTES + 1)) as u64, UNIT_BYTES) + TRAILER_BYTES as u64
     }
 
-    /// Where the state of entry `index` lies.
+    /// Returns the position of the state of entry `index`.
     pub fn state_at(&self, index: usize) -> u64 {
         self.position + (self.count as usize * ENTRY_BYTES + index) as u64
     }
 
-    /// Where it ends, and the segment with it.
+    /// Returns the end of the footer, which is the end of the segment.
     pub fn end(&self) -> u64 {
         self.position + Footer::bytes(self.count as usize)
     }
 
-    /// A footer at `position` for `table`.
+    /// Encodes a footer at `position` for `table`.
     pub fn encode(position: u64, salt: u64, table: &Table) -> (Footer, Vec<u8>) {
         let count = u32::try_from(table.entries.len()).expect("records of a segment are bounded");
         let footer = Footer { position, count };
@@ -350,7 +352,7 @@ impl Footer {
         (footer, out)
     }
 
-    /// The footer that `trailer`, the last bytes of a file of `file_bytes`, ends.
+    /// Decodes the footer from `trailer`, the last bytes of a file of `file_bytes`.
     pub fn from_trailer(trailer: &[u8], salt: u64, file_bytes: u64) -> Option<Footer> {
         let trailer = trailer.get(..TRAILER_BYTES)?;
         if u64_at(trailer, 0) != TRAILER_MAGIC
@@ -366,7 +368,7 @@ impl Footer {
         (footer.position < file_bytes && footer.end() == file_bytes).then_some(footer)
     }
 
-    /// The table that `bytes`, all of the footer, hold.
+    /// Decodes the table from `bytes`, the whole footer.
     pub fn decode(&self, bytes: &[u8]) -> Option<Table> {
         let count = self.count as usize;
         let trailer = &bytes.get(bytes.len().checked_sub(TRAILER_BYTES)?..)?;

@@ -1,11 +1,12 @@
-//! A segment that the disk does not give back whole: what can be read of it goes into other segments, and the file is set
+//! Segments that the disk cannot read whole: their readable records are copied to other segments, and the files are set
 //! aside.
 //!
-//! The file keeps its bad sectors, so that nothing else is laid there; its name says what it is. What could not be read is
-//! missing from the index, so that it is fetched from other nodes. The file is set aside only when all that was found in it
-//! is on disk elsewhere, and where that cannot be, it stays as it is and is tried again when the store is opened next.
-//! Nothing is lost that was readable, but for one case: a file with too many unreadable pages is not looked at beyond
-//! these. What lies there may be readable, so the file is to be kept until others hold its chunks.
+//! A file that is set aside keeps its bad sectors, so that nothing else is stored there; its name says what it is.
+//! Records that could not be read are missing from the index, so recovery fetches their chunks from other nodes. A file
+//! is set aside only when all records found in it are on disk elsewhere. If that fails, the file stays as it is, and
+//! the next opening of the store tries again. No readable record is lost, with one exception: a file with too many
+//! unreadable pages is not read beyond them. Records there may be readable, so the file must be kept until other nodes
+//! hold its chunks.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -18,25 +19,24 @@ use super::segment::read_exact_at;
 use super::store::ContentStore;
 use quorumfs_proto::Chunk;
 
-/// Pages of a file that may be unreadable before the rest of it is not looked at any more: a failing disk takes seconds for
-/// each.
+/// Most unreadable pages of a file before the rest of it is skipped: a failing disk takes seconds for each.
 const UNREADABLE_PAGES_MAX: u64 = 256;
 
-/// What came of one.
+/// The result of salvaging one segment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Salvaged {
-    /// Chunks that were written anew.
+    /// Chunks that were copied.
     pub(super) chunks: u64,
-    /// Records that were found and could not be read whole.
+    /// Records that were found but could not be read whole.
     pub(super) lost_records: u64,
-    /// Pages that were looked at and could not be read.
+    /// Pages that could not be read.
     pub(super) unreadable_pages: u64,
-    /// From which offset on the file was not looked at, because of these.
+    /// Offset from which the file was not read, because of too many unreadable pages.
     pub(super) not_looked_at_from: Option<u64>,
 }
 
 impl ContentStore {
-    /// Takes what can be read out of each of `unreadable`, and sets the files aside. Blocks.
+    /// Copies the readable records of each of `unreadable`, and sets the files aside. Blocks.
     pub(super) fn salvage_all(&self, unreadable: Vec<Unreadable>) -> Result<SetAside, ContentError> {
         let mut set_aside = SetAside::default();
         for Unreadable { path, salt, error } in unreadable {
@@ -45,9 +45,9 @@ impl ContentStore {
                     set_aside.files += 1;
                     set_aside.partly_read += u64::from(salvaged.not_looked_at_from.is_some());
                     let advice = match salvaged.not_looked_at_from {
-                        None => String::from("all of it was looked at: the file can be removed"),
+                        None => String::from("all of it was read: remove the file"),
                         Some(offset) => format!(
-                            "it was not looked at beyond offset {offset}, and chunks that can be read may lie there: keep \
+                            "it was not read beyond offset {offset}, where readable chunks may be: keep \
                              the file until no chunk is missing"
                         ),
                     };
@@ -57,7 +57,7 @@ impl ContentStore {
                         lost_records = salvaged.lost_records,
                         unreadable_pages = salvaged.unreadable_pages,
                         set_aside = %aside.display(),
-                        "a content segment cannot be read; what was found in it was written anew, the rest is fetched from \
+                        "a content segment cannot be read whole; its readable chunks were copied, the others are fetched from \
                          other nodes. The disk fails; {advice}"
                     );
                 }
@@ -66,7 +66,7 @@ impl ContentStore {
                     %error,
                     %failed,
                     path = %path.display(),
-                    "a content segment cannot be read, nor what can be of it be written anew; it is left out, and tried \
+                    "a content segment cannot be read whole, and its readable chunks cannot be copied; it is not used, and tried \
                      again at the next start"
                 ),
             }
@@ -92,7 +92,7 @@ impl ContentStore {
         Ok((salvaged, aside))
     }
 
-    /// Writes the live records of `file` that are whole into the active segment; on disk when it returns.
+    /// Writes the live, whole records of `file` to the active segment; they are on disk when this returns.
     fn copy_readable(
         &self,
         file: &File,
@@ -121,7 +121,7 @@ impl ContentStore {
     }
 }
 
-/// The chunk of a record, if all of it can be read and is what was written.
+/// Returns the chunk of a record; `None` if it cannot be read whole or does not match its checksums.
 fn whole_record(file: &File, header: &RecordHeader, salt: u64) -> Option<Chunk> {
     let layout = header.layout;
     let mut head = vec![0; layout.head_bytes()];

@@ -1,14 +1,15 @@
 //! Opening a segment that an earlier process left.
 //!
-//! A sealed segment is its footer: one read, and all of it is known to be on disk (see `Segment::seal`). An unsealed one is read from record header to record header, payloads
-//! skipped. What lies above the highest flushed watermark in it is not known to be on disk: its payloads are
-//! verified, what does not match is dropped as torn, what does is written again and flushed (a page that a failed
-//! flush left in the page cache is clean and would not be written by a flush alone); then the segment is sealed.
+//! A sealed segment is described by its footer: one read suffices, and all of the segment is known to be on disk (see
+//! `Segment::seal`). An unsealed one is read from record header to record header; payloads are skipped. Records above
+//! the highest flushed watermark in it are not known to be on disk: their payloads are verified, records that do not
+//! match are dropped as torn, the others are written again and flushed (a page that a failed flush left in the page
+//! cache is clean, and a flush alone would not write it). Then the segment is sealed.
 //!
-//! A record that cannot be read costs that record: the scan looks for the next one. Records are independent, so
-//! keeping those behind a torn one is right.
+//! A record that cannot be read costs only that record: the scan looks for the next one. Records are independent, so it
+//! is correct to keep those after a torn one.
 //!
-//! Invariant: nothing is returned as live that is not durable.
+//! Invariant: no record is returned as live that is not durable.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -26,34 +27,34 @@ use super::record::{
 };
 use super::segment::{Segment, SegmentState, punch_leftovers, read_exact_at, read_table, write_record};
 
-/// A segment as it was found.
+/// An opened segment.
 pub struct Found {
-    /// The segment, open for reading and in-place marks; its live records are not counted yet.
+    /// The segment, open for reading and for marks in place; its live records are not counted yet.
     pub segment: Segment,
-    /// Its file.
+    /// The segment's file.
     pub file: File,
-    /// Its records.
+    /// The segment's records.
     pub table: Table,
-    /// Where the last one ends.
+    /// The end of the last record.
     pub end: u64,
-    /// How it was found.
+    /// The condition of the segment.
     pub condition: Condition,
 }
 
-/// How a segment was found.
+/// The condition in which a segment was found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Condition {
-    /// It had no usable footer and was scanned.
+    /// The segment had no usable footer and was scanned.
     pub scanned: bool,
-    /// Its header did not match its checksum.
+    /// The segment's header did not match its checksum.
     pub header_damaged: bool,
     /// Records that were not known to be on disk, matched their checksums, and were written again.
     pub rewritten_records: u64,
-    /// Records that were not known to be on disk and did not match.
+    /// Records that were not known to be on disk and did not match their checksums.
     pub torn_records: u64,
 }
 
-/// Opens the segment at `path`. `Ok(None)`: it was made but never used, and can go.
+/// Opens the segment at `path`. Returns `Ok(None)` if it was created but never used, so that it can be removed.
 pub fn open_segment(path: PathBuf, sequence: u32, salt: u64) -> Result<Option<Found>, ContentError> {
     let failed = |action| {
         let path = path.clone();
@@ -76,7 +77,7 @@ pub fn open_segment(path: PathBuf, sequence: u32, salt: u64) -> Result<Option<Fo
     }
 
     if let Some((footer, table)) = read_footer(&file, salt, file_bytes).map_err(failed("read"))? {
-        // Room that is not given back now is given back with the segment.
+        // Space that is not freed now is freed with the segment.
         if let Err(error) = punch_leftovers(&file, &table) {
             tracing::warn!(%error, path = %path.display(), "cannot punch holes for discarded chunks");
         }
@@ -103,8 +104,8 @@ pub fn open_segment(path: PathBuf, sequence: u32, salt: u64) -> Result<Option<Fo
         .last()
         .map_or(SEGMENT_HEADER_BYTES, |entry| entry.layout().end());
     let segment = Segment::new(path, sequence, salt, SegmentState::Open(scanned.table.clone()), 0);
-    // Without room for a footer (it is kept free, but a filesystem that cannot preallocate may have none) the
-    // segment stays open, and is sealed later.
+    // If there is no space for a footer (space is reserved, except on a filesystem that cannot preallocate), the
+    // segment stays open and is sealed later.
     segment.seal(&file, end, || {
         file.sync_data()
             .map_err(|source| Stopped::because("flush", &segment.path, &source))
@@ -140,17 +141,17 @@ struct Scanned {
     torn: u64,
 }
 
-/// How many pages of a file may be unreadable; those are passed over as if they held nothing.
+/// How many pages of a file may be unreadable; they are treated as empty.
 #[derive(Debug)]
 pub struct Tolerance {
     unreadable_pages: u64,
     unreadable_pages_max: u64,
-    /// Where there were more, and the rest was not looked at.
+    /// The offset at which there were more; the rest was not read.
     gave_up_at: Option<u64>,
 }
 
 impl Tolerance {
-    /// So many.
+    /// Tolerates up to this number of pages.
     pub fn pages(unreadable_pages_max: u64) -> Tolerance {
         Tolerance {
             unreadable_pages: 0,
@@ -159,17 +160,17 @@ impl Tolerance {
         }
     }
 
-    /// The offset from which on the file was not looked at, because too much before it could not be read.
+    /// Returns the offset from which the file was not read, because too many pages before it are unreadable.
     pub fn gave_up_at(&self) -> Option<u64> {
         self.gave_up_at
     }
 
-    /// How many there were.
+    /// Returns the number of unreadable pages.
     pub fn unreadable_pages(&self) -> u64 {
         self.unreadable_pages
     }
 
-    /// Reads `bytes` at `at`; what cannot be read, page by page, is zeros.
+    /// Reads `bytes` at `at`; unreadable pages become zeros.
     fn read(&mut self, file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
         let failed = match read_exact_at(file, bytes, at) {
             Err(error) if is_medium_error(&error) && self.unreadable_pages_max > 0 => error,
@@ -197,7 +198,7 @@ impl Tolerance {
     }
 }
 
-/// The records of a segment by position, as far as `tolerance` goes.
+/// Returns the records of a segment by position, as far as `tolerance` allows.
 pub fn readable_records(
     file: &File,
     salt: u64,
@@ -220,7 +221,7 @@ pub fn readable_records(
         match next {
             Ok(Some(next)) => at = next,
             Ok(None) => break,
-            // What was found so far is worth having.
+            // The records found so far are returned.
             Err(error) if gives_up && is_medium_error(&error) => {
                 window.tolerance.gave_up_at = Some(at);
                 break;
@@ -242,7 +243,7 @@ fn scan(file: &File, salt: u64, file_bytes: u64) -> io::Result<Scanned> {
     };
     for header in records {
         let entry = Entry::new(header.id, header.layout);
-        // A dead record has no payload to verify any more.
+        // The payload of a dead record is not verified: it may be gone.
         if header.mark == Mark::Live && header.layout.end() > watermark {
             if !rewrite_verified(file, header.layout, salt)? {
                 scanned.torn += 1;
@@ -255,7 +256,7 @@ fn scan(file: &File, salt: u64, file_bytes: u64) -> io::Result<Scanned> {
     Ok(scanned)
 }
 
-/// Writes a record again, in its place, if its payload is what it should be.
+/// Writes a record again, in place, if its payload matches its checksums. Returns whether it does.
 fn rewrite_verified(file: &File, layout: Layout, salt: u64) -> io::Result<bool> {
     let mut head = vec![0; (layout.payload_at() - layout.position) as usize];
     let mut payload = vec![0; layout.length as usize];
@@ -274,7 +275,7 @@ fn rewrite_verified(file: &File, layout: Layout, salt: u64) -> io::Result<bool> 
     Ok(matches)
 }
 
-/// Reads ahead while records lie close together, and little where payloads are skipped.
+/// A read-ahead window: large while records are close together, small where payloads are skipped.
 struct Window<'file> {
     file: &'file File,
     tolerance: &'file mut Tolerance,
@@ -284,9 +285,9 @@ struct Window<'file> {
 }
 
 impl<'file> Window<'file> {
-    /// Enough for a page-aligned record's header and block CRCs.
+    /// Enough for the header and block CRCs of a page-aligned record.
     const LEAST_BYTES: u64 = 8 << 10;
-    /// What is read when the last window was used up.
+    /// Size of the next window after one that was used up.
     const MOST_BYTES: u64 = 256 << 10;
 
     fn new(file: &'file File, file_bytes: u64, tolerance: &'file mut Tolerance) -> Window<'file> {
@@ -299,7 +300,7 @@ impl<'file> Window<'file> {
         }
     }
 
-    /// `length` bytes at `at`, fewer at the end of the file.
+    /// Returns `length` bytes at `at`, fewer at the end of the file.
     fn at(&mut self, at: u64, length: u64) -> io::Result<&[u8]> {
         let held_end = self.position + self.bytes.len() as u64;
         let end = (at + length).min(self.file_bytes);
@@ -314,7 +315,7 @@ impl<'file> Window<'file> {
             self.bytes.resize(take as usize, 0);
             self.position = at;
             if let Err(error) = self.tolerance.read(self.file, &mut self.bytes, at) {
-                // Nothing of it is known.
+                // The content of the window is unknown.
                 self.bytes.clear();
                 return Err(error);
             }
@@ -323,7 +324,7 @@ impl<'file> Window<'file> {
         Ok(&self.bytes[from..from + end.saturating_sub(at) as usize])
     }
 
-    /// The record at `at`, if there is one.
+    /// Reads the record header at `at`, if there is one.
     fn record(&mut self, at: u64, salt: u64) -> io::Result<Option<RecordHeader>> {
         let claimed = RecordHeader::claimed(self.at(at, RECORD_HEADER_BYTES as u64)?, salt, at);
         let Some(claimed) = claimed else {
@@ -333,7 +334,8 @@ impl<'file> Window<'file> {
         Ok(RecordHeader::decode(head, salt, at).map(|(header, _)| header))
     }
 
-    /// Where after `at` a record may begin: skips pages of zeros, and holes without reading them.
+    /// Returns the next position after `at` where a record may begin: skips pages of zeros, and holes without reading
+    /// them.
     fn next_candidate(&mut self, at: u64) -> io::Result<Option<u64>> {
         let next = at + UNIT_BYTES;
         let page_end = ((at / PAGE_BYTES) + 1) * PAGE_BYTES;
@@ -346,7 +348,7 @@ impl<'file> Window<'file> {
         match lseek(self.file, page_end as i64, Whence::SeekData) {
             Ok(data) => Ok(Some((data as u64 & !(UNIT_BYTES - 1)).max(page_end))),
             Err(Errno::ENXIO) => Ok(None),
-            // Not every filesystem knows where its holes are.
+            // Not every filesystem supports SEEK_DATA.
             Err(Errno::EINVAL) => Ok(Some(page_end)),
             Err(errno) => Err(errno.into()),
         }

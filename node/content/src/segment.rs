@@ -1,13 +1,12 @@
-//! One segment: a preallocated file of records, appended to until it is full, then sealed with a footer.
+//! One segment: a preallocated file of records. Records are appended until it is full; then it is sealed with a footer.
 //!
 //! Invariants:
-//! - Records are only ever appended; what changes in place is the mark of a discarded one, and its state in the
-//!   footer.
-//! - As long as a segment is open its table is in memory and room for its footer is kept free in the file, so that
-//!   sealing needs no new room. Sealing gives back what is left of the preallocation.
-//! - `flushed` never says more than a successful flush has shown.
+//! - Records are only appended. In place change only the mark of a discarded record, and its state in the footer.
+//! - While a segment is open, its table is in memory and space for its footer is reserved in the file, so that sealing
+//!   needs no new space. Sealing frees the unused part of the preallocation.
+//! - `flushed` never exceeds what a successful flush covered.
 //!
-//! Knows nothing of the index or of threads.
+//! This module does not know the index or threads.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
@@ -27,35 +26,35 @@ use super::record::{
     encode_segment_header,
 };
 
-/// Most records of a segment: bounds the table that an open one keeps in memory (25 bytes each) and what a discard
-/// reads of a sealed one. 256 MiB of 4 KiB chunks are as many.
+/// Most records of a segment. It bounds the table that an open segment keeps in memory (25 bytes each) and the bytes
+/// that a discard reads of a sealed one. 256 MiB hold as many chunks of 4 KiB.
 pub const SEGMENT_RECORDS_MAX: usize = 1 << 16;
 
 /// Preallocations are multiples of this.
 const SEGMENT_STEP_BYTES: u64 = 64 << 10;
 
-/// `flushed` of a sealed segment: all of it.
+/// `flushed` of a sealed segment: the whole file.
 const ALL: u64 = u64::MAX;
 
-/// What a segment's table is in.
+/// Where a segment's table is.
 #[derive(Debug)]
 pub enum SegmentState {
-    /// Memory.
+    /// The table is in memory.
     Open(Table),
-    /// The file's footer.
+    /// In the file's footer.
     Sealed(Footer),
 }
 
-/// A segment that is in use.
+/// A segment in use.
 #[derive(Debug)]
 pub struct Segment {
-    /// Counts up; names the segment in the index.
+    /// The sequence number, which identifies the segment in the index; it counts up.
     pub sequence: u32,
-    /// Random; tells the segment's records from everything else.
+    /// Random number in the segment's records, which distinguishes them from other bytes.
     pub salt: u64,
-    /// Where it lies.
+    /// Path of the file.
     pub path: PathBuf,
-    /// Held while the table changes, marks are written and the footer is.
+    /// Locked while the table changes and while marks or the footer are written.
     pub state: Mutex<SegmentState>,
     live_records: AtomicU32,
     live_bytes: AtomicU64,
@@ -63,12 +62,12 @@ pub struct Segment {
     removed: AtomicBool,
 }
 
-/// The name of a segment's file.
+/// Returns the file name of a segment.
 pub fn file_name(sequence: u32, salt: u64) -> String {
     format!("segment-{sequence:08x}-{salt:016x}")
 }
 
-/// The sequence and salt in a segment's file name.
+/// Parses sequence and salt from a segment's file name.
 pub fn parse_file_name(name: &str) -> Option<(u32, u64)> {
     let (sequence, salt) = name.strip_prefix("segment-")?.split_once('-')?;
     let parsed = (
@@ -79,7 +78,7 @@ pub fn parse_file_name(name: &str) -> Option<(u32, u64)> {
 }
 
 impl Segment {
-    /// A segment of which `flushed` bytes are on disk, and no live record is counted yet.
+    /// Makes a segment of which `flushed` bytes are on disk; no live record is counted yet.
     pub fn new(path: PathBuf, sequence: u32, salt: u64, state: SegmentState, flushed: u64) -> Segment {
         let flushed = match &state {
             SegmentState::Open(_) => flushed,
@@ -97,8 +96,8 @@ impl Segment {
         }
     }
 
-    /// Makes an empty segment of `wanted` bytes or, where the disk has less, fewer, but no fewer than `least`.
-    /// Not durable: the caller flushes file and folder before it acknowledges anything in it.
+    /// Creates an empty segment of `wanted` bytes, or of fewer if the disk has less space, but at least `least`. It is
+    /// not durable: the caller flushes file and folder before it acknowledges anything in it.
     pub fn create(
         directory: &Path,
         sequence: u32,
@@ -124,8 +123,8 @@ impl Segment {
                 Ok((Segment::new(path, sequence, salt, state, 0), file, capacity))
             }
             Err(source) => {
-                // Nothing names the file yet; what cannot be removed is found empty, and removed, when the store is
-                // opened next.
+                // Nothing refers to the file yet. If it cannot be removed, the next opening of the store finds it empty
+                // and removes it.
                 let _ = std::fs::remove_file(&path);
                 Err(ContentError::io("preallocate", &path, source))
             }
@@ -138,52 +137,52 @@ impl Segment {
         self.live_bytes.fetch_add(layout.record_bytes(), Ordering::AcqRel);
     }
 
-    /// A live record is live no more.
+    /// Removes a live record from the counts.
     pub fn remove_live(&self, layout: Layout) {
         self.live_records.fetch_sub(1, Ordering::AcqRel);
         self.live_bytes.fetch_sub(layout.record_bytes(), Ordering::AcqRel);
     }
 
-    /// How many records are live.
+    /// Returns the number of live records.
     pub fn live_records(&self) -> u32 {
         self.live_records.load(Ordering::Acquire)
     }
 
-    /// What they take.
+    /// Returns the bytes of the live records.
     pub fn live_bytes(&self) -> u64 {
         self.live_bytes.load(Ordering::Acquire)
     }
 
-    /// Up to where the records are known to be on disk.
+    /// Returns the position up to which records are known to be on disk.
     pub fn flushed(&self) -> u64 {
         self.flushed.load(Ordering::Acquire)
     }
 
-    /// A flush has succeeded that began when the segment ended at `end`.
+    /// Records that a flush succeeded that began when the segment ended at `end`.
     pub fn set_flushed(&self, end: u64) {
         self.flushed.fetch_max(end, Ordering::AcqRel);
     }
 
-    /// Whether its file has been unlinked.
+    /// Whether the file has been unlinked.
     pub fn is_removed(&self) -> bool {
         self.removed.load(Ordering::SeqCst)
     }
 
-    /// Its file has been unlinked.
+    /// Records that the file has been unlinked.
     pub fn set_removed(&self) {
         self.removed.store(true, Ordering::SeqCst);
     }
 
-    /// Whether it has its footer.
+    /// Whether the segment has its footer.
     pub fn is_sealed(&self) -> bool {
         matches!(*self.state.lock(), SegmentState::Sealed(_))
     }
 
     /// Flushes the segment, which ends at `end`, and seals it if its footer can be written now.
     ///
-    /// The footer's trailer is written last, after the flush, and only if that succeeded: whoever finds it, be it in
-    /// the page cache that a killed process left, knows that all before it is on disk. Were it lost, the segment
-    /// would be scanned. Discards in this segment wait meanwhile.
+    /// The footer's trailer is written last, after the flush, and only if the flush succeeded. So a reader that finds
+    /// the trailer, even in the page cache that a killed process left, knows that everything before it is on disk. If
+    /// the trailer is lost, the segment is scanned. Discards in this segment wait meanwhile.
     pub fn seal<E>(
         &self,
         file: &File,
@@ -208,16 +207,16 @@ impl Segment {
                 self.flushed.store(ALL, Ordering::Release);
                 Ok(Sealing::Sealed)
             }
-            // The records are whole and on disk; the footer is tried again with the next flush.
+            // The records are whole and on disk; the next flush tries to write the footer again.
             Err(error) => {
-                tracing::warn!(%error, path = %self.path.display(), "a content segment stays open");
+                tracing::warn!(%error, path = %self.path.display(), "cannot write the footer of a content segment; it stays open, and the next flush tries again");
                 Ok(Sealing::Open)
             }
         }
     }
 
-    /// Marks the records at `positions` (in units) dead, in place, and returns the table after that and whether the
-    /// segment is sealed. Not durable yet.
+    /// Marks the records at `positions` (in units) dead in place. Returns the new table and whether the segment is
+    /// sealed. The marks are not durable yet.
     pub fn mark_dead(&self, file: &File, positions: &[u32]) -> Result<(Table, Sealing), ContentError> {
         let failed = |source| ContentError::io("mark discarded chunks in", &self.path, source);
         let mut state = self.state.lock();
@@ -244,7 +243,7 @@ impl Segment {
         Ok((table, Sealing::Sealed))
     }
 
-    /// The table, wherever it is.
+    /// Returns the table, from memory or from the file.
     pub fn table(&self, file: &File) -> Result<Table, ContentError> {
         match &*self.state.lock() {
             SegmentState::Open(table) => Ok(table.clone()),
@@ -257,13 +256,13 @@ impl Segment {
 /// Whether a segment has its footer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sealing {
-    /// Not yet: the group flush reaches it.
+    /// Not yet; the next group flush reaches it.
     Open,
-    /// Yes: who changes it flushes it.
+    /// Yes; a caller that changes the segment flushes it.
     Sealed,
 }
 
-/// Reads all of `bytes` at `at`; every read of a segment but those of single chunks goes through here.
+/// Reads exactly `bytes` at `at`. All reads of a segment except those of single chunks use this function.
 pub fn read_exact_at(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
     #[cfg(test)]
     super::tests::bad_sectors::check(file, at, bytes.len() as u64)?;
@@ -279,7 +278,7 @@ pub fn read_table(file: &File, footer: &Footer) -> io::Result<Table> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "its checksum does not match"))
 }
 
-/// Writes a record: what lies before the payload, the payload, and what aligns the next one; without copying.
+/// Writes a record without copying the payload: head, payload, and the padding up to the next record.
 pub fn write_record(file: &File, layout: Layout, head: &[u8], payload: &[u8]) -> io::Result<()> {
     const ZEROS: [u8; 8] = [0; 8];
     let padding = (layout.record_bytes() as usize) - head.len() - payload.len();
@@ -309,8 +308,8 @@ pub fn write_record(file: &File, layout: Layout, head: &[u8], payload: &[u8]) ->
     }
 }
 
-/// Lets the disk begin with what was just written, so that it works while the next records are copied and the flush
-/// finds less to do. A hint: failures show in the flush.
+/// Starts write-out of the bytes just written, so that the disk works while the next records are copied and the flush
+/// has less to do. This is a hint: failures are reported by the flush.
 pub fn begin_writing_out(file: &File, from: u64, bytes: u64) {
     // SAFETY: the descriptor is open for as long as `file` is borrowed, and no memory is handed over.
     unsafe {
@@ -323,7 +322,8 @@ pub fn begin_writing_out(file: &File, from: u64, bytes: u64) {
     }
 }
 
-/// Forgets what memory holds of this range, so that the next read asks the disk. What is not written yet stays. A hint.
+/// Drops the cached pages of this range, so that the next read goes to the disk. Pages not yet written stay. This is a
+/// hint.
 pub fn drop_cached(file: &File, from: u64, bytes: u64) {
     // SAFETY: the descriptor is open for as long as `file` is borrowed, and no memory is handed over.
     unsafe {
@@ -336,20 +336,21 @@ pub fn drop_cached(file: &File, from: u64, bytes: u64) {
     }
 }
 
-/// Gives `file` its size, as near to `wanted` as the disk allows; it has to be `least` at the least.
+/// Preallocates `file` as near to `wanted` bytes as the disk allows, at least `least`. Returns the size.
 fn preallocate(file: &File, wanted: u64, least: u64) -> io::Result<u64> {
     let least = align_up(least, SEGMENT_STEP_BYTES);
     let mut size = align_up(wanted, SEGMENT_STEP_BYTES).max(least);
     loop {
         match fallocate(file, FallocateFlags::empty(), 0, size as i64) {
             Ok(()) => return Ok(size),
-            // The filesystem cannot preallocate: the file is sparse, and a full disk shows when a record is written.
+            // The filesystem cannot preallocate: the file is sparse, and a full disk is detected when a record is
+            // written.
             Err(Errno::EOPNOTSUPP) => {
                 file.set_len(size)?;
                 return Ok(size);
             }
             Err(Errno::ENOSPC | Errno::EDQUOT) if size > least => {
-                // What was allocated before it failed is given back.
+                // Frees what was allocated before the failure.
                 file.set_len(0)?;
                 size = align_up(size / 2, SEGMENT_STEP_BYTES).max(least);
             }
@@ -359,8 +360,8 @@ fn preallocate(file: &File, wanted: u64, least: u64) -> io::Result<u64> {
     }
 }
 
-/// Gives the whole pages between `from` and `to` back to the filesystem; returns how many bytes they were. Where the
-/// filesystem cannot, that is 0: the room comes back when the segment goes.
+/// Frees the whole pages between `from` and `to`; returns the number of bytes freed. If the filesystem cannot punch
+/// holes, that is 0, and the space is freed when the segment is removed.
 pub fn punch(file: &File, from: u64, to: u64) -> io::Result<u64> {
     let from = align_up(from.max(SEGMENT_HEADER_BYTES), PAGE_BYTES);
     let to = to & !(PAGE_BYTES - 1);
@@ -378,8 +379,8 @@ pub fn punch(file: &File, from: u64, to: u64) -> io::Result<u64> {
     }
 }
 
-/// Punches what dead records of a sealed segment still take, if it is more than the disk's own granularity explains:
-/// a process ended between marking and punching. Their marks are flushed first.
+/// Punches the space that dead records of a sealed segment still occupy, if it is more than the disk's own granularity
+/// explains: a process ended between marking and punching. The marks are flushed first.
 pub fn punch_leftovers(file: &File, table: &Table) -> io::Result<()> {
     const SLACK_BYTES: u64 = 256 << 10;
     let dead: Vec<u32> = table
@@ -404,14 +405,14 @@ pub fn punch_leftovers(file: &File, table: &Table) -> io::Result<()> {
     Ok(())
 }
 
-/// The ranges that discarding the records at `newly_dead` (ascending positions, in units) sets free, whole pages
-/// only: a page that dead records share with a live one stays.
+/// Returns the ranges that become free when the records at `newly_dead` (ascending positions, in units) are discarded.
+/// They are whole pages: a page that dead records share with a live one stays.
 pub fn holes(table: &Table, newly_dead: &[u32]) -> Vec<(u64, u64)> {
     let page_of = |at: u64| at & !(PAGE_BYTES - 1);
     let mut holes: Vec<(u64, u64)> = Vec::new();
     for index in newly_dead.iter().filter_map(|position| table.find(*position)) {
         let layout = table.entries[index].layout();
-        // Outwards to the page's ends, as far as neighbours there are dead as well.
+        // The range is extended to the page boundaries if the neighbours there are dead too.
         let mut from = layout.position;
         for before in (0..index).rev() {
             if from <= page_of(layout.position) {

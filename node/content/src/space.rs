@@ -1,12 +1,12 @@
-//! The room for chunks.
+//! Space for content.
 
-/// Room for content.
+/// Space for content, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Space {
-    /// The size of the filesystem.
+    /// Size of the filesystem.
     pub capacity_bytes: u64,
-    /// What it has free.
+    /// Free space of the filesystem.
     pub available_bytes: u64,
-    /// What of that the store would take for content: less its reserve, and with what it has preallocated.
+    /// Space that the store would use for content: the free space less the reserve, plus unused preallocations.
     pub room_bytes: u64,
 }

@@ -1,10 +1,10 @@
-//! The content store: what the rest of the node calls.
+//! The content store: its public interface.
 //!
 //! Invariants:
-//! - [`ContentStore::put`] and [`ContentStore::sync`] return when the disk has it, and [`ContentStore::holds`] speaks
-//!   only of what the disk has.
-//! - No byte leaves that was not verified against its CRC, and against a header that names its chunk.
-//! - Nothing but a failed flush, or files taken away from under it, makes the store unusable; a full disk does not.
+//! - [`ContentStore::put`] and [`ContentStore::sync`] return when the data is on disk, and [`ContentStore::holds`]
+//!   reports only what is on disk.
+//! - Every byte that is returned was verified against its CRC, and against a header with the chunk's id.
+//! - Only a failed flush, or files removed from under the store, make it unusable; a full disk does not.
 
 use std::fs::File;
 use std::io;
@@ -30,42 +30,42 @@ use super::segment::{Segment, drop_cached, parse_file_name};
 use super::space::Space;
 use super::writer::{Appended, OpenSegment, SegmentWriter};
 
-/// The folder is for the daemon's user alone: it holds all files' content.
+/// Only the daemon's user may access the folder: it has the content of all files.
 const FOLDER_MODE: u32 = 0o700;
-/// Most files kept open for reading; the rest are opened when needed. Far below the usual limit of 1024 per process.
+/// Most files kept open for reading; others are opened when needed. Far below the usual limit of 1024 per process.
 const OPEN_FILES_MAX: usize = 256;
-/// A chunk can move once while it is read (its segment was rewritten); more often is a fault.
+/// Attempts to read a chunk. It can move once during a read (its segment was rewritten); more often is a fault.
 const READ_ATTEMPTS_MAX: usize = 3;
-/// A folder that cannot be listed may have been away for a moment: it is set aside only after so many attempts.
+/// Attempts to list a folder before it is set aside: it may have been unavailable for a moment.
 const LIST_ATTEMPTS_MAX: u32 = 5;
 const LIST_PAUSE: Duration = Duration::from_millis(200);
-/// Largest segment: positions are 32 bits of 8 bytes, and one file should not be a disk.
+/// Largest segment: positions are 32 bits in units of 8 bytes, and one file should not fill a disk.
 const SEGMENT_BYTES_MAX: u64 = 4 << 30;
 
-/// What was found when a store was opened.
+/// The result of opening a store.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OpenReport {
     /// Segments in use.
     pub segments: u64,
-    /// Of these, how many had no usable footer and were scanned.
+    /// Segments among them without a usable footer, which were scanned.
     pub scanned_segments: u64,
     /// Segments whose header does not match its checksum.
     pub damaged_headers: u64,
-    /// Segments that the disk does not give back whole, set aside; what was found in them was written anew.
+    /// Segments that the disk could not read whole. They were set aside, and their readable chunks copied.
     pub unreadable_segments: u64,
-    /// Of these, how many have so much that is unreadable that the rest was not looked at.
+    /// Segments among them with so many unreadable pages that the rest was not read.
     pub partly_read_segments: u64,
     /// Segments without a live record, removed.
     pub removed_segments: u64,
-    /// Chunks held.
+    /// Number of chunks held.
     pub chunks: u64,
-    /// The bytes of their payloads.
+    /// Bytes of their payloads.
     pub payload_bytes: u64,
-    /// Records that were not known to be on disk, matched their checksums, and were written and flushed again.
+    /// Records that were not known to be on disk and matched their checksums. They were written and flushed again.
     pub rewritten_records: u64,
-    /// Records that were not known to be on disk and did not match: dropped.
+    /// Records that were not known to be on disk and did not match their checksums. They were dropped.
     pub torn_records: u64,
-    /// How long it took.
+    /// Duration of the opening.
     pub elapsed: Duration,
 }
 
@@ -78,28 +78,33 @@ impl OpenReport {
     }
 }
 
-/// How often was flushed, for how many puts.
+/// Counts of flushes and puts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlushCounts {
     /// Flushes of segments.
     pub flushes: u64,
-    /// Puts acknowledged.
+    /// Number of acknowledged puts.
     pub puts: u64,
 }
 
-/// A node's content. Dropping it stops its thread; what was appended and not synced is then flushed by nobody.
+/// A node's content store. Dropping it stops its thread; records that were appended and not synced are not flushed.
 #[derive(Debug)]
 pub struct ContentStore {
     pub(super) index: Arc<Index>,
     pub(super) writer: Arc<SegmentWriter>,
-    /// Held by one discard, quarantine or rewriting at a time.
+    /// Locked by one discard, quarantine or rewriting at a time.
     pub(super) reclaim: Mutex<()>,
     files: Cache<u32, Arc<File>>,
     io_thread: IoThread,
 }
 
 impl ContentStore {
-    /// Opens the store in `directory`, made if need be, and rebuilds its index. What is held afterwards is durable.
+    /// Opens the store in `directory`, which is created if it does not exist, and rebuilds the index. All chunks held
+    /// afterwards are durable.
+    ///
+    /// # Errors
+    /// [`ContentError`]: another process uses the folder, it cannot be listed, a segment has a newer format, or I/O
+    /// failed.
     pub fn open(
         directory: &Path,
         options: ContentOptions,
@@ -169,7 +174,7 @@ impl ContentStore {
         Ok((store, report))
     }
 
-    /// Writes `chunk` without waiting for the disk; nothing happens if it is there already. Blocks, but not for long.
+    /// Writes `chunk` without waiting for the disk; does nothing if the store has it. Blocks briefly.
     pub fn append(&self, chunk: &Chunk) -> Result<(), ContentError> {
         if self.writer.append(chunk)? == Appended::SegmentFull {
             self.io_thread.flush_soon()?;
@@ -177,8 +182,8 @@ impl ContentStore {
         Ok(())
     }
 
-    /// Writes `chunk`; on disk when it returns. Nothing happens if it is on disk already. Waits while the chunks that
-    /// wait to be written are more than the queue's bound. Dropping the future does not take the chunk back.
+    /// Writes `chunk`; it is on disk when this returns. Does nothing if it is on disk already. Waits while the queue of
+    /// chunks is full. Dropping the future does not cancel the write.
     pub async fn put(&self, chunk: Chunk) -> Result<(), ContentError> {
         if self.index.holds_durably(chunk.id()) {
             return Ok(self.writer.fault.check()?);
@@ -186,7 +191,7 @@ impl ContentStore {
         self.io_thread.put(chunk).await
     }
 
-    /// Blocks until all that was appended before the call is on disk.
+    /// Blocks until everything that was appended before the call is on disk.
     pub fn sync(&self) -> Result<(), ContentError> {
         self.writer.fault.check()?;
         if self.writer.is_flushed(self.writer.changes()) {
@@ -195,7 +200,8 @@ impl ContentStore {
         self.io_thread.flush()
     }
 
-    /// The blocks of `id` that hold `offset..offset + length` (less where the chunk ends), verified. Blocks.
+    /// Returns the verified blocks of `id` that contain `offset..offset + length` (fewer at the end of the chunk).
+    /// Blocks.
     pub fn read(&self, id: ChunkId, offset: u32, length: u32) -> Result<ChunkRange, ContentError> {
         self.with_place(id, |segment, place| {
             let record = self.read_record(id, segment, place, offset, length)?;
@@ -203,20 +209,20 @@ impl ContentStore {
         })
     }
 
-    /// All of `id`, verified block by block. Blocks.
+    /// Returns all of `id`, verified block by block. Blocks.
     pub fn read_whole(&self, id: ChunkId) -> Result<Chunk, ContentError> {
         self.with_place(id, |segment, place| {
             let record = self.read_record(id, segment, place, 0, place.length)?;
             let whole = record.range.into_chunk(id, record.sha256);
             whole.map_err(|_| ContentError::Corrupt {
                 id,
-                what: "its length",
+                what: "its length is not that of its record",
             })
         })
     }
 
     /// Reads all of `id` from the disk, not from memory, and compares it with its CRCs and with the SHA-256 that its
-    /// writer computed, which is returned with the length. Blocks.
+    /// writer computed. Returns digest and length. Blocks.
     pub fn verify(&self, id: ChunkId) -> Result<(Sha256, u32), ContentError> {
         let chunk = self.with_place(id, |segment, place| {
             let layout = place.layout(id);
@@ -226,7 +232,10 @@ impl ContentStore {
         });
         let (sha256, payload) = chunk?;
         if Sha256::of(&payload) != sha256 {
-            return Err(ContentError::Corrupt { id, what: "SHA-256" });
+            return Err(ContentError::Corrupt {
+                id,
+                what: "it does not match its SHA-256",
+            });
         }
         Ok((sha256, payload.len() as u32))
     }
@@ -236,27 +245,27 @@ impl ContentStore {
         self.index.holds_durably(id)
     }
 
-    /// Whether `id` is here, be it not on disk yet.
+    /// Whether `id` is here, on disk or not.
     pub fn contains(&self, id: ChunkId) -> bool {
         self.index.contains(id)
     }
 
-    /// How long `id` is, if it is here.
+    /// Returns the length of `id`, if it is here.
     pub fn length(&self, id: ChunkId) -> Option<u32> {
         self.index.get(id).map(|(place, _)| place.length)
     }
 
-    /// Up to `max` ids above `after`, ascending; with those that are appended and not yet flushed.
+    /// Returns up to `max` ids above `after`, ascending, including chunks that are appended and not yet flushed.
     pub fn ids_after(&self, after: Option<ChunkId>, max: usize) -> Vec<ChunkId> {
         self.index.ids_after(after, max)
     }
 
-    /// How many chunks there are, and the bytes of their payloads.
+    /// Returns the number of chunks and the bytes of their payloads.
     pub fn counts(&self) -> (u64, u64) {
         self.index.counts()
     }
 
-    /// How often was flushed, for how many puts.
+    /// Returns the counts of flushes and puts.
     pub fn flush_counts(&self) -> FlushCounts {
         FlushCounts {
             flushes: self.writer.flushes(),
@@ -264,18 +273,18 @@ impl ContentStore {
         }
     }
 
-    /// How long flushes took, in nanoseconds.
+    /// Returns the durations of flushes, in nanoseconds.
     pub fn flush_times(&self) -> Snapshot {
         self.writer.flush_times()
     }
 
-    /// Room on the disk. Blocks.
+    /// Returns the space on the disk. Blocks.
     pub fn space(&self) -> Result<Space, ContentError> {
         self.writer.space()
     }
 
-    /// Looks whether the files are all there, which who works with open files does not see; stops the store where they are
-    /// not. Blocks.
+    /// Checks that all files exist (operations on open files would not notice), and stops the store if one is missing.
+    /// Blocks.
     pub fn check_files(&self) -> Result<(), ContentError> {
         self.writer.fault.check()?;
         for segment in self.index.segments() {
@@ -287,7 +296,7 @@ impl ContentStore {
         Ok(())
     }
 
-    /// The file of `segment` is not there: it is in order only where the store itself has removed it.
+    /// Called if the file of `segment` does not exist: an error unless the store itself has removed it.
     fn is_gone(&self, segment: &Segment) -> Result<(), ContentError> {
         if segment.is_removed() || !self.index.has_segment(segment) {
             return Ok(());
@@ -295,18 +304,19 @@ impl ContentStore {
         Err(self.writer.fault.files_gone(&segment.path).into())
     }
 
-    /// Files that the disk did not give back whole and that were set aside, now or by an earlier process. Blocks.
+    /// Returns the files that the disk could not read whole and that were set aside, now or by an earlier process.
+    /// Blocks.
     pub fn files_set_aside(&self) -> Vec<PathBuf> {
         files_set_aside(&self.writer.directory)
     }
 
-    /// Resolves when the store has stopped, with the reason: the node must stop.
+    /// Resolves with the reason when the store has stopped: the node must stop.
     pub fn fatal(&self) -> impl Future<Output = Stopped> + Send + use<> {
         let fault = Arc::clone(&self.writer.fault);
         async move { fault.failure().await }
     }
 
-    /// Does `with` at the place of `id`; again where the chunk has moved meanwhile.
+    /// Calls `with` with the location of `id`; again if the chunk has moved meanwhile.
     fn with_place<T>(
         &self,
         id: ChunkId,
@@ -344,7 +354,9 @@ impl ContentStore {
         let file = self.file(segment)?;
         let read = |bytes: &mut [u8], at| match file.read_exact_at(bytes, at) {
             Ok(()) => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(corrupt("its segment was cut")),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Err(corrupt("its segment was cut off"))
+            }
             Err(source) => Err(ContentError::io("read", &segment.path, source)),
         };
         let layout = place.layout(id);
@@ -352,7 +364,7 @@ impl ContentStore {
         read(&mut head, layout.position)?;
         let (header, mut block_crcs) = RecordHeader::decode(&head, segment.salt, layout.position)
             .filter(|(header, _)| header.id == id && header.layout == layout && header.mark == Mark::Live)
-            .ok_or_else(|| corrupt("its header"))?;
+            .ok_or_else(|| corrupt("its header does not match its checksum"))?;
         let first_block = offset / BLOCK_BYTES;
         let end = offset.saturating_add(length).min(place.length);
         let end_block = end.div_ceil(BLOCK_BYTES);
@@ -362,14 +374,15 @@ impl ContentStore {
         read(&mut payload, layout.payload_at() + u64::from(begin))?;
         block_crcs.truncate(end_block as usize);
         block_crcs.drain(..first_block.min(end_block) as usize);
-        let range = ChunkRange::checked(begin, payload.into(), block_crcs).map_err(|_| corrupt("a block"))?;
+        let range = ChunkRange::checked(begin, payload.into(), block_crcs)
+            .map_err(|_| corrupt("a block does not match its checksum"))?;
         Ok(Record {
             sha256: header.sha256,
             range,
         })
     }
 
-    /// The file of `segment`, for reading and for marks.
+    /// Returns the file of `segment`, for reading and for marks.
     pub(super) fn file(&self, segment: &Segment) -> Result<Arc<File>, ContentError> {
         let file = self.files.get_or_insert_with(&segment.sequence, || {
             File::options()
@@ -385,25 +398,25 @@ impl ContentStore {
                     _ => ContentError::io("open", &segment.path, source),
                 })
         })?;
-        // The segment may have gone while its file was opened: an open file would keep its room.
+        // The segment may have been removed while its file was opened: an open file would keep its space.
         if segment.is_removed() {
             self.files.remove(&segment.sequence);
         }
         Ok(file)
     }
 
-    /// `segment` is gone.
+    /// Closes the file of `segment`, which has been removed.
     pub(super) fn forget_file(&self, segment: &Segment) {
         segment.set_removed();
         self.files.remove(&segment.sequence);
     }
 }
 
-/// A record as it was read.
+/// A record as read.
 pub(super) struct Record {
-    /// The digest its writer computed.
+    /// The digest that its writer computed.
     pub sha256: Sha256,
-    /// The blocks asked for.
+    /// The requested blocks.
     pub range: ChunkRange,
 }
 
@@ -417,8 +430,8 @@ impl ContentOptions {
 /// A segment's sequence, salt and path.
 type Listed = (u32, u64, PathBuf);
 
-/// The folder, locked, and the segments in it. One that the disk cannot list is set aside, where others have its content:
-/// that is fetched into an empty one.
+/// Opens and locks the folder, and lists its segments. A folder that cannot be listed is set aside if other nodes have
+/// its content, which is then fetched into an empty one.
 fn open_and_list(directory: &Path, unlisted: Unlisted) -> Result<(File, Vec<Listed>), ContentError> {
     let folder = open_folder(directory)?;
     let mut attempt = 1;
@@ -433,24 +446,24 @@ fn open_and_list(directory: &Path, unlisted: Unlisted) -> Result<(File, Vec<List
     if unlisted == Unlisted::Refuse {
         return Err(ContentError::Unlisted {
             path: directory.to_path_buf(),
-            source: Box::new(error),
+            error: Box::new(error),
         });
     }
     let aside = set_folder_aside(directory)?;
     drop(folder);
-    tracing::error!(%error, set_aside = %aside.display(), "the content folder cannot be listed; all content is fetched from other nodes. The disk fails");
+    tracing::error!(%error, set_aside = %aside.display(), "the content folder cannot be listed: it was set aside, and all content is fetched from other nodes. Check the disk");
     let folder = open_folder(directory)?;
     Ok((folder, list_segments(directory)?))
 }
 
-/// Makes the folder if need be, and locks it against other processes.
+/// Creates the folder if it does not exist, and locks it against other processes.
 fn open_folder(directory: &Path) -> Result<File, ContentError> {
     if !directory.is_dir() {
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(FOLDER_MODE)
             .create(directory)
-            .map_err(|source| ContentError::io("make", directory, source))?;
+            .map_err(|source| ContentError::io("create", directory, source))?;
         if let Some(parent) = directory.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             File::open(parent)
                 .and_then(|parent| parent.sync_all())
@@ -467,7 +480,7 @@ fn open_folder(directory: &Path) -> Result<File, ContentError> {
     }
 }
 
-/// The segments in `directory`: sequence, salt, path; oldest first.
+/// Lists the segments in `directory`: sequence, salt and path, oldest first.
 fn list_segments(directory: &Path) -> Result<Vec<Listed>, ContentError> {
     let failed = |source| ContentError::io("list", directory, source);
     #[cfg(test)]

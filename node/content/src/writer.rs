@@ -1,14 +1,14 @@
 //! Appending records and flushing them.
 //!
 //! Invariants:
-//! - Records are written one after another under the lock of [`Tail`]; a write that failed leaves the segment's end
-//!   where it was, and the next record goes over its remains.
-//! - A flush covers everything that was appended, and every mark that was counted by [`SegmentWriter::count_change`], before
-//!   it began. Only then does a segment's `flushed` move.
-//! - A flush that failed is remembered by [`Fault`] and never tried again: the kernel may have dropped the pages and
-//!   would report success the second time.
+//! - Records are written one after another under the lock of [`Tail`]. A failed write leaves the segment's end where it
+//!   was, and the next record overwrites its remains.
+//! - A flush covers everything that was appended, and every mark that was counted by [`SegmentWriter::count_change`],
+//!   before it began. Only then does a segment's `flushed` grow.
+//! - A failed flush is recorded by [`Fault`] and never retried: the kernel may have dropped the pages and would report
+//!   success the second time.
 //!
-//! Knows nothing of queues, threads or who waits.
+//! This module does not know queues, threads or callers.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -29,33 +29,32 @@ use super::segment::{SEGMENT_RECORDS_MAX, Sealing, Segment, SegmentState, begin_
 use super::space::Space;
 use quorumfs_proto::Chunk;
 
-/// Most segments that are full and wait for their footer: bounds what is dirty and the tables in memory. The I/O
-/// thread seals one as soon as it is full, so more than one means that the disk does not keep up.
+/// Most segments that are full and wait for their footer. It bounds dirty data and tables in memory. The I/O thread
+/// seals a segment as soon as it is full, so more than one means that the disk is too slow.
 const FULL_SEGMENTS_MAX: usize = 4;
 
-/// From this size on the disk is set to work on a record at once: smaller ones share pages, which would be written
-/// twice.
+/// From this size on, write-out of a record starts at once. Smaller records share pages, which would be written twice.
 const WRITE_OUT_FROM_BYTES: u64 = 256 << 10;
 
-/// A new segment takes at most this part of the room there is, so that a small disk is not taken at one stroke.
+/// A new segment takes at most this part of the free space, so that it does not fill a small disk at once.
 const SEGMENT_PART_OF_ROOM: u64 = 4;
 
-/// The reserve is at most this part of the disk, so that a small disk has room for content too.
+/// The reserve is at most this part of the disk, so that a small disk has space for content too.
 const RESERVE_PART_OF_CAPACITY: u64 = 16;
 
-/// A segment that takes, or took, records.
+/// A segment that takes, or has taken, records.
 #[derive(Clone, Debug)]
 pub struct OpenSegment {
-    /// The segment.
+    /// The segment itself.
     pub segment: Arc<Segment>,
-    /// The one file description over which it is flushed: another one would not be told of a failure that this one
-    /// has seen.
+    /// The one open file description that is flushed: another one would not report a failure that this one has
+    /// reported.
     pub file: Arc<File>,
-    /// Where the next record goes.
+    /// The position of the next record.
     pub end: u64,
-    /// How long the file is.
+    /// The length of the file.
     pub capacity: u64,
-    /// How many records it has.
+    /// The number of records.
     pub records: usize,
 }
 
@@ -65,7 +64,7 @@ impl OpenSegment {
     }
 }
 
-/// Where records are appended.
+/// The end of the content, where records are appended.
 #[derive(Debug, Default)]
 struct Tail {
     active: Option<OpenSegment>,
@@ -77,18 +76,18 @@ struct Tail {
 /// Whether an append left work for the I/O thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Appended {
-    /// It did not.
+    /// There is no work for it.
     Quietly,
-    /// A segment is full and wants its footer.
+    /// A segment is full and needs its footer.
     SegmentFull,
 }
 
 /// Appends and flushes.
 #[derive(Debug)]
 pub struct SegmentWriter {
-    /// The folder, and the file that stands for it.
+    /// The path of the folder.
     pub directory: PathBuf,
-    /// Flushed when an entry of the folder has changed; locked as long as the store is open.
+    /// The folder's file. Flushed when an entry of the folder has changed; locked as long as the store is open.
     pub folder: File,
     /// The first failed flush.
     pub fault: Arc<Fault>,
@@ -102,7 +101,7 @@ pub struct SegmentWriter {
 }
 
 impl SegmentWriter {
-    /// A writer whose next segment is `next_sequence`; `full` are segments that could not be sealed yet.
+    /// Makes a writer whose next segment is `next_sequence`; `full` are segments that could not be sealed yet.
     pub fn new(
         directory: PathBuf,
         folder: File,
@@ -130,7 +129,7 @@ impl SegmentWriter {
         }
     }
 
-    /// Writes `chunk`, unless it is there. Not durable.
+    /// Writes `chunk`, unless the store has it. Not durable.
     pub fn append(&self, chunk: &Chunk) -> Result<Appended, ContentError> {
         self.fault.check()?;
         let mut tail = self.tail.lock();
@@ -148,7 +147,7 @@ impl SegmentWriter {
         })
     }
 
-    /// Writes a second record of `chunk`, of which the index is not told. Not durable.
+    /// Writes a second record of `chunk` that is not entered in the index. Not durable.
     pub fn append_copy(&self, chunk: &Chunk) -> Result<(Arc<Segment>, Entry), ContentError> {
         self.fault.check()?;
         let mut tail = self.tail.lock();
@@ -157,32 +156,32 @@ impl SegmentWriter {
         Ok(written)
     }
 
-    /// A mark was written in an open segment: the next flush must reach it.
+    /// Counts a mark written in an open segment, so that the next flush covers it.
     pub fn count_change(&self) {
         self.changes.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// How much has been written: what [`SegmentWriter::is_flushed`] asks about.
+    /// Returns the number of changes so far, for [`SegmentWriter::is_flushed`].
     pub fn changes(&self) -> u64 {
         self.changes.load(Ordering::Acquire)
     }
 
-    /// Whether all that was written when [`SegmentWriter::changes`] said `changes` is on disk.
+    /// Whether everything written when [`SegmentWriter::changes`] returned `changes` is on disk.
     pub fn is_flushed(&self, changes: u64) -> bool {
         self.flushed_changes.load(Ordering::Acquire) >= changes
     }
 
-    /// How many flushes of segments there were.
+    /// Returns the number of flushes of segments.
     pub fn flushes(&self) -> u64 {
         self.flushes.load(Ordering::Relaxed)
     }
 
-    /// How long flushes of the segment that is being written took, in nanoseconds.
+    /// Returns the durations of flushes of the active segment, in nanoseconds.
     pub fn flush_times(&self) -> Snapshot {
         self.flush_times.snapshot()
     }
 
-    /// Puts everything that was appended before the call on disk, and seals what is full. Called by one thread.
+    /// Flushes everything that was appended before the call, and seals full segments. Called by one thread.
     pub fn flush(&self) -> Result<(), Stopped> {
         self.fault.check()?;
         let (changes, full, active, folder_changed) = {
@@ -215,7 +214,7 @@ impl SegmentWriter {
         Ok(())
     }
 
-    /// Room on the disk.
+    /// Returns the space on the disk.
     pub fn space(&self) -> Result<Space, ContentError> {
         let (capacity_bytes, available_bytes) = self.disk_space()?;
         let reserve = self.reserve_bytes(capacity_bytes);
@@ -240,12 +239,12 @@ impl SegmentWriter {
 
     fn disk_space(&self) -> Result<(u64, u64), ContentError> {
         let stat = nix::sys::statvfs::fstatvfs(&self.folder)
-            .map_err(|errno| ContentError::io("ask for the space of", &self.directory, errno.into()))?;
+            .map_err(|errno| ContentError::io("get the free space of", &self.directory, errno.into()))?;
         let unit = stat.fragment_size();
         Ok((stat.blocks() * unit, stat.blocks_available() * unit))
     }
 
-    /// Writes the record at the end of the active segment, or of a new one if it does not fit.
+    /// Writes the record to the end of the active segment, or of a new one if it does not fit.
     fn write(&self, tail: &mut Tail, chunk: &Chunk) -> Result<(Arc<Segment>, Entry), ContentError> {
         let length = chunk.length();
         let fits = tail.active.as_ref().is_some_and(|active| {
@@ -285,7 +284,7 @@ impl SegmentWriter {
         Ok((Arc::clone(&active.segment), entry))
     }
 
-    /// A new segment with room for a payload of `length`.
+    /// Makes a new segment with space for a payload of `length`.
     fn next_segment(&self, tail: &mut Tail, length: u32) -> Result<OpenSegment, ContentError> {
         if tail.full.len() >= FULL_SEGMENTS_MAX {
             self.seal_full(tail)?;
@@ -294,7 +293,7 @@ impl SegmentWriter {
             }
         }
         match self.create_segment(tail, length) {
-            // What full segments have preallocated and not used may be enough.
+            // The unused preallocation of full segments may suffice.
             Err(ContentError::NoSpace) if !tail.full.is_empty() => {
                 self.seal_full(tail)?;
                 self.create_segment(tail, length)
@@ -321,7 +320,7 @@ impl SegmentWriter {
         let sequence = tail.next_sequence;
         let created = Segment::create(&self.directory, sequence, rand::random(), wanted, least);
         let (segment, file, capacity) = created.map_err(|error| match error {
-            ContentError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+            ContentError::Io { error, .. } if error.kind() == std::io::ErrorKind::NotFound => {
                 self.fault.files_gone(&self.directory).into()
             }
             error => error,
@@ -339,9 +338,9 @@ impl SegmentWriter {
         })
     }
 
-    /// Seals what is full, in the appender's time: only where it cannot go on otherwise.
+    /// Seals full segments in the appending thread: only if appending is impossible otherwise.
     fn seal_full(&self, tail: &mut Tail) -> Result<(), Stopped> {
-        // Their names must be on disk before their records count as flushed.
+        // The names of the files must be on disk before their records count as flushed.
         if std::mem::take(&mut tail.folder_changed) {
             self.fault.flush_folder(&self.folder, &self.directory)?;
         }

@@ -1,4 +1,4 @@
-//! Reading all of the database, some at a time, to find what is damaged before somebody needs it.
+//! Reads the whole database step by step, to find damage before a query meets it.
 
 use std::ops::Bound;
 
@@ -8,27 +8,30 @@ use super::store::MetadataStore;
 use super::tables::Table;
 use quorumfs_proto::codec::DecodeError;
 
-/// How far a check has come. The rows behind it may change meanwhile: what changes is written anew, with new checksums.
+/// The position of a check. Rows before it may change meanwhile; a changed row is written with a new checksum.
 #[derive(Clone, Debug)]
 pub struct CheckCursor {
     table: usize,
     after: Vec<u8>,
 }
 
-/// What a step of a check has read.
+/// The result of one step of a check.
 #[derive(Clone, Debug, Default)]
 pub struct Checked {
-    /// Rows that are in order.
+    /// Number of intact rows.
     pub rows: u64,
-    /// Bytes of them.
+    /// Bytes of these rows.
     pub bytes: u64,
-    /// Where to go on; `None`: that was all.
+    /// Where the next step starts; `None` if the check is complete.
     pub next: Option<CheckCursor>,
 }
 
 impl MetadataStore {
-    /// Reads about `bytes_max` bytes of rows from `from` on, or from the beginning, and after the last row what redb keeps
-    /// beside them. Damage is told as whoever reads is told of it. Blocking.
+    /// Reads about `bytes_max` bytes of rows from `from` on, or from the beginning, and after the last row redb's own
+    /// pages. Damage is reported through the damage signal, as for every reader. Blocking.
+    ///
+    /// # Errors
+    /// The [`StorageFault`] that was met.
     pub fn check(&self, from: Option<CheckCursor>, bytes_max: u64) -> Result<Checked, StorageFault> {
         let base = self.base();
         let (mut at, mut after) = from.map_or((0, None), |cursor| (cursor.table, Some(cursor.after)));

@@ -1,7 +1,7 @@
-//! What the log carries for the metadata, and what applying it answers.
+//! The contents of log entries for the metadata, and the results of applying them.
 //!
-//! A [`LogCommand`] holds everything that `apply` may depend on besides the state itself: the leader's stamp is in it,
-//! so no node looks at a clock.
+//! A [`LogCommand`] has everything that `apply` may depend on besides the state itself. It contains the leader's time
+//! stamp, so no node reads a clock.
 
 use std::fmt;
 
@@ -12,209 +12,210 @@ use quorumfs_proto::{
 };
 use serde::{Deserialize, Serialize};
 
-/// One entry of the log.
+/// The content of one log entry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogCommand {
-    /// The leader's clock when it proposed the entry.
+    /// The leader's clock at the time of the proposal.
     pub stamp: Timestamp,
-    /// What is to be done.
+    /// What the entry does.
     pub body: LogBody,
 }
 
-/// What an entry does. The order of the variants is part of the encoding: append, never reorder.
+/// The action of an entry. The order of the variants is part of the encoding: append, never reorder.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum LogBody {
     /// A client's mutation.
     Call(Mutation),
-    /// Makes a session known. Of a session that is known already it changes nothing; of one that has ended neither,
-    /// and answers [`ApplyResult::UnknownSession`].
+    /// Registers a session. Has no effect on a session that is known or has ended; the latter is answered with
+    /// [`ApplyResult::UnknownSession`].
     OpenSession {
-        /// Drawn at random by the client.
+        /// Random id drawn by the client.
         session: SessionId,
-        /// For people.
+        /// Description for people.
         description: String,
     },
-    /// The session's pins lapse; what its calls answered stays known until [`LogBody::ForgetSession`].
+    /// Ends the session: its pins lapse. The results of its calls stay known until [`LogBody::ForgetSession`].
     EndSession {
-        /// Which.
+        /// Id of the session.
         session: SessionId,
     },
-    /// Drops what is left of an ended session (a day later). A session that is alive is left alone. Where more pins
+    /// Removes the remains of an ended session (a day later). Has no effect on a session that is alive. If more pins
     /// are left than one step drops, the session stays known and the leader proposes this again.
     ForgetSession {
-        /// Which.
+        /// Id of the session.
         session: SessionId,
     },
-    /// One step of freeing what nobody can reach any more: the content of an unlinked inode that nobody holds, or what
-    /// a truncation cut off. The leader repeats it while [`super::View::reclaimable`] names the inode.
+    /// One step of freeing unreachable data: the content of an unlinked inode that no session holds, or content that a
+    /// truncation cut off. The leader repeats it while [`super::View::reclaimable`] returns the inode.
     ReclaimUnlinked {
-        /// Which.
+        /// Number of the inode.
         inode: InodeNumber,
         /// Most extents (and extended attributes) that this step looks at.
         extents_max: u32,
     },
-    /// A client's mutation that the leader could not take, for want of room: decided as this verdict, unless its lane
-    /// has decided it before. So that a retry of one that was taken hears what it did, never the refusal (P4).
+    /// Decides a client's mutation as refused, because the leader had no space for it, unless its lane has decided it
+    /// before. So the retry of a mutation that was applied gets its result, never the refusal (P4).
     Refuse {
-        /// The mutation's.
+        /// The id of the mutation.
         request: RequestId,
-        /// What its client is told.
+        /// The verdict for the client.
         verdict: FsError,
     },
-    /// On how many nodes each chunk is kept, from now on.
+    /// Sets the number of nodes that hold each chunk, from now on.
     SetReplicas {
-        /// How many; what the number of voters asks for at the least is kept whatever this says.
+        /// The number of copies. The minimum that the number of voters requires is kept in any case.
         replicas: u8,
     },
-    /// All members know what belongs to this level: from now on it may be applied. A program that does not know it stops
-    /// here, with a reason, rather than apply something else than the others.
+    /// Raises the feature level: all members know the level, and from now on its features may be applied. A program
+    /// that does not know the level stops here with a reason, so that it does not apply something else than the others.
     RaiseFeatureLevel {
-        /// One of those up to [`FEATURE_LEVEL`](crate::FEATURE_LEVEL).
+        /// A level up to [`FEATURE_LEVEL`](crate::FEATURE_LEVEL).
         level: u32,
     },
-    /// Every node keeps a view of the state at this entry, so that it can be compared with the others'.
+    /// Makes every node keep a view of the state at this entry, so that the states can be compared.
     Audit,
-    /// Small extents of a file are replaced by one that holds the same bytes. Nothing that a program can see changes,
-    /// the content version included. Refused ([`FsError::Stale`]) if the extents are not exactly those that the
-    /// proposer read.
+    /// Replaces small extents of a file by one with the same bytes. Clients see no change, not even of the content
+    /// version. Refused with [`FsError::Stale`] if the extents are not exactly those that the proposer read.
     Rewrite {
-        /// The file.
+        /// Inode number of the file.
         inode: InodeNumber,
-        /// Where the first of the extents begins.
+        /// Offset of the first of the extents in the file.
         from: u64,
-        /// How many extents are replaced, at most [`super::COMMAND_FREED_EXTENTS_MAX`].
+        /// Number of extents that are replaced, at most [`super::COMMAND_FREED_EXTENTS_MAX`].
         extents: u32,
-        /// What [`super::Run::digest`] tells of them.
+        /// [`super::Run::digest`] of the extents.
         digest: Sha256,
-        /// Their bytes, with zeros for the holes between them, on the disks of f + 1 voters. Its session must be alive.
+        /// The bytes of the extents, with zeros for the holes between them, on the disks of f + 1 voters. The chunk's
+        /// session must be alive.
         chunk: NewChunk,
     },
-    /// A file noted as fragmented was looked at: nothing is to be gained, unless it was noted again since.
+    /// States that a file noted as fragmented was examined and gains nothing from a rewrite, unless it was noted again
+    /// since.
     Settle {
-        /// The file.
+        /// Inode number of the file.
         inode: InodeNumber,
-        /// The content version that was looked at.
+        /// The content version that was examined.
         through_version: u64,
     },
-    /// As [`LogBody::OpenSession`], for a client that proves itself and answers questions about unlinked inodes in order.
-    /// One that lives without a key has this one from now on; of one with another key nothing is changed, and the answer is
-    /// [`ApplyResult::WrongKey`].
+    /// Like [`LogBody::OpenSession`], for a client that proves its identity and answers questions about unlinked inodes
+    /// in order. A living session without a key gets this key. If the session has another key, nothing changes, and the
+    /// result is [`ApplyResult::WrongKey`].
     OpenSessionWithKey {
-        /// Drawn at random by the client.
+        /// Random id drawn by the client.
         session: SessionId,
-        /// For people.
+        /// Description for people.
         description: String,
-        /// How it proves itself.
+        /// The key with which the client proves its identity.
         key: SessionKey,
     },
-    /// As [`LogBody::OpenSessionWithKey`], for a session of the leader's own in which it makes chunks. It opens no files, so
-    /// it is never asked about unlinked inodes, and none waits for it.
+    /// Like [`LogBody::OpenSessionWithKey`], for a session of the leader's own in which it makes chunks. It opens no
+    /// files, so it is never asked about unlinked inodes, and none is kept for it.
     OpenContentSession {
-        /// Drawn at random by the leader.
+        /// Random id drawn by the leader.
         session: SessionId,
-        /// For people.
+        /// Description for people.
         description: String,
-        /// Nobody else speaks for the session.
+        /// The key; only the leader acts for the session.
         key: SessionKey,
     },
-    /// Which unlinked inodes sessions hold.
+    /// Records which unlinked inodes sessions hold.
     AnswerUnlinked {
-        /// What each says; what is out of date is passed over.
+        /// The answers of the sessions; outdated ones are ignored.
         answers: Vec<UnlinkedAnswer>,
     },
-    /// One step of freeing what nobody can reach any more, of many inodes. The leader repeats it while
-    /// [`super::View::has_reclaimable`].
+    /// One step of freeing unreachable data of many inodes. The leader repeats it while
+    /// [`super::View::has_reclaimable`] returns true.
     Reclaim {
         /// Most rows (extents, extended attributes, inodes, holds) that this step frees.
         work_max: u32,
     },
-    /// For how long sessions have been silent, so that the next leader goes on counting from there.
+    /// Records how long sessions have been silent, so that the next leader continues the count.
     NoteSilences {
-        /// In milliseconds; 0: the session was heard again.
+        /// Silences in milliseconds; 0 means that the session was heard again.
         silences: Vec<(SessionId, u64)>,
     },
 }
 
-/// Which unlinked inodes a session holds, of those that lost their last name in a range of the log.
+/// A session's answer about inodes that lost their last name in a range of the log: those it holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnlinkedAnswer {
-    /// Who says so.
+    /// The session that answers.
     pub session: SessionId,
-    /// The log index up to which it had answered before; the answer counts only if that is so.
+    /// The log index up to which it had answered before; otherwise the answer is ignored.
     pub from: u64,
-    /// The log index up to which it answers.
+    /// The log index up to which this answer goes.
     pub through: u64,
-    /// What it holds of what lost its last name after `from` and up to `through`.
+    /// The inodes it holds that lost their last name after `from` and up to `through`.
     pub held: Vec<InodeNumber>,
 }
 
-/// What applying an entry answers; equal on every node.
+/// The result of applying an entry; equal on every node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ApplyResult {
-    /// Of a mutation, now or when it was first applied.
+    /// The result of a mutation, from now or from when it was first applied.
     Outcome(Result<Outcome, FsError>),
-    /// The session is not known (any more): nothing was done, but whether it was done before nobody can tell.
+    /// The session is not, or no longer, known. Nothing was done; whether the mutation was applied before is unknown.
     UnknownSession,
-    /// The lane has decided a later mutation, or not yet the one before: nothing was done.
+    /// The lane has decided a later mutation, or not yet the previous one. Nothing was done.
     StaleSequence,
-    /// Of everything that is not a mutation, and of entries that carry no command.
+    /// The result of entries other than mutations, and of entries without a command.
     Done,
-    /// More extents lie where the mutation writes than one command replaces: nothing was done and nothing is remembered.
-    /// The leader makes room there and proposes the mutation again.
+    /// The mutation would replace more extents than one command may. Nothing was done and no result is stored. The
+    /// leader makes space there and proposes the mutation again.
     Crowded(Crowded),
-    /// A session of this id was opened with another key: nothing was done.
+    /// The session was opened with another key. Nothing was done.
     WrongKey,
-    /// The session has ended, and its lanes show that it did not decide this mutation: nothing was done, nor ever will be.
-    /// Never stored.
+    /// The session has ended, and its lanes show that it did not decide this mutation. Nothing was done, and the
+    /// mutation will never be decided. This result is never stored.
     NeverDecided,
 }
 
-/// Where a mutation would have had to replace more extents than one command may.
+/// Where a mutation would replace more extents than one command may.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Crowded {
-    /// The file.
+    /// Inode number of the file.
     pub inode: InodeNumber,
-    /// Where in it the range begins.
+    /// Start of the range in the file.
     pub from: u64,
-    /// Where it ends (exclusive). Equal to `from`: only what truncations left is in the way.
+    /// End of the range (exclusive). If it equals `from`, only extents that truncations cut off are in the way.
     pub to: u64,
 }
 
-/// What an applied entry asks of the content store. Empty for a mutation that was applied before.
+/// What an applied entry requires of the content store. Empty for a mutation that was applied before.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Effects {
-    /// Content that rode inside the entry and is now named by a file: this node stores it.
+    /// Inline content that a file now refers to: this node stores it.
     pub inline: Vec<InlineChunk>,
-    /// Chunks that are named for the first time and should be in the content store already.
+    /// Chunks that a file now refers to for the first time, and that should be in the content store already.
     pub named: Vec<ChunkId>,
-    /// Chunks that no file names any more, for ever.
+    /// Chunks that no file refers to any more, and never will again.
     pub dead: Vec<ChunkId>,
 }
 
 impl Effects {
-    /// Whether nothing is asked.
+    /// Whether nothing is required.
     pub fn is_empty(&self) -> bool {
         self.inline.is_empty() && self.named.is_empty() && self.dead.is_empty()
     }
 }
 
-/// A chunk that rode inside an entry.
+/// A chunk whose content was inside an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InlineChunk {
-    /// Its identity.
+    /// The chunk's id.
     pub id: ChunkId,
-    /// The digest of its bytes, as its writer computed it.
+    /// SHA-256 of its bytes, as computed by its writer.
     pub sha256: Sha256,
-    /// Its bytes.
+    /// The bytes of the chunk.
     pub payload: Bytes,
 }
 
-/// An applied entry.
+/// The results of an applied entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Applied {
-    /// What its proposer is told.
+    /// The result for the proposer.
     pub result: ApplyResult,
-    /// What the content store has to do.
+    /// The work for the content store.
     pub effects: Effects,
 }
 
@@ -253,7 +254,7 @@ impl fmt::Display for LogCommand {
 impl fmt::Display for ApplyResult {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            ApplyResult::Outcome(Ok(_)) => write!(f, "done as asked"),
+            ApplyResult::Outcome(Ok(_)) => write!(f, "done"),
             ApplyResult::Outcome(Err(error)) => write!(f, "{error}"),
             ApplyResult::UnknownSession => write!(f, "unknown session"),
             ApplyResult::StaleSequence => write!(f, "stale sequence"),
@@ -265,11 +266,11 @@ impl fmt::Display for ApplyResult {
     }
 }
 
-/// How a session proves itself.
+/// The key with which a session proves its identity.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionKey {
-    /// The digest of the secret that its client drew.
+    /// Digest of the secret that the client drew.
     pub secret: Sha256,
-    /// The digest of the certificate that its client showed, where it showed one.
+    /// Digest of the client's certificate, if it showed one.
     pub certificate: Option<Sha256>,
 }

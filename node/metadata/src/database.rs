@@ -1,9 +1,9 @@
-//! The database file: opening, making and taking it over, and the one place where its damage is noticed.
+//! The database file: opening, creating and converting it, and the one place where its damage is detected.
 //!
-//! It lies in blocks with checksums ([`quorumfs_blocks`]), so damage is an error of the read that meets it, before a wrong
-//! row can come of it. Whoever reads meets it: an apply, a query, the scrub, an audit, a snapshot that is being sent.
-//! None of them need say so: every fault that is damage is told to the [`DamageSignal`] where it arises, and a panic
-//! inside redb is such a fault too ([`Database::guarded`]).
+//! The database is stored in blocks with checksums ([`quorumfs_blocks`]), so damage is an error of the read that meets
+//! it, before a wrong row can result. Every reader can meet it: an apply, a query, the scrub, an audit, a snapshot that
+//! is being sent. They need not report it: every fault that is damage raises the [`DamageSignal`] where it arises. A
+//! panic inside redb is such a fault too ([`Database::guarded`]).
 
 use std::any::Any;
 use std::fs::{File, OpenOptions};
@@ -19,24 +19,24 @@ use super::fault::StorageFault;
 use super::files::{available_bytes, path_beside, remove_leftover, sync_directory_of};
 use super::tables::Table;
 
-/// How a file ends that a plain one is copied to.
+/// Suffix of the file to which a plain file is converted.
 const CONVERSION: &str = "converted";
 
 type Hook = Box<dyn Fn(StorageFault) + Send + Sync>;
 
-/// Told of damage by whoever meets it; tells one other.
+/// Raised by every reader that meets damage; calls one hook.
 #[derive(Clone, Default)]
 pub(super) struct DamageSignal(Arc<Mutex<Damage>>);
 
 #[derive(Default)]
 struct Damage {
-    /// The first that was found.
+    /// The first damage found.
     found: Option<String>,
     hook: Option<Arc<Hook>>,
 }
 
 impl DamageSignal {
-    /// Tells of `what`, unless there was damage before: what follows then may follow from it.
+    /// Reports `what`, unless damage was reported before: later damage may be a consequence of the first.
     pub(super) fn raise(&self, what: &str) {
         let hook = {
             let mut damage = self.0.lock();
@@ -51,7 +51,7 @@ impl DamageSignal {
         }
     }
 
-    /// `hook` is told, of what was found before too.
+    /// Sets the hook. If damage was found before, the hook is called at once.
     pub(super) fn listen(&self, hook: impl Fn(StorageFault) + Send + Sync + 'static) {
         let hook: Arc<Hook> = Arc::new(Box::new(hook));
         let found = {
@@ -64,7 +64,7 @@ impl DamageSignal {
         }
     }
 
-    /// What is told to this one is told to `other` too, what was found before as well.
+    /// Forwards reports of this signal to `other`, including an earlier one.
     pub(super) fn joins(&self, other: &DamageSignal) {
         let other = other.clone();
         self.listen(move |fault| match fault {
@@ -73,7 +73,7 @@ impl DamageSignal {
         });
     }
 
-    /// Passes `fault` on, and tells of it if it is damage.
+    /// Returns `fault`, and raises the signal if it is damage.
     pub(super) fn noted(&self, fault: StorageFault) -> StorageFault {
         if fault.is_damage() {
             self.raise(&fault.to_string());
@@ -94,7 +94,7 @@ pub(super) struct Database {
 }
 
 impl Database {
-    /// Opens the file at `path`. One that an earlier program made is taken over first.
+    /// Opens the file at `path`. A file made by an earlier version is converted first.
     pub(super) fn open(
         path: &Path,
         cache_bytes: usize,
@@ -102,7 +102,7 @@ impl Database {
     ) -> Result<Database, StorageFault> {
         let file = open_file(OpenOptions::new().read(true).write(true), path);
         let file = file.map_err(cannot_open("open the metadata database"))?;
-        let kind = kind_of(&file).map_err(cannot_open("look at the metadata database"))?;
+        let kind = kind_of(&file).map_err(cannot_open("read the beginning of the metadata database"))?;
         let plain = kind == Kind::Plain && !take_over(path, &file, cache_bytes)?;
         drop(file);
         let redb = guarded(&damage, || {
@@ -121,7 +121,7 @@ impl Database {
         Ok(database)
     }
 
-    /// Makes an empty database in a new file.
+    /// Creates an empty database in a new file.
     pub(super) fn create(
         path: &Path,
         cache_bytes: usize,
@@ -129,7 +129,7 @@ impl Database {
     ) -> Result<Database, StorageFault> {
         let mut options = OpenOptions::new();
         let file = open_file(options.read(true).write(true).create_new(true), path)
-            .map_err(StorageFault::io("make a metadata database"))?;
+            .map_err(StorageFault::io("create a metadata database"))?;
         let redb = guarded(&damage, || {
             let blocks = BlockFile::create(file, damage.for_blocks());
             redb::Builder::new()
@@ -142,17 +142,17 @@ impl Database {
         Ok(database)
     }
 
-    /// Where damage is told of.
+    /// Returns the signal on which damage is reported.
     pub(super) fn damage(&self) -> &DamageSignal {
         &self.damage
     }
 
-    /// A stable read of what is committed.
+    /// Begins a stable read of the committed state.
     pub(super) fn begin_read(&self) -> Result<redb::ReadTransaction, StorageFault> {
         self.guarded(|| Ok(self.redb.begin_read()?))
     }
 
-    /// A transaction whose commit is on disk when it returns, and after which reopening needs no walk of the file.
+    /// Begins a transaction whose commit is on disk when it returns. After it, reopening needs no walk of the file.
     pub(super) fn begin_durable(&self) -> Result<redb::WriteTransaction, StorageFault> {
         self.guarded(|| {
             let mut transaction = self.redb.begin_write()?;
@@ -162,8 +162,8 @@ impl Database {
         })
     }
 
-    /// Does what may meet damage, in redb or in a row. A panic is damage: after one in a write the database is used no
-    /// more.
+    /// Runs a function that may meet damage, in redb or in a row. A panic counts as damage; after one in a write the
+    /// database is not used any more.
     pub(super) fn guarded<T>(
         &self,
         work: impl FnOnce() -> Result<T, StorageFault>,
@@ -171,7 +171,7 @@ impl Database {
         guarded(&self.damage, work)
     }
 
-    /// Tables that a newer program has and the file's maker did not.
+    /// Creates tables that a newer program has and the program that made the file did not.
     fn create_missing_tables(&self) -> Result<(), StorageFault> {
         self.guarded(|| {
             let present = self.redb.begin_read()?.list_tables()?.count();
@@ -202,13 +202,13 @@ fn guarded<T>(
 fn panic_message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("it does not say why")
+        .unwrap_or("no message")
 }
 
-/// What it means that a database, which is there, cannot be opened: the disk may not give the file back.
+/// Converts the error of opening a database that exists: an error of the medium is damage.
 fn cannot_open(doing: &'static str) -> impl FnOnce(std::io::Error) -> StorageFault {
     move |error| match is_medium_error(&error) {
-        true => StorageFault::damaged(format!("{doing}: {error}")),
+        true => StorageFault::damaged(format!("cannot {doing}: {error}")),
         false => StorageFault::io(doing)(error),
     }
 }
@@ -217,21 +217,22 @@ fn open_file(options: &OpenOptions, path: &Path) -> std::io::Result<File> {
     options.open(path)
 }
 
-/// Puts a copy in blocks in the place of a plain file, if that is in order. False: there is no room for it yet.
+/// Replaces a plain file by a copy in blocks, if the file is intact. Returns false if there is no space for the copy
+/// yet.
 fn take_over(path: &Path, plain: &File, cache_bytes: usize) -> Result<bool, StorageFault> {
-    const DOING: &str = "take over the metadata database of an earlier version";
+    const DOING: &str = "convert the metadata database of an earlier version";
     let beside = path_beside(path, CONVERSION);
     remove_leftover(&beside)?;
     let bytes = plain.metadata().map_err(StorageFault::io(DOING))?.len();
     if available_bytes(path)? < bytes + bytes / 8 {
         tracing::warn!(
             bytes,
-            "no room to take over the metadata database of an earlier version: its blocks have no checksums until a \
+            "no space to convert the metadata database of an earlier version: its blocks have no checksums until a \
              later start"
         );
         return Ok(false);
     }
-    // Reads all of it: what is damaged must not get checksums that are right.
+    // Reads the whole file: damaged rows must not get valid checksums.
     let is_sound = guarded(&DamageSignal::default(), || {
         let mut builder = redb::Builder::new();
         let mut database = builder.set_cache_size(cache_bytes).open(path)?;
@@ -252,7 +253,7 @@ fn take_over(path: &Path, plain: &File, cache_bytes: usize) -> Result<bool, Stor
     sync_directory_of(path)?;
     tracing::info!(
         bytes,
-        "the metadata database is kept in blocks with checksums now"
+        "the metadata database was converted to blocks with checksums"
     );
     Ok(true)
 }

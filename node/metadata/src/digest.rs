@@ -1,7 +1,8 @@
-//! The digest of a state: equal on all nodes whose states are, whatever lies in overlays and whatever on disk.
+//! The digest of a state. It is equal on all nodes with the same state, however the rows are divided between overlays
+//! and disk.
 //!
-//! All rows count, as they are encoded, in the order of tables and keys. Of `meta`, which also holds what the consensus
-//! layer wrote there, the counters count.
+//! It covers all rows as encoded, in the order of tables and keys. Of `meta`, which also has data of the consensus
+//! layer, it covers the counters.
 
 use quorumfs_proto::{Sha256, codec};
 use sha2::Digest as _;
@@ -14,7 +15,7 @@ use super::view::View;
 const PAUSE_ROWS: u64 = 2_000;
 
 impl View {
-    /// The SHA-256 of the state. Reads all of it: `pause` is called again and again, and may take its time.
+    /// Returns the SHA-256 of the state. It reads all rows; `pause` is called repeatedly, and may block.
     pub fn digest(&self, mut pause: impl FnMut()) -> Result<Sha256, StorageFault> {
         let mut hasher = sha2::Sha256::new();
         hasher.update(codec::encode(&self.counters()));

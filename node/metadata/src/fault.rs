@@ -1,82 +1,82 @@
-//! The two ways in which metadata work does not succeed, kept apart: a verdict is an answer that every node gives
-//! alike; a fault is this node's own trouble and must never look like an answer.
+//! The two ways in which metadata work fails, kept apart: a verdict is an answer that every node gives alike; a fault
+//! is a problem of this node and must never look like an answer.
 
 use quorumfs_proto::FsError;
 use quorumfs_proto::codec::DecodeError;
 
-/// What is wrong with this node's metadata storage. The node must stop with it, except for [`StorageFault::NoSpace`];
-/// where it [is damage](StorageFault::is_damage) it makes its metadata anew.
+/// A fault of this node's metadata storage. The node must stop, except for [`StorageFault::NoSpace`]; if the fault [is
+/// damage](StorageFault::is_damage), the node rebuilds its metadata. Each message includes its cause.
 #[derive(Debug, thiserror::Error)]
 pub enum StorageFault {
     /// The database failed.
     #[error("metadata database: {0}")]
     Database(Box<redb::Error>),
     /// A file operation beside the database failed.
-    #[error("{doing}: {source}")]
+    #[error("cannot {doing}: {error}")]
     Io {
-        /// What was being done.
+        /// The action that failed.
         doing: &'static str,
-        /// What the system says.
-        source: std::io::Error,
+        /// The error of the system.
+        error: std::io::Error,
     },
-    /// A row is damaged, or of a version this program does not know.
+    /// A row is damaged, or has a version that this program does not know.
     #[error("metadata row: {0}")]
-    Decode(#[from] DecodeError),
-    /// What lies on the disk is not what was written there.
+    Decode(DecodeError),
+    /// The bytes on the disk are not those that were written.
     #[error("the metadata is damaged: {what}")]
     Damaged {
-        /// What of it, or how it was found.
+        /// What is damaged, or how it was found.
         what: String,
     },
     /// The rows contradict each other.
     #[error("metadata is inconsistent: {what}")]
     Inconsistent {
-        /// How.
+        /// How they contradict each other.
         what: String,
     },
     /// The database was written by a newer program.
     #[error("metadata format {found} is not known (this program knows {known}); use a newer program")]
     UnknownFormat {
-        /// Its format.
+        /// The database's format.
         found: u32,
-        /// Ours.
+        /// The format that this program writes.
         known: u32,
     },
-    /// The cluster uses what a newer program does.
+    /// The cluster uses features of a newer program.
     #[error("the cluster's feature level is {found}, and this program knows {known}: use a newer program")]
     UnknownFeatures {
-        /// The cluster's.
+        /// The cluster's feature level.
         found: u32,
-        /// Ours.
+        /// The highest level that this program knows.
         known: u32,
     },
-    /// What was received is not a snapshot.
+    /// The received data is not a valid snapshot.
     #[error("the snapshot is not usable: {reason}")]
     BadSnapshot {
-        /// Why.
+        /// Why it is not usable.
         reason: String,
     },
-    /// The disk has too little room for a flush. Nothing was begun: the flush may be tried again when there is room.
+    /// The disk has too little space for a flush. Nothing was written: the flush may be retried when there is space.
     #[error("a metadata flush may need {needed_bytes} bytes, the disk has {available_bytes}")]
     NoSpace {
         /// An upper bound of what the flush writes.
         needed_bytes: u64,
-        /// What the disk has.
+        /// The free space of the disk.
         available_bytes: u64,
     },
 }
 
 impl StorageFault {
-    /// Whether what lies on this node's disk is not what was written there: reading it again does not help, and the other
-    /// nodes have it right. Contradictions between rows that match their checksums do not count: what a program did wrong
-    /// it did wrong on all nodes, and then none may throw its state away.
+    /// Whether the bytes on this node's disk are not those that were written: reading again does not help, and the
+    /// other nodes have the right data. Contradictions between rows that match their checksums do not count: they are
+    /// errors of the program and the same on all nodes, and then no node may discard its state.
     pub fn is_damage(&self) -> bool {
         use std::io::ErrorKind;
         match self {
             StorageFault::Decode(DecodeError::Checksum { .. }) | StorageFault::Damaged { .. } => true,
             StorageFault::Database(error) => match &**error {
                 redb::Error::Corrupted(_) => true,
-                // How redb says that a file is none of its own, or was cut.
+                // redb reports this for a file that is not a redb database, or was cut.
                 redb::Error::Io(error) => {
                     matches!(error.kind(), ErrorKind::InvalidData | ErrorKind::UnexpectedEof)
                 }
@@ -95,7 +95,14 @@ impl StorageFault {
     }
 
     pub(super) fn io(doing: &'static str) -> impl FnOnce(std::io::Error) -> StorageFault {
-        move |source| StorageFault::Io { doing, source }
+        move |error| StorageFault::Io { doing, error }
+    }
+}
+
+// Not `#[from]`: the message includes the cause, which must not be printed again as the source.
+impl From<DecodeError> for StorageFault {
+    fn from(error: DecodeError) -> StorageFault {
+        StorageFault::Decode(error)
     }
 }
 
@@ -127,16 +134,16 @@ from_redb!(
 /// Why there is no result.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
-    /// The filesystem's answer is "no", on every node alike.
+    /// The filesystem's refusal, the same on every node.
     #[error(transparent)]
     Verdict(#[from] FsError),
-    /// This node cannot tell.
+    /// A fault: this node cannot answer.
     #[error(transparent)]
     Fault(#[from] StorageFault),
 }
 
 impl Failure {
-    /// The verdict as a value, the fault as the error: for callers that answer the one and stop at the other.
+    /// Separates verdicts from faults, for callers that return the former and stop at the latter.
     pub fn split<T>(result: Result<T, Failure>) -> Result<Result<T, FsError>, StorageFault> {
         match result {
             Ok(value) => Ok(Ok(value)),

@@ -1,18 +1,18 @@
-//! Files beside the database: those that are still being made, and the syncs that make a rename durable.
+//! Files beside the database: files that are being created, and the syncs that make a rename durable.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use super::fault::StorageFault;
 
-/// How the files end into which snapshots are received, before their number.
+/// Prefix of the suffix of files into which snapshots are received; a number follows.
 pub(super) const INSTALLATION: &str = "install-";
 
-/// A file that is removed when this is dropped, if it still has its name by then.
+/// A file that is removed on drop, if it still has its name.
 pub(super) struct TemporaryFile(PathBuf);
 
 impl TemporaryFile {
-    /// A file of this name that is about to be made.
+    /// Makes the guard for a file of this name that is about to be created.
     pub(super) fn new(path: PathBuf) -> TemporaryFile {
         TemporaryFile(path)
     }
@@ -24,7 +24,7 @@ impl TemporaryFile {
 
 impl Drop for TemporaryFile {
     fn drop(&mut self) {
-        // What cannot be removed now is removed when the store is opened next.
+        // A file that cannot be removed now is removed when the store is opened next.
         let _ = remove_leftover(&self.0);
     }
 }
@@ -73,10 +73,10 @@ pub(super) fn sync_directory_of(path: &Path) -> Result<(), StorageFault> {
         .map_err(StorageFault::io("sync the metadata folder"))
 }
 
-/// The room on the disk of `path`.
+/// Returns the free space on the disk of `path`.
 pub(super) fn available_bytes(path: &Path) -> Result<u64, StorageFault> {
     let space = nix::sys::statvfs::statvfs(directory_of(path))
-        .map_err(|errno| StorageFault::io("ask for the room on the metadata disk")(errno.into()))?;
+        .map_err(|errno| StorageFault::io("get the free space of the metadata disk")(errno.into()))?;
     Ok(space.blocks_available() as u64 * space.fragment_size() as u64)
 }
 

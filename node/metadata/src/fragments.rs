@@ -1,11 +1,11 @@
-//! Which extents of a file are worth putting together.
+//! The search for extents of a file that are worth combining.
 //!
-//! A file that is appended to in small pieces has an extent and a chunk for each, and every node pays for these in
-//! memory and on disk, every reader in round trips. [`View::runs`] looks for runs of neighbours that fit one chunk; the
-//! leader writes such a run anew and proposes [`super::LogBody::Rewrite`].
+//! A file that is appended to in small writes has an extent and a chunk for each, which cost every node memory and
+//! disk, and every reader round trips. [`View::runs`] looks for runs of neighbouring extents that fit one chunk. The
+//! leader writes the bytes of a run to a new chunk and proposes [`super::LogBody::Rewrite`].
 //!
-//! So that a file that grows for ever is not written anew for ever, a run holds no extent that is larger than all
-//! others together: each byte is then moved about once for each doubling of the extent it lies in.
+//! So that a growing file is not rewritten for ever, a run has no extent that is larger than all its others together:
+//! each byte is moved about once for each doubling of its extent.
 
 use std::collections::VecDeque;
 
@@ -19,60 +19,60 @@ use super::overlay::{Direction, KeyRange};
 use super::tables::{ExtentRecord, Extents, Fragmented, RowOf, Rows as _};
 use super::view::View;
 
-/// Extents up to this length are put together with their neighbours: two of them still fit one chunk.
+/// Extents up to this length are combined with their neighbours: two of them fit one chunk.
 pub(super) const SMALL_EXTENT_BYTES_MAX: u32 = CHUNK_BYTES_MAX / 2;
-/// Extents looked at for one answer: a few milliseconds.
+/// Most extents examined by one call: a few milliseconds.
 const LOOKED_EXTENTS_MAX: usize = 16 << 10;
-/// Fewer extents than this are not worth a chunk and a command.
+/// Fewer extents are not worth a chunk and a command.
 const RUN_EXTENTS_MIN: usize = if cfg!(test) { 2 } else { 32 };
 
 /// Neighbouring extents that fit one chunk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// By offset.
-    pub pieces: Vec<Extent>,
-    /// Names exactly these extents, as they are now.
+    /// The extents by offset.
+    pub extents: Vec<Extent>,
+    /// Identifies exactly these extents in their present state.
     pub digest: Sha256,
 }
 
 impl Run {
-    /// Where it begins in the file.
+    /// Returns the start of the run in the file.
     pub fn from(&self) -> u64 {
-        self.pieces.first().map_or(0, |piece| piece.file_offset)
+        self.extents.first().map_or(0, |extent| extent.file_offset)
     }
 
-    /// Where it ends in the file (exclusive).
+    /// Returns the end of the run in the file (exclusive).
     pub fn to(&self) -> u64 {
-        self.pieces.last().map_or(0, Extent::file_end)
+        self.extents.last().map_or(0, Extent::file_end)
     }
 }
 
-/// Which runs are wanted.
+/// The kind of runs to look for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunTerms {
-    /// Those that save much: many small extents, with holes between them of less than a block.
+    /// Runs that save much: many small extents, with holes of less than a block between them.
     Worthwhile,
-    /// Any: room is needed for a command.
+    /// All runs: a command needs space.
     Any,
 }
 
-/// What one look has found.
+/// The result of one search.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Runs {
-    /// By offset, none touching another.
+    /// The runs by offset; they do not touch each other.
     pub runs: Vec<Run>,
     /// The file's content version at that moment.
     pub content_version: u64,
-    /// Where the next look goes on; `None`: the range was seen to its end.
+    /// Where the next search starts; `None` if the end of the range was reached.
     pub goes_on_at: Option<u64>,
-    /// Whether a truncation has left extents: as long as it has, there are no runs.
+    /// Whether cut-off extents of a truncation are left; while they are, there are no runs.
     pub has_cuts: bool,
-    /// How many extents were looked at.
+    /// Number of extents that were examined.
     pub extents: usize,
 }
 
 impl View {
-    /// Files noted as fragmented, after a given one.
+    /// Returns at most `max` files noted as fragmented, after a given one.
     pub fn fragmented(&self, after: Option<InodeNumber>, max: usize) -> Result<Vec<InodeNumber>, Failure> {
         let range = match after {
             Some(inode) => KeyRange::prefix(&[]).after(&Fragmented::key(&inode)),
@@ -82,7 +82,10 @@ impl View {
         Ok(rows.take(max).collect::<Result<Vec<_>, _>>()?)
     }
 
-    /// Runs of the extents of a file that begin in `from..to`. [`quorumfs_proto::FsError::Stale`] if it is gone.
+    /// Returns the runs of extents of a file that begin in `from..to`.
+    ///
+    /// # Errors
+    /// [`quorumfs_proto::FsError::Stale`] if the file does not exist.
     pub fn runs(&self, inode: InodeNumber, from: u64, to: u64, terms: RunTerms) -> Result<Runs, Failure> {
         let record = self.inode(inode)?;
         let mut found = Runs {
@@ -102,7 +105,7 @@ impl View {
         for row in self.layers.scan::<Extents>(range, Direction::Up)? {
             let row = row?;
             if found.extents == LOOKED_EXTENTS_MAX {
-                // A run has fewer extents than one look, so this is always further on.
+                // A run has fewer extents than one search examines, so this is always an advance.
                 found.goes_on_at = Some(gathered.first_offset().unwrap_or(row.0.1));
                 return Ok(found);
             }
@@ -119,7 +122,7 @@ impl View {
     }
 }
 
-/// What tells these extents from any others.
+/// Returns the digest that distinguishes these extents from any others.
 pub(super) fn run_digest(rows: &[RowOf<Extents>]) -> Sha256 {
     let told: Vec<(u64, &ExtentRecord)> = rows
         .iter()
@@ -143,7 +146,7 @@ impl Gathered {
         self.rows.back().map_or(0, end_of)
     }
 
-    /// Whether `row` may follow what is here.
+    /// Whether the run can be extended by `row`.
     fn takes(&self, row: &RowOf<Extents>, terms: RunTerms) -> bool {
         let Some(first) = self.first_offset() else {
             return true;
@@ -162,7 +165,7 @@ impl Gathered {
         self.rows.push_back(row);
     }
 
-    /// The run that they make, if they do. Nothing is left here.
+    /// Returns the run of these extents, if they are one, and clears the list.
     fn close(&mut self, terms: RunTerms) -> Option<Run> {
         let mut rows = std::mem::take(&mut self.rows);
         let extents_min = match terms {
@@ -188,14 +191,14 @@ impl Gathered {
         }
         let rows = Vec::from(rows);
         let digest = run_digest(&rows);
-        let pieces = rows.into_iter().map(|((_, offset), extent)| Extent {
+        let extents = rows.into_iter().map(|((_, offset), extent)| Extent {
             file_offset: offset,
             length: extent.length,
             chunk: extent.chunk,
             chunk_offset: extent.chunk_offset,
         });
         Some(Run {
-            pieces: pieces.collect(),
+            extents: extents.collect(),
             digest,
         })
     }

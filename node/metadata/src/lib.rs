@@ -1,29 +1,30 @@
-//! The metadata state machine: names, inodes, extents, sessions. What it holds is a function of the log.
+//! The metadata state machine: names, inodes, extents, sessions. Its state is a function of the log.
 //!
-//! One life of a command, by the functions that lead it:
+//! The path of a command, by function:
 //!
 //! 1. The consensus layer takes committed entries and calls [`MetadataStore::begin`], then [`Batch::apply`] for each.
-//! 2. `apply` fixes the command's time, checks the session's lane (an answer given before is given again), and runs
-//!    the operations in a `Transaction`, which either takes effect as a whole or is rolled back to a verdict.
-//! 3. What it writes goes to the active overlay, sorted maps in memory, seen only by the batch until
-//!    [`Batch::publish`] makes all of it visible to [`MetadataStore::view`] at once.
-//! 4. In the background [`MetadataStore::freeze`] sets the overlay aside and [`MetadataStore::flush`] commits it to
-//!    redb durably, together with the log index it stands for. Everything above that index the log can replay.
+//! 2. `apply` fixes the command's time, checks the session's lane (an earlier result is returned again), and runs the
+//!    operations in a `Transaction`, which takes effect as a whole or is rolled back to a verdict.
+//! 3. Rows are written to the active overlay, sorted maps in memory. Only the batch sees them until [`Batch::publish`]
+//!    makes all of them visible to [`MetadataStore::view`] at once.
+//! 4. In the background [`MetadataStore::freeze`] freezes the overlay and [`MetadataStore::flush`] commits it durably
+//!    to redb, together with its log index. Everything above that index can be replayed from the log.
 //!
-//! A query goes: [`MetadataStore::view`] (a moment of all layers that never changes), then [`View::answer`].
+//! The path of a query: [`MetadataStore::view`] (one moment of all layers, which never changes), then [`View::answer`].
 //!
-//! What must hold:
+//! Invariants:
 //!
-//! - `apply` is deterministic: it knows no clock, no randomness and no order but that of keys; every node's rows are
-//!   equal at equal indexes.
-//! - A verdict ([`quorumfs_proto::FsError`]) is an answer and is remembered; a [`StorageFault`] stops the node and
-//!   never becomes an answer.
-//! - `chunks` counts exactly the extents that name a chunk. At zero the row goes and the chunk is dead for ever.
-//! - The work of one command is bounded by what the command itself holds and [`COMMAND_FREED_EXTENTS_MAX`]: an
-//!   unlink leaves an orphan and a long truncation a cut, both freed in steps. A write over more extents than that is
-//!   answered [`ApplyResult::Crowded`] and proposed again once the leader has put these together.
+//! - `apply` is deterministic: it uses no clock, no randomness and no order except that of keys. The rows of every node
+//!   are equal at equal indexes.
+//! - A verdict ([`quorumfs_proto::FsError`]) is an answer and is stored; a [`StorageFault`] stops the node and never
+//!   becomes an answer.
+//! - `chunks` counts exactly the extents that refer to a chunk. At zero the row is removed and the chunk is dead for
+//!   ever.
+//! - The work of one command is bounded by its own contents and [`COMMAND_FREED_EXTENTS_MAX`]: an unlink leaves an
+//!   orphan and a long truncation a cut, both freed in steps. A write over more extents than that is answered with
+//!   [`ApplyResult::Crowded`] and proposed again when the leader has combined the extents.
 //!
-//! This part knows nothing of consensus, of content (it names chunks, it never has one), of the network or of async.
+//! This crate does not know consensus, content (it refers to chunks, it never has their bytes), the network or async.
 
 mod apply;
 mod check;

@@ -1,7 +1,7 @@
-//! The files below a directory, sorted by path, a page at a time: what REST lists.
+//! Lists the files below a directory, sorted by path, a page at a time, for REST.
 //!
-//! Entries lie sorted by the hash of their names, so a page picks the names it needs from each directory it visits and
-//! never holds more of them than it may answer.
+//! Entries are stored by the hash of their names. So a page picks the names it needs from each directory it visits, and
+//! never holds more of them than the answer may have.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -12,21 +12,21 @@ use super::overlay::{Direction, KeyRange};
 use super::tables::{DirentRecord, Dirents};
 use super::view::View;
 
-/// How many entries of a directory are picked at a time, at the least: each pick reads the whole directory.
+/// Least number of entries picked at a time: each pick reads the whole directory.
 const PICK_ENTRIES_MIN: usize = 1024;
 
 /// A directory that is being visited.
 struct Visit {
     directory: InodeNumber,
-    /// The path to it with a slash at its end; empty for the first.
+    /// The path of the directory with a slash at its end; empty for the first.
     prefix: Vec<u8>,
-    /// Only paths after this one are wanted; relative to the directory.
+    /// Only paths after this one are listed; relative to the directory.
     after: Vec<u8>,
-    /// The entries that come next, sorted.
+    /// The next entries, sorted.
     picked: VecDeque<(Vec<u8>, DirentRecord)>,
     /// The last entry that was picked.
     picked_to: Option<Vec<u8>>,
-    /// Whether nothing is left to pick.
+    /// Whether no entries are left to pick.
     complete: bool,
 }
 
@@ -42,7 +42,7 @@ impl Visit {
         }
     }
 
-    /// Whether an entry has something to list that was not picked yet.
+    /// Whether an entry that was not picked yet belongs to the listing.
     fn wants(&self, sort_name: &[u8], kind: FileKind) -> bool {
         if self.picked_to.as_ref().is_some_and(|last| sort_name <= &last[..]) {
             return false;
@@ -56,8 +56,8 @@ impl Visit {
 }
 
 impl View {
-    /// Regular files below `from`, in the byte order of their paths (names joined by `/`, relative to `from`), after
-    /// `after_path`, at most `max`. Fewer than `max`: there are no more.
+    /// Returns at most `max` regular files below `from`, in the byte order of their paths (names joined by `/`,
+    /// relative to `from`), after `after_path`. If there are fewer than `max`, they are the last.
     pub fn list_tree(
         &self,
         from: InodeNumber,
@@ -93,8 +93,8 @@ impl View {
         Ok(found)
     }
 
-    /// Picks the first `max` entries that the visit wants. A directory sorts as its name with a slash: so do all paths
-    /// below it.
+    /// Picks the first `max` entries that the visit needs. A directory sorts like its name with a slash, as all paths
+    /// below it do.
     fn pick(&self, visit: &mut Visit, max: usize) -> Result<(), Failure> {
         let mut smallest = BTreeMap::new();
         let mut dropped = false;

@@ -1,12 +1,13 @@
-//! Up to where the living sessions have answered for unlinked inodes, in memory: what is read again from
-//! [`super::tables::Marks`] when the database is opened.
+//! The marks of the living sessions, in memory: the log index up to which each has answered for unlinked inodes. They
+//! are read from [`super::tables::Marks`] when the database is opened.
 //!
-//! Cheap to clone, as the state's summary is with each command; the lowest mark is found in O(log n).
+//! The table is cheap to clone, because the state's summary is cloned with each command; the lowest mark is found in
+//! O(log n).
 
 use imbl::{OrdMap, OrdSet};
 use quorumfs_proto::SessionId;
 
-/// See the module.
+/// The marks by session; see the module documentation.
 #[derive(Clone, Default)]
 pub(super) struct MarkTable {
     by_session: OrdMap<SessionId, u64>,
@@ -15,7 +16,7 @@ pub(super) struct MarkTable {
 }
 
 impl MarkTable {
-    /// A session lives.
+    /// Adds a living session.
     pub(super) fn opened(&mut self, session: SessionId, mark: Option<u64>) {
         match mark {
             Some(mark) => self.set(session, mark),
@@ -25,7 +26,7 @@ impl MarkTable {
         }
     }
 
-    /// The session has answered up to `mark`.
+    /// Records that the session has answered up to `mark`.
     pub(super) fn set(&mut self, session: SessionId, mark: u64) {
         self.unmarked.remove(&session);
         if let Some(before) = self.by_session.insert(session, mark) {
@@ -34,7 +35,7 @@ impl MarkTable {
         self.in_order.insert((mark, session));
     }
 
-    /// The session lives no more.
+    /// Removes a session that has ended.
     pub(super) fn ended(&mut self, session: SessionId) {
         self.unmarked.remove(&session);
         if let Some(mark) = self.by_session.remove(&session) {
@@ -42,22 +43,22 @@ impl MarkTable {
         }
     }
 
-    /// Up to where the session has answered; `None`: it is asked about each inode by itself.
+    /// Returns the index up to which the session has answered; `None` if it is asked about each inode separately.
     pub(super) fn of(&self, session: SessionId) -> Option<u64> {
         self.by_session.get(&session).copied()
     }
 
-    /// Up to where all have answered.
+    /// Returns the index up to which all sessions have answered.
     pub(super) fn lowest(&self) -> u64 {
         self.in_order.get_min().map_or(u64::MAX, |(mark, _)| *mark)
     }
 
-    /// Sessions that are asked about each inode by itself.
+    /// Returns the sessions that are asked about each inode separately.
     pub(super) fn unmarked(&self) -> OrdSet<SessionId> {
         self.unmarked.clone()
     }
 
-    /// Sessions that have not answered up to `index`, with their marks.
+    /// Returns the sessions that have not answered up to `index`, with their marks.
     pub(super) fn below(&self, index: u64) -> impl Iterator<Item = (SessionId, u64)> + '_ {
         let behind = self.in_order.iter().take_while(move |(mark, _)| *mark < index);
         behind.map(|(mark, session)| (*session, *mark))

@@ -1,7 +1,7 @@
-//! From chunks to the names of the files that hold them: the way that no table goes.
+//! Finds the names of files from their chunks; no table is sorted for that.
 //!
-//! Extents lie by inode and entries by directory, so this walks both tables, each once and no further than the caller
-//! allows. For people who must know which files are damaged or missing, not for any path that files take.
+//! Extents are sorted by inode and entries by directory, so this walks both tables once, within the caller's bounds. It
+//! serves people who must know which files are damaged or missing, not the filesystem itself.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,28 +12,28 @@ use super::overlay::{Direction, KeyRange};
 use super::tables::{Dirents, Extents, Inodes};
 use super::view::View;
 
-/// Directories above one another, at most: as many as a path of 4,096 bytes can name.
+/// Most directories above one another: as many as a path of 4,096 bytes can have.
 const DEPTH_MAX: usize = 2048;
 
-/// A file that holds one of the chunks asked about.
+/// A file that refers to one of the chunks asked about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedFile {
-    /// The file.
+    /// Inode number of the file.
     pub inode: InodeNumber,
-    /// One of its paths from the root, names joined by `/`; `None`: it has none, or it was not found within the bound.
+    /// One of its paths from the root, names joined by `/`; `None` if it has none, or none was found within the bound.
     pub path: Option<Vec<u8>>,
 }
 
-/// The files that hold some chunks.
+/// The files that refer to some chunks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ChunkFiles {
-    /// By inode.
+    /// The files, by inode number.
     pub files: Vec<NamedFile>,
-    /// Whether these are all of them; else a bound was reached.
+    /// Whether all files were found; otherwise a bound was reached.
     pub complete: bool,
 }
 
-/// What may still be read.
+/// The number of rows that may still be read.
 struct Budget {
     rows: u64,
 }
@@ -47,7 +47,7 @@ impl Budget {
 }
 
 impl View {
-    /// The first `files_max` files with an extent in one of `chunks`; reads at most `rows_max` rows. Blocking.
+    /// Returns the first `files_max` files with an extent in one of `chunks`. Reads at most `rows_max` rows. Blocking.
     pub fn files_of_chunks(
         &self,
         chunks: &BTreeSet<ChunkId>,
@@ -115,7 +115,7 @@ impl View {
         Ok(paths)
     }
 
-    /// The path of a directory with a slash at its end, empty for the root; `known` remembers them.
+    /// Returns the path of a directory with a slash at its end, empty for the root; `known` caches paths.
     fn path_of_directory(
         &self,
         directory: InodeNumber,

@@ -1,18 +1,18 @@
-//! The sizes of a metadata store.
+//! Options of a metadata store.
 
-/// Default bound of the active overlay: a flush of it takes a second or so.
+/// Default bound of the active overlay: its flush takes about a second.
 const OVERLAY_BYTES_MAX: u64 = 64 << 20;
-/// Default memory for the database's pages.
+/// Default memory for the database's page cache.
 const CACHE_BYTES: usize = 128 << 20;
-/// What the database's own bookkeeping may add to a flush.
+/// Upper bound of what the database's own metadata adds to a flush.
 pub(super) const FLUSH_MARGIN_BYTES: u64 = 4 << 20;
 
-/// Sizes.
+/// Options of a metadata store.
 #[derive(Clone, Copy, Debug)]
 pub struct MetadataOptions {
-    /// Above this many bytes of overlay the caller of [`Batch::apply`](crate::Batch::apply) waits for a flush.
+    /// Above this many bytes of overlay, callers of [`Batch::apply`](crate::Batch::apply) should wait for a flush.
     pub overlay_bytes_max: u64,
-    /// Memory for the database's pages.
+    /// Memory for the database's page cache.
     pub cache_bytes: usize,
 }
 

@@ -1,10 +1,10 @@
 //! The newest rows, in memory, above those of the database.
 //!
-//! Reads consult the active overlay, then the frozen one, then the database; a row that an overlay marks as removed
-//! is not looked for below. [`Layers`] is all three at one moment: cloning it is cheap (the maps share their nodes),
-//! and a clone never changes.
+//! Reads consult the active overlay, then the frozen one, then the database. If an overlay marks a row as removed, the
+//! layers below are not consulted. [`Layers`] is all three at one moment: cloning it is cheap (the maps share their
+//! nodes), and a clone never changes.
 //!
-//! Knows nothing of what the rows mean beyond their types, and nothing of files.
+//! This module knows the types of rows but not their meaning, and does not know files.
 
 use std::ops::Bound;
 use std::sync::Arc;
@@ -19,10 +19,11 @@ use super::database::Database;
 use super::fault::StorageFault;
 use super::tables::{RowKey, RowOf, Rows, Table};
 
-/// What a row costs in memory beside its key and value: two counted allocations, their pointers, its share of nodes.
+/// Memory of a row besides its key and value: two reference-counted allocations, their pointers, its share of tree
+/// nodes.
 const ROW_OVERHEAD_BYTES: u64 = 120;
 
-/// The encoded value of a row, or `None`: the row is removed.
+/// The encoded value of a row, or `None` if the row is removed.
 pub(super) type Cell = Option<Arc<[u8]>>;
 
 /// Rows in memory, by table.
@@ -44,7 +45,7 @@ impl Overlay {
         self.maps.iter().all(OrdMap::is_empty)
     }
 
-    /// About how much memory it takes.
+    /// Returns the approximate memory of the overlay.
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -61,7 +62,7 @@ impl Overlay {
         self.map(table).get(key)
     }
 
-    /// What the overlay had for the key before; `None`: nothing.
+    /// Sets a cell and returns the previous one; `None` if the overlay had none.
     pub(super) fn set(&mut self, table: Table, key: RowKey, cell: Cell) -> Option<Cell> {
         self.bytes += row_bytes(&key, &cell);
         let key_bytes = key.len() as u64;
@@ -72,7 +73,7 @@ impl Overlay {
         previous
     }
 
-    /// Takes back a [`Overlay::set`] that answered `previous`.
+    /// Undoes a [`Overlay::set`] that returned `previous`.
     pub(super) fn restore(&mut self, table: Table, key: RowKey, previous: Option<Cell>) {
         match previous {
             Some(cell) => {
@@ -99,16 +100,16 @@ fn row_bytes_of(key_bytes: u64, cell: &Cell) -> u64 {
     ROW_OVERHEAD_BYTES + key_bytes + cell.as_ref().map_or(0, |value| value.len() as u64)
 }
 
-/// The database's rows at one moment. Its tables stay readable as long as this lives, whatever is committed, and even
-/// when the file is replaced.
+/// The database's rows at one moment. Its tables stay readable as long as this lives, even after later commits or when
+/// the file is replaced.
 pub(super) struct Base {
     tables: Vec<ReadOnlyTable<&'static [u8], &'static [u8]>>,
-    /// Closing the database would take the tables away; dropped after them.
+    /// Must be dropped after the tables: closing the database would invalidate them.
     database: Arc<Database>,
 }
 
 impl Base {
-    /// The rows that are committed now; every table must exist.
+    /// Opens the committed rows; every table must exist.
     pub(super) fn open(database: Arc<Database>) -> Result<Base, StorageFault> {
         let transaction = database.begin_read()?;
         let tables = database.guarded(|| {
@@ -129,14 +130,14 @@ impl Base {
     }
 }
 
-/// Which keys a scan visits.
+/// A range of keys for a scan.
 pub(super) struct KeyRange {
     from: Bound<Vec<u8>>,
     to: Bound<Vec<u8>>,
 }
 
 impl KeyRange {
-    /// All keys that begin with `prefix`.
+    /// Returns the range of all keys that begin with `prefix`.
     pub(super) fn prefix(prefix: &[u8]) -> KeyRange {
         let mut end = prefix.to_vec();
         while end.pop_if(|byte| *byte == u8::MAX).is_some() {}
@@ -153,7 +154,7 @@ impl KeyRange {
         }
     }
 
-    /// Only keys at or above `key`.
+    /// Restricts the range to keys at or above `key`.
     pub(super) fn starting_at(self, key: &[u8]) -> KeyRange {
         KeyRange {
             from: Bound::Included(key.to_vec()),
@@ -161,7 +162,7 @@ impl KeyRange {
         }
     }
 
-    /// Only keys above `key`.
+    /// Restricts the range to keys above `key`.
     pub(super) fn after(self, key: &[u8]) -> KeyRange {
         KeyRange {
             from: Bound::Excluded(key.to_vec()),
@@ -169,7 +170,7 @@ impl KeyRange {
         }
     }
 
-    /// Only keys below `key`.
+    /// Restricts the range to keys below `key`.
     pub(super) fn before(self, key: &[u8]) -> KeyRange {
         KeyRange {
             to: Bound::Excluded(key.to_vec()),
@@ -177,7 +178,7 @@ impl KeyRange {
         }
     }
 
-    /// Whether no key can lie in it; the maps below would panic over such a range.
+    /// Whether the range can contain no key; the maps would panic for such a range.
     fn is_void(&self) -> bool {
         match (&self.from, &self.to) {
             (Bound::Included(from), Bound::Excluded(to)) => from >= to,
@@ -194,7 +195,7 @@ impl KeyRange {
     }
 }
 
-/// In which order a scan visits its keys.
+/// The order in which a scan visits its keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Direction {
     Up,
@@ -210,7 +211,7 @@ pub(super) struct Layers {
 }
 
 impl Layers {
-    /// The row of `key`, if there is one.
+    /// Returns the row of `key`, if there is one.
     pub(super) fn get<R: Rows>(&self, key: &R::Key) -> Result<Option<R::Value>, StorageFault> {
         let key = R::key(key);
         self.read(R::TABLE, &key, codec::decode_checked)?
@@ -240,7 +241,7 @@ impl Layers {
             .guarded(|| Ok(base.table(table).get(key)?.map(|guard| then(guard.value()))))
     }
 
-    /// The rows of `range`, one after the other.
+    /// Returns the rows of `range` in order.
     pub(super) fn scan<R: Rows>(
         &self,
         range: KeyRange,
@@ -249,7 +250,7 @@ impl Layers {
         self.scan_with(R::TABLE, range, direction, decode_row::<R>)
     }
 
-    /// The keys of `range`, one after the other; values, which may be large, are not decoded.
+    /// Returns the keys of `range` in order. Values, which may be large, are not decoded.
     pub(super) fn scan_keys<R: Rows>(
         &self,
         range: KeyRange,
@@ -284,7 +285,7 @@ impl Layers {
         }))
     }
 
-    /// Shows all rows of `table` as they lie there, in the order of their keys.
+    /// Calls a function with every row of `table`, encoded, in the order of keys.
     pub(super) fn for_each_row(
         &self,
         table: Table,
@@ -315,7 +316,7 @@ type BaseRow = (
     AccessGuard<'static, &'static [u8]>,
 );
 
-/// An overlay's rows of a range, with the next one at hand.
+/// An iterator over an overlay's rows of a range, with the next row at hand.
 struct OverlayRows<'a> {
     rows: OverlayIterator<'a>,
     head: Option<(&'a RowKey, &'a Cell)>,
@@ -330,10 +331,10 @@ impl<'a> OverlayRows<'a> {
     }
 }
 
-/// The merge of the three layers. Of rows with one key, the uppermost layer's counts.
+/// The merge of the three layers. If several layers have a key, the uppermost counts.
 struct Scan<'a> {
     direction: Direction,
-    /// Active, then frozen.
+    /// The active and the frozen overlay.
     overlays: [Option<OverlayRows<'a>>; 2],
     base: BaseIterator,
     base_head: Option<BaseRow>,
@@ -375,7 +376,7 @@ impl<'a> Scan<'a> {
         Ok(())
     }
 
-    /// The next row that is not removed, passed through `decode`.
+    /// Returns the next row that is not removed, decoded by `decode`.
     fn next_row<T>(
         &mut self,
         mut decode: impl FnMut(&[u8], &[u8]) -> Result<T, StorageFault>,
@@ -402,7 +403,7 @@ impl<'a> Scan<'a> {
             if from_base {
                 let row = self.base_head.take();
                 self.step_base()?;
-                // `from_base` is only true when there was one.
+                // `from_base` is only true if there was a row.
                 return row
                     .map(|(key, value)| decode(key.value(), value.value()))
                     .transpose();
@@ -427,7 +428,7 @@ impl<'a> Scan<'a> {
     }
 }
 
-/// How many rows scans of this thread have come by, removed ones as well.
+/// Counts the rows that scans of this thread have visited, including removed ones.
 #[cfg(test)]
 pub(super) mod visited {
     use std::cell::Cell;

@@ -1,24 +1,24 @@
-//! How much work a query is: whether it may run where other calls wait for the thread.
+//! The cost of a query: whether it may run on a thread for which other calls wait.
 //!
-//! Knows nothing of threads; it counts rows.
+//! This module does not know threads; it counts rows.
 
 use quorumfs_proto::Query;
 
 use super::view::View;
 
-/// Rows that a short query may read: a few hundred microseconds of work.
+/// Most rows that a short query may read: a few hundred microseconds of work.
 const SHORT_QUERY_ROWS_MAX: u64 = 256;
 
 impl View {
-    /// Whether [`View::answer`] may read more than a few hundred rows for `query`, so that it belongs on a thread that may
-    /// be kept: a megabyte of a directory takes 40 ms.
+    /// Whether [`View::answer`] may read more than a few hundred rows for `query`, so that it must run on a thread that
+    /// may block: a megabyte of a directory takes 40 ms.
     pub fn is_long(&self, query: &Query) -> bool {
         let attributes = |inode| self.attributes(inode).ok();
         match query {
             Query::ReadDirectory { inode, .. } => {
                 attributes(*inode).is_some_and(|directory| directory.size > SHORT_QUERY_ROWS_MAX)
             }
-            // Each version of the content brings a command's pieces, mostly one.
+            // Each version of the content brings the extents of one command, mostly one.
             Query::Extents { inode, .. } => {
                 attributes(*inode).is_some_and(|file| file.content_version > SHORT_QUERY_ROWS_MAX)
             }

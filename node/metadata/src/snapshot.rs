@@ -1,7 +1,7 @@
 //! The whole state as a sequence of rows: read from a durable moment of the database, and loaded into a new one.
 //!
-//! A snapshot holds every table, sorted by table and key, `meta` with its position among them; what it is at the
-//! sender it is at the receiver, row for row.
+//! A snapshot has every table, sorted by table and key, including `meta` with its position. Sender and receiver have
+//! the same rows.
 
 use std::ops::Bound;
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ use super::fault::StorageFault;
 use super::files::{TemporaryFile, available_bytes, sync_file};
 use super::options::{FLUSH_MARGIN_BYTES, MetadataOptions};
 use super::overlay::Base;
-use super::state::State;
+use super::state::StoreState;
 use super::summary::Position;
 use super::tables::Table;
 use super::view::View;
@@ -25,7 +25,7 @@ use super::view::View;
 pub struct Row {
     /// The table's number.
     pub table: u8,
-    /// The key as it lies in the table.
+    /// The key as stored in the table.
     pub key: Bytes,
     /// The value with its checksum.
     pub value: Bytes,
@@ -42,12 +42,12 @@ impl Snapshot {
         Snapshot { base, position }
     }
 
-    /// Up to where in the log it goes.
+    /// Returns the log position of the snapshot.
     pub fn position(&self) -> &Position {
         &self.position
     }
 
-    /// All rows, sorted by table and key, up to the first that is damaged.
+    /// Returns all rows, sorted by table and key, up to the first damaged one.
     pub fn rows(&self) -> impl Iterator<Item = Result<Row, StorageFault>> + Send + '_ {
         Table::ALL.into_iter().flat_map(|table| {
             let database = self.base.database();
@@ -83,24 +83,25 @@ fn copy_row(table: Table, key: &[u8], value: &[u8]) -> Result<Row, StorageFault>
     })
 }
 
-/// A snapshot that is being received into a file of its own, which goes with it unless it is installed.
+/// A snapshot that is being received into a file of its own. The file is removed on drop unless it is installed.
 pub struct Installation {
-    /// Before the database: an open transaction must not outlive it.
+    /// Declared before the database: an open transaction must not outlive it.
     transaction: redb::WriteTransaction,
     database: Database,
     file: TemporaryFile,
-    /// Of the rows so far.
+    /// Bytes of the rows received so far.
     bytes: u64,
 }
 
-/// A snapshot that was received as a whole, in a durable file of its own, which goes with it unless it is installed.
+/// A snapshot that was received as a whole, in a durable file of its own. The file is removed on drop unless it is
+/// installed.
 pub struct Received {
-    pub(super) state: State,
+    pub(super) state: StoreState,
     pub(super) file: TemporaryFile,
 }
 
 impl Received {
-    /// The state as it would be.
+    /// Returns a view of the state after installation.
     pub fn view(&self) -> View {
         self.state.view()
     }
@@ -122,7 +123,10 @@ impl Installation {
         })
     }
 
-    /// Adds rows that follow those added before. Refuses what is damaged, out of order or of an unknown table.
+    /// Adds rows that follow those added before.
+    ///
+    /// # Errors
+    /// [`StorageFault::BadSnapshot`] for rows that are damaged, out of order or of an unknown table.
     pub fn add(&mut self, rows: &[Row]) -> Result<(), StorageFault> {
         self.bytes += rows
             .iter()
@@ -133,26 +137,26 @@ impl Installation {
         database.guarded(|| add_rows(transaction, rows))
     }
 
-    /// Makes the file durable, where it is, and looks whether it holds a state. What fails here, for want of room too,
-    /// costs nothing but this snapshot.
+    /// Makes the file durable and checks that it has a state. A failure here, even for lack of space, costs only this
+    /// snapshot.
     pub fn finish(self) -> Result<Received, StorageFault> {
         self.check_room()?;
         let (database, transaction) = (self.database, self.transaction);
         database.guarded(|| Ok(transaction.commit()?))?;
         sync_file(self.file.path())?;
         Ok(Received {
-            state: State::open(Arc::new(database))?,
+            state: StoreState::open(Arc::new(database))?,
             file: self.file,
         })
     }
 
-    /// A snapshot must not take the last room from the log and from flushes: it is given up before.
+    /// Gives up a snapshot before it takes the last space of the disk from the log and from flushes.
     pub(super) fn check_room(&self) -> Result<(), StorageFault> {
         let written_bytes = std::fs::metadata(self.file.path())
-            .map_err(StorageFault::io("look at the file of a snapshot"))?
+            .map_err(StorageFault::io("get the size of a snapshot's file"))?
             .len();
         let available_bytes = available_bytes(self.file.path())?;
-        // Pages are two thirds full; what the file has already is not needed again.
+        // Pages are two thirds full; the bytes already in the file are not needed again.
         let needed_bytes = (self.bytes * 3 / 2).saturating_sub(written_bytes) + FLUSH_MARGIN_BYTES;
         match available_bytes < needed_bytes {
             true => Err(StorageFault::NoSpace {

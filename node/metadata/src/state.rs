@@ -1,4 +1,4 @@
-//! The layers of a state and what is known of it as a whole: what a view is made of.
+//! The layers of a state and its summary: what a view is made of.
 
 use std::sync::Arc;
 
@@ -8,20 +8,21 @@ use super::overlay::{Base, Layers, Overlay};
 use super::summary::{Position, Summary};
 use super::view::View;
 
-/// What views are made of. It changes as a whole only.
-pub(super) struct State {
+/// The state from which views are made. It only changes as a whole.
+pub(super) struct StoreState {
     pub(super) layers: Layers,
     pub(super) summary: Summary,
-    /// What the frozen overlay, if there is one, goes up to.
+    /// The position of the frozen overlay, if there is one.
     pub(super) frozen_position: Position,
     pub(super) durable_position: Position,
-    /// Counts [`MetadataStore::freeze`](crate::MetadataStore::freeze), so that a batch notices one that came between.
+    /// Counts calls of [`MetadataStore::freeze`](crate::MetadataStore::freeze), so that a batch detects one since its
+    /// beginning.
     pub(super) freezes: u64,
 }
 
-impl State {
-    /// The state of a database without overlays.
-    pub(super) fn open(database: Arc<Database>) -> Result<State, StorageFault> {
+impl StoreState {
+    /// Returns the state of a database without overlays.
+    pub(super) fn open(database: Arc<Database>) -> Result<StoreState, StorageFault> {
         let layers = Layers {
             active: Arc::new(Overlay::new()),
             frozen: None,
@@ -29,7 +30,7 @@ impl State {
         };
         let summary = Summary::load(&layers)?;
         let position = summary.position.clone();
-        Ok(State {
+        Ok(StoreState {
             layers,
             summary,
             frozen_position: position.clone(),

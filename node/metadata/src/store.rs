@@ -1,12 +1,13 @@
-//! The layers' keeper: the database file, the two overlays above it, and the moments at which they change places.
+//! The metadata store: the database file, the two overlays above it, and the moments at which an overlay is frozen and
+//! flushed.
 //!
-//! What must hold:
+//! Invariants:
 //!
-//! - The database is a whole state at some log index, always: the frozen overlay goes to it in one durable transaction
-//!   together with that index.
-//! - A view is one moment: layers change only under `state`'s lock, all together, and the lock is held for as long as
-//!   it takes to copy a few pointers.
-//! - One flush, snapshot installation at a time (`flushing`); applies and views do not wait for it.
+//! - The database always has a whole state at some log index: one durable transaction writes the frozen overlay and
+//!   that index.
+//! - A view is one moment: layers change only under the lock of `state`, all together, and the lock is held only while
+//!   a few pointers are copied.
+//! - One flush or snapshot installation runs at a time (`flushing`); applies and views do not wait for it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,34 +27,37 @@ use super::files::{
 use super::options::{FLUSH_MARGIN_BYTES, MetadataOptions};
 use super::overlay::{Base, Overlay};
 use super::snapshot::{Installation, Received, Snapshot};
-use super::state::State;
+use super::state::StoreState;
 use super::summary::Position;
 use super::tables::{FORMAT, Format, InodeRecord, Inodes, Meta, MetaRecord, Replicas, Rows, Table};
 use super::view::View;
 
-/// The page that redb writes for a changed row at the least.
+/// Least number of bytes that redb writes for a changed row.
 const PAGE_BYTES: u64 = 4096;
-/// The permissions of the root directory when it is made.
+/// The permissions of a new root directory.
 const ROOT_MODE: u16 = 0o755;
 
 /// The metadata of one node.
 pub struct MetadataStore {
     path: PathBuf,
     options: MetadataOptions,
-    state: Mutex<State>,
+    state: Mutex<StoreState>,
     flushing: Mutex<()>,
-    /// Names their files.
+    /// Number for the next file name of an installation.
     installations: AtomicU64,
     damage: DamageSignal,
 }
 
 impl MetadataStore {
-    /// Opens the database file at `path`, or makes it with an empty root directory.
+    /// Opens the database file at `path`, or creates it with an empty root directory.
+    ///
+    /// # Errors
+    /// [`StorageFault`] if the file cannot be opened, is damaged, or was written by a newer program.
     pub fn open(path: &Path, options: MetadataOptions) -> Result<MetadataStore, StorageFault> {
         remove_unfinished_installations(path)?;
         if !path
             .try_exists()
-            .map_err(StorageFault::io("look for the metadata database"))?
+            .map_err(StorageFault::io("check whether the metadata database exists"))?
         {
             create_empty(path, options)?;
         }
@@ -62,46 +66,49 @@ impl MetadataStore {
         Ok(MetadataStore {
             path: path.to_path_buf(),
             options,
-            state: Mutex::new(State::open(Arc::new(database))?),
+            state: Mutex::new(StoreState::open(Arc::new(database))?),
             flushing: Mutex::new(()),
             installations: AtomicU64::new(0),
             damage,
         })
     }
 
-    /// `hook` is told, once, when somebody finds the state damaged on the disk: from then on it answers nothing that can
-    /// be relied on. Whoever reads gets an error as well.
+    /// Sets a hook that is called once, when a reader finds damage on the disk. From then on the state cannot be relied
+    /// on. The reader gets an error as well.
     pub fn on_damage(&self, hook: impl Fn(StorageFault) + Send + Sync + 'static) {
         self.damage.listen(hook);
     }
 
-    /// The state as it is now; it stays so. Never waits for an apply or a flush.
+    /// Returns the present state; the view never changes. Never waits for an apply or a flush.
+    ///
+    /// # Errors
+    /// [`StorageFault`] after damage.
     pub fn view(&self) -> Result<View, StorageFault> {
         Ok(self.state.lock().view())
     }
 
-    /// Up to where views see.
+    /// Returns the log position that views see.
     pub fn position(&self) -> Position {
         self.state.lock().summary.position.clone()
     }
 
-    /// The stamp of the last command that views see.
+    /// Returns the stamp of the last command that views see.
     pub fn last_stamp(&self) -> Timestamp {
         self.state.lock().summary.last_stamp
     }
 
-    /// As [`MetadataStore::position`], with the number of copies that holds there.
+    /// Returns [`MetadataStore::position`] and the number of copies that applies there.
     pub fn position_and_replicas(&self) -> (Position, Replicas) {
         let state = self.state.lock();
         (state.summary.position.clone(), state.summary.replicas)
     }
 
-    /// Up to where the database holds everything durably.
+    /// Returns the position up to which the database is durable.
     pub fn durable_position(&self) -> Position {
         self.state.lock().durable_position.clone()
     }
 
-    /// Begins to apply. For one thread only: of two batches at once, the first to be published would be lost.
+    /// Begins a batch. Only one thread may apply: of two concurrent batches, the first to be published would be lost.
     pub fn begin(&self) -> Batch<'_> {
         let state = self.state.lock();
         let writer = RowWriter::new(state.layers.clone(), state.summary.clone());
@@ -112,18 +119,18 @@ impl MetadataStore {
         }
     }
 
-    /// About how many bytes the active overlay takes. A frozen one, at most as large, may be there too.
+    /// Returns the approximate bytes of the active overlay. A frozen one of at most the same size may exist too.
     pub fn overlay_bytes(&self) -> u64 {
         self.state.lock().layers.active.bytes()
     }
 
-    /// The sizes it was opened with.
+    /// Returns the options with which the store was opened.
     pub fn options(&self) -> MetadataOptions {
         self.options
     }
 
-    /// Sets the active overlay aside for [`MetadataStore::flush`] and says up to where it goes. `None`: there is
-    /// nothing to flush. While a frozen overlay still waits for its flush, that one is meant.
+    /// Freezes the active overlay for [`MetadataStore::flush`] and returns its position; `None` if there is nothing to
+    /// flush. While a frozen overlay still waits for its flush, its position is returned.
     pub fn freeze(&self) -> Option<Position> {
         let mut state = self.state.lock();
         if state.layers.frozen.is_some() {
@@ -141,8 +148,10 @@ impl MetadataStore {
         Some(state.frozen_position.clone())
     }
 
-    /// Commits the frozen overlay, if there is one, and answers the durable position. Blocks for as long as the disk
-    /// takes.
+    /// Commits the frozen overlay, if there is one, and returns the durable position. Blocks until the disk is done.
+    ///
+    /// # Errors
+    /// [`StorageFault::NoSpace`] if the disk has too little space; nothing was written then. Any other fault is fatal.
     pub fn flush(&self) -> Result<Position, StorageFault> {
         let _one_at_a_time = self.flushing.lock();
         let (frozen, position, database) = {
@@ -162,7 +171,7 @@ impl MetadataStore {
         let replaced = {
             let mut state = self.state.lock();
             state.durable_position = position.clone();
-            // What is replaced is dropped after the lock: freeing a large overlay takes a while.
+            // The old overlay is dropped after the lock is released: freeing a large one takes a while.
             (
                 state.layers.frozen.take(),
                 std::mem::replace(&mut state.layers.base, base),
@@ -172,8 +181,8 @@ impl MetadataStore {
         Ok(position)
     }
 
-    /// Commits nothing: what redb keeps for itself (which pages are free, which will be) is read by a commit only, and the
-    /// next one is to find it whole. Where there is no room for a commit, that is left to the one that comes with room.
+    /// Commits an empty transaction. redb's own data (free pages, pages to be freed) is read only by a commit, and this
+    /// detects damage in it. If there is no space for a commit, the next flush with space detects the damage.
     pub(super) fn commit_nothing(&self) -> Result<(), StorageFault> {
         let _one_at_a_time = self.flushing.lock();
         let database = self.state.lock().layers.base.database().clone();
@@ -184,7 +193,7 @@ impl MetadataStore {
         database.guarded(|| Ok(database.begin_durable()?.commit()?))
     }
 
-    /// A stable read of what the database holds durably; applies and flushes go on meanwhile.
+    /// Begins a stable read of the durable state; applies and flushes continue meanwhile.
     pub fn snapshot(&self) -> Result<Snapshot, StorageFault> {
         let state = self.state.lock();
         Ok(Snapshot::new(
@@ -193,16 +202,16 @@ impl MetadataStore {
         ))
     }
 
-    /// What the database holds durably now.
+    /// Returns the durable state of the database.
     pub(super) fn base(&self) -> Arc<Base> {
         self.state.lock().layers.base.clone()
     }
 
-    /// Begins to receive a snapshot, into a new file beside the database.
+    /// Begins to receive a snapshot into a new file beside the database.
     pub fn begin_install(&self) -> Result<Installation, StorageFault> {
         let number = self.installations.fetch_add(1, Ordering::Relaxed);
         let purpose = format!("{INSTALLATION}{number}");
-        // Damage of that file is none of this state's, before it takes its place.
+        // Damage of that file does not concern this state until it is installed.
         let installation = Installation::begin(
             path_beside(&self.path, &purpose),
             self.options,
@@ -212,9 +221,9 @@ impl MetadataStore {
         Ok(installation)
     }
 
-    /// Replaces the whole state by a received snapshot. For the apply thread, with no batch begun: waits for a running
-    /// flush, drops the overlays, puts the new file durably in the old one's place, which takes no room. Views made
-    /// before keep the old state.
+    /// Replaces the whole state by a received snapshot. Must be called by the apply thread, with no batch begun. Waits
+    /// for a running flush, drops the overlays, and durably renames the new file to the old one's name, which needs no
+    /// space. Views made before keep the old state.
     pub fn install(&self, received: Received) -> Result<Position, StorageFault> {
         let _no_flush = self.flushing.lock();
         let Received { state: next, file } = received;
@@ -239,8 +248,8 @@ impl MetadataStore {
         let replaced = if state.freezes == freezes_at_begin {
             std::mem::replace(&mut state.layers.active, writer.layers.active)
         } else {
-            // The rows that the batch began with are in the frozen overlay (or the database) by now: only what it
-            // wrote itself belongs into the new active one.
+            // The rows that existed when the batch began are in the frozen overlay (or the database) by now: only the
+            // rows that the batch wrote belong into the new active overlay.
             let mut active = Overlay::clone(&state.layers.active);
             for change in &writer.journal {
                 if let Some(cell) = writer.layers.active.get(change.table, &change.key) {
@@ -254,13 +263,13 @@ impl MetadataStore {
         drop(replaced);
     }
 
-    /// redb does not survive a full disk in the middle of a commit, so room is looked for before.
+    /// Checks the free space: redb does not survive a full disk in the middle of a commit.
     fn check_room(&self, frozen: &Overlay) -> Result<(), StorageFault> {
         let file_bytes = std::fs::metadata(&self.path)
-            .map_err(StorageFault::io("look at the metadata database"))?
+            .map_err(StorageFault::io("get the size of the metadata database"))?
             .len();
         let available_bytes = available_bytes(&self.path)?;
-        // Changed pages are written anew, at most all there are; new rows come on top, in pages two thirds full.
+        // Changed pages are copied, at most all of them; new rows need additional pages, which are two thirds full.
         let needed_bytes =
             (frozen.row_count() * PAGE_BYTES).min(file_bytes) + frozen.bytes() * 2 + FLUSH_MARGIN_BYTES;
         if available_bytes < needed_bytes {
@@ -273,8 +282,8 @@ impl MetadataStore {
     }
 }
 
-/// Entries that are being applied; nobody sees what they did before [`Batch::publish`]. A batch that is dropped did
-/// nothing.
+/// Entries that are being applied. Their changes are invisible before [`Batch::publish`]. A batch that is dropped
+/// changes nothing.
 pub struct Batch<'store> {
     store: &'store MetadataStore,
     writer: RowWriter,
@@ -282,13 +291,14 @@ pub struct Batch<'store> {
 }
 
 impl Batch<'_> {
-    /// Applies one entry: all of it, or nothing and a verdict. After a fault the batch, and the node, must not go on.
+    /// Applies one entry as a whole, or returns a verdict and changes nothing. After a fault the batch and the node
+    /// must stop.
     pub fn apply(&mut self, index: u64, entry: &LogCommand) -> Result<Applied, StorageFault> {
         self.writer.apply(index, entry)
     }
 
-    /// Makes what was applied visible to views at once; `position` is that of the last entry (of entries without a
-    /// command too).
+    /// Makes the changes of the batch visible to views at once. `position` is that of the last entry, entries without a
+    /// command included.
     pub fn publish(mut self, position: Position) {
         self.writer.summary.position = position;
         let meta = self.writer.summary.meta();
@@ -319,7 +329,7 @@ fn write_rows(database: &Database, overlay: &Overlay) -> Result<(), StorageFault
     })
 }
 
-/// Makes the database in a file beside and renames it when it is whole: a crash leaves all of it or nothing.
+/// Creates the database under another name and renames it when it is complete: a crash leaves all of it or nothing.
 fn create_empty(path: &Path, options: MetadataOptions) -> Result<(), StorageFault> {
     let beside = path_beside(path, "new");
     remove_leftover(&beside)?;
@@ -331,7 +341,7 @@ fn create_empty(path: &Path, options: MetadataOptions) -> Result<(), StorageFaul
     sync_directory_of(path)
 }
 
-/// An empty filesystem, the same on every node.
+/// Returns the rows of an empty filesystem, the same on every node.
 fn first_rows() -> Overlay {
     let root = InodeRecord {
         attributes: Attributes {

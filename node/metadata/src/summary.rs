@@ -1,4 +1,4 @@
-//! What is known of a state as a whole, beside its rows.
+//! The summary of a state: what is known of it as a whole, besides its rows.
 
 use bytes::Bytes;
 use imbl::OrdMap;
@@ -10,32 +10,31 @@ use super::marks::MarkTable;
 use super::overlay::{Direction, KeyRange, Layers};
 use super::tables::{FORMAT, Format, Marks, Meta, MetaRecord, Replicas, Sessions, Silences};
 
-/// Up to where in the log a state goes. The consensus layer's words for it are kept as they are.
+/// The log position of a state. The consensus layer's part is stored as opaque bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Position {
-    /// The index of the last applied entry; 0: none.
+    /// The index of the last applied entry; 0 if there is none.
     pub index: u64,
-    /// Its log id, encoded by the consensus layer.
+    /// The log id of that entry, encoded by the consensus layer.
     pub log_id: Option<Bytes>,
-    /// The last membership up to there, encoded by the consensus layer.
+    /// The last membership up to that entry, encoded by the consensus layer.
     pub membership: Option<Bytes>,
 }
 
-/// How the chunks that files name have changed in number since the state was opened or, by a snapshot, replaced.
-/// Whoever counted them at one view knows their number at every later one of the same generation.
+/// The change of the number of chunks that files refer to, since the state was opened or replaced by a snapshot. A
+/// caller that counted them at one view knows their number at every later view of the same generation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NamedChange {
-    /// Counts the replacements.
+    /// Number of replacements by a snapshot.
     pub generation: u64,
-    /// Chunks more (or less).
+    /// Change of the number of chunks.
     pub chunks: i64,
-    /// Their bytes.
+    /// Change of the number of bytes.
     pub bytes: i64,
 }
 
-/// What is known of the state as a whole. Everything in it follows from the rows; the counters are written to `meta`
-/// with each batch, the living sessions are read again when the database is opened. How the named chunks have changed
-/// is kept in memory only.
+/// The summary of a state. All of it follows from the rows. The counters are written to `meta` with each batch; the
+/// living sessions are read when the database is opened; the change of named chunks is only in memory.
 #[derive(Clone)]
 pub(super) struct Summary {
     pub(super) position: Position,
@@ -46,14 +45,14 @@ pub(super) struct Summary {
     pub(super) inode_count: u64,
     /// Sessions that have not ended, with their chunks' low-water marks.
     pub(super) living: OrdMap<SessionId, u64>,
-    /// Up to where each of them has answered for unlinked inodes.
+    /// For each living session, the index up to which it has answered for unlinked inodes.
     pub(super) marks: MarkTable,
-    /// Those that were silent when a leader last looked, for how long in milliseconds.
+    /// The sessions that were silent when a leader last looked, with the duration in milliseconds.
     pub(super) silences: OrdMap<SessionId, u64>,
     pub(super) named_change: NamedChange,
-    /// Below these keys the tables of unlinked inodes are empty, so nobody need look there: the rows that were taken out of
-    /// them since the last flush lie in the overlays as removed. They say where a scan begins, never what it finds, so they
-    /// may differ between nodes, and are lowest after a start.
+    /// Below these keys the tables of unlinked inodes are empty, so a scan need not start there: rows that were removed
+    /// since the last flush are still in the overlays, marked as removed. The keys determine where a scan begins, never
+    /// what it finds, so they may differ between nodes; after a start they are lowest.
     pub(super) queue_from: (u64, InodeNumber),
     pub(super) reclaimable_from: InodeNumber,
 }
@@ -116,9 +115,9 @@ fn read_meta(layers: &Layers) -> Result<MetaRecord, StorageFault> {
         Some(found) => {
             return Err(StorageFault::UnknownFormat { found, known: FORMAT });
         }
-        None => return Err(StorageFault::damaged("no format is noted")),
+        None => return Err(StorageFault::damaged("the row with the format is missing")),
     }
     layers
         .get::<Meta>(&())?
-        .ok_or_else(|| StorageFault::damaged("no position is noted"))
+        .ok_or_else(|| StorageFault::damaged("the row with the position is missing"))
 }

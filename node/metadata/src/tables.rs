@@ -1,8 +1,8 @@
 //! The tables: their numbers, keys and records.
 //!
-//! Keys are big-endian so that they sort as their parts do and a scan is what the caller wants. Every value is a
-//! record in the checked encoding of [`quorumfs_proto::codec`]: it ends in a checksum that is verified when it is
-//! decoded. Table numbers and record layouts are part of the disk and snapshot format ([`FORMAT`]).
+//! Keys are big-endian, so that they sort like their parts and a scan returns rows in a useful order. Every value is a
+//! record in the checked encoding of [`quorumfs_proto::codec`]: its checksum is verified when it is decoded. Table
+//! numbers and record layouts are part of the disk and snapshot format ([`FORMAT`]).
 
 use std::hash::Hasher as _;
 use std::sync::Arc;
@@ -18,18 +18,18 @@ use serde::{Deserialize, Serialize};
 
 use super::command::{ApplyResult, SessionKey};
 
-/// The version of the tables as a whole; kept in the first row of `meta`.
+/// The version of the tables as a whole; stored in the first row of `meta`.
 pub(super) const FORMAT: u32 = 2;
 
-/// The smallest cookie of an entry: 0 begins a listing, 1 and 2 are `.` and `..`.
+/// The smallest cookie of an entry: 0 starts a listing, 1 and 2 are `.` and `..`.
 const COOKIE_MIN: u64 = 3;
-/// The fixed key of the names' hash ("QuorumFS dirents"). Every node must place a name alike, so it cannot be random.
+/// The fixed key of the hash of names ("QuorumFS dirents"). Every node must order names alike, so it cannot be random.
 const COOKIE_KEY: [u8; 16] = *b"QuorumFS dirents";
 
-/// A key as it lies in a table.
+/// A key as stored in a table.
 pub(super) type RowKey = Arc<[u8]>;
 
-/// The tables, in the order in which a snapshot has them.
+/// The tables, in the order of a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub(super) enum Table {
@@ -114,13 +114,13 @@ impl Table {
     }
 }
 
-/// The types of a table's rows.
+/// The key and value types of a table.
 pub(super) trait Rows {
     const TABLE: Table;
     type Key;
     type Value: Serialize + DeserializeOwned;
     fn key(key: &Self::Key) -> RowKey;
-    /// `None` where the bytes are not a key of this table.
+    /// Decodes a key; `None` if the bytes are not a key of this table.
     fn parse(key: &[u8]) -> Option<Self::Key>;
 }
 
@@ -147,13 +147,13 @@ macro_rules! rows_by_number {
 }
 
 rows_by_number!(
-    /// What is known of each inode, with or without a name.
+    /// All inodes, with or without a name.
     Inodes,
     InodeNumber,
     InodeRecord
 );
 rows_by_number!(
-    /// Where each symbolic link points.
+    /// The targets of symbolic links.
     Symlinks,
     InodeNumber,
     SymlinkTarget
@@ -171,22 +171,22 @@ rows_by_number!(
     UnlinkedRecord
 );
 rows_by_number!(
-    /// Inodes of which something can be freed: orphans that nobody holds, and files with cut-off extents.
+    /// Inodes with data to free: orphans that no session holds, and files with cut-off extents.
     Reclaimable,
     InodeNumber,
     ()
 );
 
 rows_by_number!(
-    /// Files that may have many small extents side by side, with the content version at which that was noted last.
+    /// Files that may have many small neighbouring extents, with the content version at which that was last noted.
     Fragmented,
     InodeNumber,
     u64
 );
 
-/// One row of `meta`: named records of different types.
+/// The first row of `meta`; the rows of this table have different types.
 pub(super) struct Format;
-/// The other row of `meta`.
+/// The second row of `meta`.
 pub(super) struct Meta;
 
 impl Rows for Format {
@@ -239,7 +239,7 @@ impl Rows for Dirents {
     }
 }
 
-/// Where an entry lies.
+/// The key of an entry.
 pub(super) struct DirentKey {
     pub(super) directory: InodeNumber,
     pub(super) cookie: u64,
@@ -256,7 +256,7 @@ impl DirentKey {
     }
 }
 
-/// The place of a name in its directory's listing, 3 to i64::MAX.
+/// Returns the position of a name in its directory's listing, 3 to i64::MAX.
 fn name_cookie(name: &Name) -> u64 {
     let mut hasher = siphasher::sip::SipHasher24::new_with_key(&COOKIE_KEY);
     hasher.write(name.as_bytes());
@@ -303,25 +303,26 @@ rows_by_number!(
     SessionRecord
 );
 rows_by_number!(
-    /// Up to which log index each living session has said which unlinked inodes it holds; see `apply::unlinked`.
+    /// For each living session, the log index up to which it has stated which unlinked inodes it holds; see
+    /// `apply::unlinked`.
     Marks,
     SessionId,
     u64
 );
 rows_by_number!(
-    /// Ended sessions whose pins or holds were more than one step drops.
+    /// Ended sessions with more pins or holds than one step drops.
     Departed,
     SessionId,
     ()
 );
 rows_by_number!(
-    /// How each session proves itself, if its client has a secret.
+    /// The keys of sessions whose clients have a secret.
     SessionKeys,
     SessionId,
     SessionKey
 );
 rows_by_number!(
-    /// For how long living sessions were silent when a leader last looked, in milliseconds.
+    /// How long living sessions were silent when a leader last looked, in milliseconds.
     Silences,
     SessionId,
     u64
@@ -370,11 +371,11 @@ macro_rules! rows_by_session_and_inode {
 }
 
 rows_by_session_and_inode!(
-    /// Who may hold which orphan open. The same as the orphans' `waiting_for`, the other way round.
+    /// The sessions that may hold an orphan open: the inverse of the orphans' `waiting_for`.
     Pins
 );
 rows_by_session_and_inode!(
-    /// Who holds which unlinked inode. [`UnlinkedRecord::holds`] counts them.
+    /// The sessions that hold an unlinked inode. [`UnlinkedRecord::holds`] counts them.
     Holds
 );
 
@@ -394,7 +395,7 @@ impl Rows for UnlinkedQueue {
     }
 }
 
-/// The chunks that extents name.
+/// The chunks that extents refer to.
 pub(super) struct Chunks;
 
 impl Rows for Chunks {
@@ -428,17 +429,17 @@ fn unpair(key: &[u8]) -> Option<(u64, u64)> {
     ))
 }
 
-/// On how many nodes each chunk is kept.
+/// The number of nodes that hold each chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Replicas {
-    /// How many, where there are so many nodes.
+    /// Number of copies, if there are as many nodes.
     pub count: u8,
-    /// Since which log index; 0: always.
+    /// The log index since which it applies; 0 means always.
     pub since_index: u64,
 }
 
 impl Replicas {
-    /// As long as nobody has said otherwise.
+    /// The number of copies until it is set.
     pub const DEFAULT: Replicas = Replicas {
         count: 3,
         since_index: 0,
@@ -454,26 +455,26 @@ pub(super) struct MetaRecord {
     /// The effective time of the last command.
     pub(super) last_stamp: Timestamp,
     pub(super) feature_level: u32,
-    /// On how many nodes each chunk is kept.
+    /// The number of nodes that hold each chunk.
     pub(super) replicas: Replicas,
-    /// The number of the next inode that is made.
+    /// The number of the next new inode.
     pub(super) next_inode: u64,
-    /// Rows of `inodes`.
+    /// Number of rows of `inodes`.
     pub(super) inode_count: u64,
 }
 
-/// An inode.
+/// The record of an inode.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct InodeRecord {
     pub(super) attributes: Attributes,
-    /// Truncations that left more extents behind than one step frees. Rises in both fields; mostly empty. Each stands
-    /// for thousands of extents that were written since the one before, so there are few.
+    /// Truncations that left more extents behind than one step frees, ascending in both fields; mostly empty. Each
+    /// stands for thousands of extents that were written since the previous one, so there are few.
     pub(super) cuts: Vec<Cut>,
-    /// While there are cuts: extents below this offset have been looked at.
+    /// If there are cuts: extents below this offset have been examined.
     pub(super) trim_cursor: u64,
 }
 
-/// A truncation whose extents are still there: those at or above `from` that are older than `version` are dead.
+/// A truncation whose extents have not been freed yet: those at or above `from` and older than `version` are dead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Cut {
     pub(super) from: u64,
@@ -496,37 +497,37 @@ pub(super) struct DirentRecord {
     pub(super) kind: FileKind,
 }
 
-/// A piece of a file's content.
+/// An extent of a file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ExtentRecord {
     pub(super) length: u32,
     pub(super) chunk: ChunkId,
     pub(super) chunk_offset: u32,
-    /// The file's content version that wrote it.
+    /// The content version of the file that wrote the extent.
     pub(super) version: u64,
 }
 
-/// A chunk that extents name.
+/// A chunk that extents refer to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChunkRecord {
-    /// How many extents name it; never 0.
+    /// Number of extents that refer to it; never 0.
     pub references: u32,
-    /// Its bytes.
+    /// Number of bytes.
     pub length: u32,
-    /// Their digest.
+    /// SHA-256 of the bytes.
     pub sha256: Sha256,
 }
 
-/// A session.
+/// The record of a session.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionRecord {
-    /// For people: host, process, mount point.
+    /// Description for people: host, process, mount point.
     pub description: String,
-    /// When it was opened.
+    /// Time of opening.
     pub opened: Timestamp,
-    /// When it ended, if it has.
+    /// Time of the end, if it has ended.
     pub ended: Option<Timestamp>,
-    /// Its chunks of smaller counters are dead unless a file names them.
+    /// Chunks of this session with smaller counters are dead unless a file refers to them.
     pub chunk_low_water: u64,
 }
 
@@ -537,23 +538,23 @@ pub(super) struct LaneRecord {
     pub(super) result: ApplyResult,
 }
 
-/// An inode without a name.
+/// An inode without a name below feature level 3.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct OrphanRecord {
     /// Sessions that may have it open.
     pub(super) waiting_for: Vec<SessionId>,
-    /// Of an inode that never had a name, who made it and may give it one.
+    /// For an inode that never had a name, the session that made it and may name it.
     pub(super) maker: Option<SessionId>,
 }
 
-/// An inode without a name.
+/// An inode without a name, from feature level 3 on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct UnlinkedRecord {
-    /// The log index at which the last name went, or at which the inode was made without one.
+    /// The log index at which the last name was removed, or at which the inode was created without one.
     pub(super) since: u64,
-    /// Of an inode that never had a name, who made it and may give it one.
+    /// For an inode that never had a name, the session that made it and may name it.
     pub(super) maker: Option<SessionId>,
-    /// How many sessions hold it.
+    /// Number of sessions that hold it.
     pub(super) holds: u32,
 }
 
@@ -568,7 +569,7 @@ mod tests {
             let cookie = name_cookie(&name(text));
             assert!((COOKIE_MIN..=i64::MAX as u64).contains(&cookie));
         }
-        // Part of the disk format: a change would lose every entry.
+        // The value is part of the disk format: with another hash no entry would be found.
         assert_eq!(name_cookie(&name("file")), 5_621_046_901_954_648_356);
     }
 

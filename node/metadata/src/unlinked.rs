@@ -1,5 +1,5 @@
-//! What a leader asks of the state about unlinked inodes: who is to be asked about which, and whether anything can be
-//! freed. The rules are those of `apply::unlinked`.
+//! The leader's questions to the state about unlinked inodes: which sessions must be asked about which inodes, and
+//! whether anything can be freed. The rules are in `apply::unlinked`.
 
 use quorumfs_proto::{InodeNumber, SessionId};
 
@@ -14,28 +14,27 @@ use super::view::View;
 pub struct UnlinkedPage {
     /// The log index up to which the session has answered.
     pub from: u64,
-    /// The log index up to which these are all.
+    /// The log index up to which the list is complete.
     pub through: u64,
-    /// Which.
+    /// Numbers of the inodes.
     pub inodes: Vec<InodeNumber>,
 }
 
 impl Summary {
-    /// Where rows of the queue can be.
+    /// Returns the range of keys of the queue that can have rows.
     pub(super) fn queued(&self) -> KeyRange {
         KeyRange::prefix(&[]).starting_at(&UnlinkedQueue::key(&self.queue_from))
     }
 
-    /// Where rows of what can be freed can be.
+    /// Returns the range of keys of `Reclaimable` that can have rows.
     pub(super) fn reclaimable(&self) -> KeyRange {
         KeyRange::prefix(&[]).starting_at(&Reclaimable::key(&self.reclaimable_from))
     }
 }
 
 impl View {
-    /// What a living session is to be asked next, about `max` inodes (and those that were unlinked by the same command as
-    /// the last); `None`: nothing, or
-    /// it is asked about each inode by itself.
+    /// Returns the next question for a living session: about `max` inodes, and those unlinked by the same command as
+    /// the last. `None` if there is none, or if the session is asked about each inode separately.
     pub fn unlinked_page(&self, session: SessionId, max: usize) -> Result<Option<UnlinkedPage>, Failure> {
         let Some(mark) = self.summary.marks.of(session) else {
             return Ok(None);
@@ -57,7 +56,7 @@ impl View {
         Ok((!page.inodes.is_empty()).then_some(page))
     }
 
-    /// The living sessions that have not answered about everything that was unlinked up to now.
+    /// Returns the living sessions that have not answered about all inodes unlinked so far.
     pub fn sessions_to_ask(&self) -> Result<Vec<SessionId>, Failure> {
         let last = self
             .layers
@@ -75,8 +74,8 @@ impl View {
             .collect())
     }
 
-    /// Unlinked inodes that the state keeps for this session alone or among others, and about which it is asked again and
-    /// again: after `after`, in order.
+    /// Returns unlinked inodes that the state keeps for this session, alone or among others, and about which it is
+    /// asked repeatedly: those after `after`, in order.
     pub fn unlinked_held_by(
         &self,
         session: SessionId,
@@ -102,7 +101,7 @@ impl View {
         Ok(inodes.collect::<Result<Vec<_>, _>>()?)
     }
 
-    /// Whether a [`super::LogBody::Reclaim`] has something to do.
+    /// Whether a [`super::LogBody::Reclaim`] has work to do.
     pub fn has_reclaimable(&self) -> Result<bool, Failure> {
         let answered_by_all = self.summary.marks.lowest();
         let queued = self.summary.queued();
@@ -131,27 +130,27 @@ impl View {
         Ok(first.transpose()?.is_some())
     }
 
-    /// Living sessions.
+    /// Returns the living sessions.
     pub fn living_sessions(&self) -> impl Iterator<Item = SessionId> + '_ {
         self.summary.living.keys().copied()
     }
 
-    /// How many sessions live.
+    /// Returns the number of living sessions.
     pub fn living_count(&self) -> usize {
         self.summary.living.len()
     }
 
-    /// For how long a living session was silent when a leader last looked, in milliseconds; 0: it was not.
+    /// Returns how long a living session was silent when a leader last looked, in milliseconds; 0 if it was not.
     pub fn silence_ms(&self, session: SessionId) -> u64 {
         self.summary.silences.get(&session).copied().unwrap_or(0)
     }
 
-    /// All of them.
+    /// Returns the silences of all sessions, in milliseconds.
     pub fn silences(&self) -> imbl::OrdMap<SessionId, u64> {
         self.summary.silences.clone()
     }
 
-    /// How a session proves itself; `None`: by its number.
+    /// Returns the key of a session; `None` if its id alone identifies it.
     pub fn session_key(&self, session: SessionId) -> Result<Option<super::SessionKey>, Failure> {
         Ok(self.layers.get::<super::tables::SessionKeys>(&session)?)
     }

@@ -1,7 +1,7 @@
-//! Reading: one moment of the state, and the answers it gives.
+//! Reading: one moment of the state, and its answers to queries.
 //!
-//! A view never changes and never waits. It answers verdicts ([`Failure::Verdict`]) as every node would at this
-//! index, and tells its own faults apart from them.
+//! A view never changes and never waits. Its verdicts ([`Failure::Verdict`]) are those of every node at this index;
+//! faults of this node are distinguished from them.
 
 use bytes::Bytes;
 use quorumfs_proto::chunk::Extent;
@@ -20,11 +20,11 @@ use super::tables::{
     Rows as _, SessionRecord, Sessions, Symlinks, Xattrs,
 };
 
-/// How many cut-off extents one answer passes over before it says up to where it got.
+/// Most cut-off extents that one answer skips before it reports how far it got.
 const CUT_OFF_EXTENTS_PASSED_MAX: usize = 100_000;
-/// What an entry takes of an answer's bytes beside its name.
+/// Bytes of an entry in an answer, without its name and attributes.
 const ENTRY_BYTES: usize = 24;
-/// What its attributes take.
+/// Bytes of an entry's attributes.
 const ENTRY_ATTRIBUTES_BYTES: usize = 104;
 
 /// The state at one moment. Cheap to make and to clone.
@@ -39,8 +39,8 @@ impl View {
         View { layers, summary }
     }
 
-    /// Answers any query but [`Query::Space`], which needs to know the disks: of it, only
-    /// [`View::inode_count`] is here, and the answer is [`FsError::NotSupported`].
+    /// Answers any query except [`Query::Space`], which depends on the disks: only [`View::inode_count`] is known here,
+    /// so the verdict is [`FsError::NotSupported`].
     pub fn answer(&self, query: &Query) -> Result<Answer, Failure> {
         match query {
             Query::Lookup { parent, name } => self.lookup(*parent, name).map(Answer::Attributes),
@@ -69,12 +69,15 @@ impl View {
         }
     }
 
-    /// What is known of an inode, with or without a name. [`FsError::Stale`] if it is gone.
+    /// Returns the attributes of an inode, with or without a name.
+    ///
+    /// # Errors
+    /// [`FsError::Stale`] if it does not exist.
     pub fn attributes(&self, inode: InodeNumber) -> Result<Attributes, Failure> {
         Ok(self.inode(inode)?.attributes)
     }
 
-    /// What has this name in the directory.
+    /// Returns the attributes of the inode with this name in the directory.
     pub fn lookup(&self, parent: InodeNumber, name: &Name) -> Result<Attributes, Failure> {
         self.directory(parent)?;
         let entry = self
@@ -84,7 +87,7 @@ impl View {
         self.attributes(entry.inode)
     }
 
-    /// What lies at this path, from `from`; symbolic links are not followed.
+    /// Returns the attributes of the inode at this path, starting at `from`; symbolic links are not followed.
     pub fn resolve(&self, from: InodeNumber, path: &[Name]) -> Result<Attributes, Failure> {
         let mut found = self.attributes(from)?;
         for name in path {
@@ -93,7 +96,8 @@ impl View {
         Ok(found)
     }
 
-    /// Entries after a cookie, about `bytes_max` bytes of them and at least one. Entries of equal cookie come together.
+    /// Returns entries after a cookie, about `bytes_max` bytes of them and at least one. Entries with equal cookies
+    /// come together.
     pub fn read_directory(
         &self,
         directory: InodeNumber,
@@ -140,7 +144,10 @@ impl View {
         Ok(page)
     }
 
-    /// Where a symbolic link points. [`FsError::InvalidArgument`] if it is none.
+    /// Returns the target of a symbolic link.
+    ///
+    /// # Errors
+    /// [`FsError::InvalidArgument`] if the inode is not a symbolic link.
     pub fn read_link(&self, inode: InodeNumber) -> Result<SymlinkTarget, Failure> {
         if self.attributes(inode)?.kind != FileKind::Symlink {
             return Err(FsError::InvalidArgument.into());
@@ -149,14 +156,14 @@ impl View {
         Ok(target.ok_or_else(|| inconsistent(format!("symbolic link {inode} has no target")))?)
     }
 
-    /// The value of an extended attribute.
+    /// Returns the value of an extended attribute.
     pub fn xattr(&self, inode: InodeNumber, name: &XattrName) -> Result<Bytes, Failure> {
         self.inode(inode)?;
         let value = self.layers.get::<Xattrs>(&(inode, name.clone()))?;
         Ok(value.ok_or(FsError::NoAttribute)?)
     }
 
-    /// The names of all extended attributes, sorted.
+    /// Returns the names of all extended attributes, sorted.
     pub fn xattr_names(&self, inode: InodeNumber) -> Result<Vec<XattrName>, Failure> {
         if self.attributes(inode)?.xattr_count == 0 {
             return Ok(Vec::new());
@@ -168,7 +175,7 @@ impl View {
             .collect::<Result<Vec<_>, _>>()?)
     }
 
-    /// The pieces of a file that lie in or reach into `from..to`, whole, and its attributes.
+    /// Returns the extents of a file that overlap `from..to`, whole, and the file's attributes.
     pub fn extents(
         &self,
         inode: InodeNumber,
@@ -202,34 +209,34 @@ impl View {
             .into_iter()
             .chain(self.layers.scan::<Extents>(within, Direction::Up)?)
         {
-            let ((_, offset), extent) = row?;
-            let piece = Extent {
+            let ((_, offset), row) = row?;
+            let extent = Extent {
                 file_offset: offset,
-                length: extent.length,
-                chunk: extent.chunk,
-                chunk_offset: extent.chunk_offset,
+                length: row.length,
+                chunk: row.chunk,
+                chunk_offset: row.chunk_offset,
             };
-            if piece.file_end() <= from {
+            if extent.file_end() <= from {
                 continue;
             }
             if page.extents.len() == extents_max || passed_over == CUT_OFF_EXTENTS_PASSED_MAX {
                 page.known_to = offset;
                 break;
             }
-            match record.is_cut_off(offset, &extent) {
+            match record.is_cut_off(offset, &row) {
                 true => passed_over += 1,
-                false => page.extents.push(piece),
+                false => page.extents.push(extent),
             }
         }
         Ok(page)
     }
 
-    /// The record of a chunk that files name.
+    /// Returns the record of a chunk that files refer to.
     pub fn chunk(&self, id: ChunkId) -> Result<Option<ChunkRecord>, Failure> {
         Ok(self.layers.get::<Chunks>(&id)?)
     }
 
-    /// The chunks that files name, in order, after a given one.
+    /// Returns the chunks that files refer to, in order, after a given one.
     pub fn chunks_after(
         &self,
         after: Option<ChunkId>,
@@ -243,12 +250,12 @@ impl View {
         Ok(rows.take(max).collect::<Result<Vec<_>, _>>()?)
     }
 
-    /// A session that is known, alive or ended.
+    /// Returns a known session, alive or ended.
     pub fn session(&self, session: SessionId) -> Result<Option<SessionRecord>, Failure> {
         Ok(self.layers.get::<Sessions>(&session)?)
     }
 
-    /// All sessions that are known.
+    /// Returns all known sessions.
     pub fn sessions(&self) -> Result<Vec<(SessionId, SessionRecord)>, Failure> {
         let rows = self
             .layers
@@ -256,7 +263,7 @@ impl View {
         Ok(rows.collect::<Result<Vec<_>, _>>()?)
     }
 
-    /// Unlinked inodes that wait for the session to say that it does not have them open.
+    /// Returns unlinked inodes that are kept until the session states that it does not have them open.
     pub fn unlinked_waiting_for(&self, session: SessionId, max: usize) -> Result<Vec<InodeNumber>, Failure> {
         let range = KeyRange::prefix(&session.0.to_be_bytes());
         let rows = self.layers.scan::<Pins>(range, Direction::Up)?;
@@ -264,7 +271,7 @@ impl View {
         Ok(inodes.collect::<Result<Vec<_>, _>>()?)
     }
 
-    /// Inodes for which a [`super::LogBody::ReclaimUnlinked`] has something to do.
+    /// Returns inodes for which a [`super::LogBody::ReclaimUnlinked`] has work to do.
     pub fn reclaimable(&self, max: usize) -> Result<Vec<InodeNumber>, Failure> {
         let rows = self
             .layers
@@ -287,27 +294,27 @@ impl View {
         Ok(inodes)
     }
 
-    /// Up to where in the log this view sees.
+    /// Returns the log position of this view.
     pub fn position(&self) -> &Position {
         &self.summary.position
     }
 
-    /// The log index up to which this view sees.
+    /// Returns the log index of this view.
     pub fn index(&self) -> u64 {
         self.summary.position.index
     }
 
-    /// The effective time of the last command.
+    /// Returns the effective time of the last command.
     pub fn last_stamp(&self) -> Timestamp {
         self.summary.last_stamp
     }
 
-    /// What `apply` may do: raised once all members know it.
+    /// Returns the feature level: it determines what `apply` does and is raised once all members know it.
     pub fn feature_level(&self) -> u32 {
         self.summary.feature_level
     }
 
-    /// What of `meta` follows from the log: time, feature level, copies, numbers of inodes.
+    /// Returns the parts of `meta` that follow from the log: time, feature level, copies, inode numbers.
     pub(super) fn counters(&self) -> (Timestamp, u32, Replicas, u64, u64) {
         let summary = &self.summary;
         (
@@ -319,12 +326,12 @@ impl View {
         )
     }
 
-    /// Inodes in use, those without a name too.
+    /// Returns the number of inodes in use, including those without a name.
     pub fn inode_count(&self) -> u64 {
         self.summary.inode_count
     }
 
-    /// How the number of chunks that files name has changed; see [`NamedChange`].
+    /// Returns the change of the number of chunks that files refer to; see [`NamedChange`].
     pub fn named_change(&self) -> NamedChange {
         self.summary.named_change
     }
@@ -336,7 +343,7 @@ impl View {
         }
     }
 
-    /// The attributes of an inode that an entry names, which therefore exists.
+    /// Returns the attributes of an inode that an entry refers to, so it must exist.
     pub(super) fn named(&self, inode: InodeNumber) -> Result<Attributes, Failure> {
         match self.layers.get::<Inodes>(&inode)? {
             Some(record) => Ok(record.attributes),

@@ -1,4 +1,4 @@
-//! What a configuration may be, and what it is told when it is not.
+//! Valid configurations, and the messages for invalid ones.
 
 use super::*;
 

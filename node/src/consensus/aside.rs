@@ -1,9 +1,9 @@
-//! How leadership goes to another node, how a node that must give its state up makes way, and how a leader knows that the
-//! others can do without it.
+//! Handing leadership to another node: how a leader does it, how a node that must give up its state makes way, and how
+//! a leader checks that the other voters suffice without a node.
 //!
-//! A leader that hands leadership on takes no commands and sends no heartbeats from then on: openraft knows no way back.
-//! If the node that was meant does not stand for election, another must; where the only others are nodes that may not
-//! lead, none does. So a node is asked before whether it could lead, and a leader that nobody succeeds starts again
+//! A leader that hands on leadership takes no commands and sends no heartbeats from then on; openraft cannot undo this.
+//! If the chosen node does not stand for election, another must; if all others are nodes that may not lead, none does.
+//! So a node is asked first whether it could lead, and a leader without a successor starts again
 //! ([`Consensus::end_futile_hand_on`]).
 
 use std::time::{Duration, Instant};
@@ -15,33 +15,40 @@ use super::fatal::StartAnew;
 use super::types::{VoterId, member};
 use super::{Consensus, ConsensusError, Ordering};
 
-/// How often it is looked whether another leads, or who has answered.
+/// Interval at which a change of leader, or new answers, are looked for.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
-/// How long leadership may take to go to another.
+/// Most time for leadership to move to another node.
 const STEP_ASIDE_TIMEOUT: Duration = Duration::from_secs(3);
-/// Who has handed leadership on and still leads after this time starts again: several elections would have taken place.
+/// A node that has handed on leadership and still leads after this time starts again: several elections would have
+/// taken place.
 const SUCCESSION_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the others may take to answer the leader: many heartbeats.
+/// Most time for the others to answer the leader: many heartbeats.
 const ANSWER_TIMEOUT: Duration = Duration::from_millis(1_500);
 
-/// What became of a node that was to make way.
+/// The result of [`Consensus::step_aside`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SteppedAside {
-    /// It does not lead.
+    /// The node does not lead.
     Follows,
-    /// Another was asked to lead, and does not.
+    /// Another node was asked to lead, and does not.
     InVain,
-    /// No voter that can lead has all entries. This one goes on to hand them out: nobody else can.
+    /// No voter that can lead has all entries. This node continues to send them: no other node can.
     NobodyCanLead,
 }
 
 impl Consensus {
-    /// Asks `to`, a voter, to take over; it does if it can lead and its log is as long.
+    /// Asks the voter `to` to take over. It does so if it can lead and its log is as long.
+    ///
+    /// # Errors
+    /// [`ConsensusError::HandOn`] if it cannot lead.
     pub async fn transfer_leadership(&self, to: NodeId) -> Result<(), ConsensusError> {
         self.hand_on([to]).await.map(drop)
     }
 
-    /// Asks the first of `candidates`, all voters, that can lead to take over, and says who that is.
+    /// Asks the first of `candidates`, all voters, that can lead to take over, and returns its id.
+    ///
+    /// # Errors
+    /// [`ConsensusError::HandOn`] with the refusals if none can lead.
     pub async fn hand_on(
         &self,
         candidates: impl IntoIterator<Item = NodeId>,
@@ -72,18 +79,19 @@ impl Consensus {
         }))
     }
 
-    /// Who handed leadership on, and found nobody to take it, leads only in name: it starts again as one of the voters.
+    /// A node that handed on leadership without a successor leads only in name: it starts again as one of the voters.
     pub(super) fn end_futile_hand_on(&self) {
         let Some((term, at)) = *self.0.handed_on.lock() else {
             return;
         };
         if at.elapsed() > SUCCESSION_TIMEOUT && self.term() == term && self.claims_to_lead() {
-            let nobody = StartAnew("nobody has taken leadership over".to_string());
+            let nobody = StartAnew("leadership was handed on, and no node has taken over".to_string());
             self.0.fatal.raise("hand leadership on", nobody);
         }
     }
 
-    /// Voters other than this node that have flushed everything committed, the one that is farthest first.
+    /// Returns the voters other than this node that have flushed all committed entries, the one with the most entries
+    /// first.
     pub(super) fn voters_up_to_date(&self) -> Vec<NodeId> {
         let metrics = self.metrics();
         let committed = metrics.cluster_committed;
@@ -105,8 +113,8 @@ impl Consensus {
         self.0.raft.runtime_config().elect(false);
     }
 
-    /// Stands down, and hands leadership to a voter that `may_lead`. Returns when this node does not lead, or after
-    /// [`STEP_ASIDE_TIMEOUT`].
+    /// Stands down, and hands leadership to a voter for which `may_lead` returns true. Returns when this node does not
+    /// lead, or after [`STEP_ASIDE_TIMEOUT`].
     pub async fn step_aside(&self, may_lead: impl Fn(NodeId) -> bool) -> SteppedAside {
         self.stand_down();
         let began = Instant::now();
@@ -122,14 +130,14 @@ impl Consensus {
         while self.claims_to_lead() && began.elapsed() < STEP_ASIDE_TIMEOUT {
             let mut candidates = self.voters_up_to_date();
             candidates.retain(|voter| may_lead(*voter));
-            // An error means that nobody can now; others may have caught up at the next look.
+            // An error means that no voter can lead now; others may have caught up at the next attempt.
             if let Ok(to) = self.hand_on(candidates).await {
                 tracing::warn!(%to, "this node's state is about to be set aside: handing leadership on");
                 stepped = SteppedAside::InVain;
             }
             tokio::time::sleep(4 * LOOK_INTERVAL).await;
         }
-        // Those that wait for entries that will not be applied here ask the new leader.
+        // Callers that wait for entries that will not be applied here must ask the new leader.
         self.0.barrier.close();
         match self.claims_to_lead() {
             true => stepped,
@@ -137,15 +145,19 @@ impl Consensus {
         }
     }
 
-    /// Whether this node leads a quorum in which `node` does not count, as it would have to if `node` were gone. Voters
-    /// count that answer what is sent to them from now on and hold, flushed, all that is committed now, and with it all
-    /// that was acknowledged before: an answer to a heartbeat alone says only that a voter lives, however far behind it is.
+    /// Checks that this node leads a quorum that does not include `node`, as it would have to if `node` were gone. A
+    /// voter counts if it answers a request sent from now on and has flushed all entries that are committed now, which
+    /// include everything acknowledged before. An answer to a heartbeat alone only shows that a voter is alive, however
+    /// far behind it is.
     ///
-    /// A voter whose metadata is damaged counts with its log, as it does in every other vote; one whose log is damaged has
+    /// A voter whose metadata is damaged counts with its log, as in every other vote; a voter whose log is damaged has
     /// stopped and does not answer.
+    ///
+    /// # Errors
+    /// The reason why there is no such quorum.
     pub async fn quorum_without(&self, node: NodeId) -> Result<(), String> {
         if let Some(trouble) = self.trouble() {
-            return Err(format!("the leader cannot tell: {trouble}"));
+            return Err(format!("the leader cannot check this: {trouble}"));
         }
         let asked = Instant::now();
         let _ = self.0.raft.trigger().heartbeat().await;
@@ -155,7 +167,7 @@ impl Consensus {
                 return Err("the leader that was asked does not lead any more".to_string());
             }
             let metrics = self.metrics();
-            // What earlier leaders acknowledged is committed with the first entry of this one.
+            // Everything that earlier leaders acknowledged is committed together with the first entry of this leader.
             let committed = metrics.cluster_committed;
             if must_hold.is_none()
                 && committed.is_some_and(|id| id.committed_leader_id().term == metrics.current_term)

@@ -1,14 +1,14 @@
-//! The read barrier: ReadIndex (Raft dissertation, section 6.4), one round at a time, for all who came before the round
-//! began.
+//! The read barrier: ReadIndex (Raft dissertation, section 6.4), one round at a time for all callers that came before
+//! the round began.
 //!
-//! A round notes what is committed, asks a quorum whether this node still leads, then waits until what was noted has
-//! been applied. Who comes during a round waits for the next: what was acknowledged before they came may be newer than
-//! the round.
+//! A round notes the commit index, asks a quorum whether this node still leads, then waits until that index has been
+//! applied. Callers that come during a round wait for the next one: something acknowledged before their call may be
+//! newer than the round.
 //!
-//! The question is an append without entries, of this round alone, and only its own answer counts. openraft's clock of
-//! acknowledgements will not do: it takes the answer to an append for the answer to all that were sent with the same last
-//! entry, so one that was given long before (and came late, for this node had been stopped) can pass for that to a
-//! request that nobody has answered yet.
+//! The question is an append without entries that belongs to this round alone, and only its own answer counts.
+//! openraft's clock of acknowledgements is not suitable: it takes the answer to an append for the answer to all appends
+//! with the same last entry. An answer that was given long before (and arrived late, because this node had been
+//! stopped) could then count for a request that has no answer yet.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -29,18 +29,18 @@ use super::types::{TypeConfig, Vote, VoterId};
 use super::voters::VoterSets;
 use super::{BarrierError, Consensus};
 
-/// How long applying may lag behind what is committed before waiting makes no sense.
+/// Most time that applying may lag behind the commit index; beyond it waiting is useless.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(10);
-/// A new leader commits an entry of its own as soon as a quorum has it; how often it is looked whether it has.
+/// Interval at which a new leader checks whether its first entry is committed.
 const FIRST_COMMIT_INTERVAL: Duration = Duration::from_millis(5);
-/// Who could not be asked is asked again so soon.
+/// Pause before a voter that could not be reached is asked again.
 const ASK_AGAIN: Duration = Duration::from_millis(50);
 
 type Waiter = oneshot::Sender<Result<(), BarrierError>>;
 
-/// Who waits. Bounded by the callers that the edges admit.
+/// The callers that wait. Their number is bounded by the edges.
 pub struct Barrier {
-    /// `None` once the node shuts down.
+    /// `None` after the node has begun to shut down.
     waiting: Mutex<Option<Vec<Waiter>>>,
     wake: Notify,
     rounds: AtomicU64,
@@ -58,6 +58,9 @@ impl Default for Barrier {
 
 impl Barrier {
     /// Waits for a round that begins after this call.
+    ///
+    /// # Errors
+    /// [`BarrierError`] if the round fails or the node shuts down.
     pub async fn wait(&self) -> Result<(), BarrierError> {
         let (sender, answer) = oneshot::channel();
         if let Some(waiting) = self.waiting.lock().as_mut() {
@@ -71,22 +74,22 @@ impl Barrier {
         })
     }
 
-    /// Rounds since the start.
+    /// Returns the number of rounds since the start.
     pub fn rounds(&self) -> u64 {
         self.rounds.load(Ordering::Relaxed)
     }
 
-    /// Who waits is told that the node shuts down, and so is who comes later.
+    /// Fails all waiting and later callers, because the node shuts down.
     pub fn close(&self) {
         self.waiting.lock().take();
     }
 }
 
-/// What this node is at one moment of a round.
+/// The role of this node at one moment of a round.
 struct Standing {
     state: ServerState,
     vote: Vote,
-    /// Up to where in the log everything had been acknowledged that ever was, if this node leads.
+    /// If this node leads: an index that covers everything ever acknowledged.
     committed: Option<u64>,
     /// The term of that entry.
     committed_term: Option<u64>,
@@ -94,22 +97,22 @@ struct Standing {
     nodes: BTreeMap<VoterId, Addresses>,
 }
 
-/// What one voter says.
-enum Said {
-    /// It has promised nothing to anyone newer.
+/// The answer of one voter.
+enum VoterAnswer {
+    /// The voter has promised nothing to a newer leader.
     StillLeads,
-    /// It has.
+    /// The voter has promised something to a newer leader.
     Superseded,
 }
 
-/// Whether the leader of `vote` leads, and whom to tell. Each voter answers once.
+/// The question whether the leader of `vote` leads, and the channel for the answers. Each voter answers once.
 #[derive(Clone)]
 struct Question {
     vote: Vote,
-    answers: mpsc::UnboundedSender<(VoterId, Said)>,
+    answers: mpsc::UnboundedSender<(VoterId, VoterAnswer)>,
 }
 
-/// Those who ask, a task for each peer: it asks the newest question when it is done with the one before.
+/// One task for each peer, which asks the newest question when it has finished the previous one.
 struct Askers {
     network: NetworkFactory,
     question: watch::Sender<Option<Question>>,
@@ -131,7 +134,7 @@ impl Askers {
         vote: Vote,
         peers: BTreeMap<VoterId, Addresses>,
         timeout: Duration,
-    ) -> mpsc::UnboundedReceiver<(VoterId, Said)> {
+    ) -> mpsc::UnboundedReceiver<(VoterId, VoterAnswer)> {
         self.tasks
             .retain(|peer, (address, _)| peers.get(peer) == Some(address));
         for (peer, addresses) in peers {
@@ -147,7 +150,7 @@ impl Askers {
     }
 }
 
-/// Asks `peer` every question that is the newest when it can be asked.
+/// Asks `peer` each question that is the newest when the task is free.
 async fn answer_for(
     peer: VoterId,
     mut network: PeerNetwork,
@@ -170,7 +173,7 @@ async fn answer_for(
     }
 }
 
-/// Asks `peer` once; `None`: it did not say.
+/// Asks `peer` once; returns `None` if it did not answer.
 async fn ask(peer: VoterId, network: &mut PeerNetwork, question: &Question) -> Option<()> {
     let request = AppendEntriesRequest::<TypeConfig> {
         vote: question.vote,
@@ -182,14 +185,14 @@ async fn ask(peer: VoterId, network: &mut PeerNetwork, question: &Question) -> O
     let opened = network.stream_append(requests, RPCOption::new(Duration::ZERO));
     let mut answers = opened.await.ok()?;
     let said = match answers.next().await? {
-        Ok(Ok(_)) => Said::StillLeads,
-        Ok(Err(StreamAppendError::HigherVote(_))) => Said::Superseded,
-        // openraft hears in the answers to its own requests what is wrong.
+        Ok(Ok(_)) => VoterAnswer::StillLeads,
+        Ok(Err(StreamAppendError::HigherVote(_))) => VoterAnswer::Superseded,
+        // openraft sees the cause in the answers to its own requests.
         Ok(Err(StreamAppendError::Conflict(_))) | Err(_) => return None,
     };
-    // Where nobody listens any more the round is over.
+    // If the receiver is gone, the round is over.
     let _ = question.answers.send((peer, said));
-    // To its end: a stream that is dropped before has to be reset.
+    // Read to the end: a stream that is dropped earlier must be reset.
     while answers.next().await.is_some() {}
     Some(())
 }
@@ -207,14 +210,15 @@ impl Consensus {
             barrier.rounds.fetch_add(1, Ordering::Relaxed);
             let result = self.barrier_round(&mut askers).await;
             for waiter in waiting {
-                // Who has gone does not want to know.
+                // A caller that has gone does not receive the result.
                 let _ = waiter.send(result.clone());
             }
         }
     }
 
-    /// Every voter of the quorum that answers had, when it did, promised nothing to a leader newer than this node: so
-    /// none had been elected when the round began, and what is committed here was all that anyone had been told of.
+    /// Each voter of the confirming quorum had, when it answered, promised nothing to a leader newer than this node. So
+    /// no newer leader had been elected when the round began, and the commit index here covered everything acknowledged
+    /// until then.
     async fn barrier_round(&self, askers: &mut Askers) -> Result<(), BarrierError> {
         let unavailable = |reason: &str| BarrierError::Unavailable {
             reason: reason.to_string(),
@@ -230,7 +234,7 @@ impl Consensus {
             mut nodes,
             ..
         } = self.standing_as_leader(deadline).await?;
-        // This node itself has promised nothing to anyone newer: it leads.
+        // This node has promised nothing to a newer leader, because it leads.
         let mut confirmed = BTreeSet::from([self.0.id]);
         let are_quorum =
             |nodes: &BTreeSet<VoterId>| voter_sets.is_quorum(|voter| nodes.contains(&VoterId(*voter)));
@@ -239,8 +243,8 @@ impl Consensus {
             let mut said = askers.ask(vote, nodes, timeout).await;
             while !are_quorum(&confirmed) {
                 match tokio::time::timeout_at(deadline, said.recv()).await {
-                    Ok(Some((peer, Said::StillLeads))) => confirmed.insert(peer),
-                    Ok(Some((_, Said::Superseded))) => {
+                    Ok(Some((peer, VoterAnswer::StillLeads))) => confirmed.insert(peer),
+                    Ok(Some((_, VoterAnswer::Superseded))) => {
                         return Err(unavailable("another node stands for election or leads"));
                     }
                     Ok(None) | Err(_) => return Err(unavailable("no quorum of the voters answers")),
@@ -259,8 +263,8 @@ impl Consensus {
         }
     }
 
-    /// Where this node stands, once it leads and has committed an entry of its term: before, it does not know what the
-    /// leaders before it had acknowledged.
+    /// Returns the role of this node once it leads and has committed an entry of its term. Before that it does not know
+    /// what earlier leaders acknowledged.
     async fn standing_as_leader(&self, deadline: Instant) -> Result<Standing, BarrierError> {
         loop {
             let standing = self.0.raft.with_raft_state(|state| {

@@ -1,9 +1,9 @@
-//! Requests to a follower that carry nothing but how far the log is committed.
+//! Requests to a follower that only carry the commit index.
 //!
-//! openraft sends one after every commit, so that a call that comes alone costs each follower two messages and two
-//! answers. A follower has no use for the second in such a hurry: nobody reads from it, and a new leader finds out
-//! what is committed by itself. So such a request waits a little for the next one, which says the same and more;
-//! openraft takes the answer to a later request for the answers to all before it.
+//! openraft sends one after every commit, so that a single call costs each follower two messages and two answers. A
+//! follower does not need the second urgently: it serves no reads, and a new leader determines the commit index itself.
+//! So such a request waits a little for the next one, which includes it. openraft takes the answer to a later request
+//! for the answers to all earlier ones.
 
 use std::time::Duration;
 
@@ -13,12 +13,12 @@ use tokio::time::Instant;
 
 use super::types::TypeConfig;
 
-/// How long a request without entries waits for one that makes it needless. Far below a heartbeat, far above the time
-/// between two calls of one busy client.
+/// Longest delay of a request without entries. Far below a heartbeat, far above the time between two calls of one busy
+/// client.
 const WAIT: Duration = Duration::from_millis(5);
 
-/// `requests` without those that a later one makes needless; none is later by more than [`WAIT`], and all that were
-/// there are sent when `requests` ends.
+/// Returns `requests` without those that a later one includes. No request is delayed by more than [`WAIT`], and none is
+/// lost when `requests` ends.
 pub fn merged<S>(requests: S) -> impl Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + 'static
 where
     S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + Unpin + 'static,
@@ -26,7 +26,7 @@ where
     let requests = requests.fuse();
     async_stream::stream! {
         let mut requests = requests;
-        // The newest without entries, and when the oldest it stands for must be sent.
+        // The newest request without entries, and the time at which the oldest that it replaces must be sent.
         let mut held: Option<(AppendEntriesRequest<TypeConfig>, Instant)> = None;
         loop {
             let next = match &held {

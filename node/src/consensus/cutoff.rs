@@ -1,11 +1,11 @@
-//! Ends the streams of entries to followers for which the log has been kept for too long.
+//! Ends the streams of entries to followers for which the log has been kept too long.
 //!
-//! openraft purges nothing that a follower still has to get from the log, for as long as its stream lives: one follower
-//! that is slow, and not dead, would keep the whole log on the leader. When the stream ends with an error openraft goes
-//! on with the purge that waits for it, and sends the follower a snapshot, since what it needs is gone.
+//! openraft purges nothing that a follower still has to get from the log while its stream is open: one slow follower
+//! that is not dead would keep the whole log on the leader. When the stream ends with an error, openraft continues with
+//! the purge that waited for it, and sends the follower a snapshot, since the entries it needs are gone.
 //!
-//! [`maintenance`](super::maintenance) decides when ([`Cutoff::raise`]), each stream asks whether it is meant
-//! ([`Position`]). Knows which entries are sent, not what is in them.
+//! [`maintenance`](super::maintenance) decides when ([`Cutoff::raise`]); each stream checks whether it is concerned
+//! ([`Position`]). This module knows which entries are sent, not their contents.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -17,11 +17,11 @@ use tokio::time::Instant;
 
 use super::types::TypeConfig;
 
-/// A request without entries, to a follower that is behind the cutoff, waits so long for its answer. Heartbeats and read
-/// barriers do not wait longer anyway; others keep openraft from noticing that the log is not waited for.
+/// A request without entries to a follower behind the cutoff waits this long for its answer. Heartbeats and read
+/// barriers wait no longer in any case; other requests would delay openraft's notice that the stream has ended.
 const QUESTION_PATIENCE: Duration = Duration::from_millis(500);
 
-/// The entry up to which the log goes, whoever streams from it. Clones share it.
+/// The entry up to which followers must have the log. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Cutoff(Arc<watch::Sender<u64>>);
 
@@ -32,7 +32,7 @@ impl Default for Cutoff {
 }
 
 impl Cutoff {
-    /// Ends the streams to followers that have not acknowledged entry `upto`, now and later.
+    /// Ends present and later streams to followers that have not acknowledged entry `upto`.
     pub fn raise(&self, upto: u64) {
         self.0.send_if_modified(|current| {
             let is_higher = *current < upto;
@@ -41,7 +41,7 @@ impl Cutoff {
         });
     }
 
-    /// The position of a new stream, of which nothing is known yet.
+    /// Returns the position of a new stream, of which nothing is known yet.
     pub fn position(&self) -> Position {
         Position {
             acknowledged: AtomicU64::new(u64::MAX),
@@ -52,40 +52,41 @@ impl Cutoff {
     }
 }
 
-/// What a stream's follower has, and what it would need.
+/// The entries that a stream's follower has and needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Overtaken {
-    /// It has all up to this entry, or more.
+    /// The follower has all entries up to this one, or more.
     pub acknowledged: u64,
-    /// Up to this one the log goes.
+    /// The entry up to which followers must have the log.
     pub upto: u64,
     /// Whether entries were sent.
     pub has_entries: bool,
 }
 
-/// How far one stream is.
+/// The progress of one stream.
 #[derive(Debug)]
 pub struct Position {
-    /// The follower has all entries up to this one, as far as is known: those before the first request, or more.
+    /// The follower is known to have all entries up to this one: those before the first request, or more.
     acknowledged: AtomicU64,
-    /// Whether entries were sent, and not only questions.
+    /// Whether entries were sent, besides requests without entries.
     has_entries: AtomicBool,
-    /// Until when it may go on with questions, once the log goes beyond what the follower has.
+    /// The time until which the stream may continue with requests without entries, after the log has passed the
+    /// follower.
     deadline: OnceLock<Instant>,
     cutoff: watch::Receiver<u64>,
 }
 
 impl Position {
-    /// `request` is sent.
+    /// Records that `request` is sent.
     pub fn sends(&self, request: &AppendEntriesRequest<TypeConfig>) {
         let has_entries = !request.entries.is_empty();
         let previous = match request.prev_log_id {
             Some(log_id) => log_id.index,
             None if has_entries => 0,
-            // A question that has nothing to do with the log.
+            // A request without reference to the log.
             None => return,
         };
-        // Only the first says what the follower has: what later ones follow has been sent, no more.
+        // Only the first request shows what the follower has: the later ones follow entries that were only sent.
         let first = |current| (current == u64::MAX).then_some(previous);
         let _ = self
             .acknowledged
@@ -95,7 +96,7 @@ impl Position {
         }
     }
 
-    /// The follower has all up to entry `index`.
+    /// Records that the follower has all entries up to `index`.
     pub fn acknowledged(&self, index: u64) {
         let further = |current| (current == u64::MAX || current < index).then_some(index);
         let _ = self
@@ -103,12 +104,12 @@ impl Position {
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, further);
     }
 
-    /// Ends when the log goes beyond what the follower has. To be asked anew after each answer.
+    /// Resolves when the cutoff passes the follower's entries. Must be called again after each answer.
     pub async fn overtaken(&self) -> Overtaken {
         let mut cutoff = self.cutoff.clone();
         let is_beyond = |upto: &u64| *upto > self.acknowledged.load(Ordering::Relaxed);
         let Ok(upto) = cutoff.wait_for(is_beyond).await.map(|upto| *upto) else {
-            // Nobody is left who could raise it.
+            // No sender is left that could raise the cutoff.
             return std::future::pending().await;
         };
         if !self.has_entries.load(Ordering::Relaxed) {

@@ -1,4 +1,4 @@
-//! What the consensus says when it cannot start, decide, confirm or change its members.
+//! The errors of starting the consensus, deciding commands, confirming leadership and changing members.
 
 use openraft::errors::{Fatal, InitializeError};
 use quorumfs_proto::{Member, Refusal, codec};
@@ -7,17 +7,19 @@ use super::fatal::FatalError;
 use super::types::TypeConfig;
 use super::wal::WalError;
 
-/// Why consensus cannot start on this node.
+/// Why consensus cannot start on this node. Each message includes its cause.
 #[derive(Debug, thiserror::Error)]
 pub enum ConsensusError {
-    /// The log and the metadata are gone, and so is its vote. The node must take part under a new incarnation.
+    /// The log and the metadata are gone, and with them the node's vote. The node must take part under a new
+    /// incarnation.
     #[error("the log and the metadata are gone")]
     AllLost,
-    /// The log cannot be opened. [`WalError::DamagedBelowWatermark`] costs the node its incarnation.
+    /// The log cannot be opened. After [`WalError::DamagedBelowWatermark`] the node must take part under a new
+    /// incarnation.
     #[error(transparent)]
     Log(#[from] WalError),
-    /// The metadata says that entries were applied, but the log has forgotten everything: so has its vote
-    /// been. The node must take part under a new incarnation.
+    /// The metadata show that entries were applied, but the log is empty, so the node's vote is lost. The node must
+    /// take part under a new incarnation.
     #[error("the log is empty although the metadata goes up to entry {index}")]
     LogLost {
         /// The last applied entry.
@@ -28,46 +30,63 @@ pub enum ConsensusError {
     Hole {
         /// The first entry that was not applied.
         next: u64,
-        /// The first that the log holds.
+        /// The first entry in the log.
         first: u64,
     },
-    /// The metadata and the log tell two different stories, and the log's is newer.
+    /// The metadata and the log contradict each other, and the log is newer.
     #[error("the log has entry {logged} where entry {applied} was applied")]
     Contradiction {
-        /// The log's.
+        /// The log's entry.
         logged: String,
-        /// The metadata's.
+        /// The metadata's entry.
         applied: String,
     },
     /// The log could not be cut behind a snapshot.
-    #[error("cut the log behind a snapshot: {0}")]
+    #[error("cannot cut the log behind a snapshot: {0}")]
     Fit(std::io::Error),
-    /// The metadata is damaged, as entries of the log show that were to be applied again. It costs the node its
+    /// The metadata is damaged: entries of the log could not be applied again. The node must take part under a new
     /// incarnation.
     #[error(transparent)]
     Metadata(FatalError),
-    /// The metadata's note of its position cannot be read.
-    #[error("position of the metadata: {0}")]
-    Position(#[from] codec::DecodeError),
+    /// The position stored in the metadata cannot be decoded.
+    #[error("cannot decode the position of the metadata: {0}")]
+    Position(codec::DecodeError),
     /// The timings contradict each other.
-    #[error("consensus timings: {0}")]
-    Timings(#[from] openraft::ConfigError),
+    #[error("the timings of the consensus are not valid: {0}")]
+    Timings(openraft::ConfigError),
     /// A thread could not be started.
-    #[error("start a thread: {0}")]
-    Thread(#[from] std::io::Error),
+    #[error("cannot start a thread: {0}")]
+    Thread(std::io::Error),
     /// openraft does not start, or has stopped.
-    #[error("consensus: {0}")]
+    #[error("openraft has stopped: {0}")]
     Raft(Box<Fatal<TypeConfig>>),
-    /// Nobody of those who were asked can lead.
+    /// None of the nodes that were asked can lead.
     #[error("leadership cannot be handed on: {0}")]
     HandOn(String),
-    /// Not allowed now.
-    #[error("initialize: {0}")]
+    /// The cluster cannot be created now.
+    #[error("cannot create the cluster: {0}")]
     Initialize(Box<InitializeError<TypeConfig>>),
 }
 
+// Not `#[from]`: the messages include the cause, which must not be printed again as the source.
+macro_rules! from_cause {
+    ($($variant:ident($error:ty)),+) => {$(
+        impl From<$error> for ConsensusError {
+            fn from(error: $error) -> ConsensusError {
+                ConsensusError::$variant(error)
+            }
+        }
+    )+};
+}
+
+from_cause!(
+    Position(codec::DecodeError),
+    Timings(openraft::ConfigError),
+    Thread(std::io::Error)
+);
+
 impl ConsensusError {
-    /// Whether the node has forgotten what it promised, or made of it, so that it must not take part as whom it was.
+    /// Whether the node has lost or misused its promises, so that it must not take part under its present incarnation.
     pub fn costs_incarnation(&self) -> bool {
         match self {
             ConsensusError::LogLost { .. }
@@ -89,42 +108,42 @@ impl ConsensusError {
 /// Why a command was not decided, as far as this node knows.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProposeError {
-    /// Another leads.
+    /// Another node leads.
     #[error("this node does not lead")]
     NotLeader {
-        /// Who does, if known.
+        /// The leader, if known.
         leader: Option<Member>,
     },
-    /// Nobody can decide now, or this node cannot tell: the command may still take effect.
+    /// The command cannot be decided now, or this node does not know its result: it may still take effect.
     #[error("{reason}")]
     Unavailable {
-        /// In words.
+        /// The reason, for people.
         reason: String,
     },
-    /// Too much is under way. Nothing was proposed.
-    #[error("too much is under way")]
+    /// Too many bytes of commands are in progress. Nothing was proposed.
+    #[error("too many commands are in progress")]
     Busy,
     /// The log's disk is nearly full and the command does not free anything. Nothing was proposed.
     #[error("no space left for the log")]
     NoSpace,
-    /// What the command relies on does not hold any more. Nothing was proposed.
-    #[error("what the command relies on has changed while it waited")]
+    /// A condition of the command no longer holds. Nothing was proposed.
+    #[error("a condition of the command changed while it waited")]
     Overtaken,
 }
 
-/// Why this node cannot say that it has seen everything acknowledged so far.
+/// Why this node cannot confirm that it has seen everything acknowledged so far.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BarrierError {
-    /// Another leads.
+    /// Another node leads.
     #[error("this node does not lead")]
     NotLeader {
-        /// Who does, if known.
+        /// The leader, if known.
         leader: Option<Member>,
     },
     /// No quorum answers, or the state is not recovered yet.
     #[error("{reason}")]
     Unavailable {
-        /// In words.
+        /// The reason, for people.
         reason: String,
     },
 }
@@ -150,16 +169,16 @@ impl From<BarrierError> for Refusal {
 /// Why the members were not changed.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum MembershipError {
-    /// Another leads.
+    /// Another node leads.
     #[error("this node does not lead")]
     NotLeader {
-        /// Who does, if known.
+        /// The leader, if known.
         leader: Option<Member>,
     },
-    /// Refused, or it is not known what came of it.
+    /// The change was refused, or its result is unknown.
     #[error("{reason}")]
     Refused {
-        /// In words.
+        /// The reason, for people.
         reason: String,
     },
 }

@@ -1,8 +1,8 @@
-//! The one way in which this layer says that the node must stop.
+//! The one way in which this layer reports that the node must stop.
 //!
-//! A flush that failed is never tried again (the kernel may have dropped the pages and will call the next one
-//! a success), and a state machine that could not apply has no next state: whoever runs the node waits for
-//! [`FatalSignal::wait`] and exits with what it says.
+//! A failed flush is never retried (the kernel may have dropped the pages and would report success the next time), and
+//! a state machine that could not apply an entry has no next state. The code that runs the node waits for
+//! [`FatalSignal::wait`] and exits with its message.
 
 use std::error::Error;
 use std::fmt;
@@ -10,35 +10,46 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use quorumfs_content::ContentError;
 use quorumfs_metadata::StorageFault;
 
-/// Why the node must stop.
+use super::wal::WalError;
+
+/// Why the node must stop. The message includes the cause.
 #[derive(Clone, Debug)]
 pub struct FatalError {
-    /// What was being done.
+    /// The action that failed.
     pub doing: &'static str,
-    /// What came of it.
+    /// The error that caused it.
     pub source: Arc<dyn Error + Send + Sync>,
-    /// The log entry that could not be applied, if it is that.
+    /// The log entry that could not be applied, if that is the cause.
     pub entry: Option<u64>,
 }
 
 impl FatalError {
-    /// Whether this node's state cannot be gone on from, while the log, and with it its vote, is in order: the metadata
-    /// is damaged, or an entry cannot be applied to it. The node can make the state anew, if others have it.
+    /// Whether only this node's state is lost, while the log, and with it the vote, is intact: the metadata is damaged,
+    /// or an entry cannot be applied to it. The node can rebuild the state if other nodes have it.
     pub fn costs_state(&self) -> bool {
         let fault = self.source.downcast_ref::<StorageFault>();
         fault.is_some_and(|fault| fault.is_damage() || matches!(fault, StorageFault::Inconsistent { .. }))
     }
 }
 
-/// What a node stops for that need only start again: nothing on its disk is in doubt.
+/// A reason to stop after which the node only has to start again: nothing on its disk is in doubt.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct StartAnew(pub String);
 
 impl FatalError {
-    /// Whether the node is as good as before once it has started again.
+    /// Whether reading or writing this node's files failed; else the cause is in the program.
+    pub fn is_storage_failure(&self) -> bool {
+        self.source.is::<StorageFault>()
+            || self.source.is::<ContentError>()
+            || self.source.is::<WalError>()
+            || self.source.is::<std::io::Error>()
+    }
+
+    /// Whether the node is intact and only has to start again.
     pub fn is_over_after_start(&self) -> bool {
         self.source.is::<StartAnew>()
     }
@@ -46,17 +57,14 @@ impl FatalError {
 
 impl fmt::Display for FatalError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.doing, self.source)
+        write!(f, "cannot {}: {}", self.doing, self.source)
     }
 }
 
-impl Error for FatalError {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        Some(self.source.as_ref())
-    }
-}
+// Without `source`: the message includes it, and it must not be printed twice.
+impl Error for FatalError {}
 
-/// The first reason stands, unless it costs only the state and a later one costs more.
+/// The signal holds the first reason, unless that one only costs the state and a later one costs more. Clones share it.
 #[derive(Clone, Debug)]
 pub struct FatalSignal(Arc<watch::Sender<Option<FatalError>>>);
 
@@ -67,7 +75,7 @@ impl Default for FatalSignal {
 }
 
 impl FatalSignal {
-    /// The node must stop, for this reason.
+    /// Raises the signal for this reason, and returns the error.
     pub fn raise(&self, doing: &'static str, source: impl Into<Box<dyn Error + Send + Sync>>) -> FatalError {
         self.raise_error(FatalError {
             doing,
@@ -76,9 +84,9 @@ impl FatalSignal {
         })
     }
 
-    /// Entry `entry` cannot be applied, for `fault`.
+    /// Raises the signal because entry `entry` cannot be applied.
     pub fn raise_at(&self, entry: u64, fault: StorageFault) -> FatalError {
-        // What is damaged cannot be right elsewhere; a contradiction can be the program's fault, there too.
+        // Damage is local to this node. A contradiction may be an error of the program, which other nodes have too.
         let is_damage = fault.is_damage();
         self.raise_error(FatalError {
             doing: "apply a command",
@@ -101,19 +109,19 @@ impl FatalSignal {
         error
     }
 
-    /// The reason, if there is one already.
+    /// Returns the reason, if the signal was raised.
     pub fn raised(&self) -> Option<FatalError> {
         self.0.borrow().clone()
     }
 
-    /// Waits until there is one.
+    /// Waits until the signal is raised.
     pub async fn wait(&self) -> FatalError {
         let mut receiver = self.0.subscribe();
         loop {
             if let Some(error) = self.raised() {
                 return error;
             }
-            // The sender lives in `self`, so the channel cannot close while we wait.
+            // Cannot fail: `self` holds the sender, so the channel stays open.
             let _ = receiver.changed().await;
         }
     }

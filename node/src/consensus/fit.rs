@@ -1,10 +1,11 @@
-//! Whether the log and the metadata, as the last stop left them, belong together; looked at before anything is applied.
+//! Checks that the log and the metadata that the last process left belong together, before anything is applied.
 //!
-//! The log begins where the metadata end, or before. Where entries between them are missing, as when the metadata are
-//! gone and the log was purged, what follows would be applied to a state that it was not made for: that costs the
-//! incarnation. Where a snapshot was put in place and the node was killed before its log was cut, the log is cut now.
+//! The log must begin at the end of the metadata, or before. If entries between them are missing, for example because
+//! the metadata are gone and the log was purged, the next entries would be applied to a wrong state: the node then
+//! needs a new incarnation. If a snapshot was installed and the node was killed before its log was cut, the log is cut
+//! now.
 //!
-//! Where the metadata are lost and the log is not, new ones stand in for them, so that the node can vote with its log.
+//! If the metadata are lost and the log is not, new ones stand in for them, so that the node can vote with its log.
 
 use openraft::storage::RaftLogStorage as _;
 use quorumfs_proto::codec;
@@ -15,7 +16,7 @@ use super::log::LogStore;
 use super::position::decode_position;
 use quorumfs_metadata::{MetadataStore, Position};
 
-/// Makes `log` fit a state that goes up to `state`, if it can be.
+/// Makes `log` fit the state at position `state`, if possible.
 pub async fn fit_log(log: &LogStore, state: &Position) -> Result<(), ConsensusError> {
     let (applied, _) = decode_position(state)?;
     let held = log.range();
@@ -35,8 +36,9 @@ pub async fn fit_log(log: &LogStore, state: &Position) -> Result<(), ConsensusEr
     };
     match log.log_id(applied.index) {
         Some(logged) if logged < applied => {
-            // Another leader had what was applied committed in its place: it and all after it never were.
-            tracing::warn!(%logged, %applied, "the log was not cut behind a snapshot: cut now");
+            // Another leader committed the applied entry in its place: the log's entry and all after it never were
+            // committed.
+            tracing::warn!(%logged, %applied, "the log was not cut behind the last snapshot; it is cut now");
             let mut log = log.clone();
             let before = applied.index.checked_sub(1).and_then(|index| log.log_id(index));
             let cut = async {
@@ -47,7 +49,7 @@ pub async fn fit_log(log: &LogStore, state: &Position) -> Result<(), ConsensusEr
         }
         Some(logged) if logged > applied => Err(contradiction(logged.to_string())),
         Some(_) => Ok(()),
-        // It ends before: what is missing was applied, and the log goes on behind it.
+        // The log ends before it: the missing entries were applied, and the log continues after them.
         None => match log.last_log_id() {
             Some(last) if last.index < applied.index && last > applied => {
                 Err(contradiction(last.to_string()))
@@ -57,8 +59,8 @@ pub async fn fit_log(log: &LogStore, state: &Position) -> Result<(), ConsensusEr
     }
 }
 
-/// Has `metadata`, which are empty, stand in for lost ones that went up to `known`, or to what `log` has purged where that
-/// is more: nothing is purged that was not applied. Blocks for a flush.
+/// Makes the empty `metadata` stand in for lost ones at position `known`, or at the log's purge mark if that is higher:
+/// only applied entries are purged. Blocks for a flush.
 pub fn stand_in(metadata: &MetadataStore, log: &LogStore, known: &Position) -> Result<(), ConsensusError> {
     let (applied, _) = decode_position(known)?;
     let position = match log.purged() {
@@ -74,7 +76,9 @@ pub fn stand_in(metadata: &MetadataStore, log: &LogStore, known: &Position) -> R
         metadata.freeze();
         let stood_in = metadata.flush();
         stood_in.map_err(|fault| {
-            ConsensusError::Metadata(FatalSignal::default().raise("make metadata that stand in", fault))
+            ConsensusError::Metadata(
+                FatalSignal::default().raise("create metadata that stand in for the lost ones", fault),
+            )
         })?;
     }
     Ok(())

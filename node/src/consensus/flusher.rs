@@ -1,22 +1,21 @@
-//! Moves what has been applied from memory to disk, in the order that makes a restart right: the log first,
-//! then the content store, then redb. Only then may the log be purged.
+//! Moves applied changes from memory to disk, in the order that makes a restart correct: first the log, then the
+//! content store, then redb. Only then may the log be purged.
 //!
-//! Runs when the overlay is half full, when something has waited for some seconds, and when a snapshot is
-//! wanted.
+//! It runs when the overlay is half full, when a change has waited for some seconds, and when a snapshot is needed.
 //!
-//! **On a full disk** neither applies nor flushes wait for content that came inside commands: on such a disk nothing
-//! makes room but deletes, and those lie behind it in the log. What the content store does not take is let go from
-//! memory and noted ([`Unstored`]); it still lies in the log, durably, and this node counts as one of the f + 1 that
-//! hold it for as long as it does. So the rule of order is kept in this form: redb may pass a chunk that is not stored,
-//! the purge may not ([`Flusher::purge_limit`]). From the log it is stored when there is room again; it leaves the books
-//! when it is, when it is dead, or when f + 1 other voters say that they have it on disk (`replication::recovery` asks
-//! them, since it fetches it from there when there is room). The books are kept in memory. Before redb passes what is in
-//! them a mark is put on the disk, and who starts with the mark there makes them again from what the log has.
+//! **On a full disk** neither applies nor flushes wait for content that came inside commands: only deletes free space
+//! on such a disk, and they come later in the log. Chunks that the content store cannot take are dropped from memory
+//! and recorded in [`Unstored`]. They are still in the log, durably, and this node counts as one of the f + 1 holders
+//! as long as they are. So the rule of order becomes: redb may pass a chunk that is not stored, the purge may not
+//! ([`Flusher::purge_limit`]). When there is space again, the chunk is stored from the log. It is removed from the
+//! record when it is stored, when it is dead, or when f + 1 other voters report that they have it on disk
+//! (`replication::recovery` asks them, since it would fetch it from there). The record is kept in memory. Before redb
+//! passes a recorded chunk, a mark file is written; a node that starts with the mark rebuilds the record from the log.
 //!
-//! The log itself may have to wait for room, which only a purge may make, behind a snapshot: see
-//! [`Flusher::wait_for_room`] and [`intake`](super::intake), and then nothing applied is left to wait for its time.
+//! The log itself may have to wait for space that only a purge behind a snapshot frees: see [`Flusher::wait_for_room`]
+//! and [`intake`](super::intake). In that state applied changes are flushed without delay.
 //!
-//! A snapshot that is installed empties the books: what of them it names is stored before (see
+//! Installing a snapshot empties the record: recorded chunks that the snapshot refers to are stored before (see
 //! [`rescue`](super::rescue)).
 
 use std::path::{Path, PathBuf};
@@ -33,20 +32,21 @@ use super::unstored::Unstored;
 use quorumfs_content::{ContentError, ContentStore};
 use quorumfs_metadata::{LogBody, LogCommand, MetadataStore, Position, StorageFault};
 
-/// How often the thread looks whether there is something to do.
+/// Interval at which the thread looks for work.
 const TICK_MS: u64 = 250;
-/// While redb finds no room the overlay may grow to so many times its bound: the deletes that make room must be applied.
+/// While the disk is full, the overlay may grow to this many times its bound: the deletes that free space must be
+/// applied.
 const FULL_DISK_OVERLAYS: u64 = 4;
-/// Chunks stored between two flushes, out of the log.
+/// Chunks stored from the log between two flushes.
 const UNSTORED_BATCH: usize = 128;
-/// The mark that redb may have passed what the log alone has.
+/// File name of the mark that redb may have passed chunks that only the log has.
 const UNSTORED_MARK: &str = "unstored";
 
 /// Why nothing was flushed.
 #[derive(Debug, thiserror::Error)]
 pub enum FlushError {
-    /// The disk is full; later.
-    #[error("no room on the disk: {0}")]
+    /// The disk is full; a later attempt may succeed.
+    #[error("the disk is full: {0}")]
     NoSpace(String),
     /// The node must stop.
     #[error(transparent)]
@@ -70,7 +70,7 @@ struct Work {
     unstored: Unstored,
 }
 
-/// See the module.
+/// The flusher; see the module documentation.
 pub struct Flusher {
     metadata: Arc<MetadataStore>,
     content: Arc<ContentStore>,
@@ -79,12 +79,12 @@ pub struct Flusher {
     age_max: Duration,
     overlay_bytes_max: u64,
     unstored_mark: PathBuf,
-    /// One flush, or the installation of a snapshot, at a time.
+    /// Locked by one flush, or the installation of a snapshot, at a time.
     serial: Mutex<()>,
     work: Mutex<Work>,
-    /// Told when there is work, with `work`.
+    /// Notified when there is work; used with `work`.
     wake: Condvar,
-    /// Told after each attempt, with `work`.
+    /// Notified after each attempt; used with `work`.
     done: Condvar,
     thread: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
@@ -105,7 +105,10 @@ impl Flusher {
         if unstored_mark.try_exists()? {
             work.unstored = unstored_in_log(&metadata, &content, &log).map_err(std::io::Error::other)?;
             let chunks = work.unstored.count();
-            tracing::info!(chunks, "content that found no room before is in the log");
+            tracing::info!(
+                chunks,
+                "content that did not fit on the disk before is in the log"
+            );
         }
         let flusher = Arc::new(Flusher {
             metadata,
@@ -129,7 +132,7 @@ impl Flusher {
         Ok(flusher)
     }
 
-    /// Ends the thread. What has not been flushed the log has. Blocking.
+    /// Ends the thread. Changes that were not flushed are in the log. Blocking.
     pub fn stop(&self) {
         self.work.lock().stop = true;
         self.wake.notify_all();
@@ -159,7 +162,7 @@ impl Flusher {
                     return;
                 }
             }
-            // It was raised where it happened.
+            // The fatal signal was raised where the error occurred.
             if self.store_unstored().is_err() {
                 return;
             }
@@ -168,7 +171,7 @@ impl Flusher {
             } else if oldest.is_none() {
                 oldest = Some(Instant::now());
             }
-            // Where the log waits for a purge, the purge waits for this.
+            // If the log waits for a purge, the purge waits for this flush.
             let age_max = if self.log.is_pressed() {
                 Duration::from_millis(TICK_MS).min(self.age_max)
             } else {
@@ -186,22 +189,23 @@ impl Flusher {
             self.done.notify_all();
             match result {
                 Ok(_) => oldest = None,
-                // It was raised where it happened; whoever runs the node logs it and exits.
+                // The fatal signal was raised where the error occurred; the code that runs the node logs it and exits.
                 Err(FlushError::Fatal(_)) => return,
-                // Said once, in `flush`. The tick is the pause before the next attempt.
+                // Logged once, in `flush`. The pause comes before the next attempt.
                 Err(FlushError::NoSpace(_)) => std::thread::sleep(Duration::from_millis(TICK_MS)),
             }
         }
     }
 
-    /// Flushes everything applied so far; answers up to where redb is durable then. Blocking.
+    /// Flushes everything applied so far; returns the position up to which redb is durable then. Blocking.
     pub fn flush(&self) -> Result<Position, FlushError> {
         let _serial = self.serial.lock();
         let result = self.flush_alone();
         let mut work = self.work.lock();
         let full = matches!(result, Err(FlushError::NoSpace(_)));
-        if let (Err(error), false) = (&result, work.full) {
-            tracing::warn!(%error, "cannot flush the metadata");
+        // A fatal error is logged by the code that runs the node.
+        if let (Err(error @ FlushError::NoSpace(_)), false) = (&result, work.full) {
+            tracing::warn!(%error, "cannot flush the metadata; the flush is tried again when there is space");
         }
         work.full = full;
         result
@@ -214,8 +218,8 @@ impl Flusher {
         let Some(frozen) = self.metadata.freeze() else {
             return Ok(self.metadata.durable_position());
         };
-        // What is frozen was appended to the log before it was committed, though perhaps not flushed by this
-        // node. What came after it may have to wait for room, which this flush may be the first step to.
+        // The frozen entries were appended to the log before they were committed, but perhaps not flushed by this node.
+        // Later entries may have to wait for space, which this flush may help to free.
         self.log
             .wait_flushed(frozen.index)
             .map_err(|error| self.fatal.raise("wait for the log", error))?;
@@ -232,7 +236,7 @@ impl Flusher {
         }
     }
 
-    /// Stores `chunk`, which the applied entry `index` brought; where there is no room, notes that the log has it.
+    /// Stores `chunk`, which the applied entry `index` brought. If there is no space, records that the log has it.
     pub fn store(&self, index: u64, chunk: &Chunk) -> Result<(), FatalError> {
         match self.content.append(chunk) {
             Ok(()) => Ok(()),
@@ -244,24 +248,24 @@ impl Flusher {
         }
     }
 
-    /// The log need not keep these any more: nobody names them, or others have them.
+    /// Removes chunks from the record: they are dead, or other nodes have them.
     pub fn settle_unstored(&self, ids: &[ChunkId]) {
         self.work.lock().unstored.settle(ids);
     }
 
-    /// Up to `max` chunks after `after` that the log alone has here, with the entries that brought them.
+    /// Returns up to `max` chunks after `after` that only the log has on this node, with the entries that brought them.
     pub fn unstored_after(&self, after: Option<(u64, ChunkId)>, max: usize) -> Vec<(u64, ChunkId)> {
         self.work.lock().unstored.after(after, max)
     }
 
-    /// Up to which entry the log may be purged, if it may be up to `upto` otherwise.
+    /// Returns the entry up to which the log may be purged, given that it may be purged up to `upto` otherwise.
     pub fn purge_limit(&self, upto: u64) -> Option<u64> {
         self.work.lock().unstored.purge_limit(upto)
     }
 
-    /// Stores what the log has, as far as there is room.
+    /// Stores recorded chunks from the log, as far as there is space.
     fn store_unstored(&self) -> Result<(), FatalError> {
-        // An installation purges the log and with it what would be read here.
+        // An installation purges the log, which is read here.
         let _serial = self.serial.lock();
         loop {
             let waiting = self.work.lock().unstored.after(None, UNSTORED_BATCH);
@@ -275,7 +279,7 @@ impl Flusher {
             if stored.is_empty() {
                 return Ok(());
             }
-            // Only what is on disk may go from the log.
+            // Only chunks that are on disk may be removed from the record.
             match self.content.sync() {
                 Ok(()) => self.settle_unstored(&stored),
                 Err(ContentError::NoSpace) => return Ok(()),
@@ -288,7 +292,7 @@ impl Flusher {
     }
 
     fn store_from_log(&self, index: u64, id: ChunkId) -> Result<Stored, FatalError> {
-        const DOING: &str = "store content that the log has";
+        const DOING: &str = "store content of the log";
         if self.content.contains(id) {
             return Ok(Stored::Here);
         }
@@ -304,7 +308,7 @@ impl Flusher {
         }
     }
 
-    /// Sees to it that the mark is on the disk before redb passes what is in the books, and goes when they are empty.
+    /// Writes the mark before redb passes recorded chunks, and removes it when the record is empty.
     fn mark_unstored(&self) -> Result<(), FlushError> {
         let wanted = self.work.lock().unstored.count() > 0;
         let marked = self.unstored_mark.exists();
@@ -319,7 +323,10 @@ impl Flusher {
             Err(error) if error.kind() == std::io::ErrorKind::StorageFull => {
                 Err(FlushError::NoSpace("the mark of unstored content".to_string()))
             }
-            Err(error) => Err(self.fatal.raise("mark that content is not stored", error).into()),
+            Err(error) => Err(self
+                .fatal
+                .raise("write the mark of content that only the log has", error)
+                .into()),
         }
     }
 
@@ -328,9 +335,9 @@ impl Flusher {
         self.metadata.overlay_bytes() < self.overlay_bytes_max / 2 && !self.log.is_pressed()
     }
 
-    /// Waits until the overlay has room for more and, where the log may have to wait for room, until the log has entry
-    /// `last` on the disk: what is applied and not logged could not be flushed, so nothing could be purged either, and
-    /// the log would wait for ever. Blocking; for the thread that applies.
+    /// Waits until the overlay has space and, if the log may have to wait for space on the disk, until the log has
+    /// entry `last` on disk: a change that is applied but not in the log could not be flushed, so nothing could be
+    /// purged, and the log would wait for ever. Blocking; called by the thread that applies.
     pub fn wait_for_room(&self, last: u64) -> Result<(), FatalError> {
         if self.log.is_pressed() {
             let flushed = self.log.wait_flushed(last);
@@ -352,18 +359,17 @@ impl Flusher {
             }
             work.wanted = true;
             self.wake.notify_all();
-            // The time-out only bounds how late a fatal error raised elsewhere is seen.
+            // The time-out only bounds the delay until a fatal error raised elsewhere is noticed.
             self.done.wait_for(&mut work, Duration::from_millis(TICK_MS));
         }
     }
 
-    /// Where content is stored.
+    /// Returns the content store.
     pub fn content(&self) -> &ContentStore {
         &self.content
     }
 
-    /// Does `install` while nothing is being flushed; what waited to be stored belongs to the state that
-    /// goes.
+    /// Calls `install` while nothing is being flushed, and empties the record, which belongs to the old state.
     pub fn instead_of_flushing<T>(&self, install: impl FnOnce() -> T) -> T {
         let _serial = self.serial.lock();
         let result = install();
@@ -372,17 +378,17 @@ impl Flusher {
     }
 }
 
-/// What became of a chunk that the log has.
+/// The result of storing a chunk from the log.
 enum Stored {
     /// The content store has it, not yet flushed.
     Here,
-    /// A snapshot that is about to be installed has taken it from the log.
+    /// The log no longer has it: a snapshot that is about to be installed has stored it.
     Gone,
-    /// Nothing, for want of room.
+    /// There is no space.
     NoRoom,
 }
 
-/// What of the content in the log redb has passed and the content store does not have. Blocking.
+/// Finds the content in the log that redb has passed and the content store does not have. Blocking.
 fn unstored_in_log(
     metadata: &MetadataStore,
     content: &ContentStore,
@@ -391,7 +397,7 @@ fn unstored_in_log(
     let view = metadata.view()?;
     let mut unstored = Unstored::default();
     for index in log.range() {
-        // What redb has not passed is applied again.
+        // Entries that redb has not passed are applied again.
         if index > view.index() {
             break;
         }

@@ -1,16 +1,16 @@
-//! What a follower takes from its leader's streams, and when.
+//! Bounds what a follower takes from its leader's streams.
 //!
-//! No more than so many bytes of entries are taken and not yet on the disk: who waits for the disk elsewhere goes on with
-//! the rest of its work, which may be what makes room.
+//! Only a bounded number of bytes of entries is taken and not yet on disk. Work that waits for the disk in other places
+//! continues, and may be what frees space.
 //!
-//! **While the log has no reserve** ([`LogStore::is_pressed`]) the node must stay able to take a snapshot, since only
-//! behind one can the log be purged, and openraft asks the thread that applies for it. That thread waits for the log
-//! ([`Flusher::wait_for_room`](super::flusher::Flusher::wait_for_room)), which may wait for the purge. So then one
-//! message with entries is taken at a time, when all before it are on the disk, and nothing is said to be committed that
-//! is not ([`Stream::hold_back`]): nothing is applied that still has to find room. The next message, at the latest the
-//! next heartbeat, brings the rest. What has no entries is always taken: it asks who leads.
+//! **While the log has no reserve** ([`LogStore::is_pressed`]) the node must stay able to take a snapshot, since the
+//! log can only be purged behind one, and openraft asks the thread that applies for it. That thread waits for the log
+//! ([`Flusher::wait_for_room`](super::flusher::Flusher::wait_for_room)), which may wait for the purge. So in this state
+//! one message with entries is taken at a time, after all entries before it are on disk, and the commit index in it is
+//! lowered to entries on disk ([`Stream::hold_back`]): nothing is applied that still waits for space. The next message,
+//! at the latest the next heartbeat, brings the rest. A message without entries is always taken: it asks who leads.
 //!
-//! Knows the log and the requests, not what is in the entries.
+//! This module knows the log and the requests, not the contents of entries.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,28 +24,28 @@ use tokio::sync::Notify;
 use super::log::LogStore;
 use super::types::TypeConfig;
 
-/// Bounds how late room is seen that others than this stream make.
+/// Bounds the delay until space that other streams free is noticed.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What all streams into one log have taken; clones share it.
+/// The bytes that all streams into one log have taken. Clones share it.
 #[derive(Clone)]
 pub struct Intake {
     log: LogStore,
-    /// Most bytes taken that are not yet on the disk, while there is a reserve: beyond it one more message.
+    /// Most bytes taken that are not yet on disk, while there is a reserve; above it one more message is taken.
     waiting_bytes_max: u64,
     /// Bytes of entries that no stream has answered yet.
     taken_bytes: Arc<AtomicU64>,
 }
 
-/// The answering side of a stream: when it is gone, its stream takes nothing more.
+/// The answering side of a stream. When it is dropped, its stream takes nothing more.
 pub struct Answers {
-    /// Bytes of entries in each message that was taken and not answered, oldest first.
+    /// For each message that was taken and not answered, its bytes of entries, oldest first.
     unanswered: Mutex<VecDeque<u64>>,
     taken_bytes: Arc<AtomicU64>,
     answered: Notify,
 }
 
-/// The taking side.
+/// The taking side of a stream.
 #[derive(Clone)]
 pub struct Stream {
     intake: Intake,
@@ -53,7 +53,8 @@ pub struct Stream {
 }
 
 impl Intake {
-    /// Into `log`, kept in files of `file_bytes`: half of one may wait, so that the reserve, which is one, has room for it.
+    /// Makes the intake of `log`, whose files have `file_bytes`. Half a file of bytes may wait, so that the reserve,
+    /// one file, has space for them.
     pub fn new(log: LogStore, file_bytes: u64) -> Intake {
         Intake {
             log,
@@ -62,7 +63,7 @@ impl Intake {
         }
     }
 
-    /// Both sides of a new stream.
+    /// Returns both sides of a new stream.
     pub fn stream(&self) -> (Stream, Arc<Answers>) {
         let answers = Arc::new(Answers {
             unanswered: Mutex::default(),
@@ -76,14 +77,15 @@ impl Intake {
         (stream, answers)
     }
 
-    /// Bytes of entries on their way to the disk. Those between their append and their answer count twice.
+    /// Returns the bytes of entries on their way to the disk. Entries between their append and their answer count
+    /// twice.
     fn waiting_bytes(&self) -> u64 {
         self.taken_bytes.load(Ordering::Relaxed) + self.log.unflushed_bytes()
     }
 }
 
 impl Answers {
-    /// The oldest message has been answered, so its entries are on the disk (or refused).
+    /// Records that the oldest message has been answered: its entries are on disk (or refused).
     pub fn answered(&self) {
         let bytes = self.unanswered.lock().pop_front().unwrap_or(0);
         self.taken_bytes.fetch_sub(bytes, Ordering::Relaxed);
@@ -99,7 +101,7 @@ impl Drop for Answers {
 }
 
 impl Stream {
-    /// Waits until `request`, of `bytes`, may be taken. False: nobody waits for its answer any more.
+    /// Waits until `request`, of `bytes`, may be taken. Returns false if its answer is no longer awaited.
     pub async fn admit(&self, request: &AppendEntriesRequest<TypeConfig>, bytes: u64) -> bool {
         let bytes = if request.entries.is_empty() { 0 } else { bytes };
         loop {
@@ -112,7 +114,7 @@ impl Stream {
                 self.intake.waiting_bytes_max
             };
             let is_room = self.intake.waiting_bytes() <= waiting_max;
-            // A log that has failed says so to who appends.
+            // A failed log reports its failure to the append.
             if bytes == 0 || is_room || !self.intake.log.is_healthy() {
                 answers.unanswered.lock().push_back(bytes);
                 self.intake.taken_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -122,14 +124,14 @@ impl Stream {
         }
     }
 
-    /// Takes from `request`, which was admitted, what would let entries be applied before they are on the disk, where
+    /// Lowers the commit index of an admitted `request`, if it would let entries be applied before they are on disk and
     /// that may take for ever.
     pub fn hold_back(&self, request: &mut AppendEntriesRequest<TypeConfig>) {
         if !self.intake.log.is_pressed() {
             return;
         }
         if !request.entries.is_empty() {
-            // All before it are on the disk.
+            // All entries before the request are on disk.
             request.leader_commit = request.leader_commit.min(request.prev_log_id);
         } else if self.intake.waiting_bytes() > 0 {
             request.leader_commit = None;

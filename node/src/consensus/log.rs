@@ -1,7 +1,7 @@
-//! openraft's log, kept by the [`wal`](super::wal).
+//! The log of openraft, stored by the [`wal`](super::wal).
 //!
-//! What is appended can be read when `append` returns, from memory; `IOFlushed` is told when it is durable.
-//! Reading goes to memory for the newest entries and to the files, on a blocking thread, for older ones.
+//! Appended entries can be read from memory when `append` returns; `IOFlushed` is notified when they are durable. The
+//! newest entries are read from memory, older ones from the files on a blocking thread.
 
 use std::fmt::Debug;
 use std::io;
@@ -30,13 +30,13 @@ use super::wal::memory::{Cached, EntryLocation, Held, LogMemory};
 use super::wal::writer::{Counters, Operation, Queued, Shared, WalWriter};
 use super::wal::{WalError, WalOptions};
 
-/// Most bytes of entries in one message to a follower: half of what a message may be, for its envelope and
-/// for the one entry that goes over.
+/// Most bytes of entries in one message to a follower: half of the largest message, which leaves space for its envelope
+/// and for the entry that exceeds the bound.
 const REPLICATION_BYTES_MAX: u64 = 2 << 20;
-/// Most bytes of entries that a reader of many holds at once.
+/// Most bytes of entries that one read of many entries holds at once.
 const READ_BYTES_MAX: u64 = 4 << 20;
 
-/// The log; clones share it.
+/// The log. Clones share it.
 #[derive(Clone, Debug)]
 pub struct LogStore(Arc<Handle>);
 
@@ -63,7 +63,7 @@ impl Handle {
             bytes: 0,
             operation: Operation::Stop,
         };
-        // Where nobody receives, the thread has ended already.
+        // If the receiver is gone, the thread has already ended.
         let _ = self.queue.send(stop);
         if let Some(thread) = self.thread.lock().take()
             && thread.join().is_err()
@@ -78,20 +78,23 @@ impl Handle {
 /// The log's part of the status.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct LogStatus {
-    /// Bytes of all its files.
+    /// Size of all its files.
     pub bytes: u64,
-    /// Flushes since the start.
+    /// Number of flushes since the start.
     pub flushes: u64,
-    /// Entries in them.
+    /// Number of entries in these flushes.
     pub entries_flushed: u64,
-    /// Whether the reserve for a full disk is there.
+    /// Whether the reserve for a full disk exists.
     pub reserve_held: bool,
-    /// Whether writing waits for room on the disk.
+    /// Whether writing waits for space on the disk.
     pub disk_full: bool,
 }
 
 impl LogStore {
-    /// Opens the log in `directory`, or makes one. Blocking.
+    /// Opens the log in `directory`, or creates it. Blocking.
+    ///
+    /// # Errors
+    /// [`WalError`].
     pub fn open(directory: &Path, options: &WalOptions, fatal: FatalSignal) -> Result<LogStore, WalError> {
         let directory = WalDirectory::new(directory, options.file_bytes)?;
         let mut memory = LogMemory::new(options.cache_bytes_max);
@@ -109,10 +112,10 @@ impl LogStore {
         let thread = std::thread::Builder::new()
             .name("log".to_string())
             .spawn(move || writer.run())
-            .map_err(|source| WalError::Io {
-                doing: "start the thread that writes",
-                path: "the log".into(),
-                source,
+            .map_err(|error| WalError::Io {
+                doing: "start the writing thread of the log in",
+                path: directory.path().to_path_buf(),
+                error,
             })?;
         Ok(LogStore(Arc::new(Handle {
             shared,
@@ -123,18 +126,18 @@ impl LogStore {
         })))
     }
 
-    /// Writes what is queued and ends the writing thread. Blocking.
+    /// Writes everything queued and ends the writing thread. Blocking.
     pub fn close(&self) {
         self.0.stop();
     }
 
-    /// Whether it has never held an entry or a vote.
+    /// Whether the log has never had an entry or a vote.
     pub fn is_empty(&self) -> bool {
         let memory = self.0.shared.memory.lock();
         memory.vote.is_none() && memory.last_log_id().is_none()
     }
 
-    /// Numbers.
+    /// Returns the log's part of the status.
     pub fn status(&self) -> LogStatus {
         let counters = &self.0.shared.counters;
         LogStatus {
@@ -146,81 +149,81 @@ impl LogStore {
         }
     }
 
-    /// How long flushes took (nanoseconds), and how many entries each made durable.
+    /// Returns the distributions of the durations of flushes (nanoseconds) and of the number of entries in each.
     pub fn flush_distributions(&self) -> (Snapshot, Snapshot) {
         let counters = &self.0.shared.counters;
         (counters.flush_times.snapshot(), counters.flush_entries.snapshot())
     }
 
-    /// The longest flush since the last call, the one under way included.
+    /// Returns the longest flush in milliseconds since the last call, including the one in progress.
     pub fn take_slowest_flush_ms(&self) -> u64 {
         self.0.shared.counters.take_slowest_flush_ms()
     }
 
-    /// What the log takes, on disk and in memory; see [`LogMemory::weight_bytes`].
+    /// Returns the weight of the log on disk and in memory; see [`LogMemory::weight_bytes`].
     pub fn weight_bytes(&self) -> u64 {
         self.0.shared.memory.lock().weight_bytes()
     }
 
-    /// Bytes of the files that hold anything beyond entry `index`.
+    /// Returns the size of the files that have entries after `index`.
     pub fn bytes_after(&self, index: Option<u64>) -> u64 {
         self.0.shared.memory.lock().bytes_after(index)
     }
 
-    /// Up to which entry whole files can go; see [`LogMemory::purgeable`].
+    /// Returns the entry up to which whole files can be purged; see [`LogMemory::purgeable`].
     pub fn purgeable(&self, snapshot: u64, keep_bytes: u64) -> Option<u64> {
         self.0.shared.memory.lock().purgeable(snapshot, keep_bytes)
     }
 
-    /// The entries held.
+    /// Returns the range of the indexes in the log.
     pub fn range(&self) -> Range<u64> {
         self.0.shared.memory.lock().range()
     }
 
-    /// The id of entry `index`, if it is held.
+    /// Returns the id of entry `index`, if the log has it.
     pub fn log_id(&self, index: u64) -> Option<LogId> {
         self.0.shared.memory.lock().log_id(index)
     }
 
-    /// The last entry, or the purge mark if there is none.
+    /// Returns the id of the last entry, or the purge mark if there is none.
     pub fn last_log_id(&self) -> Option<LogId> {
         self.0.shared.memory.lock().last_log_id()
     }
 
-    /// The last entry that is held no more.
+    /// Returns the id of the last purged entry.
     pub fn purged(&self) -> Option<LogId> {
         self.0.shared.memory.lock().purged
     }
 
-    /// Entry `index`, if it is held. Blocking.
+    /// Returns entry `index`, if the log has it. Blocking.
     pub fn read_entry(&self, index: u64) -> io::Result<Option<Entry>> {
         let found = self.0.shared.memory.lock().read(index..index + 1, u64::MAX);
         found.first().map(read_held).transpose()
     }
 
-    /// Makes what was made or removed in its directory durable. Blocking.
+    /// Makes files created or removed in the log's directory durable. Blocking.
     pub fn sync_directory(&self) -> io::Result<()> {
         std::fs::File::open(self.0.directory.path())?.sync_all()
     }
 
-    /// Bytes that have been appended and are not on stable storage yet.
+    /// Returns the number of bytes appended and not yet on stable storage.
     pub fn unflushed_bytes(&self) -> u64 {
         self.0.shared.memory.lock().unflushed_bytes
     }
 
-    /// Whether what is appended will be written as soon as there is room for it.
+    /// Whether appended entries will be written as soon as there is space.
     pub fn is_healthy(&self) -> bool {
         self.healthy().is_ok()
     }
 
-    /// Whether the reserve for a full disk is used: from now on every purge counts, and nothing is certain to be written
-    /// soon.
+    /// Whether the reserve for a full disk is used up: from now on every purge matters, and a write may wait long for
+    /// space.
     pub fn is_pressed(&self) -> bool {
         let counters = &self.0.shared.counters;
         counters.disk_full.load(Ordering::Relaxed) || !counters.reserve_held.load(Ordering::Relaxed)
     }
 
-    /// Makes the reserve for a full disk if it is missing and there is room. Blocking.
+    /// Creates the reserve for a full disk if it is missing and there is space. Blocking.
     pub fn look_after_reserve(&self) {
         self.0.shared.try_look_after_reserve(&self.0.directory);
     }
@@ -230,19 +233,19 @@ impl LogStore {
         self.0.shared.memory.lock().is_placed(index)
     }
 
-    /// Waits until entry `index`, which has been appended, and all before it are on stable storage. Blocking.
+    /// Waits until entry `index`, which has been appended, and all entries before it are on stable storage. Blocking.
     pub fn wait_flushed(&self, index: u64) -> io::Result<()> {
         let shared = &self.0.shared;
         let mut memory = shared.memory.lock();
         while !memory.is_placed(index) {
             self.healthy()?;
-            // The time-out only bounds how late a fatal error raised elsewhere is seen.
+            // The time-out only bounds the delay until a fatal error raised elsewhere is noticed.
             shared.flushed.wait_for(&mut memory, Duration::from_millis(100));
         }
         Ok(())
     }
 
-    /// Waits until all that has been appended so far is on stable storage, votes and marks too. Blocking.
+    /// Waits until everything appended so far, votes and marks included, is on stable storage. Blocking.
     #[cfg(test)]
     pub fn wait_all_flushed(&self) {
         let mut memory = self.0.shared.memory.lock();
@@ -255,8 +258,8 @@ impl LogStore {
         }
     }
 
-    /// A node that has lost only its state goes on to vote and to keep the log: without it there may be no majority to make
-    /// the state anew from.
+    /// Fails if the node must stop. A node that has lost only its state continues to vote and to keep the log: without
+    /// it there may be no majority from which the state can be rebuilt.
     fn healthy(&self) -> io::Result<()> {
         match self.0.shared.fatal.raised() {
             Some(fatal) if !fatal.costs_state() => Err(fatal.into()),
@@ -264,8 +267,7 @@ impl LogStore {
         }
     }
 
-    /// Queues `operation` and lets `change` bring memory to what it makes of it, as one step, so that the
-    /// queue and memory agree on the order.
+    /// Queues `operation` and updates memory with `change` as one step, so that queue and memory have the same order.
     fn queue(
         &self,
         bytes: u64,
@@ -289,7 +291,7 @@ impl LogStore {
             .map_err(|_| io::Error::other("the log has been closed"))
     }
 
-    /// Waits until there is room for more.
+    /// Waits until the queue has space.
     async fn room(&self) -> io::Result<()> {
         loop {
             let room = self.0.shared.room.notified();
@@ -297,12 +299,12 @@ impl LogStore {
                 return Ok(());
             }
             self.healthy()?;
-            // The time-out only bounds how late a fatal error raised elsewhere is seen.
+            // The time-out only bounds the delay until a fatal error raised elsewhere is noticed.
             let _ = tokio::time::timeout(Duration::from_millis(100), room).await;
         }
     }
 
-    /// As [`LogStore::read`]; all of `range` is needed, from its first entry on.
+    /// Like [`LogStore::read`], but fails if the first entry of `range` is missing.
     async fn read_from_first(&self, range: Range<u64>, bytes_max: u64) -> io::Result<Vec<Entry>> {
         let wanted = range.start;
         let first = self.range().start;
@@ -310,7 +312,7 @@ impl LogStore {
             return Err(purged_error(wanted, first));
         }
         let entries = self.read(range, bytes_max).await?;
-        // It may have been purged meanwhile.
+        // The entry may have been purged meanwhile.
         match entries.first() {
             Some(entry) if entry.log_id.index != wanted => Err(purged_error(wanted, entry.log_id.index)),
             _ => Ok(entries),
@@ -330,7 +332,7 @@ impl LogStore {
     }
 }
 
-/// Of entries that are purged the log has no answer. One from its first entry on would be taken for theirs.
+/// The error for purged entries. The entries after them must not be returned in their place.
 fn purged_error(wanted: u64, first: u64) -> io::Error {
     io::Error::new(
         io::ErrorKind::NotFound,
@@ -387,10 +389,8 @@ impl RaftLogReader<TypeConfig> for LogStore {
         Ok(self.0.shared.memory.lock().vote)
     }
 
-    /// Empty where entry `start` is gone: a stream that has been given up may ask for it still, and entries that follow a
-    /// hole must not be sent. openraft makes a question of it.
-    /// Empty where entry `start` is gone: a stream that has been given up may still ask for it, and entries that follow a
-    /// hole must not be sent. openraft asks again where an answer is empty.
+    /// Returns nothing if entry `start` is gone: a stream that has been given up may still ask for it, and entries
+    /// after a gap must not be sent. openraft asks again after an empty answer.
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<Entry>> {
         let mut entries = self.read(start..end, REPLICATION_BYTES_MAX).await?;
         if entries.first().is_some_and(|first| first.log_id.index != start) {
@@ -457,15 +457,14 @@ where
     }
 
     async fn save_committed(&mut self, committed: Option<LogId>) -> io::Result<()> {
-        // Goes to disk with whatever is written next.
+        // Written together with the next operation.
         self.0.shared.memory.lock().committed = committed;
         Ok(())
     }
 
     async fn read_committed(&mut self) -> io::Result<Option<LogId>> {
         let memory = self.0.shared.memory.lock();
-        // The mark may have been written when the entry had yet to come with a snapshot: then it says
-        // nothing.
+        // The mark may have been written before its entry arrived with a snapshot: then it is ignored.
         Ok(memory
             .committed
             .filter(|mark| memory.log_id(mark.index) == Some(*mark)))
@@ -510,7 +509,7 @@ where
     }
 }
 
-/// What `entry` will take in the log.
+/// Returns the encoded size of `entry`.
 fn encoded_bytes(entry: &Entry) -> io::Result<u32> {
     let size = postcard::ser_flavors::Size::default();
     let bytes = postcard::serialize_with_flavor(entry, size).map_err(io::Error::other)?;

@@ -1,4 +1,4 @@
-//! What is looked after all the time: the log's length, the room on its disk, and a leader's own slowness.
+//! Periodic maintenance: the log's length, the free space on its disk, and a slow disk of a leader.
 
 use std::time::{Duration, Instant};
 
@@ -6,25 +6,26 @@ use openraft::async_runtime::WatchReceiver;
 
 use super::{Consensus, Ordering};
 
-/// How often all is looked at. Also how late a hanging flush is noticed.
+/// Interval of the maintenance. It also bounds the delay until a hanging flush is noticed.
 const TICK: Duration = Duration::from_millis(200);
-/// A snapshot or a purge that was asked for is not asked for again before this has passed.
+/// Least time between two requests for a snapshot or a purge.
 const REQUEST_INTERVAL: Duration = Duration::from_secs(5);
-/// The same where the log's reserve is used up: behind a snapshot there is room.
+/// The same when the log's reserve is used up: a snapshot would free space.
 const PRESSED_REQUEST_INTERVAL: Duration = Duration::from_secs(1);
-/// For so long a purge may wait for a follower that streams from the log, where the log is too long or its disk too full.
+/// Longest time that a purge may wait for a follower that streams from the log, if the log is too long or its disk too
+/// full.
 const PURGE_PATIENCE: Duration = Duration::from_secs(1);
-/// Leadership is not handed on more often than this: where all disks are slow it would go in circles.
+/// Least time between two handovers of leadership: if all disks are slow, leadership would move in circles.
 const HAND_ON_INTERVAL: Duration = Duration::from_secs(30);
-/// Below so many log files' worth of free space commands that take space are refused.
+/// Below this many log files of free space, commands that take space are refused.
 const ROOM_FILES_MIN: u64 = 2;
 
-/// When something was last done.
+/// The time of the last action.
 #[derive(Default)]
 struct Last(Option<Instant>);
 
 impl Last {
-    /// Whether it may be done again; if so, now is when it was done.
+    /// Whether the action is due. If so, its time is set to now.
     fn due(&mut self, interval: Duration) -> bool {
         let due = self.0.is_none_or(|last| last.elapsed() >= interval);
         if due {
@@ -34,13 +35,13 @@ impl Last {
     }
 }
 
-/// What was asked of openraft for the log's length.
+/// The requests to openraft that bound the log's length.
 #[derive(Default)]
 struct Asked {
     snapshot: Last,
-    /// Up to which entry the log was to be purged.
+    /// The entry up to which a purge was requested.
     purge_upto: u64,
-    /// Since when a purge has been waiting for a follower.
+    /// The time since which a purge has been waiting for a follower.
     waits_since: Option<Instant>,
 }
 
@@ -52,8 +53,8 @@ impl Consensus {
         loop {
             tick.tick().await;
             self.look_for_room().await;
-            // Such a node keeps its log, which may be all that it has, as it is: see `StateMachine::held_up`. What bounds it
-            // is the room on its disk.
+            // A node in trouble keeps its log unchanged, since it may have nothing else: see `StateMachine::held_up`.
+            // Only the space on its disk bounds the log then.
             if self.trouble().is_some() {
                 continue;
             }
@@ -67,7 +68,7 @@ impl Consensus {
     async fn look_for_room(&self) {
         let status = self.0.log.status();
         if !status.reserve_held {
-            // Not waited for: on a slow disk it takes long to make it, and where there is no room that is seen at once.
+            // Not awaited: creating the reserve takes long on a slow disk, and a lack of space is noticed at once.
             let log = self.0.log.clone();
             tokio::task::spawn_blocking(move || log.look_after_reserve());
         }
@@ -76,7 +77,7 @@ impl Consensus {
         let free = tokio::task::spawn_blocking(move || {
             nix::sys::statvfs::statvfs(&directory).map(|v| v.blocks_available() * v.fragment_size())
         });
-        // A disk that cannot be asked will say no by itself; the reserve stands for that.
+        // If the free space is unknown, a full disk is noticed by a failed write, for which there is the reserve.
         let free_bytes = match free.await {
             Ok(Ok(free_bytes)) => free_bytes,
             _ => u64::MAX,
@@ -85,13 +86,13 @@ impl Consensus {
         if self.0.has_room.swap(room, Ordering::Relaxed) && !room {
             tracing::warn!(
                 free_bytes,
-                "the log's disk is nearly full: only what frees space is admitted"
+                "the log's disk is nearly full: only commands that free space are admitted"
             );
         }
     }
 
-    /// Asks for a snapshot when the log has grown by many bytes since the last, and purges behind it, whole
-    /// files, by bytes. Where the disk is full and the reserve used up, as soon and as much as that gives room.
+    /// Requests a snapshot when the log has grown by many bytes since the last, and purges whole files behind it. If
+    /// the disk is full and the reserve used up, it does so as soon as that frees space, and as much as possible.
     async fn bound_log(&self, asked: &mut Asked) {
         let (taken, raft) = {
             let raft = &self.0.raft;
@@ -108,7 +109,7 @@ impl Consensus {
         if is_large && asked.snapshot.due(REQUEST_INTERVAL)
             || gives_room && is_behind && asked.snapshot.due(PRESSED_REQUEST_INTERVAL)
         {
-            // Errors here mean that openraft has stopped, which is said elsewhere.
+            // An error means that openraft has stopped, which is reported elsewhere.
             let _ = raft.trigger().snapshot().await;
         }
         let Some(taken) = taken else { return };
@@ -124,8 +125,8 @@ impl Consensus {
         }
     }
 
-    /// openraft purges nothing that a follower still gets from the log. A follower that is a little behind keeps it so;
-    /// one for which the log has become too long, or the disk too full, gets a snapshot instead.
+    /// openraft does not purge entries that a follower still gets from the log. A follower that is slightly behind
+    /// delays the purge; if the log becomes too long or the disk too full, the follower gets a snapshot instead.
     fn end_streams_that_hold_up(&self, asked: &mut Asked) {
         let purged = self.metrics().purged.map_or(0, |log_id| log_id.index);
         if purged >= asked.purge_upto || !self.is_leader() {
@@ -139,15 +140,16 @@ impl Consensus {
         }
     }
 
-    /// Up to which entry whole files can go behind a snapshot of entry `index`, where `keep_bytes` stay and what the
-    /// content store found no room for; 0: none.
+    /// Returns the entry up to which whole files can be purged behind a snapshot of entry `index`, if `keep_bytes` stay
+    /// and also the chunks that did not fit into the content store; 0 if none.
     fn purgeable_behind(&self, index: u64, keep_bytes: u64) -> u64 {
         let limit = self.0.flusher.purge_limit(index);
         let upto = limit.and_then(|limit| self.0.log.purgeable(limit, keep_bytes));
         upto.unwrap_or(0)
     }
 
-    /// A leader whose disk is slow makes everyone wait; another voter that has all entries takes over.
+    /// Hands on leadership if this leader's disk is slow, since every call waits for it, and another voter has all
+    /// entries.
     async fn hand_on_if_slow(&self, hand_on: &mut Last) {
         let slowest_ms = self.0.log.take_slowest_flush_ms();
         if slowest_ms < self.0.options.slow_flush_ms || !self.is_leader() {
@@ -158,8 +160,10 @@ impl Consensus {
             return;
         }
         match self.hand_on(candidates).await {
-            Ok(to) => tracing::warn!(slowest_ms, %to, "flushing the log is slow: handing leadership on"),
-            Err(error) => tracing::warn!(slowest_ms, %error, "flushing the log is slow"),
+            Ok(to) => tracing::warn!(slowest_ms, %to, "flushing the log is slow: leadership is handed on"),
+            Err(error) => {
+                tracing::warn!(slowest_ms, %error, "flushing the log is slow, and leadership cannot be handed on")
+            }
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What the consensus counts of itself, for the metrics: recorded on its paths, read by [`Consensus::measured`].
+//! The measurements of the consensus for the metrics: recorded on its paths, read by [`Consensus::measured`].
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -6,43 +6,43 @@ use quorumfs_measure::{Distribution, Snapshot};
 
 use super::Consensus;
 
-/// How many [`AppliedEffects`](super::AppliedEffects) there were.
+/// Counts of [`AppliedEffects`](super::AppliedEffects).
 #[derive(Debug, Default)]
 pub struct EffectCounts {
-    /// Sent.
+    /// Number of effects sent.
     pub told: AtomicU64,
-    /// Passed over because the receiver was slow.
+    /// Number dropped because the receiver was slow.
     pub dropped: AtomicU64,
-    /// Up to which entry everything was sent or passed over.
+    /// The entry up to which all effects were sent or dropped.
     pub through_index: AtomicU64,
 }
 
-/// Shared by the state machine and those who ask.
+/// Shared by the state machine and its readers.
 #[derive(Debug, Default)]
 pub struct Meters {
-    /// How long each batch of entries took to apply, in nanoseconds.
+    /// Time to apply each batch of entries, in nanoseconds.
     pub applies: Distribution,
-    /// Entries in them.
+    /// Number of entries in these batches.
     pub entries_applied: AtomicU64,
-    /// What those who look after content were told.
+    /// Counts of the effects that were sent to recovery and sweep.
     pub effects: EffectCounts,
 }
 
-/// How the consensus does, since the start of the node.
+/// Measurements of the consensus since the start of the node.
 #[derive(Clone, Debug)]
 pub struct ConsensusMeasured {
-    /// How long the log's flushes took, in nanoseconds.
+    /// Durations of the log's flushes, in nanoseconds.
     pub flush_times: Snapshot,
-    /// Entries that each of them made durable.
+    /// Number of entries in each of these flushes.
     pub flush_entries: Snapshot,
-    /// How long each batch of entries took to apply, in nanoseconds.
+    /// Time to apply each batch of entries, in nanoseconds.
     pub applies: Snapshot,
-    /// Entries in them.
+    /// Number of entries in these batches.
     pub entries_applied: u64,
 }
 
 impl Consensus {
-    /// What was counted so far.
+    /// Returns the measurements so far.
     pub fn measured(&self) -> ConsensusMeasured {
         let (flush_times, flush_entries) = self.0.log.flush_distributions();
         ConsensusMeasured {

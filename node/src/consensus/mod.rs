@@ -1,20 +1,20 @@
-//! Consensus: one log that all nodes agree on, kept durable, applied to the metadata in the same order
-//! everywhere.
+//! Consensus: one log on which all nodes agree, stored durably and applied to the metadata in the same order on every
+//! node.
 //!
-//! How a command goes: [`Consensus::propose`] admits it by its bytes → openraft → [`log::LogStore`] (memory
-//! at once, the [`wal`] thread's next flush) and, at the same time, [`network::PeerNetwork`] to the followers
-//! → a quorum has flushed it → [`state_machine::StateMachine`] applies it with others as one batch and
-//! publishes them → the proposer is answered. The [`flusher`] moves what was applied to disk behind that;
-//! [`snapshot`] and purge keep the log short.
+//! The path of a command: [`Consensus::propose`] admits it by its bytes → openraft → [`log::LogStore`] (memory at once,
+//! the [`wal`] thread's next flush) and, at the same time, [`network::PeerNetwork`] to the followers → a quorum has
+//! flushed it → [`state_machine::StateMachine`] applies it together with others as one batch and publishes them → the
+//! proposer is answered. After that the [`flusher`] moves applied changes to disk; [`snapshot`] and purge keep the log
+//! short.
 //!
-//! How a read stays linearizable: [`Consensus::barrier`], then a view of the metadata. One round of ReadIndex
-//! serves all who came before it began.
+//! The path of a linearizable read: [`Consensus::barrier`], then a view of the metadata. One round of ReadIndex serves
+//! all callers that came before it began.
 //!
-//! It owes: nothing acknowledged is lost (see [`wal`]); a node that cannot keep that promise stops
-//! ([`Consensus::fatal`]) or does not start ([`ConsensusError`]). Every queue is bounded in bytes: admission
-//! here, the log's unflushed bytes, the overlay.
+//! Contract: nothing acknowledged is lost (see [`wal`]). A node that cannot keep that promise stops
+//! ([`Consensus::fatal`]) or does not start ([`ConsensusError`]). Every queue is bounded in bytes: admission here, the
+//! log's unflushed bytes, the overlay.
 //!
-//! It does not know files or names, of chunks only those that ride inside commands, nor who proposes what and why.
+//! This layer does not know files or names, of chunks only those inside commands, nor who proposes what and why.
 
 #[doc = include_str!("FORMAT.md")]
 pub mod format {}
@@ -98,11 +98,11 @@ pub use self::voters::VoterSets;
 pub(crate) use self::voters::tests::{node, nodes};
 pub use self::wal::{WalError, WalOptions};
 
-/// How often openraft is asked whether it lives.
+/// Interval at which openraft's task is checked.
 const ALIVE_INTERVAL: Duration = Duration::from_millis(250);
-/// How long a command waits to be admitted before its sender is told to come back.
+/// Longest time that a command waits for admission before it is refused as busy.
 const ADMISSION_TIMEOUT: Duration = Duration::from_secs(2);
-/// What admission counts in; the smallest command takes one.
+/// The unit of admission; the smallest command takes one.
 const ADMISSION_UNIT_BYTES: usize = 1 << 10;
 
 /// This node's part in the consensus. Clones share it.
@@ -114,14 +114,14 @@ struct Inner {
     cluster: ClusterId,
     raft: Raft<TypeConfig, StateMachine>,
     log: LogStore,
-    /// The way to the other members.
+    /// The connections to the other members.
     network: NetworkFactory,
-    /// In which term, and when, leadership was last handed on.
+    /// The term in which, and the time at which, leadership was last handed on.
     handed_on: Mutex<Option<(u64, Instant)>>,
     intake: Intake,
     metadata: Arc<MetadataStore>,
     flusher: Arc<Flusher>,
-    /// Ends streams for which the log was kept for too long.
+    /// Ends streams for which the log was kept too long.
     cutoff: Cutoff,
     fatal: FatalSignal,
     admission: Arc<Semaphore>,
@@ -131,26 +131,29 @@ struct Inner {
     recovered: AtomicBool,
     /// Whether this node is about to set its state aside, and serves nothing more.
     stood_down: Arc<AtomicBool>,
-    /// When this node last took something, be it nothing new, from the leader it follows.
+    /// The time at which this node last accepted a message, even one without news, from the leader it follows.
     heard_of_leader: Arc<Mutex<Option<Instant>>>,
     /// Whether commands that take space are admitted.
     has_room: AtomicBool,
     meters: Arc<Meters>,
     /// Whether rows of this node contradict each other.
     suspects: AtomicBool,
-    /// The state at the last entry that asked for a comparison, until somebody takes it.
+    /// The state at the last entry that asked for a comparison, until it is taken.
     audited: Arc<Mutex<Option<View>>>,
-    /// One snapshot is received at a time; when some found no room.
+    /// Locked while one snapshot is received; the times of refusals for lack of space.
     receiving: tokio::sync::Mutex<RoomRefusals>,
     options: ConsensusOptions,
     tasks: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Consensus {
-    /// Opens the log, brings the state up to what it holds for certain, and takes part.
+    /// Opens the log, brings the state up to the entries that the log proves committed, and takes part.
     ///
-    /// `effects` is told what the content store should do; when it is full it is passed over (see
+    /// `effects` receives the work for the content store; messages are dropped while it is full (see
     /// [`AppliedEffects`]).
+    ///
+    /// # Errors
+    /// [`ConsensusError`].
     pub async fn start(
         options: ConsensusOptions,
         metadata: Arc<MetadataStore>,
@@ -211,7 +214,7 @@ impl Consensus {
         );
         let started = started.await;
         if started.is_err() {
-            // Whoever starts again, in another way, opens the log anew.
+            // The caller may start again in another way, and opens the log again then.
             let stop = move || {
                 flusher.stop();
                 log.close();
@@ -223,7 +226,7 @@ impl Consensus {
         started
     }
 
-    /// Brings the state up to what the log holds for certain, and takes part.
+    /// Brings the state up to the entries that the log proves committed, and takes part.
     async fn take_part(
         options: ConsensusOptions,
         metadata: Arc<MetadataStore>,
@@ -321,8 +324,8 @@ impl Consensus {
         }
     }
 
-    /// openraft stops by itself when storage fails, and where it panics; that must not go unnoticed. Asked again and
-    /// again: to hear of every change of its metrics would cost each call something, and a panic is not among them.
+    /// openraft stops by itself when storage fails or it panics; that must be noticed. It is polled, because waiting
+    /// for every change of its metrics would add work to each call, and a panic does not change them.
     async fn note_stop(self) {
         loop {
             match self.0.raft.with_raft_state(|_| ()).await {
@@ -336,7 +339,10 @@ impl Consensus {
         }
     }
 
-    /// Founds the cluster: for all `members` empty, and once.
+    /// Creates the cluster. All `members` must be empty; can be done once.
+    ///
+    /// # Errors
+    /// [`ConsensusError::Initialize`] if this node's log is not empty.
     pub async fn initialize(&self, members: Vec<Member>) -> Result<(), ConsensusError> {
         let nodes: BTreeMap<VoterId, _> = members
             .into_iter()
@@ -348,20 +354,23 @@ impl Consensus {
         })
     }
 
-    /// Whether this node has never held an entry or a vote.
+    /// Whether this node has never had an entry or a vote.
     pub fn is_empty(&self) -> bool {
         self.0.log.is_empty()
     }
 
-    /// Has `command` decided and applied; answers what applying it answered.
+    /// Has `command` decided and applied; returns the result of applying it.
     ///
-    /// Dropping the future does not take the command back.
+    /// Dropping the future does not cancel the command.
+    ///
+    /// # Errors
+    /// [`ProposeError`].
     pub async fn propose(&self, command: LogCommand) -> Result<ApplyResult, ProposeError> {
         self.propose_if(command, || true).await
     }
 
-    /// Proposes a command, if `holds` says so when it has been admitted: what the command relies on may have changed while
-    /// it waited.
+    /// Proposes a command if `holds` returns true after admission: a condition of the command may have changed while it
+    /// waited.
     pub async fn propose_if(
         &self,
         command: LogCommand,
@@ -395,7 +404,7 @@ impl Consensus {
         });
         let decided = tokio::select! {
             decided = decided => decided,
-            // It may be decided, and is not applied here: whoever asks again hears of it from another leader.
+            // The command may be decided, but is not applied here: a retry gets the result from another leader.
             fatal = self.0.fatal.wait() => {
                 return Err(ProposeError::Unavailable {
                     reason: format!("this node must stop: {fatal}"),
@@ -415,8 +424,11 @@ impl Consensus {
         }
     }
 
-    /// Returns when this node has applied everything that had been acknowledged by anyone before the call.
-    /// Only the leader can.
+    /// Returns when this node has applied everything that had been acknowledged by any node before the call. Only the
+    /// leader can do this.
+    ///
+    /// # Errors
+    /// [`BarrierError`].
     pub async fn barrier(&self) -> Result<(), BarrierError> {
         if !self.is_leader() {
             return Err(BarrierError::NotLeader {
@@ -426,7 +438,7 @@ impl Consensus {
         self.0.barrier.wait().await
     }
 
-    /// Adds a node that gets the log but does not vote; returns when it is known, not when it has caught up.
+    /// Adds a node that gets the log but does not vote. Returns when the node is a learner, not when it has caught up.
     pub async fn add_learner(&self, member: Member) -> Result<(), MembershipError> {
         let added = self
             .0
@@ -435,15 +447,15 @@ impl Consensus {
         added.await.map(|_| ()).map_err(membership_error)
     }
 
-    /// Makes exactly these the voters, by a joint change; each must be known as a learner or voter. Who was a
-    /// voter and is not named leaves the cluster.
+    /// Makes exactly these nodes the voters, by a joint change. Each must be a learner or voter. A voter that is not in
+    /// the set leaves the cluster.
     pub async fn change_voters(&self, voters: BTreeSet<NodeId>) -> Result<(), MembershipError> {
         let voters: BTreeSet<VoterId> = voters.into_iter().map(VoterId).collect();
         let changed = self.0.raft.change_membership(voters, false);
         changed.await.map(|_| ()).map_err(membership_error)
     }
 
-    /// Takes these learners out.
+    /// Removes these learners.
     pub async fn remove_learners(&self, learners: BTreeSet<NodeId>) -> Result<(), MembershipError> {
         let learners: BTreeSet<VoterId> = learners.into_iter().map(VoterId).collect();
         let change = openraft::ChangeMembers::RemoveNodes(learners);
@@ -451,7 +463,7 @@ impl Consensus {
         changed.await.map(|_| ()).map_err(membership_error)
     }
 
-    /// How many [`AppliedEffects`] were sent, and how many passed over because their receiver was slow.
+    /// Returns the numbers of [`AppliedEffects`] that were sent, and that were dropped because their receiver was slow.
     pub fn effects_sent_and_dropped(&self) -> (u64, u64) {
         let counts = &self.0.meters.effects;
         (
@@ -460,58 +472,58 @@ impl Consensus {
         )
     }
 
-    /// Up to which entry [`AppliedEffects`] were sent, or counted as dropped.
+    /// Returns the entry up to which [`AppliedEffects`] were sent or counted as dropped.
     pub fn effects_through(&self) -> u64 {
         self.0.meters.effects.through_index.load(Ordering::Acquire)
     }
 
-    /// The state at the last [`LogBody::Audit`], once; whoever takes it drops it soon, since it keeps old pages in use.
+    /// Takes the state at the last [`LogBody::Audit`]. The caller should drop it soon, since it keeps old pages in use.
     pub fn take_audited(&self) -> Option<View> {
         self.0.audited.lock().take()
     }
 
-    /// Whether there is one to take.
+    /// Whether there is an audited state to take.
     pub fn has_audited(&self) -> bool {
         self.0.audited.lock().is_some()
     }
 
-    /// Up to `max` chunks after `after` that came inside commands and found this node's disk full, with the entries that
-    /// brought them: the log alone has them here and cannot be purged beyond them.
+    /// Returns up to `max` chunks after `after` that came inside commands and did not fit on this node's disk, with the
+    /// entries that brought them. Only the log has them on this node, and it cannot be purged beyond them.
     pub fn kept_by_log(&self, after: Option<(u64, ChunkId)>, max: usize) -> Vec<(u64, ChunkId)> {
         self.0.flusher.unstored_after(after, max)
     }
 
-    /// The log need not keep these chunks: f + 1 other voters have them on disk.
+    /// Releases these chunks from the log: f + 1 other voters have them on disk.
     pub fn release_from_log(&self, ids: &[ChunkId]) {
         self.0.flusher.settle_unstored(ids);
     }
 
-    /// Whether the log has room for commands that take space.
+    /// Whether the log has space for commands that take space.
     pub fn has_room(&self) -> bool {
         self.0.has_room.load(Ordering::Relaxed)
     }
 
-    /// Ends when this node must stop, with the reason.
+    /// Resolves with the reason when this node must stop.
     pub fn fatal(&self) -> impl Future<Output = FatalError> + Send + 'static {
         let fatal = self.0.fatal.clone();
         async move { fatal.wait().await }
     }
 
-    /// The metadata could not be read, for `fault`. Where it is damaged the node must stop, and is told so by the store.
-    /// Where rows contradict each other all nodes are to be compared: if it is a fault of the program all have it, and
-    /// then none may throw its state away for it.
+    /// Reports that the metadata could not be read, because of `fault`. After damage the node must stop; the store
+    /// reports that itself. If rows contradict each other, all nodes must be compared: an error of the program is the
+    /// same on all nodes, and then none may discard its state.
     pub fn unreadable(&self, fault: &StorageFault) {
         if matches!(fault, StorageFault::Inconsistent { .. }) {
             self.0.suspects.store(true, Ordering::Release);
         }
     }
 
-    /// Whether the nodes are to be compared, for what [`Consensus::unreadable`] was told; once.
+    /// Returns once whether the nodes must be compared, after [`Consensus::unreadable`] was called.
     pub fn take_suspicion(&self) -> bool {
         self.0.suspects.swap(false, Ordering::AcqRel)
     }
 
-    /// Takes no part any more; what is queued for the log is written first.
+    /// Stops taking part. Operations queued for the log are written first.
     pub async fn shutdown(&self) {
         if let Err(error) = self.0.raft.shutdown().await {
             tracing::warn!(%error, "consensus did not stop in order");
@@ -530,7 +542,7 @@ impl Consensus {
         }
     }
 
-    /// A copy: a borrow that is held stops openraft.
+    /// Returns a copy: a borrow that is held would block openraft.
     fn metrics(&self) -> RaftMetrics<TypeConfig> {
         self.0.raft.metrics().borrow_watched().clone()
     }
@@ -546,8 +558,8 @@ impl Consensus {
     }
 }
 
-/// Whether `command` can make more be used than before, but for the some hundred bytes of a session: without one nobody
-/// who comes anew could delete.
+/// Whether `command` can increase the space in use, except for the few hundred bytes of a session: a new client needs a
+/// session to delete files.
 fn takes_space(command: &LogCommand) -> bool {
     match &command.body {
         LogBody::Call(mutation) => !mutation.command.frees_space(),

@@ -1,11 +1,10 @@
 //! openraft's messages between nodes.
 //!
-//! Each message is addressed: it names the node it is for, slot and incarnation. A node that was wiped has a
-//! new incarnation at the old address and refuses what was meant for the old one; else it would vote and
-//! acknowledge for what it has forgotten.
+//! Each message is addressed: it names the node it is for by slot and incarnation. A node that was wiped has a new
+//! incarnation at the old address and refuses messages for the old one; otherwise it would vote and acknowledge for
+//! entries that it has lost.
 //!
-//! Appends go over one long bidirectional stream with many requests in flight; snapshots over the bulk
-//! connection.
+//! Appends use one long bidirectional stream with many requests in flight; snapshots use the bulk connection.
 
 use std::future::Future;
 use std::pin::{Pin, pin};
@@ -36,38 +35,38 @@ use super::snapshot::{INSTALL_TIMEOUT, PROGRESS_TIMEOUT, SnapshotData, SnapshotT
 use super::types::{SnapshotMeta, TypeConfig, Vote, VoterId};
 use crate::transport::{Peer, Purpose, Transport};
 
-/// How long the first answer to a stream may take: a connection and a round trip.
+/// Most time for the first answer on a stream: a connection and a round trip.
 const SETUP_TIMEOUT: Duration = Duration::from_millis(1_500);
-/// How long an append may go unanswered: the follower flushes before it answers, and a slow disk is no reason
-/// to send all again.
+/// Most time for the answer to an append: the follower flushes before it answers, and a slow disk is no reason to send
+/// everything again.
 const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a node may take to say whether it could lead.
+/// Most time for a node to answer whether it could lead.
 const HELLO_TIMEOUT: Duration = Duration::from_millis(500);
 
 type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
 
-/// A message and whom it is for.
+/// A message with sender and receiver.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Addressed<T> {
-    /// Who sends it.
+    /// The node that sends it.
     pub from: VoterId,
-    /// Whom it is for.
+    /// The node that receives it.
     pub to: VoterId,
-    /// What it says.
+    /// The message itself.
     pub body: T,
 }
 
-/// First piece of a snapshot.
+/// First part of a snapshot.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SnapshotHeader {
-    /// The sender's.
+    /// The sender's vote.
     pub vote: Vote,
-    /// What it covers.
+    /// The entries that it covers.
     pub meta: SnapshotMeta,
 }
 
-/// Puts `value` into an envelope.
+/// Encodes `value` into an envelope.
 pub fn to_wire<T: Serialize>(value: &T) -> wire::RaftMessage {
     wire::RaftMessage {
         version: u32::from(codec::VERSION),
@@ -75,7 +74,7 @@ pub fn to_wire<T: Serialize>(value: &T) -> wire::RaftMessage {
     }
 }
 
-/// Takes it out.
+/// Decodes the value in an envelope.
 pub fn from_wire<T: DeserializeOwned>(message: &wire::RaftMessage) -> Result<T, codec::DecodeError> {
     match u8::try_from(message.version) {
         Ok(codec::VERSION) => codec::decode(&message.payload),
@@ -93,12 +92,12 @@ pub struct NetworkFactory {
     traffic: SnapshotTraffic,
     cutoff: Cutoff,
     fatal: FatalSignal,
-    /// Whether the sender's state is not to be relied on: its log goes to others, its state does not.
+    /// Whether the sender's state is unreliable: its log is sent to others, its state is not.
     stood_down: Arc<AtomicBool>,
 }
 
 impl NetworkFactory {
-    /// For the node `id`.
+    /// Makes the factory for the node `id`.
     pub fn new(
         id: VoterId,
         transport: Arc<Transport>,
@@ -119,7 +118,7 @@ impl NetworkFactory {
 }
 
 impl NetworkFactory {
-    /// Whether `member` is there and could lead: it says so itself.
+    /// Asks `member` whether it is running and could lead.
     pub async fn ask_whether_it_can_lead(&self, member: &Member) -> Result<(), String> {
         let ask = async {
             let peer = self.transport.peer(&member.addresses, Purpose::Raft);
@@ -152,7 +151,7 @@ impl RaftNetworkFactory<TypeConfig> for NetworkFactory {
     }
 }
 
-/// The way to one peer. Connections are the transport's.
+/// The connection to one peer. The transport owns the sockets.
 pub struct PeerNetwork {
     shared: NetworkFactory,
     target: VoterId,
@@ -182,7 +181,7 @@ impl PeerNetwork {
         }
     }
 
-    /// One question, one answer, within the time openraft gives it.
+    /// Sends one request and returns the answer, within openraft's time-out.
     async fn ask<Answer, Call>(
         &self,
         action: RPCTypes,
@@ -202,7 +201,7 @@ impl PeerNetwork {
     }
 }
 
-/// Who is not there is left alone for a while; everything else is tried again.
+/// Converts an error: an unreachable peer is left alone for a while, everything else is retried.
 fn rpc_error(status: &tonic::Status) -> RPCError<TypeConfig> {
     match status.code() {
         tonic::Code::Unavailable | tonic::Code::Unimplemented | tonic::Code::FailedPrecondition => {
@@ -247,14 +246,14 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
             let slow_to_answer = self.timeout(RPCTypes::AppendEntries, APPEND_TIMEOUT);
             let answers: BoxStream<'s, _> = Box::pin(async_stream::stream! {
                 let mut input = input.peekable();
-                // openraft spares a peer that is not there by holding back the first request: who opened the stream
-                // before it came would try to connect for each call that is proposed meanwhile.
+                // openraft holds back the first request to an unreachable peer. A stream opened before that request
+                // came would try to connect for each call proposed meanwhile.
                 match Pin::new(&mut input).peek().await {
                     Some(first) => position.sends(first),
                     None => return,
                 }
                 let (input, _revoke) = revocable(input);
-                // Fused, since the encoder may ask once more after the end.
+                // Fused, since the encoder may poll once more after the end.
                 let outgoing = commit_only::merged(input).fuse().map(move |body| {
                     sent.fetch_add(1, Ordering::Relaxed);
                     sending.sends(&body);
@@ -272,8 +271,8 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
                         answer = next_answer(&mut incoming, &in_flight, &slow_to_answer) => answer,
                         overtaken = position.overtaken() => Some(Err(too_far_behind(to, overtaken))),
                     };
-                    // What is not answered has failed. openraft would take the end for a reason to repeat what it
-                    // last sent, however long ago that was and though the log may be purged beyond it.
+                    // Requests without an answer have failed. openraft would take the end of the stream as a reason to
+                    // repeat its last requests, however old, although the log may be purged beyond them.
                     let is_over = is_answered && in_flight.load(Ordering::Relaxed) == 0;
                     let Some(answer) = answer.or_else(|| (!is_over).then(unanswered)) else { return };
                     is_answered = true;
@@ -332,7 +331,10 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
         _option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
         if self.shared.stood_down.load(Ordering::Acquire) || self.shared.fatal.raised().is_some() {
-            return Err(NetworkError::from_string("this node's state is not to be relied on").into());
+            return Err(NetworkError::from_string(
+                "the state of this node is unreliable; it is about to be set aside",
+            )
+            .into());
         }
         let mut cancel = pin!(cancel);
         let _turn = tokio::select! {
@@ -340,7 +342,9 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
             closed = &mut cancel => return Err(closed.into()),
         };
         let SnapshotData::Held(held) = snapshot.snapshot else {
-            return Err(NetworkError::from_string("only a snapshot of this node's own can be sent").into());
+            return Err(
+                NetworkError::from_string("only a snapshot that this node has built can be sent").into(),
+            );
         };
         let meta = snapshot.meta;
         let header = to_wire(&self.address(SnapshotHeader { vote, meta }));
@@ -362,12 +366,12 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
     }
 }
 
-/// That a stream of answers ended too early.
+/// The error that a stream of answers ended too early.
 fn unanswered<T>() -> RpcResult<T> {
     Err(NetworkError::from_string("the stream ended before all was answered").into())
 }
 
-/// Why the stream to `follower` ends.
+/// The reason why the stream to `follower` ends.
 fn too_far_behind(follower: VoterId, overtaken: Overtaken) -> RPCError<TypeConfig> {
     let Overtaken {
         acknowledged,
@@ -386,7 +390,7 @@ fn too_far_behind(follower: VoterId, overtaken: Overtaken) -> RPCError<TypeConfi
     NetworkError::from_string(reason).into()
 }
 
-/// The next answer of an append stream; `None` at its end. While requests wait for an answer, one must come
+/// Returns the next answer of an append stream; `None` at its end. While requests are unanswered, an answer must come
 /// in time.
 async fn next_answer(
     incoming: &mut tonic::Streaming<wire::RaftMessage>,
@@ -397,8 +401,8 @@ async fn next_answer(
     let message = loop {
         match tokio::time::timeout(timeout.timeout, incoming.message()).await {
             Ok(message) => break message,
-            // What is in flight may have been sent just now: only if it was so a whole time-out ago it is
-            // late.
+            // The requests in flight may have just been sent: the answer is late only if some were in flight a whole
+            // time-out ago.
             Err(_) if in_flight.load(Ordering::Relaxed) > 0 => {
                 if waiting_before {
                     return Some(Err(timeout.clone().into()));
@@ -418,7 +422,7 @@ async fn next_answer(
     }
 }
 
-/// Ends when a snapshot makes no progress any more; says for how long.
+/// Resolves when a snapshot makes no progress any more, with the time since the last progress.
 async fn stalled(
     sent: Arc<AtomicU64>,
     reading: &mut tokio::task::JoinHandle<Result<(), quorumfs_metadata::StorageFault>>,

@@ -1,4 +1,4 @@
-//! How consensus is set up on a node, with the reason for each default.
+//! Options of the consensus on a node, with the reason for each default.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,19 +13,19 @@ use quorumfs_metadata::Position;
 /// Entries in one message to a follower; its bytes are bounded by the log reader.
 const REPLICATION_ENTRIES_MAX: u64 = 1024;
 
-/// How fast the absence of a leader is noticed.
+/// Timings of the elections.
 ///
-/// openraft has followers wait out the leader's lease (`election_ms_max`) and then a random time between the two, and
-/// twice `election_ms_max` more if an attempt meets a longer log. So calls pause for three to five times
-/// `election_ms_max` at worst; with 1,000 ms that was measured as 4.7 s, and P6 allows 3. A follower that is merely
-/// starved disturbs nobody: its pre-vote is refused by those who hear the leader.
+/// openraft makes followers wait for the leader's lease (`election_ms_max`) and then for a random time between the two
+/// bounds, and for twice `election_ms_max` more if an attempt meets a longer log. So calls pause for three to five
+/// times `election_ms_max` at worst; with 1,000 ms a pause of 4.7 s was measured, and P6 allows 3 s. A follower that is
+/// merely starved of CPU has no effect: voters that hear the leader refuse its pre-vote.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timings {
-    /// How often a leader says that it lives.
+    /// Interval of a leader's heartbeats.
     pub heartbeat_ms: u64,
-    /// A follower that hears nothing stands for election after a random time from here …
+    /// Lower bound of the random time without a heartbeat after which a follower stands for election.
     pub election_ms_min: u64,
-    /// … to here.
+    /// Upper bound of that time.
     pub election_ms_max: u64,
 }
 
@@ -39,47 +39,46 @@ impl Default for Timings {
     }
 }
 
-/// See the fields.
+/// Options of the consensus.
 #[derive(Clone, Debug)]
 pub struct ConsensusOptions {
-    /// This node.
+    /// This node's id.
     pub id: NodeId,
-    /// Its cluster.
+    /// The id of its cluster.
     pub cluster: ClusterId,
-    /// Where the log lies.
+    /// Folder of the log.
     pub directory: PathBuf,
-    /// Whether this incarnation has had a log: then an empty one is a lost one.
+    /// Whether this incarnation has had a log: then an empty log is a lost one.
     pub had_log: bool,
-    /// Set where this node's state is lost or must not be used: the node keeps the log and votes, and applies nothing. The
-    /// metadata that it is given are new and stand in for the lost ones, which went up to here as far as that is known.
+    /// Set if this node's state is lost or must not be used: the node keeps the log and votes, and applies nothing. Its
+    /// metadata are new and stand in for the lost ones, which ended at this position as far as is known.
     pub log_only: Option<Position>,
-    /// How the log is kept.
+    /// Options of the log.
     pub wal: WalOptions,
-    /// Elections.
+    /// Timings of the elections.
     pub timings: Timings,
-    /// Most bytes of commands under way at once.
+    /// Most bytes of commands in progress at once.
     pub admission_bytes_max: usize,
-    /// What has been applied is on disk after so long at the latest, which bounds what a restart replays.
+    /// Longest time until an applied change is on disk; it bounds what a restart replays.
     pub flush_age_ms: u64,
-    /// A snapshot is built after so many entries …
+    /// A snapshot is built after this many entries …
     pub snapshot_entries: u64,
-    /// … or after so many bytes of log.
+    /// … or after this many bytes of log.
     pub snapshot_log_bytes: u64,
-    /// So much log is kept behind a snapshot, so that a follower that was away for a moment needs no
-    /// snapshot.
+    /// Bytes of log kept behind a snapshot, so that a follower that was away briefly needs no snapshot.
     pub keep_log_bytes: u64,
-    /// Other nodes hold the log up until it has grown to this, each of its entries counted with what it takes in
-    /// memory: while a snapshot is being sent no new one is built, and so nothing is purged; what a follower still
-    /// gets from the log is not purged either.
+    /// Other nodes may hold the log up until it has this weight, in which each entry counts with its memory: while a
+    /// snapshot is being sent no new one is built, so nothing is purged; entries that a follower still gets from the
+    /// log are not purged either.
     pub hold_log_bytes_max: u64,
-    /// A leader whose log flush takes longer hands leadership on.
+    /// A leader hands on leadership if its log flush takes longer than this.
     pub slow_flush_ms: u64,
-    /// Where its loops run.
+    /// Supervisor of its background tasks.
     pub tasks: Arc<Tasks>,
 }
 
 impl ConsensusOptions {
-    /// The defaults, for a log in `directory`.
+    /// Returns the defaults, for a log in `directory`.
     pub fn new(id: NodeId, cluster: ClusterId, directory: PathBuf) -> ConsensusOptions {
         let wal = WalOptions::default();
         let file_bytes = wal.file_bytes;
@@ -104,7 +103,8 @@ impl ConsensusOptions {
         options
     }
 
-    /// A log in files of `file_bytes`, all its bounds in proportion: a small disk, which has small files, is left to content.
+    /// Sets the size of log files, and all bounds of the log in proportion: a small disk gets small files, so that it
+    /// has space for content.
     pub fn log_in_files_of(&mut self, file_bytes: u64) {
         self.wal.file_bytes = file_bytes;
         self.keep_log_bytes = file_bytes;
@@ -119,15 +119,14 @@ impl ConsensusOptions {
             election_timeout_min: self.timings.election_ms_min,
             election_timeout_max: self.timings.election_ms_max,
             enable_pre_vote: Some(true),
-            // Who has no state cannot lead.
+            // A node without a state cannot lead.
             enable_elect: self.log_only.is_none(),
-            // A restarted leader has not committed what it has in its log; it stands for election as
-            // everyone.
+            // A restarted leader has not committed the entries in its log; it stands for election like every voter.
             enable_leader_restore: Some(false),
-            // A leader that reaches no quorum stops its heartbeats for so long that those who hear it can
-            // elect another.
+            // A leader that reaches no quorum stops its heartbeats long enough for the followers that hear it to elect
+            // another.
             quorum_loss_probe_interval: Some(2 * self.timings.election_ms_max),
-            // A follower whose disk lost what it had promised to keep must not take the leader down with it.
+            // A follower whose disk lost acknowledged entries must not stop the leader.
             allow_log_reversion: Some(true),
             snapshot_policy: SnapshotPolicy::LogsSinceLast(self.snapshot_entries),
             // Purging goes by bytes and whole files: see `maintenance`.

@@ -1,5 +1,5 @@
-//! What a node's log and state hold, looked at while it is down; and making it the only voter, by hand, where a majority
-//! is lost for good.
+//! Reads the log and state of a node that is down, and makes the node the only voter by hand if a majority is lost for
+//! good.
 
 use std::collections::BTreeSet;
 
@@ -20,19 +20,19 @@ use quorumfs_metadata::MetadataStore;
 /// The log and state of a node that is down.
 pub struct Remains {
     log: LogStore,
-    /// The term of the last entry, and its index; `None`: there is none.
+    /// Term and index of the last entry; `None` if there is none.
     pub last: Option<(u64, u64)>,
-    /// Up to which entry the state goes on the disk.
+    /// The last entry in the durable state.
     pub applied: u64,
-    /// The last members that it knows, voters and learners.
+    /// The last known members, voters and learners.
     pub members: Vec<Member>,
-    /// Those that vote: one set, or two while they changed.
+    /// The voters: one set, or two if they were being changed.
     pub voters: Vec<BTreeSet<NodeId>>,
 }
 
 impl Remains {
-    /// Opens them. An error that costs the incarnation says that this node has forgotten something: it is not the one to
-    /// go on from.
+    /// Opens log and state. An error that costs the incarnation means that this node has lost entries or promises: the
+    /// cluster must not be continued from it.
     pub async fn open(
         options: &ConsensusOptions,
         metadata: &MetadataStore,
@@ -73,7 +73,7 @@ impl Remains {
         })
     }
 
-    /// Makes `own` the only member, by an entry behind all that the log holds, which counts as agreed to from then on.
+    /// Makes `own` the only member, by an entry after all others in the log, which counts as committed from then on.
     /// Durable when it returns.
     pub async fn make_only_voter(mut self, own: &Member) -> Result<(), ConsensusError> {
         type LeaderId = openraft::alias::LeaderIdOf<TypeConfig>;
@@ -94,7 +94,7 @@ impl Remains {
         let appended = self.log.blocking_append([entry]).await;
         appended.map_err(|error| ConsensusError::Fit(std::io::Error::other(error)))?;
         self.log.save_committed(Some(log_id)).await?;
-        // Written, and with it what was noted above.
+        // This writes the vote, and with it the changes above.
         self.log.save_vote(&Vote::new_committed(term, id)).await?;
         let log = self.log.clone();
         let closed = tokio::task::spawn_blocking(move || log.close()).await;

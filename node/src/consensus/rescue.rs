@@ -1,11 +1,11 @@
-//! The content that the own log alone has, before a snapshot takes the log's place.
+//! Saves content that only this node's log has, before a snapshot replaces the log.
 //!
-//! What comes inside commands lies in the log until it is stored. A snapshot names it and does not hold it,
-//! and the log goes when it is installed: with it would go a copy that this node has acknowledged. So what the new state
-//! names is stored, durably, before openraft hears of the snapshot (it may cut the log at once, where that differs), and
-//! again before the new state is put in place (more may have been appended meanwhile).
+//! Content inside commands is in the log until it is stored. A snapshot refers to it but does not contain it, and the
+//! log is dropped when the snapshot is installed: a copy that this node has acknowledged would be lost. So the content
+//! that the new state refers to is stored durably before openraft learns of the snapshot (it may cut a diverging log at
+//! once), and again before the new state is installed (more may have been appended meanwhile).
 //!
-//! Entries need not be committed for that: the state names a chunk with its SHA-256, and nothing else is stored.
+//! Entries need not be committed for that: the state has the SHA-256 of each chunk, and nothing else is stored.
 
 use std::time::{Duration, Instant};
 
@@ -17,36 +17,36 @@ use super::types::Entry;
 use quorumfs_content::{ContentError, ContentStore};
 use quorumfs_metadata::{Failure, LogBody, LogCommand, View};
 
-/// Who found no room for a snapshot, or for what it would take away, does not look at another for so long: to send one
-/// is a lot of work.
+/// Least time between two attempts to receive a snapshot for which, or for whose displaced content, there is no space:
+/// sending one is much work.
 const NEXT_ATTEMPT: Duration = Duration::from_secs(15);
-/// For so long no snapshot is installed that would take content away for which there is no room. Those who hold the rest
-/// of the copies make new ones meanwhile, and then it need not be kept here; a full disk must not keep a node away for
-/// ever from the deletes that would make room on it.
+/// For this long a snapshot is refused if it would drop content for which there is no space. Meanwhile the nodes with
+/// the other copies make new ones, and the content need not be kept here. A full disk must not for ever keep a node
+/// from the deletes that would free its space.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// How far content was saved from the log.
+/// The result of saving content from the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rescued {
-    /// All that the state names is on disk.
+    /// All content that the state refers to is on disk.
     All,
-    /// For so many chunks there is no room.
+    /// There is no space for this many chunks.
     AllBut(u64),
 }
 
-/// Why it cannot be told.
+/// Why the content could not be saved.
 #[derive(Debug, thiserror::Error)]
 pub enum RescueError {
     /// The new state cannot be read.
-    #[error("look up content in the snapshot: {0}")]
+    #[error("cannot look up content in the snapshot: {0}")]
     State(#[from] Failure),
-    /// The content store does not store.
-    #[error("store content that the log has: {0}")]
+    /// The content store failed.
+    #[error("cannot store content of the log: {0}")]
     Content(#[from] ContentError),
 }
 
-/// Stores the content in the entries of `log` from `first` on that `state` names, and makes durable all that is stored.
-/// Blocking.
+/// Stores the content in the entries of `log` from `first` on that `state` refers to, and makes everything stored
+/// durable. Blocking.
 pub fn rescue_content(
     content: &ContentStore,
     log: &LogStore,
@@ -58,10 +58,10 @@ pub fn rescue_content(
     for index in first.max(held.start)..held.end {
         let entry = match log.read_entry(index) {
             Ok(Some(entry)) => entry,
-            // Purged or cut off since.
+            // The entry was purged or cut off meanwhile.
             Ok(None) => continue,
             Err(error) => {
-                tracing::warn!(index, %error, "an entry cannot be read; if it has content, that is left to recovery");
+                tracing::warn!(index, %error, "cannot read an entry of the log; if it has content, recovery fetches that from other nodes");
                 continue;
             }
         };
@@ -104,23 +104,23 @@ fn chunks_of(entry: &Entry) -> &[NewChunk] {
     }
 }
 
-/// When snapshots were refused for want of room.
+/// The times at which snapshots were refused for lack of space.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RoomRefusals {
     first_and_last: Option<(Instant, Instant)>,
 }
 
 impl RoomRefusals {
-    /// Whether the last was a moment ago.
+    /// Whether the last refusal was a moment ago.
     pub fn is_too_soon(&self) -> bool {
         self.first_and_last
             .is_some_and(|(_, last)| last.elapsed() < NEXT_ATTEMPT)
     }
 
-    /// There is no room now. Says whether it has been so for long enough.
+    /// Records a refusal. Returns whether snapshots have been refused long enough.
     pub fn note(&mut self) -> bool {
         let now = Instant::now();
-        // Those of long ago say nothing about what others hold now.
+        // Old refusals say nothing about what other nodes hold now.
         let first = match self.first_and_last {
             Some((first, last)) if last.elapsed() < PATIENCE => first,
             _ => now,
@@ -129,7 +129,7 @@ impl RoomRefusals {
         first.elapsed() >= PATIENCE
     }
 
-    /// A snapshot was taken.
+    /// Records that a snapshot was taken.
     pub fn clear(&mut self) {
         self.first_and_last = None;
     }

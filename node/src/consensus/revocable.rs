@@ -1,8 +1,8 @@
-//! A stream that can be taken back from whoever reads it.
+//! A stream that can be taken away from its reader.
 //!
-//! openraft makes the requests to a follower from state that one stream after the other shares, and takes the end of the
-//! answers for the end of the requests. But the requests lie with the connection, which lets go of them some time later:
-//! until then it would take from that state what is meant for the next stream.
+//! openraft makes the requests to a follower from state that consecutive streams share, and takes the end of the
+//! answers for the end of the requests. But the connection owns the requests and drops them some time later: until then
+//! it would take requests that are meant for the next stream.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -11,15 +11,15 @@ use std::task::{Context, Poll};
 use futures::Stream;
 use parking_lot::Mutex;
 
-/// What reads the stream.
+/// The reader's side of the stream.
 pub struct Revocable<S>(Arc<Mutex<Option<S>>>);
 
-/// Takes the stream back when it is dropped: from then on it is not polled, and it is gone.
+/// Drops the stream when it is dropped itself: from then on the stream is not polled.
 pub struct RevokeOnDrop<S>(Arc<Mutex<Option<S>>>);
 
-/// `stream`, and what takes it back.
+/// Wraps `stream`; returns the reader's side and the guard.
 pub fn revocable<S>(stream: S) -> (Revocable<S>, RevokeOnDrop<S>) {
-    // Locked while the stream is polled, which does not wait.
+    // Locked while the stream is polled, which does not block.
     let shared = Arc::new(Mutex::new(Some(stream)));
     (Revocable(shared.clone()), RevokeOnDrop(shared))
 }

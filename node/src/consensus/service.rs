@@ -1,5 +1,4 @@
-//! The receiving side of [`network`](super::network): what the peer service hands over as it came, and gets
-//! back to send.
+//! The receiving side of [`network`](super::network): takes the messages of the peer service and returns the answers.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -21,7 +20,7 @@ use super::types::TypeConfig;
 use super::types::VoterId;
 use quorumfs_metadata::{StorageFault, View};
 
-/// The body of a message, if it is for `this` node: not for one that was here before.
+/// Returns the body of a message, if it is for `this` node and not for an earlier incarnation.
 fn body<T: DeserializeOwned>(this: VoterId, message: &wire::RaftMessage) -> Result<T, Status> {
     let addressed: Addressed<T> =
         from_wire(message).map_err(|error| Status::invalid_argument(error.to_string()))?;
@@ -39,7 +38,8 @@ fn stopped(error: impl ToString) -> Status {
 }
 
 impl Consensus {
-    /// `AppendEntries`: requests in, answers out in the same order. Ends after the first that was refused.
+    /// Handles `AppendEntries`: a stream of requests, with answers in the same order. Ends after the first refused
+    /// request.
     pub fn append_stream<S>(&self, incoming: S) -> BoxStream<'static, Result<wire::RaftMessage, Status>>
     where
         S: Stream<Item = Result<wire::RaftMessage, Status>> + Send + 'static,
@@ -55,7 +55,7 @@ impl Consensus {
                     let message = message?;
                     let mut request = body::<AppendEntriesRequest<TypeConfig>>(this, &message)?;
                     if !stream.admit(&request, message.payload.len() as u64).await {
-                        return Err(Status::cancelled("nobody waits for the answers"));
+                        return Err(Status::cancelled("the receiver of the answers is gone"));
                     }
                     stream.hold_back(&mut request);
                     Ok(request)
@@ -78,27 +78,27 @@ impl Consensus {
                 Err(fatal) => Err(stopped(fatal)),
             }
         });
-        // The refusal is looked at when the answers before it have gone out.
+        // The refusal is read after the answers before it have been sent.
         let refusal = futures::stream::once(async move { refusal.lock().take() });
         Box::pin(answers.chain(refusal.filter_map(|status| futures::future::ready(status.map(Err)))))
     }
 
-    /// `Vote`.
+    /// Handles `Vote`.
     pub async fn vote(&self, message: wire::RaftMessage) -> Result<wire::RaftMessage, Status> {
         let request: VoteRequest<TypeConfig> = body(self.0.id, &message)?;
         let answer = self.0.raft.vote(request).await.map_err(stopped)?;
         Ok(to_wire(&answer))
     }
 
-    /// `PreVote`.
+    /// Handles `PreVote`.
     pub async fn pre_vote(&self, message: wire::RaftMessage) -> Result<wire::RaftMessage, Status> {
         let request: VoteRequest<TypeConfig> = body(self.0.id, &message)?;
         let answer = self.0.raft.pre_vote(request).await.map_err(stopped)?;
         Ok(to_wire(&answer))
     }
 
-    /// `TransferLeader`. A node that cannot be relied on refuses: openraft would stand for election at once, whatever it
-    /// was told about elections ([`Consensus::step_aside`]).
+    /// Handles `TransferLeader`. A node whose state is unreliable refuses: openraft would stand for election at once,
+    /// even if elections are disabled ([`Consensus::step_aside`]).
     pub async fn transfer_leader(&self, message: wire::RaftMessage) -> Result<wire::RaftMessage, Status> {
         let request: TransferLeaderRequest<TypeConfig> = body(self.0.id, &message)?;
         if *request.to_node_id() == self.0.id
@@ -110,7 +110,8 @@ impl Consensus {
         Ok(to_wire(&answer.map_err(stopped)?))
     }
 
-    /// `InstallSnapshot`: received into a file beside the metadata, installed when it is whole and nothing is lost by it.
+    /// Handles `InstallSnapshot`: the snapshot is received into a file beside the metadata, and installed when it is
+    /// whole and no content is lost by it.
     pub async fn install_snapshot<S>(&self, incoming: S) -> Result<wire::RaftMessage, Status>
     where
         S: Stream<Item = Result<wire::SnapshotPiece, Status>> + Send + Unpin,
@@ -123,7 +124,9 @@ impl Consensus {
             return Err(Status::aborted("another snapshot is being received"));
         };
         if refusals.is_too_soon() {
-            return Err(Status::resource_exhausted("there was no room a moment ago"));
+            return Err(Status::resource_exhausted(
+                "the disk had no space for a snapshot a moment ago",
+            ));
         }
         let header = receive_header(&mut incoming).await.map_err(not_received)?;
         let SnapshotHeader { vote, meta } = body(self.0.id, &header)?;
@@ -140,10 +143,13 @@ impl Consensus {
         if let Rescued::AllBut(chunks) = self.rescue(received.view()).await? {
             if !refusals.note() {
                 return Err(Status::resource_exhausted(format!(
-                    "there is no room for {chunks} chunks that the log alone has here"
+                    "the disk has no space for {chunks} chunks that only the log has on this node"
                 )));
             }
-            tracing::warn!(chunks, "content for which there is no room goes with the log");
+            tracing::warn!(
+                chunks,
+                "content in the log is dropped with it, since the disk has no space; other nodes have it"
+            );
         }
         refusals.clear();
         let snapshot = SnapshotOf::<TypeConfig, SnapshotData> {
@@ -156,7 +162,7 @@ impl Consensus {
 }
 
 impl Consensus {
-    /// Content that `state` names and that the log has is stored.
+    /// Stores the content that `state` refers to and the log has.
     async fn rescue(&self, state: View) -> Result<Rescued, Status> {
         let (flusher, log) = (self.0.flusher.clone(), self.0.log.clone());
         let rescued = tokio::task::spawn_blocking(move || rescue_content(flusher.content(), &log, &state, 0));

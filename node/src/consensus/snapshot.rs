@@ -1,8 +1,8 @@
-//! Snapshots: the metadata of a durable moment, built while applies go on, sent in pieces of rows, received
-//! into a file of its own.
+//! Snapshots: the metadata of a durable moment, built while applies continue, sent in pieces of rows, received into a
+//! file of their own.
 //!
-//! A snapshot holds metadata, not content; recovery fetches content. One is sent at a time, since each reads
-//! the whole database; the time-out is by progress, since a large one takes as long as it takes.
+//! A snapshot has metadata, not content; recovery fetches content. One is sent at a time, since each reads the whole
+//! database. The time-out applies to progress, because a large snapshot takes long.
 
 use std::io;
 use std::sync::Arc;
@@ -22,27 +22,26 @@ use super::position::decode_position;
 use super::types::{SnapshotMeta, TypeConfig};
 use quorumfs_metadata::{MetadataStore, Received, Row, Snapshot, StorageFault};
 
-/// Bytes of rows in one piece: large enough that a message's cost is nothing, small enough to be a unit of
-/// progress.
+/// Bytes of rows in one piece: large enough to make the cost of a message negligible, small enough to measure progress.
 const PIECE_BYTES: usize = 1 << 20;
 /// Pieces read ahead of the network.
 const PIECES_AHEAD: usize = 4;
 /// Bytes before each row's key: table, length of key, length of value.
 const ROW_HEADER_BYTES: usize = 9;
-/// Who sends a snapshot and has said nothing for so long has gone.
+/// A sender of a snapshot that is silent for this long is assumed to be gone.
 pub const PROGRESS_TIMEOUT: Duration = Duration::from_secs(30);
-/// After the last piece the receiver flushes its new file, which may be large.
+/// Most time after the last piece, when the receiver flushes its new file, which may be large.
 pub const INSTALL_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// What openraft hands from where a snapshot comes from to where it goes.
+/// The data that openraft passes from the source of a snapshot to its destination.
 pub enum SnapshotData {
-    /// This node's own, to be sent.
+    /// This node's own snapshot, to be sent.
     Held(Arc<Snapshot>),
-    /// Another's, whole, to be installed.
+    /// A snapshot of another node, complete, to be installed.
     Received(Box<Received>),
 }
 
-/// The snapshot that this node could send now.
+/// Returns the snapshot that this node could send now.
 pub fn held_snapshot(
     metadata: &MetadataStore,
 ) -> Result<SnapshotOf<TypeConfig, SnapshotData>, Box<dyn std::error::Error + Send + Sync>> {
@@ -57,14 +56,14 @@ pub fn held_snapshot(
     })
 }
 
-/// Builds a snapshot: flushes, and takes what is durable then.
+/// Builds a snapshot: flushes, and takes the durable state.
 pub struct Builder {
     metadata: Arc<MetadataStore>,
     flusher: Arc<Flusher>,
 }
 
 impl Builder {
-    /// Of `metadata`.
+    /// Makes a builder for `metadata`.
     pub fn new(metadata: Arc<MetadataStore>, flusher: Arc<Flusher>) -> Builder {
         Builder { metadata, flusher }
     }
@@ -77,7 +76,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
         let (metadata, flusher) = (self.metadata.clone(), self.flusher.clone());
         let built = tokio::task::spawn_blocking(move || {
             match flusher.flush() {
-                // A full disk is no fault: the snapshot is as old as what is durable.
+                // A full disk is no fault: the snapshot has the last durable state.
                 Ok(_) | Err(super::flusher::FlushError::NoSpace(_)) => {}
                 Err(fatal) => return Err(fatal.into()),
             }
@@ -87,7 +86,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
     }
 }
 
-/// Sees to it that one snapshot is sent at a time, and that the log stays while one is.
+/// Limits the sending of snapshots to one at a time, and keeps the log while one is sent.
 #[derive(Clone)]
 pub struct SnapshotTraffic {
     gate: Arc<Semaphore>,
@@ -95,7 +94,7 @@ pub struct SnapshotTraffic {
 }
 
 impl SnapshotTraffic {
-    /// While a snapshot is sent the log may grow to `hold_log_bytes_max`.
+    /// While a snapshot is sent, the log may grow to `hold_log_bytes_max`.
     pub fn new(hold_log_bytes_max: u64) -> SnapshotTraffic {
         SnapshotTraffic {
             gate: Arc::new(Semaphore::new(1)),
@@ -103,12 +102,12 @@ impl SnapshotTraffic {
         }
     }
 
-    /// Waits for its turn to send.
+    /// Waits for the permission to send.
     pub async fn turn(&self) -> SemaphorePermit<'_> {
         self.gate.acquire().await.expect("the gate is never closed")
     }
 
-    /// Whether a new snapshot, behind which the log could be purged, has to wait.
+    /// Whether a new snapshot, behind which the log could be purged, must wait.
     pub fn must_wait(&self, log_bytes: u64) -> bool {
         self.gate.available_permits() == 0 && log_bytes < self.hold_log_bytes_max
     }
@@ -123,7 +122,7 @@ fn put_row(out: &mut BytesMut, row: &Row) {
     out.put_slice(&row.value);
 }
 
-/// The rows of a piece; `None` if it is not one.
+/// Decodes the rows of a piece; `None` if it is malformed.
 fn take_rows(mut piece: Bytes) -> Option<Vec<Row>> {
     let mut rows = Vec::new();
     while !piece.is_empty() {
@@ -147,15 +146,15 @@ fn piece(piece: wire::snapshot_piece::Piece) -> wire::SnapshotPiece {
     wire::SnapshotPiece { piece: Some(piece) }
 }
 
-/// A snapshot being sent.
+/// A snapshot that is being sent.
 pub struct Sending {
-    /// How many pieces the network has taken.
+    /// Number of pieces that the network has taken.
     pub sent: Arc<AtomicU64>,
-    /// Ends when all has been read; says whether reading went well.
+    /// Task that reads the rows; its result tells whether reading succeeded.
     pub reading: tokio::task::JoinHandle<Result<(), StorageFault>>,
 }
 
-/// The pieces of `snapshot`, after `header`.
+/// Returns the pieces of `snapshot`, after `header`.
 pub fn pieces(
     header: wire::RaftMessage,
     snapshot: Arc<Snapshot>,
@@ -166,7 +165,7 @@ pub fn pieces(
         let mut rows = 0;
         let mut crc = 0;
         let mut buffer = BytesMut::with_capacity(PIECE_BYTES);
-        // A send fails when the stream is gone: then nobody wants the rest.
+        // A send fails when the receiver is gone: then the rest is not needed.
         if sender.blocking_send(piece(Piece::Header(header))).is_err() {
             return Ok(());
         }
@@ -195,20 +194,20 @@ pub fn pieces(
     (Sending { sent, reading }, stream)
 }
 
-/// Why what came is not a snapshot that can be installed.
+/// Why the received data is not a snapshot that can be installed.
 #[derive(Debug, thiserror::Error)]
 pub enum ReceiveError {
-    /// The sender ended it, or fell silent.
+    /// The sender ended the stream, or fell silent.
     #[error("the snapshot was cut short: {0}")]
     CutShort(String),
-    /// It is not as it was sent.
+    /// The data is not what was sent.
     #[error("the snapshot is malformed: {0}")]
     Malformed(&'static str),
-    /// It could not be kept.
-    #[error("cannot keep the snapshot: {0}")]
+    /// The snapshot could not be stored.
+    #[error("cannot store the snapshot: {0}")]
     Storage(#[from] StorageFault),
-    /// Keeping it panicked.
-    #[error("keeping the snapshot failed: {0}")]
+    /// The task that stores it panicked.
+    #[error("storing the snapshot failed: {0}")]
     Panicked(#[from] tokio::task::JoinError),
 }
 
@@ -225,7 +224,7 @@ where
     }
 }
 
-/// The header of a snapshot that comes in.
+/// Receives the header of a snapshot.
 pub async fn receive_header<S>(incoming: &mut S) -> Result<wire::RaftMessage, ReceiveError>
 where
     S: Stream<Item = Result<wire::SnapshotPiece, tonic::Status>> + Unpin,
@@ -236,7 +235,7 @@ where
     }
 }
 
-/// Receives what follows the header; it is on disk when this returns.
+/// Receives the pieces after the header. The snapshot is on disk when this returns.
 pub async fn receive_rows<S>(incoming: &mut S, metadata: Arc<MetadataStore>) -> Result<Received, ReceiveError>
 where
     S: Stream<Item = Result<wire::SnapshotPiece, tonic::Status>> + Unpin,
@@ -261,7 +260,11 @@ where
             Piece::End(end) if end.rows == row_count && end.crc == crc => {
                 return Ok(tokio::task::spawn_blocking(move || installation.finish()).await??);
             }
-            Piece::End(_) => return Err(ReceiveError::Malformed("it is not what was sent")),
+            Piece::End(_) => {
+                return Err(ReceiveError::Malformed(
+                    "the number of rows or the checksum differs",
+                ));
+            }
         }
     }
 }

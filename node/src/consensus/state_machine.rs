@@ -1,11 +1,10 @@
-//! openraft's state machine: the metadata, and the content that commands bring.
+//! openraft's state machine: the metadata, and the content inside commands.
 //!
-//! Entries are applied in batches: one [`Batch`](quorumfs_metadata::Batch), published at once, and only then
-//! are those told who proposed them. Content that rode inside goes to the content store before its entry can
-//! be seen.
+//! Entries are applied in batches: one [`Batch`](quorumfs_metadata::Batch) is published at once, and only then are the
+//! proposers answered. Content inside an entry goes to the content store before the entry becomes visible.
 //!
-//! Applying is synchronous and may wait for the disk (the overlay is full): it runs where it does not hold
-//! the runtime up.
+//! Applying is synchronous and may wait for the disk (when the overlay is full), so it runs where it does not block the
+//! runtime.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -34,44 +33,44 @@ use quorumfs_metadata::{ApplyResult, LogBody, LogCommand, MetadataStore, Positio
 const BATCH_ENTRIES_MAX: usize = 1024;
 /// Most bytes of content in the entries published at once.
 const BATCH_CONTENT_BYTES_MAX: usize = 8 << 20;
-/// Up to so many entries are applied without making way for other tasks …
+/// Up to this many entries are applied without yielding to other tasks …
 const QUICK_ENTRIES_MAX: usize = 16;
-/// … if they carry no more content than this.
+/// … if they have no more bytes of content than this.
 const QUICK_CONTENT_BYTES_MAX: usize = 128 << 10;
 
-/// What the content store should hear of. Told after it can be seen in the metadata; may be lost when the
-/// node stops or the receiver is slow: who repairs content looks through all of it from time to time anyway.
+/// The work for the content store. Sent after the change is visible in the metadata. Messages may be lost when the node
+/// stops or the receiver is slow: repair compares all content with the metadata from time to time in any case.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AppliedEffects {
-    /// Of entries up to `index`.
+    /// Effects of entries up to `index`.
     Entries {
-        /// The last of them.
+        /// The last entry.
         index: u64,
-        /// Chunks that files name now, those that rode inside too (which are held, unless the disk is full).
+        /// Chunks that files now refer to, including those inside commands (which are held, unless the disk is full).
         named: Vec<ChunkId>,
-        /// Chunks that nobody names any more.
+        /// Chunks that no file refers to any more.
         dead: Vec<ChunkId>,
     },
     /// The whole state was replaced by a snapshot.
     Installed {
-        /// Up to which entry it goes.
+        /// The last entry in the snapshot.
         index: u64,
     },
 }
 
-/// Where applying leaves what others look after.
+/// The outputs of applying for other parts of the node.
 pub struct Outlets {
-    /// For who looks after content.
+    /// Work for recovery and sweep.
     pub effects: mpsc::Sender<AppliedEffects>,
-    /// The state at the last entry that asked for a comparison, for who takes it.
+    /// The state at the last entry that asked for a comparison, until it is taken.
     pub audited: Arc<Mutex<Option<View>>>,
-    /// Whether the node takes part already: see [`StateMachine::held_up`].
+    /// Whether the node already takes part: see [`StateMachine::held_up`].
     pub takes_part: Arc<AtomicBool>,
-    /// Whether nothing is applied, for there is no state to apply it to.
+    /// Whether nothing is applied, because there is no state to apply it to.
     pub log_only: bool,
 }
 
-/// See the module.
+/// The state machine; see the module documentation.
 pub struct StateMachine {
     metadata: Arc<MetadataStore>,
     flusher: Arc<Flusher>,
@@ -86,13 +85,13 @@ pub struct StateMachine {
 /// How long work may take.
 #[derive(Clone, Copy)]
 enum Wait {
-    /// Some pages that mostly are in memory.
+    /// It reads pages that are mostly in memory.
     InPlace,
-    /// Long enough that other tasks must go on meanwhile.
+    /// Long enough that other tasks must continue meanwhile.
     Blocking,
 }
 
-/// What an applied batch leaves to be done.
+/// The work left after applying a batch.
 #[derive(Default)]
 struct Consequences {
     named: Vec<ChunkId>,
@@ -101,7 +100,7 @@ struct Consequences {
 }
 
 impl StateMachine {
-    /// Over `metadata` as it was left.
+    /// Makes a state machine of `metadata` as the last process left it.
     pub fn new(
         metadata: Arc<MetadataStore>,
         flusher: Arc<Flusher>,
@@ -127,7 +126,8 @@ impl StateMachine {
         })
     }
 
-    /// On a full disk what the log has first: the rest may wait for a purge behind it.
+    /// Applies some entries; on a full disk only those that the log has on disk, since the rest may wait for a purge
+    /// behind them.
     fn apply_some(&mut self, mut entries: Vec<EntryResponder<TypeConfig>>) -> Result<(), FatalError> {
         if self.log.is_pressed() {
             let flushed = entries.partition_point(|(entry, _)| self.log.is_flushed(entry.log_id.index));
@@ -148,7 +148,7 @@ impl StateMachine {
         let mut consequences = Consequences::default();
         let mut batch = self.metadata.begin();
         let mut last = None;
-        // An audit ends its batch, so what is published then is the state at that very entry.
+        // An audit ends its batch, so the published state is the state at that entry.
         let is_audit = entries.last().is_some_and(|(entry, _)| asks_for_audit(entry));
         for (entry, responder) in entries {
             let log_id = entry.log_id;
@@ -166,7 +166,7 @@ impl StateMachine {
                     for chunk in applied.effects.inline {
                         consequences.named.push(chunk.id);
                         let chunk = Chunk::with_sha256(chunk.id, chunk.sha256, chunk.payload)
-                            .map_err(|bad| self.fatal.raise("take content out of a command", bad))?;
+                            .map_err(|bad| self.fatal.raise("read the content of a command", bad))?;
                         self.flusher.store(log_id.index, &chunk)?;
                     }
                     consequences.named.extend(applied.effects.named);
@@ -188,7 +188,7 @@ impl StateMachine {
                 let view = self
                     .metadata
                     .view()
-                    .map_err(|fault| self.fatal.raise("look at the state", fault))?;
+                    .map_err(|fault| self.fatal.raise("read the state", fault))?;
                 *self.outlets.audited.lock() = Some(view);
             }
             self.follow_up(last.index, consequences);
@@ -219,8 +219,8 @@ impl StateMachine {
         through.store(index, Ordering::Release);
     }
 
-    /// Does `work` where it may wait for a disk. A panic in it would end openraft's task for the state
-    /// machine and nothing else; a node that does not apply any more must stop.
+    /// Runs `work` in a way suited to `wait`. A panic in it would only end openraft's task for the state machine; a
+    /// node that does not apply any more must stop.
     fn or_stop(
         &mut self,
         wait: Wait,
@@ -233,14 +233,14 @@ impl StateMachine {
             Wait::InPlace => work(),
             Wait::Blocking => blocking(work),
         };
-        worked.unwrap_or_else(|_| Err(fatal.raise(doing, "it panicked")))
+        worked.unwrap_or_else(|_| Err(fatal.raise(doing, "a panic")))
     }
 
-    /// What becomes of a step that failed. Where only the state is lost, the node goes on to vote and to keep the log
-    /// until it is let go, so that others that fail at the same time can be healed: then applying waits, and openraft
-    /// does not hear of it. Whoever runs the node does ([`FatalSignal`]), and sees to it that the node does not lead.
+    /// Handles a failed step. If only the state is lost, the node continues to vote and to keep the log until it may
+    /// leave, so that other nodes that fail at the same time can be healed: applying waits, and openraft is not told.
+    /// The code that runs the node is told ([`FatalSignal`]), and makes sure that the node does not lead.
     async fn held_up<T>(&self, error: FatalError) -> io::Result<T> {
-        // What failed first says what is lost; what fails after it may only say that something failed before.
+        // The first failure shows what is lost; later ones may be its consequences.
         let error = self.fatal.raised().unwrap_or(error);
         if error.costs_state() && self.outlets.takes_part.load(Ordering::Acquire) {
             return std::future::pending().await;
@@ -262,24 +262,24 @@ impl StateMachine {
                 .map_err(|fault| self.fatal.raise("install a snapshot", fault))?,
         };
         let installed = self.flusher.instead_of_flushing(|| {
-            // What redb has passed is stored, but for what the disk had no room for; the rest of what is stored may not be
-            // on disk.
+            // Content that redb has passed is stored, except for what did not fit on the disk; other stored content may
+            // not be on disk yet.
             let beyond = self.metadata.durable_position().index + 1;
             let unstored = self.flusher.unstored_after(None, 1);
             let first = unstored.first().map_or(beyond, |(oldest, _)| beyond.min(*oldest));
             let rescued = rescue_content(self.flusher.content(), &self.log, &received.view(), first);
-            // Where the snapshot's file is damaged, what it was to replace is not.
+            // If the snapshot's file is damaged, the state that it should replace is not.
             let rescued = rescued.map_err(|error| match error {
                 RescueError::State(failure) => {
                     let damaged = StartAnew(failure.to_string());
                     self.fatal.raise("look up content in a snapshot", damaged)
                 }
-                error => self.fatal.raise("keep the content of the log", error),
+                error => self.fatal.raise("save the content of the log", error),
             });
             match rescued? {
                 Rescued::All => {}
                 Rescued::AllBut(chunks) => {
-                    tracing::warn!(chunks, "content for which there is no room goes with the log");
+                    tracing::warn!(chunks, "content in the log is dropped with it, since the disk has no space; other nodes have it");
                 }
             }
             let installed = self.metadata.install(received);
@@ -289,7 +289,10 @@ impl StateMachine {
         let (log_id, membership) =
             decode_position(&position).map_err(|error| self.fatal.raise("install a snapshot", error))?;
         if log_id != meta.last_log_id {
-            let found = format!("it was announced as {:?} and is {log_id:?}", meta.last_log_id);
+            let found = format!(
+                "its position is {log_id:?}, but its header says {:?}",
+                meta.last_log_id
+            );
             return Err(self.fatal.raise("install a snapshot", found));
         }
         self.membership = membership;
@@ -301,7 +304,7 @@ impl StateMachine {
     }
 }
 
-/// A snapshot of this node's own as if it had been received.
+/// Copies a snapshot of this node as if it had been received.
 fn copy_of(
     metadata: &MetadataStore,
     snapshot: &Snapshot,
@@ -313,7 +316,7 @@ fn copy_of(
     installation.finish()
 }
 
-/// Does `work`, which may wait for a disk, without holding up other tasks.
+/// Runs `work`, which may wait for a disk, without blocking other tasks.
 fn blocking<T>(work: impl FnOnce() -> T) -> T {
     use tokio::runtime::{Handle, RuntimeFlavor};
     match Handle::try_current().map(|handle| handle.runtime_flavor()) {
@@ -381,7 +384,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             if batch.is_empty() {
                 continue;
             }
-            // To hand the runtime's thread on costs more than a few commands do.
+            // Moving the runtime to another thread costs more than a few commands do.
             let slow = batch.len() > QUICK_ENTRIES_MAX || bytes > QUICK_CONTENT_BYTES_MAX;
             let wait = if slow || !self.flusher.has_room() {
                 Wait::Blocking
@@ -396,8 +399,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<Builder> {
-        // Behind a new snapshot the log is purged, and a follower that is being sent the old one would need
-        // another: so not now, unless the log has grown too long for that.
+        // Behind a new snapshot the log is purged, and a follower that is being sent the old snapshot would need
+        // another. So it is not built now, unless the log has grown too long.
         if self.outlets.log_only || !force && self.traffic.must_wait(self.log.weight_bytes()) {
             return None;
         }

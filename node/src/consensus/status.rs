@@ -1,4 +1,4 @@
-//! What a node says about its part in the consensus.
+//! A node's report on its part in the consensus.
 
 use openraft::ServerState;
 use quorumfs_proto::{Member, NodeId};
@@ -7,65 +7,65 @@ use serde::Serialize;
 use super::Consensus;
 use super::log::LogStatus;
 
-/// What a node says that is about to set its state aside.
+/// The trouble of a node that is about to set its state aside.
 pub(super) const STOOD_DOWN: &str =
     "this node's metadata is damaged or not that of the majority: it is about to be set aside";
 
-/// What a node is in the consensus.
+/// The role of a node in the consensus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// Gets the log, does not vote.
     Learner,
-    /// Votes and follows.
+    /// Votes, and follows a leader.
     Follower,
     /// Stands for election.
     Candidate,
-    /// Leads.
+    /// Leads the cluster.
     Leader,
-    /// Has stopped.
+    /// Takes no part any more.
     Stopped,
 }
 
-/// For `/status`.
+/// The consensus part of `/status`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ConsensusStatus {
-    /// This node.
+    /// This node's id.
     pub id: NodeId,
-    /// What it is.
+    /// Role of this node.
     pub role: Role,
-    /// Its term.
+    /// Present term of this node.
     pub term: u64,
-    /// Who leads.
+    /// The leader, if known.
     pub leader: Option<Member>,
     /// Index of the last entry in its log.
     pub last_log: Option<u64>,
     /// Index up to which it knows entries to be committed.
     pub committed: Option<u64>,
-    /// Index up to which it has applied them.
+    /// Index up to which it has applied entries.
     pub applied: Option<u64>,
     /// Index up to which they are on disk in the metadata.
     pub durable: u64,
-    /// Index that the last snapshot goes up to.
+    /// Last index in its last snapshot.
     pub snapshot: Option<u64>,
     /// Index up to which the log was purged.
     pub purged: Option<u64>,
-    /// The log.
+    /// Status of the log.
     pub log: LogStatus,
     /// Bytes applied and not yet on disk.
     pub overlay_bytes: u64,
-    /// Messages to the content store that were passed over because it was slow.
+    /// Messages to the content store that were dropped because it was slow.
     pub effects_dropped: u64,
     /// Rounds of the read barrier since the start; many readers share one.
     pub barrier_rounds: u64,
     /// Whether commands can be decided, as far as this node can tell.
     pub writable: bool,
-    /// Why not.
+    /// The reason if they cannot.
     pub reason: Option<String>,
 }
 
 impl Consensus {
-    /// Where this node stands.
+    /// Returns this node's status.
     pub fn status(&self) -> ConsensusStatus {
         let metrics = self.metrics();
         let reason = self.unwritable_reason();
@@ -97,7 +97,7 @@ impl Consensus {
         }
     }
 
-    /// Why this node's state cannot be relied on, if it cannot: it must not lead.
+    /// Returns why this node's state is unreliable, so that it must not lead; `None` if it is reliable.
     pub fn trouble(&self) -> Option<String> {
         if let Some(fatal) = self.0.fatal.raised() {
             return Some(format!("this node must stop: {fatal}"));
@@ -115,7 +115,7 @@ impl Consensus {
             return Some("this node belongs to no cluster yet".to_string());
         }
         if metrics.membership_config.get_node(&self.0.id).is_none() {
-            return Some("this node was taken out of its cluster".to_string());
+            return Some("this node was removed from its cluster".to_string());
         }
         if let Err(reason) = self.recovered() {
             return Some(reason);
@@ -137,6 +137,7 @@ impl Consensus {
         if self.0.log.status().disk_full || self.0.flusher.disk_full() {
             return Some("the disk is full".to_string());
         }
-        (!self.has_room()).then(|| "the disk is nearly full: only what frees space is taken".to_string())
+        (!self.has_room())
+            .then(|| "the disk is nearly full: only commands that free space are admitted".to_string())
     }
 }

@@ -1,7 +1,7 @@
 //! The types with which openraft is instantiated.
 //!
-//! Standard Raft leaders (one for each term): a term names one leadership, which is what
-//! [`super::Consensus::term`] promises to those who ask.
+//! Leaders as in standard Raft (one for each term): a term identifies one leadership, as [`super::Consensus::term`]
+//! promises.
 
 // `declare_raft_types!` names the runtime by a path that this release of openraft deprecates.
 #![allow(deprecated)]
@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use quorumfs_metadata::{ApplyResult, LogCommand};
 
-/// [`NodeId`] as openraft sees it. A type of its own because openraft's storage suite makes ids from numbers,
-/// which nothing but a test may.
+/// [`NodeId`] for openraft. It is a separate type because openraft's storage suite makes ids from numbers, which only
+/// tests may do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct VoterId(pub NodeId);
 
@@ -35,7 +35,7 @@ impl From<u64> for VoterId {
 }
 
 openraft::declare_raft_types!(
-    /// What openraft is made of here.
+    /// The type configuration of openraft.
     pub TypeConfig:
         D = LogCommand,
         R = ApplyResult,
@@ -46,18 +46,18 @@ openraft::declare_raft_types!(
 
 /// Term and index of a log entry.
 pub type LogId = openraft::alias::LogIdOf<TypeConfig>;
-/// What a log entry says of the leader that made it: its term.
+/// The leader that made a log entry, identified by its term.
 pub type CommittedLeader = openraft::alias::CommittedLeaderIdOf<TypeConfig>;
-/// Whom a node follows, and since which term.
+/// The leader that a node follows, and the term.
 pub type Vote = openraft::alias::VoteOf<TypeConfig>;
 /// A log entry.
 pub type Entry = openraft::alias::EntryOf<TypeConfig>;
-/// The members, and the entry that made them so.
+/// The members, and the entry that set them.
 pub type StoredMembership = openraft::alias::StoredMembershipOf<TypeConfig>;
-/// What a snapshot covers.
+/// The entries that a snapshot covers.
 pub type SnapshotMeta = openraft::alias::SnapshotMetaOf<TypeConfig>;
 
-/// A member, put together from the two halves that openraft keeps.
+/// Makes a member from the two parts that openraft stores.
 pub fn member(id: VoterId, addresses: &Addresses) -> Member {
     Member {
         id: id.0,

@@ -1,14 +1,14 @@
-//! The books of content that came inside commands and found the disk full: the log alone has it here. Pure.
+//! The record of content that came inside commands and did not fit on the disk: on this node only the log has it. Pure.
 //!
-//! Invariant: the log is not purged beyond the oldest entry in the books (see [`flusher`](super::flusher)), so they
-//! have at most a line for each chunk in the log, which has more than that in memory for each of its entries.
+//! Invariant: the log is not purged beyond the oldest recorded entry (see [`flusher`](super::flusher)). So there is at
+//! most one record for each chunk in the log, and the log uses more memory than that for each of its entries.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Bound;
 
 use quorumfs_proto::ChunkId;
 
-/// See the module.
+/// The recorded chunks by entry; see the module documentation.
 #[derive(Debug, Default)]
 pub struct Unstored {
     in_order: BTreeSet<(u64, ChunkId)>,
@@ -16,7 +16,7 @@ pub struct Unstored {
 }
 
 impl Unstored {
-    /// Entry `index` of the log has `id`.
+    /// Records that entry `index` of the log has `id`.
     pub fn add(&mut self, index: u64, id: ChunkId) {
         if let Some(before) = self.entries.insert(id, index) {
             self.in_order.remove(&(before, id));
@@ -24,7 +24,7 @@ impl Unstored {
         self.in_order.insert((index, id));
     }
 
-    /// These need not be kept by the log: they are stored, dead, or others have them.
+    /// Removes chunks that the log need not keep: they are stored or dead, or other nodes have them.
     pub fn settle(&mut self, ids: &[ChunkId]) {
         for id in ids {
             if let Some(index) = self.entries.remove(id) {
@@ -33,24 +33,25 @@ impl Unstored {
         }
     }
 
-    /// All of it.
+    /// Removes all chunks.
     pub fn clear(&mut self) {
         *self = Unstored::default();
     }
 
-    /// How many chunks.
+    /// Returns the number of chunks.
     pub fn count(&self) -> usize {
         self.entries.len()
     }
 
-    /// Up to `max` of them after `after`, with their entries, in the order of the log.
+    /// Returns up to `max` chunks after `after`, with their entries, in the order of the log.
     pub fn after(&self, after: Option<(u64, ChunkId)>, max: usize) -> Vec<(u64, ChunkId)> {
         let from = after.map_or(Bound::Unbounded, Bound::Excluded);
         let range = self.in_order.range((from, Bound::Unbounded));
         range.take(max).copied().collect()
     }
 
-    /// The last entry up to which the log may be purged, if it may be up to `upto` otherwise; `None`: not at all.
+    /// Returns the last entry up to which the log may be purged, given that it may be purged up to `upto` otherwise;
+    /// `None` if it may not be purged.
     pub fn purge_limit(&self, upto: u64) -> Option<u64> {
         match self.in_order.first() {
             Some((oldest, _)) => oldest.checked_sub(1).map(|before| before.min(upto)),

@@ -1,7 +1,7 @@
-//! Who votes, and the one question about it: whether some nodes are a quorum.
+//! The voters, and the question whether some nodes are a quorum.
 //!
-//! While the voters change there are two configurations, and a quorum is a majority of each (joint consensus, Raft
-//! dissertation section 4.3).
+//! During a change of the voters there are two configurations, and a quorum is a majority of each (joint consensus,
+//! Raft dissertation section 4.3).
 
 use std::collections::BTreeSet;
 
@@ -20,12 +20,12 @@ impl VoterSets {
         membership.get_joint_config().iter().map(voters).collect()
     }
 
-    /// Whether `counts` is true of a majority of each configuration.
+    /// Whether `counts` is true for a majority of each configuration.
     pub fn is_quorum(&self, counts: impl Fn(&NodeId) -> bool) -> bool {
         self.lacking(counts).is_none()
     }
 
-    /// The first configuration of which `counts` is true of no majority.
+    /// Returns the first configuration without a majority for which `counts` is true.
     pub fn lacking(&self, counts: impl Fn(&NodeId) -> bool) -> Option<&BTreeSet<NodeId>> {
         self.0
             .iter()
@@ -37,12 +37,12 @@ impl VoterSets {
         self.0.iter().any(|voters| voters.contains(node))
     }
 
-    /// The voters of the configurations, one after another: of two, most come twice.
+    /// Returns the voters of all configurations; with two configurations, most come twice.
     pub fn iter(&self) -> impl Iterator<Item = &NodeId> {
         self.0.iter().flatten()
     }
 
-    /// The voters of the newest configuration.
+    /// Returns the voters of the newest configuration.
     pub fn newest(mut self) -> BTreeSet<NodeId> {
         self.0.pop().unwrap_or_default()
     }
@@ -58,7 +58,7 @@ impl FromIterator<BTreeSet<NodeId>> for VoterSets {
 pub(crate) mod tests {
     use super::*;
 
-    /// The node of this slot.
+    /// Returns a node with this slot.
     pub(crate) fn node(slot: u16) -> NodeId {
         NodeId {
             slot,
@@ -66,7 +66,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// The nodes of these slots.
+    /// Returns nodes with these slots.
     pub(crate) fn nodes(slots: &[u16]) -> BTreeSet<NodeId> {
         slots.iter().map(|slot| node(*slot)).collect()
     }

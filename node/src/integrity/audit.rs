@@ -1,17 +1,18 @@
-//! Audits: all nodes compare their metadata, and one that differs from a majority makes its own anew.
+//! Audits: all nodes compare their metadata, and a node that differs from a majority rebuilds its own.
 //!
-//! Applying the same log must give the same state everywhere; a fault of memory, of a disk behind its checksums, or of a
-//! program would make a node answer wrong for ever. From time to time the leader logs an entry at which every node keeps a
-//! view; each digests it at its leisure, asks the other voters for their digests, and knows by itself where it stands.
+//! Applying the same log must give the same state on every node. An error of memory, of a disk beneath its checksums,
+//! or of a program would make a node answer wrong for ever. From time to time the leader logs an entry at which every
+//! node keeps a view. Each node computes the digest of that view in the background, asks the other voters for theirs,
+//! and decides for itself whether it agrees with the majority.
 //!
 //! A node that a majority contradicts sets log and metadata aside and takes part as a new incarnation, which gets its
-//! state from the others by a snapshot and keeps its content. If it leads, another leads first. Where no majority agrees
-//! nobody does anything but say so.
+//! state from the others as a snapshot and keeps its content. If it leads, another node takes over first. If no
+//! majority agrees, the nodes only report it.
 //!
-//! When: at an interval, and soon after what may have brought a node with other metadata to where it is believed: a start,
-//! a new leader, rows that contradict each other. [`schedule`] decides.
+//! Audits happen at an interval, and soon after events that may have given a node with other metadata influence: a
+//! start, a new leader, rows that contradict each other. [`schedule`] decides.
 //!
-//! Knows nothing of how a node is made anew.
+//! This module does not know how a node is rebuilt.
 
 mod schedule;
 
@@ -36,51 +37,51 @@ use crate::transport::{Purpose, Transport};
 use crate::wall_clock::unix_ms;
 use quorumfs_metadata::{LogBody, LogCommand, MetadataStore, StorageFault, View};
 
-/// How often it is looked whether there is something to digest.
+/// Interval at which the auditor looks for a view to digest.
 const LOOK_INTERVAL_MS: u64 = 200;
-/// Digests that others may still ask for.
+/// Number of digests kept for questions of other nodes.
 const DIGESTS_KEPT: usize = 4;
-/// How often the others are asked, as long as they have not answered.
+/// Interval at which the other voters are asked until they answer.
 const ASK_INTERVAL_MS: u64 = 500;
-/// How long they are asked: they may be slower, or away.
+/// Longest time for which they are asked: they may be slower, or away.
 const ASK_MS_MAX: u64 = 600_000;
-/// How long one may take to answer: from memory.
+/// Most time for an answer, which comes from memory.
 const ANSWER_TIMEOUT_MS: u64 = 2_000;
 /// The feature level at which audits begin.
 const FEATURE_LEVEL_MIN: u32 = 2;
 
-/// How an audit ended for this node.
+/// The result of an audit for this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum AuditOutcome {
     /// A majority of the voters has the same metadata.
     Agreed,
-    /// A majority has other metadata, all alike: this node makes its own anew.
+    /// A majority has the same, but other metadata: this node rebuilds its own.
     Contradicted,
-    /// No majority has the same: too few answered, or the nodes differ among themselves.
+    /// No majority has the same metadata: too few answered, or the nodes differ among themselves.
     Undecided,
 }
 
-/// One audit, as this node saw it.
+/// An audit as seen by this node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct AuditReport {
-    /// The log entry at which all were compared.
+    /// The log entry at which the nodes were compared.
     pub index: u64,
-    /// The SHA-256 of this node's metadata there, in hexadecimal.
+    /// SHA-256 of this node's metadata at that entry, in hexadecimal.
     pub sha256: String,
-    /// How it ended; null while the others are asked.
+    /// The result; null while other voters are being asked.
     pub outcome: Option<AuditOutcome>,
     /// Slots of voters with the same metadata.
     pub same: Vec<u16>,
     /// Slots of voters with other metadata.
     pub different: Vec<u16>,
-    /// When this was, in milliseconds since 1970.
+    /// Time of the audit, in milliseconds since 1970.
     pub unix_ms: u64,
-    /// How long digesting took, in milliseconds.
+    /// Time to compute the digest, in milliseconds.
     pub digest_ms: u64,
 }
 
-/// See the module.
+/// The auditor of a node; see the module documentation.
 pub struct Auditor {
     consensus: Consensus,
     metadata: Arc<MetadataStore>,
@@ -89,18 +90,19 @@ pub struct Auditor {
     interval: Duration,
     digests: Mutex<VecDeque<(u64, Sha256)>>,
     last: Mutex<Option<AuditReport>>,
-    /// Whether an audit is under way here.
+    /// Whether an audit is in progress on this node.
     is_comparing: AtomicBool,
     contradicted: watch::Sender<Option<u64>>,
     note: Arc<NoteContradicted>,
 }
 
-/// Makes it durable that a majority contradicts this node at an entry. Blocks.
+/// Makes it durable that a majority contradicts this node at an entry. Blocking.
 type NoteContradicted = dyn Fn(u64) + Send + Sync;
 
 impl Auditor {
-    /// The leader has everyone compared every `interval`. Nothing is done before [`Auditor::start`]. `note` is told, before
-    /// anybody else, at which entry a majority contradicts this node: when it starts again it must know that.
+    /// Makes an auditor; as leader, it has all nodes compared every `interval`. It does nothing before
+    /// [`Auditor::start`]. `note` is called before anything else with the entry at which a majority contradicts this
+    /// node: after a restart the node must know that.
     pub fn new(
         consensus: Consensus,
         metadata: Arc<MetadataStore>,
@@ -123,7 +125,7 @@ impl Auditor {
         })
     }
 
-    /// The digest of this node's metadata at entry `index`, if it is known.
+    /// Returns the digest of this node's metadata at entry `index`, if it is known.
     pub fn digest_at(&self, index: u64) -> Option<Sha256> {
         let digests = self.digests.lock();
         digests
@@ -132,12 +134,15 @@ impl Auditor {
             .map(|(_, digest)| *digest)
     }
 
-    /// The last audit.
+    /// Returns the last audit.
     pub fn report(&self) -> Option<AuditReport> {
         self.last.lock().clone()
     }
 
-    /// Has all nodes compared now; for the leader.
+    /// Has all nodes compared now. For the leader.
+    ///
+    /// # Errors
+    /// [`ProposeError`] if the entry is not decided, or not all members know audits.
     pub async fn begin(&self) -> Result<(), ProposeError> {
         let unavailable = |reason: String| ProposeError::Unavailable { reason };
         let view = self.metadata.view();
@@ -156,18 +161,18 @@ impl Auditor {
         self.consensus.propose(command).await.map(drop)
     }
 
-    /// Ends once a majority has contradicted this node; says at which entry.
+    /// Resolves with the entry when a majority has contradicted this node.
     pub async fn contradicted(&self) -> u64 {
         let mut heard = self.contradicted.subscribe();
         let found = heard.wait_for(Option::is_some).await.map(|index| *index);
         match found {
             Ok(Some(index)) => index,
-            // The sender lives as long as this does.
+            // Cannot happen: the sender lives as long as `self`.
             Ok(None) | Err(_) => std::future::pending().await,
         }
     }
 
-    /// Begins audits where this node leads, and takes part in all, for ever.
+    /// Starts the tasks that begin audits while this node leads, and take part in all audits.
     pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
         tasks.supervise("audit-comparing", self.clone(), Self::run_comparing);
         tasks.supervise("audit-schedule", self.clone(), Self::run_schedule);
@@ -178,7 +183,9 @@ impl Auditor {
         loop {
             tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
             if self.consensus.take_suspicion() {
-                warn!("this node's metadata contradicts itself: all nodes are to compare theirs");
+                warn!(
+                    "rows of this node's metadata contradict each other: all nodes will compare their metadata"
+                );
                 schedule.suspect();
             }
             let last = self
@@ -197,12 +204,12 @@ impl Auditor {
                 Some(Step::AskLeader) => self.ask_leader().await,
             };
             if let Err(error) = begun {
-                debug!(%error, "no audit this time");
+                debug!(%error, "cannot begin an audit; it is tried again later");
             }
         }
     }
 
-    /// Has the leader have all nodes compared.
+    /// Asks the leader to have all nodes compared.
     async fn ask_leader(&self) -> Result<(), String> {
         let leader = self.consensus.leader().ok_or("no leader is known")?;
         let peer = self.transport.peer(&leader.addresses, Purpose::Control);
@@ -227,12 +234,12 @@ impl Auditor {
             let digest = match tokio::task::spawn_blocking(move || digest(&view)).await {
                 Ok(Ok(digest)) => digest,
                 Ok(Err(fault)) => {
-                    error!(%fault, "the metadata cannot be compared");
+                    error!(%fault, "cannot compute the digest of the metadata for an audit");
                     self.consensus.unreadable(&fault);
                     continue;
                 }
                 Err(panic) => {
-                    error!(%panic, "the metadata cannot be compared");
+                    error!(%panic, "cannot compute the digest of the metadata for an audit");
                     continue;
                 }
             };
@@ -256,7 +263,7 @@ impl Auditor {
         }
     }
 
-    /// Asks the other voters until it is clear where this node stands.
+    /// Asks the other voters until the result is clear.
     async fn compare(&self, index: u64, own: Sha256) {
         let began = Instant::now();
         let mut answers = BTreeMap::from([(self.consensus.id(), own)]);
@@ -268,11 +275,11 @@ impl Auditor {
             for (member, answer) in open.iter().zip(join_all(asked).await) {
                 answers.extend(answer.map(|digest| (member.id, digest)));
             }
-            // Whoever left counts no more; a learner compares itself and does not count for others.
+            // Nodes that have left do not count; a learner compares itself and does not count for others.
             answers.retain(|node, _| voters.contains(node) || *node == self.consensus.id());
             let outcome = judge(&answers, own, voters.len());
             let all_answered = voters.iter().all(|voter| answers.contains_key(voter));
-            // What the others have yet to say does not make this node's metadata right.
+            // Outstanding answers cannot make this node's metadata right.
             let is_over = all_answered
                 || outcome == AuditOutcome::Contradicted
                 || began.elapsed() >= Duration::from_millis(ASK_MS_MAX);
@@ -289,7 +296,7 @@ impl Auditor {
                 if outcome == AuditOutcome::Contradicted {
                     self.consensus.stand_down();
                     let note = self.note.clone();
-                    // A panic is in the log; the verdict stands all the same.
+                    // A panic has been logged; the result stands in any case.
                     let _ = tokio::task::spawn_blocking(move || note(index)).await;
                     let agreed = majority(&answers, voters.len());
                     self.consensus.step_aside(|node| agreed.contains(&node)).await;
@@ -298,7 +305,7 @@ impl Auditor {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(ASK_INTERVAL_MS)).await;
-            // A newer audit is worth more.
+            // A newer audit replaces this one.
             if self.consensus.has_audited() {
                 return;
             }
@@ -314,29 +321,33 @@ impl Auditor {
     }
 }
 
-/// Says how it ended.
+/// Logs the result.
 fn conclude(index: u64, outcome: AuditOutcome, different: &[u16]) {
     match outcome {
-        AuditOutcome::Agreed if different.is_empty() => debug!(index, "all metadata is alike"),
-        AuditOutcome::Agreed => warn!(index, ?different, "nodes have other metadata than the majority"),
+        AuditOutcome::Agreed if different.is_empty() => debug!(index, "all nodes have the same metadata"),
+        AuditOutcome::Agreed => warn!(
+            index,
+            ?different,
+            "some nodes have other metadata than the majority; they rebuild theirs"
+        ),
         AuditOutcome::Undecided => {
             warn!(
                 index,
                 ?different,
-                "it is not known whether all metadata is alike: no majority agrees"
+                "the audit is undecided: no majority of the voters has the same metadata"
             );
         }
         AuditOutcome::Contradicted => {
             error!(
                 index,
                 ?different,
-                "this node's metadata differs from that of a majority: it is set aside and made anew"
+                "this node's metadata differs from that of a majority: it will be set aside and rebuilt from the other nodes"
             );
         }
     }
 }
 
-/// Those with the digest that more than half of `voters` have, if any.
+/// Returns the nodes with the digest that more than half of `voters` have, if any.
 fn majority(answers: &BTreeMap<NodeId, Sha256>, voters: usize) -> BTreeSet<NodeId> {
     let alike = |digest: Sha256| -> BTreeSet<NodeId> {
         let same = answers.iter().filter(|(_, other)| **other == digest);
@@ -346,7 +357,7 @@ fn majority(answers: &BTreeMap<NodeId, Sha256>, voters: usize) -> BTreeSet<NodeI
     sets.find(|set| set.len() > voters / 2).unwrap_or_default()
 }
 
-/// Where a node whose digest is `own` stands among `voters` voters.
+/// Returns the result for a node whose digest is `own`, among `voters` voters.
 fn judge(answers: &BTreeMap<NodeId, Sha256>, own: Sha256, voters: usize) -> AuditOutcome {
     let majority = majority(answers, voters);
     let is_of_it = answers
@@ -359,7 +370,7 @@ fn judge(answers: &BTreeMap<NodeId, Sha256>, own: Sha256, voters: usize) -> Audi
     }
 }
 
-/// Half of the time is left to others.
+/// Computes the digest; half of the time is left to other work.
 fn digest(view: &View) -> Result<Sha256, StorageFault> {
     let mut since = Instant::now();
     view.digest(|| {

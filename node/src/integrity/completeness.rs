@@ -1,5 +1,5 @@
-//! Whether this node holds everything that it would have to among certain voters: asked before a node becomes a voter,
-//! and before one leaves.
+//! Checks whether this node holds everything that it would have to hold among certain voters, before a node becomes a
+//! voter and before one leaves.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -11,43 +11,46 @@ use crate::replication::placement::Layout;
 use quorumfs_content::ContentStore;
 use quorumfs_metadata::{Failure, MetadataStore};
 
-/// With so many missing the node is not whole, and nothing is waited for.
+/// With this many missing chunks the node is incomplete, and there is no waiting.
 pub const LACKING_CHUNKS_MAX: usize = 4096;
-/// How long chunks that are named and not here yet, mostly on their way from the leader, are waited for.
+/// Longest wait for chunks that files refer to and that are not here yet, mostly on their way from the leader.
 const PATIENCE_MS: u64 = 4_000;
-/// How often they are looked for.
+/// Interval at which they are looked for.
 const LOOK_INTERVAL_MS: u64 = 100;
 
-/// What of the content that the metadata names is here.
+/// The chunks of the metadata that are here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completeness {
-    /// The log index of the metadata that was looked at.
+    /// The log index of the metadata that was examined.
     pub through_index: u64,
-    /// Chunks that it names, that live still, and that did not come.
+    /// Number of chunks that files refer to, that are still alive, and that did not arrive.
     pub missing: u64,
 }
 
-/// What completeness is asked of.
+/// A question about completeness.
 #[derive(Clone, Debug)]
 pub struct Asked {
-    /// Who holds what.
+    /// The placement of chunks.
     pub layout: Layout,
-    /// Of whom it is asked.
+    /// The node that is asked.
     pub own: NodeId,
-    /// The log index up to which what is named counts at the least.
+    /// Chunks named up to this log index count at least.
     pub through_index: u64,
 }
 
-/// Asks the books for everything that is named now and that `own` holds by `layout`, and waits a little for what is not
-/// here. Under a steady load there always is something on its way, so "nothing is missing at this moment" would never be
-/// true; this asks whether all that was named at one index has come.
+/// Asks the recovery ledger for everything that files refer to now and that `own` holds by `layout`, and waits a little
+/// for chunks that are not here. Under a steady load some chunk is always on its way, so "nothing is missing at this
+/// moment" would never be true; the question is whether all chunks named up to one index have arrived.
 ///
-/// `books` answers as [`crate::replication::recovery::Recovery::lacking`] does, with at most [`LACKING_CHUNKS_MAX`] chunks. As long as
-/// they cannot say, the node is not known to be whole.
+/// `lacking` answers like [`crate::replication::recovery::Recovery::lacking`], with at most [`LACKING_CHUNKS_MAX`]
+/// chunks. While it has no answer, the node is not known to be complete.
+///
+/// # Errors
+/// A fault of the metadata.
 pub async fn completeness(
     metadata: Arc<MetadataStore>,
     content: Arc<ContentStore>,
-    books: impl Fn(&Layout, u64) -> Option<BTreeSet<ChunkId>>,
+    lacking: impl Fn(&Layout, u64) -> Option<BTreeSet<ChunkId>>,
     asked: Asked,
 ) -> Result<Completeness, Failure> {
     let Asked {
@@ -56,7 +59,7 @@ pub async fn completeness(
         through_index,
     } = asked;
     if !layout.voters().contains(&own) {
-        // Who should hold nothing lacks nothing, which is not what was asked.
+        // A node that should hold nothing lacks nothing, but that is not the question.
         return Ok(Completeness {
             through_index: metadata.position().index,
             missing: 1,
@@ -65,7 +68,7 @@ pub async fn completeness(
     let deadline = Instant::now() + Duration::from_millis(PATIENCE_MS);
     while metadata.position().index < through_index {
         if Instant::now() >= deadline {
-            // It is not known what is missing, but it is not nothing.
+            // The missing chunks are unknown, but there may be some.
             return Ok(Completeness {
                 through_index: metadata.position().index,
                 missing: 1,
@@ -73,10 +76,10 @@ pub async fn completeness(
         }
         tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
     }
-    // What was named by now is to be here; what is named later is another matter.
+    // Chunks named up to now must be here; later ones do not matter.
     let through_index = metadata.position().index;
     let mut missing = loop {
-        match books(&layout, through_index) {
+        match lacking(&layout, through_index) {
             Some(missing) => break missing,
             None if Instant::now() >= deadline => {
                 return Ok(Completeness {
@@ -101,7 +104,7 @@ pub async fn completeness(
     }
     let synced = tokio::task::spawn_blocking(move || content.sync()).await;
     if !matches!(synced, Ok(Ok(()))) {
-        // What is here is not known to be on disk; the node stops for it.
+        // It is unknown whether the chunks here are on disk; the node stops because of that.
         return Ok(Completeness {
             through_index,
             missing: 1,
@@ -133,8 +136,8 @@ mod tests {
                 own,
                 through_index: 0,
             };
-            let books = |_: &Layout, _| Some(BTreeSet::new());
-            let found = completeness(metadata.clone(), content.clone(), books, asked).await;
+            let lacking = |_: &Layout, _| Some(BTreeSet::new());
+            let found = completeness(metadata.clone(), content.clone(), lacking, asked).await;
             found.expect("it is known").missing
         };
         assert_eq!(missing(node(7)).await, 0, "nothing is named");

@@ -1,5 +1,5 @@
-//! Whether what the nodes hold is right and no more than that: copies are verified and repaired, metadata compared, what
-//! nobody names freed.
+//! The integrity of the stored data: copies are verified and repaired, metadata is compared, and chunks that no file
+//! refers to are freed.
 
 pub mod audit;
 pub mod completeness;

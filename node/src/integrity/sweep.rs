@@ -1,18 +1,19 @@
-//! The sweeper: content that no file names is freed, never on a commit's path.
+//! The sweeper: content that no file refers to is freed, never on the path of a commit.
 //!
-//! When an apply takes a chunk's last reference away the chunk is dead for ever, and [`Sweeper::dead`] hears of it. What
-//! nobody tells of, a pass finds: a chunk is dead if the metadata does not name it and its session has ended or has
-//! moved its low-water mark past it, as far as a node knows
-//! that has seen everything acknowledged before it looked (else a session it has not heard of would be a dead one). No clock decides,
-//! so what a slow writer has put and not yet named stays, however slow it is.
+//! When an apply removes a chunk's last reference, the chunk is dead for ever, and [`Sweeper::dead`] is called. Other
+//! dead chunks are found by passes. A chunk is dead if no file refers to it and its session has ended or has moved its
+//! low-water mark past it. This is judged by a node that has seen everything acknowledged before it looked (otherwise a
+//! session it has not heard of would seem dead). No clock decides, so a chunk that a slow writer has put and not yet
+//! named stays, however slow the writer is.
 //!
-//! A pass looks only at what sessions have moved past since the last one ([`marks`]): what a client put and never named.
-//! Everything held is looked over where something may have been missed (the node has just begun, a snapshot came, the
-//! queue of effects or the one here was full, content could not be freed), and once an hour for copies that came when
-//! all that should have freed them was over. Looking is done in pages, with pauses, and never on a runtime thread.
+//! A pass only examines chunks that sessions have moved past since the last one ([`marks`]): chunks that a client put
+//! and never named. All held chunks are examined if something may have been missed (the node has just started, a
+//! snapshot was installed, the queue of effects or the one here was full, content could not be freed), and once an
+//! hour, for copies that arrived after everything that could have freed them. Chunks are examined in pages, with
+//! pauses, and never on a runtime thread.
 //!
-//! Segments of small records of which little lives are rewritten, at a bounded rate: their dead share pages with the
-//! living, so holes alone give little back. What is moved is whatever is held, named or not.
+//! Segments of small records with few live ones are rewritten at a bounded rate: their dead records share pages with
+//! live ones, so holes alone free little. All held records are moved, named or not.
 
 mod marks;
 
@@ -32,51 +33,52 @@ use crate::tasks::Tasks;
 use quorumfs_content::{ContentError, ContentStore, Rewritten};
 use quorumfs_metadata::{Failure, MetadataStore, SessionRecord, View};
 
-/// How long dead chunks are gathered, so that they are punched together.
+/// Time for which dead chunks are collected, so that they are punched together.
 const GATHER_MS: u64 = 1_000;
-/// Dead chunks that wait; beyond it they are left for the pass.
+/// Most dead chunks in the queue; more are left for a pass.
 const QUEUE_CHUNKS_MAX: usize = 1 << 20;
-/// Chunks freed in one go: punching 1 MiB takes half a millisecond, and reads go on in between.
+/// Chunks freed in one step: punching 1 MiB takes half a millisecond, and reads continue in between.
 const BATCH_CHUNKS: usize = 256;
-/// How often it is looked whether segments are sparse.
+/// Interval at which sparse segments are looked for.
 const REWRITE_INTERVAL_MS: u64 = 10_000;
-/// Bytes of records moved in one go, in which dead content waits; a segment is moved as a whole.
+/// Bytes of records moved in one step, during which dead content waits; a segment is moved as a whole.
 const REWRITE_SLICE_BYTES: u64 = 8 << 20;
-/// Bytes of records moved per second: a disk that is nearly full of small dead files is back within the hour.
+/// Bytes of records moved per second: a disk that is nearly full of small dead files is usable again within an hour.
 const REWRITE_BYTES_PER_S: u64 = 16 << 20;
-/// Chunks looked over between two barriers.
+/// Chunks examined between two barriers.
 const PAGE_CHUNKS: usize = 4096;
-/// After a page, this many times as long as it took: whatever is held, a quarter of one thread looks it over.
+/// Pause after a page, as a multiple of the time it took: a pass uses at most a quarter of one thread.
 const PAUSE_PER_PAGE: u32 = 3;
-/// How often everything is looked over though nothing is known to have been missed.
+/// Interval at which everything is examined although nothing is known to have been missed.
 const COMPLETE_INTERVAL: Duration = Duration::from_secs(3600);
-/// Dead chunks that are freed once more after the next pass; beyond it a copy that came late waits for a complete pass.
+/// Most dead chunks that are freed again after the next pass; beyond it a copy that arrived late waits for a complete
+/// pass.
 const FREED_REMEMBERED_MAX: usize = 64 << 10;
 
 /// Why content was not deleted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeleteError {
-    /// There is none.
-    #[error("it is not held here")]
+    /// This node has no copy.
+    #[error("the chunk is not held here")]
     NotHeld,
-    /// Files name it.
-    #[error("files name this chunk: its content stays")]
+    /// Files refer to the chunk.
+    #[error("files refer to this chunk, so its content is kept")]
     Referenced,
-    /// Whoever put it lives and may still name it.
-    #[error("no file names this chunk yet, but the client that put it still may")]
+    /// The client that put the chunk is alive and may still name it.
+    #[error("no file refers to this chunk yet, but the client that put it still may")]
     MayBeNamed,
-    /// It cannot be known, or the disk says no.
+    /// It cannot be decided, or the disk failed.
     #[error("{0}")]
     Unavailable(String),
 }
 
-/// See the module.
+/// The sweeper of a node; see the module documentation.
 pub struct Sweeper {
     consensus: Consensus,
     metadata: Arc<MetadataStore>,
     content: Arc<ContentStore>,
     repair: Arc<Repair>,
-    /// How long after start, and then how often, a pass is made.
+    /// Time from the start to the first pass, and between passes.
     interval: Duration,
     queue: Mutex<Vec<ChunkId>>,
     added: Notify,
@@ -85,14 +87,14 @@ pub struct Sweeper {
     missed: AtomicU64,
 }
 
-/// Dead chunks that were freed: what was on its way here when they died may have come since.
+/// Dead chunks that were freed; copies on their way here when the chunks died may have arrived since.
 #[derive(Default)]
 struct Freed {
     since_last_pass: Vec<ChunkId>,
     before_it: Vec<ChunkId>,
 }
 
-/// Counts what may leave dead content of which nobody tells.
+/// Counts of events that may leave dead content without a report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Misses {
     effects_dropped: u64,
@@ -100,16 +102,16 @@ struct Misses {
     left_here: u64,
 }
 
-/// How far the passes are.
+/// The progress of the passes.
 #[derive(Default)]
 struct Passes {
     progress: Progress,
-    /// When the last complete one began, and what had been missed by then.
+    /// Start of the last complete pass, and the counts of misses at that time.
     complete: Option<(Instant, Misses)>,
 }
 
 impl Sweeper {
-    /// Nothing is done before [`Sweeper::start`].
+    /// Makes a sweeper; it does nothing before [`Sweeper::start`].
     pub fn new(
         consensus: Consensus,
         metadata: Arc<MetadataStore>,
@@ -130,7 +132,7 @@ impl Sweeper {
         })
     }
 
-    /// These chunks lost their last reference.
+    /// Called when these chunks lost their last reference.
     pub fn dead(&self, ids: &[ChunkId]) {
         let mut queue = self.queue.lock();
         let room = QUEUE_CHUNKS_MAX - queue.len();
@@ -141,14 +143,14 @@ impl Sweeper {
         self.added.notify_one();
     }
 
-    /// Frees what is dead, for ever.
+    /// Starts the tasks that free dead content.
     pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
         tasks.supervise("sweep-passes", self.clone(), Self::run_passes);
         tasks.supervise("sweep-rewriting", self.clone(), Self::run_rewriting);
         tasks.supervise("sweep-discards", self.clone(), Self::run_discards);
     }
 
-    /// Discards what applied commands left dead.
+    /// Discards the chunks that applied commands left dead.
     async fn run_discards(self: Arc<Self>) {
         loop {
             self.added.notified().await;
@@ -163,10 +165,13 @@ impl Sweeper {
         }
     }
 
-    /// Drops this node's copy of a chunk, if it is dead; answers how many bytes of disk came back.
+    /// Discards this node's copy of a chunk if the chunk is dead; returns the bytes of disk that were freed.
+    ///
+    /// # Errors
+    /// [`DeleteError`].
     pub async fn delete(&self, id: ChunkId) -> Result<u64, DeleteError> {
         let unavailable = |reason: String| DeleteError::Unavailable(reason);
-        // Looked at before the barrier: whatever session put it, its opening is in the view that judges it.
+        // Checked before the barrier: the opening of the session that put the chunk is then in the view that judges it.
         if !self.content.contains(id) {
             return Err(DeleteError::NotHeld);
         }
@@ -195,11 +200,11 @@ impl Sweeper {
             let (content, batch) = (self.content.clone(), batch.to_vec());
             match tokio::task::spawn_blocking(move || content.discard(&batch)).await {
                 Ok(Ok(bytes)) => {
-                    debug!(bytes, "dead content freed");
+                    debug!(bytes, "dead content was freed");
                     continue;
                 }
-                Ok(Err(error)) => warn!(%error, "dead content could not be freed; the next pass tries again"),
-                Err(panic) => warn!(%panic, "dead content could not be freed; the next pass tries again"),
+                Ok(Err(error)) => warn!(%error, "cannot free dead content; the next pass tries again"),
+                Err(panic) => warn!(%panic, "cannot free dead content; the next pass tries again"),
             }
             self.missed.fetch_add(1, Ordering::Relaxed);
         }
@@ -215,14 +220,14 @@ impl Sweeper {
             });
             let moved = match rewritten.await {
                 Ok(Ok(rewritten)) => rewritten,
-                // It needs room for a moment, so a full disk has to be emptied otherwise.
+                // Rewriting needs space for a moment, so a full disk must be emptied in another way.
                 Ok(Err(ContentError::NoSpace)) => Rewritten::default(),
                 Ok(Err(error)) => {
-                    warn!(%error, "sparse content cannot be rewritten");
+                    warn!(%error, "cannot rewrite sparse segments");
                     Rewritten::default()
                 }
                 Err(panic) => {
-                    warn!(%panic, "sparse content cannot be rewritten");
+                    warn!(%panic, "cannot rewrite sparse segments");
                     Rewritten::default()
                 }
             };
@@ -237,7 +242,10 @@ impl Sweeper {
                     freed_bytes,
                     ..
                 } = moved;
-                info!(segments, moved_bytes, freed_bytes, "sparse content was rewritten");
+                info!(
+                    segments,
+                    moved_bytes, freed_bytes, "sparse segments were rewritten"
+                );
             }
             tokio::time::sleep(Duration::from_millis(pause_ms)).await;
         }
@@ -251,17 +259,17 @@ impl Sweeper {
             let freed = match self.pass(&mut passes).await {
                 Ok(freed) => came_late + freed,
                 Err(reason) => {
-                    debug!(reason, "sweeping waits");
+                    debug!(reason, "the sweep cannot run now; the next pass tries again");
                     came_late
                 }
             };
             if freed > 0 {
-                info!(chunks = freed, "chunks that no file names were freed");
+                info!(chunks = freed, "chunks that no file refers to were freed");
             }
         }
     }
 
-    /// Frees copies of dead chunks that came after these had been freed; answers how many there were.
+    /// Frees copies of dead chunks that arrived after these had been freed; returns their number.
     async fn free_what_came_late(&self) -> u64 {
         let mut ids = {
             let mut freed = self.freed.lock();
@@ -273,15 +281,15 @@ impl Sweeper {
             ids.retain(|id| content.contains(*id));
             ids
         });
-        // The next complete pass finds what a panic leaves.
+        // The next complete pass finds chunks that a panic leaves.
         let came_late = held.await.unwrap_or_default();
         let count = came_late.len() as u64;
         self.discard(came_late).await;
         count
     }
 
-    /// Looks over what sessions have moved past or, where something may have been missed, everything held; answers how
-    /// many chunks were freed.
+    /// Examines the chunks that sessions have moved past or, if something may have been missed, everything held;
+    /// returns the number of chunks freed.
     async fn pass(&self, passes: &mut Passes) -> Result<u64, String> {
         let began = Instant::now();
         let (marks, misses) = self.marks_and_misses().await?;
@@ -292,7 +300,7 @@ impl Sweeper {
         if complete {
             freed += self.look_over(Stretch::ALL).await?;
             passes.progress.all_looked(marks);
-            // What is missed meanwhile is counted beyond these.
+            // Misses from now on are counted beyond these.
             passes.complete = Some((began, misses));
         } else {
             for stretch in passes.progress.stretches(&marks) {
@@ -323,12 +331,13 @@ impl Sweeper {
         in_words(looked.await)
     }
 
-    /// Frees what is dead of what is held of `stretch`; answers how many chunks.
+    /// Frees the dead chunks among the held ones in `stretch`; returns their number.
     async fn look_over(&self, stretch: Stretch) -> Result<u64, String> {
         let mut after = stretch.after;
         let mut freed = 0;
         loop {
-            // Listed before the barrier: whatever session put these, its opening is in the view that judges them.
+            // Listed before the barrier: the openings of the sessions that put these chunks are then in the view that
+            // judges them.
             let mut page = self.content.ids_after(after, PAGE_CHUNKS);
             page.retain(|id| stretch.reaches(*id));
             let Some(last) = page.last() else { return Ok(freed) };

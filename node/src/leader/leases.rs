@@ -1,15 +1,15 @@
-//! The lease: as long as one session alone uses the filesystem, it may answer from what it knows.
+//! The lease: while one session alone uses the filesystem, it may answer calls from its own memory.
 //!
-//! There is one lease, over everything. A session gets it with the answers to its calls while no other session calls.
-//! When another does, the holder's lease is not renewed any more, and the other's call waits until it has run out; as
-//! long as two sessions keep calling, nobody holds it. So a change is never made while another's stale view of it can
-//! be read, and nothing needs to be recalled.
+//! There is one lease, for the whole filesystem. A session gets it with the answers to its calls while no other session
+//! calls. When another session calls, the holder's lease is no longer renewed, and the other's call waits until it has
+//! expired; while two sessions keep calling, no session holds it. So a change is never made while a stale view of it
+//! can be read, and no recall is needed.
 //!
 //! Why the clocks are safe: the holder counts from when it *sent* its request, the leader from when the request
-//! arrived, both by clocks that only run forward. A grant goes out only with an answer that a barrier or a commit has
-//! confirmed, so none is given after another leader was elected. A new leader does not know the old one's grant: for one
-//! lease's time it serves only the session that says it holds it (leases exclude each other, so there is one), and lets
-//! all others wait.
+//! arrived, both with monotonic clocks. A grant is only sent with an answer that a barrier or a commit has confirmed,
+//! so none is given after another leader was elected. A new leader does not know the old one's grant: for the lifetime
+//! of a lease it serves only the session that claims it (leases exclude each other, so there is one), and all others
+//! wait.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -18,20 +18,20 @@ use parking_lot::Mutex;
 use quorumfs_proto::SessionId;
 use quorumfs_proto::limits::LEASE_MS;
 
-/// How long the leader holds a grant for valid: the holder's own reckoning ends earlier.
+/// Time for which the leader regards a grant as valid: the holder's own time ends earlier.
 const HELD: Duration = Duration::from_millis(LEASE_MS as u64);
-/// A session that has not called for so long does not share any more.
+/// A session that has not called for this long no longer counts as a user.
 const QUIET: Duration = Duration::from_secs(3);
 
-/// See the module.
+/// The lease and the sessions that call; see the module documentation.
 #[derive(Default)]
 pub struct Leases {
-    state: Mutex<State>,
+    state: Mutex<LeaseState>,
 }
 
 #[derive(Default)]
-struct State {
-    /// The term in which all this was learned, and until when a lease of an earlier one may be held.
+struct LeaseState {
+    /// The term of this state, and the end of a possible lease of an earlier term.
     term: u64,
     earlier_until: Option<Instant>,
     holder: Option<(SessionId, Instant)>,
@@ -44,17 +44,17 @@ struct Caller {
     last_done: Option<Instant>,
 }
 
-/// Whether a call is granted the lease with its answer.
+/// Whether a call's answer grants the lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Grant {
-    /// For [`LEASE_MS`].
+    /// The lease is granted for [`LEASE_MS`].
     Lease,
-    /// Not now.
+    /// The lease is not granted.
     Nothing,
 }
 
 impl Grant {
-    /// As it travels.
+    /// Returns the value on the wire, in milliseconds.
     pub fn lease_ms(self) -> u32 {
         match self {
             Grant::Lease => LEASE_MS,
@@ -63,11 +63,11 @@ impl Grant {
     }
 }
 
-/// A call that is under way. While one is, no other session is granted the lease.
+/// A call in progress. During it no other session is granted the lease.
 pub struct Admission<'a> {
     leases: &'a Leases,
     session: SessionId,
-    /// What its answer carries.
+    /// The grant that the answer carries.
     pub grant: Grant,
 }
 
@@ -82,10 +82,10 @@ impl Drop for Admission<'_> {
 }
 
 impl Leases {
-    /// Waits until no other session may hold the lease; at most for [`LEASE_MS`]. `claims`: the session says that it holds
-    /// it. Only a leader in `term` may ask.
+    /// Waits until no other session may hold the lease, at most for [`LEASE_MS`]. `claims`: the session states that it
+    /// holds the lease. Only the leader of `term` may call this.
     pub async fn admit(&self, session: SessionId, claims: bool, term: u64) -> Admission<'_> {
-        // Counted from now on, so that the holder's lease is not renewed while this waits.
+        // Counted from now on, so that the holder's lease is not renewed during the wait.
         self.state.lock().callers.entry(session).or_default().under_way += 1;
         let mut admission = Admission {
             leases: self,
@@ -105,8 +105,8 @@ impl Leases {
     }
 }
 
-impl State {
-    /// What is granted, or until when to wait.
+impl LeaseState {
+    /// Returns the grant, or the time until which the call must wait.
     fn decide(
         &mut self,
         session: SessionId,
@@ -115,7 +115,7 @@ impl State {
         now: Instant,
     ) -> Result<Grant, Instant> {
         if self.term != term {
-            // In the first term this process leads in, an earlier leader's lease may be held just as well.
+            // Also in the first term in which this process leads: an earlier leader's lease may be held.
             self.term = term;
             self.earlier_until = Some(now + HELD);
             self.holder = None;
@@ -142,7 +142,7 @@ impl State {
         Ok(Grant::Lease)
     }
 
-    /// Whether another session calls, or has lately.
+    /// Whether another session is calling, or has recently called.
     fn shared(&mut self, session: SessionId, now: Instant) -> bool {
         let active = |caller: &Caller| {
             caller.under_way > 0
@@ -162,9 +162,9 @@ mod tests {
     const A: SessionId = SessionId(1);
     const B: SessionId = SessionId(2);
 
-    /// A call from beginning to end.
+    /// Runs a call from start to end.
     fn call(
-        state: &mut State,
+        state: &mut LeaseState,
         session: SessionId,
         claims: bool,
         term: u64,
@@ -178,11 +178,11 @@ mod tests {
         decided
     }
 
-    /// A leader that has led for long enough.
-    fn settled() -> State {
-        State {
+    /// Returns the state of a leader that has led for long enough.
+    fn settled() -> LeaseState {
+        LeaseState {
             term: 1,
-            ..State::default()
+            ..LeaseState::default()
         }
     }
 
@@ -234,7 +234,7 @@ mod tests {
         state.callers.clear();
         assert_eq!(call(&mut state, A, true, 2, start), Ok(Grant::Lease));
         assert_eq!(call(&mut state, B, false, 2, start), Err(start + HELD));
-        // The claim of an earlier lease counts only as long as one may be held.
+        // The claim to an earlier lease counts only as long as one may be held.
         let mut state = settled();
         assert_eq!(call(&mut state, A, false, 3, start), Err(start + HELD));
         assert_eq!(call(&mut state, A, false, 3, start + HELD), Ok(Grant::Lease));

@@ -1,7 +1,7 @@
-//! What only a leader does: it takes content and commands, answers queries behind a barrier, keeps sessions and their leases
-//! alive, and puts small extents together.
+//! The work of a leader: it takes content and commands, answers queries behind a barrier, keeps sessions and their
+//! leases alive, and combines small extents.
 //!
-//! A follower answers here too, with what any node may: chunks, and who leads.
+//! A follower uses it for what every node may answer: chunks, and the address of the leader.
 
 pub mod leases;
 pub mod read;

@@ -1,10 +1,10 @@
-//! THE read path: a barrier, then the metadata as it is; a chunk from here, or from a peer.
+//! The read path: a barrier, then the present metadata; a chunk from this node, or from a peer.
 //!
-//! 1. [`Reader::query`] makes sure that this node leads and has applied everything that was acknowledged before the
-//!    query came (ReadIndex, Raft dissertation section 6.4), then answers from one consistent view.
+//! 1. [`Reader::query`] confirms that this node leads and has applied everything that was acknowledged before the query
+//!    came (ReadIndex, Raft dissertation section 6.4), then answers from one consistent view.
 //! 2. [`Reader::chunk`] reads a range of a chunk whose blocks are checked against their CRCs. A copy that fails its
-//!    check is never served: it is put aside, another node's is served, and repair makes a new one. A chunk
-//!    this node lacks it fetches for the caller; that is no error.
+//!    check is never served: it is set aside, another node's is served, and repair makes a new one. A chunk that this
+//!    node lacks is fetched for the caller; that is no error.
 
 use std::sync::Arc;
 
@@ -21,28 +21,28 @@ use crate::replication::space::SpaceMonitor;
 use quorumfs_content::{ContentError, ContentStore};
 use quorumfs_metadata::{Failure, MetadataStore, StorageFault};
 
-/// The path every read takes.
+/// The path of every read.
 pub struct Reader {
-    /// Who leads.
+    /// Confirms the leadership.
     pub consensus: Consensus,
-    /// What is where.
+    /// The metadata to read.
     pub metadata: Arc<MetadataStore>,
-    /// What is here.
+    /// The chunks of this node.
     pub content: Arc<ContentStore>,
-    /// What others have.
+    /// The chunks of other nodes.
     pub peers: Arc<PeerChunks>,
-    /// Who should have what.
+    /// The nodes that should hold each chunk.
     pub placement: Arc<Placement>,
-    /// Hears of what is missing.
+    /// Is told of missing chunks.
     pub recovery: Arc<Recovery>,
-    /// Hears of what is bad.
+    /// Is told of bad copies.
     pub repair: Arc<Repair>,
-    /// Knows how much fits.
+    /// Knows the space of the cluster.
     pub space: Arc<SpaceMonitor>,
 }
 
 impl Reader {
-    /// Answers a query with everything in it that was acknowledged before it came (P5).
+    /// Answers a query; the answer includes everything that was acknowledged before it came (P5).
     pub async fn query(&self, query: &Query) -> ClientResponse {
         if let Err(refusal) = self.barrier().await {
             return refusal.into();
@@ -50,14 +50,17 @@ impl Reader {
         match self.answer(query).await {
             Ok(answer) => ClientResponse::Answer(answer),
             Err(fault) => {
-                error!(%fault, "metadata cannot be read");
+                error!(%fault, "cannot read the metadata for a query");
                 self.consensus.unreadable(&fault);
                 Refusal::unavailable(fault).into()
             }
         }
     }
 
-    /// Returns when this node is known to lead and has applied everything that was acknowledged before the call.
+    /// Returns when this node is confirmed as leader and has applied everything that was acknowledged before the call.
+    ///
+    /// # Errors
+    /// [`Refusal`] if it cannot be confirmed.
     pub async fn barrier(&self) -> Result<(), Refusal> {
         if !self.consensus.is_leader() {
             return Err(Refusal::not_leader(self.consensus.leader()));
@@ -85,10 +88,13 @@ impl Reader {
         }
     }
 
-    /// Reads a range of a chunk, widened to whole blocks; from a peer where this node cannot.
+    /// Reads a range of a chunk, widened to whole blocks; from a peer if this node cannot.
+    ///
+    /// # Errors
+    /// [`ContentError`] if no node can deliver it.
     pub async fn chunk(&self, id: ChunkId, offset: u32, length: u32) -> Result<ChunkRange, ContentError> {
         let content = self.content.clone();
-        // A page-cache miss waits for the disk: not on a runtime thread.
+        // A page-cache miss waits for the disk, so this must not run on a runtime thread.
         let own = tokio::task::spawn_blocking(move || content.read(id, offset, length))
             .await
             .unwrap_or_else(|failed| Err(task_failed(failed)));
@@ -99,18 +105,20 @@ impl Reader {
         match &reason {
             ContentError::NotFound { .. } => {}
             bad if bad.is_bad_copy() => self.repair.found_bad(id, reason.to_string()).await,
-            // Nothing is known of the copy; another's serves.
-            ContentError::Io { .. } => warn!(chunk = %id, %reason, "a copy cannot be read; another serves"),
+            // The state of the copy is unknown; another node serves.
+            ContentError::Io { .. } => {
+                warn!(chunk = %id, %reason, "cannot read a copy; another node serves the chunk")
+            }
             _ => return Err(reason),
         }
         let found = self.fetch_from_peers(id, offset, length).await;
         match &found {
-            // Only a chunk that exists elsewhere is worth recovering; what nobody has may be dead since.
+            // Only a chunk that exists elsewhere is worth recovering; a chunk that no node has may be dead.
             Some(_) => {
                 let recovery = self.recovery.clone();
                 tokio::task::spawn_blocking(move || recovery.wanted(id));
             }
-            None => warn!(chunk = %id, %reason, "a chunk was asked for that no reachable node holds"),
+            None => warn!(chunk = %id, %reason, "no reachable node holds a requested chunk"),
         }
         found.ok_or(reason)
     }
@@ -128,11 +136,11 @@ impl Reader {
     }
 }
 
-/// A task of the runtime that panicked or was cancelled, as a failed read.
+/// Converts a task that panicked or was cancelled to a failed read.
 pub fn task_failed(failed: tokio::task::JoinError) -> ContentError {
     ContentError::Io {
         action: "finish a task on",
         path: "content".into(),
-        source: std::io::Error::other(failed),
+        error: std::io::Error::other(failed),
     }
 }

@@ -1,16 +1,16 @@
-//! The leader puts small extents together: in the background, and where a write needs room.
+//! The leader combines small extents: in the background, and when a write needs it.
 //!
-//! A file that is appended to in small pieces has an extent and a chunk for each. `apply` notes such files
-//! ([`View::fragmented`]); the loop here looks for runs of neighbours ([`View::runs`]), reads their bytes, stores them as
-//! one chunk on f + 1 voters (P2), and proposes [`LogBody::Rewrite`]. That changes nothing a program can see, so no lease
-//! is recalled; it is refused where the extents are not those that were read, so whatever happens meanwhile is safe.
-//! Whoever still has the old extents in mind finds their chunks gone and looks the extents up again.
+//! A file that is appended to in small writes has an extent and a chunk for each. `apply` notes such files
+//! ([`View::fragmented`]). The loop here looks for runs of neighbouring extents ([`View::runs`]), reads their bytes,
+//! stores them as one chunk on f + 1 voters (P2), and proposes [`LogBody::Rewrite`]. That changes nothing visible to
+//! programs, so no lease is recalled. It is refused if the extents are not those that were read, so concurrent changes
+//! are safe. A client that still knows the old extents finds their chunks gone and looks the extents up again.
 //!
-//! [`Rewriter::mutate`] is the way of every client's mutation: one that would have to replace more extents than one
-//! command may is proposed again once the extents under it have been put together.
+//! [`Rewriter::mutate`] carries every client's mutation: one that would have to replace more extents than one command
+//! may is proposed again when the extents have been combined.
 //!
-//! The new chunks belong to a session of this node's own, opened when there is work and ended soon: unlinked files wait
-//! for every session that lives.
+//! The new chunks belong to a session of this node, opened when there is work and ended soon: unlinked files wait for
+//! every living session.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -31,55 +31,55 @@ use tracing::{debug, info, warn};
 use crate::consensus::Consensus;
 use crate::leader::read::Reader;
 use crate::leader::sessions::SessionKeeper;
-use crate::leader::write::Writer;
+use crate::leader::write::WritePath;
 use crate::pace::Pacer;
 use quorumfs_metadata::{
     ApplyResult, COMMAND_FREED_EXTENTS_MAX, Crowded, Failure, LogBody, MetadataStore, Run, RunTerms, Runs,
     SessionKey, View,
 };
 
-/// How often it is looked whether files are noted.
+/// Interval at which noted files are looked for.
 const LOOK_INTERVAL_MS: u64 = 2_000;
 /// Bytes of content rewritten per second in the background.
 const REWRITE_BYTES_PER_S: u64 = 8 << 20;
-/// What a command costs beside its bytes, in bytes of that rate: runs of tiny extents are bounded by their number.
+/// Fixed cost of a command, in bytes of that rate: it bounds the number of commands for runs of tiny extents.
 const COMMAND_COST_BYTES: u64 = 256 << 10;
-/// Noted files looked at in one round.
+/// Noted files examined in one round.
 const FILES_PER_ROUND_MAX: usize = 64;
-/// A file is left alone for so long after a look that found nothing to do, and for so many times what the look took:
-/// large files that change all the time are not walked all the time.
+/// Least rest of a file after a search that found nothing to do, and the multiple of the duration of the search: large
+/// files that change constantly are not searched constantly.
 const REST_MS_MIN: u64 = 5_000;
 const REST_MS_MAX: u64 = 600_000;
 const REST_PER_LOOK: u32 = 20;
-/// Bytes of one file rewritten before the others have their turn.
+/// Bytes of one file rewritten before the other files have their turn.
 const TURN_BYTES_MAX: u64 = 256 << 20;
-/// After one page of extents, so many times what reading it took.
+/// Pause after one page of extents, as a multiple of the time to read it.
 const PAUSE_PER_PAGE: u32 = 3;
-/// Files that rest; beyond it all are forgotten and looked at again.
+/// Most resting files; beyond it all are forgotten and examined again.
 const RESTING_FILES_MAX: usize = 4096;
-/// How long a session of this node's own lives.
+/// Lifetime of a session of this node.
 const SESSION_LIFE_MS: u64 = 10_000;
-/// Pieces of a run read at once.
+/// Extents of a run read concurrently.
 const READS_AT_ONCE_MAX: usize = 16;
-/// How long room is made for one mutation before its client is told to ask again.
+/// Longest time spent on one mutation before its client is told to ask again.
 const MAKING_ROOM_MS_MAX: u64 = 20_000;
-/// For people.
+/// Description of the session for people.
 const DESCRIPTION: &str = "rewriting of fragmented files";
 
-/// See the module.
+/// The rewriter of a node; see the module documentation.
 pub struct Rewriter {
     consensus: Consensus,
     metadata: Arc<MetadataStore>,
-    writer: Arc<Writer>,
+    writer: Arc<WritePath>,
     reader: Arc<Reader>,
     sessions: Arc<SessionKeeper>,
     session: tokio::sync::Mutex<Option<Arc<OwnSession>>>,
-    /// Held by who makes room for a mutation: one at a time.
+    /// Locked while extents are combined for a mutation: one at a time.
     making_room: tokio::sync::Mutex<()>,
     pace: Mutex<Pacer>,
 }
 
-/// A session of this node's own.
+/// A session of this node.
 struct OwnSession {
     id: SessionId,
     term: u64,
@@ -93,20 +93,20 @@ impl OwnSession {
     }
 }
 
-/// What became of a run.
+/// The result of rewriting a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Rewritten {
     Done,
-    /// The file has changed there.
+    /// The file has changed in that range.
     Overtaken,
 }
 
 impl Rewriter {
-    /// Nothing is rewritten in the background before [`Rewriter::run`].
+    /// Makes a rewriter; it does nothing in the background before [`Rewriter::run`].
     pub fn new(
         consensus: Consensus,
         metadata: Arc<MetadataStore>,
-        writer: Arc<Writer>,
+        writer: Arc<WritePath>,
         reader: Arc<Reader>,
         sessions: Arc<SessionKeeper>,
     ) -> Arc<Rewriter> {
@@ -122,7 +122,7 @@ impl Rewriter {
         })
     }
 
-    /// Carries out a client's mutation, and makes room for it where that takes.
+    /// Carries out a client's mutation, and combines extents for it if necessary.
     pub async fn mutate(&self, mutation: Mutation) -> ClientResponse {
         let again = may_be_crowded(&mutation).then(|| mutation.clone());
         let mut crowded = match (self.writer.mutate(mutation).await, &again) {
@@ -132,21 +132,21 @@ impl Rewriter {
         let Some(mutation) = again else {
             let inode = crowded.inode;
             return Refusal::unavailable(format!(
-                "inode {inode} has too many extents to be changed at once"
+                "inode {inode} has too many extents to be changed by one command"
             ))
             .into();
         };
         let unavailable = |crowded: Crowded, why: &str| {
             let inode = crowded.inode;
             Refusal::unavailable(format!(
-                "the extents of inode {inode} are being put together first{why}"
+                "the extents of inode {inode} must be combined first{why}"
             ))
             .into()
         };
         let deadline = Instant::now() + Duration::from_millis(MAKING_ROOM_MS_MAX);
         while Instant::now() < deadline {
             if let Err(reason) = self.make_room(crowded, deadline).await {
-                warn!(inode = %crowded.inode, reason, "cannot make room for a write");
+                warn!(inode = %crowded.inode, reason, "cannot combine the extents in the way of a write");
                 return unavailable(crowded, &format!(": {reason}"));
             }
             match self.writer.mutate(mutation.clone()).await {
@@ -157,7 +157,7 @@ impl Rewriter {
         unavailable(crowded, "")
     }
 
-    /// Puts together, once, what lies in the way of a mutation.
+    /// Combines the extents that are in the way of a mutation, once.
     async fn make_room(&self, crowded: Crowded, deadline: Instant) -> Result<(), String> {
         let _turn = self.making_room.lock().await;
         let Crowded { inode, from, to } = crowded;
@@ -165,7 +165,7 @@ impl Rewriter {
         let mut extents = 0;
         while Instant::now() < deadline {
             let found = match self.runs(inode, at, to, RunTerms::Any).await? {
-                // The mutation will hear of it.
+                // The file is gone; the mutation gets that as its result.
                 None => return Ok(()),
                 Some(found) => found,
             };
@@ -187,11 +187,11 @@ impl Rewriter {
                 None => break,
             }
         }
-        info!(%inode, from, to, extents, "extents were put together to make room for a write");
+        info!(%inode, from, to, extents, "extents in the way of a write were combined");
         Ok(())
     }
 
-    /// Rewrites what is noted, as long as this node leads, for ever.
+    /// Rewrites noted files while this node leads; never returns.
     pub async fn run(self: Arc<Self>) {
         let mut resting = HashMap::new();
         loop {
@@ -201,14 +201,17 @@ impl Rewriter {
                 continue;
             }
             if let Err(reason) = self.round(&mut resting).await {
-                // A disk may be full, or another leads by now: the next round tries again.
-                debug!(reason, "rewriting of fragmented files waits");
+                // A disk may be full, or another node leads by now: the next round tries again.
+                debug!(
+                    reason,
+                    "cannot rewrite fragmented files now; the next round tries again"
+                );
             }
             self.end_session_if(|_| true).await;
         }
     }
 
-    /// One look at all files that are noted.
+    /// Examines all noted files once.
     async fn round(&self, resting: &mut HashMap<InodeNumber, Instant>) -> Result<(), String> {
         let mut after = None;
         loop {
@@ -231,8 +234,8 @@ impl Rewriter {
                 }
                 let began = Instant::now();
                 if let Err(reason) = self.look_over(inode).await {
-                    // What one file lacks is no reason to leave the others in pieces.
-                    debug!(%inode, reason, "a fragmented file waits");
+                    // A problem with one file must not stop the rewriting of others.
+                    debug!(%inode, reason, "cannot rewrite a fragmented file now; a later round tries again");
                 }
                 let rest = (began.elapsed() * REST_PER_LOOK).clamp(
                     Duration::from_millis(REST_MS_MIN),
@@ -243,21 +246,21 @@ impl Rewriter {
         }
     }
 
-    /// Rewrites what is worth it of one file; if nothing is, its note is taken away.
+    /// Rewrites the runs of one file that are worth it; if none is, its note is removed.
     async fn look_over(&self, inode: InodeNumber) -> Result<(), String> {
         let (mut at, mut through_version) = (0, None);
         let (mut rewritten, mut turn_bytes) = (0, 0);
         loop {
             let began = Instant::now();
             let Some(found) = self.runs(inode, at, u64::MAX, RunTerms::Worthwhile).await? else {
-                // It is gone: so is whatever may be noted of it.
+                // The file is gone, and so is any later note of it.
                 return self.settle(inode, u64::MAX).await;
             };
             let pause = began.elapsed() * PAUSE_PER_PAGE;
             if found.has_cuts {
                 return Ok(());
             }
-            // What was noted later than the first look is not covered by all of them.
+            // A note made after the first search is not covered by all of them.
             let through = *through_version.get_or_insert(found.content_version);
             for run in &found.runs {
                 let bytes = run.to() - run.from() + COMMAND_COST_BYTES;
@@ -266,14 +269,14 @@ impl Rewriter {
                 tokio::time::sleep(wait).await;
                 self.end_session_if(OwnSession::is_due).await;
                 if self.rewrite(inode, run).await? == Rewritten::Done {
-                    rewritten += run.pieces.len();
+                    rewritten += run.extents.len();
                 }
             }
             match found.goes_on_at {
                 Some(_) if turn_bytes >= TURN_BYTES_MAX => return Ok(()),
                 Some(next) => at = next,
                 None if rewritten > 0 || !found.runs.is_empty() => {
-                    debug!(%inode, extents = rewritten, "small extents were put together");
+                    debug!(%inode, extents = rewritten, "small extents were combined");
                     return Ok(());
                 }
                 None => return self.settle(inode, through).await,
@@ -318,7 +321,7 @@ impl Rewriter {
         let body = LogBody::Rewrite {
             inode,
             from: run.from(),
-            extents: run.pieces.len() as u32,
+            extents: run.extents.len() as u32,
             digest: run.digest,
             chunk,
         };
@@ -327,7 +330,7 @@ impl Rewriter {
             Ok(ApplyResult::Outcome(Err(FsError::Stale))) => Ok(Rewritten::Overtaken),
             Ok(other) => {
                 self.forget_session().await;
-                Err(format!("a rewrite was answered: {other}"))
+                Err(format!("the rewrite has an unexpected result: {other}"))
             }
             Err(error) => {
                 self.forget_session().await;
@@ -336,21 +339,21 @@ impl Rewriter {
         }
     }
 
-    /// The bytes of a run, holes as zeros; `None` where a chunk is gone because the file has changed.
+    /// Reads the bytes of a run, with zeros for holes; `None` if a chunk is gone because the file has changed.
     async fn read(&self, run: &Run) -> Result<Option<bytes::Bytes>, String> {
         let read = |stretch: Stretch| async move {
             let chunk = stretch.chunk();
             let (offset, length) = (stretch.offset, stretch.end - stretch.offset);
             let range = self.reader.chunk(chunk, offset, length).await;
             let range = range.map_err(|error| (chunk, error.to_string()))?;
-            let parts = stretch.pieces.into_iter().map(|piece| {
-                let bytes = range.exactly(piece.chunk_offset, piece.length);
-                bytes.map(|bytes| (piece, bytes))
+            let parts = stretch.extents.into_iter().map(|extent| {
+                let bytes = range.exactly(extent.chunk_offset, extent.length);
+                bytes.map(|bytes| (extent, bytes))
             });
             let parts: Option<Vec<(Extent, bytes::Bytes)>> = parts.collect();
-            parts.ok_or_else(|| (chunk, "its copy is too short".to_string()))
+            parts.ok_or_else(|| (chunk, "the copy is too short".to_string()))
         };
-        let parts = futures::stream::iter(stretches(&run.pieces))
+        let parts = futures::stream::iter(stretches(&run.extents))
             .map(read)
             .buffered(READS_AT_ONCE_MAX)
             .try_collect::<Vec<_>>()
@@ -361,13 +364,13 @@ impl Rewriter {
                 let named = self.look(move |view| view.chunk(chunk)).await?;
                 return match named {
                     None => Ok(None),
-                    Some(_) => Err(format!("chunk {chunk} cannot be read: {reason}")),
+                    Some(_) => Err(format!("cannot read chunk {chunk}: {reason}")),
                 };
             }
         };
         let mut bytes = BytesMut::zeroed((run.to() - run.from()) as usize);
-        for (piece, part) in parts.into_iter().flatten() {
-            let at = (piece.file_offset - run.from()) as usize;
+        for (extent, part) in parts.into_iter().flatten() {
+            let at = (extent.file_offset - run.from()) as usize;
             bytes[at..at + part.len()].copy_from_slice(&part);
         }
         Ok(Some(bytes.freeze()))
@@ -388,7 +391,7 @@ impl Rewriter {
         .await
     }
 
-    /// Looks at the metadata, off the runtime's threads.
+    /// Reads the metadata on a blocking thread.
     async fn look<T: Send + 'static>(
         &self,
         look: impl FnOnce(&View) -> Result<T, Failure> + Send + 'static,
@@ -401,7 +404,7 @@ impl Rewriter {
         }
     }
 
-    /// The session in which chunks are made now.
+    /// Returns the session in which chunks are made now.
     async fn own_session(&self) -> Result<Arc<OwnSession>, String> {
         let mut own = self.session.lock().await;
         let term = self.consensus.term();
@@ -424,12 +427,13 @@ impl Rewriter {
         };
         match self.writer.housekeep(open).await {
             Ok(ApplyResult::Done) => Ok(Arc::clone(own.insert(Arc::new(session)))),
-            Ok(other) => Err(format!("opening a session was answered: {other}")),
+            Ok(other) => Err(format!("opening a session has an unexpected result: {other}")),
             Err(error) => Err(error.to_string()),
         }
     }
 
-    /// Ends the session if nobody uses it and it `should_end`. Its chunks that were named stay; none are unnamed.
+    /// Ends the session if it is unused and `should_end` returns true. Chunks that were named stay; all have been
+    /// named.
     async fn end_session_if(&self, should_end: impl FnOnce(&OwnSession) -> bool) {
         let mut own = self.session.lock().await;
         let ends = own
@@ -443,50 +447,50 @@ impl Rewriter {
             LogBody::EndSession { session: session.id },
             LogBody::ForgetSession { session: session.id },
         ] {
-            // What is not decided now, the next leader decides when nothing was heard of the session.
+            // If this is not decided now, the next leader ends the session because it is silent.
             if let Err(error) = self.writer.housekeep(body).await {
-                debug!(%error, "a session of this node's own could not be ended");
+                debug!(%error, "cannot end a session of this node; it lapses");
             }
         }
     }
 
-    /// Nobody knows what became of its last command: it lapses.
+    /// Drops the session, because the result of its last command is unknown: it lapses.
     async fn forget_session(&self) {
         *self.session.lock().await = None;
     }
 }
 
-/// Pieces that lie close together in one chunk: they are read at once.
+/// Extents that are close together in one chunk, so that they are read at once.
 struct Stretch {
-    /// In the chunk.
+    /// Offset in the chunk.
     offset: u32,
     end: u32,
-    /// At least one.
-    pieces: Vec<Extent>,
+    /// At least one extent.
+    extents: Vec<Extent>,
 }
 
 impl Stretch {
     fn chunk(&self) -> ChunkId {
-        self.pieces[0].chunk
+        self.extents[0].chunk
     }
 }
 
-fn stretches(pieces: &[Extent]) -> Vec<Stretch> {
+fn stretches(extents: &[Extent]) -> Vec<Stretch> {
     let mut stretches: Vec<Stretch> = Vec::new();
-    for piece in pieces {
-        let end = piece.chunk_offset + piece.length;
+    for extent in extents {
+        let end = extent.chunk_offset + extent.length;
         match stretches.last_mut() {
             Some(last)
-                if last.chunk() == piece.chunk
-                    && (last.end..=last.end.saturating_add(BLOCK_BYTES)).contains(&piece.chunk_offset) =>
+                if last.chunk() == extent.chunk
+                    && (last.end..=last.end.saturating_add(BLOCK_BYTES)).contains(&extent.chunk_offset) =>
             {
                 last.end = end;
-                last.pieces.push(*piece);
+                last.extents.push(*extent);
             }
             _ => stretches.push(Stretch {
-                offset: piece.chunk_offset,
+                offset: extent.chunk_offset,
                 end,
-                pieces: vec![*piece],
+                extents: vec![*extent],
             }),
         }
     }
@@ -501,7 +505,7 @@ fn may_be_crowded(mutation: &Mutation) -> bool {
         .iter()
         .any(|operation| match operation {
             Operation::SetAttributes { changes, .. } => changes.size.is_some(),
-            operation => !operation.pieces().is_empty(),
+            operation => !operation.extents().is_empty(),
         })
 }
 
@@ -511,7 +515,7 @@ mod tests {
 
     #[test]
     fn neighbours_in_one_chunk_are_read_at_once_and_others_by_themselves() {
-        let piece = |file_offset, counter, chunk_offset, length| Extent {
+        let extent = |file_offset, counter, chunk_offset, length| Extent {
             file_offset,
             length,
             chunk: ChunkId {
@@ -520,18 +524,18 @@ mod tests {
             },
             chunk_offset,
         };
-        let pieces = [
-            piece(0, 1, 0, 10),
-            piece(10, 1, 10, 5),
-            piece(15, 1, 20, 5),
-            piece(20, 2, 25, 5),
-            piece(25, 1, 25, 5),
-            piece(30, 1, 1 << 19, 5),
-            piece(35, 1, 0, 5),
+        let extents = [
+            extent(0, 1, 0, 10),
+            extent(10, 1, 10, 5),
+            extent(15, 1, 20, 5),
+            extent(20, 2, 25, 5),
+            extent(25, 1, 25, 5),
+            extent(30, 1, 1 << 19, 5),
+            extent(35, 1, 0, 5),
         ];
-        let read: Vec<(u32, u32, usize)> = stretches(&pieces)
+        let read: Vec<(u32, u32, usize)> = stretches(&extents)
             .into_iter()
-            .map(|stretch| (stretch.offset, stretch.end, stretch.pieces.len()))
+            .map(|stretch| (stretch.offset, stretch.end, stretch.extents.len()))
             .collect();
         let far = 1 << 19;
         assert_eq!(

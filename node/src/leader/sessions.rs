@@ -1,12 +1,12 @@
-//! The leader's care for sessions: who was heard of lately, whose time is over, who is asked about unlinked inodes, and
-//! what can be freed.
+//! The leader keeps track of sessions: which were heard recently, which have expired, which must be asked about
+//! unlinked inodes, and what can be freed.
 //!
-//! When a session was heard of last only the leader knows, in memory. What it knows of a session's silence it notes in the
-//! log, now and then, and the next leader goes on from there; a session of which no silence is noted has a full time-out
-//! from when a leader begins to lead. What ends is ended by a command, so all nodes agree.
+//! Only the leader knows, in memory, when a session was last heard. It records silences in the log from time to time,
+//! and the next leader continues from there; a session without a recorded silence has a full time-out from when a
+//! leader begins to lead. Sessions are ended by a command, so all nodes agree.
 //!
-//! A session is ended sooner where its process is seen to be gone: its connection was closed by its own machine (nothing
-//! stood in between), and it did not come back within [`GONE_MS`].
+//! A session is ended sooner if its process is seen to be gone: its connection was closed by its own machine (without a
+//! proxy in between), and it did not come back within [`GONE_MS`].
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -26,49 +26,49 @@ use crate::observe::clock::StampClock;
 use crate::tasks::Tasks;
 use quorumfs_metadata::{Failure, LogBody, LogCommand, MetadataStore, UnlinkedAnswer, View};
 
-/// From this feature level on sessions answer for unlinked inodes in the order in which these were unlinked.
+/// From this feature level on sessions answer for unlinked inodes in the order of their unlinking.
 pub const UNLINKED_QUEUE_LEVEL: u32 = 3;
 
-/// How often the leader looks.
+/// Interval at which the leader checks sessions.
 const LOOK_INTERVAL_MS: u64 = 500;
-/// Sessions that have ended are looked over only every so many looks.
+/// Ended sessions are checked only once in this many checks.
 const LOOKS_PER_FORGETTING: u64 = 120;
-/// How long the results of an ended session are remembered, in seconds: a day.
+/// Time for which the results of an ended session are kept, in seconds: a day.
 const RESULTS_KEPT_S: i64 = 24 * 3600;
-/// Sessions that live at once; each costs a keep-alive every few seconds.
+/// Most living sessions; each costs a keep-alive every few seconds.
 const SESSIONS_LIVING_MAX: usize = 4096;
-/// A client whose connection ended comes back within this time, if it is still there. Its own time-outs for a leader that
-/// does not answer are shorter.
+/// A client whose connection ended comes back within this time if it is still running: its own time-outs for a leader
+/// that does not answer are shorter.
 const GONE_MS: u64 = 10_000;
-/// A silence is noted from this length on, and again whenever it has grown by as much.
+/// A silence is recorded from this length on, and again whenever it has grown by as much.
 const SILENCE_NOTED_MS: u64 = 10_000;
-/// A new leader ends no session before, whatever silence is noted: three keep-alives.
+/// A new leader ends no session before this time, whatever silence is recorded: three keep-alives.
 const NEW_LEADER_GRACE_MS: u64 = 15_000;
-/// Answers of sessions in one command, and inodes that they name.
+/// Most answers of sessions in one command, and most inodes in them.
 const ANSWERS_PER_COMMAND_MAX: usize = 256;
 const HELD_PER_COMMAND_MAX: usize = 4096;
-/// All sessions together are asked for so many answers in a second at most.
+/// Most questions per second to all sessions together.
 const ASKED_PER_S_MAX: u64 = 200;
 
 /// Rows freed by one command: keeps each apply short.
 const RECLAIM_WORK_MAX: u32 = 1024;
-/// Below [`UNLINKED_QUEUE_LEVEL`]: inodes reclaimed at one look, extents of one freed by one command, and commands under
-/// way at once.
+/// Below [`UNLINKED_QUEUE_LEVEL`]: inodes reclaimed in one check, extents of an inode freed by one command, and
+/// concurrent commands.
 const RECLAIM_INODES_MAX: usize = 256;
 const RECLAIM_EXTENTS_MAX: u32 = 4096;
 const RECLAIM_CONCURRENCY: usize = 16;
 
-/// A session that was heard of by this leader.
+/// A session that this leader has heard from.
 struct Heard {
     at: Instant,
     connection: Option<Connection>,
-    /// Whether the connection ends at the client itself.
+    /// Whether the connection ends at the client itself, without a proxy.
     is_direct: bool,
-    /// When the connection was seen to have ended.
+    /// The time at which the connection ended.
     ended_at: Option<Instant>,
-    /// Asks it for a keep-alive.
+    /// Asks the session for a keep-alive.
     nudges: mpsc::WeakSender<()>,
-    /// The last held inode that it was asked about.
+    /// The last held inode about which the session was asked.
     asked: InodeNumber,
 }
 
@@ -85,24 +85,24 @@ impl Heard {
     }
 }
 
-/// An answer, and where its sender waits.
+/// An answer, and the channel to its waiting sender.
 type Waiting = (UnlinkedAnswer, oneshot::Sender<Result<(), Refusal>>);
 
-/// See the module.
+/// The session keeper of a node; see the module documentation.
 pub struct SessionKeeper {
     consensus: Consensus,
     metadata: Arc<MetadataStore>,
     stamps: Arc<StampClock>,
-    /// By session that lives; looked over at each look.
+    /// The living sessions; all are examined in each check.
     heard: Mutex<HashMap<SessionId, Heard>>,
     answers: mpsc::Sender<Waiting>,
     answers_due: tokio::sync::Mutex<mpsc::Receiver<Waiting>>,
-    /// There may be something to free.
+    /// Notified when there may be something to free.
     freeable: Notify,
 }
 
 impl SessionKeeper {
-    /// Knows of no session yet.
+    /// Makes a session keeper without sessions.
     pub fn new(
         consensus: Consensus,
         metadata: Arc<MetadataStore>,
@@ -120,12 +120,12 @@ impl SessionKeeper {
         })
     }
 
-    /// A call of `session` arrived on a stream that speaks for it.
+    /// Records a call of `session` on a stream that acts for it.
     pub fn heard_of(&self, session: SessionId, stream: &CallStream) {
         self.hear(session, stream, |_| {});
     }
 
-    /// A session of this node's own, which has no stream, is in use.
+    /// Records that a session of this node, which has no stream, is in use.
     pub fn in_use(&self, session: SessionId) {
         let (nobody, _) = mpsc::channel(1);
         let mut heard = self.heard.lock();
@@ -153,7 +153,7 @@ impl SessionKeeper {
         note(heard);
     }
 
-    /// A keep-alive of `session`. When it is answered, the next leader does not take the session for silent.
+    /// Records a keep-alive of `session`. After the answer the next leader does not regard the session as silent.
     pub async fn kept_alive(
         &self,
         session: SessionId,
@@ -178,7 +178,7 @@ impl SessionKeeper {
         Ok(())
     }
 
-    /// A session that was opened before all nodes knew of keys gets one, on the stream that opened it.
+    /// Gives a key to a session that was opened before all nodes knew keys, on the stream that opened it.
     async fn give_key(&self, view: &View, session: SessionId, stream: &CallStream) -> Result<(), Failure> {
         if view.feature_level() < UNLINKED_QUEUE_LEVEL || view.session_key(session)?.is_some() {
             return Ok(());
@@ -196,7 +196,10 @@ impl SessionKeeper {
         Ok(())
     }
 
-    /// Whether one more session may be opened.
+    /// Checks whether one more session may be opened.
+    ///
+    /// # Errors
+    /// [`Refusal`] if there are too many.
     pub fn admit_new(&self, session: SessionId) -> Result<(), Refusal> {
         let view = self.metadata.view().map_err(Refusal::unavailable)?;
         let is_known = view.session(session).map_err(Refusal::unavailable)?.is_some();
@@ -204,14 +207,14 @@ impl SessionKeeper {
             true => Ok(()),
             false => Err(Refusal::Invalid {
                 reason: format!(
-                    "the cluster has {SESSIONS_LIVING_MAX} mounts and nodes at work, as many as it may: end some, or \
+                    "the cluster has {SESSIONS_LIVING_MAX} sessions of mounts and nodes, the maximum: unmount some, or \
                      wait a minute where they are gone already"
                 ),
             }),
         }
     }
 
-    /// Inodes that the state keeps for `session`, about which it is asked now: others each time, as far as there are.
+    /// Returns inodes that the state keeps for `session`, about which it is asked now; each call returns the next ones.
     pub fn held_to_ask(&self, view: &View, session: SessionId) -> Result<Vec<InodeNumber>, Failure> {
         let after = self
             .heard
@@ -220,7 +223,7 @@ impl SessionKeeper {
             .map_or(InodeNumber(0), |heard| heard.asked);
         let mut inodes = view.unlinked_held_by(session, after, HELD_ASKED_MAX)?;
         if inodes.len() < HELD_ASKED_MAX && after != InodeNumber(0) {
-            // From the beginning again.
+            // Start again from the first.
             let others = view.unlinked_held_by(session, InodeNumber(0), HELD_ASKED_MAX - inodes.len())?;
             inodes.extend(others.into_iter().take_while(|inode| *inode <= after));
         }
@@ -233,7 +236,10 @@ impl SessionKeeper {
         Ok(inodes)
     }
 
-    /// Takes a session's answer; returns when it is in the state. Answers that arrive together make one command.
+    /// Takes a session's answer; returns when it is in the state. Answers that arrive together share one command.
+    ///
+    /// # Errors
+    /// [`Refusal`] if it was not decided.
     pub async fn answer_unlinked(&self, answer: UnlinkedAnswer) -> Result<(), Refusal> {
         let (tell, decided) = oneshot::channel();
         let stopped = || Refusal::unavailable("the node is stopping");
@@ -241,7 +247,7 @@ impl SessionKeeper {
         decided.await.map_err(|_| stopped())?
     }
 
-    /// Looks after sessions as long as this node leads, for ever.
+    /// Starts the tasks that check sessions while this node leads.
     pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
         tasks.supervise("sessions-expiry", self.clone(), Self::run_expiry);
         tasks.supervise("sessions-answers", self.clone(), Self::take_answers);
@@ -273,7 +279,7 @@ impl SessionKeeper {
                 self.ask(&mut asked_at)
             };
             if let Err(error) = done.await {
-                warn!(%error, "cannot look after sessions");
+                warn!(%error, "cannot check the sessions; the next check tries again");
             }
         }
     }
@@ -284,7 +290,7 @@ impl SessionKeeper {
         let mut over = Vec::new();
         {
             let mut heard = self.heard.lock();
-            // One that has ended is not remembered; one that was just opened may not be in this view.
+            // An ended session is not kept; one that was just opened may be missing in this view.
             let limit = Duration::from_millis(SESSION_TIMEOUT_MS);
             heard.retain(|_, heard| heard.at.elapsed() <= 2 * limit);
             for session in view.living_sessions() {
@@ -328,7 +334,7 @@ impl SessionKeeper {
         Ok(())
     }
 
-    /// Asks those sessions for a keep-alive that have not answered for all that is unlinked.
+    /// Asks for a keep-alive from sessions that have not answered about all unlinked inodes.
     fn ask(&self, asked_at: &mut Instant) -> Result<(), Failure> {
         let view = self.metadata.view()?;
         let pause = Duration::from_millis(view.living_count() as u64 * 1_000 / ASKED_PER_S_MAX);
@@ -340,7 +346,7 @@ impl SessionKeeper {
         let heard = self.heard.lock();
         for session in behind {
             if let Some(nudges) = heard.get(&session).and_then(|heard| heard.nudges.upgrade()) {
-                // Where one is on its way already, that will do.
+                // If the channel is full, a request is already on its way.
                 let _ = nudges.try_send(());
             }
         }
@@ -361,14 +367,14 @@ impl SessionKeeper {
             let decided = self.propose(LogBody::AnswerUnlinked { answers }).await;
             let decided = decided.map_err(Refusal::from);
             for tell in waiting {
-                // Who went away asks again.
+                // A sender that has gone asks again.
                 let _ = tell.send(decided.clone());
             }
             self.freeable.notify_one();
         }
     }
 
-    /// Frees what nobody can reach: without a pause as long as there is some, for half of the time.
+    /// Frees unreachable data: repeatedly while there is some, using half of the time.
     async fn free(self: Arc<Self>) {
         loop {
             let began = Instant::now();
@@ -380,11 +386,11 @@ impl SessionKeeper {
                 Ok(Freed::Some) => tokio::time::sleep(began.elapsed()).await,
                 Ok(Freed::Everything) => {
                     let look = Duration::from_millis(LOOK_INTERVAL_MS);
-                    // Either is a reason to look again.
+                    // Both outcomes are a reason to look again.
                     let _ = tokio::time::timeout(look, self.freeable.notified()).await;
                 }
                 Err(error) => {
-                    warn!(%error, "cannot look for what can be freed");
+                    warn!(%error, "cannot look for data to free; the next check tries again");
                     tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
                 }
             }
@@ -399,7 +405,7 @@ impl SessionKeeper {
                 let work_max = RECLAIM_WORK_MAX;
                 return Ok(match self.propose(LogBody::Reclaim { work_max }).await {
                     Ok(()) => Freed::Some,
-                    // The next look, here or on the next leader, tries again.
+                    // The next check, on this node or the next leader, tries again.
                     Err(_) => Freed::Everything,
                 });
             }
@@ -420,11 +426,12 @@ impl SessionKeeper {
         Ok(Freed::Everything)
     }
 
-    /// Proposes what the next look, here or on the next leader, tries again; whether it was committed.
+    /// Proposes a command that the next check, on this node or the next leader, repeats if necessary. Returns whether
+    /// it was committed.
     async fn propose_some(&self, body: LogBody) -> bool {
         let committed = self.propose(body).await;
         if let Err(error) = &committed {
-            tracing::debug!(%error, "housekeeping command was not committed");
+            tracing::debug!(%error, "a maintenance command was not committed; it is proposed again later");
         }
         committed.is_ok()
     }
@@ -438,18 +445,18 @@ impl SessionKeeper {
     }
 }
 
-/// While this node leads.
+/// The state of one term of leadership.
 struct Term {
     since: Instant,
-    /// What was noted of sessions' silence at that time, in milliseconds.
+    /// The silences recorded at that time, in milliseconds.
     silences: imbl::OrdMap<SessionId, u64>,
 }
 
-/// What the log knows of a session's silence.
+/// The log's knowledge of a session's silence.
 #[derive(Clone, Copy)]
 struct Noted {
     now_ms: u64,
-    /// When this node began to lead.
+    /// The recorded silence when this node began to lead.
     carried_ms: u64,
 }
 
@@ -459,18 +466,18 @@ enum Freed {
     Everything,
 }
 
-/// What is done about a session.
+/// The action for a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Silence {
-    /// Nothing.
+    /// No action is needed.
     Bearable,
-    /// The silence has this length in milliseconds, which the log should know.
+    /// Record this silence, in milliseconds, in the log.
     Note(u64),
-    /// It is ended, for this reason.
+    /// End the session, for this reason.
     Over(&'static str),
 }
 
-/// Judges a living session, which this leader has heard of or not.
+/// Judges a living session, which this leader may have heard from or not.
 fn judge(heard: Option<&mut Heard>, noted: Noted, leading: Duration) -> Silence {
     let leading_ms = leading.as_millis() as u64;
     let silent_ms = match heard {
@@ -491,7 +498,7 @@ fn judge(heard: Option<&mut Heard>, noted: Noted, leading: Duration) -> Silence 
         None => noted.carried_ms.saturating_add(leading_ms),
     };
     if silent_ms > SESSION_TIMEOUT_MS && leading_ms >= NEW_LEADER_GRACE_MS {
-        return Silence::Over("nothing was heard of it for too long");
+        return Silence::Over("it was silent for too long");
     }
     let has_grown = silent_ms >= noted.now_ms.saturating_add(SILENCE_NOTED_MS);
     match has_grown {

@@ -1,15 +1,15 @@
-//! THE write path: content to f + 1 voters, then the command to the log.
+//! The write path: content to f + 1 voters, then the command to the log.
 //!
-//! 1. [`Writer::put_chunk`] copies a chunk to all nodes that should hold it at once, this one among them or not. It
-//!    answers when a majority of every active configuration has it on disk, and remembers who does. Where a node
-//!    that should hold it fails or is slow, another takes a copy in its stead.
-//! 2. [`Writer::mutate`] takes a command that names such chunks. It proposes it only if this node, in its present
-//!    term, knows a quorum of holders for each (P2); where it does not (it has just become leader), it asks the peers,
-//!    and what they do not vouch for the client puts again. That they are a quorum of the voters is looked at once more
-//!    when the command is admitted.
+//! 1. [`WritePath::put_chunk`] copies a chunk to all nodes that should hold it at once, which may include this one. It
+//!    returns when a majority of every active configuration has it on disk, and remembers the holders. If a node that
+//!    should hold it fails or is slow, another takes a copy instead.
+//! 2. [`WritePath::mutate`] takes a command that names such chunks. It proposes the command only if this node, in its
+//!    present term, knows a quorum of holders for each chunk (P2). If it does not (it has just become leader), it asks
+//!    the peers, and the client puts again the chunks that they do not confirm. That the holders are a quorum of the
+//!    voters is checked again when the command is admitted.
 //!
-//! Every verdict comes out of the log, ENOSPC too: a command that cannot be taken for want of room is proposed as its
-//! refusal, so that a retry of one that was taken hears what it did (P4).
+//! Every verdict comes from the log, ENOSPC too: a command that cannot be taken for lack of space is proposed as its
+//! refusal, so that the retry of a command that was applied gets its result (P4).
 
 mod holders;
 
@@ -39,17 +39,17 @@ use crate::replication::{PeerChunks, PushError};
 use quorumfs_content::{ContentError, ContentStore};
 use quorumfs_metadata::{ApplyResult, Crowded, LogBody, LogCommand, SessionKey};
 
-/// How long a chunk may take to reach a quorum before the client is told to put it again.
+/// Longest time for a chunk to reach a quorum before the client is told to put it again.
 const QUORUM_TIMEOUT_MS: u64 = 10_000;
-/// With no quorum after so long, all nodes that are left take a copy.
+/// Time without a quorum after which all remaining nodes take a copy.
 const STAND_IN_AFTER_MS: u64 = 500;
-/// For how long a node that failed or was slow is not counted on, where others can take its copies.
+/// Time for which a node that failed or was slow is not used, if others can take its copies.
 const SUSPECT_MS: u64 = 5_000;
 /// From this feature level on sessions have keys.
 const SESSION_KEY_LEVEL: u32 = 3;
 
-/// The path every change takes on the leader.
-pub struct Writer {
+/// The path of every change on the leader.
+pub struct WritePath {
     consensus: Consensus,
     content: Arc<ContentStore>,
     peers: Arc<PeerChunks>,
@@ -58,7 +58,7 @@ pub struct Writer {
     stamps: Arc<StampClock>,
     metrics: Arc<Metrics>,
     holders: Mutex<Holders>,
-    /// Nodes that did not take a copy in time, and when.
+    /// Nodes that did not take a copy in time, and the time.
     suspects: Mutex<HashMap<NodeId, Instant>>,
 }
 
@@ -68,7 +68,7 @@ pub enum PutError {
     /// This node does not lead.
     #[error("this node does not lead")]
     NotLeader(Option<Member>),
-    /// Fewer than f + 1 voters have room.
+    /// Fewer than f + 1 voters have space.
     #[error("no space left on a quorum of nodes")]
     NoSpace,
     /// Too few voters stored it in time.
@@ -76,8 +76,8 @@ pub enum PutError {
     Unavailable(String),
 }
 
-impl Writer {
-    /// Joins the parts.
+impl WritePath {
+    /// Connects the parts.
     pub fn new(
         consensus: Consensus,
         content: Arc<ContentStore>,
@@ -86,8 +86,8 @@ impl Writer {
         space: Arc<SpaceMonitor>,
         stamps: Arc<StampClock>,
         metrics: Arc<Metrics>,
-    ) -> Arc<Writer> {
-        Arc::new(Writer {
+    ) -> Arc<WritePath> {
+        Arc::new(WritePath {
             consensus,
             content,
             peers,
@@ -100,7 +100,11 @@ impl Writer {
         })
     }
 
-    /// Stores a chunk whose blocks match their checksums; it is durable on f + 1 voters when this returns. The remaining copies go on being made.
+    /// Stores a chunk whose blocks match their checksums. It is durable on f + 1 voters when this returns; the
+    /// remaining copies are completed in the background.
+    ///
+    /// # Errors
+    /// [`PutError`].
     pub async fn put_chunk(&self, chunk: Chunk) -> Result<(), PutError> {
         if !self.consensus.is_leader() {
             return Err(PutError::NotLeader(self.consensus.leader()));
@@ -110,12 +114,12 @@ impl Writer {
         }
         let id = chunk.id();
         let term = self.consensus.term();
-        let (places, stand_ins) = self.who_takes(id);
-        let journey = self
+        let (places, stand_ins) = self.copy_targets(id);
+        let span = self
             .metrics
             .replication
             .begin(chunk.payload().len() as u64, places.len());
-        let enough = self.copy_to_quorum(chunk, places, stand_ins, &journey);
+        let enough = self.copy_to_quorum(chunk, places, stand_ins, &span);
         let holders = tokio::time::timeout(Duration::from_millis(QUORUM_TIMEOUT_MS), enough)
             .await
             .unwrap_or_else(|_| {
@@ -123,19 +127,19 @@ impl Writer {
                     "no quorum stored it in {QUORUM_TIMEOUT_MS} ms"
                 )))
             });
-        journey.answered(Ending::of(&holders));
+        span.answered(Ending::of(&holders));
         self.holders.lock().remember(id, term, holders?);
         Ok(())
     }
 
-    /// The nodes that should hold a new chunk, and those that can stand in for them, best first.
-    fn who_takes(&self, id: ChunkId) -> (Vec<Member>, VecDeque<Member>) {
+    /// Returns the nodes that should hold a new chunk, and those that can replace them, best first.
+    fn copy_targets(&self, id: ChunkId) -> (Vec<Member>, VecDeque<Member>) {
         let members = self.consensus.members();
-        let picture = self.placement.picture();
-        let Some(layout) = picture.newest().filter(|_| !picture.is_everywhere()) else {
+        let snapshot = self.placement.picture();
+        let Some(layout) = snapshot.newest().filter(|_| !snapshot.is_everywhere()) else {
             return (members, VecDeque::new());
         };
-        let mut expected = picture.places(id);
+        let mut expected = snapshot.places(id);
         let suspects = {
             let mut suspects = self.suspects.lock();
             suspects.retain(|_, since| since.elapsed() < Duration::from_millis(SUSPECT_MS));
@@ -145,7 +149,7 @@ impl Writer {
             .ranked(id)
             .into_iter()
             .partition(|node| !suspects.contains_key(node));
-        // Recovery gives a node that was passed over its copy when it is back.
+        // Recovery gives a skipped node its copy when the node is back.
         expected.retain(|node| !suspects.contains_key(node));
         expected.extend(sound.iter().take(layout.copies()));
         let stand_ins = sound
@@ -157,22 +161,22 @@ impl Writer {
         (expected.into_iter().filter_map(member).collect(), stand_ins)
     }
 
-    /// Copies the chunk to `places`, and to `stand_ins` as far as it must; answers who has it, when they are a quorum.
-    /// The copies still being made then go on without anyone waiting; recovery makes what fails.
+    /// Copies the chunk to `places`, and to `stand_ins` as necessary; returns the holders when they are a quorum. The
+    /// other copies continue without being awaited; recovery replaces those that fail.
     async fn copy_to_quorum(
         &self,
         chunk: Chunk,
         places: Vec<Member>,
         mut stand_ins: VecDeque<Member>,
-        journey: &Arc<ReplicationSpan>,
+        span: &Arc<ReplicationSpan>,
     ) -> Result<BTreeSet<NodeId>, PutError> {
         let voter_sets = self.consensus.voter_sets();
-        // Room for every answer: no copy ever waits for who listens.
+        // Capacity for every answer: no copy waits for the receiver.
         let (tell, mut copies) = mpsc::channel((places.len() + stand_ins.len()).max(1));
         let mut open = BTreeSet::new();
         let copy_to = |member: Member, open: &mut BTreeSet<NodeId>| {
             open.insert(member.id);
-            self.make_copy(chunk.clone(), member, journey, tell.clone());
+            self.make_copy(chunk.clone(), member, span, tell.clone());
         };
         places.into_iter().for_each(|member| copy_to(member, &mut open));
         let slow = tokio::time::sleep(Duration::from_millis(STAND_IN_AFTER_MS));
@@ -186,13 +190,13 @@ impl Writer {
                     let now = Instant::now();
                     self.suspects.lock().extend(open.iter().map(|node| (*node, now)));
                     for member in stand_ins.drain(..) {
-                        journey.goes_on_to_another();
+                        span.goes_on_to_another();
                         copy_to(member, &mut open);
                     }
                     continue;
                 }
             };
-            // `tell` is at hand, so the channel is never closed.
+            // Cannot happen: `tell` is alive, so the channel is open.
             let Some((node, result)) = copied else { break };
             open.remove(&node);
             match result {
@@ -206,7 +210,7 @@ impl Writer {
                     refusals.push((node, refusal));
                     if let Some(member) = stand_ins.pop_front() {
                         self.suspects.lock().insert(node, Instant::now());
-                        journey.goes_on_to_another();
+                        span.goes_on_to_another();
                         copy_to(member, &mut open);
                     }
                 }
@@ -215,8 +219,11 @@ impl Writer {
         Err(self.judge(&refusals))
     }
 
-    /// Carries out a mutation once, however often it arrives. Where too much is in its way nothing was done, and it may be
-    /// tried again once there is room.
+    /// Carries out a mutation once, however often it arrives.
+    ///
+    /// # Errors
+    /// [`Crowded`] if too many extents are in its way: nothing was done, and it may be repeated when they have been
+    /// combined.
     pub async fn mutate(&self, mutation: Mutation) -> Result<ClientResponse, Crowded> {
         let session = mutation.request.session;
         let within_bounds = mutation
@@ -243,11 +250,11 @@ impl Writer {
                 Err(ProposeError::Overtaken) => ClientResponse::Refused(Refusal::PutAgain {
                     chunks: stored.clone(),
                 }),
-                // Leadership is being handed on to a node that has room.
-                Err(ProposeError::NoSpace) if self.space.quorum_has_room() => {
-                    Refusal::unavailable("the leader's disk is full and others have room: another is to lead")
-                        .into()
-                }
+                // Leadership is being handed to a node with space.
+                Err(ProposeError::NoSpace) if self.space.quorum_has_room() => Refusal::unavailable(
+                    "the leader's disk is full and others have space: leadership is handed on",
+                )
+                .into(),
                 Err(ProposeError::NoSpace) => self.propose(refusal).await,
                 decided => reply_to(decided),
             }
@@ -260,7 +267,7 @@ impl Writer {
         Ok(result)
     }
 
-    /// Has a command of the cluster's own decided that names `chunk`, which was put here.
+    /// Has a command of the cluster decided that names `chunk`, which was put here.
     pub async fn name_chunk(&self, body: LogBody, chunk: ChunkId) -> Result<ApplyResult, ProposeError> {
         if !self.unconfirmed(&[chunk]).await.is_empty() {
             return Err(ProposeError::Overtaken);
@@ -270,24 +277,25 @@ impl Writer {
         decided
     }
 
-    /// Has a command of the cluster's own decided that names no content.
+    /// Has a command of the cluster decided that names no content.
     pub async fn housekeep(&self, body: LogBody) -> Result<ApplyResult, ProposeError> {
         self.decide(body, &[]).await
     }
 
-    /// What a change would be stamped with now, and no change so far was later; `None`: not known for certain.
+    /// Returns the time with which a change would be stamped now; no earlier change has a later one. `None` if it is
+    /// not certain.
     pub fn time(&self) -> Option<Timestamp> {
         self.stamps.told()
     }
 
-    /// Makes a session known; `key` says how it proves itself.
+    /// Opens a session; `key` is its key, if it has one.
     pub async fn open_session(
         &self,
         session: SessionId,
         mut description: String,
         key: Option<SessionKey>,
     ) -> ClientResponse {
-        // It is for people, and a full disk takes it too.
+        // The description is for people, and is stored on a full disk too.
         description.truncate(description.floor_char_boundary(SESSION_DESCRIPTION_BYTES_MAX));
         let body = match key.filter(|_| self.placement.feature_level() >= SESSION_KEY_LEVEL) {
             Some(key) => LogBody::OpenSessionWithKey {
@@ -300,9 +308,9 @@ impl Writer {
         self.propose(body).await
     }
 
-    /// Has each chunk kept on so many nodes, where there are so many.
+    /// Sets the number of nodes that hold each chunk, as far as there are as many nodes.
     pub async fn set_replicas(&self, replicas: u8) -> ClientResponse {
-        // Below, it would be without effect.
+        // Below this level the command has no effect.
         const FEATURE_LEVEL_MIN: u32 = 2;
         if self.placement.feature_level() < FEATURE_LEVEL_MIN {
             return Refusal::unavailable("not all members are known to place content yet").into();
@@ -319,7 +327,7 @@ impl Writer {
         reply_to(self.decide(body, &[]).await)
     }
 
-    /// `stored`: the chunks that the command names and must find on a quorum at the moment it is proposed.
+    /// Decides a command. `stored`: the chunks that must be on a quorum when the command is proposed.
     async fn decide(&self, body: LogBody, stored: &[ChunkId]) -> Result<ApplyResult, ProposeError> {
         let stamp = self.stamps.stamp().await;
         let inline_bytes = match &body {
@@ -328,7 +336,7 @@ impl Writer {
         };
         let began = Instant::now();
         let command = LogCommand { stamp, body };
-        // Whoever confirmed them may have been replaced while the command waited to be admitted.
+        // The holders may have been replaced while the command waited for admission.
         let still_held = || stored.is_empty() || self.not_on_quorum(stored).is_empty();
         let decided = self.consensus.propose_if(command, still_held).await;
         let ending = Ending::of(&decided);
@@ -340,33 +348,33 @@ impl Writer {
         decided
     }
 
-    /// Begins to copy the chunk to `member`; tells when it is done.
+    /// Begins to copy the chunk to `member`; sends the result to `tell`.
     fn make_copy(
         &self,
         chunk: Chunk,
         member: Member,
-        journey: &Arc<ReplicationSpan>,
+        span: &Arc<ReplicationSpan>,
         tell: mpsc::Sender<(NodeId, Result<(), CopyError>)>,
     ) {
-        let journey = Arc::clone(journey);
+        let span = Arc::clone(span);
         if member.id == self.consensus.id() {
             let content = self.content.clone();
             tokio::spawn(async move {
                 let result = content.put(chunk).await.map_err(CopyError::Own);
-                journey.copied(CopyPlace::Own, Ending::of(&result));
+                span.copied(CopyPlace::Own, Ending::of(&result));
                 let _ = tell.send((member.id, result)).await;
             });
         } else {
             let peers = self.peers.clone();
             tokio::spawn(async move {
                 let result = peers.push(&member, &chunk).await.map_err(CopyError::Peer);
-                journey.copied(CopyPlace::Peer, Ending::of(&result));
+                span.copied(CopyPlace::Peer, Ending::of(&result));
                 let _ = tell.send((member.id, result)).await;
             });
         }
     }
 
-    /// What the client is told when too few copies were made.
+    /// Returns the error for the client when too few copies were made.
     fn judge(&self, refusals: &[(NodeId, CopyError)]) -> PutError {
         for (node, refusal) in refusals {
             if refusal.is_full() {
@@ -384,7 +392,8 @@ impl Writer {
         PutError::Unavailable(reasons.join("; "))
     }
 
-    /// Which of these chunks are not known to be on a quorum; asks the peers about what this node does not know itself.
+    /// Returns the chunks that are not known to be on a quorum; asks the peers about chunks that this node does not
+    /// know.
     async fn unconfirmed(&self, stored: &[ChunkId]) -> Vec<ChunkId> {
         if stored.is_empty() {
             return Vec::new();
@@ -396,7 +405,7 @@ impl Writer {
         }
         debug!(
             chunks = unknown.len(),
-            "asking the peers who holds chunks put in another term"
+            "asking the peers which chunks of another term they hold"
         );
         let own = self.consensus.id();
         let mut holders: HashMap<ChunkId, BTreeSet<NodeId>> = HashMap::new();
@@ -426,7 +435,7 @@ impl Writer {
         self.not_on_quorum(&unknown)
     }
 
-    /// Which of these chunks are not known to be on a quorum of the configurations that are active now.
+    /// Returns the chunks that are not known to be on a quorum of the active configurations.
     fn not_on_quorum(&self, stored: &[ChunkId]) -> Vec<ChunkId> {
         let (term, voter_sets) = (self.consensus.term(), self.consensus.voter_sets());
         let known = self.holders.lock();
@@ -434,20 +443,20 @@ impl Writer {
     }
 }
 
-/// What a client is told of a decision, or of why there is none.
+/// Converts a decision, or the reason why there is none, for the client.
 fn reply_to(decided: Result<ApplyResult, ProposeError>) -> ClientResponse {
     match decided {
         Ok(ApplyResult::Outcome(outcome)) => ClientResponse::Outcome(outcome),
         Ok(ApplyResult::Done) => ClientResponse::Session(SessionState::default()),
         Ok(ApplyResult::UnknownSession) => ClientResponse::Refused(Refusal::UnknownSession),
         Ok(ApplyResult::WrongKey) => ClientResponse::Refused(Refusal::Invalid {
-            reason: String::from("a session of this number was opened by another client"),
+            reason: String::from("another client has opened a session with this id"),
         }),
         Ok(ApplyResult::StaleSequence) => ClientResponse::Refused(Refusal::StaleSequence),
         Ok(ApplyResult::Crowded(place)) => {
             let inode = place.inode;
             Refusal::unavailable(format!(
-                "inode {inode} has too many extents to be written over at once"
+                "inode {inode} has too many extents to be overwritten by one command"
             ))
             .into()
         }
@@ -456,7 +465,7 @@ fn reply_to(decided: Result<ApplyResult, ProposeError>) -> ClientResponse {
     }
 }
 
-/// Why one copy was not made.
+/// Why a copy was not made.
 #[derive(Debug, thiserror::Error)]
 enum CopyError {
     #[error("{0}")]

@@ -1,19 +1,19 @@
-//! How a cluster is made, and how a node finds the one it belongs to.
+//! The creation of a cluster, and how a node finds the cluster it belongs to.
 //!
-//! A node whose folder belongs to no cluster asks every configured member who it is, again and again:
+//! A node whose folder belongs to no cluster asks every configured member for its identity, repeatedly:
 //!
-//! - All answer and all are empty: they make the cluster. Its id is a digest of all their ids, so each works it out
+//! - All answer and all are empty: they create the cluster. Its id is a digest of all their ids, so each computes it
 //!   alone and all agree; the first members are the ones seen.
-//! - One answers that it belongs to a cluster that counts this very incarnation among its founders: this node was
-//!   there when it was made, and belongs to it.
-//! - One answers that it belongs to a cluster that does not: this folder is empty while its cluster lives. It may be a
-//!   wiped disk that has forgotten its vote, so it never votes as whom it was; it asks the leader to take it in as the
-//!   new incarnation that it is (`membership`), and says why where it is not taken.
-//! - A node that was told to join, or whose folder was another incarnation's, never makes a cluster.
+//! - One answers that it belongs to a cluster that has this very incarnation among its founders: this node was there
+//!   when it was created, and belongs to it.
+//! - One answers that it belongs to a cluster that does not have it: this folder is empty although its cluster is
+//!   alive. It may be a wiped disk that has lost its vote, so it never votes as its former incarnation. It asks the
+//!   leader to accept it as a new incarnation (`membership`), and reports why if it is refused.
+//! - A node that was told to join, or whose folder belonged to another incarnation, never creates a cluster.
 //! - A leader invites it.
 //!
-//! Why two nodes that see different empty members cannot make two clusters that both work: a founder binds its folder
-//! to one cluster before it says so, and answers for no other from then on.
+//! Why two nodes that see different empty members cannot create two working clusters: a founder binds its folder to one
+//! cluster before it says so, and answers for no other from then on.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -27,28 +27,28 @@ use tracing::{error, info, warn};
 
 use super::identity::{DataFolder, IdentityError, Membership};
 use crate::config::Config;
-use crate::logging::Told;
+use crate::logging::RecentMessages;
 use crate::transport::{Purpose, Transport};
 use quorumfs_metadata::FEATURE_LEVEL;
 
-/// How often the members are asked.
+/// Interval at which the members are asked.
 const ASK_INTERVAL_MS: u64 = 300;
-/// How often the members are asked whether they belong to the same cluster still.
+/// Interval at which the members are asked whether they still belong to the same cluster.
 const STRANGER_INTERVAL_MS: u64 = 5_000;
-/// How long the leader may take to take a node in: an entry of the log.
+/// Most time for the leader to accept a node: an entry of the log.
 const JOIN_TIMEOUT_MS: u64 = 10_000;
-/// Nodes asked in one round to be taken in: all members, and those they name.
+/// Most nodes asked for acceptance in one round: all members, and those that they name.
 const JOIN_ASKED_MAX: usize = 16;
-/// How long a member may take to answer.
+/// Most time for a member to answer.
 const ANSWER_TIMEOUT_MS: u64 = 1_000;
 
-/// What this node is waiting for, in words, for `/status`.
+/// What this node is waiting for, for `/status`.
 pub type WaitReason = Arc<Mutex<Option<String>>>;
 
-/// A leader's word that this node was taken in.
+/// The message of a leader that this node was accepted.
 pub type Invitation = Arc<Mutex<Option<Membership>>>;
 
-/// Answers what cluster this node belongs to; asks the members until it is known. Durable when it returns.
+/// Finds the cluster that this node belongs to; asks the members until it is known. Durable when it returns.
 pub async fn find_membership(
     config: &Config,
     folder: &DataFolder,
@@ -61,7 +61,7 @@ pub async fn find_membership(
         return Ok(membership);
     }
     info!(members = ?config.members, "data folder is new; looking for the other members");
-    let mut told = Told::default();
+    let mut recent = RecentMessages::default();
     loop {
         let answers = ask_all(config, own, transport).await;
         let invited = invitation.lock().take();
@@ -72,12 +72,12 @@ pub async fn find_membership(
         let decision = match decision {
             Decision::Join { cluster, at, reason } => match join(own, cluster, at, transport).await {
                 Ok(membership) => Decision::Bind(membership),
-                Err(refusal) => Decision::Wait(format!("{reason}; it asks to be taken in: {refusal}")),
+                Err(refusal) => Decision::Wait(format!("{reason}; it asks to be accepted: {refusal}")),
             },
             decided => decided,
         };
         match decision {
-            // `join` has been tried above.
+            // `join` was tried above.
             Decision::Join { reason, .. } => *waiting_for.lock() = Some(reason),
             Decision::Bind(membership) => {
                 folder.bind(membership.clone())?;
@@ -86,7 +86,7 @@ pub async fn find_membership(
                 return Ok(membership);
             }
             Decision::Wait(reason) => {
-                if told.is_news(&reason) {
+                if recent.is_new(&reason) {
                     warn!("not serving yet: {reason}");
                 }
                 *waiting_for.lock() = Some(reason);
@@ -96,9 +96,9 @@ pub async fn find_membership(
     }
 }
 
-/// Says so, for ever, when the configured members belong to another cluster than this node's folder: such a node finds
-/// nobody to talk to (every request between nodes names its cluster), and its administrator should know why. It does not
-/// stop: seen from the others it is this node that is the stranger.
+/// Logs repeatedly if the configured members belong to another cluster than this node's folder. Such a node cannot talk
+/// to them (every request between nodes names its cluster), and its administrator should know why. It does not stop:
+/// from the view of the others this node may be the wrong one.
 pub async fn watch_for_strangers(
     config: Config,
     own: Member,
@@ -109,15 +109,15 @@ pub async fn watch_for_strangers(
     loop {
         let answers = ask_all(&config, &own, &transport).await;
         let strange = stranger(&answers, &own, cluster);
-        let told = std::mem::replace(&mut *waiting_for.lock(), strange.clone());
-        if let Some(reason) = strange.filter(|reason| told.as_ref() != Some(reason)) {
+        let previous = std::mem::replace(&mut *waiting_for.lock(), strange.clone());
+        if let Some(reason) = strange.filter(|reason| previous.as_ref() != Some(reason)) {
             error!("{reason}");
         }
         tokio::time::sleep(Duration::from_millis(STRANGER_INTERVAL_MS)).await;
     }
 }
 
-/// What is wrong, if of the other members that answer more belong to one other cluster than to this one.
+/// Returns the problem if, of the other members that answer, more belong to one other cluster than to this one.
 fn stranger(answers: &[Result<Answer, String>], own: &Member, cluster: ClusterId) -> Option<String> {
     let others = || answers.iter().flatten().filter(|answer| answer.node.id != own.id);
     let same = others().filter(|answer| answer.cluster == Some(cluster)).count();
@@ -133,7 +133,7 @@ fn stranger(answers: &[Result<Answer, String>], own: &Member, cluster: ClusterId
     ))
 }
 
-/// What a member said of itself.
+/// A member's answer about itself.
 #[derive(Clone, Debug)]
 struct Answer {
     node: Member,
@@ -185,7 +185,7 @@ async fn ask_all(config: &Config, own: &Member, transport: &Transport) -> Vec<Re
     futures::future::join_all(asked).await
 }
 
-/// Asks the leader of `cluster`, whom one of the nodes `at` should know, to take this node in.
+/// Asks the leader of `cluster`, which one of the nodes `at` should know, to accept this node.
 async fn join(
     own: &Member,
     cluster: ClusterId,
@@ -221,7 +221,7 @@ async fn join(
                 }
             }
             Ok(Ok(_)) => {
-                // None: nobody may take this node for one of those that made the cluster.
+                // No founders: no node may take this node for one of those that created the cluster.
                 return Ok(Membership {
                     cluster,
                     founders: Vec::new(),
@@ -239,7 +239,7 @@ async fn join(
 
 enum Decision {
     Bind(Membership),
-    /// `cluster` lives without this node; its nodes `at` know who leads it.
+    /// `cluster` exists without this node; its nodes `at` know its leader.
     Join {
         cluster: ClusterId,
         at: Vec<String>,
@@ -269,7 +269,7 @@ fn decide(
         let of_it = heard.iter().filter(|answer| answer.cluster == Some(cluster));
         let reason = match config.founds && folder_is_fresh {
             true => format!(
-                "this node's data folder is empty while its cluster {cluster} lives (node {} belongs to it); \
+                "this node's data folder is empty although its cluster {cluster} exists (node {} belongs to it); \
                  it does not vote with what it may have forgotten",
                 answer.node.addresses.grpc
             ),
@@ -284,10 +284,10 @@ fn decide(
     if !config.founds || !folder_is_fresh {
         let silent = answers.iter().find_map(|answer| answer.as_ref().err());
         return Decision::Wait(match silent {
-            Some(silent) => format!("this node joins a cluster that lives, and none answers; {silent}"),
-            None => {
-                "this node joins a cluster that lives, and no node that answers belongs to one".to_string()
+            Some(silent) => {
+                format!("this node joins a running cluster, and none of its nodes answers; {silent}")
             }
+            None => "this node joins a running cluster, but no node that answers belongs to one".to_string(),
         });
     }
     if let Some(silent) = answers.iter().find_map(|answer| answer.as_ref().err()) {
@@ -375,7 +375,7 @@ mod tests {
             panic!("waits")
         };
         assert_eq!(made.founders.len(), 3);
-        // Every member works out the same cluster.
+        // Every member computes the same cluster.
         let Decision::Bind(same) = decide(&[empty(1), empty(2), empty(3)], &member(3, 13), &config(), true)
         else {
             panic!("waits")
@@ -432,7 +432,7 @@ mod tests {
         let wiped = decide(&answers, &member(1, 99), &config(), true);
         assert!(matches!(wiped, Decision::Join { reason, at, .. }
             if reason.contains("does not vote") && at == ["127.0.0.1:3031"]));
-        // With content of an earlier incarnation it makes no cluster, even where all others would.
+        // With content of an earlier incarnation a node creates no cluster, even if all others would.
         let all_empty = [empty(1), empty(2), empty(3)];
         assert!(matches!(
             decide(&all_empty, &member(1, 11), &config(), false),

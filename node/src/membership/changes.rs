@@ -1,18 +1,18 @@
-//! Who belongs to the cluster, and how that changes while it works.
+//! The members of the cluster, and how they change during operation.
 //!
-//! A node is taken in as a learner: it gets the log and new content, and fetches the rest. When it has both, one joint
-//! change makes it a voter, in the place of the earlier incarnation of its slot where there is one. Nodes in new slots
-//! wait until there are so many that the number of voters stays odd (an even one tolerates no more failures than the odd
-//! one below it), and become voters together.
+//! A node is accepted as a learner: it gets the log and new content, and fetches the rest. When it has both, one joint
+//! change makes it a voter, in the place of the earlier incarnation of its slot if there is one. Nodes in new slots
+//! wait until the number of voters stays odd (an even number tolerates no more failures than the odd one below it), and
+//! become voters together.
 //!
-//! Invariants: a change of voters is proposed only if so many of the new voters hold all that they are to hold then, and
-//! that was named a moment before, that f + 1 of them have each chunk, or if no chunk has fewer copies after it than
-//! before; openraft lets one change happen at a time. Only the leader does any of it; what it began the
-//! next leader finds in the membership and goes on with.
+//! Invariants: a change of voters is proposed only if enough new voters hold everything that they will have to hold, of
+//! what was named a moment before, that f + 1 of them have each chunk, or if no chunk has fewer copies after the change
+//! than before. openraft allows one change at a time. Only the leader makes changes; the next leader finds in the
+//! membership what was begun and continues it.
 //!
-//! [`removal`] takes nodes out, [`renounce`] lets one go that must be made anew.
+//! [`removal`] removes nodes, [`renounce`] permits a node to give up its state so that it can be rebuilt.
 //!
-//! Knows nothing of how a node finds out what it holds.
+//! This module does not know how a node finds out what it holds.
 
 mod removal;
 mod renounce;
@@ -35,15 +35,15 @@ use quorumfs_metadata::MetadataStore;
 
 pub use self::removal::{Gone, Removal};
 
-/// How often the leader looks whether learners can become voters.
+/// Interval at which the leader checks whether learners can become voters.
 const LOOK_INTERVAL_MS: u64 = 500;
-/// A learner that is farther behind than this is not asked what it holds.
+/// A learner that is further behind than this is not asked what it holds.
 const LAG_ENTRIES_MAX: u64 = 1_024;
-/// How long a node may take to say who it is.
+/// Most time for a node to answer who it is.
 const HELLO_TIMEOUT_MS: u64 = 1_500;
-/// How long a node may take to say what it holds: it looks through all chunks it should.
+/// Most time for a node to answer what it holds: it examines all chunks that it should hold.
 const COMPLETE_TIMEOUT_MS: u64 = 60_000;
-/// Members at most: seven voters and one learner more than would make them nine.
+/// Most members, learners included.
 const MEMBERS_MAX: usize = 9;
 
 /// Why a change was not made.
@@ -52,13 +52,13 @@ pub enum ChangeError {
     /// Another node leads.
     #[error("this node does not lead")]
     NotLeader(Option<Member>),
-    /// It must not be.
+    /// The change is not allowed.
     #[error("{0}")]
     Refused(String),
-    /// Not now; it may be later.
+    /// The change is not possible now; it may be later.
     #[error("{0}")]
     Unavailable(String),
-    /// The node that is meant does not answer.
+    /// The node in question does not answer.
     #[error("{0}")]
     NobodyThere(String),
 }
@@ -72,22 +72,22 @@ impl From<MembershipError> for ChangeError {
     }
 }
 
-/// See the module.
+/// The membership changes of a node; see the module documentation.
 pub struct MembershipChanges {
     consensus: Consensus,
     metadata: Arc<MetadataStore>,
     placement: Arc<Placement>,
     transport: Arc<Transport>,
-    /// One change by hand at a time, so that two do not each count on what the other takes away.
+    /// Locked by one change by hand at a time, so that two changes do not rely on nodes that the other removes.
     changing: tokio::sync::Mutex<()>,
-    /// Which node was let go last, and when. Locked while one is.
+    /// The last node that was permitted to give up its state, and the time. Locked during a permission.
     renouncing: tokio::sync::Mutex<Option<(NodeId, Instant)>>,
-    // Locked to look or to change it, never across an await.
+    // Locked to read or change it, never across an await.
     removal: Mutex<Option<Aim>>,
 }
 
 impl MembershipChanges {
-    /// Does nothing by itself before [`MembershipChanges::start`].
+    /// Makes the membership changes; nothing happens by itself before [`MembershipChanges::start`].
     pub fn new(
         consensus: Consensus,
         metadata: Arc<MetadataStore>,
@@ -105,8 +105,11 @@ impl MembershipChanges {
         })
     }
 
-    /// Takes `member` in as a learner; answers all members. Harmless when repeated.
-    /// `knows` is the feature level of its program.
+    /// Accepts `member` as a learner; returns all members. Can be repeated. `knows` is the feature level of its
+    /// program.
+    ///
+    /// # Errors
+    /// [`ChangeError`].
     pub async fn take_in(&self, member: &Member, knows: u32) -> Result<Vec<Member>, ChangeError> {
         self.must_lead()?;
         let view = self.metadata.view();
@@ -157,7 +160,10 @@ impl MembershipChanges {
         Ok(self.consensus.members())
     }
 
-    /// Takes in the node that waits at `address`, and tells it.
+    /// Accepts the node that waits at `address`, and tells it.
+    ///
+    /// # Errors
+    /// [`ChangeError`].
     pub async fn invite(&self, address: &str) -> Result<Member, ChangeError> {
         self.must_lead()?;
         let (found, knows) = self.who_is_at(address).await.map_err(|reason| {
@@ -165,7 +171,7 @@ impl MembershipChanges {
         })?;
         if self.is_leaving(found.id.slot) {
             self.end_removal(&ChangeError::Refused(format!(
-                "node {} was asked to stay meanwhile",
+                "node {} was invited again meanwhile",
                 found.id.slot
             )));
         }
@@ -195,7 +201,7 @@ impl MembershipChanges {
         }
     }
 
-    /// Makes voters of learners that are whole, and takes out whom it was asked to, for ever, as long as this node leads.
+    /// Starts the tasks that make voters of complete learners, and remove nodes on request, while this node leads.
     pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
         tasks.supervise("membership-removals", self.clone(), Self::run_removals);
         tasks.supervise("membership-promotions", self.clone(), Self::run_promotions);
@@ -245,7 +251,8 @@ impl MembershipChanges {
                 near.push(learner);
             }
         }
-        // What they prepare for: that all who have the log come in together, as far as the number stays odd.
+        // The learners fetch what this set of voters must hold: that all with the whole log join together, as far as
+        // the number stays odd.
         let near_ids: Vec<NodeId> = near.iter().map(|learner| learner.id).collect();
         let Some(aim) = next_voters(&voters, &near_ids) else {
             return Ok(());
@@ -255,22 +262,22 @@ impl MembershipChanges {
             match self.missing_on(learner, &aim).await {
                 Ok(0) => whole.push(learner.id),
                 Ok(missing) => debug!(node = %learner.id, missing, "a learner lacks content"),
-                Err(reason) => debug!(node = %learner.id, reason, "a learner does not say what it holds"),
+                Err(reason) => debug!(node = %learner.id, reason, "cannot ask a learner what it holds"),
             }
         }
         let Some(next) = next_voters(&voters, &whole) else {
             return Ok(());
         };
         if next != aim {
-            // Who is whole for another set of voters is asked again about this one.
+            // A node that is complete for another set of voters is asked again for this one.
             let holders = self.holders(&members, &next).await;
             whole.retain(|learner| holders.contains(learner) || !next.contains(learner));
             if next_voters(&voters, &whole).as_ref() != Some(&next) {
                 return Ok(());
             }
         }
-        // In the place of an earlier incarnation a whole node only adds copies: nobody else's matter. (Another slot may be
-        // empty for good, and this one must not have to wait for it.)
+        // A complete node in the place of an earlier incarnation only adds copies, so the other voters do not matter.
+        // (Another slot may be empty for good, and this one must not have to wait for it.)
         let only_replaces = slots_of(&voters) == slots_of(&next);
         let holders = match only_replaces {
             true => next.clone(),
@@ -295,20 +302,21 @@ impl MembershipChanges {
         }
     }
 
-    /// How many of `voters` must hold all that they should among these, for each chunk to be on f + 1.
+    /// Returns how many of `voters` must hold everything they should among these, so that each chunk is on f + 1.
     fn holders_needed(&self, voters: &BTreeSet<NodeId>) -> usize {
         let layout = Layout::new(voters.clone(), self.placement.replicas());
         voters.len() - layout.incomplete_max()
     }
 
-    /// Which of `voters` hold all that they should among these.
+    /// Returns which of `voters` hold everything they should among these.
     async fn holders(&self, members: &[Member], voters: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
         let lacking = self.lacking(members, voters).await;
         let whole = voters.iter().filter(|voter| !lacking.contains_key(voter));
         whole.copied().collect()
     }
 
-    /// Which of `voters` do not hold all that they should among these, and how much they lack; or why that is not known.
+    /// Returns which of `voters` do not hold everything they should among these, and how much each lacks; or why that
+    /// is unknown.
     async fn lacking(
         &self,
         members: &[Member],
@@ -328,8 +336,8 @@ impl MembershipChanges {
             .collect()
     }
 
-    /// How many chunks `member` lacks that it should hold among `voters`, this node itself asked like any other. It
-    /// fetches them from now on.
+    /// Returns the number of chunks that `member` lacks and should hold among `voters`; this node asks itself like any
+    /// other. The member fetches them from now on.
     async fn missing_on(&self, member: &Member, voters: &BTreeSet<NodeId>) -> Result<u64, String> {
         let voter = |id: &NodeId| wire::Voter {
             slot: id.slot.into(),
@@ -337,7 +345,7 @@ impl MembershipChanges {
         };
         let request = wire::ContentCompleteRequest {
             voters: voters.iter().map(voter).collect(),
-            // A node that has yet to apply what names content lacks none that it knows of.
+            // A node that has not applied the entries that name content does not know what it lacks.
             through_index: self.consensus.status().committed.unwrap_or(0),
         };
         let ask = async {
@@ -353,7 +361,7 @@ impl MembershipChanges {
             .unwrap_or_else(|_| Err("no answer".to_string()))
     }
 
-    /// Who answers at `address`, and what feature level its program knows.
+    /// Asks the node at `address` for its identity and the feature level of its program.
     async fn who_is_at(&self, address: &str) -> Result<(Member, u32), String> {
         let ask = async {
             let mut peer = self
@@ -380,7 +388,7 @@ impl MembershipChanges {
             .unwrap_or_else(|_| Err("no answer".to_string()))
     }
 
-    /// A connection to `member`.
+    /// Returns a connection to `member`.
     pub fn peer_of(&self, member: &Member, purpose: Purpose) -> Result<Peer, String> {
         self.transport
             .member(member, purpose)
@@ -392,8 +400,8 @@ fn slots_of(ids: &BTreeSet<NodeId>) -> Vec<u16> {
     ids.iter().map(|id| id.slot).collect()
 }
 
-/// Who should vote when the learners in `whole` can: each takes the place of its slot's earlier incarnation, and those
-/// in new slots come in as far as the number of voters stays odd. `None`: as it is.
+/// Returns the voters after the learners in `whole` have joined: each takes the place of its slot's earlier
+/// incarnation, and those in new slots join as far as the number of voters stays odd. `None` if nothing changes.
 fn next_voters(voters: &BTreeSet<NodeId>, whole: &[NodeId]) -> Option<BTreeSet<NodeId>> {
     let mut next = voters.clone();
     let mut added = Vec::new();

@@ -1,4 +1,5 @@
-//! What ends a node's session after the node: a file in its data folder, of which there is one user at a time.
+//! The means to end a node's session after its process has ended: a file in its data folder, which has one user at a
+//! time.
 
 use std::path::Path;
 use std::time::Duration;
@@ -7,18 +8,20 @@ use quorumfs_client::Client;
 use quorumfs_proto::codec;
 use tracing::warn;
 
-/// The session's number and its secret.
+/// File with the session's id and secret.
 const SESSION_FILE: &str = "session";
-/// How often it is looked whether the session is another.
+/// Interval at which a change of the session is looked for.
 const LOOK_INTERVAL_MS: u64 = 5_000;
 
-/// Ends the session of this folder's last process, which is gone for certain as this one has the folder; then keeps what
-/// the next process needs to end this one's, until the client is closed.
+/// Ends the session of this folder's last process, which has certainly ended because this one has locked the folder.
+/// Then stores what the next process needs to end this one's session, until the client is closed.
 pub async fn keep(folder: &Path, client: Client) {
     let file = &folder.join(SESSION_FILE);
     match std::fs::read(file).ok().as_deref().map(codec::decode) {
         Some(Ok(predecessor)) => client.end_predecessor(predecessor).await,
-        Some(Err(error)) => warn!(%error, file = %file.display(), "the last session is not known; it lapses"),
+        Some(Err(error)) => {
+            warn!(%error, file = %file.display(), "cannot read the last session of this node; it lapses")
+        }
         None => {}
     }
     let mut kept = None;
@@ -27,20 +30,22 @@ pub async fn keep(folder: &Path, client: Client) {
         if kept != Some(generation) {
             match write_private(file, &codec::encode(&client.credential())) {
                 Ok(()) => kept = Some(generation),
-                Err(error) => warn!(%error, file = %file.display(), "cannot keep what ends the session"),
+                Err(error) => {
+                    warn!(%error, file = %file.display(), "cannot store the session's secret; after a restart the session lapses")
+                }
             }
         }
         tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
     }
 }
 
-/// The session was ended: the next process need not.
+/// Removes the file, because the session was ended.
 pub fn forget(folder: &Path) {
-    // One that stays is tried in vain, and harms nobody.
+    // A file that stays does no harm: the next process tries in vain to end the session.
     let _ = std::fs::remove_file(folder.join(SESSION_FILE));
 }
 
-/// Writes a file that only its owner reads, in place of what was there.
+/// Writes a file that only its owner can read, in place of an existing one.
 fn write_private(file: &Path, bytes: &[u8]) -> std::io::Result<()> {
     use std::io::Write as _;
     use std::os::unix::fs::OpenOptionsExt as _;

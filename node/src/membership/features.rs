@@ -1,8 +1,8 @@
-//! What all members know: the leader raises the feature level in the log once every member says
-//! that its program knows the next; a node whose program knows less than the level is not taken in.
+//! The feature level: the leader raises it in the log when every member reports that its program knows the next level;
+//! a node whose program knows less than the level is not accepted.
 //!
 //! So programs can be replaced node by node: until the last one is new, nothing is applied that an old one would not
-//! understand. There is no way down.
+//! understand. The level cannot be lowered.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,12 +17,12 @@ use crate::observe::clock::StampClock;
 use crate::transport::{Purpose, Transport};
 use quorumfs_metadata::{FEATURE_LEVEL, LogBody, LogCommand, MetadataStore};
 
-/// How often the leader looks, as long as its program knows more than the level.
+/// Interval at which the leader checks, while its program knows more than the level.
 const LOOK_INTERVAL_MS: u64 = 1_000;
-/// How long a member may take to answer.
+/// Most time for a member's answer.
 const ANSWER_TIMEOUT_MS: u64 = 1_000;
 
-/// Raises the level when it can be, for ever.
+/// Raises the level when possible; never returns.
 pub async fn run(
     consensus: Consensus,
     metadata: Arc<MetadataStore>,
@@ -37,7 +37,7 @@ pub async fn run(
         let now = match metadata.view() {
             Ok(view) => view.feature_level(),
             Err(error) => {
-                warn!(%error, "cannot look up the feature level");
+                warn!(%error, "cannot read the feature level");
                 continue;
             }
         };
@@ -62,13 +62,13 @@ pub async fn run(
             body: LogBody::RaiseFeatureLevel { level },
         };
         match consensus.propose(command).await {
-            Ok(_) => info!(level, "all members know the next feature level: raised"),
-            Err(error) => warn!(%error, level, "the feature level could not be raised"),
+            Ok(_) => info!(level, "the feature level was raised: all members know it"),
+            Err(error) => warn!(%error, level, "cannot raise the feature level; it is tried again"),
         }
     }
 }
 
-/// What `member`'s program knows; `None` where it does not say.
+/// Returns the level that `member`'s program knows; `None` if it does not answer.
 async fn level_of(transport: &Transport, member: &Member) -> Option<u32> {
     let mut peer = transport.peer(&member.addresses, Purpose::Control).ok()?;
     let asked = peer.node_status(wire::NodeStatusRequest {});

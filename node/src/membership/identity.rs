@@ -1,10 +1,10 @@
-//! Who this node is: the data folder's identity.
+//! The identity of this node, stored in its data folder.
 //!
-//! A data folder holds slot, incarnation and, once the cluster was made, the cluster's id and first members. The
-//! incarnation is drawn when the folder is first used, so a folder that was wiped is a new voter, never an old one
-//! that has forgotten its vote. The folder is locked as long as a process uses it.
+//! A data folder has the slot, the incarnation and, once the cluster was created, the cluster's id and first members.
+//! The incarnation is drawn when the folder is first used, so a wiped folder is a new voter, never an old one that has
+//! lost its vote. The folder is locked while a process uses it.
 //!
-//! Knows nothing of the consensus; it only says whether there may be one.
+//! This module does not know the consensus; it only decides whether there may be one.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
@@ -19,45 +19,45 @@ use crate::private_files::{FILE_MODE, FOLDER_MODE, make_private};
 
 /// The version of the folder's layout.
 const FOLDER_VERSION: u32 = 2;
-/// The oldest version that is taken over: its metadata lie in a plain file of redb (version 2 has them in blocks with
+/// The oldest version that is converted: its metadata are in a plain redb file (version 2 has them in blocks with
 /// checksums, which a program of version 1 would take for damage).
 const FOLDER_VERSION_MIN: u32 = 1;
 const IDENTITY_FILE: &str = "identity.toml";
 const LOCK_FILE: &str = "lock";
 
-/// Why a data folder cannot be used.
+/// Why a data folder cannot be used. Each message includes its cause.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
-    /// The disk says no.
-    #[error("{what} {}: {source}", path.display())]
+    /// A system call failed.
+    #[error("cannot {what} {}: {error}", path.display())]
     Io {
-        /// What was being done.
+        /// The action that failed.
         what: &'static str,
-        /// To what.
+        /// The file or folder.
         path: PathBuf,
-        /// What the disk said.
-        source: std::io::Error,
+        /// The error of the system.
+        error: std::io::Error,
     },
-    /// Another process uses it.
+    /// Another process uses the folder.
     #[error("data folder {} is in use by another process", .0.display())]
     InUse(PathBuf),
-    /// It belongs to another slot.
+    /// The folder belongs to another slot.
     #[error("data folder {} belongs to slot {found}, but this node was started with --slot {wanted}; give it its own folder", path.display())]
     OtherSlot {
-        /// The folder.
+        /// Path of the folder.
         path: PathBuf,
         /// The slot it belongs to.
         found: u16,
         /// The slot configured.
         wanted: u16,
     },
-    /// It has content but no identity.
+    /// The folder has content but no identity.
     #[error("data folder {} is not empty but holds no {IDENTITY_FILE}; it is not a QuorumFS data folder, or it is damaged", .0.display())]
     NoIdentity(PathBuf),
     /// The identity cannot be read.
     #[error("{}: {reason}", path.display())]
     Malformed {
-        /// The file.
+        /// Path of the identity file.
         path: PathBuf,
         /// What is wrong.
         reason: String,
@@ -70,38 +70,38 @@ struct IdentityFile {
     version: u32,
     slot: u16,
     incarnation: String,
-    /// Whether the folder was another incarnation's before; such a node joins, it never makes a cluster.
+    /// Whether the folder belonged to another incarnation before; such a node joins, it never creates a cluster.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     reborn: bool,
-    /// Whether this incarnation has had a log: one that is empty later has lost what it promised.
+    /// Whether this incarnation has had a log: if the log is empty later, it has lost its promises.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     took_part: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     cluster: Option<String>,
-    /// The entry at which a majority had other metadata than this incarnation: these are not used any more.
+    /// The entry at which a majority had other metadata than this incarnation: its metadata must not be used any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     contradicted_at: Option<u64>,
-    /// What the incarnation before left behind and is not set aside yet.
+    /// What the previous incarnation left and has not been set aside yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     leaves_behind: Option<Remains>,
-    /// Clusters that lost their majority and that this one was made of by hand.
+    /// Clusters that lost their majority and from which this one was created by hand.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     replaces: Vec<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     members: Vec<MemberEntry>,
 }
 
-/// What an incarnation that gave itself up left in the folder.
+/// Files of an incarnation that gave itself up.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Remains {
     /// Names in the folder.
     names: Vec<String>,
-    /// The folder in it that they are moved to.
+    /// The sub-folder to which they are moved.
     to: String,
 }
 
-/// What the identity file says.
+/// The contents of the identity file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Identity {
     id: NodeId,
@@ -111,7 +111,7 @@ struct Identity {
     leaves_behind: Option<Remains>,
     replaces: Vec<ClusterId>,
     membership: Option<Membership>,
-    /// The version of the file that it was read from.
+    /// The version of the file that was read.
     version: u32,
 }
 
@@ -127,10 +127,10 @@ struct MemberEntry {
 /// The cluster a data folder belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Membership {
-    /// Its name.
+    /// The cluster's id.
     pub cluster: ClusterId,
-    /// The members it was made with, this node among them; none where it was taken in later. Changes are in the
-    /// consensus, not here.
+    /// The members with which it was created, including this node; none if the node was accepted later. Later changes
+    /// are in the consensus, not here.
     pub founders: Vec<Member>,
 }
 
@@ -139,23 +139,26 @@ pub struct Membership {
 pub struct DataFolder {
     path: PathBuf,
     id: NodeId,
-    // Locked to look, and while the file is written.
+    // Locked for reading, and while the file is written.
     identity: Mutex<Identity>,
     _lock: nix::fcntl::Flock<File>,
 }
 
 impl DataFolder {
-    /// Opens the folder, making it and its identity if it does not exist or is empty.
+    /// Opens the folder; creates it and its identity if it does not exist or is empty.
+    ///
+    /// # Errors
+    /// [`IdentityError`].
     pub fn open(path: &Path, slot: u16) -> Result<DataFolder, IdentityError> {
         let io = |what, at: &Path| {
             let at = at.to_path_buf();
-            move |source| IdentityError::Io {
+            move |error| IdentityError::Io {
                 what,
                 path: at,
-                source,
+                error,
             }
         };
-        make_folder(path).map_err(io("make data folder", path))?;
+        make_folder(path).map_err(io("create data folder", path))?;
         let lock_path = path.join(LOCK_FILE);
         let lock = OpenOptions::new()
             .create(true)
@@ -200,7 +203,7 @@ impl DataFolder {
         if let Some(remains) = &remains {
             set_aside(path, remains)?;
         }
-        // Before anything else is changed: from then on no older program misreads it.
+        // First of all changes: from then on no older program misreads the folder.
         if remains.is_some() || identity.version != FOLDER_VERSION {
             identity.version = FOLDER_VERSION;
             write(path, &identity).map_err(io("write identity in", path))?;
@@ -213,17 +216,17 @@ impl DataFolder {
         })
     }
 
-    /// Who this node is.
+    /// Returns the id of this node.
     pub fn id(&self) -> NodeId {
         self.id
     }
 
-    /// Where the folder is.
+    /// Returns the path of the folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether it holds nothing: no earlier incarnation's content, and no cluster's.
+    /// Whether the folder has no content of an earlier incarnation and no cluster.
     pub fn is_fresh(&self) -> bool {
         let identity = self.identity.lock();
         !identity.reborn && identity.membership.is_none()
@@ -234,31 +237,31 @@ impl DataFolder {
         self.identity.lock().took_part
     }
 
-    /// This incarnation has a log now. Durable when it returns.
+    /// Records that this incarnation has a log. Durable when it returns.
     pub fn note_took_part(&self) -> Result<(), IdentityError> {
         self.change(|identity| identity.took_part = true)
     }
 
-    /// The entry at which a majority had other metadata ([`DataFolder::note_contradicted`]).
+    /// Returns the entry at which a majority had other metadata ([`DataFolder::note_contradicted`]).
     pub fn contradicted_at(&self) -> Option<u64> {
         self.identity.lock().contradicted_at
     }
 
-    /// A majority has other metadata at entry `index`: this incarnation's are not to be used again, whatever happens until
-    /// it is made anew. Durable when it returns.
+    /// Records that a majority has other metadata at entry `index`: this incarnation's metadata must not be used again
+    /// until they are rebuilt. Durable when it returns.
     pub fn note_contradicted(&self, index: u64) -> Result<(), IdentityError> {
         self.change(|identity| identity.contradicted_at = Some(index))
     }
 
-    /// Gives the incarnation up, for what it had promised to remember is lost: writes a new identity that belongs to no
-    /// cluster, and sets `lost` (names in the folder) aside. Content stays. Nothing else may use the folder; open it
-    /// anew afterwards.
+    /// Gives up the incarnation, because its promises are lost: writes a new identity without a cluster, and sets
+    /// `lost` (names in the folder) aside. Content stays. Nothing else may use the folder; it must be opened again
+    /// afterwards.
     ///
-    /// The identity goes first: whatever happens in between, nobody finds the old one without its log, and votes. What is
-    /// not set aside then is when the folder is opened next.
+    /// The identity is written first: a crash in between never leaves the old identity without its log, so that it
+    /// could vote. Files that are not set aside then are set aside when the folder is opened next.
     ///
     /// # Errors
-    /// Where the disk says no; the node may try again.
+    /// [`IdentityError::Io`]; the node may try again.
     pub fn renounce(&self, lost: &[&str]) -> Result<(), IdentityError> {
         let remains = Remains {
             names: lost.iter().map(|name| name.to_string()).collect(),
@@ -272,24 +275,24 @@ impl DataFolder {
         self.change(|identity| *identity = next)
     }
 
-    /// The cluster it belongs to; `None`: it never held a vote or a log entry.
+    /// Returns the cluster of the folder; `None` if it has never had a vote or a log entry.
     pub fn membership(&self) -> Option<Membership> {
         self.identity.lock().membership.clone()
     }
 
-    /// Whether its cluster was made of `cluster` by hand, when that had lost its majority.
+    /// Whether its cluster was created by hand from `cluster`, which had lost its majority.
     pub fn replaces(&self, cluster: ClusterId) -> bool {
         self.identity.lock().replaces.contains(&cluster)
     }
 
-    /// Belongs to `cluster` from now on, instead of the one it belonged to, which has lost its majority. Durable.
+    /// Moves the folder to `cluster`, from the cluster it belonged to, which has lost its majority. Durable.
     pub fn replace(&self, cluster: ClusterId) -> Result<(), IdentityError> {
         self.change(|identity| {
             let next = Membership {
                 cluster,
                 founders: Vec::new(),
             };
-            // Who decided so was that cluster's majority, and it is lost.
+            // The majority that decided so was that of the old cluster, which is lost.
             identity.contradicted_at = None;
             let before = identity.membership.replace(next);
             identity.replaces.extend(before.map(|before| before.cluster));
@@ -305,10 +308,10 @@ impl DataFolder {
         let mut identity = self.identity.lock();
         let mut next = identity.clone();
         change(&mut next);
-        write(&self.path, &next).map_err(|source| IdentityError::Io {
+        write(&self.path, &next).map_err(|error| IdentityError::Io {
             what: "write identity in",
             path: self.path.clone(),
-            source,
+            error,
         })?;
         *identity = next;
         Ok(())
@@ -316,7 +319,7 @@ impl DataFolder {
 }
 
 impl Identity {
-    /// One that nothing is known of yet.
+    /// Returns a new identity without a cluster.
     fn new(slot: u16) -> Identity {
         let incarnation = rand::random_range(1..=u64::MAX);
         Identity {
@@ -332,15 +335,14 @@ impl Identity {
     }
 }
 
-/// Moves what is left of an earlier incarnation out of the way; what is not there was moved before. Durable when it
-/// returns.
+/// Moves the files of an earlier incarnation away; missing ones were moved before. Durable when it returns.
 fn set_aside(folder: &Path, remains: &Remains) -> Result<(), IdentityError> {
     let io = |what, path: &Path| {
         let path = path.to_path_buf();
-        move |source| IdentityError::Io { what, path, source }
+        move |error| IdentityError::Io { what, path, error }
     };
     let to = folder.join(&remains.to);
-    make_folder(&to).map_err(io("make", &to))?;
+    make_folder(&to).map_err(io("create", &to))?;
     for name in &remains.names {
         let from = folder.join(name);
         match std::fs::rename(&from, to.join(name)) {
@@ -358,7 +360,7 @@ fn set_aside(folder: &Path, remains: &Remains) -> Result<(), IdentityError> {
     Ok(())
 }
 
-/// Makes a folder for this user alone; those above it are anybody's.
+/// Creates a folder for this user alone; its parents have the usual permissions.
 fn make_folder(path: &Path) -> std::io::Result<()> {
     std::fs::DirBuilder::new()
         .recursive(true)
@@ -528,7 +530,7 @@ mod tests {
         }
         folder.renounce(&["wal", "metadata.redb"]).unwrap();
         drop(folder);
-        // Killed here, it is another already, and what it leaves behind is set aside by who opens the folder next.
+        // A kill at this point leaves the new identity, and the next opening sets the old files aside.
         let text = std::fs::read_to_string(dir.path().join(IDENTITY_FILE)).unwrap();
         let written = parse(&text).unwrap();
         assert_ne!(written.id, first);
@@ -543,7 +545,7 @@ mod tests {
         assert!(!dir.path().join("wal").exists());
         let aside = dir.path().join(format!("damaged-{:016x}", first.incarnation));
         assert_eq!(std::fs::read_to_string(aside.join("wal/file")).unwrap(), "wal");
-        // Once: a log of its own is left where it is.
+        // Once: the new incarnation's log is left in place.
         let second = reborn.id();
         reborn.note_took_part().unwrap();
         std::fs::create_dir(dir.path().join("wal")).unwrap();

@@ -1,5 +1,5 @@
-//! Who belongs to the cluster: a node's identity, how the cluster is made, changed and recovered, and which features all
-//! members have.
+//! The members of the cluster: a node's identity, how the cluster is created, changed and recovered, and the features
+//! that all members know.
 
 pub mod bootstrap;
 pub mod changes;

@@ -1,8 +1,7 @@
-//! The last resort: a cluster that has lost its majority for good goes on from one node, by hand.
+//! The last resort: a cluster that has lost its majority for good is continued from one node, by hand.
 //!
-//! What that node has counts from then on as what was agreed to. It is a new cluster: nodes of the old one that come back
-//! do not mix with it (each request names its cluster), and those that wait to be made anew may give up what they have for
-//! it.
+//! The state of that node becomes the agreed state. It is a new cluster: nodes of the old one that come back do not mix
+//! with it (each request names its cluster), and those that wait to be rebuilt may give up their state for it.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -17,22 +16,25 @@ use crate::consensus::{ConsensusOptions, Remains};
 use crate::transport::{Purpose, TlsFiles, Transport};
 use quorumfs_metadata::{MetadataOptions, MetadataStore};
 
-/// How long a member may take to say how it is.
+/// Most time for a member to answer about its state.
 const ANSWER_TIMEOUT: Duration = Duration::from_millis(2_000);
-/// Bytes of metadata checked at a time.
+/// Bytes of metadata checked per step.
 const CHECK_BYTES: u64 = 16 << 20;
 
-/// Whether anything is changed.
+/// Whether changes are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Consent {
-    /// Only what would be done is told.
+    /// Only report what would be done.
     Look,
-    /// The administrator knows what may be missing.
+    /// The administrator accepts that changes may be missing.
     AcceptLoss,
 }
 
-/// Looks at what the node of `config`, which is down, holds and, with consent, makes a cluster of it alone. Answers a
-/// report for people. Refuses where a majority lives.
+/// Examines the node of `config`, which must be down, and, with consent, creates a cluster of it alone. Returns a
+/// report for people.
+///
+/// # Errors
+/// Refused if a majority is alive, or if the node's log or metadata are not intact.
 pub async fn recover(
     config: &Config,
     log_folder: &str,
@@ -41,7 +43,7 @@ pub async fn recover(
 ) -> anyhow::Result<String> {
     let folder = DataFolder::open(&config.data, config.slot)?;
     let membership = folder.membership().context(
-        "this data folder belongs to no cluster yet: there is nothing in it to go on from. Choose the node with the \
+        "this data folder belongs to no cluster yet, so there is nothing to recover. Choose the node with the \
          newest last entry",
     )?;
     let own = Member {
@@ -54,7 +56,7 @@ pub async fn recover(
     let path = config.data.join(metadata_file);
     ensure!(
         path.exists(),
-        "the metadata are gone ({}): this is not the node to go on from",
+        "the metadata are gone ({}): do not continue from this node",
         path.display()
     );
     let metadata = tokio::task::spawn_blocking(move || open_whole(&path)).await??;
@@ -62,7 +64,7 @@ pub async fn recover(
     options.had_log = folder.took_part();
     let remains = Remains::open(&options, &metadata)
         .await
-        .context("this is not the node to go on from")?;
+        .context("do not continue from this node")?;
 
     let mut report = String::new();
     let (term, index) = remains.last.unwrap_or_default();
@@ -74,7 +76,7 @@ pub async fn recover(
     if let Some(index) = folder.contradicted_at() {
         writeln!(
             report,
-            "A majority found that its metadata at entry {index} are not what was agreed to: choose another node if one is \
+            "A majority found that its metadata at entry {index} differ from the agreed state: choose another node if one is \
              left. If none is, what this one has counts from then on, right or wrong."
         )?;
     }
@@ -84,7 +86,7 @@ pub async fn recover(
             .as_ref()
             .map(TlsFiles::client_config)
             .transpose()
-            .context("read TLS files")?,
+            .context("cannot read the TLS files")?,
     );
     let mut living = Vec::new();
     for other in remains.members.iter().filter(|other| other.id != own.id) {
@@ -95,7 +97,7 @@ pub async fn recover(
             other.id,
             other.addresses.grpc,
             match &said {
-                Ok(()) => "lives, and says nothing against its state",
+                Ok(()) => "is alive, and reports no problem with its state",
                 Err(reason) => reason,
             }
         )?;
@@ -108,7 +110,7 @@ pub async fn recover(
         let count = with_own.filter(|id| voters.contains(id)).count();
         if count > voters.len() / 2 {
             bail!(
-                "{report}{count} of {} voters live with this node, a majority: nothing is lost, start it as usual",
+                "{report}{count} of {} voters are alive with this node, a majority: nothing is lost, start it as usual",
                 voters.len()
             );
         }
@@ -128,32 +130,35 @@ pub async fn recover(
     }
     drop(metadata);
     let cluster = ClusterId(rand::random());
-    // First: were it last, a crash in between would leave a node that alone decides for the old cluster.
+    // First: if it were last, a crash in between would leave a node that alone decides for the old cluster.
     folder.replace(cluster)?;
     remains.make_only_voter(&own).await?;
     writeln!(
         report,
-        "This node is cluster {cluster} now, and its only voter. Start it as usual. Nodes that wait to be made anew join \
+        "This node is cluster {cluster} now, and its only voter. Start it as usual. Nodes that wait to be rebuilt join \
          by themselves; give the others empty data folders. Mounts must be mounted anew."
     )?;
     Ok(report)
 }
 
-/// Opens the metadata, if all of it is in order.
+/// Opens the metadata, if all of it is intact.
 fn open_whole(path: &std::path::Path) -> anyhow::Result<MetadataStore> {
-    let metadata = MetadataStore::open(path, MetadataOptions::default())
-        .context("this is not the node to go on from")?;
+    let metadata =
+        MetadataStore::open(path, MetadataOptions::default()).context("do not continue from this node")?;
     let mut from = None;
     loop {
         let read = metadata.check(from, CHECK_BYTES);
-        from = read.context("this is not the node to go on from")?.next;
+        from = read.context("do not continue from this node")?.next;
         if from.is_none() {
             return Ok(metadata);
         }
     }
 }
 
-/// `Ok`: it is that very incarnation, of the same cluster, and its state is in order as far as it knows.
+/// Checks that `member` is alive with the same incarnation in the same cluster, and reports no problem with its state.
+///
+/// # Errors
+/// The reason if not.
 async fn ask(transport: &Transport, member: &Member, cluster: ClusterId) -> Result<(), String> {
     let ask = async {
         let mut peer = transport
@@ -172,7 +177,7 @@ async fn ask(transport: &Transport, member: &Member, cluster: ClusterId) -> Resu
         }
         match answer.trouble.is_empty() {
             true => Ok(()),
-            false => Err(format!("cannot be relied on ({})", answer.trouble)),
+            false => Err(format!("its state is unreliable ({})", answer.trouble)),
         }
     };
     let asked = tokio::time::timeout(ANSWER_TIMEOUT, ask).await;

@@ -1,9 +1,9 @@
-//! Giving an incarnation up: why, and when a node may.
+//! Giving up an incarnation: the reasons, and when a node may.
 //!
-//! A node whose log or metadata is damaged is made anew from the others. It gives nothing up before a leader has said that
-//! a majority lives without it (`membership::renounce`). Until then it keeps what it has where it is, says what it waits
-//! for, and where its log is in order goes on to keep the log and to vote, without leading or answering anything; one that
-//! finds the damage when it starts too (`server::log_only`).
+//! A node whose log or metadata is damaged is rebuilt from the others. It discards nothing before a leader has
+//! confirmed that a majority is intact without it (`membership::renounce`). Until then it keeps its files in place and
+//! reports what it waits for. If its log is intact, it continues to keep the log and to vote, without leading or
+//! answering calls; so does a node that finds the damage when it starts (`server::log_only`).
 
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
@@ -16,20 +16,20 @@ use crate::config::Config;
 use crate::consensus::{Consensus, ConsensusError, SteppedAside};
 use crate::transport::{Purpose, Transport};
 
-/// How often the leader is asked.
+/// Interval at which the leader is asked.
 const ASK_INTERVAL: Duration = Duration::from_millis(500);
-/// How long a node may take to answer: the leader waits for its followers meanwhile.
+/// Most time for an answer: the leader waits for its followers meanwhile.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(4);
-/// How long the last question is repeated: an election may come between.
+/// Time for which the last question is repeated: an election may be in progress.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(6);
-/// How long the consensus may take to stop.
+/// Most time for the consensus to stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
-/// A reason to wait that has changed is logged no sooner after the one before.
+/// Least time between two log messages when the reason to wait changes.
 const SAY_INTERVAL: Duration = Duration::from_secs(60);
-/// Nodes asked in one round.
+/// Most nodes asked in one round.
 const ASKED_MAX: usize = 16;
 
-/// Why the node gives its incarnation up.
+/// Why the node gives up its incarnation.
 #[derive(Debug, thiserror::Error)]
 pub enum Renounced {
     /// The log is damaged or gone.
@@ -38,9 +38,9 @@ pub enum Renounced {
     /// The metadata is damaged.
     #[error("{reason}; the metadata was set aside, and the node takes part as a new one")]
     Metadata {
-        /// How.
+        /// What is damaged.
         reason: String,
-        /// The entry that cannot be applied to it, if it is one that others could.
+        /// The entry that cannot be applied to the metadata, if other nodes could apply it.
         entry: Option<u64>,
     },
     /// A majority has other metadata.
@@ -49,13 +49,13 @@ pub enum Renounced {
          new one"
     )]
     State {
-        /// Where they were compared.
+        /// The entry at which they were compared.
         index: u64,
     },
 }
 
 impl Renounced {
-    /// What is wrong, while nothing has been done about it yet.
+    /// Describes the damage before the node has acted on it.
     pub fn trouble(&self) -> String {
         match self {
             Renounced::Log(error) => error.to_string(),
@@ -67,44 +67,44 @@ impl Renounced {
     }
 }
 
-/// What became of the question.
+/// The result of the question.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Leave {
-    /// A majority lives without this node, which takes part no more.
+    /// A majority is intact without this node, which has stopped taking part.
     Granted,
-    /// When it had stopped, the others could not do without it any more: it starts again as it was.
+    /// After this node had stopped, the others could not do without it any more: it starts again unchanged.
     Withdrawn(String),
 }
 
-/// A node that would give its state up.
+/// A node that asks to give up its state.
 pub struct Renouncing<'a> {
-    /// Its settings.
+    /// The node's settings.
     pub config: &'a Config,
-    /// Who it is.
+    /// The node itself.
     pub own: &'a Member,
-    /// Its cluster.
+    /// The node's cluster.
     pub cluster: ClusterId,
-    /// The way to the others.
+    /// The connections to other nodes.
     pub transport: &'a Transport,
-    /// The part it takes, unless the log is lost or was not opened.
+    /// The node's consensus, unless the log is lost or was not opened.
     pub consensus: Option<Consensus>,
-    /// Why.
+    /// Why it gives up its state.
     pub why: &'a Renounced,
 }
 
 impl Renouncing<'_> {
-    /// Waits until the node may. `tell` hears what it waits for.
+    /// Waits until the node may give up its state. `tell` is called with the reason for waiting.
     pub async fn wait(&self, tell: impl Fn(String)) -> Leave {
         let trouble = self.why.trouble();
-        error!("{trouble}; this node asks the others to let it be made anew");
+        error!("{trouble}; this node asks the others for permission to rebuild it");
         tell(format!(
-            "{trouble}; this node asks the others to let it be made anew"
+            "{trouble}; this node asks the others for permission to rebuild it"
         ));
         let mut part = self.consensus.as_ref();
         let mut told: Option<(String, tokio::time::Instant)> = None;
         loop {
-            // Whatever made it the leader: who leads and answers nothing holds all others up. Where one that can take over
-            // does not, the others elect one without this node.
+            // However it became the leader: a leader that answers nothing blocks all others. If the node that should
+            // take over does not, the others elect one without this node.
             if let Some(consensus) = part
                 && consensus.step_aside(|_| true).await == SteppedAside::InVain
             {
@@ -116,13 +116,13 @@ impl Renouncing<'_> {
                 (Ok(()), Some(consensus)) => return self.stop_and_confirm(consensus).await,
                 (Err(refusal), _) => {
                     let waits = format!(
-                        "{trouble}; this node keeps what it has until a majority lives without it: {refusal}. If a \
+                        "{trouble}; this node keeps its state until a majority is intact without it: {refusal}. If a \
                          majority is lost for good, see `quorumfs-node recover --help`"
                     );
-                    let is_news = told
+                    let is_new = told
                         .as_ref()
                         .is_none_or(|(before, at)| *before != refusal && at.elapsed() > SAY_INTERVAL);
-                    if is_news {
+                    if is_new {
                         warn!("{waits}");
                         told = Some((refusal, tokio::time::Instant::now()));
                     }
@@ -145,7 +145,7 @@ impl Renouncing<'_> {
         }
     }
 
-    /// Asks the leader, whom one of the others should know.
+    /// Asks the leader, which one of the others should know.
     async fn ask(&self) -> Result<(), String> {
         let mut to_ask: VecDeque<String> = self.config.members.iter().cloned().collect();
         if let Some(consensus) = &self.consensus {
@@ -174,7 +174,7 @@ impl Renouncing<'_> {
         }
     }
 
-    /// `Some`: the node at `address` does not lead, this one may.
+    /// Asks the node at `address`. Returns the address of the leader if that node does not lead.
     async fn ask_one(&self, address: &str) -> Result<Option<String>, String> {
         let ask = async {
             let mut peer = self
@@ -205,8 +205,8 @@ impl Renouncing<'_> {
     }
 }
 
-/// Takes no part any more.
+/// Stops taking part.
 async fn stop(consensus: &Consensus) {
-    // Where applying waits for ever this does too; messages are answered no more all the same.
+    // If applying blocks for ever, this does too; messages are no longer answered in any case.
     let _ = tokio::time::timeout(STOP_TIMEOUT, consensus.shutdown()).await;
 }

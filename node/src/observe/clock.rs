@@ -1,8 +1,8 @@
-//! This node's clock: how far it is off, by what NTP servers say, and what commands are stamped with.
+//! This node's clock: its offset according to NTP servers, and the clock with which commands are stamped.
 //!
-//! Clocks are for timestamps and the length of leases; no ordering rests on them. So a clock that is off, or that nobody
-//! can vouch for, is told ([`ClockMonitor::report`], once in the log on change) and stops nothing. This node asks; it
-//! never sets the system's clock: that is chrony's or the host's.
+//! Clocks are used for timestamps and the length of leases; no ordering depends on them. So a clock that is off, or
+//! that no server confirms, is reported ([`ClockMonitor::report`], and once in the log on change) and stops nothing.
+//! The node never sets the system's clock: that is the task of chrony or the host.
 
 mod filter;
 mod ntp;
@@ -23,61 +23,62 @@ pub use self::stamp::StampClock;
 
 use crate::wall_clock::unix_ms_ago;
 
-/// Samples of a server are at least this far apart, as public servers want it; less where rounds are.
+/// Least time between two samples of a server, as public servers require; less if rounds are shorter.
 const SAMPLE_SPACING_MAX_MS: u64 = 2_000;
 
-/// Compares this node's clock with NTP servers'.
+/// Compares this node's clock with the clocks of NTP servers.
 pub struct ClockMonitor {
     servers: Vec<String>,
     interval: Duration,
     filter: Mutex<ClockFilter>,
 }
 
-/// What a node tells the others of its clock.
+/// The clock information that a node sends to the others.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ClockBelief {
-    /// How it is.
+    /// State of the clock.
     pub state: ClockState,
-    /// What must be added to it, in microseconds, where that is known.
+    /// The value to add to the clock, in microseconds, if known.
     pub offset_us: Option<i64>,
-    /// How far that may be wrong.
+    /// Possible error of the offset, in microseconds.
     pub uncertainty_us: Option<u64>,
-    /// Why it is not known, in words.
+    /// Why the offset is unknown.
     pub reason: Option<String>,
 }
 
-/// What is known of this node's clock; for `/status` and `/health/status`.
+/// The state of this node's clock; for `/status` and `/health/status`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct ClockReport {
-    /// `off`: no server is to be asked. `unsynchronized`: none has answered, or not for long. `synchronized`.
-    /// `skewed`: over a second off.
+    /// `off`: no server is configured. `unsynchronized`: no server has answered, ever or recently. `synchronized`.
+    /// `skewed`: more than a second off.
     pub state: ClockState,
-    /// What must be added to this node's clock to get the server's time, in microseconds.
+    /// The value to add to this node's clock to get the server's time, in microseconds.
     pub offset_us: Option<i64>,
-    /// Round trip to the server, without the time it took, in microseconds.
+    /// Round trip to the server without the server's own time, in microseconds.
     pub delay_us: Option<u64>,
-    /// How far `offset_us` may be wrong: half the delay, the server's own uncertainty, and drift since.
+    /// Possible error of `offset_us`, in microseconds: half the delay, the server's own uncertainty, and drift since.
     pub uncertainty_us: Option<u64>,
-    /// Which server it is from.
+    /// The server of this estimate.
     pub server: Option<String>,
-    /// How far that server is from a reference clock.
+    /// The server's distance from a reference clock.
     pub stratum: Option<u8>,
-    /// How long ago it was asked, in milliseconds.
+    /// Time since its answer, in milliseconds.
     pub last_success_ms_ago: Option<u64>,
-    /// When that was by this node's clock, in milliseconds since 1970.
+    /// Time of its answer by this node's clock, in milliseconds since 1970.
     pub last_success_unix_ms: Option<u64>,
-    /// Times that the servers were asked since the node started.
+    /// Rounds of questions since the node started.
     pub rounds: u64,
-    /// How many of these made nothing known.
+    /// Rounds without a result.
     pub failed_rounds: u64,
-    /// Whom this node asks.
+    /// The configured servers.
     pub servers: Vec<String>,
-    /// Why the last time made nothing known, if it did not.
+    /// Why the last round had no result, if it had none.
     pub reason: Option<String>,
 }
 
 impl ClockMonitor {
-    /// Asks `servers` (`HOST:PORT`; none: never) every `interval`, once it [runs](ClockMonitor::run).
+    /// Makes a monitor that asks `servers` (`HOST:PORT`; none: never) every `interval`, once it
+    /// [runs](ClockMonitor::run).
     pub fn new(servers: Vec<String>, interval: Duration) -> Arc<ClockMonitor> {
         let filter = Mutex::new(ClockFilter::new(servers.is_empty()));
         Arc::new(ClockMonitor {
@@ -87,7 +88,7 @@ impl ClockMonitor {
         })
     }
 
-    /// Asks again and again, for ever.
+    /// Asks repeatedly; never returns.
     pub async fn run(self: Arc<Self>) {
         if self.servers.is_empty() {
             return;
@@ -116,20 +117,21 @@ impl ClockMonitor {
                 server,
                 offset_us,
                 uncertainty_us = report.uncertainty_us,
-                "this node's clock is synchronized"
+                "the clock of this node is synchronized"
             ),
             ClockState::Skewed => warn!(
                 server,
-                offset_us, "this node's clock is skewed: over a second off"
+                offset_us,
+                "the clock of this node is skewed by more than a second: check its time synchronization"
             ),
             ClockState::Unsynchronized => warn!(
                 reason = report.reason,
-                "this node's clock is unsynchronized; it works on"
+                "the clock of this node is unsynchronized; the node continues"
             ),
         }
     }
 
-    /// What the others are told.
+    /// Returns the information for the other nodes.
     pub fn belief(&self) -> ClockBelief {
         let now = Instant::now();
         let filter = self.filter.lock();
@@ -142,7 +144,7 @@ impl ClockMonitor {
         }
     }
 
-    /// All that is known.
+    /// Returns the full report.
     pub fn report(&self) -> ClockReport {
         let now = Instant::now();
         let filter = self.filter.lock();
@@ -166,7 +168,7 @@ impl ClockMonitor {
     }
 }
 
-/// A duration in whole milliseconds.
+/// Returns a duration in whole milliseconds.
 pub fn whole_ms(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,12 +1,12 @@
-//! Who answers: each node probes every other, and all tell each other what they found.
+//! Health: each node probes every other, and all exchange their results.
 //!
-//! A probe is one small call over the connection that carries the consensus, because that is the one whose health
-//! decides: a node that answers on another connection while this one is stuck cannot follow. It waits in that
-//! connection's queue like a heartbeat, so its time is what a heartbeat takes. One that is refused because the node has
-//! not begun yet, or that another incarnation answers, has failed: such a node is no help.
+//! A probe is one small call over the connection that carries the consensus, because its health is decisive: a node
+//! that answers on another connection while this one is stuck cannot follow. The probe waits in that connection's queue
+//! like a heartbeat, so its duration is that of a heartbeat. A probe that is refused because the node has not started
+//! yet, or that another incarnation answers, has failed.
 //!
-//! Views travel with probes in both directions ([`merged`]), clocks with the answers ([`StampClock`]). Judging is
-//! [`judgement`]'s. Nothing here decides anything for the cluster: who leads is the consensus' business.
+//! Views travel with probes in both directions ([`merged`]), clocks with the answers ([`StampClock`]). [`judgement`]
+//! judges the peers. Nothing here decides anything for the cluster: the consensus decides who leads.
 
 mod encoding;
 pub mod judgement;
@@ -35,16 +35,16 @@ use crate::transport::{Purpose, Transport};
 
 pub use self::report::HealthReport;
 
-/// How long an answer may take. Between elections (1 s) and the failure of calls (5 s).
+/// Most time for an answer: between the time-out of elections (1 s) and that of calls (5 s).
 const PROBE_TIMEOUT_MS: u64 = 2_000;
-/// How long the leader may take to make sure that it leads: shorter, so that its own reason arrives.
+/// Most time for the leader to confirm that it leads: shorter, so that its own reason arrives.
 const CONFIRM_TIMEOUT_MS: u64 = 1_500;
-/// How often a node whose clock was not compared yet looks whether it leads.
+/// Interval at which a node whose clock has not been compared checks whether it leads.
 const FIRST_COMPARISON_INTERVAL_MS: u64 = 50;
-/// What was heard counts for so many rounds of probes.
+/// Number of rounds of probes for which a received view is fresh.
 const FRESH_ROUNDS: u32 = 3;
 
-/// See the module.
+/// The health monitor of a node; see the module documentation.
 pub struct HealthMonitor {
     own: NodeId,
     interval: Duration,
@@ -52,29 +52,29 @@ pub struct HealthMonitor {
     transport: Arc<Transport>,
     clock: Arc<ClockMonitor>,
     stamps: Arc<StampClock>,
-    // Held for lookups and small copies, never across an await.
+    // Locked for look-ups and small copies, never across an await.
     known: Mutex<Known>,
 }
 
-/// What this node found and heard. As many entries as there are members: others are not taken, or dropped.
+/// The results and received views. At most one entry for each member: others are ignored or dropped.
 #[derive(Default)]
 struct Known {
     peers: BTreeMap<NodeId, Peer>,
-    /// What others believed, and when, by this node's monotonic clock.
+    /// Received views, and their time by this node's monotonic clock.
     heard: BTreeMap<NodeId, (View, Instant)>,
 }
 
 struct Peer {
     member: Member,
     health: PeerHealth,
-    /// What its clock showed, and when that was.
+    /// The peer's clock, and the time at which it was read.
     wall: Option<(SystemTime, Instant)>,
-    /// When it probed this node last.
+    /// Time of its last probe of this node.
     probed_us: Option<Instant>,
 }
 
 impl HealthMonitor {
-    /// Probes every `interval`, once it [starts](HealthMonitor::start).
+    /// Makes a monitor that probes every `interval`, once it [starts](HealthMonitor::start).
     pub fn new(
         interval: Duration,
         consensus: Consensus,
@@ -93,7 +93,7 @@ impl HealthMonitor {
         })
     }
 
-    /// Probes again and again, for ever.
+    /// Starts the task that probes repeatedly.
     pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
         tasks.supervise_until_done(
             "health-clocks",
@@ -116,7 +116,7 @@ impl HealthMonitor {
         }
     }
 
-    /// What this node knows of its clock.
+    /// Returns the monitor of this node's clock.
     pub fn clock(&self) -> &ClockMonitor {
         &self.clock
     }
@@ -133,8 +133,8 @@ impl HealthMonitor {
         known.heard.retain(|id, _| is_member(id));
     }
 
-    /// A node that leads before its rounds of probes have heard of a majority's clocks asks for them at once: commands
-    /// wait for that. Says nothing of anybody's health.
+    /// A node that leads before its probes have reached a majority asks for clocks at once, because commands wait for
+    /// that. This does not affect the health of peers.
     async fn compare_clocks_before_stamping(self: Arc<Self>) {
         while !self.stamps.is_compared() {
             if self.consensus.is_leader() {
@@ -160,13 +160,13 @@ impl HealthMonitor {
         }
     }
 
-    /// One probe: how long it took, and what the other's clock showed when.
+    /// Sends one probe; returns its duration, the peer's clock, and the time at which that was read.
     async fn ask_for_clock(&self, member: &Member) -> Result<(Duration, (SystemTime, Instant)), String> {
         let begun = Instant::now();
         let answer = self.ask(member, Leadership::DoNotConfirm).await?;
         let now = Instant::now();
         self.learn(&answer.views);
-        // Its clock was read about halfway.
+        // The clock was read about halfway.
         let halfway = begun + (now - begun) / 2;
         let wall = u64::try_from(answer.wall_clock_ns).unwrap_or_default();
         Ok((now - begun, (UNIX_EPOCH + Duration::from_nanos(wall), halfway)))
@@ -199,12 +199,12 @@ impl HealthMonitor {
         }
     }
 
-    /// One probe.
+    /// Sends one probe.
     async fn ask(&self, member: &Member, leadership: Leadership) -> Result<wire::ProbeResponse, String> {
         let mut peer = self
             .transport
             .peer(&member.addresses, Purpose::Raft)
-            .map_err(|error| format!("its address cannot be one: {error}"))?;
+            .map_err(|error| format!("its address is not valid: {error}"))?;
         let request = wire::ProbeRequest {
             from: Some(node_to_wire(self.own)),
             views: self.views_to_tell(),
@@ -244,8 +244,11 @@ impl HealthMonitor {
         }
     }
 
-    /// Whether calls can be decided now, for who asks this node: it leads and a quorum confirms it, or it reaches a leader of
-    /// which that is so. Else why not, in words; answers within 2 s.
+    /// Checks whether calls sent to this node can be decided now: this node leads and a quorum confirms it, or it
+    /// reaches a leader for which that is true. Answers within 2 s.
+    ///
+    /// # Errors
+    /// The reason why not.
     pub async fn can_serve(&self) -> Result<(), String> {
         if let Some(reason) = self.consensus.status().reason {
             return Err(match self.unreached() {
@@ -276,7 +279,7 @@ impl HealthMonitor {
         }
     }
 
-    /// The other nodes whose last probe failed, in words.
+    /// Returns descriptions of the other nodes whose last probe failed.
     pub fn unreached(&self) -> Vec<String> {
         let known = self.known.lock();
         let silent = known
@@ -291,7 +294,7 @@ impl HealthMonitor {
             .collect()
     }
 
-    /// Takes what was heard, where it is newer than what is known. Of members only: of others nothing is kept.
+    /// Stores received views that are newer than the known ones, of members only.
     fn learn(&self, views: &[wire::HealthView]) {
         let now = Instant::now();
         let members = self.others();
@@ -308,7 +311,7 @@ impl HealthMonitor {
         }
     }
 
-    /// This node's own view, now.
+    /// Returns this node's own view at `now`.
     fn own_view(&self, now: Instant) -> View {
         let clock = self.clock.belief();
         let known = self.known.lock();
@@ -325,7 +328,7 @@ impl HealthMonitor {
         }
     }
 
-    /// This node's view and all it heard.
+    /// Returns this node's view and all received views.
     fn views(&self, now: Instant) -> BTreeMap<NodeId, AgedView> {
         let own = AgedView {
             view: self.own_view(now),
@@ -345,7 +348,7 @@ impl HealthMonitor {
     fn views_to_tell(&self) -> Vec<wire::HealthView> {
         let mut views: Vec<_> = self.views(Instant::now()).into_iter().collect();
         views.retain(|(_, aged)| aged.age <= self.fresh());
-        // The own one is the youngest.
+        // The own view is the youngest.
         views.sort_by_key(|(_, aged)| aged.age);
         views
             .iter()
@@ -354,7 +357,7 @@ impl HealthMonitor {
             .collect()
     }
 
-    /// So long, what was heard says something about now.
+    /// Returns the age up to which a received view is fresh.
     fn fresh(&self) -> Duration {
         self.interval * FRESH_ROUNDS + 2 * Duration::from_millis(PROBE_TIMEOUT_MS)
     }
@@ -366,7 +369,7 @@ impl HealthMonitor {
         Merged::new(members, self.views(now), self.fresh(), round)
     }
 
-    /// The others' clocks, as they must show now.
+    /// Returns the others' clocks, advanced to `now`.
     fn clocks_of_others(&self, now: Instant) -> BTreeMap<NodeId, SystemTime> {
         let known = self.known.lock();
         let fresh = self.fresh();
@@ -378,7 +381,7 @@ impl HealthMonitor {
         clocks.collect()
     }
 
-    /// Answers whether there was ever a comparison with a majority.
+    /// Compares the clocks; returns whether there was ever a comparison with a majority.
     fn compare_clocks(&self) -> bool {
         let (wall, now) = (SystemTime::now(), Instant::now());
         let others: Vec<SystemTime> = self.clocks_of_others(now).into_values().collect();
@@ -389,9 +392,11 @@ impl HealthMonitor {
             match self.stamps.ahead() {
                 Some(ahead) => warn!(
                     ahead_ms = ahead.as_millis() as u64,
-                    "this node's clock is ahead of the others': it does not stamp commands with it"
+                    "the clock of this node is ahead of the others': commands are not stamped with it"
                 ),
-                None => info!("this node's clock goes with the others' again: it stamps commands with it"),
+                None => info!(
+                    "the clock of this node agrees with the others' again: commands are stamped with it"
+                ),
             }
         }
         if is_majority {
@@ -401,7 +406,7 @@ impl HealthMonitor {
     }
 }
 
-/// Whether the node asked is to make sure that it leads.
+/// Whether the probed node must confirm that it leads.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Leadership {
     Confirm,
@@ -419,7 +424,7 @@ impl Peer {
     }
 }
 
-/// What went wrong, by the innermost cause: tonic's own words are "transport error".
+/// Returns the innermost cause: tonic's own message is "transport error".
 fn described(status: &tonic::Status) -> String {
     let mut cause: Option<&dyn std::error::Error> = std::error::Error::source(status);
     let mut innermost = None;

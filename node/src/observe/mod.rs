@@ -1,4 +1,4 @@
-//! What the node does, how well, and what the time is: metrics, health, clocks.
+//! Observation: metrics, health and clocks.
 
 pub mod clock;
 pub mod health;

@@ -1,9 +1,9 @@
-//! A node whose metadata are lost when it starts, or known to be wrong, and whose log is in order: it votes with the log
-//! until it is let go.
+//! A node whose metadata are lost or known to be wrong when it starts, and whose log is intact: it votes with the log
+//! until it may give up its state.
 //!
-//! Two of three whose metadata are damaged, if they only waited, would wait for ever: the third cannot lead alone, and
-//! nobody else lets them go. What they had acknowledged may be in their logs alone. Nothing is applied, and nothing is
-//! served but messages of the consensus.
+//! If two of three nodes with damaged metadata only waited, they would wait for ever: the third cannot lead alone, and
+//! no other node could permit them to leave. Entries that they acknowledged may exist only in their logs. Such a node
+//! applies nothing, and serves only messages of the consensus.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -19,21 +19,21 @@ use crate::transport::Transport;
 use quorumfs_content::ContentStore;
 use quorumfs_metadata::{MetadataOptions, MetadataStore, Position};
 
-/// Metadata that stand in for lost ones, in the data folder.
+/// Name in the data folder of the metadata that stand in for lost ones.
 const STAND_IN_FILE: &str = "stand-in.redb";
 
-/// What such a node has.
+/// A node with only its log.
 pub struct LogOnly<'a> {
     pub node: &'a Node,
     pub transport: &'a Arc<Transport>,
     pub content: &'a Arc<ContentStore>,
-    /// How it would take part if it had its state.
+    /// The options with which it would take part if it had its state.
     pub options: ConsensusOptions,
 }
 
 impl LogOnly<'_> {
-    /// Begins to vote, if the log allows it. The state, which is lost for the reason `why`, went up to `known` as far as
-    /// that is known. Answers how the node starts again once it may.
+    /// Begins to vote, if the log allows it. The state, lost for the reason `why`, ended at `known` as far as is known.
+    /// Returns how the node starts again once it may.
     pub async fn begin(self, why: Renounced, known: Position) -> StartAgain {
         match self.start(known).await {
             Ok(()) => info!("this node votes with its log, without its metadata"),
@@ -49,7 +49,8 @@ impl LogOnly<'_> {
         let path = self.node.folder().path().join(STAND_IN_FILE);
         let metadata = tokio::task::spawn_blocking(move || {
             remove(&path)?;
-            MetadataStore::open(&path, MetadataOptions::default()).context("make metadata that stand in")
+            MetadataStore::open(&path, MetadataOptions::default())
+                .context("cannot create metadata that stand in for the lost ones")
         });
         let metadata = metadata
             .await
@@ -60,7 +61,7 @@ impl LogOnly<'_> {
             log_only: Some(known),
             ..self.options
         };
-        // Nothing is applied, so nobody is told of it.
+        // Nothing is applied, so there are no effects.
         let (nobody, _) = tokio::sync::mpsc::channel(1);
         let (metadata, content, transport) =
             (Arc::new(metadata), self.content.clone(), self.transport.clone());
@@ -80,7 +81,7 @@ enum Failed {
     Start(ConsensusError),
 }
 
-/// Removes what an earlier process left.
+/// Removes the stand-in metadata of an earlier process.
 pub fn tidy(data: &Path) -> anyhow::Result<()> {
     remove(&data.join(STAND_IN_FILE))
 }
@@ -88,7 +89,7 @@ pub fn tidy(data: &Path) -> anyhow::Result<()> {
 fn remove(path: &Path) -> anyhow::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("remove {}", path.display()))
+            Err(error).with_context(|| format!("cannot remove {}", path.display()))
         }
         _ => Ok(()),
     }

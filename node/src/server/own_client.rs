@@ -1,4 +1,5 @@
-//! The node's own session, through which REST reads and writes: opened when there is a leader, closed when the node stops.
+//! The node's own session, which REST uses for reads and writes: opened when there is a leader, closed when the node
+//! stops.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,9 +16,9 @@ use crate::membership::credential;
 use crate::observe::metrics::kinds::REST_DESCRIPTION;
 use crate::tasks::Tasks;
 
-/// After a failed attempt to open the node's own session.
+/// Pause after a failed attempt to open the session.
 const CLIENT_RETRY_INTERVAL_MS: u64 = 500;
-/// How long a stopping node waits for the cluster to hear that its session is over.
+/// Longest time that a stopping node waits for the cluster to end its session.
 const CLOSE_TIMEOUT_MS: u64 = 2_500;
 
 /// Opens the session through which REST reads and writes, trying until there is a leader.
@@ -66,7 +67,7 @@ pub async fn open_client(
     }
 }
 
-/// Ends this node's session, so that nothing waits for it any more.
+/// Ends this node's session, so that nothing waits for it.
 pub async fn close_session(folder: &Path, client: &watch::Receiver<ClientHandle>) {
     let ClientHandle::Ready(filesystem) = client.borrow().clone() else {
         return;
@@ -74,6 +75,6 @@ pub async fn close_session(folder: &Path, client: &watch::Receiver<ClientHandle>
     let limit = Duration::from_millis(CLOSE_TIMEOUT_MS);
     match tokio::time::timeout(limit, filesystem.cluster().close()).await {
         Ok(()) => credential::forget(folder),
-        Err(_) => info!("no leader heard that this node's session is over"),
+        Err(_) => info!("no leader could be told that the session of this node is over; it lapses"),
     }
 }

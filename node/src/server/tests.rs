@@ -1,4 +1,4 @@
-//! A whole node in this process, whose loops are made to panic.
+//! A whole node in this process, whose background tasks are made to panic.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,7 +34,7 @@ fn config(folder: &std::path::Path, grpc: &str, http: &str) -> Config {
     Settings::parse_from(arguments).resolve().unwrap()
 }
 
-/// The status and the body of an answer.
+/// Sends a request; returns the status and the body of the response.
 async fn request(at: &str, method: &str, path: &str, body: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(at).await.unwrap();
     let length = body.len();
@@ -51,7 +51,7 @@ async fn request(at: &str, method: &str, path: &str, body: &str) -> (u16, String
     (status.expect("a status line"), body.expect("a body"))
 }
 
-/// What `/status` says of a loop.
+/// Returns a task's entry in `/status`.
 async fn task(http: &str, name: &str) -> Option<Value> {
     let (_, body) = request(http, "GET", "/status", "").await;
     let status: Value = serde_json::from_str(&body).unwrap();
@@ -97,7 +97,7 @@ async fn p7_every_loop_that_panics_is_named_and_at_work_again() {
             let Some(task) = task(&address, name).await else {
                 return false;
             };
-            // One that has an end may come to it before it is made to panic.
+            // A task with an end may reach it before it is made to panic.
             task["state"] == "done"
                 || task["failures"] == 1
                     && task["state"] == "running"
@@ -113,7 +113,7 @@ async fn p7_every_loop_that_panics_is_named_and_at_work_again() {
         "{metrics}"
     );
 
-    // What the loops are there for still happens.
+    // The work of the tasks is still done.
     assert_eq!(request(&address, "PUT", "/upload/file", "content").await.0, 201);
     assert_eq!(
         request(&address, "GET", "/download/file", "").await,

@@ -1,4 +1,4 @@
-//! Calls of one kind.
+//! Counters for the calls of one kind.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -8,14 +8,14 @@ use crate::distribution::{Distribution, Snapshot};
 /// How a call ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// It did what was asked.
+    /// The call did what was asked.
     Done,
-    /// It was answered with an error.
+    /// The call was answered with an error.
     Failed,
 }
 
 impl Ending {
-    /// `Ok` is [`Ending::Done`].
+    /// Returns [`Ending::Done`] for `Ok`, [`Ending::Failed`] for `Err`.
     pub fn of<T, E>(result: &Result<T, E>) -> Ending {
         match result {
             Ok(_) => Ending::Done,
@@ -24,7 +24,7 @@ impl Ending {
     }
 }
 
-/// Calls of one kind: how many, how many failed, how many bytes they moved, how long they took.
+/// Counters for calls of one kind: calls, failures, bytes moved, durations.
 #[derive(Debug, Default)]
 pub struct CallCounter {
     failures: AtomicU64,
@@ -33,7 +33,7 @@ pub struct CallCounter {
 }
 
 impl CallCounter {
-    /// A call ended. `bytes` of content that it moved count only if it did what was asked.
+    /// Records that a call ended. `bytes` of content moved count only for [`Ending::Done`].
     pub fn record(&self, ending: Ending, bytes: u64, duration: Duration) {
         self.durations.record_duration(duration);
         match ending {
@@ -47,24 +47,24 @@ impl CallCounter {
         }
     }
 
-    /// Calls, failed ones too.
+    /// Returns the number of calls, failed ones included.
     pub fn count(&self) -> u64 {
         self.durations.count()
     }
 
-    /// Calls that failed.
+    /// Returns the number of calls that failed.
     pub fn failures(&self) -> u64 {
         self.failures.load(Ordering::Relaxed)
     }
 
-    /// Bytes moved.
+    /// Returns the number of bytes moved.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// All of it, as it is now.
-    pub fn snapshot(&self) -> TallySnapshot {
-        TallySnapshot {
+    /// Returns all counters at this moment.
+    pub fn snapshot(&self) -> CallCounterSnapshot {
+        CallCounterSnapshot {
             failures: self.failures(),
             bytes: self.bytes(),
             durations: self.durations.snapshot(),
@@ -72,14 +72,14 @@ impl CallCounter {
     }
 }
 
-/// A tally at one moment.
+/// The counters at one moment.
 #[derive(Clone, Debug)]
-pub struct TallySnapshot {
-    /// Calls that failed.
+pub struct CallCounterSnapshot {
+    /// Number of calls that failed.
     pub failures: u64,
-    /// Bytes moved by those that did not.
+    /// Bytes moved by the calls that did not fail.
     pub bytes: u64,
-    /// Of all calls, in nanoseconds.
+    /// Durations of all calls, in nanoseconds.
     pub durations: Snapshot,
 }
 

@@ -1,4 +1,4 @@
-//! Values and their quantiles.
+//! Distributions of values, with their quantiles.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -7,15 +7,15 @@ use histogram::{AtomicHistogram, Histogram};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// Each power of two is divided into so many (as a power of two) buckets: a value is known to 1/32.
+/// Each power of two is divided into 2^5 = 32 buckets, so a value is known to 1/32.
 const GROUPING_POWER: u8 = 5;
-/// Values are below two to this power; larger ones count as the largest. In nanoseconds: 18 minutes.
+/// Values are below 2^40; larger ones count as the largest. As nanoseconds that is 18 minutes.
 const VALUE_POWER_MAX: u8 = 40;
 const VALUE_MAX: u64 = (1 << VALUE_POWER_MAX) - 1;
 
 const NANOS_PER_MICRO: u64 = 1_000;
 
-/// Values recorded from any thread. Some 9 KiB.
+/// Values recorded from any thread. Takes about 9 KiB.
 #[derive(Debug)]
 pub struct Distribution {
     buckets: AtomicHistogram,
@@ -31,7 +31,7 @@ impl Default for Distribution {
 }
 
 impl Distribution {
-    /// Nothing recorded.
+    /// Returns a distribution without values.
     pub fn new() -> Distribution {
         let buckets = AtomicHistogram::new(GROUPING_POWER, VALUE_POWER_MAX);
         Distribution {
@@ -42,9 +42,9 @@ impl Distribution {
         }
     }
 
-    /// One value.
+    /// Records one value.
     pub fn record(&self, value: u64) {
-        // Only a value out of bounds is refused, and this one is not.
+        // The crate refuses only a value out of bounds; `min` keeps this one within them.
         let _ = self.buckets.increment(value.min(VALUE_MAX));
         self.count.fetch_add(1, Ordering::Relaxed);
         self.sum.fetch_add(value, Ordering::Relaxed);
@@ -53,22 +53,22 @@ impl Distribution {
         }
     }
 
-    /// One duration, as nanoseconds.
+    /// Records one duration, as nanoseconds.
     pub fn record_duration(&self, duration: Duration) {
         self.record(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX));
     }
 
-    /// How many values there were.
+    /// Returns the number of values.
     pub fn count(&self) -> u64 {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// Their sum; wraps beyond 2^64 (in nanoseconds: 584 years).
+    /// Returns the sum of the values; it wraps at 2^64 (584 years in nanoseconds).
     pub fn sum(&self) -> u64 {
         self.sum.load(Ordering::Relaxed)
     }
 
-    /// All of it, as it is now.
+    /// Returns the whole distribution at this moment.
     pub fn snapshot(&self) -> Snapshot {
         let buckets = self.buckets.load();
         Snapshot {
@@ -90,13 +90,13 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Both together.
+    /// Returns the values of both snapshots together.
     pub fn merged(&self, other: &Snapshot) -> Snapshot {
         Snapshot {
             count: self.count + other.count,
             sum: self.sum.wrapping_add(other.sum),
             max: self.max.max(other.max),
-            // All have the same buckets.
+            // Cannot fail: all distributions have the same buckets.
             buckets: self
                 .buckets
                 .wrapping_add(&other.buckets)
@@ -104,7 +104,8 @@ impl Snapshot {
         }
     }
 
-    /// What came after `earlier`, an older snapshot of the same distribution. Its largest value is known to 1/32.
+    /// Returns the values recorded after `earlier`, an older snapshot of the same distribution. Its largest value is
+    /// known to 1/32.
     pub fn since(&self, earlier: &Snapshot) -> Snapshot {
         let buckets = self
             .buckets
@@ -119,22 +120,22 @@ impl Snapshot {
         }
     }
 
-    /// How many values.
+    /// Returns the number of values.
     pub fn count(&self) -> u64 {
         self.count
     }
 
-    /// Their sum.
+    /// Returns the sum of the values.
     pub fn sum(&self) -> u64 {
         self.sum
     }
 
-    /// The largest; 0 if there is none.
+    /// Returns the largest value; 0 if there is none.
     pub fn max(&self) -> u64 {
         self.max
     }
 
-    /// Their mean; 0 if there is none.
+    /// Returns the mean of the values; 0 if there is none.
     pub fn mean(&self) -> f64 {
         match self.count {
             0 => 0.0,
@@ -142,8 +143,8 @@ impl Snapshot {
         }
     }
 
-    /// A value that a part `quantile` (0 to 1) of the values does not exceed, at most 1/32 too large; 0 if there are
-    /// none. Never above [`Snapshot::max`].
+    /// Returns a value that the fraction `quantile` (0 to 1) of the values does not exceed, at most 1/32 too large; 0
+    /// if there are no values. Never above [`Snapshot::max`].
     pub fn quantile(&self, quantile: f64) -> u64 {
         // Only a quantile out of bounds is refused, and this one is not.
         let bucket = self.buckets.quantile_bucket(quantile.clamp(0.0, 1.0));
@@ -153,7 +154,8 @@ impl Snapshot {
             .map_or(0, |bucket| bucket.end().min(self.max))
     }
 
-    /// How many values are at most `value`; those of its own bucket (1/32 around it) are left out.
+    /// Returns the number of values that are at most `value`, without the values of `value`'s own bucket (1/32 around
+    /// it).
     pub fn count_up_to(&self, value: u64) -> u64 {
         let below = |bucket: &histogram::Bucket| bucket.end() <= value;
         self.buckets
@@ -163,7 +165,7 @@ impl Snapshot {
             .sum()
     }
 
-    /// As a latency, where the values are nanoseconds.
+    /// Returns the values as a latency; they must be nanoseconds.
     pub fn latency(&self) -> Latency {
         let micros = |nanos: u64| nanos / NANOS_PER_MICRO;
         Latency {
@@ -176,18 +178,18 @@ impl Snapshot {
     }
 }
 
-/// How long something takes, in microseconds; all 0 where it never happened. Quantiles are known to about 3 %.
+/// Durations of one kind of work, in microseconds; all 0 if there was none. Quantiles are known to about 3 %.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Latency {
-    /// On average.
+    /// The mean duration.
     pub mean_us: u64,
-    /// Half of them take no longer.
+    /// Half of the durations are at most this.
     pub p50_us: u64,
-    /// Nine in ten take no longer.
+    /// 90 % of the durations are at most this.
     pub p90_us: u64,
-    /// 99 in a hundred take no longer.
+    /// 99 % of the durations are at most this.
     pub p99_us: u64,
-    /// The longest.
+    /// The longest duration.
     pub max_us: u64,
 }
 
@@ -268,7 +270,7 @@ mod tests {
         assert_eq!(distribution.snapshot().max(), 50_002);
     }
 
-    /// What one record costs, printed; the bound is only there to notice a lock or an allocation.
+    /// Prints the cost of one record. The bound is wide; it only detects a lock or an allocation.
     #[test]
     fn recording_takes_nanoseconds() {
         const EVENTS: u32 = 1_000_000;

@@ -176,7 +176,7 @@ fn p3_what_a_majority_contradicted_is_not_served_after_a_restart() {
         let reason = status["reason"].as_str().unwrap_or_default();
         assert!(reason.contains("differs from that of a majority"), "{status}");
         cluster.restart(other);
-        cluster.wait_log(wrong, &["until a majority lives without it"], LIMIT);
+        cluster.wait_log(wrong, &["until a majority is intact without it"], LIMIT);
     }
 
     cluster.start_node(absent);

@@ -430,10 +430,10 @@ fn clocks_are_compared_with_ntp_servers_right_wrong_and_none() {
     cluster.http(3).post("/upload/still", "without").expect(&[201]);
     for slot in cluster.slots() {
         let told = |text: &str| cluster.log(slot).matches(text).count();
-        assert_eq!(told("clock is synchronized"), 1, "node {slot}");
-        assert_eq!(told("clock is skewed"), 1, "node {slot}");
+        assert_eq!(told("clock of this node is synchronized"), 1, "node {slot}");
+        assert_eq!(told("clock of this node is skewed"), 1, "node {slot}");
         assert_eq!(
-            told("clock is unsynchronized"),
+            told("clock of this node is unsynchronized"),
             2,
             "node {slot}: before and after"
         );

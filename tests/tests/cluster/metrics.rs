@@ -175,7 +175,7 @@ fn metrics_count_what_mounts_and_http_clients_did() {
     assert_in_order(&raft["commit_latency"], "commit");
     assert!(report["throughput"]["operations_per_s"].as_f64() > Some(1.0));
     assert!(report["space"]["available_bytes"].as_u64() > Some(0));
-    cluster.wait_log(leader, &["what was done"], SOON);
+    cluster.wait_log(leader, &["summary of operations"], SOON);
 
     let follower = cluster.followers()[0];
     let report = metrics(&cluster, follower);

@@ -72,7 +72,7 @@ fn append(client: &WireClient, lane: u16, inode: InodeNumber, text: &'static str
     };
     let operation = Operation::Append {
         inode: Target::Inode(inode),
-        pieces: vec![Extent {
+        extents: vec![Extent {
             file_offset: 0,
             length,
             chunk: id,

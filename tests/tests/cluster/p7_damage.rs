@@ -302,7 +302,7 @@ fn p7_two_nodes_with_damaged_logs_wait_and_say_so_until_somebody_decides() {
     let waits = |slot: usize| {
         let status = json(&cluster, slot, "/status");
         let reason = status["reason"].as_str().unwrap_or_default();
-        reason.contains("until a majority lives without it") && reason.contains("recover")
+        reason.contains("until a majority is intact without it") && reason.contains("recover")
     };
     for slot in [1, 3] {
         wait_for("it says what it waits for", LIMIT, || waits(slot));
@@ -314,7 +314,7 @@ fn p7_two_nodes_with_damaged_logs_wait_and_say_so_until_somebody_decides() {
         assert!(cluster.data_folder(slot).join("wal").exists());
         let said = cluster
             .log(slot)
-            .matches("until a majority lives without it")
+            .matches("until a majority is intact without it")
             .count();
         assert!(said < 5, "said {said} times");
     }

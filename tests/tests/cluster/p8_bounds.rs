@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use quorumfs_proto::command::{IfExists, NewInode, NewKind, Privileges, Target};
-use quorumfs_proto::limits::{COMMAND_PIECES_MAX, EXTENTS_ANSWER_MAX};
+use quorumfs_proto::limits::{COMMAND_EXTENTS_MAX, EXTENTS_ANSWER_MAX};
 use quorumfs_proto::{
     Answer, Attributes, ClientResponse, Command, Extent, InodeNumber, Name, Operation, OperationResult,
     Outcome, Query,
@@ -147,16 +147,16 @@ fn fragmented(client: &WireClient, name: &'static str, sequence: &mut u64, conte
     let OperationResult::Entry { inode, .. } = outcome.results[0] else {
         panic!("a create was answered {outcome:?}");
     };
-    for (number, part) in (0u64..).zip(content.chunks(COMMAND_PIECES_MAX)) {
+    for (number, part) in (0u64..).zip(content.chunks(COMMAND_EXTENTS_MAX)) {
         let chunk = client.put_chunk(1_000 * *sequence + number, part);
-        let from = number * COMMAND_PIECES_MAX as u64;
-        let pieces = (0..part.len() as u32).map(|at| Extent {
+        let from = number * COMMAND_EXTENTS_MAX as u64;
+        let extents = (0..part.len() as u32).map(|at| Extent {
             file_offset: from + u64::from(at),
             length: 1,
             chunk: chunk.id,
             chunk_offset: at,
         });
-        let write = write(inode, pieces.collect());
+        let write = write(inode, extents.collect());
         let command = Command {
             chunks: vec![chunk],
             operations: vec![write],
@@ -166,10 +166,10 @@ fn fragmented(client: &WireClient, name: &'static str, sequence: &mut u64, conte
     inode
 }
 
-fn write(inode: InodeNumber, pieces: Vec<Extent>) -> Operation {
+fn write(inode: InodeNumber, extents: Vec<Extent>) -> Operation {
     Operation::Write {
         inode: Target::Inode(inode),
-        pieces,
+        extents,
         mtime: None,
         privileges: Privileges::Keep,
     }
@@ -207,26 +207,26 @@ fn p8_small_extents_are_put_together_unnoticed_and_give_way_to_a_write() {
     wait_for("everything is allowed", Duration::from_secs(60), || {
         cluster
             .slots()
-            .any(|slot| cluster.log(slot).contains("next feature level"))
+            .any(|slot| cluster.log(slot).contains("feature level was raised"))
     });
     let mut sequence = 0;
-    let bytes = random.bytes(3 * COMMAND_PIECES_MAX);
+    let bytes = random.bytes(3 * COMMAND_EXTENTS_MAX);
 
     let inode = fragmented(&client, "settled", &mut sequence, &bytes);
     let before = extents(&client, inode).0;
     let mut open = File::open(mount.path("settled")).expect("open");
     let start = Instant::now();
-    let mut pieces = usize::MAX;
-    while pieces > 8 {
+    let mut count = usize::MAX;
+    while count > 8 {
         assert!(
             start.elapsed() < Duration::from_secs(120),
-            "{pieces} extents are left"
+            "{count} extents are left"
         );
         let mut read = Vec::new();
         open.seek(SeekFrom::Start(0)).expect("seek");
         open.read_to_end(&mut read).expect("read");
         assert!(read == bytes, "the content changed");
-        pieces = extents(&client, inode).1;
+        count = extents(&client, inode).1;
     }
     assert_eq!(extents(&client, inode).0, before, "times, size and version stay");
     assert!(fs::read(mount.path("settled")).expect("read") == bytes);
@@ -259,7 +259,7 @@ fn p8_small_extents_are_put_together_unnoticed_and_give_way_to_a_write() {
     let inode = fragmented(&client, "overwritten", &mut sequence, &bytes);
     let over = random.bytes(bytes.len() - 2);
     let chunk = client.put_chunk(1, &over);
-    let piece = Extent {
+    let extent = Extent {
         file_offset: 1,
         length: over.len() as u32,
         chunk: chunk.id,
@@ -267,7 +267,7 @@ fn p8_small_extents_are_put_together_unnoticed_and_give_way_to_a_write() {
     };
     let command = Command {
         chunks: vec![chunk],
-        operations: vec![write(inode, vec![piece])],
+        operations: vec![write(inode, vec![extent])],
     };
     decided(&client, &mut sequence, command);
     assert_eq!(extents(&client, inode).1, 3);

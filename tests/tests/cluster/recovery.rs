@@ -189,7 +189,7 @@ fn name_many_chunks(cluster: &Cluster, chunks: u64) {
         };
         let append = Operation::Append {
             inode: Target::Created(0),
-            pieces: (0..)
+            extents: (0..)
                 .step_by(CHUNK_BYTES_MAX as usize)
                 .zip(&chunks)
                 .map(piece)
@@ -314,7 +314,7 @@ fn p7_deleting_files_gives_room_back() {
     }
     mount.unmount();
     for slot in cluster.slots() {
-        cluster.wait_log(slot, &["sparse content was rewritten"], Duration::from_secs(1));
+        cluster.wait_log(slot, &["sparse segments were rewritten"], Duration::from_secs(1));
         assert_eq!(number(&ask(&cluster, slot, "/repair/status"), "found_corrupt"), 0);
     }
 }

@@ -179,7 +179,7 @@ fn a_session_is_spoken_for_by_its_own_client_only() {
     let sandbox = Sandbox::light("impostor");
     let cluster = Cluster::start(&sandbox);
     // From then on sessions prove themselves.
-    cluster.wait_log(cluster.leader(), &["feature level: raised"], SOON);
+    cluster.wait_log(cluster.leader(), &["feature level was raised"], SOON);
     let client = WireClient::connect(&cluster.members());
     let impostor = client.impostor();
     let session = client.session();

@@ -37,7 +37,7 @@ fn name_it(client: &WireClient, chunk: &NewChunk, name: &str, sequence: u64, low
     };
     let append = Operation::Append {
         inode: Target::Inode(inode),
-        pieces: vec![Extent {
+        extents: vec![Extent {
             file_offset: 0,
             length: chunk.length,
             chunk: chunk.id,
@@ -133,7 +133,7 @@ fn what_a_slow_writer_has_put_stays_until_its_session_has_ended() {
         delete(LAZY, chunk).expect(&[404]);
     }
     let named = delete(LAZY, &chunks[0]).expect(&[409]);
-    assert!(named.text().contains("files name"), "{}", named.text());
+    assert!(named.text().contains("files refer"), "{}", named.text());
     assert_eq!(held(LAZY), 2);
     for name in ["late", "later"] {
         for slot in cluster.slots() {

@@ -52,7 +52,7 @@ pub fn write(chunk: NewChunk) -> Command {
         chunks: vec![chunk],
         operations: vec![Operation::Write {
             inode: Target::Inode(InodeNumber(7)),
-            pieces: vec![piece],
+            extents: vec![piece],
             mtime: None,
             privileges: Privileges::Keep,
         }],

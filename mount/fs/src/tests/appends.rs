@@ -21,7 +21,7 @@ async fn append_to(fs: &Arc<Filesystem<Connection>>, inode: InodeNumber) -> Hand
 fn appended(cluster: &MemoryCluster) -> Vec<u32> {
     let operations = written_operations(cluster);
     let appends = operations.iter().filter_map(|operation| match operation {
-        Operation::Append { pieces, .. } => Some(pieces.iter().map(|piece| piece.length).sum()),
+        Operation::Append { extents, .. } => Some(extents.iter().map(|extent| extent.length).sum()),
         _ => None,
     });
     appends.collect()

@@ -172,7 +172,7 @@ fn a_batch_stays_within_what_a_command_may_hold() {
         .map(|pack| pack.sequence)
     {
         let batch = buffer.front(buffer.last_sequence());
-        assert!(batch.iter().map(|pack| pack.ranges.len()).sum::<usize>() <= COMMAND_PIECES_MAX);
+        assert!(batch.iter().map(|pack| pack.ranges.len()).sum::<usize>() <= COMMAND_EXTENTS_MAX);
         buffer.settle(last);
         batches += 1;
     }

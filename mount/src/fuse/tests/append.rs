@@ -1,4 +1,4 @@
-//! How large a write to the end of a file is whole, and from which buffers.
+//! The size up to which a write to the end of a file is atomic, and the buffers for which that holds.
 
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,11 +7,11 @@ use super::*;
 use quorumfs_fs::Durability;
 
 const MIB: usize = 1 << 20;
-/// Each of four writers.
+/// Records of each of four writers.
 const RECORDS: usize = 6;
 
-/// Records of `bytes` from two writers on each of two mounts, each by a single call of `append(file, record)`. Answers
-/// how many of them hold other bytes than their own.
+/// Writes records of `bytes` from two writers on each of two mounts, each by a single call of `append(file, record)`.
+/// Returns how many of them contain bytes of others.
 fn torn(bytes: usize, append: fn(&File, &[u8])) -> usize {
     let cluster = MemoryCluster::new();
     let mounts = [mount(&cluster, 1), mount(&cluster, 2)];
@@ -20,7 +20,7 @@ fn torn(bytes: usize, append: fn(&File, &[u8])) -> usize {
     torn
 }
 
-/// As [`torn`], on these mounts and with `records` from each writer.
+/// Like [`torn`], on these mounts and with `records` from each writer.
 fn torn_on(mounts: &[TestMount; 2], records: usize, bytes: usize, append: fn(&File, &[u8])) -> usize {
     File::create(mounts[0].path("log")).unwrap();
     std::thread::scope(|scope| {
@@ -43,7 +43,7 @@ fn torn_on(mounts: &[TestMount; 2], records: usize, bytes: usize, append: fn(&Fi
         .count()
 }
 
-/// One write(2) from a buffer that begins `misalignment` bytes behind the start of a page.
+/// One write(2) from a buffer that begins `misalignment` bytes after the start of a page.
 fn write_from(misalignment: usize, file: &File, record: &[u8]) {
     let mut room = vec![0u8; record.len() + 2 * 4096];
     let at = room.as_ptr().align_offset(4096) + misalignment;
@@ -52,7 +52,7 @@ fn write_from(misalignment: usize, file: &File, record: &[u8]) {
     assert_eq!(file.write(&room[at..at + record.len()]).unwrap(), record.len());
 }
 
-/// The same by one writev(2), of which the mount cannot know how long it is.
+/// The same with one writev(2), whose length the mount cannot know.
 fn write_in_eight(file: &File, record: &[u8]) {
     let parts: Vec<libc::iovec> = record
         .chunks(record.len().div_ceil(8))
@@ -65,7 +65,7 @@ fn write_in_eight(file: &File, record: &[u8]) {
     assert_eq!(written, record.len() as isize);
 }
 
-/// The whole of `record` in one request, which for all that the mount can know is a first part.
+/// The whole of `record` in one request, which the mount must take for a possible first part.
 fn write_in_one(file: &File, record: &[u8]) {
     let mut room = vec![0u8; record.len() + 4096];
     let at = room.as_ptr().align_offset(4096);
@@ -86,7 +86,7 @@ fn appends_of_up_to_one_mib_are_whole_from_any_buffer() {
     assert_eq!(torn(MIB, |file, record| write_from(0, file, record)), 0);
     assert_eq!(torn(MIB, |file, record| write_from(1, file, record)), 0);
     assert_eq!(torn(MIB, |file, record| write_from(4095, file, record)), 0);
-    // One request, which looks like the first of two.
+    // One request that looks like the first of two.
     assert_eq!(torn(MIB - 100, |file, record| write_from(0, file, record)), 0);
     assert_eq!(torn(MIB - 100, |file, record| write_from(200, file, record)), 0);
     assert_eq!(torn(MIB, write_in_eight), 0);
@@ -102,7 +102,7 @@ fn appends_are_whole_while_other_files_fill_the_room_of_dirty_bytes() {
         let mounts = [1, 2].map(|session| {
             let options = FsOptions {
                 durability,
-                // Full all the time: whatever is dirty is to be committed with each write.
+                // Always full: all dirty data must be committed with each write.
                 dirty_bytes_max: 2 << 20,
                 ..FsOptions::default()
             };
@@ -136,7 +136,7 @@ fn larger_appends_are_all_there_and_whole_by_the_mib_from_aligned_buffers() {
     if !can_mount() {
         return;
     }
-    // Nothing is lost, wherever they are split.
+    // No bytes are lost, wherever the writes are split.
     torn(3 * MIB + 5, |file, record| write_from(1, file, record));
     let split = torn(3 * MIB, |file, record| write_from(0, file, record));
     eprintln!("{split} of {} records of 3 MiB were split", 4 * RECORDS);
@@ -182,7 +182,7 @@ fn an_append_is_seen_and_kept_although_more_of_it_may_follow() {
         2 + bytes.len() as u64,
         "closed"
     );
-    // With age alone.
+    // Committed by age alone.
     let log = File::options().append(true).open(one.path("log")).unwrap();
     write_in_one(&log, &bytes);
     let begin = std::time::Instant::now();
@@ -216,7 +216,7 @@ fn an_append_that_fails_after_its_answer_is_told() {
         let told = log.sync_all();
         told.is_err_and(|error| error.raw_os_error() == Some(libc::ENOSPC))
     };
-    // A process that another test starts meanwhile closes its copy of the file: it is told instead.
+    // A process that another test starts meanwhile closes its copy of the file, and gets the error instead.
     assert!((0..5).any(|_| told()));
     log.sync_all().unwrap();
     assert_eq!(fs::metadata(mount.path("log")).unwrap().len(), 0);

@@ -1,11 +1,11 @@
-//! What the kernel keeps must be what the file is: pages, names and attributes under changes of this mount and others.
+//! The kernel's caches match the file: pages, names and attributes under changes of this mount and others.
 
 use quorumfs_proto::statistics::ClientStatistics;
 
 use super::*;
 use crate::statistics::Verb;
 
-/// How many requests of this kind `mount` has answered, and how many of them with an error.
+/// Returns how many requests of this kind `mount` has answered, and how many of them with an error.
 fn requests(mount: &TestMount, verb: Verb) -> (u64, u64) {
     let mut value = vec![0u8; 64 << 10];
     let (path, room) = (c_path(&mount.path("")), value.len());
@@ -17,7 +17,7 @@ fn requests(mount: &TestMount, verb: Verb) -> (u64, u64) {
     of_verb.map_or((0, 0), |row| (row.count, row.failures))
 }
 
-/// All that `file` holds, by its own word of how much that is.
+/// Reads all of `file`, according to its own size.
 fn whole(file: &File) -> Vec<u8> {
     let mut bytes = vec![b'?'; file.metadata().unwrap().len() as usize];
     file.read_exact_at(&mut bytes, 0).unwrap();
@@ -60,7 +60,7 @@ fn own_writes_do_not_cost_the_kernel_its_pages() {
         .unwrap();
     assert_eq!(whole(&file).len(), 1 << 20);
     let before = requests(&mount, Verb::Read);
-    // Longer by whole pages, so that none has to be read first.
+    // Longer by whole pages, so that none must be read first.
     for round in 0..10u64 {
         file.write_all_at(&pattern(4096), (1 << 20) + round * 4096)
             .unwrap();
@@ -116,7 +116,7 @@ fn a_file_that_is_open_for_appending_can_be_mapped() {
     let mount = mount(&MemoryCluster::new(), 1);
     fs::write(mount.path("file"), pattern(5000)).unwrap();
     let path = c_path(&mount.path("file"));
-    // In a process of its own, see `a_shared_mapping_is_written_back_and_never_makes_the_file_longer`.
+    // In a separate process, see `a_shared_mapping_is_written_back_and_never_makes_the_file_longer`.
     let failed_call = in_child(|| unsafe {
         let file = libc::open(path.as_ptr(), libc::O_RDWR | libc::O_APPEND);
         let memory = libc::mmap(
@@ -158,7 +158,7 @@ fn a_file_that_another_mount_makes_meanwhile_is_opened() {
     let cluster = MemoryCluster::new();
     let (one, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let rounds: u64 = 200;
-    // Both make each file at about the same moment. Whoever is second opens the first one's.
+    // Both create each file at about the same moment. The second one opens the first one's.
     let together = std::sync::Barrier::new(2);
     std::thread::scope(|scope| {
         for mount in [&one, &other] {

@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use super::*;
 
-/// From a signal to the end of the program; a busy machine takes its time.
+/// Longest time from a signal to the end of the program, on a busy machine.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
-/// Runs dd, which writes and waits for fsync as long as `cluster` takes no content, kills it, and answers how long it
+/// Runs dd, which writes and waits for fsync as long as `cluster` takes no content, kills it, and checks how long it
 /// took to end.
 fn kill_in_fsync(mount: &TestMount, signal: i32) {
     let mut dd = Command::new("dd")
@@ -90,7 +90,7 @@ fn handled_signals_do_not_disturb_a_program() {
             }
         });
         let done = (0..20).try_for_each(|round| {
-            // The cluster takes its time now and then, longer than callers are left alone.
+            // The cluster is slow from time to time, for longer than callers are left alone.
             let gate = (round % 10 == 0).then(|| mount.runtime.block_on(cluster.put_gate.write()));
             if let Some(gate) = gate {
                 scope.spawn(move || {
@@ -112,7 +112,7 @@ fn handled_signals_do_not_disturb_a_program() {
     mount.unmount();
 }
 
-/// Every call once, none of which the library tries again for us.
+/// Makes every call once; the library repeats none of them.
 fn work(mount: &TestMount, round: usize) -> io::Result<()> {
     let (directory, file) = (
         c_path(&mount.path(&format!("d{round}"))),

@@ -1,4 +1,4 @@
-//! A call by name never fails because another mount gave the name to something else meanwhile.
+//! A call by name never fails because another mount gave the name to another inode meanwhile.
 
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,8 +9,8 @@ use quorumfs_proto::command::RenameMode;
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
 
-/// Does `change` on another mount, without a kernel in between, and lets the cluster reclaim what nobody holds, again and
-/// again while `calls` runs.
+/// Makes `change` on another mount, without a kernel in between, and lets the cluster reclaim unused inodes, repeatedly
+/// while `calls` runs.
 fn meanwhile<Running: Future<Output = ()> + Send>(
     cluster: &Arc<MemoryCluster>,
     other: &Arc<Filesystem<Connection>>,
@@ -36,7 +36,7 @@ fn meanwhile<Running: Future<Output = ()> + Send>(
     });
 }
 
-/// Makes `name` a file that holds `bytes`.
+/// Makes `name` a file with `bytes`.
 async fn put(fs: &Arc<Filesystem<Connection>>, name: &[u8], bytes: &[u8]) {
     let flags = OpenFlags::from(libc::O_RDWR);
     let Ok((_, opened)) = fs.create(ROOT, name, 0o644, 0, 0, flags).await else {
@@ -157,7 +157,7 @@ fn a_name_that_a_creation_found_is_not_seen_after_its_removal() {
     other.unmount();
 }
 
-/// Directories `p/sub` and `q`, of which the kernel of `one` knows the first, and `sub` is now in `q` by the other mount.
+/// Makes directories `p/sub` and `q`; the kernel of `one` knows the first, and then the other mount moves `sub` to `q`.
 fn moved_elsewhere(one: &TestMount, other: &TestMount, round: &str, seen: impl Fn(&Path)) {
     fs::create_dir_all(other.path(&format!("{round}/p/sub/below"))).unwrap();
     fs::create_dir(other.path(&format!("{round}/q"))).unwrap();
@@ -192,7 +192,7 @@ fn a_directory_that_another_mount_moved_can_be_used_and_moved_on() {
                 fs::remove_file(at(&format!("{r}/q/sub/file"))).unwrap();
                 fs::remove_dir(at(&format!("{r}/q/sub/below"))).unwrap();
             }
-            // There and back, by one and by the other.
+            // Moved there and back, by one mount and by the other.
             _ => {
                 for _ in 0..5 {
                     fs::rename(at(&format!("{r}/q/sub")), at(&format!("{r}/p/sub"))).unwrap();
@@ -286,7 +286,7 @@ fn a_removed_working_directory_answers_stat_although_another_mount_moved_it_befo
         return;
     }
     let cluster = MemoryCluster::new();
-    // The other mount does not keep what it looked up.
+    // The other mount does not cache its look-ups.
     let forgetful = FsOptions {
         looked_up_ms: 0,
         ..FsOptions::default()
@@ -295,7 +295,7 @@ fn a_removed_working_directory_answers_stat_although_another_mount_moved_it_befo
         mount(&cluster, 1),
         mount_as(&cluster, 2, MsFlags::empty(), forgetful),
     );
-    // Moved once, and there and back and on: the kernel has known it under several numbers by then.
+    // Moved once, and moved there, back and on: the kernel then knows it by several numbers.
     for (round, places) in [&["q"][..], &["q", "p", "q"]].into_iter().enumerate() {
         let at = |place: &str| format!("{round}/{place}/sub");
         fs::create_dir_all(other.path(&at("p"))).unwrap();
@@ -313,11 +313,11 @@ fn a_removed_working_directory_answers_stat_although_another_mount_moved_it_befo
             place = next;
             working.push(used(place));
         }
-        // The newest number is not used; each of those before it is the last one in use at some time.
+        // The newest number is not used; each earlier one is at some time the last in use.
         drop(working.pop());
         fs::remove_dir(one.path(&at(place))).unwrap();
         while let Some(newest) = working.pop() {
-            // It is released within that time where nobody is seen to use it.
+            // It would be released within that time if it were seen to be unused.
             std::thread::sleep(Duration::from_millis(700));
             cluster.reclaim();
             let told = newest.metadata().unwrap();

@@ -1,11 +1,11 @@
-//! A file that grows shows what was written, or less of it; never zeros that nobody wrote.
+//! A growing file shows what was written, or less of it; never zeros that were not written.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::*;
 
-/// How long each way of following a file is tried.
+/// Time for which each way of following a file is tested.
 const FOLLOWED: Duration = Duration::from_secs(2);
 
 /// How a file is followed.
@@ -13,12 +13,12 @@ const FOLLOWED: Duration = Duration::from_secs(2);
 enum Follow {
     /// Through one descriptor.
     KeptOpen,
-    /// Opened for each look.
+    /// Opened again for each read.
     OpenedAnew,
 }
 
-/// Lets `writer` append to a file as long as `reader` follows it, with others that stat it, and answers how many reads
-/// gave bytes, and how many gave some that nobody wrote.
+/// Lets `writer` append to a file while `reader` follows it, with others that stat it. Returns how many reads returned
+/// bytes, and how many of these returned bytes that were not written.
 fn follow(reader: &TestMount, mut writer: File, name: &str, how: Follow) -> (u32, u32) {
     let path = reader.path(name);
     let stopped = AtomicBool::new(false);
@@ -56,7 +56,7 @@ fn follow(reader: &TestMount, mut writer: File, name: &str, how: Follow) -> (u32
     })
 }
 
-/// Follows files that `writer` appends to and overwrites at the end, in both ways.
+/// Follows files to which `writer` appends and which it overwrites at the end, in both ways.
 fn follow_each_way(reader: &TestMount, writer: &TestMount) -> (u32, u32) {
     let (mut reads_total, mut with_zeros_total) = (0, 0);
     for append in [true, false] {
@@ -114,7 +114,7 @@ fn the_kernel_knows_the_new_end_when_it_was_told() {
     let mut expected = Vec::new();
     let mut reader = None;
     for round in 0..50u64 {
-        // Over the ends of pages, and onto them.
+        // Across the ends of pages, and up to them.
         let line = vec![b'a' + (round % 26) as u8; [100, 4096, 3996, 5000][round as usize % 4]];
         writer.write_all(&line).unwrap();
         let before = expected.len() as u64;
@@ -122,7 +122,7 @@ fn the_kernel_knows_the_new_end_when_it_was_told() {
         let file = reader.get_or_insert_with(|| File::open(one.path("log")).unwrap());
         let mut bytes = vec![0; 16 << 10];
         match round % 3 {
-            // A read where the end was finds what is there now, though nobody asked for the size.
+            // A read at the former end returns the new bytes, although no stat was made.
             0 => {}
             1 => assert_eq!(file.seek(SeekFrom::End(0)).unwrap(), expected.len() as u64),
             _ => assert_eq!(file.metadata().unwrap().len(), expected.len() as u64),

@@ -1,4 +1,4 @@
-//! Sectors and folders that cannot be read: the reads of this test process that meet them fail with EIO.
+//! Sectors and folders that cannot be read: reads of them by this test process fail with EIO.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 
 use super::*;
 
-/// By path, for inodes are used again.
+/// By path, because inode numbers are reused.
 static BAD: Mutex<BTreeMap<PathBuf, Vec<Range<u64>>>> = Mutex::new(BTreeMap::new());
 static BAD_FOLDERS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
@@ -41,7 +41,7 @@ pub(crate) fn check(file: &File, at: u64, bytes: u64) -> io::Result<()> {
 /// Whether `directory` can be listed.
 pub(crate) fn check_folder(directory: &Path) -> io::Result<()> {
     let mut bad = BAD_FOLDERS.lock();
-    // What was moved away is another folder.
+    // A folder that was renamed is another folder.
     match bad.iter().position(|folder| folder == directory) {
         Some(at) if std::fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_none()) => {
             bad.remove(at);
@@ -52,7 +52,7 @@ pub(crate) fn check_folder(directory: &Path) -> io::Result<()> {
     }
 }
 
-/// A sealed segment with so many chunks of 30,000 bytes.
+/// Makes a sealed segment with `count` chunks of 30,000 bytes.
 fn sealed(folder: &Path, count: u64) -> (Vec<Chunk>, PathBuf) {
     let chunks: Vec<Chunk> = (0..count).map(|counter| chunk(counter, 30_000)).collect();
     let (store, _) = open(folder);
@@ -68,7 +68,7 @@ fn sealed(folder: &Path, count: u64) -> (Vec<Chunk>, PathBuf) {
 fn a_segment_that_cannot_be_read_whole_is_set_aside_and_what_can_be_is_kept() {
     const PAGE: u64 = 4096;
     let end_of = |segment: &Path| std::fs::metadata(segment).unwrap().len();
-    // Where the segment is bad, and how many of its chunks that may cost.
+    // The bad range of the segment, given the number of chunks that it may cost.
     type RecordLocation = fn(u64) -> Range<u64>;
     let places: [(&str, RecordLocation, usize); 4] = [
         ("the header", |_| 0..PAGE, 1),
@@ -98,7 +98,7 @@ fn a_segment_that_cannot_be_read_whole_is_set_aside_and_what_can_be_is_kept() {
         let aside = store.files_set_aside();
         assert_eq!(aside.len(), 1, "{what}");
         assert!(!segment.exists() && aside[0].to_string_lossy().contains("unreadable-segment-"));
-        // What is missing is put again, as recovery does.
+        // Missing chunks are put again, as recovery does.
         chunks.iter().for_each(|chunk| store.append(chunk).unwrap());
         drop(store);
         let (store, report) = open(folder.path());
@@ -127,7 +127,7 @@ fn a_segment_with_too_much_that_is_unreadable_is_said_not_to_be_looked_at_to_the
         (1, 1),
         "{report:?}"
     );
-    // What lies behind it is readable still, where it is.
+    // The records behind it are still readable in the file that was set aside.
     assert!(!store.holds(chunks[119].id()));
     let aside = &store.files_set_aside()[0];
     find(aside, &chunks[119].payload()[..64]);
@@ -162,7 +162,7 @@ fn a_torn_segment_with_a_bad_sector_is_salvaged_too() {
     let (store, _) = open(folder.path());
     chunks.iter().for_each(|chunk| store.append(chunk).unwrap());
     drop(store);
-    // In a payload that must be read, for nothing says that it is on disk.
+    // In a payload that must be read, because no watermark says that it is on disk.
     let segment = segment_files(folder.path()).remove(0);
     let at = find(&segment, &chunks[7].payload()[..64]);
     spoil(&segment, at + 9_000..at + 9_001);

@@ -1,4 +1,4 @@
-//! Torn tails and damaged bytes: what is hurt is noticed, what is not is served.
+//! Torn tails and damaged bytes: damage is detected, the rest is served.
 
 use std::os::unix::fs::FileExt;
 
@@ -38,7 +38,7 @@ fn a_tail_torn_at_any_byte_costs_only_the_torn_record() {
     let segment = &segment_files(original.path())[0];
     let bytes = std::fs::read(segment).unwrap();
     for loss in [Loss::Zeros, Loss::Garbage, Loss::CutFile] {
-        // Every byte once; the other two differ from it in how the scan goes on, not in where.
+        // Every byte once; the other two kinds of loss differ in how the scan continues, not in where.
         let step = if matches!(loss, Loss::Zeros) { 1 } else { 7 };
         for cut in (last.position..=last.end()).step_by(step) {
             let mut torn = bytes[..end as usize].to_vec();
@@ -61,7 +61,7 @@ fn a_tail_torn_at_any_byte_costs_only_the_torn_record() {
             chunks[..report.chunks as usize]
                 .iter()
                 .for_each(|chunk| assert_served(&store, chunk));
-            // It can be put again, and is found after that.
+            // The chunk can be put again and is found after that.
             store.append(&chunks[2]).unwrap();
             drop(store);
             let (store, report) = open(folder.path());
@@ -111,7 +111,7 @@ async fn below_the_watermark_payloads_are_not_read_at_opening() {
     let (store, report) = open(folder.path());
     // Only the last put is above the watermark that a record carries.
     assert_eq!((report.chunks, report.rewritten_records), (4, 1));
-    // Flushed and damaged since: not torn. A reader notices.
+    // A record that was flushed and damaged later is not torn. A reader detects the damage.
     assert!(matches!(
         store.read(id(0), 0, 1),
         Err(ContentError::Corrupt { .. })
@@ -203,7 +203,10 @@ fn wrong_bytes_with_right_crcs_are_found_by_their_digest() {
     assert_served(&store, &chunk);
     assert!(matches!(
         store.verify(chunk.id()),
-        Err(ContentError::Corrupt { what: "SHA-256", .. })
+        Err(ContentError::Corrupt {
+            what: "it does not match its SHA-256",
+            ..
+        })
     ));
 }
 
@@ -257,7 +260,7 @@ fn a_copy_of_a_segment_inside_a_chunk_is_not_mistaken_for_records() {
         store.append(&chunk(3, 3000)).unwrap();
         store.discard(&[id(1)]).unwrap();
     }
-    // The copy's chunk loses its header, so that the scan walks through its payload.
+    // The chunk that contains the copy loses its header, so that the scan walks through its payload.
     let segment = &segment_files(folder.path())[0];
     let position = Layout {
         position: SEGMENT_HEADER_BYTES,
@@ -298,7 +301,7 @@ fn a_segment_that_was_made_and_never_used_is_removed() {
     let (store, report) = open(folder.path());
     assert_eq!((report.removed_segments, report.chunks), (1, 0));
     store.append(&chunk(1, 100)).unwrap();
-    // Its number is not used again.
+    // The segment's number is not reused.
     let files = segment_files(folder.path());
     assert!(
         files[0].to_str().unwrap().contains("segment-00000006-"),
@@ -321,7 +324,7 @@ fn what_no_flush_has_reached_is_not_taken_for_sealed() {
             .fault
             .fail_flushes
             .store(true, std::sync::atomic::Ordering::Relaxed);
-        // Full segments are sealed by the I/O thread, which fails; the pages stay where a killed process leaves them.
+        // The I/O thread seals full segments and fails; the pages stay where a killed process leaves them.
         for chunk in &chunks {
             let _ = store.append(chunk);
         }

@@ -1,4 +1,4 @@
-//! A full disk: an error to the writer, and nothing else.
+//! A full disk: the writer gets an error, and nothing else happens.
 
 use std::io::Write;
 
@@ -7,7 +7,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use super::super::ContentError;
 use super::*;
 
-/// A tmpfs of a few mebibytes; unmounted when dropped, a panic included.
+/// A tmpfs of a few mebibytes; unmounted when dropped, also by a panic.
 struct TinyDisk {
     folder: tempfile::TempDir,
 }
@@ -36,7 +36,7 @@ impl TinyDisk {
         self.folder.path().join("content")
     }
 
-    /// Takes whatever is left.
+    /// Fills the remaining space.
     fn fill(&self) -> PathBuf {
         let path = self.folder.path().join("filler");
         let mut file = File::create(&path).unwrap();
@@ -52,7 +52,7 @@ impl Drop for TinyDisk {
     }
 }
 
-/// Puts chunks until there is no space; returns those that went in.
+/// Puts chunks until there is no space; returns those that were stored.
 async fn put_until_full(store: &ContentStore, first: u64, length: usize) -> Vec<Chunk> {
     let mut stored = Vec::new();
     for counter in first.. {
@@ -83,7 +83,7 @@ async fn a_full_disk_is_an_error_to_the_writer_and_the_store_goes_on() {
         assert!(space.room_bytes < 2 << 20, "{space:?}");
         stored.iter().for_each(|chunk| assert_served(&store, chunk));
 
-        // Deleting makes room.
+        // Deleting frees space.
         let dead: Vec<ChunkId> = stored.iter().step_by(2).map(|chunk| chunk.id()).collect();
         let freed = store.discard(&dead).unwrap();
         assert!(freed > payload_bytes / 3, "{freed}");
@@ -111,7 +111,7 @@ async fn on_a_disk_without_a_free_byte_chunks_are_read_and_deleted_and_the_store
     drop(store);
     let (store, report) = ContentStore::open(&disk.content(), options()).unwrap();
     assert_eq!(report.chunks, 12);
-    // Opening sealed a segment and so gave room back.
+    // Opening sealed a segment and so freed space.
     std::fs::remove_file(filler).unwrap();
     let filler = disk.fill();
     assert!(matches!(

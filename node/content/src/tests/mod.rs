@@ -24,7 +24,7 @@ fn id(counter: u64) -> ChunkId {
     }
 }
 
-/// A chunk whose bytes follow from its number.
+/// Makes a chunk whose bytes follow from its number.
 fn chunk(counter: u64, length: usize) -> Chunk {
     let mut state = counter.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let payload: Bytes = (0..length)
@@ -38,7 +38,7 @@ fn chunk(counter: u64, length: usize) -> Chunk {
     Chunk::new(id(counter), payload).unwrap()
 }
 
-/// Small segments and no reserve to speak of.
+/// Small segments and almost no reserve.
 fn options() -> ContentOptions {
     ContentOptions {
         segment_bytes: 4 << 20,
@@ -72,7 +72,7 @@ fn segment_files(directory: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// What the segments take on disk.
+/// Returns the bytes that the segments occupy on disk.
 fn disk_bytes(directory: &Path) -> u64 {
     segment_files(directory)
         .iter()
@@ -80,7 +80,7 @@ fn disk_bytes(directory: &Path) -> u64 {
         .sum()
 }
 
-/// Where in a file `needle` begins.
+/// Returns the offset of `needle` in a file.
 fn find(path: &Path, needle: &[u8]) -> u64 {
     let bytes = std::fs::read(path).unwrap();
     bytes

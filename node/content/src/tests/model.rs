@@ -1,4 +1,4 @@
-//! Random operations against a map.
+//! Random operations, compared with a map.
 
 use std::collections::BTreeMap;
 

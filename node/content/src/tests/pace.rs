@@ -1,4 +1,4 @@
-//! How fast it is. Run by hand: `cargo test -p quorumfs-node content::tests::pace -- --ignored --nocapture`.
+//! Speed. Run by hand: `cargo test -p quorumfs-content tests::pace -- --ignored --nocapture`.
 
 use std::time::Instant;
 

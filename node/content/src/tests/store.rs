@@ -38,7 +38,7 @@ async fn what_was_put_is_read_and_still_there_after_reopening() {
             assert_served(&store, chunk);
         }
         assert_eq!(store.counts(), (60, payload_bytes));
-        // Again: nothing happens.
+        // A second put does nothing.
         store.put(chunks[3].clone()).await.unwrap();
         assert_eq!(store.counts(), (60, payload_bytes));
     }
@@ -111,7 +111,7 @@ fn what_is_appended_is_held_once_it_is_synced() {
         store.append(chunk).unwrap();
         assert_served(&store, chunk);
     }
-    // The last one lies in a segment that no flush has reached.
+    // The last chunk is in a segment that no flush has reached.
     assert!(!store.holds(id(11)));
     store.sync().unwrap();
     assert!(chunks.iter().all(|chunk| store.holds(chunk.id())));
@@ -131,7 +131,7 @@ async fn many_puts_share_a_flush() {
     let counts = store.flush_counts();
     assert_eq!(counts.puts, 500);
     assert!(counts.flushes < 100, "{counts:?}");
-    // Small records lie close together.
+    // Small records are packed closely.
     let (store, report) = {
         drop(store);
         open(folder.path())
@@ -159,7 +159,7 @@ async fn what_is_put_after_the_files_were_taken_away_is_not_acknowledged() {
     assert!(store.fatal().await.files_gone);
     assert!(!store.holds(id(2)));
     drop(store);
-    // Opened anew it begins with nothing.
+    // After a restart the store is empty.
     let (store, report) = open(folder.path());
     assert_eq!(report.chunks, 0);
     store.put(chunk(1, 1000)).await.unwrap();
@@ -208,7 +208,7 @@ async fn after_a_failed_flush_nothing_is_acknowledged_any_more() {
         store.put(chunk(2, 1000)).await,
         Err(ContentError::Fatal { .. })
     ));
-    // The disk says yes again: too late.
+    // The disk works again: too late.
     store.writer.fault.fail_flushes.store(false, Ordering::Relaxed);
     assert!(matches!(
         store.put(chunk(2, 1000)).await,
@@ -230,7 +230,7 @@ async fn after_a_failed_flush_nothing_is_acknowledged_any_more() {
     assert!(reason.reason.contains("cannot flush"), "{reason}");
     drop(store);
 
-    // What had reached the disk is there for the next process.
+    // The next process finds the data that had reached the disk.
     let (store, _) = open(folder.path());
     assert_served(&store, &chunk(1, 1000));
 }
@@ -281,11 +281,11 @@ async fn discarded_chunks_are_gone_for_good_and_their_room_is_back() {
         live.iter().for_each(|chunk| assert_served(&store, chunk));
         assert!(dead.iter().all(|chunk| !store.holds(chunk.id())));
     }
-    // An id that comes back (a peer sent what was dead here) is stored anew.
+    // A discarded id that is put again (a peer sent a chunk that was dead here) is stored again.
     let (store, _) = open(folder.path());
     store.put(chunks[0].clone()).await.unwrap();
     assert_served(&store, &chunks[0]);
-    // Segments without a live record go.
+    // Segments without a live record are removed.
     let all: Vec<ChunkId> = chunks.iter().map(|chunk| chunk.id()).collect();
     store.discard(&all).unwrap();
     assert_eq!(store.counts(), (0, 0));
@@ -309,7 +309,7 @@ async fn holes_are_punched_at_the_next_opening_if_a_crash_came_before() {
             store.put(chunk.clone()).await.unwrap();
         }
     }
-    // Seal it; then mark a record as a discard does, and go no further.
+    // Seal the segment; then mark a record as a discard does, and stop there.
     drop(open(folder.path()));
     {
         let (store, _) = open(folder.path());
@@ -329,7 +329,7 @@ async fn holes_are_punched_at_the_next_opening_if_a_crash_came_before() {
 async fn sparse_segments_of_small_records_are_rewritten() {
     let folder = tempfile::tempdir().unwrap();
     let (store, _) = open(folder.path());
-    // Every eighth lives: no page is free of live records.
+    // Every eighth chunk lives: no page is free of live records.
     let chunks: Vec<Chunk> = (0..4000).map(|counter| chunk(counter, 2000)).collect();
     for chunk in &chunks {
         store.append(chunk).unwrap();

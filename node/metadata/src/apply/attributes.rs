@@ -1,4 +1,4 @@
-//! setattr in all its forms, and extended attributes.
+//! Changes of attributes (setattr in all its forms) and of extended attributes.
 
 use bytes::Bytes;
 use quorumfs_proto::command::{AttributeChanges, Privileges, SetTime, Target, XattrMode};
@@ -14,13 +14,14 @@ const SET_USER_ID: u16 = 0o4000;
 const SET_GROUP_ID: u16 = 0o2000;
 const GROUP_EXECUTE: u16 = 0o0010;
 const MODE_BITS: u16 = 0o7777;
-/// Extended attributes that an inode may have: looking through their names is a part of a command's work.
+/// Most extended attributes of an inode. A command may have to read all their names.
 const XATTRS_MAX: u32 = 1024;
 /// File capabilities (capabilities(7)); the kernel asks for them before it executes a file.
 const CAPABILITY: &[u8] = b"security.capability";
 
 impl Transaction<'_> {
-    /// In this order: truncation, owner (which drops privileges), then the mode and times as they are given.
+    /// Applies the changes in this order: truncation, owner (which drops privileges), then the mode and the times as
+    /// given.
     pub(super) fn set_attributes(
         &mut self,
         target: Target,
@@ -65,8 +66,9 @@ impl Transaction<'_> {
         })
     }
 
-    /// What a write, a truncation or a chown by a program takes away: set-user-id, set-group-id where the group may
-    /// execute (without, the bit once meant mandatory locking and stays, as Linux has it), file capabilities.
+    /// Drops what a write, a truncation or a chown by a program removes: set-user-id, set-group-id if the group may
+    /// execute (without that right the bit once meant mandatory locking and is kept, as on Linux), and file
+    /// capabilities.
     pub(super) fn drop_privileges(&mut self, inode: InodeNumber) -> Result<(), Failure> {
         let attributes = &self.inode(inode)?.attributes;
         if attributes.kind == FileKind::Directory {
@@ -83,8 +85,8 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// What a write or a truncation takes away. Whether set-user-id goes too depends on the program that writes; file
-    /// capabilities go whoever writes, as Linux has it.
+    /// Drops what a write or a truncation removes. Whether set-user-id is dropped too depends on the program that
+    /// writes; file capabilities are always dropped, as on Linux.
     pub(super) fn lose_privileges(
         &mut self,
         inode: InodeNumber,
@@ -102,7 +104,7 @@ impl Transaction<'_> {
             return Ok(());
         }
         let key = (inode, capability_name()?);
-        // An inode that is being freed may have lost it already.
+        // An inode that is being freed may have lost the attribute already.
         let exists = !self.bounded_work() || self.writer.layers.contains::<Xattrs>(&key)?;
         self.writer.remove::<Xattrs>(&key);
         let attributes = self.change(inode)?;
@@ -169,9 +171,9 @@ impl Transaction<'_> {
         })
     }
 
-    /// [`FsError::NoSpace`] where listxattr(2) could not tell all names any more.
+    /// Fails with [`FsError::NoSpace`] if listxattr(2) could no longer return all names.
     fn require_room_for(&self, inode: InodeNumber, count: u32, name: &XattrName) -> Result<(), Failure> {
-        // So few cannot be too many, whatever their names.
+        // This many attributes fit, whatever their names.
         if (count as usize + 1) * (XATTR_NAME_BYTES_MAX + 1) <= XATTR_LIST_BYTES_MAX {
             return Ok(());
         }
@@ -192,7 +194,7 @@ fn capability_name() -> Result<XattrName, StorageFault> {
     XattrName::new(CAPABILITY).map_err(|error| StorageFault::inconsistent(format!("capability: {error}")))
 }
 
-/// A time that a client gives must be one.
+/// Checks that a time given by a client is valid.
 pub(super) fn valid_time(time: Timestamp) -> Result<Timestamp, FsError> {
     match time.nanoseconds < 1_000_000_000 {
         true => Ok(time),

@@ -1,7 +1,7 @@
 //! The content of files: write, append, truncate.
 //!
-//! What must hold: the extents of an inode never overlap; those that no cut hides lie below its size; its
-//! `allocated_bytes` is the sum of all of them, and each counts once in its chunk's references.
+//! Invariants: the extents of an inode never overlap. Extents that no cut hides are below the inode's size.
+//! `allocated_bytes` is the sum of all extents, and each extent counts once in its chunk's references.
 
 use quorumfs_proto::chunk::Extent;
 use quorumfs_proto::command::{Privileges, Target};
@@ -20,15 +20,15 @@ impl Transaction<'_> {
     pub(super) fn write(
         &mut self,
         target: Target,
-        pieces: &[Extent],
+        extents: &[Extent],
         mtime: Option<Timestamp>,
         privileges: Privileges,
     ) -> Result<OperationResult, Failure> {
         let inode = self.resolve(target)?;
         self.require_file(inode)?;
-        self.put_pieces(inode, pieces, 0)?;
+        self.put_extents(inode, extents, 0)?;
         if let Some(mtime) = mtime {
-            // The client stamps by what it knows of the leader's clock. Nothing that happens later may seem earlier.
+            // The client estimates the leader's clock. A change must not seem earlier than one that happened before it.
             const FEATURE_LEVEL_MIN: u32 = 3;
             let latest = match self.writer.summary.feature_level {
                 FEATURE_LEVEL_MIN.. => self.now,
@@ -46,20 +46,21 @@ impl Transaction<'_> {
     pub(super) fn append(
         &mut self,
         target: Target,
-        pieces: &[Extent],
+        extents: &[Extent],
         privileges: Privileges,
     ) -> Result<OperationResult, Failure> {
         let inode = self.resolve(target)?;
         self.require_file(inode)?;
         let offset = self.inode(inode)?.attributes.size;
-        self.put_pieces(inode, pieces, offset)?;
+        self.put_extents(inode, extents, offset)?;
         let now = self.now;
         self.change(inode)?.mtime = now;
         self.lose_privileges(inode, privileges)?;
         Ok(OperationResult::Appended { offset })
     }
 
-    /// truncate(2): what lies beyond `size` is cut, what is new is a hole. Bounded whatever the file holds.
+    /// Truncates a file (truncate(2)): content beyond `size` is cut off, a new part is a hole. The work is bounded,
+    /// whatever the size of the file.
     pub(super) fn truncate(&mut self, inode: InodeNumber, size: u64) -> Result<(), Failure> {
         self.require_file(inode)?;
         let attributes = &mut self.inode_mut(inode)?.attributes;
@@ -86,7 +87,7 @@ impl Transaction<'_> {
         }
         let all_freed = self.free_extents(inode, size)?.is_none();
         let record = self.inode_mut(inode)?;
-        // Older cuts that only hid what this one hides too.
+        // Older cuts that hid only what this one hides too are dropped.
         record.cuts.retain(|cut| cut.from < size);
         if !all_freed {
             record.trim_cursor = match record.cuts.is_empty() {
@@ -99,10 +100,11 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// Removes the extents that begin at or above `from`, as many as this command may; answers where the next one lies.
+    /// Removes the extents that begin at or above `from`, as many as this command may. Returns the offset of the next
+    /// one.
     pub(super) fn free_extents(&mut self, inode: InodeNumber, from: u64) -> Result<Option<u64>, Failure> {
         let record = self.inode(inode)?;
-        // The common case of a small or empty file needs no scan.
+        // A small or empty file, the common case, needs no scan.
         if record.attributes.allocated_bytes == 0 {
             return Ok(None);
         }
@@ -126,39 +128,42 @@ impl Transaction<'_> {
         }
     }
 
-    /// Lays the pieces over what is there, their offsets counted from `base`; the file grows where they reach beyond it.
-    fn put_pieces(&mut self, inode: InodeNumber, pieces: &[Extent], base: u64) -> Result<(), Failure> {
-        if pieces.is_empty() {
+    /// Puts `extents` over the existing content; their offsets count from `base`. The file grows if they reach beyond
+    /// its end.
+    fn put_extents(&mut self, inode: InodeNumber, extents: &[Extent], base: u64) -> Result<(), Failure> {
+        if extents.is_empty() {
             return Ok(());
         }
         let attributes = self.change(inode)?;
         attributes.content_version += 1;
         let version = attributes.content_version;
-        for piece in pieces {
-            let from = base.checked_add(piece.file_offset).ok_or(FsError::FileTooLarge)?;
+        for extent in extents {
+            let from = base
+                .checked_add(extent.file_offset)
+                .ok_or(FsError::FileTooLarge)?;
             let to = from
-                .checked_add(u64::from(piece.length))
+                .checked_add(u64::from(extent.length))
                 .filter(|end| *end <= FILE_BYTES_MAX)
                 .ok_or(FsError::FileTooLarge)?;
             self.clear_range(inode, from, to)?;
-            let extent = ExtentRecord {
-                length: piece.length,
-                chunk: piece.chunk,
-                chunk_offset: piece.chunk_offset,
+            let record = ExtentRecord {
+                length: extent.length,
+                chunk: extent.chunk,
+                chunk_offset: extent.chunk_offset,
                 version,
             };
-            self.add_extent(inode, from, &extent)?;
+            self.add_extent(inode, from, &record)?;
             let attributes = &mut self.inode_mut(inode)?.attributes;
             attributes.size = attributes.size.max(to);
         }
-        self.note_fragments(inode, pieces, version);
+        self.note_fragments(inode, extents, version);
         Ok(())
     }
 
-    /// No extent covers any of `from..to` afterwards.
+    /// Removes the range `from..to` from all extents.
     fn clear_range(&mut self, inode: InodeNumber, from: u64, to: u64) -> Result<(), Failure> {
         let record = self.inode(inode)?;
-        // Nothing lies beyond the size but what cuts hide: most writes only add.
+        // Most writes append: beyond the size there are only extents that cuts hide.
         if record.attributes.allocated_bytes == 0
             || (from >= record.attributes.size && record.cuts.is_empty())
         {
@@ -182,8 +187,8 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// The extent that begins below `from` and reaches beyond it, if there is one, keeps what lies below `from` and
-    /// what lies above `to`.
+    /// Cuts the extent that begins below `from` and reaches beyond it, if there is one: the parts below `from` and
+    /// above `to` stay.
     fn cut_extent_across(&mut self, inode: InodeNumber, from: u64, to: u64) -> Result<(), Failure> {
         let below = KeyRange::prefix(&inode.0.to_be_bytes()).before(&Extents::key(&(inode, from)));
         let nearest = self
@@ -207,7 +212,7 @@ impl Transaction<'_> {
         self.add_remainder(inode, offset, &extent, to)
     }
 
-    /// Adds what an extent at `offset`, just removed, has beyond `to`.
+    /// Adds the part beyond `to` of an extent at `offset` that was just removed.
     fn add_remainder(
         &mut self,
         inode: InodeNumber,

@@ -1,9 +1,9 @@
-//! Applying log entries: the one place where metadata changes.
+//! Applying log entries: the only place where metadata changes.
 //!
-//! A [`Batch`](crate::Batch) applies entries one after the other on its own copy of the layers and is then published as a
-//! whole. This file has what is common to all entries: the time, and the lanes that make a mutation happen once. `writer`
-//! has the rows and the way back from a refused mutation, `transaction` runs the operations of one mutation, the other
-//! files are its verbs.
+//! A [`Batch`](crate::Batch) applies entries one after the other to its own copy of the layers, which is then published
+//! as a whole. This file has what all entries share: the time, and the lanes that make a mutation take effect once.
+//! `writer` has the rows and the rollback of a refused mutation, `transaction` runs the operations of one mutation, the
+//! other files are its operations.
 
 mod attributes;
 mod content;
@@ -29,16 +29,17 @@ use writer::without_effects;
 
 pub(super) use writer::RowWriter;
 
-/// What became of a mutation that its lane had not decided before.
+/// The result of a mutation that its lane had not decided before.
 enum Decision {
-    /// It is decided, for ever.
+    /// The mutation is decided, finally.
     Made(Result<Outcome, FsError>, Effects),
-    /// It is not: [`ApplyResult::Crowded`].
+    /// The mutation is not decided: [`ApplyResult::Crowded`].
     Crowded(Crowded),
 }
 
 impl RowWriter {
-    /// Applies one entry: all of it, or nothing and a verdict. After a fault the writer, and the node, must not go on.
+    /// Applies one entry as a whole, or returns a verdict and changes nothing. After a fault the writer and the node
+    /// must stop.
     pub(super) fn apply(&mut self, index: u64, entry: &LogCommand) -> Result<Applied, StorageFault> {
         let now = entry.stamp.max(self.summary.last_stamp.plus_nanoseconds(1));
         self.summary.last_stamp = now;
@@ -79,7 +80,7 @@ impl RowWriter {
                 })
             }
             LogBody::SetReplicas { replicas } => {
-                // Below level 2 some node might not do this: then no node does.
+                // Below level 2 some nodes might not do this; then no node does.
                 if self.summary.feature_level >= 2 {
                     self.summary.replicas = Replicas {
                         count: *replicas,
@@ -148,8 +149,8 @@ impl RowWriter {
         }
     }
 
-    /// A mutation, once: its lane tells whether it was decided before; if not, `run` decides it. `run` is told the
-    /// session's low-water mark.
+    /// Decides a mutation once. The session's lane shows whether it was decided before; if not, `run` decides it, given
+    /// the session's low-water mark.
     fn decide(
         &mut self,
         request: &RequestId,
@@ -161,10 +162,10 @@ impl RowWriter {
         if let Some(record) = decided.filter(|record| record.sequence == request.sequence) {
             return Ok(without_effects(record.result));
         }
-        // Of a session that has ended, what was decided is still told; nothing new is.
+        // A session that has ended still gets earlier results; it gets no new ones.
         let Some(&low_water) = self.summary.living.get(&request.session) else {
-            // As long as the session is remembered its lanes are complete, and it never lives again: what is next in a lane
-            // was not decided, whoever sent it and however often.
+            // While an ended session is known, its lanes are complete, and it never lives again. So the next mutation
+            // of a lane was not decided, whoever sent it and however often.
             let is_next = last_sequence.checked_add(1) == Some(request.sequence);
             let is_remembered = is_next && self.get::<Sessions>(&request.session)?.is_some();
             return Ok(without_effects(match is_remembered {

@@ -1,7 +1,7 @@
 //! Names: create, link, unlink, rmdir.
 //!
-//! What must hold: an inode's `links` is the number of entries that name it (of a directory 2 and its
-//! sub-directories); a directory's `size` is the number of its entries; an inode with no links is an orphan; the
+//! Invariants: an inode's `links` is the number of entries that refer to it (for a directory 2 plus its number of
+//! sub-directories). A directory's `size` is the number of its entries. An inode without links is an orphan. The
 //! `parent` pointers of directories lead to the root.
 
 use quorumfs_proto::command::{Held, IfExists, NewInode, NewKind, Target};
@@ -48,7 +48,7 @@ impl Transaction<'_> {
         Ok(OperationResult::Entry { inode, created: true })
     }
 
-    /// An inode as it is when it is new. Without a directory it inherits nothing.
+    /// Returns the record of a new inode. Without a directory it inherits nothing.
     pub(super) fn make_inode(
         &mut self,
         new: &NewInode,
@@ -102,7 +102,7 @@ impl Transaction<'_> {
             has_capability: false,
             parent: match (kind, directory) {
                 (FileKind::Directory, Some(directory)) => directory,
-                // Only directories lie in one place.
+                // Only directories have a parent.
                 _ => InodeNumber(0),
             },
         })?;
@@ -148,7 +148,7 @@ impl Transaction<'_> {
         }
         if let Some(entry) = entry {
             self.remove_entry(parent, name, &entry)?;
-            // Nothing says whether the sender has the replaced file open: it will be asked.
+            // The operation does not say whether the sender has the replaced file open, so the sender is asked too.
             self.drop_link(&entry, Held::Open)?;
         }
         self.change(inode)?.links += 1;
@@ -190,7 +190,7 @@ impl Transaction<'_> {
         }
         self.require_empty(entry.inode)?;
         self.remove_entry(parent, name, &entry)?;
-        // A program may have it as its working directory: as with files, all are asked.
+        // A program may have the directory as its working directory, so all sessions are asked, as for files.
         let last = self.drop_link(&entry, Held::Open)?;
         Ok(OperationResult::Removed {
             inode: entry.inode,
@@ -198,7 +198,10 @@ impl Transaction<'_> {
         })
     }
 
-    /// A directory in which names can be looked for and made: [`FsError::NotFound`] if it has been removed.
+    /// Returns a directory whose entries can be looked up and changed.
+    ///
+    /// # Errors
+    /// [`FsError::NotFound`] if the directory has been removed.
     pub(super) fn directory(&mut self, target: Target) -> Result<InodeNumber, Failure> {
         let inode = self.resolve(target)?;
         let attributes = &self.inode(inode)?.attributes;
@@ -224,7 +227,7 @@ impl Transaction<'_> {
         }
     }
 
-    /// Adds an entry that is not there. The links of what it names are the caller's matter.
+    /// Adds an entry that does not exist. The caller updates the links of the inode.
     pub(super) fn add_entry(
         &mut self,
         directory: InodeNumber,
@@ -241,7 +244,7 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// Removes an entry that is there. The links of what it names are the caller's matter.
+    /// Removes an entry that exists. The caller updates the links of the inode.
     pub(super) fn remove_entry(
         &mut self,
         directory: InodeNumber,
@@ -257,7 +260,7 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// What the entry named has lost that name; says whether it was the last. A directory has only the one.
+    /// Removes one link of the inode of `entry`. Returns whether it was the last; a directory has only one.
     pub(super) fn drop_link(&mut self, entry: &DirentRecord, held: Held) -> Result<bool, Failure> {
         let attributes = self.change(entry.inode)?;
         attributes.links = match entry.kind {
@@ -271,7 +274,7 @@ impl Transaction<'_> {
         Ok(last)
     }
 
-    /// The directory's attributes; its entries are being changed.
+    /// Returns the attributes of a directory whose entries are being changed.
     fn change_directory(&mut self, directory: InodeNumber) -> Result<&mut Attributes, Failure> {
         let now = self.now;
         let attributes = self.change(directory)?;

@@ -1,12 +1,12 @@
-//! Inodes without a name below feature level 3, and the freeing of what nobody can reach. (From level 3 on `unlinked`
-//! says who keeps an inode.)
+//! Inodes without a name below feature level 3, and the freeing of unreachable data. (From level 3 on `unlinked` keeps
+//! track of the sessions that keep an inode.)
 //!
-//! An unlinked inode stays as long as a session may have it open: every session that lives when the last name goes is
-//! asked, and each says [`quorumfs_proto::Operation::ReleaseUnlinked`] or ends. Then its content is freed, at once
-//! where that is little work, else in steps that the leader proposes.
+//! An unlinked inode stays as long as a session may have it open. Every session that is alive when the last name is
+//! removed is asked, and each sends [`quorumfs_proto::Operation::ReleaseUnlinked`] or ends. Then the inode's content is
+//! freed: at once if that is little work, else in steps that the leader proposes.
 //!
-//! `orphans` and `pins` are one relation, kept both ways. `reclaimable` has all orphans that nobody holds and all
-//! files with cuts (and at times one that no longer is either, until the next step looks at it).
+//! `orphans` and `pins` are one relation, stored in both directions. `reclaimable` has all orphans that no session
+//! holds and all files with cuts (and sometimes an inode that is no longer either, until the next step looks at it).
 
 use quorumfs_proto::command::{Held, NewInode, NewKind};
 use quorumfs_proto::{FsError, InodeNumber, OperationResult, SessionId, Timestamp};
@@ -21,7 +21,7 @@ use super::transaction::Transaction;
 use super::writer::RowWriter;
 
 impl Transaction<'_> {
-    /// The whole of [`super::LogBody::ReclaimUnlinked`].
+    /// Applies [`super::LogBody::ReclaimUnlinked`].
     pub(super) fn reclaim_step(
         writer: &mut RowWriter,
         index: u64,
@@ -60,7 +60,7 @@ impl Transaction<'_> {
         Ok(OperationResult::Entry { inode, created: true })
     }
 
-    /// The inode has lost its last name.
+    /// Makes an orphan of the inode, which has lost its last name.
     pub(super) fn make_orphan(&mut self, inode: InodeNumber, held: Held) -> Result<(), Failure> {
         if self.writer.summary.feature_level >= 3 {
             return self.make_unlinked(inode, held);
@@ -85,8 +85,11 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// An inode that never had a name gets one. [`FsError::NotFound`] where its last name was taken away, or another
-    /// session made it: to link(2) such an inode does not exist.
+    /// Ends the orphan state of an inode that never had a name and gets one.
+    ///
+    /// # Errors
+    /// [`FsError::NotFound`] if the inode's last name was removed, or if another session made it: for link(2) such an
+    /// inode does not exist.
     pub(super) fn end_orphanhood(&mut self, inode: InodeNumber) -> Result<(), Failure> {
         if let Some(record) = self.writer.get::<Unlinked>(&inode)? {
             return self.end_namelessness(inode, &record);
@@ -128,7 +131,7 @@ impl Transaction<'_> {
         Ok(OperationResult::Done)
     }
 
-    /// Frees what can be freed of the inode, as far as `extents_left` goes.
+    /// Frees what can be freed of the inode, as far as `extents_left` allows.
     pub(super) fn reclaim(&mut self, inode: InodeNumber) -> Result<(), Failure> {
         if self.peek(inode)?.is_none() {
             self.writer.remove::<Reclaimable>(&inode);
@@ -147,7 +150,7 @@ impl Transaction<'_> {
         }
     }
 
-    /// Forgets sessions that have ended, and says whether any other may hold the orphan.
+    /// Removes ended sessions from the orphan, and returns whether another session may hold it.
     fn still_held(&mut self, inode: InodeNumber, mut orphan: OrphanRecord) -> Result<bool, StorageFault> {
         let living = self.writer.summary.living.clone();
         let (held_by, ended): (Vec<SessionId>, Vec<SessionId>) = orphan
@@ -164,7 +167,7 @@ impl Transaction<'_> {
         Ok(!orphan.waiting_for.is_empty())
     }
 
-    /// Frees all that belongs to an orphan, and the inode last.
+    /// Frees everything that belongs to an orphan, and the inode last.
     fn dissolve(&mut self, inode: InodeNumber) -> Result<(), Failure> {
         if !self.free_all_extents(inode)? {
             return Ok(());
@@ -179,7 +182,7 @@ impl Transaction<'_> {
         }
         self.extents_left -= freed;
         let attributes = &mut self.inode_mut(inode)?.attributes;
-        // Unlinked inodes are answered until the end, so the count stays true in between.
+        // Queries are answered for unlinked inodes until the end, so the count must be right in between.
         attributes.xattr_count -= freed.min(attributes.xattr_count);
         if attributes.xattr_count > 0 || self.extents_left == 0 {
             return Ok(());
@@ -193,14 +196,14 @@ impl Transaction<'_> {
         self.drop_inode(inode)
     }
 
-    /// Frees extents of an orphan; says whether none are left. Each step begins where the last one ended: what it
-    /// removed is passed over row by row until it has left memory.
+    /// Frees extents of an orphan; returns whether none are left. Each step begins where the last one ended: a scan
+    /// passes removed rows one by one until they are flushed from memory.
     fn free_all_extents(&mut self, inode: InodeNumber) -> Result<bool, Failure> {
         if !self.bounded_work() {
             return Ok(self.free_extents(inode, 0)?.is_none());
         }
         let record = self.inode(inode)?;
-        // With cuts the cursor counts what was looked at, not what was freed.
+        // If there are cuts, the cursor counts extents that were looked at, not extents that were freed.
         let from = match record.cuts.is_empty() {
             true => record.trim_cursor,
             false => 0,
@@ -214,12 +217,12 @@ impl Transaction<'_> {
         if self.inode(inode)?.attributes.allocated_bytes == 0 {
             return Ok(true);
         }
-        // Somebody has written below the cursor since.
+        // A write has added extents below the cursor since.
         self.inode_mut(inode)?.trim_cursor = 0;
         Ok(false)
     }
 
-    /// Looks for cut-off extents from where the last step ended. When it has seen all, there are no cuts any more.
+    /// Frees cut-off extents from where the last step ended. After the last extent it removes the cuts.
     fn trim(&mut self, inode: InodeNumber) -> Result<(), Failure> {
         let record = self.inode(inode)?.clone();
         if record.cuts.is_empty() {
@@ -253,7 +256,7 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// Writes the relation both ways.
+    /// Writes the relation in both directions.
     fn put_orphan(&mut self, inode: InodeNumber, orphan: &OrphanRecord) {
         for session in &orphan.waiting_for {
             self.writer.put::<Pins>(&(*session, inode), &());

@@ -1,4 +1,4 @@
-//! renameat2(2).
+//! Rename and exchange, as renameat2(2).
 
 use quorumfs_proto::command::{Held, RenameMode, Target};
 use quorumfs_proto::{FileKind, FsError, InodeNumber, Name, OperationResult};
@@ -33,7 +33,7 @@ impl Transaction<'_> {
             other: other.as_ref().map(|other| other.inode),
         };
         if other.as_ref().is_some_and(|other| other.inode == moved.inode) {
-            // Two names of one file: POSIX has both stay.
+            // Both are names of one file: POSIX keeps both.
             self.inode(moved.inode)?;
             return Ok(result);
         }
@@ -62,7 +62,7 @@ impl Transaction<'_> {
         Ok(result)
     }
 
-    /// Moves an entry to where there is none.
+    /// Moves an entry to a name that does not exist.
     fn move_entry(
         &mut self,
         (from_parent, from_name): (InodeNumber, &Name),
@@ -74,7 +74,7 @@ impl Transaction<'_> {
         self.add_entry(to_parent, to_name, moved)
     }
 
-    /// What the entry names lies in another directory now.
+    /// Updates the inode of an entry that has moved to another directory.
     fn settle(&mut self, entry: &DirentRecord, parent: InodeNumber) -> Result<(), Failure> {
         let attributes = self.change(entry.inode)?;
         if entry.kind == FileKind::Directory {
@@ -92,14 +92,17 @@ impl Transaction<'_> {
         }
     }
 
-    /// [`FsError::InvalidArgument`] where a directory would come to lie in itself or below; [`FsError::NameTooLong`] where
-    /// the way to the root is longer than one command may go.
+    /// Checks that no directory moves into itself or below itself.
+    ///
+    /// # Errors
+    /// [`FsError::InvalidArgument`] if it would, [`FsError::NameTooLong`] if the path to the root is longer than one
+    /// command may walk.
     fn require_no_cycle(&mut self, moved: &DirentRecord, into: InodeNumber) -> Result<(), Failure> {
         if moved.kind != FileKind::Directory {
             return Ok(());
         }
         let mut ancestor = into;
-        // No path can be longer than there are inodes.
+        // No path is longer than the number of inodes.
         for _ in 0..=self.writer.summary.inode_count {
             if ancestor == moved.inode {
                 return Err(FsError::InvalidArgument.into());

@@ -1,6 +1,6 @@
-//! Putting small extents together: the same bytes in one chunk.
+//! Rewriting: small extents are replaced by one with the same bytes in one chunk.
 //!
-//! What must hold: a rewrite changes no byte, no time and no content version, so nobody has to be told. It replaces
+//! Invariant: a rewrite changes no byte, no time and no content version, so no client has to be informed. It replaces
 //! exactly the extents that its proposer read, or nothing.
 
 use quorumfs_proto::chunk::{Extent, NewChunk};
@@ -15,8 +15,9 @@ use super::super::tables::{ExtentRecord, Extents, Fragmented, Rows as _};
 use super::transaction::Transaction;
 use super::writer::{RowWriter, without_effects};
 
-/// A file is noted at the small writes whose content version this divides: often enough that a file of many small
-/// extents is found soon, seldom enough to cost nothing. A prime, so that no rhythm of a program escapes it.
+/// A file is noted at the small writes whose content version is a multiple of this: often enough that a file of many
+/// small extents is found soon, seldom enough to cost almost nothing. A prime, so that no regular pattern of a program
+/// avoids it.
 const NOTED_EVERY_VERSIONS: u64 = if cfg!(test) { 3 } else { 61 };
 
 /// The extents that a rewrite replaces.
@@ -28,7 +29,7 @@ pub(super) struct Replaced {
 }
 
 impl Transaction<'_> {
-    /// The whole of [`super::LogBody::Rewrite`].
+    /// Applies [`super::LogBody::Rewrite`].
     pub(super) fn rewrite_step(
         writer: &mut RowWriter,
         index: u64,
@@ -53,7 +54,7 @@ impl Transaction<'_> {
             Ok((_, effects)) => (ApplyResult::Done, effects),
             Err(verdict) => {
                 writer.roll_back(mark);
-                // Its proposer never names it again.
+                // The proposer never refers to the chunk again.
                 let dead = vec![chunk.id];
                 let effects = Effects {
                     dead,
@@ -74,7 +75,7 @@ impl Transaction<'_> {
         {
             return Err(FsError::InvalidArgument.into());
         }
-        // What a truncation cut off is no content, and lies among what is.
+        // Extents that a truncation cut off are not content, and may lie between those that are.
         if !record.cuts.is_empty() {
             return Err(FsError::Stale.into());
         }
@@ -102,11 +103,11 @@ impl Transaction<'_> {
         self.add_extent(inode, replaced.from, &extent)
     }
 
-    /// Takes note of a file that was just written in small pieces.
-    pub(super) fn note_fragments(&mut self, inode: InodeNumber, pieces: &[Extent], version: u64) {
-        let small = pieces
+    /// Notes a file that was just written in small extents.
+    pub(super) fn note_fragments(&mut self, inode: InodeNumber, extents: &[Extent], version: u64) {
+        let small = extents
             .iter()
-            .filter(|piece| piece.length <= SMALL_EXTENT_BYTES_MAX)
+            .filter(|extent| extent.length <= SMALL_EXTENT_BYTES_MAX)
             .count() as u64;
         let due =
             small > 0 && (version.is_multiple_of(NOTED_EVERY_VERSIONS) || small >= NOTED_EVERY_VERSIONS);
@@ -117,7 +118,7 @@ impl Transaction<'_> {
 }
 
 impl RowWriter {
-    /// The whole of [`super::LogBody::Settle`].
+    /// Applies [`super::LogBody::Settle`].
     pub(super) fn settle_fragmented(
         &mut self,
         inode: InodeNumber,

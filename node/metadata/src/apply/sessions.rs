@@ -1,4 +1,4 @@
-//! Sessions: opened, ended, forgotten. What a session's mutations answered is kept by its lanes.
+//! Sessions are opened, ended and forgotten. Their lanes keep the results of their mutations.
 
 use imbl::OrdMap;
 use quorumfs_proto::{SessionId, Timestamp};
@@ -35,7 +35,7 @@ impl RowWriter {
         }
     }
 
-    /// As [`RowWriter::open_session`]; what was unlinked up to now is not the session's concern.
+    /// Like [`RowWriter::open_session`], but the session is not asked about inodes that were unlinked before.
     pub(super) fn open_session_with_key(
         &mut self,
         now: Timestamp,
@@ -57,7 +57,7 @@ impl RowWriter {
         Ok(opened)
     }
 
-    /// As [`RowWriter::open_session_with_key`], for a session that never holds an unlinked inode: it has answered for all.
+    /// Like [`RowWriter::open_session_with_key`], for a session that never holds an unlinked inode: it is never asked.
     pub(super) fn open_content_session(
         &mut self,
         now: Timestamp,
@@ -91,7 +91,7 @@ impl RowWriter {
             self.summary.marks.ended(session);
             let (pins, _) = self.drop_pins(session, COMMAND_FREED_EXTENTS_MAX)?;
             let (holds, _) = self.drop_holds(session, COMMAND_FREED_EXTENTS_MAX)?;
-            // Below level 3 what is more than one step's work is found by `View::reclaimable`.
+            // Below level 3, pins that exceed one step are found by `View::reclaimable`.
             if (pins, holds) != (Left::None, Left::None) && self.summary.feature_level >= 3 {
                 self.put::<Departed>(&session, &());
             }
@@ -118,7 +118,7 @@ impl RowWriter {
             self.remove::<SessionKeys>(&session);
         }
         let lanes = KeyRange::prefix(&session.0.to_be_bytes());
-        // At most `LANES_MAX` of them.
+        // At most `LANES_MAX` rows.
         for (lane, _) in self.collect::<Lanes>(lanes, usize::MAX)? {
             self.remove::<Lanes>(&lane);
         }
@@ -136,7 +136,7 @@ impl RowWriter {
         Ok(())
     }
 
-    /// Nothing waits for this session any more, as far as `max` goes; how many pins were dropped.
+    /// Drops at most `max` pins of this session. Returns whether some are left and how many were dropped.
     pub(super) fn drop_pins(&mut self, session: SessionId, max: u32) -> Result<(Left, u32), StorageFault> {
         let prefix = KeyRange::prefix(&session.0.to_be_bytes());
         let pins = self.collect::<Pins>(prefix, max as usize)?;
@@ -162,7 +162,7 @@ impl RowWriter {
     }
 }
 
-/// Whether a step left something to do.
+/// Whether a step left work for a later one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Left {
     None,

@@ -1,8 +1,9 @@
-//! One mutation under way: the inodes it has loaded, the references to chunks it has moved, its results.
+//! One mutation in progress: the inodes it has loaded, the references to chunks it has changed, its results.
 //!
-//! Inodes are loaded once, changed in memory and written once by `finish`; the same list is what the outcome says was
-//! touched. References are summed up, so that a chunk whose extents are only split or moved is never dead in between.
-//! Everything else is written as it happens and taken back by the writer's journal if the mutation is refused.
+//! Inodes are loaded once, changed in memory and written once by `finish`; the same list becomes the touched inodes of
+//! the outcome. Changes of references are summed up, so that a chunk whose extents are only split or moved is never
+//! dead in between. All other rows are written at once and rolled back with the writer's journal if the mutation is
+//! refused.
 
 use std::collections::BTreeMap;
 
@@ -19,7 +20,7 @@ use super::super::limits::{BOUNDED_WORK_LEVEL, COMMAND_FREED_EXTENTS_MAX};
 use super::super::tables::{ChunkRecord, Chunks, InodeRecord, Inodes};
 use super::writer::RowWriter;
 
-/// Directories that one command passes on its way to the root: far more than a path of PATH_MAX bytes has names.
+/// Most directories that one command walks on the way to the root: far more than a path of PATH_MAX bytes has names.
 const COMMAND_ANCESTORS_MAX: u64 = if cfg!(test) { 40 } else { 16_384 };
 
 /// An inode that the mutation has loaded.
@@ -35,22 +36,22 @@ enum LoadedState {
     Gone,
 }
 
-/// See the module.
+/// A mutation in progress; see the module documentation.
 pub(super) struct Transaction<'w> {
     pub(super) writer: &'w mut RowWriter,
-    /// `None`: the cluster's own housekeeping.
+    /// `None` for the cluster's own maintenance.
     session: Option<SessionId>,
     pub(super) now: Timestamp,
     inodes: BTreeMap<InodeNumber, Loaded>,
-    /// Extents that name a chunk: how many more, or fewer.
+    /// For each chunk, the change of the number of extents that refer to it.
     references: BTreeMap<ChunkId, i64>,
     fresh: BTreeMap<ChunkId, &'w NewChunk>,
     results: Vec<OperationResult>,
-    /// How many extents this command may still free beyond those it overwrites.
+    /// How many more extents this command may free beyond those it overwrites.
     pub(super) extents_left: u32,
-    /// How many extents this command may still overwrite.
+    /// How many more extents this command may overwrite.
     pub(super) replaced_left: usize,
-    /// How many directories this command may still pass on its way to the root.
+    /// How many more directories this command may walk on the way to the root.
     pub(super) ancestors_left: u64,
 }
 
@@ -69,12 +70,12 @@ impl<'w> Transaction<'w> {
         let mut transaction = Transaction::of_the_cluster(writer, now, COMMAND_FREED_EXTENTS_MAX);
         transaction.session = Some(session);
         if transaction.bounded_work() {
-            let pieces = command
+            let extents = command
                 .operations
                 .iter()
-                .map(|operation| operation.pieces().len());
-            // Pieces of a command that lie over each other are its own work: it is never refused for them.
-            transaction.replaced_left = COMMAND_FREED_EXTENTS_MAX as usize + 2 * pieces.sum::<usize>();
+                .map(|operation| operation.extents().len());
+            // Extents of a command that overlap each other are its own work: it is never refused because of them.
+            transaction.replaced_left = COMMAND_FREED_EXTENTS_MAX as usize + 2 * extents.sum::<usize>();
             transaction.ancestors_left = COMMAND_ANCESTORS_MAX;
         }
         for chunk in &command.chunks {
@@ -87,7 +88,7 @@ impl<'w> Transaction<'w> {
         transaction.finish(index)
     }
 
-    /// For steps that are no client's.
+    /// Makes a transaction for a step that belongs to no client.
     pub(super) fn of_the_cluster(
         writer: &'w mut RowWriter,
         now: Timestamp,
@@ -112,14 +113,14 @@ impl<'w> Transaction<'w> {
         self.writer.summary.feature_level >= BOUNDED_WORK_LEVEL
     }
 
-    /// Ends a mutation for which there is too much in the way: see [`super::super::command::ApplyResult::Crowded`].
+    /// Ends a mutation that would replace too many extents: see [`super::super::command::ApplyResult::Crowded`].
     pub(super) fn crowded(&mut self, place: Crowded) -> Failure {
         self.writer.crowded = Some(place);
-        // Nobody hears of this verdict.
+        // This verdict is not returned to a client.
         FsError::TooBig.into()
     }
 
-    /// Writes what is still in memory, and tells what was done.
+    /// Writes the rows that are still in memory. Returns the outcome and the effects.
     pub(super) fn finish(mut self, index: u64) -> Result<(Outcome, Effects), Failure> {
         let mut touched = Vec::with_capacity(self.inodes.len());
         for (inode, loaded) in std::mem::take(&mut self.inodes) {
@@ -173,15 +174,15 @@ impl<'w> Transaction<'w> {
             Operation::SetAttributes { inode, changes } => self.set_attributes(*inode, changes),
             Operation::Write {
                 inode,
-                pieces,
+                extents,
                 mtime,
                 privileges,
-            } => self.write(*inode, pieces, *mtime, *privileges),
+            } => self.write(*inode, extents, *mtime, *privileges),
             Operation::Append {
                 inode,
-                pieces,
+                extents,
                 privileges,
-            } => self.append(*inode, pieces, *privileges),
+            } => self.append(*inode, extents, *privileges),
             Operation::SetXattr {
                 inode,
                 name,
@@ -193,13 +194,13 @@ impl<'w> Transaction<'w> {
         }
     }
 
-    /// Whose mutation it is. Only a client's operations ask.
+    /// Returns the session of the mutation. Only a client's operations call this.
     pub(super) fn session(&self) -> Result<SessionId, StorageFault> {
         self.session
             .ok_or_else(|| StorageFault::inconsistent("an operation without a session"))
     }
 
-    /// The number a target stands for.
+    /// Returns the inode number of a target.
     pub(super) fn resolve(&self, target: Target) -> Result<InodeNumber, FsError> {
         match target {
             Target::Inode(inode) => Ok(inode),
@@ -210,19 +211,22 @@ impl<'w> Transaction<'w> {
         }
     }
 
-    /// The inode, for reading; it counts as touched. [`FsError::Stale`] if it is gone.
+    /// Returns the inode for reading; it counts as touched.
+    ///
+    /// # Errors
+    /// [`FsError::Stale`] if the inode does not exist.
     pub(super) fn inode(&mut self, inode: InodeNumber) -> Result<&InodeRecord, Failure> {
         self.load(inode).map(|loaded| &loaded.record)
     }
 
-    /// The inode, for changing.
+    /// Returns the inode for changes.
     pub(super) fn inode_mut(&mut self, inode: InodeNumber) -> Result<&mut InodeRecord, Failure> {
         let loaded = self.load(inode)?;
         loaded.state = LoadedState::Changed;
         Ok(&mut loaded.record)
     }
 
-    /// Its attributes, for changing; its change time becomes now.
+    /// Returns the inode's attributes for changes, and sets the change time.
     pub(super) fn change(&mut self, inode: InodeNumber) -> Result<&mut Attributes, Failure> {
         let now = self.now;
         let attributes = &mut self.inode_mut(inode)?.attributes;
@@ -230,7 +234,7 @@ impl<'w> Transaction<'w> {
         Ok(attributes)
     }
 
-    /// The inode as it is by now, without counting it as touched.
+    /// Returns the inode in its present state, without counting it as touched.
     pub(super) fn peek(&self, inode: InodeNumber) -> Result<Option<InodeRecord>, StorageFault> {
         match self.inodes.get(&inode) {
             Some(loaded) if loaded.state == LoadedState::Gone => Ok(None),
@@ -239,7 +243,7 @@ impl<'w> Transaction<'w> {
         }
     }
 
-    /// Adds an inode under a number that was never used.
+    /// Adds an inode with a number that was never used.
     pub(super) fn add_inode(
         &mut self,
         attributes: impl FnOnce(InodeNumber) -> Attributes,
@@ -263,19 +267,19 @@ impl<'w> Transaction<'w> {
         Ok(inode)
     }
 
-    /// The inode is no more. It must have been loaded, and nothing may belong to it any longer.
+    /// Removes the inode. It must be loaded, and no rows may belong to it.
     pub(super) fn drop_inode(&mut self, inode: InodeNumber) -> Result<(), Failure> {
         self.load(inode)?.state = LoadedState::Gone;
         self.writer.summary.inode_count -= 1;
         Ok(())
     }
 
-    /// One more extent names the chunk.
+    /// Adds one reference to the chunk.
     pub(super) fn refer(&mut self, chunk: ChunkId) {
         *self.references.entry(chunk).or_insert(0) += 1;
     }
 
-    /// One extent fewer names the chunk.
+    /// Removes one reference to the chunk.
     pub(super) fn unrefer(&mut self, chunk: ChunkId) {
         *self.references.entry(chunk).or_insert(0) -= 1;
     }
@@ -297,7 +301,7 @@ impl<'w> Transaction<'w> {
         }
     }
 
-    /// Takes note of a chunk that the command brings.
+    /// Registers a chunk that the command brings.
     pub(super) fn bring(&mut self, chunk: &'w NewChunk, low_water: u64) -> Result<(), Failure> {
         if chunk.id.counter < low_water {
             return Err(FsError::ChunkDead.into());
@@ -310,7 +314,7 @@ impl<'w> Transaction<'w> {
         Ok(())
     }
 
-    /// Settles how many extents name a chunk.
+    /// Applies the change of a chunk's number of references.
     fn count(&mut self, id: ChunkId, change: i64, effects: &mut Effects) -> Result<(), Failure> {
         let fresh = self.fresh.get(&id).copied();
         let mut record = match (self.writer.get::<Chunks>(&id)?, fresh) {

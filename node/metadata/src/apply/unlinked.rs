@@ -1,18 +1,19 @@
-//! Inodes without a name, and which sessions keep them (from feature level 3 on).
+//! Inodes without a name, and the sessions that keep them (from feature level 3 on).
 //!
-//! An unlinked inode stays as long as a session has it open. An unlink writes two rows, however many sessions there are:
-//! `unlinked`, with the log index at which the last name went, and a place in the queue of those about which sessions are
-//! asked. Each session has a mark: up to which index it has answered. It answers for a range of the queue with one
-//! [`UnlinkedAnswer`], names what it holds, and its mark moves on: a session that holds much keeps nobody waiting. A
-//! session that opens later begins with its mark at its opening, so it is not asked about what was unlinked before.
+//! An unlinked inode stays as long as a session has it open. An unlink writes two rows, however many sessions there
+//! are: `unlinked`, with the log index at which the last name was removed, and an entry in the queue of inodes about
+//! which sessions are asked. Each session has a mark: the log index up to which it has answered. It answers for a range
+//! of the queue with one [`UnlinkedAnswer`], which lists the inodes it holds, and its mark advances. So a session that
+//! holds many inodes delays no other. The mark of a new session is the index of its opening, so it is not asked about
+//! inodes unlinked before.
 //!
-//! What lies in the queue up to the lowest mark leaves it with the next [`super::LogBody::Reclaim`]: freed if nobody holds
-//! it, or else when the last hold goes.
+//! Queue entries up to the lowest mark leave the queue with the next [`super::LogBody::Reclaim`]. Their inodes are
+//! freed if no session holds them, or else when the last hold is dropped.
 //!
-//! Sessions of clients that do not answer in order have no mark. For them each unlink makes a hold at once.
+//! Sessions of clients that do not answer in order have no mark. For them each unlink adds a hold at once.
 //!
-//! What must hold: `holds` of an `unlinked` row is the number of its rows in `Holds`; an inode that is neither queued nor
-//! held is in `Reclaimable`, or gone.
+//! Invariants: `holds` of an `unlinked` row is the number of its rows in `Holds`. An inode without a name that is
+//! neither queued nor held is in `Reclaimable`.
 
 use quorumfs_proto::command::Held;
 use quorumfs_proto::{FsError, InodeNumber, SessionId, Timestamp};
@@ -28,8 +29,8 @@ use super::transaction::Transaction;
 use super::writer::RowWriter;
 
 impl Transaction<'_> {
-    /// The inode has lost its last name. Sessions are asked whether they have it open; the sender too, whatever it said:
-    /// it answers with the others.
+    /// Records that the inode has lost its last name. All sessions are asked whether they have it open; the sender too,
+    /// whatever it stated: it answers like the others.
     pub(super) fn make_unlinked(&mut self, inode: InodeNumber, held: Held) -> Result<(), Failure> {
         let sender = self.session()?;
         let since = self.writer.index;
@@ -49,7 +50,7 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// `maker` has made the inode without a name: nobody else can have it open.
+    /// Records an inode that `maker` created without a name: no other session can have it open.
     pub(super) fn make_nameless(&mut self, inode: InodeNumber, maker: SessionId) {
         let record = UnlinkedRecord {
             since: self.writer.index,
@@ -60,7 +61,7 @@ impl Transaction<'_> {
         self.writer.put::<Holds>(&(maker, inode), &());
     }
 
-    /// An inode that never had a name gets one, from its maker; see [`Transaction::end_orphanhood`].
+    /// Gives a name to an inode that never had one, if its maker asks; see [`Transaction::end_orphanhood`].
     pub(super) fn end_namelessness(
         &mut self,
         inode: InodeNumber,
@@ -80,7 +81,7 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// The session of this mutation does not hold the inode any more; says whether it did.
+    /// Drops the hold of this mutation's session on the inode, if there is one.
     pub(super) fn release_hold(&mut self, inode: InodeNumber) -> Result<(), Failure> {
         let session = self.session()?;
         if self.writer.layers.contains::<Holds>(&(session, inode))?
@@ -91,7 +92,7 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// Whether sessions are asked about the inode, or hold it.
+    /// Whether sessions are still asked about the inode, or hold it.
     pub(super) fn is_kept(&self, inode: InodeNumber, record: &UnlinkedRecord) -> Result<bool, StorageFault> {
         Ok(record.holds > 0
             || self
@@ -100,7 +101,7 @@ impl Transaction<'_> {
                 .contains::<UnlinkedQueue>(&(record.since, inode))?)
     }
 
-    /// The whole of [`super::LogBody::Reclaim`].
+    /// Applies [`super::LogBody::Reclaim`].
     pub(super) fn reclaim_some(
         writer: &mut RowWriter,
         index: u64,
@@ -119,12 +120,12 @@ impl Transaction<'_> {
         }
     }
 
-    /// Frees what is known to be reclaimable.
+    /// Frees inodes in `Reclaimable`.
     fn reclaim_ready(&mut self) -> Result<(), Failure> {
         let max = self.extents_left as usize;
         let range = self.writer.summary.reclaimable();
         let ready = self.writer.collect::<Reclaimable>(range, max)?;
-        // Below the first there is none; where one was looked for and there is none at all, none up to the newest inode.
+        // Rows exist only from the first one on. If the search found none at all, none exist up to the newest inode.
         if max > 0 {
             let first = ready.first().map(|(inode, ())| *inode);
             let newest = InodeNumber(self.writer.summary.next_inode);
@@ -140,7 +141,7 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// Takes from the queue what all sessions have answered for, and frees what nobody holds.
+    /// Removes from the queue the inodes for which all sessions have answered, and frees those that no session holds.
     fn reclaim_answered(&mut self) -> Result<(), Failure> {
         let lowest = self.writer.summary.marks.lowest();
         let mut answered = self.writer.summary.queued();
@@ -153,11 +154,11 @@ impl Transaction<'_> {
                 break;
             }
             self.writer.remove::<UnlinkedQueue>(&(since, inode));
-            // They are taken out in order, and come in behind all others.
+            // Entries leave the queue in order, and new ones are added at its end.
             self.writer.summary.queue_from = (since, inode);
             let record = self.writer.unlinked(inode)?;
             if record.holds == 0 {
-                // Until it is gone; then it is taken out again.
+                // The row is removed again when the inode has been freed.
                 self.writer.put_reclaimable(inode);
                 self.reclaim(inode)?;
             }
@@ -167,10 +168,10 @@ impl Transaction<'_> {
     }
 }
 
-/// Whether a session holds an inode after another has let go.
+/// Whether a session holds an inode after another has dropped its hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Holding {
-    /// One does, or may: sessions are still asked.
+    /// A session holds it, or may: sessions are still asked.
     Somebody,
     Nobody,
 }
@@ -181,7 +182,7 @@ impl RowWriter {
         record.ok_or_else(|| StorageFault::inconsistent(format!("held inode {inode} has a name")))
     }
 
-    /// Drops a hold that is there.
+    /// Drops a hold that exists.
     fn drop_hold(&mut self, session: SessionId, inode: InodeNumber) -> Result<Holding, StorageFault> {
         self.remove::<Holds>(&(session, inode));
         let mut record = self.unlinked(inode)?;
@@ -203,7 +204,7 @@ impl RowWriter {
         *from = inode.min(*from);
     }
 
-    /// As far as `max` goes.
+    /// Drops at most `max` holds.
     pub(super) fn drop_holds(&mut self, session: SessionId, max: u32) -> Result<(Left, u32), StorageFault> {
         let prefix = KeyRange::prefix(&session.0.to_be_bytes());
         let holds = self.collect::<Holds>(prefix, max as usize)?;
@@ -218,7 +219,7 @@ impl RowWriter {
         Ok((left, dropped))
     }
 
-    /// Goes on dropping what ended sessions held; answers how much work is left to be done.
+    /// Continues to drop the holds of ended sessions; returns the remaining budget of work.
     fn drop_departed(&mut self, mut work_left: u32) -> Result<u32, StorageFault> {
         while work_left > 0 {
             let Some((session, ())) = self
@@ -243,14 +244,14 @@ impl RowWriter {
         Ok(work_left)
     }
 
-    /// The whole of [`super::LogBody::AnswerUnlinked`].
+    /// Applies [`super::LogBody::AnswerUnlinked`].
     pub(super) fn answer_unlinked(&mut self, answers: &[UnlinkedAnswer]) -> Result<(), StorageFault> {
         for answer in answers {
             let session = answer.session;
             if !self.summary.living.contains_key(&session) {
                 continue;
             }
-            // Any other has arrived before.
+            // An answer with another start has been applied before.
             let is_due = self.summary.marks.of(session) == Some(answer.from);
             if is_due && answer.through > answer.from {
                 for inode in &answer.held {
@@ -262,7 +263,7 @@ impl RowWriter {
         Ok(())
     }
 
-    /// The session holds the inode, if that lost its last name within the range it answers for.
+    /// Adds a hold of the session, if the inode lost its last name within the range of the answer.
     fn hold(
         &mut self,
         session: SessionId,
@@ -289,7 +290,7 @@ impl RowWriter {
         self.summary.marks.set(session, mark);
     }
 
-    /// The whole of [`super::LogBody::NoteSilences`].
+    /// Applies [`super::LogBody::NoteSilences`].
     pub(super) fn note_silences(&mut self, silences: &[(SessionId, u64)]) {
         for &(session, silent_ms) in silences {
             if !self.summary.living.contains_key(&session) {
@@ -305,7 +306,7 @@ impl RowWriter {
         }
     }
 
-    /// The session is heard, or over.
+    /// Forgets the silence of a session that was heard or has ended.
     pub(super) fn forget_silence(&mut self, session: SessionId) {
         if self.summary.silences.remove(&session).is_some() {
             self.remove::<Silences>(&session);

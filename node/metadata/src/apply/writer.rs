@@ -1,4 +1,4 @@
-//! The rows as a batch sees and changes them, and the way back to an earlier moment of it.
+//! The rows as a batch reads and changes them, and the rollback to an earlier moment of the batch.
 
 use std::sync::Arc;
 
@@ -10,26 +10,26 @@ use crate::overlay::{Cell, Direction, KeyRange, Layers};
 use crate::summary::Summary;
 use crate::tables::{Inodes, RowKey, RowOf, Rows, Table};
 
-/// A row that was written, and what the active overlay had in its place.
+/// A row that was written, and its previous cell in the active overlay.
 pub(crate) struct Change {
     pub(crate) table: Table,
     pub(crate) key: RowKey,
     pub(crate) previous: Option<Cell>,
 }
 
-/// The rows as the batch sees and changes them.
+/// The rows as the batch reads and changes them.
 pub(crate) struct RowWriter {
     pub(crate) layers: Layers,
     pub(crate) summary: Summary,
-    /// Of the entry that is being applied.
+    /// The index of the entry that is being applied.
     pub(crate) index: u64,
-    /// Everything written since the batch began, in order.
+    /// All writes since the batch began, in order.
     pub(crate) journal: Vec<Change>,
-    /// Set by a mutation that stopped because of it.
+    /// Set by a mutation that stopped because it would replace too many extents.
     pub(crate) crowded: Option<Crowded>,
 }
 
-/// A moment of a [`RowWriter`] to which it can go back.
+/// A moment of a [`RowWriter`] to which it can be rolled back.
 pub(in crate::apply) struct Mark {
     journal_length: usize,
     summary: Summary,
@@ -50,7 +50,7 @@ impl RowWriter {
         self.layers.get::<R>(key)
     }
 
-    /// The keys and values of at most `max` rows.
+    /// Returns the keys and values of at most `max` rows.
     pub(in crate::apply) fn collect<R: Rows>(
         &self,
         range: KeyRange,
@@ -59,7 +59,7 @@ impl RowWriter {
         self.layers.scan::<R>(range, Direction::Up)?.take(max).collect()
     }
 
-    /// At most `max` keys; values, which may be large, stay where they are.
+    /// Returns at most `max` keys. Values, which may be large, are not read.
     pub(in crate::apply) fn collect_keys<R: Rows>(
         &self,
         range: KeyRange,
@@ -83,7 +83,8 @@ impl RowWriter {
         self.journal.push(Change { table, key, previous });
     }
 
-    /// The root directory is made before there is a time; it gets one as soon as all members can give it.
+    /// Sets the times of the root directory. It is created before a time is known, and gets its times as soon as all
+    /// members can set them.
     pub(in crate::apply) fn give_root_its_times(&mut self, now: Timestamp) -> Result<(), StorageFault> {
         let Some(mut root) = self.get::<Inodes>(&InodeNumber::ROOT)? else {
             return Err(StorageFault::inconsistent("there is no root directory"));
@@ -117,7 +118,7 @@ impl RowWriter {
     }
 }
 
-/// What came of an entry that concerns nobody else.
+/// Returns a result without effects on the content store.
 pub(in crate::apply) fn without_effects(result: ApplyResult) -> Applied {
     Applied {
         result,

@@ -1,5 +1,5 @@
-//! Random histories: each command's verdict, results and attributes, and after each batch the whole tree, are those of
-//! the model; freezing, flushing, reopening and installing a snapshot change nothing.
+//! Random histories: each command's verdict, results and attributes, and after each batch the whole tree, equal those
+//! of the model. Freezing, flushing, reopening and installing a snapshot change nothing.
 
 use std::collections::BTreeMap;
 
@@ -79,7 +79,7 @@ fn run(events: Vec<Event>, level: u32) {
     drain(&mut history, &mut node);
 }
 
-/// A snapshot of the durable state goes to a new node, which then takes the place of the old one.
+/// Installs a snapshot of the durable state on a new node, which then replaces the old one.
 fn install(node: &mut Node, history: &History, view: &View) {
     let before = dump(view);
     let snapshot = node.store.snapshot().unwrap();
@@ -98,7 +98,7 @@ fn install(node: &mut Node, history: &History, view: &View) {
     *node = other;
 }
 
-/// In the end all that nobody holds is freed.
+/// At the end everything that no session holds is freed.
 fn drain(history: &mut History, node: &mut Node) {
     for step in 0.. {
         assert!(step < 100_000, "reclaiming does not end");
@@ -131,7 +131,7 @@ fn drain(history: &mut History, node: &mut Node) {
             false => assert!((written..=inode.bytes.len() as u64).contains(&allocated)),
         }
     }
-    // Each chunk that was ever named is named still or was said to be dead, once.
+    // Each chunk that was ever named is still named or was reported dead, once.
     let mut known: Vec<ChunkId> = history.dead.clone();
     known.extend(
         view.chunks_after(None, usize::MAX)
@@ -192,7 +192,7 @@ fn step(history: &mut History, batch: &mut Batch<'_>, store: &MetadataStore, eve
             history.session_ids[usize::from(at)] += SESSIONS;
         }
         Event::Forget(at) => {
-            // The one before, which has ended, or the living one, which must stay.
+            // Either the previous session, which has ended, or the living one, which must stay.
             let session = history.session(at);
             let before = SessionId(session.0.saturating_sub(SESSIONS));
             for session in [before, session] {
@@ -204,7 +204,7 @@ fn step(history: &mut History, batch: &mut Batch<'_>, store: &MetadataStore, eve
         }
         Event::Answer(session, max, mask) => answer(history, batch, store, session, (max, mask)),
         Event::Reclaim(extents_max) => {
-            // What the leader sees was published; by now it may be out of date.
+            // The leader sees published state; by now it may be outdated.
             for inode in store.view().unwrap().reclaimable(2).unwrap() {
                 history.apply(batch, LogBody::ReclaimUnlinked { inode, extents_max });
             }
@@ -217,7 +217,7 @@ fn step(history: &mut History, batch: &mut Batch<'_>, store: &MetadataStore, eve
     }
 }
 
-/// What is asked was published; by now the session may have answered, or be over.
+/// The question comes from published state; by now the session may have answered, or ended.
 fn answer(
     history: &mut History,
     batch: &mut Batch<'_>,

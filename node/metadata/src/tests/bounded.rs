@@ -1,4 +1,4 @@
-//! The work of one command is bounded, whatever lies in its way. (Here a command frees three extents.)
+//! The work of one command is bounded, whatever content it meets. (In tests a command frees three extents.)
 
 use bytes::Bytes;
 use quorumfs_proto::command::*;
@@ -9,7 +9,7 @@ use super::support::*;
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
 
-/// A file of extents of one byte, one after the other.
+/// Makes a file of consecutive extents of one byte.
 fn fragmented(node: &mut Node, extents: u64) -> InodeNumber {
     let file = node.entry(create(ROOT, "fragmented", NewKind::File));
     for offset in 0..extents {
@@ -67,7 +67,7 @@ fn a_write_over_many_extents_is_not_done_and_not_remembered_until_there_is_room(
         unchanged(dump(&node.view())),
         "it left a trace"
     );
-    // Room is made as the leader makes it, and the same mutation is decided.
+    // Space is made as the leader makes it, and the same mutation is decided.
     let mut rewrites = 0;
     while extents(&node, file) > 12 {
         let found = node.view().runs(file, 5, 35, RunTerms::Any).unwrap();
@@ -82,21 +82,21 @@ fn a_write_over_many_extents_is_not_done_and_not_remembered_until_there_is_room(
     }
     assert!(matches!(node.result_of(write()), ApplyResult::Outcome(Ok(_))));
     check_invariants(&node.view());
-    let pieces = node.view().extents(file, 0, 40, 100).unwrap().extents;
+    let extents = node.view().extents(file, 0, 40, 100).unwrap().extents;
     assert!(
-        pieces
+        extents
             .iter()
-            .any(|piece| (piece.file_offset, piece.length) == (5, 30)),
-        "{pieces:?}"
+            .any(|extent| (extent.file_offset, extent.length) == (5, 30)),
+        "{extents:?}"
     );
     assert_eq!(node.attributes(file).size, 40);
 }
 
 #[test]
-fn a_command_is_never_crowded_by_its_own_pieces() {
+fn a_command_is_never_crowded_by_its_own_extents() {
     let mut node = Node::at_newest_level(1);
     let file = node.entry(create(ROOT, "file", NewKind::File));
-    // Each piece lies over the two before it.
+    // Each extent overlaps the two before it.
     let offsets: Vec<u64> = (0..20).chain(0..10).collect();
     let command = write_chunks(Target::Inode(file), 1, 1, &offsets, 3);
     assert!(matches!(node.result_of(command), ApplyResult::Outcome(Ok(_))));
@@ -156,7 +156,7 @@ fn each_step_of_freeing_an_unlinked_file_begins_where_the_last_one_ended() {
         work_max: COMMAND_FREED_EXTENTS_MAX,
     });
     assert_eq!(node.view().reclaimable(10).unwrap(), [file]);
-    // Somebody who does not know that it is being freed writes where it was freed already.
+    // A session that does not know that the file is being freed writes where it was freed already.
     node.call(1, write_chunks(Target::Inode(file), 1, 1000, &[0], 1))
         .0
         .unwrap();
@@ -185,7 +185,7 @@ fn a_move_below_a_very_deep_directory_is_refused() {
     };
     let refused = node.operate(rename(ROOT, deepest, "moved"));
     assert_eq!(refused.unwrap_err(), FsError::NameTooLong);
-    // Within one directory nothing can come to lie below itself, however deep it is.
+    // Within one directory no cycle can arise, however deep it is.
     let below = node.entry(create(deepest, "moved", NewKind::Directory));
     node.operate(rename(deepest, deepest, "renamed")).unwrap();
     assert_eq!(node.attributes(below).parent, deepest);
@@ -206,7 +206,7 @@ fn the_count_of_extended_attributes_never_goes_below_none() {
         node.operate(set_xattr(text)).unwrap();
     }
     node.unlink_for_all("file");
-    // One step takes four of the five away, the capability among them.
+    // One step removes four of the five, the capability among them.
     node.apply(LogBody::Reclaim { work_max: 4 });
     assert_eq!(node.attributes(file).xattr_count, 1);
     let changes = AttributeChanges {
@@ -226,21 +226,21 @@ fn the_count_of_extended_attributes_never_goes_below_none() {
 fn whoever_writes_file_capabilities_go_and_set_user_id_may_stay() {
     let capability = || XattrName::new(&b"security.capability"[..]).unwrap();
     let chunk_at = |counter| chunk(1, counter, 4);
-    let piece_of = |chunk: &NewChunk| Extent {
+    let extent_of = |chunk: &NewChunk| Extent {
         file_offset: 0,
         length: 4,
         chunk: chunk.id,
         chunk_offset: 0,
     };
     let writes: [fn(InodeNumber, Vec<Extent>) -> Operation; 3] = [
-        |file, pieces| Operation::Append {
+        |file, extents| Operation::Append {
             inode: Target::Inode(file),
-            pieces,
+            extents,
             privileges: Privileges::Keep,
         },
-        |file, pieces| Operation::Write {
+        |file, extents| Operation::Write {
             inode: Target::Inode(file),
-            pieces,
+            extents,
             mtime: None,
             privileges: Privileges::Keep,
         },
@@ -266,8 +266,8 @@ fn whoever_writes_file_capabilities_go_and_set_user_id_may_stay() {
         .unwrap();
         assert!(node.attributes(file).has_capability);
         let chunk = chunk_at(number);
-        let operation = write(file, vec![piece_of(&chunk)]);
-        let chunks = match operation.pieces() {
+        let operation = write(file, vec![extent_of(&chunk)]);
+        let chunks = match operation.extents() {
             [] => Vec::new(),
             _ => vec![chunk],
         };

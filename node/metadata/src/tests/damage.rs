@@ -1,4 +1,4 @@
-//! A database that is damaged on the disk, and one of an earlier version.
+//! A database that is damaged on disk, and one made by an earlier version.
 
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
@@ -23,7 +23,7 @@ fn name_of(file: u64) -> Name {
     name(&format!("file {file} {}", "x".repeat(100)))
 }
 
-/// A state of some hundred blocks, durable.
+/// Makes a durable state of about a hundred blocks.
 fn make(path: &Path) {
     let mut node = Node::with_sessions(1);
     for file in 1..=FILES {
@@ -130,7 +130,7 @@ fn a_database_of_an_earlier_version_is_taken_over_if_it_is_in_order() {
         assert!(!std::fs::read(&plain).unwrap().starts_with(b"redb"));
     }
 
-    // What is damaged does not get checksums that are right.
+    // Damaged rows do not get valid checksums.
     let mut bytes = std::fs::read(&damaged).unwrap();
     let needle = format!("file {} ", FILES / 2);
     let places: Vec<usize> = bytes
@@ -158,7 +158,7 @@ fn a_panic_inside_the_database_is_damage() {
             database.guarded(|| panic!("range end index 5000 out of range for slice of length 4096"));
         assert!(panicked.unwrap_err().is_damage());
     }
-    // Who listens later hears of it too.
+    // A hook that is set later is called too.
     signal.listen(move |fault| hears.lock().push(fault.to_string()));
     assert_eq!(told.lock().len(), 1);
     assert!(told.lock()[0].contains("5000"), "{:?}", told.lock());

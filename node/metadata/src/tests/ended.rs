@@ -1,4 +1,4 @@
-//! What the lanes of a session that is over tell of its mutations.
+//! What the lanes of an ended session report about its mutations.
 
 use quorumfs_proto::command::*;
 use quorumfs_proto::*;

@@ -1,4 +1,4 @@
-//! What random histories are made of.
+//! The events of random histories.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -8,7 +8,7 @@ pub const SESSIONS: u64 = 3;
 /// Bytes of the longest file.
 const FILE_BYTES_MAX: u64 = 120;
 
-/// An operation in small numbers, so that they meet.
+/// An operation with small numbers, so that operations affect the same inodes.
 #[derive(Clone, Debug)]
 pub enum Op {
     Create(u8, u8, u8, bool),
@@ -18,7 +18,7 @@ pub enum Op {
     RemoveDirectory(u8, u8),
     Rename((u8, u8), (u8, u8), u8, bool),
     Truncate(u8, u64),
-    /// File, pieces (offset, length), whether a time comes with it, whether privileges are dropped.
+    /// File, extents (offset, length), whether a time comes with it, whether privileges are dropped.
     Write(u8, Vec<(u64, u32)>, bool, bool),
     Append(u8, u32),
     Chmod(u8, u16),
@@ -34,15 +34,15 @@ pub enum Event {
     Command(u8, Vec<Op>),
     Release(u8, Vec<u8>),
     Retry,
-    /// The clock goes on, or back, by so many nanoseconds.
+    /// The clock advances, or goes back, by this number of nanoseconds.
     Clock(i16),
     Open(u8),
     End(u8),
     Forget(u8),
     Reclaim(u32),
-    /// Runs of a file are put together, as they were seen by the view before.
+    /// Runs of a file are combined as an earlier view showed them.
     Rewrite(u8, bool),
-    /// The session answers about so many unlinked inodes, and holds those whose bit is set.
+    /// The session answers about this number of unlinked inodes, and holds those whose bit is set.
     Answer(u8, usize, u32),
     Publish,
     Freeze,

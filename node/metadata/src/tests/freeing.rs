@@ -1,4 +1,4 @@
-//! Content, inodes and chunks that nobody can reach any more are freed, in bounded steps.
+//! Unreachable content, inodes and chunks are freed in bounded steps.
 
 use bytes::Bytes;
 use quorumfs_proto::chunk::ChunkBody;
@@ -36,35 +36,35 @@ fn truncating_a_long_file_takes_one_short_command_and_steps() {
     let (outcome, effects) = node.call(1, Command::single(truncate(file, 25)));
     assert_eq!(outcome.unwrap().attributes_of(file).unwrap().size, 25);
     assert_eq!(effects.dead.len(), COMMAND_FREED_EXTENTS_MAX as usize);
-    // Grown again, what was cut is a hole, although its extents are still there.
+    // When the file grows again, the part that was cut off is a hole, although its extents still exist.
     node.operate(truncate(file, 200)).unwrap();
-    let pieces = |node: &Node| node.view().extents(file, 0, 200, 100).unwrap().extents;
-    let lengths = |pieces: Vec<Extent>| -> Vec<(u64, u32)> {
-        pieces
+    let extents = |node: &Node| node.view().extents(file, 0, 200, 100).unwrap().extents;
+    let lengths = |extents: Vec<Extent>| -> Vec<(u64, u32)> {
+        extents
             .iter()
-            .map(|piece| (piece.file_offset, piece.length))
+            .map(|extent| (extent.file_offset, extent.length))
             .collect()
     };
-    assert_eq!(lengths(pieces(&node)), [(0, 10), (10, 10), (20, 5)]);
+    assert_eq!(lengths(extents(&node)), [(0, 10), (10, 10), (20, 5)]);
     assert_eq!(node.view().reclaimable(10).unwrap(), [file]);
-    // A new write among the dead extents counts; a second cut hides what the first did not.
+    // A new write among the dead extents is visible; a second cut hides what the first did not.
     node.call(1, write_chunks(target, 1, 50, &[95, 135], 20))
         .0
         .unwrap();
-    assert_eq!(lengths(pieces(&node))[3..], [(95, 20), (135, 20)]);
+    assert_eq!(lengths(extents(&node))[3..], [(95, 20), (135, 20)]);
     check_invariants(&node.view());
     let cut = node.call(1, Command::single(truncate(file, 140))).1;
     node.operate(truncate(file, 200)).unwrap();
-    assert_eq!(lengths(pieces(&node))[3..], [(95, 20), (135, 5)]);
+    assert_eq!(lengths(extents(&node))[3..], [(95, 20), (135, 5)]);
     let dead = free_all(&mut node);
     check_invariants(&node.view());
     let attributes = node.attributes(file);
     assert_eq!((attributes.size, attributes.allocated_bytes), (200, 25 + 20 + 5));
     assert_eq!(
-        lengths(pieces(&node)),
+        lengths(extents(&node)),
         [(0, 10), (10, 10), (20, 5), (95, 20), (135, 5)]
     );
-    // The two extents that the write between lay over were freed by it.
+    // The write in between freed the two extents that it overwrote.
     assert_eq!(effects.dead.len() + cut.dead.len() + dead.len() + 2, 17);
 }
 
@@ -84,7 +84,7 @@ fn an_unlinked_file_lives_until_every_session_has_let_go() {
         }]
     );
     assert_eq!(removed.attributes_of(file).unwrap().links, 0);
-    // The sender said that it does not hold it; the others are asked.
+    // The sender stated that it does not hold the file; the others are asked.
     let waiting = |node: &Node, session| node.view().unlinked_waiting_for(SessionId(session), 10).unwrap();
     assert_eq!(
         [waiting(&node, 1), waiting(&node, 2), waiting(&node, 3)],

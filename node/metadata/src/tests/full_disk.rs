@@ -1,4 +1,4 @@
-//! A snapshot for which the disk has no room.
+//! A snapshot for which the disk has no space.
 
 use std::io::Write as _;
 
@@ -10,7 +10,7 @@ use quorumfs_proto::{InodeNumber, XattrName};
 use super::super::*;
 use super::support::*;
 
-/// A tmpfs; unmounted when dropped, a panic included.
+/// A tmpfs; unmounted when dropped, also by a panic.
 struct SmallDisk(tempfile::TempDir);
 
 impl Drop for SmallDisk {
@@ -55,7 +55,7 @@ fn a_snapshot_without_room_is_refused_and_the_next_is_taken() {
     let before = store.position();
     let filler = disk.0.path().join("filler");
     let mut file = std::fs::File::create(&filler).unwrap();
-    // Enough room to begin, too little for all.
+    // Enough space to begin, too little for all of it.
     let room = |file: &mut std::fs::File, left: u64| {
         while nix::sys::statvfs::statvfs(disk.0.path())
             .unwrap()
@@ -77,7 +77,7 @@ fn a_snapshot_without_room_is_refused_and_the_next_is_taken() {
     drop(file);
     std::fs::remove_file(&filler).unwrap();
     let received = receive().unwrap();
-    // What is received takes no room any more.
+    // A received snapshot needs no further space.
     let mut file = std::fs::File::create(&filler).unwrap();
     while file.write_all(&[1; 4096]).is_ok() {}
     assert_eq!(&store.install(received).unwrap(), snapshot.position());

@@ -1,4 +1,4 @@
-//! A random history as far as it has come, beside the model's: its commands, and what both must agree in.
+//! The present state of a random history, beside the model's: its commands, and the comparisons.
 
 use std::collections::BTreeMap;
 
@@ -27,9 +27,9 @@ pub struct History {
     pub named: Vec<ChunkId>,
     pub dead: Vec<ChunkId>,
     pub contents: BTreeMap<InodeNumber, (u64, Vec<Byte>)>,
-    /// What each byte of a chunk that a rewrite made was before.
+    /// The origin of each byte of a chunk made by a rewrite.
     pub rewritten: BTreeMap<ChunkId, Vec<Byte>>,
-    /// Up to where each session has answered.
+    /// The index up to which each session has answered.
     pub marks: BTreeMap<SessionId, u64>,
 }
 
@@ -45,7 +45,7 @@ impl History {
         }
     }
 
-    /// A number that is mostly in use, never one of an inode that may be gone at any moment.
+    /// Returns an inode number that is mostly in use, never of an inode that may be freed at any moment.
     pub fn inode(&self, at: u8) -> InodeNumber {
         let inode = InodeNumber(1 + u64::from(at) % self.model.next_inode);
         match self.model.inodes.get(&inode) {
@@ -61,7 +61,7 @@ impl History {
         }
     }
 
-    /// A directory more often than not.
+    /// Returns a directory more often than not.
     pub fn parent(&self, at: u8) -> Target {
         let directories: Vec<InodeNumber> = self
             .model
@@ -159,12 +159,12 @@ impl History {
             ),
             Op::Write(target, places, time, drop) => {
                 let inode = self.target(*target);
-                // All pieces lie in one chunk, as the dirty ranges of a file do.
+                // All extents are in one chunk, as the dirty ranges of a file are.
                 let chunk = self.chunk(session, places.iter().map(|place| place.1).sum(), chunks);
                 let mut chunk_offset = 0;
-                let mut pieces = Vec::new();
+                let mut extents = Vec::new();
                 for (file_offset, length) in places {
-                    pieces.push(Extent {
+                    extents.push(Extent {
                         file_offset: *file_offset,
                         length: *length,
                         chunk,
@@ -174,7 +174,7 @@ impl History {
                 }
                 Operation::Write {
                     inode,
-                    pieces,
+                    extents,
                     mtime: time.then(|| self.stamp()),
                     privileges: privileges(*drop),
                 }
@@ -182,7 +182,7 @@ impl History {
             Op::Append(target, length) => {
                 let inode = self.target(*target);
                 let chunk = self.chunk(session, *length, chunks);
-                let piece = |file_offset, length, chunk_offset| Extent {
+                let extent = |file_offset, length, chunk_offset| Extent {
                     file_offset,
                     length,
                     chunk,
@@ -190,7 +190,7 @@ impl History {
                 };
                 Operation::Append {
                     inode,
-                    pieces: vec![piece(0, *length, 0)],
+                    extents: vec![extent(0, *length, 0)],
                     privileges: Privileges::Drop,
                 }
             }
@@ -299,7 +299,7 @@ impl History {
         for touched in outcome.iter().flat_map(|outcome| &outcome.touched) {
             let modelled = &self.model.inodes[&touched.inode];
             if modelled.is_doomed() {
-                // It may be half freed by this very command.
+                // This very command may free half of it.
                 continue;
             }
             assert_eq!(comparable(touched), modelled.attributes, "after {mutation:?}");
@@ -313,7 +313,7 @@ impl History {
         }
     }
 
-    /// Puts runs of the file together as the leader does, from a view that may be out of date.
+    /// Combines runs of the file as the leader does, from a view that may be outdated.
     pub fn rewrite(&mut self, batch: &mut Batch<'_>, store: &MetadataStore, file: InodeNumber, any: bool) {
         let terms = if any { RunTerms::Any } else { RunTerms::Worthwhile };
         let view = store.view().unwrap();
@@ -326,17 +326,17 @@ impl History {
             let length = (run.to() - run.from()) as u32;
             let id = self.chunk(session, length, &mut chunks);
             let mut bytes: Vec<Byte> = vec![None; length as usize];
-            for piece in &run.pieces {
-                for at in 0..piece.length {
-                    let place = (piece.file_offset - run.from()) as usize + at as usize;
-                    bytes[place] = self.origin((piece.chunk, piece.chunk_offset + at));
+            for extent in &run.extents {
+                for at in 0..extent.length {
+                    let place = (extent.file_offset - run.from()) as usize + at as usize;
+                    bytes[place] = self.origin((extent.chunk, extent.chunk_offset + at));
                 }
             }
             self.rewritten.insert(id, bytes);
             let body = LogBody::Rewrite {
                 inode: file,
                 from: run.from(),
-                extents: run.pieces.len() as u32,
+                extents: run.extents.len() as u32,
                 digest: run.digest,
                 chunk: chunks.swap_remove(0),
             };
@@ -350,7 +350,7 @@ impl History {
         }
     }
 
-    /// What the model knows a byte of a chunk as.
+    /// Returns what the model knows as the origin of a byte of a chunk.
     pub fn origin(&self, (chunk, at): (ChunkId, u32)) -> Byte {
         match self.rewritten.get(&chunk) {
             Some(bytes) => bytes[at as usize],
@@ -358,7 +358,7 @@ impl History {
         }
     }
 
-    /// The whole tree is the model's.
+    /// Compares the whole tree with the model.
     pub fn compare(&mut self, view: &View) {
         assert_eq!(view.last_stamp(), self.model.now);
         for (number, inode) in &self.model.inodes {
@@ -428,16 +428,16 @@ pub fn list(view: &View, directory: InodeNumber) -> Vec<(Name, InodeNumber)> {
     }
 }
 
-/// A file's bytes, two pieces at a time.
+/// Reads a file's bytes, two extents at a time.
 pub fn read(view: &View, file: InodeNumber, size: u64) -> Vec<Byte> {
     let mut bytes = vec![None; size as usize];
     let mut from = 0;
     while from < size {
         let page = view.extents(file, from, size, 2).unwrap();
-        for piece in page.extents {
-            for at in 0..u64::from(piece.length) {
-                let place = (piece.file_offset + at) as usize;
-                bytes[place] = Some((piece.chunk, piece.chunk_offset + at as u32));
+        for extent in page.extents {
+            for at in 0..u64::from(extent.length) {
+                let place = (extent.file_offset + at) as usize;
+                bytes[place] = Some((extent.chunk, extent.chunk_offset + at as u32));
             }
         }
         assert!(page.known_to > from);

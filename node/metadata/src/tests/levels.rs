@@ -1,4 +1,4 @@
-//! What a feature level allows, and what the digest of a state tells.
+//! Feature levels, and the digest of a state.
 
 use quorumfs_proto::command::*;
 use quorumfs_proto::*;
@@ -36,7 +36,7 @@ fn below_its_level_nothing_new_takes_effect() {
     node.apply(LogBody::SetReplicas { replicas: 5 });
     let replicas = node.store.position_and_replicas().1;
     assert_eq!((replicas.count, replicas.since_index), (5, node.index));
-    // There is no way down.
+    // The level cannot be lowered.
     node.apply(LogBody::RaiseFeatureLevel { level: 1 });
     assert_eq!(node.view().feature_level(), 2);
 }
@@ -53,7 +53,7 @@ fn a_write_from_a_clock_that_is_ahead_is_stamped_with_its_command() {
         node.apply(LogBody::RaiseFeatureLevel { level });
         let write = Operation::Write {
             inode: Target::Inode(file),
-            pieces: Vec::new(),
+            extents: Vec::new(),
             mtime: Some(stamp(mtime)),
             privileges: Privileges::Keep,
         };
@@ -85,7 +85,7 @@ fn equal_states_have_equal_digests_wherever_their_rows_lie() {
     history(&mut other);
     let before = digest(&one);
     assert_eq!(before, digest(&other));
-    // On disk, in the frozen overlay, and in both with more on top.
+    // The same state on disk, in the frozen overlay, and in both with an active overlay.
     one.store.freeze();
     assert_eq!(before, digest(&one));
     one.store.flush().unwrap();
@@ -96,7 +96,7 @@ fn equal_states_have_equal_digests_wherever_their_rows_lie() {
     let after = digest(&one);
     assert_eq!(after, digest(&other));
     assert_ne!(before, after);
-    // One name more on one of them.
+    // One of them gets another name.
     one.operate(create(ROOT, "another", NewKind::File)).unwrap();
     assert_ne!(digest(&one), digest(&other));
 }

@@ -1,7 +1,14 @@
-//! Tests of the whole part: `against_model` compares random histories with a simple model, `stories` tells of single
-//! rules, `freeing` of what nobody can reach any more, `listing` of directories in pages, `unlinked` of inodes without a name, `levels` of what is gated and compared, `bounded` of the work of one
-//! command, `rewriting` of small extents that are put together, `full_disk` of snapshots without room, `damage` of what
-//! lies on the disk otherwise than it was written, `pace` measures.
+//! Tests of the whole crate:
+//! - `against_model` compares random histories with a simple model.
+//! - `stories` checks single rules.
+//! - `freeing` checks the freeing of unreachable data.
+//! - `listing` checks directories and trees in pages.
+//! - `unlinked` checks inodes without a name.
+//! - `levels` checks feature levels and digests.
+//! - `bounded` checks the bounds of the work of a command.
+//! - `rewriting` checks the combining of small extents.
+//! - `full_disk` checks snapshots without space.
+//! - `damage` checks damage on disk.
 
 mod against_model;
 mod bounded;

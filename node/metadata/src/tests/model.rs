@@ -1,12 +1,12 @@
-//! The filesystem as a few maps: what `apply` is compared with. Every command works on a copy that replaces the
-//! original if nothing was refused; file content is a list of bytes, each known by the chunk it came from.
+//! The filesystem as a few maps, with which `apply` is compared. Every command works on a copy that replaces the
+//! original if nothing was refused; file content is a list of bytes, each identified by the chunk it came from.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use quorumfs_proto::command::*;
 use quorumfs_proto::*;
 
-/// A byte of a file: which chunk's, which byte of it. `None`: a hole.
+/// A byte of a file: its chunk and its offset there; `None` is a hole.
 pub type Byte = Option<(ChunkId, u32)>;
 
 #[derive(Clone, Debug)]
@@ -17,15 +17,15 @@ pub struct Inode {
     pub bytes: Vec<Byte>,
     pub target: Option<SymlinkTarget>,
     pub xattrs: BTreeMap<XattrName, bytes::Bytes>,
-    /// Of an inode without a name: who may have it open, and who made it so.
+    /// For an inode without a name: the sessions that may have it open, and its maker.
     pub held_by: BTreeSet<SessionId>,
-    /// Who is still asked whether it holds it (from feature level 3 on).
+    /// The sessions that are still asked whether they hold it (from feature level 3 on).
     pub awaited: BTreeSet<SessionId>,
     pub maker: Option<SessionId>,
 }
 
 impl Inode {
-    /// Nothing keeps it; it may be gone at any moment.
+    /// Whether nothing keeps the inode, so that it may be freed at any moment.
     pub fn is_doomed(&self) -> bool {
         self.attributes.links == 0 && self.held_by.is_empty() && self.awaited.is_empty()
     }
@@ -37,7 +37,7 @@ pub struct Model {
     pub living: BTreeSet<SessionId>,
     pub next_inode: u64,
     pub now: Timestamp,
-    /// Whether every write takes file capabilities away.
+    /// Whether every write drops file capabilities.
     pub writes_drop_capabilities: bool,
     /// Whether sessions answer about unlinked inodes in order.
     pub asks: bool,
@@ -69,7 +69,7 @@ impl Model {
         model
     }
 
-    /// The feature level is `level`, 2 or more.
+    /// Raises the feature level to `level`, 2 or more.
     pub fn raise(&mut self, level: u32) {
         self.writes_drop_capabilities = level >= 3;
         let now = self.now;
@@ -175,12 +175,12 @@ impl Model {
             Operation::SetAttributes { inode, changes } => self.set_attributes(resolve(*inode)?, changes),
             Operation::Write {
                 inode,
-                pieces,
+                extents,
                 mtime,
                 privileges,
             } => {
                 let number = resolve(*inode)?;
-                self.put(number, pieces, 0)?;
+                self.put(number, extents, 0)?;
                 let inode = self.get(number)?;
                 if let Some(mtime) = mtime {
                     inode.attributes.mtime = *mtime;
@@ -193,12 +193,12 @@ impl Model {
             }
             Operation::Append {
                 inode,
-                pieces,
+                extents,
                 privileges,
             } => {
                 let number = resolve(*inode)?;
                 let offset = self.file(number)?.bytes.len() as u64;
-                self.put(number, pieces, offset)?;
+                self.put(number, extents, offset)?;
                 let now = self.now;
                 self.get(number)?.attributes.mtime = now;
                 self.wrote(number, *privileges);
@@ -278,7 +278,7 @@ impl Model {
         Ok(self.directory(parent)?.entries.get(name).copied())
     }
 
-    /// Brings what follows from the rest up to date, and the change time.
+    /// Updates derived values and the change time.
     pub(super) fn touch(&mut self, number: InodeNumber) {
         let now = self.now;
         let subdirectories = self.inodes[&number]
@@ -550,19 +550,19 @@ impl Model {
         self.attach(at.0, at.1, inode);
     }
 
-    fn put(&mut self, number: InodeNumber, pieces: &[Extent], base: u64) -> Verdict<()> {
+    fn put(&mut self, number: InodeNumber, extents: &[Extent], base: u64) -> Verdict<()> {
         let inode = self.file(number)?;
-        for piece in pieces {
-            let from = (base + piece.file_offset) as usize;
-            let to = from + piece.length as usize;
+        for extent in extents {
+            let from = (base + extent.file_offset) as usize;
+            let to = from + extent.length as usize;
             if inode.bytes.len() < to {
                 inode.bytes.resize(to, None);
             }
             for at in from..to {
-                inode.bytes[at] = Some((piece.chunk, piece.chunk_offset + (at - from) as u32));
+                inode.bytes[at] = Some((extent.chunk, extent.chunk_offset + (at - from) as u32));
             }
         }
-        if !pieces.is_empty() {
+        if !extents.is_empty() {
             self.touch(number);
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! The model's time, and what its sessions hold.
+//! The time of the model, and the inodes that its sessions hold.
 
 use quorumfs_proto::{InodeNumber, SessionId, Timestamp};
 
@@ -17,7 +17,7 @@ impl Model {
         }
     }
 
-    /// The session says whether it holds an inode about which it is asked.
+    /// The session states whether it holds an inode about which it is asked.
     pub fn answer(&mut self, session: SessionId, inode: InodeNumber, holds: bool) {
         let inode = self.inodes.get_mut(&inode).unwrap();
         assert!(inode.awaited.remove(&session), "it was not to be asked");

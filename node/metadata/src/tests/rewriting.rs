@@ -1,4 +1,4 @@
-//! Small extents are put together, and nobody can tell. (Here two neighbours are worth it, and three are the most.)
+//! Small extents are combined without a visible change. (In tests two neighbours are enough, and three are the most.)
 
 use quorumfs_proto::command::*;
 use quorumfs_proto::*;
@@ -8,11 +8,11 @@ use super::support::*;
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
 
-/// Appends `count` pieces of `length` bytes, each by a command of its own.
+/// Appends `count` extents of `length` bytes, each with its own command.
 fn append(node: &mut Node, file: InodeNumber, counter: u64, count: u64, length: u32) {
     for counter in counter..counter + count {
         let chunk = chunk(1, counter, length);
-        let piece = Extent {
+        let extent = Extent {
             file_offset: 0,
             length,
             chunk: chunk.id,
@@ -22,7 +22,7 @@ fn append(node: &mut Node, file: InodeNumber, counter: u64, count: u64, length: 
             chunks: vec![chunk],
             operations: vec![Operation::Append {
                 inode: Target::Inode(file),
-                pieces: vec![piece],
+                extents: vec![extent],
                 privileges: Privileges::Keep,
             }],
         };
@@ -58,13 +58,13 @@ fn a_file_of_small_appends_is_noted_rewritten_and_left_alone() {
         before,
         "not a time, not the content version"
     );
-    let pieces = node.view().extents(file, 0, u64::MAX, 100).unwrap().extents;
-    assert_eq!(pieces.len(), 10);
+    let extents = node.view().extents(file, 0, u64::MAX, 100).unwrap().extents;
+    assert_eq!(extents.len(), 10);
     assert_eq!(
-        pieces.iter().map(|piece| u64::from(piece.length)).sum::<u64>(),
+        extents.iter().map(|extent| u64::from(extent.length)).sum::<u64>(),
         300
     );
-    // Those are put together in turn, and at last nothing is left to do.
+    // The results are combined in turn, until nothing is left to do.
     for number in 2000.. {
         let Some(run) = runs(&node, file).into_iter().next() else {
             break;

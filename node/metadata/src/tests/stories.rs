@@ -1,4 +1,4 @@
-//! Single rules, each told as a short story.
+//! Single rules, each as a short story.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -43,7 +43,7 @@ fn a_retried_mutation_answers_what_it_answered_first() {
     let answer = node.apply(LogBody::Call(first.clone())).result;
     assert!(matches!(answer, ApplyResult::Outcome(Ok(_))));
     assert_eq!(node.apply(LogBody::Call(first.clone())).result, answer);
-    // A verdict is remembered too, even when the reason for it is gone by then.
+    // A verdict is stored too, even if its reason no longer exists.
     let refused = ApplyResult::Outcome(Err(FsError::Exists));
     assert_eq!(node.apply(LogBody::Call(again.clone())).result, refused);
     let mut other_lane = node.mutation(
@@ -60,7 +60,7 @@ fn a_retried_mutation_answers_what_it_answered_first() {
         ApplyResult::Outcome(Ok(_))
     ));
     assert_eq!(node.apply(LogBody::Call(again.clone())).result, refused);
-    // What lies before or leaves a gap is not decided.
+    // A mutation with an old sequence or after a gap is not decided.
     assert_eq!(
         node.apply(LogBody::Call(first)).result,
         ApplyResult::StaleSequence
@@ -98,7 +98,7 @@ fn a_session_that_ended_is_not_opened_again_and_is_forgotten_on_request() {
     );
     assert!(node.view().session(session).unwrap().unwrap().ended.is_some());
     assert_eq!(node.apply(open()).result, ApplyResult::UnknownSession);
-    // What was decided is still told, nothing more is decided.
+    // Earlier results are still returned; nothing new is decided.
     assert_eq!(node.apply(LogBody::Call(decided.clone())).result, answer);
     let new = node.mutation(session, Command::single(create(ROOT, "b", NewKind::File)));
     assert_eq!(node.apply(LogBody::Call(new)).result, ApplyResult::NeverDecided);
@@ -137,7 +137,7 @@ fn a_command_with_a_chunk_below_the_low_water_mark_is_refused() {
     let late = node.call(1, write_chunks(target, 1, 8, &[0], 10)).0;
     assert_eq!(late, Err(FsError::ChunkDead));
     assert!(node.call(1, write_chunks(target, 1, 9, &[0], 10)).0.is_ok());
-    // A refused command moves the mark as well, and no command moves it back.
+    // A refused command advances the mark as well, and no command moves it back.
     let mut refused = node.mutation(SessionId(1), Command::single(create(ROOT, "f", NewKind::File)));
     refused.chunk_low_water = 20;
     node.apply(LogBody::Call(refused));
@@ -188,7 +188,7 @@ fn a_command_that_is_refused_in_the_middle_leaves_no_trace() {
     assert_eq!(rows(&node), rows_before);
     assert_eq!(node.view().inode_count(), count_before);
     check_invariants(&node.view());
-    // Without the last one it takes effect, and the number that was not used is used now.
+    // Without the last operation the command takes effect, and the unused number is used now.
     command.operations.pop();
     let (outcome, effects) = node.call(1, command);
     assert_eq!(
@@ -239,12 +239,12 @@ fn privileges_fall_with_chown_and_with_a_write_that_says_so() {
     };
     let append = |counter, privileges| {
         let mut command = write_chunks(Target::Inode(file), 1, counter, &[0], 10);
-        let Operation::Write { pieces, .. } = command.operations.remove(0) else {
+        let Operation::Write { extents, .. } = command.operations.remove(0) else {
             panic!("it is a write");
         };
         command.operations.push(Operation::Append {
             inode: Target::Inode(file),
-            pieces,
+            extents,
             privileges,
         });
         command
@@ -259,7 +259,7 @@ fn privileges_fall_with_chown_and_with_a_write_that_says_so() {
         (attributes.mode, attributes.has_capability, attributes.xattr_count),
         (0o755, false, 0)
     );
-    // Without group execution the set-group-id bit is none.
+    // Without group execution the set-group-id bit has no effect.
     set_privileges(&mut node, 0o6745);
     let owner = AttributeChanges {
         uid: Some(5),
@@ -268,7 +268,7 @@ fn privileges_fall_with_chown_and_with_a_write_that_says_so() {
     node.operate(set(file, owner.clone())).unwrap();
     let attributes = node.attributes(file);
     assert_eq!((attributes.mode, attributes.has_capability), (0o2745, false));
-    // A directory keeps its bits; a mode given along with the owner is what stays.
+    // A directory keeps its bits; a mode given along with the owner is applied.
     let directory = node.entry(create(ROOT, "d", NewKind::Directory));
     let both = AttributeChanges {
         mode: Some(0o7777),
@@ -348,7 +348,7 @@ fn a_snapshot_that_is_damaged_changes_nothing() {
     for bad in [&damaged, &unknown, &twice] {
         assert!(matches!(refused(bad), Err(StorageFault::BadSnapshot { .. })));
     }
-    // One that stops before its position is there is not installed either.
+    // A snapshot that ends before its position is not installed either.
     let mut cut_short = node.store.begin_install().unwrap();
     cut_short.add(&rows[..1]).unwrap();
     assert!(cut_short.finish().is_err());
@@ -480,7 +480,7 @@ fn questions_are_answered_or_refused_as_their_callers_expect() {
     assert_eq!(
         page.extents
             .iter()
-            .map(|piece| piece.file_offset)
+            .map(|extent| extent.file_offset)
             .collect::<Vec<_>>(),
         [10, 20]
     );

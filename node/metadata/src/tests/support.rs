@@ -1,4 +1,4 @@
-//! What the tests share: a store in a folder of its own, commands in short words, and the state laid bare.
+//! Helpers that the tests share: a store in its own folder, short commands, and the rows of the state.
 
 use std::collections::BTreeMap;
 
@@ -38,7 +38,7 @@ impl Node {
         }
     }
 
-    /// One with open sessions 1 to `sessions`.
+    /// Makes a node with open sessions 1 to `sessions`.
     pub fn with_sessions(sessions: u64) -> Node {
         let mut node = Node::new();
         for session in 1..=sessions {
@@ -50,20 +50,20 @@ impl Node {
         node
     }
 
-    /// The result of a new mutation of session 1, whatever it is.
+    /// Returns the result of a new mutation of session 1, whatever it is.
     pub fn result_of(&mut self, command: Command) -> ApplyResult {
         let mutation = self.mutation(SessionId(1), command);
         let sequence = mutation.request.sequence;
         let result = self.apply(LogBody::Call(mutation)).result;
         if !matches!(result, ApplyResult::Outcome(_)) {
-            // Nothing was decided: the lane waits for the same again.
+            // Nothing was decided: the lane expects the same sequence again.
             self.sequences.insert((SessionId(1), Lane(0)), sequence - 1);
         }
         result
     }
 
-    /// One with everything allowed that this program knows, and open sessions 1 to `sessions`, which answer about unlinked
-    /// inodes in order.
+    /// Makes a node at the newest feature level, with open sessions 1 to `sessions`, which answer about unlinked inodes
+    /// in order.
     pub fn at_newest_level(sessions: u64) -> Node {
         let mut node = Node::new();
         node.apply(LogBody::RaiseFeatureLevel { level: FEATURE_LEVEL });
@@ -82,7 +82,7 @@ impl Node {
         assert_eq!(opened.result, ApplyResult::Done);
     }
 
-    /// The session answers all that it is asked about, and holds these; how many it was asked about.
+    /// The session answers everything it is asked about, and holds `held`. Returns how many inodes it was asked about.
     pub fn answer_all(&mut self, session: u64, held: &[InodeNumber]) -> usize {
         let page = self.view().unlinked_page(SessionId(session), usize::MAX).unwrap();
         let Some(page) = page else { return 0 };
@@ -98,7 +98,7 @@ impl Node {
         page.inodes.len()
     }
 
-    /// The last name of `name` in the root directory goes, and no session holds the inode.
+    /// Removes the last name of `text` in the root directory; no session holds the inode.
     pub fn unlink_for_all(&mut self, text: &str) {
         self.operate(unlink(InodeNumber::ROOT, text, Held::NotOpen))
             .unwrap();
@@ -107,7 +107,7 @@ impl Node {
         }
     }
 
-    /// Frees what can be freed, in steps of `work_max`; what became dead by it.
+    /// Frees what can be freed, in steps of `work_max`; returns the chunks that died.
     pub fn reclaim(&mut self, work_max: u32) -> Vec<ChunkId> {
         let mut dead = Vec::new();
         for step in 0.. {
@@ -132,7 +132,7 @@ impl Node {
         applied
     }
 
-    /// A new mutation of a session, in its lane 0.
+    /// Makes a new mutation of a session, in its lane 0.
     pub fn mutation(&mut self, session: SessionId, command: Command) -> Mutation {
         let sequence = self.sequences.entry((session, Lane(0))).or_insert(0);
         *sequence += 1;
@@ -156,12 +156,12 @@ impl Node {
         }
     }
 
-    /// One operation of session 1.
+    /// Runs one operation of session 1.
     pub fn operate(&mut self, operation: Operation) -> Result<Outcome, FsError> {
         self.call(1, Command::single(operation)).0
     }
 
-    /// The inode that an operation of session 1 answers.
+    /// Returns the inode that an operation of session 1 answers.
     pub fn entry(&mut self, operation: Operation) -> InodeNumber {
         match self.operate(operation).unwrap().results[..] {
             [OperationResult::Entry { inode, .. }] => inode,
@@ -186,7 +186,7 @@ pub fn at(index: u64) -> Position {
     }
 }
 
-/// How a session of the tests proves itself.
+/// Returns the key of a test session.
 pub fn key(session: SessionId) -> SessionKey {
     SessionKey {
         secret: Sha256::of(&session.0.to_be_bytes()),
@@ -194,7 +194,7 @@ pub fn key(session: SessionId) -> SessionKey {
     }
 }
 
-/// Whether this is answered where the session does not live (any more).
+/// Whether this is the result for a session that does not, or no longer, live.
 pub fn is_of_no_living_session(result: &ApplyResult) -> bool {
     matches!(result, ApplyResult::UnknownSession | ApplyResult::NeverDecided)
 }
@@ -258,13 +258,13 @@ pub fn chunk(session: u64, counter: u64, length: u32) -> NewChunk {
     }
 }
 
-/// Writes a whole new chunk at each of the offsets, the counters counting up from `counter`.
+/// Writes a new chunk at each of the offsets; the counters start at `counter`.
 pub fn write_chunks(inode: Target, session: u64, counter: u64, offsets: &[u64], length: u32) -> Command {
     let chunks: Vec<NewChunk> = (counter..)
         .zip(offsets)
         .map(|(counter, _)| chunk(session, counter, length))
         .collect();
-    let pieces = chunks
+    let extents = chunks
         .iter()
         .zip(offsets)
         .map(|(chunk, offset)| Extent {
@@ -278,14 +278,14 @@ pub fn write_chunks(inode: Target, session: u64, counter: u64, offsets: &[u64], 
         chunks,
         operations: vec![Operation::Write {
             inode,
-            pieces,
+            extents,
             mtime: None,
             privileges: Privileges::Keep,
         }],
     }
 }
 
-/// All rows of a view as bytes.
+/// Returns all rows of a view as bytes.
 pub fn dump(view: &View) -> Vec<(u8, Vec<u8>, Vec<u8>)> {
     let mut rows = Vec::new();
     dump_table::<Meta>(view, b"state", &mut rows);
@@ -324,7 +324,7 @@ fn dump_table<R: Rows>(view: &View, prefix: &[u8], into: &mut Vec<(u8, Vec<u8>, 
     }
 }
 
-/// What must hold of any state, whatever led to it.
+/// Checks the invariants of a state.
 pub fn check_invariants(view: &View) {
     let all = || KeyRange::prefix(&[]);
     let mut references: BTreeMap<ChunkId, u32> = BTreeMap::new();
@@ -414,12 +414,12 @@ pub fn check_invariants(view: &View) {
     }
 }
 
-/// The command by which the leader, as session 1, replaces `run` by a chunk.
+/// Returns the command with which the leader, as session 1, replaces `run` by a chunk.
 pub fn rewrite(inode: InodeNumber, run: &Run, counter: u64) -> LogBody {
     LogBody::Rewrite {
         inode,
         from: run.from(),
-        extents: run.pieces.len() as u32,
+        extents: run.extents.len() as u32,
         digest: run.digest,
         chunk: chunk(1, counter, (run.to() - run.from()) as u32),
     }

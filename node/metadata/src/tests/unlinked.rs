@@ -1,4 +1,5 @@
-//! Inodes without a name from feature level 3 on: what an unlink costs, who keeps what, and what is freed when.
+//! Inodes without a name from feature level 3 on: the cost of an unlink, the sessions that keep an inode, and its
+//! freeing.
 
 use quorumfs_proto::command::*;
 use quorumfs_proto::*;
@@ -9,7 +10,7 @@ use super::support::*;
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
 
-/// A file of session 1 with a chunk, which loses its name.
+/// Makes a file of session 1 with a chunk and removes its name.
 fn unlinked_file(node: &mut Node, text: &str, counter: u64) -> InodeNumber {
     let file = node.entry(create(ROOT, text, NewKind::File));
     let write = write_chunks(Target::Inode(file), 1, counter, &[0], 10);
@@ -22,7 +23,7 @@ fn is_there(node: &Node, inode: InodeNumber) -> bool {
     Failure::split(node.view().attributes(inode)).unwrap().is_ok()
 }
 
-/// Rows and bytes that one unlink adds.
+/// Returns the rows and bytes that one unlink adds.
 fn cost_of_unlink(sessions: u64) -> (usize, u64) {
     let mut node = Node::at_newest_level(sessions);
     node.operate(create(ROOT, "f", NewKind::File)).unwrap();
@@ -149,7 +150,7 @@ fn an_answer_counts_once_and_only_for_what_was_asked() {
         }],
     };
     let second = unlinked_file(&mut node, "second", 2);
-    // The second was not asked about.
+    // The session was not asked about the second one.
     node.apply(answer(&[first, second]));
     let release = Command::single(Operation::ReleaseUnlinked { inodes: vec![first] });
     node.call(1, release).0.unwrap();
@@ -179,7 +180,7 @@ fn what_was_unlinked_before_the_level_drains_and_older_clients_are_asked_about_e
             .unwrap()
     };
     assert_eq!(held(&node, 1).len(), 2);
-    // Session 1 answers in order from now on; what it was asked about before it still releases by itself.
+    // From now on session 1 answers in order; it still releases separately what it was asked about before.
     assert_eq!(node.answer_all(1, &[]), 0);
     node.open_with_key(1);
     let later = unlinked_file(&mut node, "later", 2);
@@ -284,7 +285,7 @@ fn freeing_does_not_come_by_what_was_freed_before() {
     assert!(visited < ROWS_PER_FILE_MAX * FILES, "{visited}");
     check_invariants(&node.view());
 
-    // One with a low number is found, although those above it went first.
+    // An inode with a low number is found, although those above it were freed first.
     let low = node.entry(create(ROOT, "low", NewKind::File));
     unlinked_file(&mut node, "high", FILES + 10);
     node.answer_all(1, &[]);

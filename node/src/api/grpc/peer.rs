@@ -143,7 +143,10 @@ impl Peer for PeerService {
             )));
         }
         let member = member_of(request.node)?;
-        let joined = parts.roster.take_in(&member, request.feature_level).await;
+        let joined = parts
+            .membership_changes
+            .take_in(&member, request.feature_level)
+            .await;
         let (not_leader, leader, members) = match joined {
             Ok(members) => (false, String::new(), members),
             Err(error) => {
@@ -177,7 +180,7 @@ impl Peer for PeerService {
             )));
         }
         let node = member_of(request.node)?.id;
-        let (not_leader, leader) = match parts.roster.may_renounce(node, request.entry).await {
+        let (not_leader, leader) = match parts.membership_changes.may_renounce(node, request.entry).await {
             Ok(()) => (false, String::new()),
             Err(error) => (true, leader_of(error)?),
         };
@@ -215,7 +218,10 @@ impl Peer for PeerService {
         request: Request<wire::AddMemberRequest>,
     ) -> Result<Response<wire::AddMemberResponse>, Status> {
         let parts = self.admit(&request)?;
-        let added = parts.roster.invite(&request.get_ref().grpc_address).await;
+        let added = parts
+            .membership_changes
+            .invite(&request.get_ref().grpc_address)
+            .await;
         let (leader, node) = match added {
             Ok(member) => (None, Some(member.into())),
             Err(error) => (Some(leader_of(error)?), None),
@@ -241,7 +247,7 @@ impl Peer for PeerService {
             false => Gone::Refuse,
         };
         let mut answer = wire::RemoveMembersResponse::default();
-        match parts.roster.remove(&slots, gone).await {
+        match parts.membership_changes.remove(&slots, gone).await {
             Ok(Removal::Done) => {}
             Ok(Removal::Out(reason)) => (answer.pending, answer.out) = (reason, true),
             Ok(Removal::Pending(reason)) => answer.pending = reason,

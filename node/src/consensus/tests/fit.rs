@@ -1,4 +1,4 @@
-//! Logs and states that a stop left beside each other.
+//! Combinations of logs and states that a stopped node may leave.
 
 use openraft::storage::{RaftLogReader as _, RaftLogStorage as _};
 use quorumfs_proto::codec;
@@ -32,7 +32,7 @@ async fn a_state_before_a_purged_log_is_not_applied_to() {
     let folder = tempfile::tempdir().unwrap();
     let mut log = log_of(&folder, 9).await;
     log.purge(log_id(3, 4)).await.unwrap();
-    // The metadata are gone, or from before.
+    // The metadata are gone, or older.
     for state in [Position::default(), state(log_id(3, 3))] {
         let refused = fit_log(&log, &state).await.unwrap_err();
         assert!(
@@ -45,7 +45,7 @@ async fn a_state_before_a_purged_log_is_not_applied_to() {
         fit_log(&log, &state(log_id(3, applied))).await.unwrap();
     }
     assert_eq!(log.range(), 5..10);
-    // With all of it purged it is no other.
+    // The result is the same after all entries are purged.
     log.purge(log_id(3, 9)).await.unwrap();
     assert!(fit_log(&log, &Position::default()).await.is_err());
     fit_log(&log, &state(log_id(3, 9))).await.unwrap();
@@ -68,7 +68,7 @@ async fn what_is_purged_is_not_answered_by_what_follows() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_log_that_was_not_cut_behind_a_snapshot_is_cut() {
-    // A deposed leader has entries that nobody agreed to where the snapshot has others.
+    // A deposed leader has uncommitted entries where the snapshot has others.
     for applied in [log_id(5, 9), log_id(5, 7), log_id(5, 0)] {
         let folder = tempfile::tempdir().unwrap();
         let mut log = log_of(&folder, 9).await;

@@ -1,4 +1,4 @@
-//! The log's files when the world is unkind to them: torn, damaged, missing, full.
+//! The log's files under faults: torn, damaged, missing, full.
 
 use std::path::{Path, PathBuf};
 
@@ -51,8 +51,8 @@ fn indexes(entries: &[Entry]) -> Vec<u64> {
     entries.iter().map(|entry| entry.log_id.index).collect()
 }
 
-/// A log of one file with three batches, as a crash leaves it: not sealed. Also where in the file each batch
-/// ends.
+/// Makes a log of one file with three batches, as a crash leaves it: not sealed. Also returns where in the file each
+/// batch ends.
 async fn three_batches(folder: &Path) -> (PathBuf, Vec<u64>) {
     let log = open(
         folder,
@@ -148,7 +148,7 @@ async fn a_torn_tail_is_cut_wherever_it_was_torn() {
         let log = open(copy.path(), &small()).unwrap();
         let expected: &[u64] = if cut == ends[2] { &[0, 1, 2] } else { &[0, 1] };
         assert_eq!(indexes(&entries(&log).await), expected, "cut at {cut}");
-        // It goes on from there, and what was torn does not come back.
+        // The log continues after them, and the torn part does not come back.
         let next = expected.len() as u64;
         append(&log, vec![entry(2, next, "again")]).await;
         drop(log);
@@ -311,7 +311,7 @@ async fn a_failed_write_is_fatal_and_nothing_is_acknowledged_after_it() {
     let fatal = FatalSignal::default();
     let mut log = LogStore::open(folder.path(), &small(), fatal.clone()).unwrap();
     append(&log, vec![entry(1, 0, "a")]).await;
-    // The next file cannot be made where its name is taken.
+    // The next file cannot be created if its name is taken.
     std::fs::create_dir(folder.path().join(format!("{:016x}.wal", 2))).unwrap();
     let (sender, flushed) = TypeConfig::oneshot();
     let large = entry(1, 1, "m".repeat(8 << 10));
@@ -324,7 +324,7 @@ async fn a_failed_write_is_fatal_and_nothing_is_acknowledged_after_it() {
     assert!(log.wait_flushed(1).is_err());
 }
 
-/// A small filesystem of its own, gone with the value; `None` where the tests may not mount.
+/// A small filesystem, unmounted on drop; `None` if the tests may not mount.
 pub struct SmallDisk(pub tempfile::TempDir);
 
 impl SmallDisk {
@@ -371,7 +371,7 @@ async fn a_full_disk_costs_the_reserve_then_waits_and_loses_nothing() {
     let filler = disk.0.path().join("filler");
     let mut full = std::fs::File::create(&filler).unwrap();
     while std::io::Write::write_all(&mut full, &[1; 4096]).is_ok() {}
-    // More than what is left of the first file, so the reserve goes; then more than that.
+    // More bytes than are left in the first file, so the reserve is used; then more than that.
     let mut index = 1;
     while log.status().reserve_held {
         append(&log, vec![entry(1, index, "r".repeat(8 << 10))]).await;
@@ -437,7 +437,7 @@ async fn on_a_full_disk_a_purge_makes_room_for_what_waits_before_it() {
     assert!(log.status().disk_full && log.is_pressed());
     assert!(log.is_flushed(last - 1) && !log.is_flushed(last));
     log.wait_flushed(last - 1).unwrap();
-    // No more is taken from the leader, and nothing of what waits is applied; who leads can be asked.
+    // No more is taken from the leader, and nothing that waits is applied; requests that ask who leads are answered.
     let (stream, answers) = Intake::new(log.clone(), options.file_bytes).stream();
     let request = |entries| AppendEntriesRequest::<TypeConfig> {
         vote: vote(1, 0),
@@ -456,7 +456,7 @@ async fn on_a_full_disk_a_purge_makes_room_for_what_waits_before_it() {
     );
     assert!(taken.await.is_err());
     let upto = log.purgeable(last - 1, 0).unwrap();
-    // Behind what waits, as the log hears of it from a node that goes on.
+    // Purges beyond the waiting entries, as a node that continues would.
     log.purge(log_id(1, upto)).await.unwrap();
     append(&log, vec![large(index)]).await;
     assert!(!log.status().disk_full);

@@ -11,13 +11,13 @@ use crate::consensus::wal::WalOptions;
 
 #[derive(Clone, Debug)]
 enum Step {
-    /// So many entries of so many bytes.
+    /// This number of entries of this number of bytes.
     Append(u64, usize),
     /// Keep this share (of 256) of the entries.
     Truncate(u8),
     /// Drop this share (of 256) of the entries.
     Purge(u8),
-    /// Drop all and so much more, as after a snapshot.
+    /// Drops all entries and this many more, as after a snapshot.
     PurgeBeyond(u64),
     Vote(u64),
     /// Close in order and open again.
@@ -67,8 +67,7 @@ impl Opened {
     }
 }
 
-/// In memory where there is such a place: what is tried here is the order of things, not the disk, and it
-/// takes thousands of flushes.
+/// In memory if possible: the test is about order, not about the disk, and it needs thousands of flushes.
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm")
         .or_else(|_| tempfile::tempdir())
@@ -136,8 +135,7 @@ async fn step_both(model: &mut Model, mut opened: Opened, step: Step) -> Opened 
             let listing = std::fs::read_dir(opened.folder.path()).unwrap();
             let mut paths: Vec<_> = listing.map(|item| item.unwrap().path()).collect();
             paths.sort();
-            // Newest first: the thread may be removing purged files, the oldest first. The reserve holds
-            // nothing.
+            // Newest first: the thread may be removing purged files, oldest first. The reserve has no entries.
             for path in paths.iter().rev() {
                 let name = path.file_name().unwrap();
                 if path.extension().is_some_and(|extension| extension == "wal")

@@ -15,7 +15,7 @@ use super::log::LogStore;
 use super::types::{Entry, LogId, TypeConfig, Vote};
 use quorumfs_metadata::{LogBody, LogCommand};
 
-/// A command that the state shows afterwards: it makes `session` known by `description`.
+/// A command whose effect can be seen in the state: it opens `session` with `description`.
 fn open_session(session: u64, description: impl Into<String>) -> LogCommand {
     LogCommand {
         stamp: Timestamp::default(),

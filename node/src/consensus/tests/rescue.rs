@@ -1,4 +1,4 @@
-//! What is saved from the log, and what is not.
+//! Content that is saved from the log, and content that is not.
 
 use bytes::Bytes;
 

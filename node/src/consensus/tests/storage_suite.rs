@@ -1,4 +1,4 @@
-//! openraft's own suite over the log and the state machine, on disk.
+//! openraft's own storage suite, run on the log and the state machine on disk.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use quorumfs_metadata::{MetadataOptions, MetadataStore};
 
 struct OnDisk;
 
-/// Ends what `build` started, then the folder goes.
+/// Ends what `build` started; then the folder is removed.
 struct Guard {
     flusher: Arc<Flusher>,
     _folder: tempfile::TempDir,

@@ -1,15 +1,15 @@
 //! The files of the log: `<sequence>.wal` in one directory, without gaps, and a `reserve`.
 //!
 //! Invariants:
-//! - Only the file with the highest sequence is written to; what the others hold was flushed, to the last
-//!   byte. How long a file was when it was left stands in the [`Start`] record of the next.
+//! - Only the file with the highest sequence is written to; the others were flushed completely. The length of a file
+//!   when it was left is in the [`Start`] record of the next.
 //! - A file is used only when its `Start` and its name are on stable storage.
-//! - Opening always begins a new file, after the tail of the last has been written again and flushed: what a
-//!   crashed process left in the page cache is not known to be on the disk, and an fsync that follows a
-//!   failed one proves nothing.
-//! - The reserve is a preallocated file of the same size. When the disk is full it becomes the next log file,
-//!   so that what frees space can still be agreed on. After it files are small: each that is purged is room for the
-//!   next. A part of the disk is left to the metadata, without whose flushes nothing is purged.
+//! - Opening always begins a new file, after the tail of the last one has been written again and flushed: bytes that a
+//!   crashed process left in the page cache are not known to be on disk, and an fsync after a failed one proves
+//!   nothing.
+//! - The reserve is a preallocated file of the same size. When the disk is full it becomes the next log file, so that
+//!   commands that free space can still be decided. After it files are small, so that each purged one makes space for
+//!   the next. A part of the disk is left to the metadata, because nothing is purged without their flushes.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -25,35 +25,35 @@ use super::frame::{self, BatchWriter, Kind, Scan};
 use super::memory::{Cached, EntryLocation, FileInfo, LogMemory};
 use crate::consensus::types::{Entry, LogId, Vote};
 
-/// First record of each file: what the files before it leave, since they may be gone.
+/// First record of each file: the state that the earlier files leave, since they may be gone.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Start {
-    /// Where the file before this one ended.
+    /// The length of the previous file.
     pub previous_bytes: u64,
-    /// The vote.
+    /// The last vote of the node.
     pub vote: Option<Vote>,
-    /// Entries up to this one are gone.
+    /// Entries up to this one were purged.
     pub purged: Option<LogId>,
     /// Entries up to this one are committed.
     pub committed: Option<LogId>,
 }
 
-/// The `Start` record is within the first bytes of a file; so many are read to see it.
+/// The `Start` record is within this many bytes from the beginning of a file.
 const START_BYTES_MAX: u64 = 4096;
 
-/// A file's size once the disk has no room for a whole one and the reserve is used.
+/// Size of a file once the disk has no space for a whole one and the reserve is used.
 const SMALL_FILE_BYTES: u64 = 4 << 20;
-/// What growth of the log leaves free on the disk, for the metadata …
+/// Bytes that growth of the log leaves free on the disk for the metadata …
 const LEFT_BYTES_MAX: u64 = 64 << 20;
-/// … but at most this part of it.
+/// … but at most this part of the disk.
 const LEFT_PART_OF_CAPACITY: u64 = 32;
 
-/// What a new file is for.
+/// The purpose of a new file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// More log: something of the disk is left.
+    /// Growth of the log: some of the disk is left free.
     Growth,
-    /// That the log can be opened at all: it may take the last of the disk.
+    /// Opening the log: the file may take the last space of the disk.
     Opening,
 }
 
@@ -67,18 +67,18 @@ pub struct WalDirectory {
 /// A file that is being written.
 #[derive(Debug)]
 pub struct OpenFile {
-    /// Its number.
+    /// Its sequence number.
     pub sequence: u64,
     /// Open for reading and writing.
     pub file: Arc<File>,
-    /// Where the next batch goes.
+    /// Position of the next batch.
     pub offset: u64,
-    /// How many bytes are allocated.
+    /// Number of allocated bytes.
     pub capacity_bytes: u64,
 }
 
 impl OpenFile {
-    /// What is known of it before it has entries.
+    /// Returns the file's information before it has entries.
     pub fn begun(&self) -> FileInfo {
         FileInfo {
             file: self.file.clone(),
@@ -90,7 +90,7 @@ impl OpenFile {
 }
 
 impl WalDirectory {
-    /// Makes the directory if it is not there.
+    /// Creates the directory if it does not exist.
     pub fn new(path: &Path, file_bytes: u64) -> Result<WalDirectory, WalError> {
         std::fs::create_dir_all(path).map_err(io_error("create directory", path))?;
         Ok(WalDirectory {
@@ -99,12 +99,12 @@ impl WalDirectory {
         })
     }
 
-    /// Where all lie.
+    /// Returns the path of the directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Where file `sequence` lies.
+    /// Returns the path of file `sequence`.
     pub fn file_path(&self, sequence: u64) -> PathBuf {
         self.path.join(format!("{sequence:016x}.wal"))
     }
@@ -113,15 +113,17 @@ impl WalDirectory {
         self.path.join("reserve")
     }
 
-    /// Makes names durable.
+    /// Makes the names of files durable.
     pub fn sync(&self) -> Result<(), WalError> {
         File::open(&self.path)
             .and_then(|directory| directory.sync_all().map_err(io::Error::other))
             .map_err(io_error("flush directory", &self.path))
     }
 
-    /// Begins file `sequence` with room for at least `bytes_min` after its start. `ErrorKind::StorageFull` if
-    /// the disk is full and the reserve is used up.
+    /// Creates file `sequence` with space for at least `bytes_min` after its start.
+    ///
+    /// # Errors
+    /// `ErrorKind::StorageFull` if the disk is full and the reserve is used up.
     pub fn create(
         &self,
         sequence: u64,
@@ -138,11 +140,13 @@ impl WalDirectory {
             .allocate_some(&path, needed_bytes, purpose)
             .map_err(io_error("create log file", &path))?;
         if let Err(error) = file.write_all_at(&batch, 0) {
-            // Where allocating is no promise (ZFS), the disk may be full all the same: who tries again begins anew.
+            // Preallocation is no guarantee on some filesystems (ZFS), so the disk may still be full; a later attempt
+            // starts again.
             let _ = std::fs::remove_file(&path);
             return Err(io_error("write log file", &path)(error));
         }
-        // A flush that failed is not tried again, whatever it failed of: not as a full disk, which is waited out.
+        // A failed flush is not retried, whatever the cause. It must not be reported as a full disk, for which writers
+        // wait.
         let flushed = file.sync_all().map_err(io::Error::other);
         flushed.map_err(io_error("flush log file", &path))?;
         self.sync()?;
@@ -154,7 +158,7 @@ impl WalDirectory {
         })
     }
 
-    /// A new file at `path`, or the reserve moved there, and its size: at least `needed_bytes`.
+    /// Creates a file at `path`, or moves the reserve there. Returns it with its size, at least `needed_bytes`.
     fn allocate_some(&self, path: &Path, needed_bytes: u64, purpose: Purpose) -> io::Result<(File, u64)> {
         let is_full = |result: &io::Result<File>| {
             let error = result.as_ref().err();
@@ -178,7 +182,7 @@ impl WalDirectory {
     }
 
     fn allocate_leaving_room(&self, path: &Path, bytes: u64) -> io::Result<File> {
-        // A disk that cannot be asked says no by itself.
+        // If the free space is unknown, a full disk is noticed by a failed write.
         if let Ok(stat) = nix::sys::statvfs::statvfs(&self.path) {
             let unit = stat.fragment_size();
             let left_bytes = (stat.blocks() * unit / LEFT_PART_OF_CAPACITY).min(LEFT_BYTES_MAX);
@@ -189,14 +193,14 @@ impl WalDirectory {
         allocate(path, bytes)
     }
 
-    /// Removes file `sequence`, durably: were a later one gone and an earlier one not, opening would miss it.
+    /// Removes file `sequence` durably: if a later file were gone and an earlier one not, opening would fail.
     pub fn remove(&self, sequence: u64) -> Result<(), WalError> {
         let path = self.file_path(sequence);
         std::fs::remove_file(&path).map_err(io_error("remove log file", &path))?;
         self.sync()
     }
 
-    /// Whether the reserve is there; makes it if there is room. One caller at a time.
+    /// Whether the reserve exists; creates it if there is space. Called by one thread at a time.
     pub fn ensure_reserve(&self) -> bool {
         let path = self.reserve_path();
         if std::fs::metadata(&path).is_ok_and(|found| found.len() == self.file_bytes) {
@@ -233,7 +237,7 @@ impl WalDirectory {
         listing().map_err(io_error("list directory", &self.path))
     }
 
-    /// The `Start` of file `sequence`, if it has a whole one.
+    /// Returns the `Start` of file `sequence`, if it has a whole one.
     fn start_of(&self, sequence: u64) -> Result<Option<Start>, WalError> {
         let path = self.file_path(sequence);
         let bytes = read_front(&path, START_BYTES_MAX)?;
@@ -252,13 +256,13 @@ impl WalDirectory {
         if let Some(&last) = sequences.last()
             && self.start_of(last)?.is_none()
         {
-            // Its making was cut short, unless it holds more than its start.
+            // Its creation was interrupted, unless it has more than its start.
             let path = self.file_path(last);
             let bytes = std::fs::read(&path).map_err(io_error("read log file", &path))?;
             if let Some(offset) = frame::scan(&bytes, last).damaged_below_watermark {
                 return Err(damaged(&path, offset));
             }
-            tracing::warn!(file = %path.display(), "log file was not finished when the node stopped: removed");
+            tracing::warn!(file = %path.display(), "removed a log file whose creation was interrupted when the node stopped");
             self.remove(last)?;
             sequences.pop();
         }
@@ -283,7 +287,7 @@ impl WalDirectory {
         if let Some(hole) = memory.missing_entry() {
             return Err(WalError::Inconsistent {
                 file: self.file_path(sequences.first().copied().unwrap_or(1)),
-                reason: format!("entry {hole} is neither held nor purged"),
+                reason: format!("entry {hole} is missing and was not purged"),
             });
         }
         let start = Start {
@@ -298,7 +302,7 @@ impl WalDirectory {
         Ok(open)
     }
 
-    /// Replays file `sequence`, which ends at `sealed_bytes` if it is not the last; answers where it ends.
+    /// Replays file `sequence`, which ends at `sealed_bytes` if it is not the last; returns where it ends.
     fn recover_file(
         &self,
         sequence: u64,
@@ -366,12 +370,12 @@ fn replay(kind: Kind, payload: &[u8], place: EntryLocation, memory: &mut LogMemo
     Ok(())
 }
 
-/// What was read of the last file may never have reached the disk: the last batch is written again (those
-/// before it were flushed before it was begun), what is torn is cut off, and all is flushed.
+/// Makes the last file durable: bytes that were read may never have reached the disk. The last batch is written again
+/// (the earlier ones were flushed before it was begun), a torn part is cut off, and the file is flushed.
 fn rewrite_tail(path: &Path, file: &File, bytes: &[u8], found: &Scan) -> Result<(), WalError> {
     let torn = bytes[found.end..].iter().any(|byte| *byte != 0);
     if torn {
-        tracing::warn!(file = %path.display(), offset = found.end, "log ended in a torn write: cut");
+        tracing::warn!(file = %path.display(), offset = found.end, "the log ended in a torn write, which was cut off");
     }
     file.write_all_at(&bytes[found.last_batch..found.end], found.last_batch as u64)
         .map_err(io_error("rewrite log file", path))?;
@@ -389,7 +393,7 @@ fn read_front(path: &Path, bytes_max: u64) -> Result<Vec<u8>, WalError> {
     read().map_err(io_error("read log file", path))
 }
 
-/// A new file with `bytes` allocated; nothing is left of it if there is no room.
+/// Creates a file with `bytes` allocated; removes it again if there is no space.
 fn allocate(path: &Path, bytes: u64) -> io::Result<File> {
     let file = OpenOptions::new()
         .read(true)
@@ -400,7 +404,7 @@ fn allocate(path: &Path, bytes: u64) -> io::Result<File> {
     let length = i64::try_from(bytes).map_err(|_| io::Error::from(ErrorKind::FileTooLarge))?;
     match nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, length) {
         Ok(()) => Ok(file),
-        // A filesystem that cannot preallocate grows the file instead; slower, no less right.
+        // A filesystem that cannot preallocate extends the file instead: slower, but correct.
         Err(nix::errno::Errno::EOPNOTSUPP) => file.set_len(bytes).map(|()| file),
         Err(error) => {
             let _ = std::fs::remove_file(path);
@@ -411,7 +415,7 @@ fn allocate(path: &Path, bytes: u64) -> io::Result<File> {
 
 fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> WalError {
     let path = path.to_path_buf();
-    move |source| WalError::Io { doing, path, source }
+    move |error| WalError::Io { doing, path, error }
 }
 
 fn damaged(file: &Path, offset: usize) -> WalError {

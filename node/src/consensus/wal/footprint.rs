@@ -1,4 +1,4 @@
-//! What an entry takes in memory: much more than on the disk, where it is small. Pure.
+//! The memory of an entry: a small entry takes much more than on disk. Pure.
 
 use std::mem::size_of;
 
@@ -8,13 +8,13 @@ use quorumfs_proto::{Extent, NewChunk, Operation};
 use crate::consensus::types::Entry;
 use quorumfs_metadata::{LogBody, LogCommand};
 
-/// What the allocator takes for each allocation beside what was asked for, on average: its header and the rounding.
+/// Average overhead of the allocator for each allocation: its header and the rounding.
 const ALLOCATION_BYTES: usize = 16;
 /// The reference counts before the entry.
 const COUNTS_BYTES: usize = 2 * size_of::<usize>();
 
-/// About how many bytes `entry`, encoded in `encoded_bytes`, takes: names and content, which are as long as they are
-/// encoded, and the structures that hold them.
+/// Returns the approximate memory of `entry`, whose encoded size is `encoded_bytes`: names and content, which have
+/// their encoded size, and the structures around them.
 pub fn resident_bytes(entry: &Entry, encoded_bytes: u32) -> u64 {
     let own = size_of::<Entry>() + COUNTS_BYTES + ALLOCATION_BYTES;
     let parts = match &entry.payload {
@@ -23,15 +23,15 @@ pub fn resident_bytes(entry: &Entry, encoded_bytes: u32) -> u64 {
             ..
         }) => {
             let command = &mutation.command;
-            let pieces: usize = command
+            let extents: usize = command
                 .operations
                 .iter()
-                .map(|operation| operation.pieces().len())
+                .map(|operation| operation.extents().len())
                 .sum();
-            // A list of operations, a list of chunks, and in each of them a name or a payload or a list of pieces.
+            // A list of operations, a list of chunks, and in each of them a name, a payload or a list of extents.
             command.operations.len() * (size_of::<Operation>() + ALLOCATION_BYTES)
                 + command.chunks.len() * (size_of::<NewChunk>() + ALLOCATION_BYTES)
-                + pieces * size_of::<Extent>()
+                + extents * size_of::<Extent>()
                 + 2 * ALLOCATION_BYTES
         }
         _ => ALLOCATION_BYTES,

@@ -1,5 +1,4 @@
-//! The bytes of the log: batches of records, how they are written and how they are found again. Pure: no
-//! files.
+//! The bytes of the log: how batches of records are written and found again. Pure: no files.
 //!
 //! ```text
 //! file   = batch*  then zeros (preallocated)
@@ -7,37 +6,36 @@
 //! record = payload length u32  crc u32  kind u8  payload
 //! ```
 //!
-//! All little-endian; each CRC-32C covers what follows or precedes it in its header, and the position (file
-//! sequence and offset), so that bytes that belong elsewhere never pass.
+//! All numbers are little-endian. Each CRC-32C covers the rest of its header or record and the position (file sequence
+//! and offset), so that bytes from another position are never accepted.
 //!
-//! A batch is written with one write and flushed before the next is begun. So a whole batch header at an
-//! offset is the **flushed watermark**: it proves that every byte before it was on stable storage. Only a
-//! batch after which there is no header can be torn by a crash; damage that has a header after it is damage
-//! to what had been flushed.
+//! A batch is written with one write and flushed before the next is begun. So a whole batch header at an offset is the
+//! **flushed watermark**: it proves that every byte before it was on stable storage. Only a batch without a later
+//! header can be torn by a crash; damage before a header is damage to flushed data.
 
 use std::ops::Range;
 
-/// Begins each batch; the last byte is the version of this format.
+/// First bytes of each batch; the last one is the version of this format.
 pub const MAGIC: [u8; 8] = *b"QFSWALB\x01";
 /// Bytes of a batch's header.
 pub const BATCH_HEADER_BYTES: usize = 32;
 /// Bytes of a record's header.
 pub const RECORD_HEADER_BYTES: usize = 9;
 
-/// What a record says.
+/// The kind of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// First in each file: the state that earlier files leave, as they may be gone.
+    /// First in each file: the state that earlier files leave, since they may be gone.
     Start,
     /// A log entry.
     Entry,
-    /// The vote.
+    /// The vote of the node.
     Vote,
-    /// Entries after this one are gone.
+    /// Entries after this one are removed.
     Truncate,
-    /// Entries up to this one are gone.
+    /// Entries up to this one are purged.
     Purge,
-    /// Entries up to this one are committed. A hint: it is never waited for.
+    /// Entries up to this one are committed. This is a hint and is never waited for.
     Committed,
 }
 
@@ -66,7 +64,7 @@ impl Kind {
     }
 }
 
-/// A batch being put together. Its place must be known from the start, since the checksums cover it.
+/// A batch that is being built. Its position must be known from the start, since the checksums cover it.
 #[derive(Debug)]
 pub struct BatchWriter {
     file_sequence: u64,
@@ -75,7 +73,7 @@ pub struct BatchWriter {
 }
 
 impl BatchWriter {
-    /// For a batch at `offset` of file `file_sequence`; `buffer` is reused.
+    /// Begins a batch at `offset` of file `file_sequence`; `buffer` is reused.
     pub fn new(file_sequence: u64, offset: u64, mut buffer: Vec<u8>) -> BatchWriter {
         buffer.clear();
         buffer.resize(BATCH_HEADER_BYTES, 0);
@@ -86,7 +84,7 @@ impl BatchWriter {
         }
     }
 
-    /// Adds a record whose payload `write` appends to the buffer; answers where in the file the record lies.
+    /// Adds a record whose payload `write` appends to the buffer; returns the record's range in the file.
     pub fn record(&mut self, kind: Kind, write: impl FnOnce(&mut Vec<u8>)) -> Range<u64> {
         let start = self.bytes.len();
         self.bytes.resize(start + RECORD_HEADER_BYTES, 0);
@@ -100,7 +98,7 @@ impl BatchWriter {
         at..self.offset + self.bytes.len() as u64
     }
 
-    /// The whole batch.
+    /// Returns the bytes of the batch.
     pub fn finish(mut self) -> Vec<u8> {
         let body = (self.bytes.len() - BATCH_HEADER_BYTES) as u32;
         self.bytes[..8].copy_from_slice(&MAGIC);
@@ -128,7 +126,7 @@ fn long(bytes: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
 }
 
-/// The body length of the batch whose whole, undamaged header lies at `at`.
+/// Returns the body length of the batch whose whole, undamaged header is at `at`.
 fn batch_body_at(bytes: &[u8], file_sequence: u64, at: usize) -> Option<u32> {
     let header = bytes.get(at..at + BATCH_HEADER_BYTES)?;
     let whole = header[..8] == MAGIC
@@ -138,8 +136,8 @@ fn batch_body_at(bytes: &[u8], file_sequence: u64, at: usize) -> Option<u32> {
     if whole { word(header, 24) } else { None }
 }
 
-/// Checks the record in `bytes` (header and payload, nothing else) that lies at `at` of file `file_sequence`;
-/// answers its kind and payload.
+/// Checks the record in `bytes` (header and payload, nothing else) at `at` of file `file_sequence`; returns its kind
+/// and payload.
 pub fn open_record(bytes: &[u8], file_sequence: u64, at: u64) -> Option<(Kind, &[u8])> {
     let length = word(bytes, 0)?;
     if bytes.len() != RECORD_HEADER_BYTES + length as usize {
@@ -151,37 +149,37 @@ pub fn open_record(bytes: &[u8], file_sequence: u64, at: u64) -> Option<(Kind, &
     Some((Kind::from_byte(bytes[8])?, &bytes[RECORD_HEADER_BYTES..]))
 }
 
-/// A record found in a file: its place, header included, and its payload's.
+/// A record found in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FoundRecord {
-    /// What it says.
+    /// Kind of the record.
     pub kind: Kind,
-    /// Where it lies, header included.
+    /// Its range in the file, header included.
     pub place: Range<usize>,
 }
 
 impl FoundRecord {
-    /// Its payload, out of the bytes that were scanned.
+    /// Returns the payload from the scanned bytes.
     pub fn payload<'a>(&self, bytes: &'a [u8]) -> &'a [u8] {
         &bytes[self.place.start + RECORD_HEADER_BYTES..self.place.end]
     }
 }
 
-/// What a file holds.
+/// The contents of a file.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Scan {
     /// The records of its whole batches.
     pub records: Vec<FoundRecord>,
-    /// Where the last whole batch begins (0 if there is none).
+    /// Start of the last whole batch (0 if there is none).
     pub last_batch: usize,
-    /// Where the last whole batch ends.
+    /// End of the last whole batch.
     pub end: usize,
-    /// Where the first byte that is not as it was written may be looked for, if something that had been
-    /// flushed is damaged (see the module's text).
+    /// If flushed data is damaged (see the module documentation): the offset from which the first damaged byte is to be
+    /// looked for.
     pub damaged_below_watermark: Option<usize>,
 }
 
-/// Reads all of a file.
+/// Scans a whole file.
 pub fn scan(bytes: &[u8], file_sequence: u64) -> Scan {
     let mut scan = Scan {
         records: Vec::new(),
@@ -206,7 +204,7 @@ pub fn scan(bytes: &[u8], file_sequence: u64) -> Scan {
     }
 }
 
-/// The records of the batch at `at` and where it ends; else where it stops being one.
+/// Returns the records of the batch at `at` and its end; as the error, the offset at which it is malformed.
 fn scan_batch(bytes: &[u8], file_sequence: u64, at: usize) -> Result<(Vec<FoundRecord>, usize), usize> {
     let body = batch_body_at(bytes, file_sequence, at).ok_or(at)?;
     let end = at + BATCH_HEADER_BYTES + body as usize;
@@ -228,7 +226,7 @@ fn scan_batch(bytes: &[u8], file_sequence: u64, at: usize) -> Result<(Vec<FoundR
     Ok((records, end))
 }
 
-/// Whether a whole batch header lies anywhere from `from` on.
+/// Whether a whole batch header exists at or after `from`.
 fn header_after(bytes: &[u8], file_sequence: u64, from: usize) -> bool {
     let mut at = from;
     while let Some(found) = bytes

@@ -1,12 +1,12 @@
-//! What the log holds, as far as memory knows: the vote, the marks, for each entry its id and where it lies,
-//! and the newest entries themselves. Pure: no files are read or written here.
+//! The log in memory: the vote, the marks, each entry's id and location, and the newest entries themselves. Pure: no
+//! files are read or written here.
 //!
 //! Invariants:
 //! - `slots` are consecutive: slot `i` is entry `first + i`.
-//! - An entry that has no place on disk yet is in memory; only placed entries are let go, oldest first.
-//! - The cache holds placed entries of at most `cache_bytes_max` bytes, as they are in memory (and whatever is not
-//!   placed, which the writer's bound limits).
-//! - The index has a slot for each entry; who bounds the log counts them: see [`FileInfo::weight_bytes`].
+//! - An entry without a location on disk is in memory; only entries with a location are evicted, oldest first.
+//! - The cache has at most `cache_bytes_max` bytes of entries with a location, as they are in memory (plus the entries
+//!   without one, which the writer's bound limits).
+//! - The index has a slot for each entry; bounds on the log count the slots: see [`FileInfo::weight_bytes`].
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
@@ -16,20 +16,20 @@ use std::sync::Arc;
 use super::footprint::resident_bytes;
 use crate::consensus::types::{CommittedLeader, Entry, LogId, Vote};
 
-/// What an entry counts for beside its bytes on disk, where the log's length is bounded. Its slot takes a tenth of this:
-/// so a log of small entries is as long as it may be before its index takes much.
+/// Weight of an entry besides its bytes on disk, for bounds on the log's length. Its slot takes a tenth of this, so
+/// that a log of small entries reaches its bound before its index takes much memory.
 const ENTRY_WEIGHT_BYTES: u64 = 512;
-/// An index of fewer slots is not made smaller.
+/// An index with fewer slots is not shrunk.
 const SLOTS_KEPT: usize = 4096;
 
-/// Where a record lies on disk, header included.
+/// The location of a record on disk, header included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EntryLocation {
     /// The file's sequence number.
     pub file: u64,
-    /// Its first byte.
+    /// The offset of its first byte.
     pub at: u64,
-    /// Its length.
+    /// Length of the record in bytes.
     pub bytes: u32,
 }
 
@@ -38,36 +38,36 @@ pub struct EntryLocation {
 pub struct FileInfo {
     /// Open for reading.
     pub file: Arc<File>,
-    /// How much of it is used.
+    /// Number of bytes used.
     pub bytes: u64,
-    /// The highest index it has ever held, truncated or not.
+    /// The highest index that the file has ever had, truncated or not.
     pub last_index: Option<u64>,
-    /// How many entries it has ever held.
+    /// Number of entries that the file has ever had.
     pub entries: u64,
 }
 
 impl FileInfo {
-    /// What it takes, on disk and, for its entries, in memory: for bounds that hold for both.
+    /// Returns the weight on disk and, for its entries, in memory: for bounds that apply to both.
     pub fn weight_bytes(&self) -> u64 {
         self.bytes + self.entries * ENTRY_WEIGHT_BYTES
     }
 }
 
-/// What is known of an entry whose index its position says. As small as can be: there may be millions.
+/// A slot of the index; the entry's index follows from its position. As small as possible: there may be millions.
 #[derive(Debug)]
 struct Slot {
     leader: CommittedLeader,
-    /// As long as it is in memory.
+    /// The entry, while it is in memory.
     entry: Option<Arc<Entry>>,
     written: Written,
 }
 
-// Its fields are not those of a `EntryLocation`, so that the tag finds room beside them.
+// The fields are not an `EntryLocation`, so that the tag fits beside them.
 #[derive(Clone, Copy, Debug)]
 enum Written {
-    /// Operation `ticket` will write so many bytes.
+    /// Operation `ticket` will write this many bytes.
     NotYet { ticket: u64, bytes: u32 },
-    /// It lies there.
+    /// The record is at this location.
     At { file: u64, at: u64, bytes: u32 },
 }
 
@@ -93,43 +93,43 @@ impl From<EntryLocation> for Written {
 /// How an entry comes into memory.
 #[derive(Clone, Copy, Debug)]
 pub enum Cached {
-    /// New: operation `ticket` will write so many bytes.
+    /// New: operation `ticket` will write this many bytes.
     Unwritten {
-        /// The operation.
+        /// Ticket of the operation.
         ticket: u64,
-        /// Encoded size.
+        /// Encoded size in bytes.
         bytes: u32,
     },
     /// Found on disk.
     WrittenAt(EntryLocation),
 }
 
-/// An entry as a reader gets it.
+/// An entry for a reader.
 #[derive(Clone, Debug)]
 pub enum Held {
-    /// From memory.
+    /// An entry in memory.
     InMemory(Arc<Entry>),
-    /// To be read.
+    /// An entry that must be read.
     OnDisk {
-        /// From this file.
+        /// The open log file.
         file: Arc<File>,
-        /// From here.
+        /// The location in the file.
         place: EntryLocation,
     },
 }
 
-/// See the module.
+/// The index and cache of the log; see the module documentation.
 #[derive(Debug)]
 pub struct LogMemory {
-    /// The vote.
+    /// The last vote of the node.
     pub vote: Option<Vote>,
-    /// Entries up to this one are committed, as far as was noted.
+    /// Entries up to this one are known to be committed.
     pub committed: Option<LogId>,
-    /// Entries up to this one are gone.
+    /// Entries up to this one are purged.
     pub purged: Option<LogId>,
-    /// The last operation queued.
+    /// Ticket of the last queued operation.
     pub ticket_last: u64,
-    /// The last operation flushed.
+    /// Ticket of the last flushed operation.
     pub ticket_flushed: u64,
     /// Bytes queued and not flushed.
     pub unflushed_bytes: u64,
@@ -144,7 +144,7 @@ pub struct LogMemory {
 }
 
 impl LogMemory {
-    /// An empty log.
+    /// Returns an empty log.
     pub fn new(cache_bytes_max: u64) -> LogMemory {
         LogMemory {
             vote: None,
@@ -162,24 +162,24 @@ impl LogMemory {
         }
     }
 
-    /// The last entry, or the purge mark if there is none.
+    /// Returns the id of the last entry, or the purge mark if there is none.
     pub fn last_log_id(&self) -> Option<LogId> {
         let last = self.slots.len().checked_sub(1);
         let last = last.and_then(|last| self.log_id(self.first + last as u64));
         last.or(self.purged)
     }
 
-    /// The indices held.
+    /// Returns the range of the indexes.
     pub fn range(&self) -> Range<u64> {
         self.first..self.first + self.slots.len() as u64
     }
 
-    /// The id of entry `index`, if it is held.
+    /// Returns the id of entry `index`, if the log has it.
     pub fn log_id(&self, index: u64) -> Option<LogId> {
         self.slot(index).map(|slot| LogId::new(slot.leader, index))
     }
 
-    /// Whether entry `index` does not wait to be written: it is on disk, or not held.
+    /// Whether entry `index` is on disk, or not in the log.
     pub fn is_placed(&self, index: u64) -> bool {
         let unwritten = |slot: &Slot| matches!(slot.written, Written::NotYet { .. });
         !self.slot(index).is_some_and(unwritten)
@@ -190,13 +190,13 @@ impl LogMemory {
             .get(usize::try_from(index.checked_sub(self.first)?).ok()?)
     }
 
-    /// The index of an entry that ought to be held but is not: log and purge mark do not meet.
+    /// Returns the index of an entry that is missing: the purge mark and the entries do not meet.
     pub fn missing_entry(&self) -> Option<u64> {
         let expected = self.purged.map_or(0, |purged| purged.index + 1);
         (!self.slots.is_empty() && self.first > expected).then_some(expected)
     }
 
-    /// Adds the next entry. Refused if it is not the next.
+    /// Adds the next entry. Fails if it is not the next.
     pub fn append(&mut self, entry: Arc<Entry>, cached: Cached) -> Result<(), String> {
         let index = entry.log_id.index;
         let next = self.range().end;
@@ -231,7 +231,7 @@ impl LogMemory {
         }
     }
 
-    /// Operation `ticket` has written entry `index` to `place`.
+    /// Records that operation `ticket` has written entry `index` to `place`.
     pub fn placed(&mut self, index: u64, ticket: u64, place: EntryLocation) {
         self.note_in_file(place.file, index);
         let at = index.checked_sub(self.first).map(|at| at as usize);
@@ -242,7 +242,7 @@ impl LogMemory {
         }
     }
 
-    /// Lets entries go that are on disk, oldest first, down to the bound.
+    /// Evicts entries that are on disk, oldest first, down to the bound.
     pub fn evict(&mut self) {
         while self.cached_bytes > self.cache_bytes_max && self.cached_from < self.range().end {
             let slot = &mut self.slots[(self.cached_from - self.first) as usize];
@@ -255,7 +255,7 @@ impl LogMemory {
         }
     }
 
-    /// Entries after `last` are gone.
+    /// Removes the entries after `last`.
     pub fn truncate_after(&mut self, last: Option<LogId>) {
         let keep_end = last.map_or(0, |last| last.index + 1);
         while self.range().end > keep_end.max(self.first) {
@@ -266,7 +266,7 @@ impl LogMemory {
         self.cached_from = self.cached_from.min(self.range().end);
     }
 
-    /// Entries up to `upto` are gone.
+    /// Removes the entries up to `upto`.
     pub fn purge(&mut self, upto: LogId) {
         while self.first <= upto.index
             && let Some(slot) = self.slots.pop_front()
@@ -284,8 +284,7 @@ impl LogMemory {
         }
     }
 
-    /// The entries of `range` that are held, the first of them, and of those that follow as many as
-    /// `bytes_max` admits.
+    /// Returns the first entry of `range` that the log has, and as many of the next ones as `bytes_max` admits.
     pub fn read(&self, range: Range<u64>, bytes_max: u64) -> Vec<Held> {
         let held = self.range();
         let mut found = Vec::new();
@@ -302,31 +301,31 @@ impl LogMemory {
                     file: self.files[&file].file.clone(),
                     place: EntryLocation { file, at, bytes },
                 },
-                // Only what is written is let go (see `evict`).
+                // Only written entries are evicted (see `evict`).
                 (None, Written::NotYet { .. }) => break,
             });
         }
         found
     }
 
-    /// Bytes of all files.
+    /// Returns the size of all files.
     pub fn wal_bytes(&self) -> u64 {
         self.files.values().map(|file| file.bytes).sum()
     }
 
-    /// What all files weigh.
+    /// Returns the weight of all files.
     pub fn weight_bytes(&self) -> u64 {
         self.files.values().map(FileInfo::weight_bytes).sum()
     }
 
-    /// Bytes written since entry `index`: those of the files that hold anything beyond it.
+    /// Returns the bytes written since entry `index`: those of the files with entries after it.
     pub fn bytes_after(&self, index: Option<u64>) -> u64 {
         let beyond = |file: &&FileInfo| file.last_index > index;
         self.files.values().filter(beyond).map(|file| file.bytes).sum()
     }
 
-    /// The highest index, at most `snapshot`, up to which whole files can go while those that stay weigh
-    /// `keep_bytes` without what is beyond `snapshot`.
+    /// Returns the highest index, at most `snapshot`, up to which whole files can be purged so that the rest weighs at
+    /// least `keep_bytes`, not counting what is beyond `snapshot`.
     pub fn purgeable(&self, snapshot: u64, keep_bytes: u64) -> Option<u64> {
         let mut covered: Vec<(u64, u64)> = Vec::new();
         for file in self.files.values() {
@@ -346,8 +345,7 @@ impl LogMemory {
         None
     }
 
-    /// Files that hold nothing beyond the purge mark `purged`, which has been flushed; oldest first, never
-    /// the newest.
+    /// Returns the files without entries beyond the flushed purge mark `purged`, oldest first, never the newest file.
     pub fn purged_files(&self, purged: Option<LogId>) -> Vec<u64> {
         let Some(purged) = purged else {
             return Vec::new();
@@ -408,20 +406,20 @@ mod tests {
         assert!(memory.slots.capacity() < ENTRIES as usize, "the index shrinks");
     }
 
-    /// Alone in its process: `cargo test --lib what_an_entry_takes -- --ignored`.
+    /// Must run alone in its process: `cargo test --lib what_an_entry_takes -- --ignored`.
     #[test]
     #[ignore = "measures the whole process"]
     fn what_an_entry_takes_in_memory() {
         const ENTRIES: u64 = 100_000;
         let in_use = || {
-            // SAFETY: it only reads the allocator's counters.
+            // SAFETY: the call only reads the allocator's counters.
             let info = unsafe { libc::mallinfo2() };
             (info.uordblks + info.hblkhd) as u64
         };
         let before = in_use();
         let entries: Vec<Arc<Entry>> = (0..ENTRIES)
             .map(|index| {
-                // As they come from the network.
+                // Decoded, as entries from the network are.
                 let encoded = quorumfs_proto::codec::encode(&small_entry(index));
                 Arc::new(quorumfs_proto::codec::decode(&encoded).unwrap())
             })

@@ -1,15 +1,16 @@
-//! The write-ahead log: where log entries and votes are made durable.
+//! The write-ahead log, which makes log entries and votes durable.
 //!
-//! It owes: what it has reported as flushed is found again after a crash, or the log refuses to open and says
-//! so ([`WalError::DamagedBelowWatermark`]): a node must not vote with a log that has forgotten. What it has
-//! not reported may be found or not, but only from the front: never a later operation without an earlier one.
+//! Contract: everything that it has reported as flushed is found again after a crash, or the log refuses to open and
+//! says so ([`WalError::DamagedBelowWatermark`]): a node must not vote with a log that has lost entries. Operations
+//! that it has not reported may be found or not, but never a later one without an earlier one.
 //!
 //! - [`frame`]: the bytes; pure.
 //! - [`files`]: the files: creating, recovering, the reserve.
-//! - [`memory`]: the index of entries and the cache of the newest; pure. `footprint` says what an entry takes there.
-//! - [`writer`]: the one thread that writes: it drains what is queued, one write, one fdatasync, then tells.
+//! - [`memory`]: the index of entries and the cache of the newest; pure. `footprint` estimates the memory of an entry.
+//! - [`writer`]: the one thread that writes: it drains the queue, writes once, flushes once, then notifies the waiting
+//!   operations.
 //!
-//! Knows the types of entries and votes, nothing of what they mean.
+//! This module knows the types of entries and votes, not their meaning.
 
 pub mod files;
 mod footprint;
@@ -20,56 +21,55 @@ pub mod writer;
 use std::io;
 use std::path::PathBuf;
 
-/// Why the log cannot be opened.
+/// Why the log cannot be opened. Each message includes its cause.
 #[derive(Debug, thiserror::Error)]
 pub enum WalError {
-    /// Bytes that had been flushed are not as they were written. The node has lost what it promised: it must
-    /// not vote under its identity again.
+    /// Flushed bytes are damaged. The node has lost promises: it must not vote under its incarnation again.
     #[error("log file {file} is damaged at byte {offset}, below what had been flushed", file = file.display())]
     DamagedBelowWatermark {
-        /// Which file.
+        /// Path of the log file.
         file: PathBuf,
-        /// Where in it.
+        /// Offset in the file.
         offset: u64,
     },
-    /// A file that must be there is not.
+    /// A required file is missing.
     #[error("log file {file} is missing", file = file.display())]
     Missing {
-        /// Which.
+        /// Path of the log file.
         file: PathBuf,
     },
-    /// Whole records that contradict each other: a fault of the program that wrote them.
+    /// Whole records contradict each other: an error of the program that wrote them.
     #[error("log file {file}: {reason}", file = file.display())]
     Inconsistent {
-        /// In which file.
+        /// Path of the log file.
         file: PathBuf,
-        /// How.
+        /// How they contradict each other.
         reason: String,
     },
-    /// The operating system refused.
-    #[error("{doing} {path}: {source}", path = path.display())]
+    /// A system call failed.
+    #[error("cannot {doing} {path}: {error}", path = path.display())]
     Io {
-        /// What was being done.
+        /// The action that failed.
         doing: &'static str,
-        /// To what.
+        /// The file or folder.
         path: PathBuf,
-        /// What came of it.
-        source: io::Error,
+        /// The error of the system.
+        error: io::Error,
     },
 }
 
-/// How the log is kept.
+/// Options of the log.
 #[derive(Clone, Debug)]
 pub struct WalOptions {
-    /// Bytes that each file is given when it is made. Purging takes whole files.
+    /// Size of each file. Purging removes whole files.
     pub file_bytes: u64,
-    /// Most entries in a file: a slot in memory is kept for each.
+    /// Most entries in a file: each has a slot in memory.
     pub file_entries_max: u64,
-    /// Most bytes that entries take which are kept in memory for replication and apply, besides those not yet flushed.
+    /// Most bytes of memory for written entries that are cached for replication and apply.
     pub cache_bytes_max: u64,
-    /// Most bytes accepted and not yet flushed; beyond it appending waits for the disk.
+    /// Most bytes accepted and not yet flushed; above it appending waits for the disk.
     pub unflushed_bytes_max: u64,
-    /// A slow disk: each flush takes so much longer, in milliseconds.
+    /// Simulates a slow disk: additional duration of each flush, in milliseconds.
     #[cfg(test)]
     pub flush_delay_ms: std::sync::Arc<std::sync::atomic::AtomicU64>,
 }
@@ -80,7 +80,7 @@ impl Default for WalOptions {
             file_bytes: 64 << 20,
             file_entries_max: 256 << 10,
             cache_bytes_max: 64 << 20,
-            // Twice what admission lets in, since a follower gets what several leaders in turn let in.
+            // Twice the bound of admission, since a follower gets the entries that several leaders in turn admitted.
             unflushed_bytes_max: 128 << 20,
             #[cfg(test)]
             flush_delay_ms: std::sync::Arc::default(),

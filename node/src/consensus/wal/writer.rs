@@ -1,12 +1,11 @@
 //! The one thread that writes the log.
 //!
-//! It takes all that is queued (up to a bound), makes one batch of it, writes it with one write, flushes it
-//! with one fdatasync, and then tells everyone who waits: so that a thousand appends that wait together share
-//! a flush.
+//! It takes everything that is queued (up to a bound), makes one batch of it, writes it with one write, flushes it with
+//! one fdatasync, and then notifies all waiting operations: a thousand appends that wait together share a flush.
 //!
-//! A write or flush that fails is not tried again: every waiter hears of it, and [`FatalSignal`] is raised. A
-//! full disk is no failure: the thread waits for room, and so do those who append. A purge does not wait behind what
-//! waits for room, since it is what may make some: see [`WalWriter::purge_meanwhile`].
+//! A failed write or flush is not retried: every waiting operation fails, and [`FatalSignal`] is raised. A full disk is
+//! no failure: the thread waits for space, and so do appends. A purge does not wait behind operations that wait for
+//! space, since it may free some: see [`WalWriter::purge_meanwhile`].
 
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
@@ -28,75 +27,74 @@ use super::{WalError, WalOptions};
 use crate::consensus::fatal::{FatalError, FatalSignal};
 use crate::consensus::types::{Entry, LogId, TypeConfig, Vote};
 
-/// Most bytes gathered into one batch: a flush of more takes long enough that waiting for it costs more than
-/// the next flush.
+/// Most bytes in one batch: flushing more takes so long that it is better left to the next flush.
 const BATCH_BYTES_MAX: u64 = 4 << 20;
-/// After so long without work the end of the log is sealed (see [`WalWriter::seal`]).
+/// Idle time after which the end of the log is sealed (see [`WalWriter::seal`]).
 const IDLE_MS: u64 = 1_000;
-/// What is left at the end of each file for purges that come while there is no room for another file.
+/// Bytes left at the end of each file for purges while there is no space for another file.
 const END_BYTES: u64 = 512;
-/// How long the thread waits before it asks again whether a full disk has room.
+/// Pause before the thread checks again whether a full disk has space.
 const FULL_RETRY_MS: u64 = 200;
 
-/// What is to be written.
+/// An operation on the log.
 pub enum Operation {
-    /// Entries, in order.
+    /// Adds entries, in order.
     Append {
-        /// Which.
+        /// The entries to add.
         entries: Vec<Arc<Entry>>,
-        /// Told when they are on stable storage.
+        /// Notified when they are on stable storage.
         flushed: IOFlushed<TypeConfig>,
     },
-    /// The vote.
+    /// Stores the vote.
     Vote {
-        /// Whom.
+        /// The new vote of the node.
         vote: Vote,
-        /// Told when it is on stable storage.
+        /// Notified when it is on stable storage.
         flushed: oneshot::Sender<io::Result<()>>,
     },
-    /// Entries after this one are gone.
+    /// Removes entries after this one.
     Truncate(Option<LogId>),
-    /// Entries up to this one are gone.
+    /// Purges entries up to this one.
     Purge(LogId),
-    /// Nothing more comes.
+    /// Ends the thread.
     Stop,
 }
 
 /// An operation in the queue.
 pub struct Queued {
-    /// Counts up by one.
+    /// Number of the operation; counts up by one.
     pub ticket: u64,
     /// Encoded size, for the bounds.
     pub bytes: u64,
-    /// What.
+    /// The operation to write.
     pub operation: Operation,
 }
 
-/// What the thread and those who append share.
+/// The state that the thread and appending tasks share.
 #[derive(Debug)]
 pub struct Shared {
     /// The log as readers see it. Locked for short sections only, never across a write or an await.
     pub memory: Mutex<LogMemory>,
-    /// Told after each flush, with `memory`.
+    /// Notified after each flush; used with `memory`.
     pub flushed: Condvar,
-    /// Told when there is room for more to be queued.
+    /// Notified when the queue has space.
     pub room: Notify,
-    /// Held by the one that makes the reserve.
+    /// Locked while the reserve is created.
     pub reserve: Mutex<()>,
-    /// Raised when the log can no longer be trusted.
+    /// Raised when the log is no longer reliable.
     pub fatal: FatalSignal,
-    /// How much was flushed, how often, how fast.
+    /// Counters of the flushes.
     pub counters: Counters,
 }
 
 impl Shared {
-    /// Looks whether the reserve is there, and makes it if there is room.
+    /// Checks whether the reserve exists, and creates it if there is space.
     fn look_after_reserve(&self, directory: &WalDirectory) {
         let _alone = self.reserve.lock();
         self.note_reserve(directory.ensure_reserve());
     }
 
-    /// The same, unless another thread is at it: then that one notes what it found.
+    /// Like `look_after_reserve`, unless another thread is doing it.
     pub fn try_look_after_reserve(&self, directory: &WalDirectory) {
         if let Some(_alone) = self.reserve.try_lock() {
             self.note_reserve(directory.ensure_reserve());
@@ -108,24 +106,24 @@ impl Shared {
     }
 }
 
-/// For `/status` and for the decision to hand leadership on.
+/// Counters for `/status` and for the decision to hand on leadership.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Flushes.
+    /// Number of flushes.
     pub flushes: AtomicU64,
-    /// Entries in them.
+    /// Number of entries in them.
     pub entries_flushed: AtomicU64,
-    /// How long flushes took, in nanoseconds.
+    /// Durations of the flushes, in nanoseconds.
     pub flush_times: Distribution,
-    /// Entries in each flush that had any.
+    /// Number of entries in each flush that had any.
     pub flush_entries: Distribution,
-    /// Milliseconds since `epoch` at which the flush under way began, plus one; 0 if there is none.
+    /// Start of the flush in progress, in milliseconds since `epoch`, plus one; 0 if there is none.
     flush_began: AtomicU64,
-    /// The longest flush that ended since it was last asked for.
+    /// The longest flush that ended since the last query.
     slowest_ms: AtomicU64,
-    /// Whether the reserve for a full disk is there.
+    /// Whether the reserve for a full disk exists.
     pub reserve_held: AtomicBool,
-    /// Whether the thread waits for room on the disk.
+    /// Whether the thread waits for space on the disk.
     pub disk_full: AtomicBool,
     epoch: std::sync::OnceLock<Instant>,
 }
@@ -145,7 +143,7 @@ impl Counters {
             .fetch_max((self.now_ms() + 1).saturating_sub(began), Ordering::Relaxed);
     }
 
-    /// The longest flush since the last call, the one under way included.
+    /// Returns the longest flush in milliseconds since the last call, including the one in progress.
     pub fn take_slowest_flush_ms(&self) -> u64 {
         let began = self.flush_began.load(Ordering::Relaxed);
         let under_way = if began == 0 {
@@ -157,14 +155,14 @@ impl Counters {
     }
 }
 
-/// The thread's own state.
+/// The state of the thread.
 pub struct WalWriter {
     shared: Arc<Shared>,
     directory: WalDirectory,
     open: OpenFile,
     queue: Receiver<Queued>,
     buffer: Vec<u8>,
-    /// What the written records amount to. The shared memory is ahead of it by what is queued.
+    /// The state of the written records. The shared memory is ahead of it by the queued operations.
     written: Start,
     /// Entries in the open file.
     entries: u64,
@@ -174,11 +172,11 @@ pub struct WalWriter {
     flush_delay_ms: Arc<AtomicU64>,
 }
 
-/// Where each entry of a batch lies: index, ticket, place.
+/// The location of each entry of a batch: index, ticket, location.
 type Places = Vec<(u64, u64, EntryLocation)>;
 
 impl WalWriter {
-    /// `open` is the file to go on with.
+    /// Makes a writer that continues in `open`.
     pub fn new(
         shared: Arc<Shared>,
         directory: WalDirectory,
@@ -258,19 +256,19 @@ impl WalWriter {
         let committed = self.shared.memory.lock().committed;
         let (mut batch, mut places) = self.encode(operations, committed);
         let room = self.open.capacity_bytes.saturating_sub(self.open.offset);
-        // Not on a full disk: there are no files to spare.
+        // Not on a full disk, which has no space for another file.
         let is_full = self.entries >= self.file_entries_max
             && self.shared.counters.reserve_held.load(Ordering::Relaxed);
         if is_full && !places.is_empty() || batch.len() as u64 + END_BYTES > room {
             self.next_file(batch.len() as u64 + END_BYTES, first_entry(operations))?;
-            // The checksums cover the place, and the place is another now.
+            // The checksums cover the position, and the position has changed.
             self.buffer = batch;
             (batch, places) = self.encode(operations, committed);
         }
         let path = self.directory.file_path(self.open.sequence);
         let io_error = |doing: &'static str| {
             let path = path.clone();
-            move |source| WalError::Io { doing, path, source }
+            move |error| WalError::Io { doing, path, error }
         };
         self.when_room(|| self.open.file.write_all_at(&batch, self.open.offset))
             .map_err(io_error("write log file"))?;
@@ -338,7 +336,7 @@ impl WalWriter {
         (batch.finish(), places)
     }
 
-    /// Leaves the file and begins the next, for operations of which `first_entry` is the first entry.
+    /// Leaves the file and begins the next, for operations whose first entry is `first_entry`.
     fn next_file(&mut self, bytes_min: u64, first_entry: Option<u64>) -> Result<(), WalError> {
         let sequence = self.open.sequence + 1;
         let next = loop {
@@ -350,7 +348,7 @@ impl WalWriter {
                 .directory
                 .create(sequence, &start, bytes_min, Purpose::Growth)
             {
-                Err(WalError::Io { source, .. }) if source.kind() == ErrorKind::StorageFull => {
+                Err(WalError::Io { error, .. }) if error.kind() == ErrorKind::StorageFull => {
                     self.wait_for_room();
                     self.purge_meanwhile(first_entry)?;
                 }
@@ -358,7 +356,7 @@ impl WalWriter {
             }
         };
         self.shared.counters.disk_full.store(false, Ordering::Relaxed);
-        // Best effort: gives back what the old file was allocated and did not use.
+        // Frees the unused part of the old file; a failure does no harm.
         let _ = self.open.file.set_len(self.open.offset);
         let mut memory = self.shared.memory.lock();
         if let Some(left) = memory.files.get_mut(&self.open.sequence) {
@@ -372,8 +370,8 @@ impl WalWriter {
         Ok(())
     }
 
-    /// While the disk is full and operations wait whose first entry is `first_entry`: what may be purged of the entries
-    /// before it, all of which are written, is. The mark goes to the end of the file that is full.
+    /// While the disk is full, and operations wait whose first entry is `first_entry`: purges the entries before it,
+    /// all of which are written, as far as a queued purge allows. The mark is written to the end of the full file.
     fn purge_meanwhile(&mut self, first_entry: Option<u64>) -> Result<(), WalError> {
         let purged = self.shared.memory.lock().purged;
         let is_written = |upto: &LogId| first_entry.is_some_and(|first| upto.index < first);
@@ -390,10 +388,10 @@ impl WalWriter {
         let written = self.open.file.write_all_at(&batch, self.open.offset);
         written
             .and_then(|()| self.open.file.sync_data())
-            .map_err(|source| WalError::Io {
-                doing: "purge in log file",
+            .map_err(|error| WalError::Io {
+                doing: "write a purge to log file",
                 path,
-                source,
+                error,
             })?;
         self.open.offset += batch.len() as u64;
         self.written.purged = purged;
@@ -410,7 +408,7 @@ impl WalWriter {
         std::thread::sleep(Duration::from_millis(FULL_RETRY_MS));
     }
 
-    /// Does `act`, again and again while the disk is full.
+    /// Calls `act`, and repeats it while the disk is full.
     fn when_room<T>(&self, act: impl Fn() -> io::Result<T>) -> io::Result<T> {
         loop {
             match act() {
@@ -423,7 +421,7 @@ impl WalWriter {
         }
     }
 
-    /// `operations` are on stable storage: says so.
+    /// Reports that `operations` are on stable storage.
     fn complete(&mut self, operations: Vec<Queued>, places: Places) {
         let purged_files = {
             let mut memory = self.shared.memory.lock();
@@ -454,7 +452,7 @@ impl WalWriter {
             match queued.operation {
                 Operation::Append { flushed, .. } => flushed.io_completed(Ok(())),
                 Operation::Vote { flushed, .. } => {
-                    // Who asked may have gone; the vote stands all the same.
+                    // The receiver may be gone; the vote is stored in any case.
                     let _ = flushed.send(Ok(()));
                 }
                 Operation::Truncate(_) | Operation::Purge(_) | Operation::Stop => {}
@@ -471,19 +469,19 @@ impl WalWriter {
                     self.shared.memory.lock().files.remove(&sequence);
                 }
                 Err(error) => {
-                    // It is in nobody's way: the next purge tries again.
+                    // Does no harm: the next purge tries again.
                     tracing::warn!(%error, "cannot remove a purged log file");
                     return;
                 }
             }
         }
-        // The reserve is the first to get the room: content would leave it none.
+        // The reserve is created first: content would leave no space for it.
         if gives_room && !self.shared.counters.reserve_held.load(Ordering::Relaxed) {
             self.shared.look_after_reserve(&self.directory);
         }
     }
 
-    /// The log cannot be trusted any more: everyone who waits or will wait is told.
+    /// Fails all present and later operations: the log is no longer reliable.
     fn fail(self, operations: Vec<Queued>, stop: bool, error: WalError) {
         let fatal = self.shared.fatal.raise("write the log", error);
         self.shared.flushed.notify_all();
@@ -506,9 +504,8 @@ impl WalWriter {
         }
     }
 
-    /// Writes an empty batch at the end, which the next one overwrites: its header proves that what lies
-    /// before it was flushed, so that later damage to it is not taken for a torn write. Not flushed itself;
-    /// nothing rests on it.
+    /// Writes an empty batch at the end, which the next one overwrites: its header proves that the bytes before it were
+    /// flushed, so that later damage to them is not taken for a torn write. It is not flushed; nothing depends on it.
     fn seal(&mut self) {
         if self.sealed {
             return;
@@ -520,7 +517,7 @@ impl WalWriter {
     }
 }
 
-/// The first entry that `operations` append.
+/// Returns the index of the first entry that `operations` append.
 fn first_entry(operations: &[Queued]) -> Option<u64> {
     operations.iter().find_map(|queued| match &queued.operation {
         Operation::Append { entries, .. } => entries.first().map(|entry| entry.log_id.index),
@@ -528,7 +525,7 @@ fn first_entry(operations: &[Queued]) -> Option<u64> {
     })
 }
 
-/// The encoding of [`codec::encode`], straight into the batch.
+/// Encodes like [`codec::encode`], directly into the batch.
 fn encode_entry(entry: &Entry, out: &mut Vec<u8>) {
     out.push(codec::VERSION);
     let whole = postcard::to_extend(entry, std::mem::take(out)).expect("encoding to memory");

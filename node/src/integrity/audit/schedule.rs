@@ -1,21 +1,21 @@
-//! When all nodes are to compare their metadata. Pure.
+//! Decides when nodes compare their metadata. Pure.
 //!
-//! The leader begins audits; a node that has a reason for one asks it. Reasons beside the interval: a leader that has
-//! led for a while and has not been compared since, a node that has begun and has not, and rows that contradict each
-//! other. However many reasons there are, audits leave most of the time to other work: each reads all metadata.
+//! The leader begins audits; a node that has a reason for one asks it. Reasons besides the interval: a leader has led
+//! for a while and has not been compared since, a node has started and has not been compared, rows contradict each
+//! other. Audits always leave most of the time to other work, because each reads all metadata.
 
 use std::time::{Duration, Instant};
 
-/// A leader that has led for so long is compared. Where leaders change more often they are compared by [`SPACING`].
+/// A leader that has led for this long is compared. If leaders change more often, [`SPACING`] applies.
 const AFTER_CHANGE: Duration = Duration::from_secs(30);
-/// A node that began so long ago is compared. Later than a leader, whose audit compares all.
+/// A node that started this long ago is compared. Later than a new leader, whose audit compares all nodes.
 const AFTER_START: Duration = Duration::from_secs(60);
-/// The least time between two audits that nobody asked for …
+/// Least time between two audits outside the interval …
 const SPACING: Duration = Duration::from_secs(60);
-/// … and at least so many times what the last one took this node.
+/// … which is also at least this multiple of the duration of the last one on this node.
 const SPACING_DIGESTS: u32 = 20;
 
-/// What is to be done.
+/// The next action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Begin an audit.
@@ -24,33 +24,33 @@ pub enum Step {
     AskLeader,
 }
 
-/// What is known of this node.
+/// The situation of this node.
 #[derive(Clone, Copy, Debug)]
 pub struct Standing {
-    /// The term in which it leads, if it does.
+    /// The term in which it leads, if it leads.
     pub leads_in: Option<u64>,
-    /// The entry of the last audit that it took part in, and how long that took it, in milliseconds.
+    /// The entry of the last audit that it took part in, and the duration on this node in milliseconds.
     pub last: Option<(u64, u64)>,
-    /// Whether it takes part in one now.
+    /// Whether it is taking part in one now.
     pub is_comparing: bool,
 }
 
-/// See the module.
+/// The schedule of audits; see the module documentation.
 #[derive(Debug)]
 pub struct Schedule {
     interval: Duration,
-    /// Since when it leads in which term.
+    /// The term in which it leads, and the time since which it does.
     leads_since: Option<(u64, Instant)>,
     began: Instant,
-    /// The last audit that was seen, and when.
+    /// The last audit that was seen, and the time.
     seen: Option<(u64, Instant)>,
-    /// When the last step was made.
+    /// The time of the last action.
     stepped: Option<Instant>,
     suspects: bool,
 }
 
 impl Schedule {
-    /// Of a node that begins `now`.
+    /// Makes the schedule of a node that starts at `now`.
     pub fn new(interval: Duration, now: Instant) -> Schedule {
         Schedule {
             interval,
@@ -62,12 +62,12 @@ impl Schedule {
         }
     }
 
-    /// This node's metadata contradicts itself.
+    /// Records that rows of this node's metadata contradict each other.
     pub fn suspect(&mut self) {
         self.suspects = true;
     }
 
-    /// What is to be done `now`.
+    /// Returns the action that is due at `now`.
     pub fn next(&mut self, standing: Standing, now: Instant) -> Option<Step> {
         let Standing {
             leads_in,
@@ -126,7 +126,7 @@ mod tests {
         }
     }
 
-    /// The seconds at which it does something, up to `until_s`, while it stands so.
+    /// Returns the seconds, up to `until_s`, at which an action is due in this situation.
     fn steps(
         schedule: &mut Schedule,
         start: Instant,

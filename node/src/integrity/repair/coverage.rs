@@ -1,8 +1,8 @@
-//! How far the scrub is: one coverage is a walk over everything held, in the order of ids. It is written to a small
-//! file now and then, so that a restart goes on where it was.
+//! The progress of the scrub. One coverage is a walk over all held chunks in the order of ids. It is written to a small
+//! file from time to time, so that a restart continues it.
 //!
-//! The file is 96 bytes: magic, numbers, and a CRC-32C over them. One that does not match begins a new coverage; so it
-//! need not be flushed.
+//! The file has 96 bytes: magic, numbers, and a CRC-32C over them. If it is damaged, a new coverage begins; so it need
+//! not be flushed.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,36 +12,36 @@ use quorumfs_proto::{ChunkId, SessionId};
 const MAGIC: u64 = u64::from_le_bytes(*b"QFSscrb1");
 const NUMBERS: usize = 11;
 
-/// How far one coverage is, and what all of them found.
+/// The progress of a coverage, and the totals of all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Coverage {
-    /// The last chunk that was looked at; `None`: a coverage begins.
+    /// The last chunk that was examined; `None` at the beginning of a coverage.
     pub cursor: Option<ChunkId>,
-    /// When it began, in milliseconds since 1970; 0: not yet.
+    /// Start of the coverage, in milliseconds since 1970; 0 if it has not begun.
     pub began_unix_ms: u64,
-    /// Chunks looked at in this coverage.
+    /// Number of chunks examined in this coverage.
     pub chunks: u64,
-    /// Bytes of them.
+    /// Bytes of these chunks.
     pub bytes: u64,
-    /// Coverages completed since the data folder was made.
+    /// Coverages completed since the data folder was created.
     pub completed: u64,
-    /// When the last one was, in milliseconds since 1970; 0: never.
+    /// End of the last completed coverage, in milliseconds since 1970; 0 if there is none.
     pub completed_unix_ms: u64,
-    /// How long it took, in milliseconds, pauses and restarts included.
+    /// Its duration in milliseconds, pauses and restarts included.
     pub completed_duration_ms: u64,
-    /// How many chunks it looked at.
+    /// Its number of chunks.
     pub completed_chunks: u64,
 }
 
 impl Coverage {
-    /// `id` of `length` bytes was looked at.
-    pub fn looked_at(&mut self, id: ChunkId, length: u32) {
+    /// Records that `id`, of `length` bytes, was examined.
+    pub fn examined(&mut self, id: ChunkId, length: u32) {
         self.cursor = Some(id);
         self.chunks += 1;
         self.bytes += u64::from(length);
     }
 
-    /// Nothing lies behind the cursor: the next coverage begins at the beginning.
+    /// Completes the coverage: no chunk follows the cursor, and the next coverage starts at the beginning.
     pub fn complete(&mut self, now_unix_ms: u64) {
         *self = Coverage {
             completed: self.completed + 1,
@@ -52,7 +52,7 @@ impl Coverage {
         };
     }
 
-    /// What part of `held_bytes` was looked at, in percent.
+    /// Returns the percentage of `held_bytes` that was examined.
     pub fn percent(&self, held_bytes: u64) -> f64 {
         match held_bytes {
             0 => 100.0,
@@ -60,7 +60,7 @@ impl Coverage {
         }
     }
 
-    /// What `path` says; a new coverage where it says nothing that can be relied on.
+    /// Loads the coverage from `path`; returns a new one if the file is missing or damaged.
     pub fn load(path: &Path) -> Coverage {
         std::fs::read(path)
             .ok()
@@ -68,7 +68,7 @@ impl Coverage {
             .unwrap_or_default()
     }
 
-    /// Writes it to `path`, all of it or nothing.
+    /// Writes the coverage to `path` as a whole.
     pub fn save(&self, path: &Path) -> io::Result<()> {
         let beside: PathBuf = path.with_extension("new");
         std::fs::write(&beside, self.encode())?;
@@ -154,7 +154,7 @@ mod tests {
             session: SessionId(7),
             counter: 9,
         };
-        coverage.looked_at(id, 500);
+        coverage.examined(id, 500);
         coverage.save(&path).unwrap();
         assert_eq!(Coverage::load(&path), coverage);
         assert_eq!(coverage.percent(1000), 50.0);

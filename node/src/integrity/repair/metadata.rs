@@ -1,5 +1,5 @@
-//! Reading all metadata again and again, at the scrub's rate: when the node starts, and then from time to time. What is
-//! damaged is found before somebody needs it, and the node is made anew while the others are whole.
+//! Reads all metadata repeatedly, at the scrub's rate: when the node starts, and then at an interval. Damage is found
+//! before a query meets it, and the node is rebuilt while the others are intact.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,33 +12,33 @@ use crate::pace::Pacer;
 use crate::wall_clock::unix_ms;
 use quorumfs_metadata::{Checked, StorageFault};
 
-/// From the end of one check to the beginning of the next.
+/// Time from the end of one check to the start of the next.
 const CHECK_INTERVAL: Duration = Duration::from_secs(3600);
-/// Bytes of rows read between two looks at the time.
+/// Bytes of rows read between two checks of the rate.
 const SLICE_BYTES: u64 = 1 << 20;
 
-/// How the last check of the metadata ended.
+/// The result of the last check of the metadata.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct MetadataCheck {
-    /// When it ended, in milliseconds since 1970.
+    /// End of the check, in milliseconds since 1970.
     pub unix_ms: u64,
-    /// Rows read.
+    /// Number of rows read.
     pub rows: u64,
-    /// Bytes of them.
+    /// Bytes of these rows.
     pub bytes: u64,
 }
 
 impl Repair {
-    /// Checks the metadata, for ever.
+    /// Checks the metadata repeatedly; never returns.
     pub(super) async fn run_metadata_checks(self: Arc<Self>) {
         loop {
             match self.check_metadata().await {
                 Ok(check) => {
-                    debug!(?check, "the metadata on the disk is in order");
+                    debug!(?check, "the metadata on the disk is intact");
                     *self.metadata_check.lock() = Some(check);
                 }
                 Err(message) => {
-                    warn!(message, "the metadata on the disk could not be checked");
+                    warn!(message, "cannot check the metadata on the disk");
                     self.state.lock().last_error = Some(LastError {
                         unix_ms: unix_ms(),
                         message,

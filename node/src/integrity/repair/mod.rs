@@ -1,15 +1,16 @@
-//! Repair: bad copies are found, put aside, and made anew from healthy ones.
+//! Repair: bad copies are found, set aside, and replaced from good ones.
 //!
-//! Found by the scrub, which reads everything held again and again at a bounded rate and compares it with its CRCs and
-//! its SHA-256 ([`Repair::start`]); by reads, whose blocks are checked ([`Repair::found_bad`]); by other nodes that
-//! fetched a bad copy; and by who asks for a file to be verified ([`verify`]).
+//! Bad copies are found by the scrub, which repeatedly reads everything held at a bounded rate and compares it with its
+//! CRCs and its SHA-256 ([`Repair::start`]); by reads, which check blocks ([`Repair::found_bad`]); by other nodes that
+//! fetched a bad copy; and by requests to verify a file ([`verify`]).
 //!
-//! A copy that is said to be bad is looked at once more. If it is, it is held no more from that moment, recovery
-//! fetches another, and only when that is on disk does the bad one go. So every bad copy is counted once, whoever finds
-//! it, and ends in exactly one of three ways: repaired, obsolete (no file names the chunk any more, or it is for others to hold), or still under
-//! repair; the latter are unrepairable as long as every node has answered and none has a good copy.
+//! A copy that is reported as bad is checked once more. If it is bad, it is no longer held from that moment, recovery
+//! fetches another, and only when that is on disk is the bad one removed. So every bad copy is counted once, whoever
+//! finds it, and ends in exactly one of three states: repaired, obsolete (no file refers to the chunk any more, or
+//! other nodes should hold it), or under repair; the last are unrepairable while every node has answered and none has a
+//! good copy.
 //!
-//! Knows nothing of HTTP or of who reads.
+//! This module does not know HTTP or the readers.
 
 pub mod coverage;
 mod metadata;
@@ -44,96 +45,96 @@ use quorumfs_metadata::{ChunkRecord, MetadataStore};
 pub use self::metadata::MetadataCheck;
 pub use self::status::{LastError, RepairStatus};
 
-/// Bad copies that are followed until they are made anew; more are repaired all the same, but found by recovery alone.
+/// Bad copies that are tracked until they are replaced; more are repaired too, but only found by recovery.
 const UNDER_REPAIR_MAX: usize = 64 << 10;
-/// Passes that end at a copy that cannot be read, before it is passed over until the next coverage.
+/// Passes that end at a copy that cannot be read, before it is skipped until the next coverage.
 const READ_ATTEMPTS_MAX: u32 = 3;
 /// Chunks listed at a time.
 const PAGE_CHUNKS: usize = 1024;
-/// Bytes verified between two looks at the time.
+/// Bytes verified between two checks of the rate.
 const SLICE_BYTES: u64 = 4 << 20;
-/// How often the cursor is written while the scrub runs: after a crash so much is read again at most.
+/// Interval at which the cursor is written during a scrub: after a crash at most the work of this time is repeated.
 const SAVE_INTERVAL_MS: u64 = 5_000;
-/// How often it is seen whether a new copy has come.
+/// Interval at which new copies are looked for.
 const SETTLE_TICK_MS: u64 = 100;
 
-/// How fast and how often.
+/// The rate and the interval of the scrub.
 #[derive(Clone, Debug)]
 pub struct RepairOptions {
-    /// At most so many bytes are verified per second.
+    /// Most bytes verified per second.
     pub bytes_per_s: u64,
-    /// From the beginning of one pass to that of the next, if it has ended.
+    /// Time from the start of one pass to the start of the next, if the first has ended by then.
     pub interval: Duration,
-    /// Where the cursor is kept.
+    /// File in which the cursor is stored.
     pub cursor_file: PathBuf,
 }
 
-/// What repair works with.
+/// The parts of the node that repair uses.
 pub struct RepairParts {
-    /// Who is a member.
+    /// Knows the members.
     pub consensus: Consensus,
-    /// What should be there.
+    /// The chunks that should be held.
     pub metadata: Arc<MetadataStore>,
-    /// What is.
+    /// The chunks that are held.
     pub content: Arc<ContentStore>,
-    /// What others have.
+    /// The chunks of other nodes.
     pub peers: Arc<PeerChunks>,
-    /// Who should have what.
+    /// The nodes that should hold each chunk.
     pub placement: Arc<Placement>,
-    /// Fetches what was put aside.
+    /// Fetches copies that were set aside.
     pub recovery: Arc<Recovery>,
-    /// The way to the leader, to learn how far the log goes.
+    /// The connection to the leader, to learn the commit index.
     pub transport: Arc<Transport>,
 }
 
-/// See the module.
+/// Repair on a node; see the module documentation.
 pub struct Repair {
     parts: RepairParts,
     options: RepairOptions,
     // Locked to change a few numbers; never during I/O.
-    state: Mutex<State>,
+    state: Mutex<RepairState>,
     scrubbing: AtomicBool,
     settle_soon: Notify,
     names: NameFinder,
-    /// The last check of the metadata.
+    /// The last check of the metadata that found it intact.
     metadata_check: Mutex<Option<MetadataCheck>>,
-    /// Chunks whose copy here had the right SHA-256, whoever asked.
+    /// Chunks whose copy here had the right SHA-256, in all checks.
     verified_chunks: AtomicU64,
     verified_bytes: AtomicU64,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct RepairState {
     coverage: Coverage,
-    /// Bad copies that no new one has replaced yet, and why they are bad.
+    /// Bad copies without a replacement, and why they are bad.
     under_repair: BTreeMap<ChunkId, String>,
     found_corrupt: u64,
     repaired: u64,
     obsolete: u64,
     last_error: Option<LastError>,
-    /// The copy that could not be read, and how many passes ended at it.
+    /// The copy that could not be read, and the number of passes that ended at it.
     unreadable: Option<(ChunkId, u32)>,
 }
 
-/// What looking at the copy of a chunk on this node's disk showed.
+/// The result of examining the copy of a chunk on this node's disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Looked {
-    /// It is right, and so long.
+enum CopyCheck {
+    /// The copy is good and has this length.
     Healthy(u32),
-    /// There is none.
+    /// There is no copy.
     Missing,
-    /// It is bad.
+    /// The copy is bad, for this reason.
     Bad(String),
-    /// It could not be read, which says nothing of it: too many files are open, or the store has stopped.
+    /// The copy could not be read, which says nothing about it: too many files are open, or the store has stopped.
     Unknown(String),
 }
 
 impl Repair {
-    /// Nothing is read before [`Repair::start`].
+    /// Makes the repair; it reads nothing before [`Repair::start`].
     pub fn new(parts: RepairParts, options: RepairOptions) -> Arc<Repair> {
-        let state = State {
+        let state = RepairState {
             coverage: Coverage::load(&options.cursor_file),
-            ..State::default()
+            ..RepairState::default()
         };
         Arc::new(Repair {
             names: NameFinder::new(parts.metadata.clone()),
@@ -148,13 +149,13 @@ impl Repair {
         })
     }
 
-    /// Somebody found this node's copy of `id` to be bad. When it returns, it is not served any more, and another is
-    /// being fetched.
+    /// Called when this node's copy of `id` was found to be bad. When it returns, the copy is no longer served, and
+    /// another is being fetched.
     pub async fn found_bad(self: &Arc<Self>, id: ChunkId, reason: String) {
         let repair = Arc::clone(self);
         let handled = tokio::task::spawn_blocking(move || repair.found_bad_blocking(id, &reason)).await;
         if let Err(panic) = handled {
-            warn!(chunk = %id, %panic, "a bad copy could not be put aside");
+            warn!(chunk = %id, %panic, "cannot set a bad copy aside");
         }
     }
 
@@ -162,13 +163,13 @@ impl Repair {
         let named = self.named(id).map(|record| record.sha256);
         match self.parts.content.quarantine(id, named) {
             Ok(Quarantined::SetAside) => self.count_bad(id, reason),
-            Ok(Quarantined::Healthy) => debug!(chunk = %id, reason, "a copy is good at second sight"),
+            Ok(Quarantined::Healthy) => debug!(chunk = %id, reason, "a copy reported as bad is good"),
             Ok(Quarantined::NotHeld) => {}
-            Err(error) => warn!(chunk = %id, %error, "a bad copy could not be put aside"),
+            Err(error) => warn!(chunk = %id, %error, "cannot set a bad copy aside"),
         }
     }
 
-    /// Copies that were found to be bad while they were moved, and dropped. Blocking.
+    /// Counts copies that were found to be bad during a move and dropped. Blocking.
     pub fn dropped(&self, ids: &[ChunkId]) {
         for id in ids {
             self.count_bad(*id, "found while its segment was rewritten");
@@ -176,7 +177,7 @@ impl Repair {
     }
 
     fn count_bad(&self, id: ChunkId, reason: &str) {
-        error!(chunk = %id, reason, "a copy failed its check; it is put aside and made anew");
+        error!(chunk = %id, reason, "a copy failed its check; it is set aside and replaced");
         let fits = {
             let mut state = self.state.lock();
             state.found_corrupt += 1;
@@ -197,7 +198,7 @@ impl Repair {
         self.settle_soon.notify_one();
     }
 
-    /// Scrubs and settles, for ever.
+    /// Starts the tasks that scrub and that count replaced copies.
     pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
         tasks.supervise("repair-settling", self.clone(), Self::run_settling);
         tasks.supervise("scrub", self.clone(), Self::run_scrub);
@@ -211,13 +212,13 @@ impl Repair {
             let outcome = self.scrub().await;
             self.scrubbing.store(false, Ordering::Release);
             if let Err(reason) = outcome {
-                warn!(reason, "the scrub stops; the next pass goes on");
+                warn!(reason, "the scrub pass ends early; the next pass continues");
             }
             tokio::time::sleep(self.options.interval.saturating_sub(began.elapsed())).await;
         }
     }
 
-    /// Verifies what is held, from the cursor to the end of the coverage.
+    /// Verifies held chunks from the cursor to the end of the coverage.
     async fn scrub(self: &Arc<Self>) -> Result<(), String> {
         let mut pacer = Pacer::new(self.options.bytes_per_s);
         let mut saved = Instant::now();
@@ -242,7 +243,7 @@ impl Repair {
                 });
                 let (rest, bytes) = slice.await.map_err(|panic| panic.to_string())??;
                 page = rest;
-                // The bytes were read already; the time they may take is waited out afterwards.
+                // The bytes have been read already; the time that they may take is waited afterwards.
                 pacer.take(Instant::now(), bytes);
                 tokio::time::sleep(pacer.take(Instant::now(), 0)).await;
                 if saved.elapsed() >= Duration::from_millis(SAVE_INTERVAL_MS) {
@@ -253,8 +254,8 @@ impl Repair {
         }
     }
 
-    /// Verifies the first ids of `page`, about [`SLICE_BYTES`] of them or what a tenth of a second allows, and takes
-    /// them out; answers how many bytes they were. Blocking.
+    /// Verifies the first ids of `page` and removes them: about [`SLICE_BYTES`] of them, or as many as a tenth of a
+    /// second allows. Returns the number of bytes. Blocking.
     fn scrub_slice(&self, page: &mut Vec<ChunkId>) -> Result<u64, String> {
         let most = SLICE_BYTES.min(self.options.bytes_per_s / 10);
         let mut bytes = 0;
@@ -264,27 +265,27 @@ impl Repair {
                 break;
             }
             done += 1;
-            // Bad ones count as well: a disk that gives many of them must not be worn harder than a good one.
+            // Bad copies count too: a disk with many of them must not be loaded more than a good one.
             bytes += self.parts.content.length(*id).map_or(0, u64::from);
-            let length = match self.look_at(*id) {
-                Looked::Healthy(length) => length,
-                Looked::Missing => 0,
-                Looked::Bad(reason) => {
+            let length = match self.check_copy(*id) {
+                CopyCheck::Healthy(length) => length,
+                CopyCheck::Missing => 0,
+                CopyCheck::Bad(reason) => {
                     self.found_bad_blocking(*id, &reason);
                     0
                 }
-                Looked::Unknown(reason) => self
+                CopyCheck::Unknown(reason) => self
                     .is_to_be_passed_over(*id, &reason)
                     .then_some(0)
                     .ok_or(reason)?,
             };
-            self.state.lock().coverage.looked_at(*id, length);
+            self.state.lock().coverage.examined(*id, length);
         }
         page.drain(..done);
         Ok(bytes)
     }
 
-    /// A copy could not be read. The pass ends and the next begins with it again, but not for ever.
+    /// Whether to skip a copy that cannot be read. The pass ends and the next begins with it again, but not for ever.
     fn is_to_be_passed_over(&self, id: ChunkId, reason: &str) -> bool {
         let mut state = self.state.lock();
         let attempts = match state.unreadable {
@@ -299,23 +300,25 @@ impl Repair {
         attempts >= READ_ATTEMPTS_MAX
     }
 
-    /// Reads the copy of `id` from disk. Blocking.
-    fn look_at(&self, id: ChunkId) -> Looked {
+    /// Reads the copy of `id` from disk and checks it. Blocking.
+    fn check_copy(&self, id: ChunkId) -> CopyCheck {
         let named = self.named(id);
         match self.parts.content.verify(id) {
             Ok((sha256, length)) => {
                 if named.is_some_and(|named| named.sha256 != sha256 || named.length != length) {
-                    // Not a failing disk, but another chunk under this name: nothing here can tell which is right.
-                    return Looked::Bad("it is whole, but not what the metadata names".to_string());
+                    // Not a failing disk, but another chunk under this id: nothing here shows which is right.
+                    return CopyCheck::Bad(
+                        "it is whole, but its SHA-256 differs from that in the metadata".to_string(),
+                    );
                 }
                 self.verified_chunks.fetch_add(1, Ordering::Relaxed);
                 self.verified_bytes
                     .fetch_add(u64::from(length), Ordering::Relaxed);
-                Looked::Healthy(length)
+                CopyCheck::Healthy(length)
             }
-            Err(ContentError::NotFound { .. }) => Looked::Missing,
-            Err(error) if error.is_bad_copy() => Looked::Bad(error.to_string()),
-            Err(error) => Looked::Unknown(error.to_string()),
+            Err(ContentError::NotFound { .. }) => CopyCheck::Missing,
+            Err(error) if error.is_bad_copy() => CopyCheck::Bad(error.to_string()),
+            Err(error) => CopyCheck::Unknown(error.to_string()),
         }
     }
 
@@ -333,7 +336,7 @@ impl Repair {
         debug!(
             chunks = coverage.completed_chunks,
             ms = coverage.completed_duration_ms,
-            "everything held was verified"
+            "all held chunks were verified"
         );
         self.save();
     }
@@ -341,7 +344,7 @@ impl Repair {
     fn save(&self) {
         let coverage = self.state.lock().coverage;
         if let Err(failed) = coverage.save(&self.options.cursor_file) {
-            let message = format!("note how far the scrub is: {failed}");
+            let message = format!("cannot store the progress of the scrub: {failed}");
             self.state.lock().last_error = Some(LastError {
                 unix_ms: unix_ms(),
                 message,
@@ -356,13 +359,13 @@ impl Repair {
             }
             let repair = Arc::clone(&self);
             if let Err(panic) = tokio::task::spawn_blocking(move || repair.settle()).await {
-                warn!(%panic, "what was repaired could not be counted");
+                warn!(%panic, "cannot count the repaired copies");
             }
             tokio::time::sleep(Duration::from_millis(SETTLE_TICK_MS)).await;
         }
     }
 
-    /// Counts the copies that were made anew, and lets the bad ones go. Blocking.
+    /// Counts the copies that were replaced, and removes the bad ones. Blocking.
     fn settle(&self) {
         let waiting: Vec<ChunkId> = self.state.lock().under_repair.keys().copied().collect();
         let mut repaired = Vec::new();
@@ -381,7 +384,7 @@ impl Repair {
         }
         for ids in [&repaired, &obsolete] {
             if let Err(error) = self.parts.content.forget_aside(ids) {
-                debug!(%error, "the room of bad copies is not given back");
+                debug!(%error, "cannot free the space of bad copies");
             }
         }
         let mut state = self.state.lock();

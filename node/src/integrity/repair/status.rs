@@ -1,4 +1,4 @@
-//! What repair says of itself.
+//! The status of repair.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -9,75 +9,76 @@ use serde::Serialize;
 
 use super::{MetadataCheck, Repair};
 
-/// Names of files in a status.
+/// Most names of files in a status.
 const FILES_NAMED_MAX: usize = 100;
 
-/// Something that went wrong.
+/// The last problem of a kind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct LastError {
-    /// When, in milliseconds since 1970.
+    /// Time, in milliseconds since 1970.
     pub unix_ms: u64,
-    /// What, in words.
+    /// Description of the problem.
     pub message: String,
 }
 
-/// What was verified, what was found, and how far the scrub is.
+/// What was verified and found, and the progress of the scrub.
 #[derive(Clone, Debug, PartialEq, Serialize, utoipa::ToSchema)]
 pub struct RepairStatus {
-    /// Whether the scrub reads now; between its passes it rests.
+    /// Whether the scrub is reading now; between passes it rests.
     pub running: bool,
-    /// Copies on this node that had the right SHA-256, since it started, whoever asked; the same one may count often.
+    /// Copies on this node that had the right SHA-256, since it started, in all checks; the same copy may count often.
     pub verified_chunks: u64,
-    /// Bytes of them.
+    /// Bytes of these copies.
     pub verified_bytes: u64,
-    /// Copies on this node that were found to be bad since it started; each once.
+    /// Copies on this node that were found to be bad since it started; each counts once.
     pub found_corrupt: u64,
-    /// Of these, those for which a good copy has been written.
+    /// Bad copies for which a good copy has been written.
     pub repaired: u64,
-    /// Of these, those of chunks that no file named or names any more: dropped.
+    /// Bad copies of chunks that no file refers to any more: dropped.
     pub obsolete: u64,
-    /// Of these, those that wait for a good copy.
+    /// Bad copies without a good replacement.
     pub under_repair: u64,
-    /// Chunks of which all nodes answered and none has a good copy, damaged here or missing.
+    /// Chunks for which all nodes answered and none has a good copy, damaged or missing here.
     pub unrepairable_chunks: u64,
-    /// The files they belong to, as far as they could be found within a bound (at most 100).
+    /// The files that these chunks belong to, as far as they could be found within a bound (at most 100).
     pub unrepairable_files: Vec<String>,
-    /// Whether these are all the files.
+    /// Whether these are all such files.
     pub unrepairable_files_complete: bool,
-    /// What part of everything held this coverage has verified, in percent.
+    /// Percentage of all held bytes that this coverage has verified.
     pub progress_percent: f64,
-    /// Chunks that this coverage has verified.
+    /// Number of chunks that this coverage has verified.
     pub progress_chunks: u64,
-    /// Bytes of them.
+    /// Bytes of these chunks.
     pub progress_bytes: u64,
-    /// When this coverage began, in milliseconds since 1970; null between two.
+    /// Start of this coverage, in milliseconds since 1970; null between two coverages.
     pub coverage_began_unix_ms: Option<u64>,
-    /// Seconds until this coverage ends, at the most that the setting allows; null between two.
+    /// Seconds until this coverage ends at the highest rate that is set; null between two coverages.
     pub coverage_seconds_to_go: Option<u64>,
-    /// Seconds that a whole coverage takes at that rate: within so long, and a pass's interval, everything is verified.
+    /// Seconds that a whole coverage takes at that rate. Everything is verified within that time plus the interval of a
+    /// pass.
     pub coverage_seconds: u64,
-    /// Coverages completed since the data folder was made.
+    /// Coverages completed since the data folder was created.
     pub coverages_completed: u64,
-    /// When the last one was, in milliseconds since 1970.
+    /// End of the last completed coverage, in milliseconds since 1970.
     pub last_coverage_unix_ms: Option<u64>,
-    /// How long it took, in milliseconds, restarts included.
+    /// Its duration in milliseconds, restarts included.
     pub last_coverage_duration_ms: Option<u64>,
-    /// How many chunks it looked at.
+    /// Its number of chunks.
     pub last_coverage_chunks: Option<u64>,
-    /// The most that is verified per second.
+    /// Most bytes verified per second.
     pub bytes_per_s_max: u64,
-    /// Files of this node's content store that its disk did not give back whole; set aside, they can be removed.
+    /// Files of this node's content store that its disk could not read whole; they were set aside and can be removed.
     pub files_set_aside: Vec<String>,
     /// The last bad copy or failure.
     pub last_error: Option<LastError>,
-    /// How the last check of the metadata on this node's disk ended that found it in order; null before the first.
+    /// The last check of the metadata on this node's disk that found it intact; null before the first.
     pub metadata_check: Option<MetadataCheck>,
-    /// Why this node's state cannot be relied on, and so none of these numbers; null where nothing is known against it.
+    /// Why this node's state, and so all of these numbers, are unreliable; null if nothing is known.
     pub trouble: Option<String>,
 }
 
 impl Repair {
-    /// How it stands. Blocking: where something is unrepairable, the names of files are looked up.
+    /// Returns the status. Blocking: if a chunk is unrepairable, the names of files are looked up.
     pub fn status(self: &Arc<Self>) -> RepairStatus {
         let lost: BTreeSet<ChunkId> = self.parts.recovery.lost();
         let lost_chunks = lost.len() as u64;

@@ -1,4 +1,4 @@
-//! Verifying one file: every node reads its copies of the file's chunks from disk, and what is bad or missing is
+//! Verifies one file: every node reads its copies of the file's chunks from disk, and bad or missing copies are
 //! repaired and waited for.
 
 use std::collections::BTreeMap;
@@ -10,33 +10,33 @@ use quorumfs_proto::{Attributes, ChunkId, FsError, InodeNumber, Member, Name, No
 use serde::Serialize;
 use tracing::debug;
 
-use super::{Looked, Repair};
+use super::{CopyCheck, Repair};
 use crate::replication::Verdict;
 use crate::replication::peers::VERIFY_IDS_MAX;
 use crate::transport::Purpose;
 use quorumfs_metadata::{Failure, StorageFault};
 
-/// Chunks verified by one request: 2 GiB of large ones; a request for more says up to where it got.
+/// Most chunks verified by one request: 2 GiB of large ones; a request for more returns how far it got.
 const CHUNKS_MAX: usize = 2048;
-/// Extents looked up at a time.
+/// Extents looked up per query.
 const EXTENTS_PAGE: u32 = 1024;
-/// How long a request waits for the repairs it caused.
+/// Longest wait for the repairs that a request caused.
 const REPAIR_WAIT_MS: u64 = 15_000;
-/// How often it looks.
+/// Interval at which repairs are looked for.
 const REPAIR_TICK_MS: u64 = 200;
-/// How long it waits to learn how far the log goes, and to have applied that.
+/// Longest wait to learn the commit index and to apply up to it.
 const UP_TO_DATE_MS: u64 = 3_000;
 
 /// Why a file was not verified.
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
-    /// The path leads to no file.
+    /// No file has this path.
     #[error("{0}")]
     Verdict(FsError),
     /// The metadata cannot be read.
     #[error(transparent)]
     Fault(#[from] StorageFault),
-    /// A task was cancelled.
+    /// A task was cancelled or panicked.
     #[error("{0}")]
     Internal(String),
 }
@@ -50,7 +50,7 @@ impl From<Failure> for VerifyError {
     }
 }
 
-/// How a file stands as a whole.
+/// The state of a file as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FileState {
@@ -58,93 +58,93 @@ pub enum FileState {
     Healthy,
     /// Some copies were bad or missing; good ones have been written.
     Repaired,
-    /// Some copies are bad or missing still; what was read of the others is good.
+    /// Some copies are still bad or missing; the other copies that were read are good.
     Degraded,
-    /// Of some chunk no node that answered has a good copy.
+    /// For some chunk no node that answered has a good copy.
     Damaged,
 }
 
-/// How a copy is.
+/// The state of a copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum CopyState {
-    /// It has the SHA-256 that the metadata names.
+    /// The copy has the SHA-256 in the metadata.
     Healthy,
-    /// There is none.
+    /// The node has no copy.
     Missing,
-    /// There is none, and other nodes are to hold this chunk.
+    /// The node has no copy, and other nodes should hold this chunk.
     Elsewhere,
-    /// It differs.
+    /// The copy differs.
     Corrupt,
-    /// It could not be looked at: the node did not answer, or is stopping.
+    /// The copy could not be examined: the node did not answer, or is stopping.
     Unknown,
 }
 
-/// What a node said of its copies.
+/// The result of a node for its copies.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct NodeVerdict {
-    /// The node.
+    /// Slot of the node.
     pub slot: u16,
-    /// Good copies at first sight.
+    /// Number of copies that were good when first read.
     pub healthy: u64,
-    /// Bad ones.
+    /// Number of bad copies.
     pub corrupt: u64,
-    /// Missing ones.
+    /// Number of missing copies.
     pub missing: u64,
-    /// Those it could not tell of.
+    /// Number of copies that could not be examined.
     pub unknown: u64,
-    /// Of the bad and missing ones, those that were good before this answer was given.
+    /// Bad and missing copies that were good before this answer was given.
     pub repaired: u64,
-    /// Why it could not tell; null where it could.
+    /// Why copies could not be examined; null if all were.
     pub error: Option<String>,
 }
 
 /// A node's copy of a chunk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct CopyVerdict {
-    /// The node.
+    /// Slot of the node.
     pub slot: u16,
-    /// How the copy was when it was read.
+    /// The state of the copy when it was read.
     pub state: CopyState,
-    /// What differs, or why it could not be looked at; null for good ones.
+    /// What differs, or why the copy could not be examined; null for good copies.
     pub detail: Option<String>,
-    /// Whether a good copy has been written instead.
+    /// Whether it has been replaced by a good copy.
     pub repaired: bool,
 }
 
 /// A chunk of the file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct ChunkVerdict {
-    /// Its id.
+    /// Id of the chunk.
     pub chunk: String,
-    /// Where in the file its first piece lies.
+    /// Offset of its first extent in the file.
     pub file_offset: u64,
     /// Its length in bytes.
     pub length: u32,
-    /// Every member's copy.
+    /// The copies of all members.
     pub copies: Vec<CopyVerdict>,
 }
 
-/// What verifying a file showed.
+/// The result of verifying a file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct FileVerdict {
-    /// The path, as it was asked.
+    /// The path, as in the request.
     pub file_path: String,
-    /// The file.
+    /// The file's inode number.
     pub inode: u64,
     /// Its size in bytes.
     pub size: u64,
-    /// How it stands.
+    /// The state of the file.
     pub state: FileState,
-    /// Up to where in the file content was verified; less than `size` where it has more chunks than one request takes.
+    /// Offset up to which content was verified; less than `size` if the file has more chunks than one request takes.
     pub verified_to: u64,
-    /// What each member said.
+    /// The result of each member.
     pub nodes: Vec<NodeVerdict>,
-    /// Each chunk and its copies, by their place in the file.
+    /// Each chunk and its copies, by offset in the file.
     pub chunks: Vec<ChunkVerdict>,
 }
 
-/// What the metadata says of the file.
+/// The file according to the metadata.
 struct Wanted {
     attributes: Attributes,
     /// In the order of the file.
@@ -153,25 +153,28 @@ struct Wanted {
 }
 
 impl Repair {
-    /// Has every member verify its copies of the file at `path` from offset `from` on, and waits a while for the
-    /// repairs that causes. `shown` is the path for people.
+    /// Has every member verify its copies of the file at `path` from offset `from` on, and waits for the repairs that
+    /// result. `shown` is the path for people.
+    ///
+    /// # Errors
+    /// [`VerifyError`].
     pub async fn verify_file(
         self: &Arc<Self>,
         path: Vec<Name>,
         shown: &str,
         from: u64,
     ) -> Result<FileVerdict, VerifyError> {
-        // A file that was just made must not be unknown; without a leader, what this node knows must do.
+        // A file that was just created must be found. Without a leader, this node's state must suffice.
         if let Err(reason) = self.come_up_to_date().await {
-            debug!(reason, "verifying a file as this node knows it");
+            debug!(reason, "verifying a file with the state of this node alone");
         }
         let repair = Arc::clone(self);
         let wanted = tokio::task::spawn_blocking(move || repair.chunks_of(&path, from))
             .await
             .map_err(|panic| VerifyError::Internal(panic.to_string()))??;
         let members = self.parts.consensus.members();
-        let picture = self.parts.placement.picture();
-        let belongs = |id: ChunkId, node: NodeId| picture.should_hold(id, node);
+        let snapshot = self.parts.placement.picture();
+        let belongs = |id: ChunkId, node: NodeId| snapshot.should_hold(id, node);
         let ids: Vec<ChunkId> = wanted.chunks.iter().map(|(id, _, _)| *id).collect();
         let said = join_all(members.iter().map(|member| self.ask(member, &ids))).await;
         let repaired = join_all(members.iter().zip(&said).map(|(member, verdicts)| {
@@ -185,22 +188,22 @@ impl Repair {
         Ok(file_verdict(shown, &wanted, &members, &said, &repaired, belongs))
     }
 
-    /// Verifies this node's copies, and repairs what is bad. Blocking work is done elsewhere.
+    /// Verifies this node's copies, and repairs bad ones. Blocking work runs on other threads.
     pub async fn verify_own(self: &Arc<Self>, ids: Vec<ChunkId>) -> Vec<Verdict> {
         let count = ids.len();
         let repair = Arc::clone(self);
         let looked = tokio::task::spawn_blocking(move || {
-            let look = |id: &ChunkId| match repair.look_at(*id) {
-                Looked::Healthy(_) => Verdict::Healthy,
-                Looked::Missing => {
+            let look = |id: &ChunkId| match repair.check_copy(*id) {
+                CopyCheck::Healthy(_) => Verdict::Healthy,
+                CopyCheck::Missing => {
                     repair.parts.recovery.wanted(*id);
                     Verdict::Missing
                 }
-                Looked::Bad(reason) => {
+                CopyCheck::Bad(reason) => {
                     repair.found_bad_blocking(*id, &reason);
                     Verdict::Corrupt(reason)
                 }
-                Looked::Unknown(reason) => Verdict::Unknown(reason),
+                CopyCheck::Unknown(reason) => Verdict::Unknown(reason),
             };
             ids.iter().map(look).collect()
         });
@@ -209,7 +212,7 @@ impl Repair {
             .unwrap_or_else(|panic| vec![Verdict::Unknown(panic.to_string()); count])
     }
 
-    /// What `member` says of its copies of `ids`.
+    /// Asks `member` for the state of its copies of `ids`.
     async fn ask(self: &Arc<Self>, member: &Member, ids: &[ChunkId]) -> Vec<Verdict> {
         let mut verdicts = Vec::with_capacity(ids.len());
         for page in ids.chunks(VERIFY_IDS_MAX) {
@@ -220,7 +223,7 @@ impl Repair {
             match self.parts.peers.verify(member, page).await {
                 Ok(said) => verdicts.extend(said),
                 Err(error) => {
-                    // It would not answer the rest either.
+                    // The node would not answer for the rest either.
                     verdicts.resize(ids.len(), Verdict::Unknown(error.to_string()));
                     return verdicts;
                 }
@@ -229,7 +232,7 @@ impl Repair {
         verdicts
     }
 
-    /// Which of the copies that were said not to be healthy are so now, after a while if need be.
+    /// Returns which of the copies that were not good are good now, after a while if necessary.
     async fn wait_for_repairs(
         self: &Arc<Self>,
         member: &Member,
@@ -254,12 +257,12 @@ impl Repair {
                 match self.parts.peers.held(member, &open).await {
                     Ok(held) => held,
                     Err(error) => {
-                        debug!(%error, "a node does not say whether it has repaired its copies");
+                        debug!(%error, "cannot ask a node whether it has repaired its copies");
                         return repaired;
                     }
                 }
             };
-            // A bad copy is held no more, so one that is held is a new one; it was checked when it came.
+            // A bad copy is not held, so a held copy is a new one; it was checked when it arrived.
             for (id, held) in open.into_iter().zip(held) {
                 repaired.insert(id, held);
             }
@@ -283,14 +286,14 @@ impl Repair {
         let mut at = from;
         loop {
             let page = view.extents(wanted.attributes.inode, at, wanted.attributes.size, EXTENTS_PAGE)?;
-            for piece in &page.extents {
-                if seen.len() == CHUNKS_MAX && !seen.contains_key(&piece.chunk) {
-                    wanted.known_to = piece.file_offset;
+            for extent in &page.extents {
+                if seen.len() == CHUNKS_MAX && !seen.contains_key(&extent.chunk) {
+                    wanted.known_to = extent.file_offset;
                     return Ok(wanted);
                 }
-                if seen.insert(piece.chunk, ()).is_none() {
-                    let length = view.chunk(piece.chunk)?.map_or(0, |record| record.length);
-                    wanted.chunks.push((piece.chunk, piece.file_offset, length));
+                if seen.insert(extent.chunk, ()).is_none() {
+                    let length = view.chunk(extent.chunk)?.map_or(0, |record| record.length);
+                    wanted.chunks.push((extent.chunk, extent.file_offset, length));
                 }
             }
             if page.known_to >= wanted.attributes.size || page.known_to <= at {
@@ -300,8 +303,10 @@ impl Repair {
         }
     }
 
-    /// Waits until this node has applied everything that was acknowledged before the call. Says why not, where that takes
-    /// more than a few seconds or no quorum confirms who leads.
+    /// Waits until this node has applied everything that was acknowledged before the call.
+    ///
+    /// # Errors
+    /// The reason, if that takes more than a few seconds or no quorum confirms the leader.
     pub async fn come_up_to_date(&self) -> Result<(), String> {
         let reach = async {
             let consensus = &self.parts.consensus;
@@ -323,7 +328,11 @@ impl Repair {
         };
         tokio::time::timeout(Duration::from_millis(UP_TO_DATE_MS), reach)
             .await
-            .unwrap_or_else(|_| Err(format!("this node does not catch up within {UP_TO_DATE_MS} ms")))
+            .unwrap_or_else(|_| {
+                Err(format!(
+                    "this node did not catch up with the leader within {UP_TO_DATE_MS} ms"
+                ))
+            })
     }
 }
 
@@ -374,7 +383,7 @@ fn file_verdict(
             }
             let is_good = state == CopyState::Healthy || repaired;
             node.repaired += u64::from(repaired);
-            // A bad copy that was for other nodes to hold is gone, and no other comes.
+            // A bad copy that other nodes should hold has been removed and is not replaced.
             not_healthy += u64::from(!matches!(state, CopyState::Healthy | CopyState::Elsewhere));
             not_repaired += u64::from(belongs && !is_good);
             good += u64::from(is_good);

@@ -1,41 +1,42 @@
-//! Up to where the chunks of each session were looked over, so that what a session put and never named is found without a
-//! look at all that is held. Pure.
+//! The progress of the sweep in the chunks of each session, so that chunks that a session put and never named are found
+//! without examining everything held. Pure.
 //!
-//! A session's mark is the counter below which it can name nothing new: its low-water mark, and above every counter once it
-//! has ended. What no file names below it is dead; what a file names there an apply will tell of when it dies. So one
-//! look at each stretch is enough, if all copies have come by then: it is had in the pass after the one that found the mark
-//! there. What an ended session leaves is looked at in both, for it may be much.
+//! A session's mark is the counter below which it can name nothing new: its low-water mark, or a value above every
+//! counter once it has ended. Chunks below it without a reference are dead; for chunks with one, an apply reports their
+//! death. So examining each stretch once is enough, if all copies have arrived by then: it is done in the pass after
+//! the one that found the mark there. The chunks of an ended session are examined in both passes, because there may be
+//! many.
 //!
-//! Invariant: everything held below `looked` was looked at after the mark had passed it. A session that is known no more
-//! is forgotten here: it ended long before.
+//! Invariant: everything held below `looked` was examined after the mark had passed it. A session that is no longer
+//! known is removed here: it ended long before.
 
 use std::collections::BTreeMap;
 
 use quorumfs_proto::{ChunkId, SessionId};
 
-/// Of a session that has ended.
+/// The mark of a session that has ended.
 pub const ENDED: u64 = u64::MAX;
 
-/// The mark of every session that is known, at one moment.
+/// The marks of all known sessions at one moment.
 pub type Marks = BTreeMap<SessionId, u64>;
 
-/// Chunks that follow each other.
+/// A range of consecutive chunks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stretch {
-    /// They come after this one; `None`: from the first.
+    /// The chunks come after this one; `None` for the first chunk.
     pub after: Option<ChunkId>,
-    /// They come before this one; `None`: to the last.
+    /// The chunks come before this one; `None` for the last chunk.
     pub before: Option<ChunkId>,
 }
 
 impl Stretch {
-    /// All chunks there are.
+    /// The stretch of all chunks.
     pub const ALL: Stretch = Stretch {
         after: None,
         before: None,
     };
 
-    /// The chunks of `session` from the counter `from`, to below `to`.
+    /// Returns the chunks of `session` from the counter `from` to below `to`.
     fn of(session: SessionId, from: u64, to: u64) -> Stretch {
         let last_before = |session: u64| ChunkId {
             session: SessionId(session),
@@ -50,28 +51,28 @@ impl Stretch {
         }
     }
 
-    /// Whether `id`, which comes after `after`, is one of them.
+    /// Whether `id`, which comes after `after`, is in the range.
     pub fn reaches(&self, id: ChunkId) -> bool {
         self.before.is_none_or(|before| id < before)
     }
 }
 
-/// See the module.
+/// The progress of the sweep; see the module documentation.
 #[derive(Debug, Default)]
 pub struct Progress {
     looked: Marks,
-    /// As the last pass found them.
+    /// The marks found by the last pass.
     found: Marks,
 }
 
 impl Progress {
-    /// Everything held was looked at after the marks were `now`.
+    /// Records that everything held was examined after the marks were `now`.
     pub fn all_looked(&mut self, now: Marks) {
         self.looked.clone_from(&now);
         self.found = now;
     }
 
-    /// What a pass that finds the marks `now` has to look at.
+    /// Returns the stretches that a pass that finds the marks `now` must examine.
     pub fn stretches(&self, now: &Marks) -> Vec<Stretch> {
         let below = |marks: &Marks, session| marks.get(session).copied().unwrap_or(0);
         let mut stretches = Vec::new();
@@ -88,7 +89,7 @@ impl Progress {
         stretches
     }
 
-    /// The pass that found the marks `now` has looked at its stretches.
+    /// Records that the pass that found the marks `now` has examined its stretches.
     pub fn looked(&mut self, now: Marks) {
         self.looked = std::mem::replace(&mut self.found, now);
     }
@@ -107,7 +108,7 @@ mod tests {
             .collect()
     }
 
-    /// The pass that finds these marks; what it looks at.
+    /// Simulates a pass that finds these marks; returns the stretches that it examines.
     fn pass(progress: &mut Progress, found: &[(u64, u64)]) -> Vec<Stretch> {
         let now = marks(found);
         let stretches = progress.stretches(&now);

@@ -1,4 +1,4 @@
-//! Which silences end a session, and which are only noted.
+//! Silences that end a session, and silences that are only recorded.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -29,7 +29,7 @@ fn noted(ms: u64) -> Noted {
 
 #[test]
 fn a_silence_goes_on_under_the_next_leader() {
-    // Dead, and never heard of by any of these leaders, each of which leads for 25 s.
+    // The client is dead, and none of these leaders, each of which leads for 25 s, has heard from it.
     let (mut now_ms, mut past_ms) = (0, 0);
     let ended_after_ms = 'over: loop {
         let carried_ms = now_ms;
@@ -89,7 +89,7 @@ fn a_process_that_is_gone_is_not_waited_for() {
         judge(Some(&mut session), noted(0), leading),
         Silence::Over(_)
     ));
-    // Behind a proxy nobody knows whose end it was.
+    // Behind a proxy it is unknown which side closed the connection.
     session.is_direct = false;
     assert_eq!(judge(Some(&mut session), noted(0), leading), Silence::Bearable);
 }

@@ -1,4 +1,4 @@
-//! Who holds which chunk, as far as the leader has heard, between a chunk's put and the command that names it. Pure.
+//! The holders of each chunk, as far as the leader knows, between a chunk's put and the command that names it. Pure.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -7,17 +7,17 @@ use quorumfs_proto::{ChunkId, NodeId};
 
 use crate::consensus::VoterSets;
 
-/// Chunks whose holders are remembered between their put and their command; beyond it the oldest are forgotten and
-/// the peers are asked instead. 64 Ki chunks are 64 GiB under way.
+/// Most chunks whose holders are remembered between put and command; beyond it the oldest are forgotten and the peers
+/// are asked. 64 Ki chunks are up to 64 GiB in progress.
 const HOLDERS_REMEMBERED_MAX: usize = 64 << 10;
 
-/// For how long a node counts as a holder after it has said so; then it is asked again.
+/// Time for which a node counts as a holder after it has confirmed the chunk; then it is asked again.
 const HOLDERS_AGE_MS_MAX: u64 = 30_000;
 
-/// Who was said to hold a chunk.
+/// The holders of a chunk.
 struct Held {
     term: u64,
-    /// When the first of them was.
+    /// Time of the first confirmation.
     since: Instant,
     nodes: BTreeSet<NodeId>,
 }
@@ -29,13 +29,13 @@ impl Held {
     }
 }
 
-/// Who holds which chunk, between the put and the command that names it. Counts only in the term it was learned in:
-/// a node that led, was deposed and leads again may have missed that a holder was replaced. Nor does it count for long: a
-/// node can lose what it held.
+/// The holders of each chunk between its put and the command that names it. They are valid only in the term in which
+/// they were learned: a node that led, was deposed and leads again may have missed that a holder was replaced. They are
+/// not valid for long: a node can lose chunks.
 #[derive(Default)]
 pub(super) struct Holders {
     by_chunk: HashMap<ChunkId, Held>,
-    /// In the order they were remembered; may name chunks that were forgotten since.
+    /// The chunks in the order in which they were remembered; may contain chunks that were forgotten since.
     order: VecDeque<ChunkId>,
 }
 
@@ -61,7 +61,8 @@ impl Holders {
         for id in ids {
             self.by_chunk.remove(id);
         }
-        // Mostly the oldest go first; what is forgotten in another order goes when it comes to the front.
+        // The oldest usually go first; chunks that were forgotten in another order are removed when they reach the
+        // front.
         while self
             .order
             .front()
@@ -113,7 +114,7 @@ mod tests {
         holders.remember(id(2), 7, nodes(&[3]));
         let now = Instant::now();
         assert!(holders.not_on_quorum(&[id(2)], 7, &voters, now).is_empty());
-        // Of other voters they are not a quorum, and after a while nobody knows whether they hold it still.
+        // They are not a quorum of other voters, and after a while it is unknown whether they still hold the chunk.
         let others = VoterSets::from_iter([nodes(&[2, 4, 5])]);
         assert_eq!(holders.not_on_quorum(&[id(1)], 7, &others, now), [id(1)]);
         let later = now + Duration::from_millis(HOLDERS_AGE_MS_MAX + 1);

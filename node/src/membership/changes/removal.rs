@@ -1,13 +1,13 @@
-//! Taking members out: a standing aim of the leader.
+//! Removing members: a goal that the leader pursues.
 //!
-//! 1. [`MembershipChanges::remove`] says whom, and waits a while.
-//! 2. [`MembershipChanges::run_removals`] asks those that remain, again and again, whether they hold all that will be theirs, which
-//!    makes them fetch it; when enough do it changes the voters.
-//! 3. What was decided between that look and the change may lie on one of those that remain, and they fetch it from each
-//!    other. Whoever still waits is told when that is done too.
+//! 1. [`MembershipChanges::remove`] sets the goal, and waits a while.
+//! 2. [`MembershipChanges::run_removals`] asks the remaining nodes repeatedly whether they hold everything they will
+//!    have to hold, which makes them fetch it; when enough do, it changes the voters.
+//! 3. Content that was named between that check and the change may lack on a remaining node, and they fetch it from
+//!    each other. A caller that still waits is told when that is done too.
 //!
-//! Invariants: one removal is pursued at a time, a newer one takes its place. It is in memory only and ends with the
-//! leadership, so that nobody is removed long after it was last asked for; where it is asked for again it goes on with
+//! Invariants: one removal is pursued at a time; a newer one replaces it. It is in memory only and ends with the
+//! leadership, so that no node is removed long after the last request; when it is requested again, it continues with
 //! what has been fetched ([`Placement::prepare_for`](crate::replication::placement::Placement::prepare_for)).
 
 use std::collections::BTreeSet;
@@ -20,37 +20,37 @@ use tracing::{debug, info, warn};
 
 use super::{ChangeError, LOOK_INTERVAL_MS, MembershipChanges, slots_of};
 
-/// How long who asked for a removal waits for it.
+/// Longest wait of a request for a removal.
 const REMOVAL_WAIT_MS: u64 = 30_000;
-/// How often those that remain are asked while nobody waits: they look through all that they should hold. Much more often
-/// than they forget what they are to prepare for.
+/// Interval at which the remaining nodes are asked while no request waits: they examine everything they should hold.
+/// Much shorter than the time after which they forget what to prepare for.
 const UNWATCHED_LOOK_INTERVAL_MS: u64 = 10_000;
 
-/// What is said of slots that have no member.
+/// How slots without a member are treated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gone {
-    /// That there is none.
+    /// The request is refused.
     Refuse,
-    /// Nothing: the removal has been asked for before, and may have taken place.
+    /// They are ignored: the removal has been requested before, and may have taken place.
     PassOver,
 }
 
-/// How a removal stands.
+/// The state of a removal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Removal {
-    /// They are out, and those that remain hold everything.
+    /// The nodes are removed, and the remaining ones hold everything.
     Done,
-    /// They are out; why those that remain do not hold everything yet.
+    /// The nodes are removed; the remaining ones do not hold everything yet, for this reason.
     Out(String),
-    /// Why they are not out yet. The leader goes on.
+    /// The nodes are not removed yet, for this reason. The leader continues.
     Pending(String),
 }
 
-/// The removal that is pursued.
+/// The removal that is being pursued.
 #[derive(Clone)]
 pub(super) struct Aim {
     leaving: BTreeSet<NodeId>,
-    /// Whether it has changed who votes already.
+    /// Whether it has already changed the voters.
     voters_changed: bool,
     looked: Option<Instant>,
     stage: watch::Sender<Stage>,
@@ -64,7 +64,10 @@ enum Stage {
 }
 
 impl MembershipChanges {
-    /// Takes the members in `slots` out. When it answers [`Removal::Done`] or [`Removal::Out`] they may be stopped.
+    /// Removes the members in `slots`. After [`Removal::Done`] or [`Removal::Out`] they may be stopped.
+    ///
+    /// # Errors
+    /// [`ChangeError`].
     pub async fn remove(&self, slots: &BTreeSet<u16>, gone: Gone) -> Result<Removal, ChangeError> {
         self.must_lead()?;
         let deadline = tokio::time::Instant::now() + Duration::from_millis(REMOVAL_WAIT_MS);
@@ -82,7 +85,7 @@ impl MembershipChanges {
         if leaving.is_empty() {
             return Ok(self.settled(deadline).await);
         }
-        // What cannot be must not take the place of what is pursued.
+        // An impossible removal must not replace the one that is being pursued.
         self.remaining_without(&leaving)?;
         let mut stage = self.aim_at(leaving);
         let ended = tokio::time::timeout_at(
@@ -91,7 +94,7 @@ impl MembershipChanges {
         );
         if ended.await.is_ok_and(|told| told.is_err()) {
             return Err(ChangeError::Refused(
-                "another removal was asked for in the place of this one".to_string(),
+                "another removal was requested and replaces this one".to_string(),
             ));
         }
         let stage = stage.borrow().clone();
@@ -105,7 +108,7 @@ impl MembershipChanges {
         }
     }
 
-    /// Why the removal that this node pursues, if it does, is not done yet.
+    /// Returns why the removal that this node pursues, if any, is not done yet.
     pub fn pending_removal(&self) -> Option<String> {
         let aim = self.removal.lock();
         let stage = aim.as_ref()?.stage.borrow().clone();
@@ -115,7 +118,7 @@ impl MembershipChanges {
         }
     }
 
-    /// Takes members out as it was asked for, for ever, as long as this node leads.
+    /// Removes members as requested, while this node leads; never returns.
     pub(super) async fn run_removals(self: Arc<Self>) {
         loop {
             tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
@@ -134,11 +137,12 @@ impl MembershipChanges {
                 }
                 Err(ChangeError::Unavailable(reason) | ChangeError::NobodyThere(reason)) => {
                     debug!(reason, "nodes cannot leave the cluster yet");
-                    Stage::Pending(format!("slots {:?}: {reason}", slots_of(&aim.leaving)))
+                    let slots: Vec<String> = slots_of(&aim.leaving).iter().map(u16::to_string).collect();
+                    Stage::Pending(format!("slots {}: {reason}", slots.join(", ")))
                 }
                 Err(error) => {
                     if let ChangeError::Refused(reason) = &error {
-                        warn!(reason, "nodes do not leave the cluster as was asked");
+                        warn!(reason, "the removal of nodes was given up");
                     }
                     Stage::Ended(error)
                 }
@@ -147,30 +151,30 @@ impl MembershipChanges {
         }
     }
 
-    /// The removal is given up for this reason.
+    /// Gives up the removal for this reason.
     pub(super) fn end_removal(&self, reason: &ChangeError) {
         if let Some(aim) = self.removal.lock().take() {
             aim.stage.send_replace(Stage::Ended(reason.clone()));
         }
     }
 
-    /// Whether the member in `slot` is to leave.
+    /// Whether the member in `slot` is being removed.
     pub(super) fn is_leaving(&self, slot: u16) -> bool {
         let aim = self.removal.lock();
         aim.as_ref()
             .is_some_and(|aim| aim.leaving.iter().any(|id| id.slot == slot))
     }
 
-    /// Pursues the removal of `leaving`, if it does not yet.
+    /// Starts to pursue the removal of `leaving`, unless it is already pursued.
     fn aim_at(&self, leaving: BTreeSet<NodeId>) -> watch::Receiver<Stage> {
         let mut removal = self.removal.lock();
         if let Some(aim) = removal.as_mut().filter(|aim| aim.leaving == leaving) {
-            // Who asks again need not wait for its turn.
+            // A repeated request does not wait for the interval.
             aim.looked = None;
             return aim.stage.subscribe();
         }
-        info!(slots = ?slots_of(&leaving), "nodes are to leave the cluster");
-        let (stage, told) = watch::channel(Stage::Pending("it has just been asked for".to_string()));
+        info!(slots = ?slots_of(&leaving), "the removal of nodes has begun");
+        let (stage, told) = watch::channel(Stage::Pending("it has just been requested".to_string()));
         *removal = Some(Aim {
             leaving,
             voters_changed: false,
@@ -180,7 +184,7 @@ impl MembershipChanges {
         told
     }
 
-    /// `aim` has come so far, if it is pursued still.
+    /// Records the stage of `aim`, if it is still pursued.
     fn reached(&self, aim: &Aim, stage: Stage) {
         let mut removal = self.removal.lock();
         let Some(pursued) = removal.as_mut().filter(|pursued| pursued.leaving == aim.leaving) else {
@@ -194,9 +198,9 @@ impl MembershipChanges {
         }
     }
 
-    /// Who votes without `leaving`; `None` if none of these votes.
+    /// Returns the voters without `leaving`; `None` if none of these votes.
     fn remaining_without(&self, leaving: &BTreeSet<NodeId>) -> Result<Option<BTreeSet<NodeId>>, ChangeError> {
-        // A change that another leader began and did not end counts too: it has to be ended.
+        // A change that another leader began and did not complete counts too: it must be completed.
         let sets = self.consensus.voter_sets();
         if !leaving.iter().any(|node| sets.contains(node)) {
             return Ok(None);
@@ -206,13 +210,14 @@ impl MembershipChanges {
         match remaining.len() % 2 {
             1 => Ok(Some(remaining)),
             _ => Err(ChangeError::Refused(format!(
-                "that would leave {} voters; remove so many that 1, 3, 5 or 7 remain",
+                "that would leave {} voters; choose the slots so that 1, 3, 5 or 7 voters remain",
                 remaining.len()
             ))),
         }
     }
 
-    /// Takes them out, if those that remain hold what they should then; answers whether that changed who votes.
+    /// Removes the nodes if the remaining ones hold what they will have to hold; returns whether that changed the
+    /// voters.
     async fn take_out(&self, aim: &Aim) -> Result<bool, ChangeError> {
         let leaving = &aim.leaving;
         let members = self.consensus.members();
@@ -223,7 +228,7 @@ impl MembershipChanges {
                 return Err(self.hand_on(&remaining).await);
             }
             self.must_be_whole(&members, &remaining).await?;
-            // Whoever prepares for a change lets nothing go, so what was seen holds still when the turn has come.
+            // Nodes that prepare for a change drop nothing, so the check still holds when the turn has come.
             let _turn = self.changing.lock().await;
             if self.consensus.voters() != voters {
                 return Err(ChangeError::Unavailable("the voters have changed".to_string()));
@@ -246,7 +251,7 @@ impl MembershipChanges {
         Ok(voters_changed)
     }
 
-    /// A leader that is to leave lets another do it.
+    /// A leader that is being removed hands leadership to another.
     async fn hand_on(&self, remaining: &BTreeSet<NodeId>) -> ChangeError {
         if remaining.is_empty() {
             return ChangeError::Refused("the last voter cannot be removed".to_string());
@@ -254,12 +259,14 @@ impl MembershipChanges {
         let mut nearest: Vec<NodeId> = remaining.iter().copied().collect();
         nearest.sort_by_key(|id| self.consensus.lag_of(*id).unwrap_or(u64::MAX));
         match self.consensus.hand_on(nearest).await {
-            Ok(_) => ChangeError::Unavailable("the leader is among them and hands leadership on".to_string()),
+            Ok(_) => ChangeError::Unavailable(
+                "the leader is one of them; it hands leadership to another node".to_string(),
+            ),
             Err(error) => ChangeError::Unavailable(error.to_string()),
         }
     }
 
-    /// Whether so many of `voters` hold what they should that f + 1 have each chunk; who does not, fetches it.
+    /// Checks that enough of `voters` hold what they should, so that f + 1 have each chunk; the others fetch it.
     async fn must_be_whole(&self, members: &[Member], voters: &BTreeSet<NodeId>) -> Result<(), ChangeError> {
         let lacking = self.lacking(members, voters).await;
         let needed = self.holders_needed(voters);
@@ -270,19 +277,19 @@ impl MembershipChanges {
         let lacking: Vec<String> = lacking
             .into_iter()
             .map(|(id, lacks)| match lacks {
-                Ok(missing) => format!("node {} lacks {missing} chunks at the least", id.slot),
-                Err(reason) => format!("node {} does not say what it holds: {reason}", id.slot),
+                Ok(missing) => format!("node {} lacks at least {missing} chunks", id.slot),
+                Err(reason) => format!("node {} cannot say what it holds: {reason}", id.slot),
             })
             .collect();
         Err(ChangeError::Unavailable(format!(
-            "of the nodes that remain {whole} hold all that they should, and {needed} must; {}",
+            "of the remaining nodes {whole} hold everything they must hold, and {needed} are needed; {}",
             lacking.join("; ")
         )))
     }
 
-    /// Waits until those that vote hold what they should, or until `deadline`; the removal has taken place.
+    /// Waits until the voters hold what they should, or until `deadline`; the removal has taken place.
     async fn settled(&self, deadline: tokio::time::Instant) -> Removal {
-        let mut reason = "it is not known yet what those that remain hold".to_string();
+        let mut reason = "it is not known yet what the remaining nodes hold".to_string();
         let settle = async {
             loop {
                 match self

@@ -1,8 +1,9 @@
-//! What samples of NTP servers say about this node's clock. Pure: no sockets, no clock.
+//! Estimates the offset of this node's clock from samples of NTP servers. Pure: no sockets, no clock.
 //!
-//! Of one server's samples the one with the least delay wins: what delayed the others is not known to be symmetric. Of
-//! several servers the one with the least delay wins among those that a majority agrees with: of three, one may lie.
-//! An estimate is kept while servers do not answer, and its uncertainty grows as a quartz may drift, until it is too old.
+//! Of one server's samples the one with the least delay is used, because other delays may be asymmetric. Of several
+//! servers the one with the least delay is used among those with which a majority agrees: of three, one may be wrong.
+//! An estimate is kept while servers do not answer; its uncertainty grows with the possible drift of the clock, until
+//! it is too old.
 
 use std::time::{Duration, Instant};
 
@@ -10,39 +11,39 @@ use serde::Serialize;
 
 /// Above this offset a clock is skewed.
 const SKEWED_US_MIN: u64 = 1_000_000;
-/// A skewed clock is good again below this: it does not flap.
+/// A skewed clock is good again below this offset, so that its state does not flap.
 const STRAIGHT_US_MAX: u64 = 500_000;
-/// After so many failed rounds in a row the last estimate says nothing any more (as chrony and ntpd have it).
+/// After this many failed rounds in a row the last estimate is discarded (as in chrony and ntpd).
 const FAILED_ROUNDS_MAX: u32 = 8;
-/// How far an ordinary quartz may drift.
+/// Possible drift of an ordinary quartz clock.
 const DRIFT_PPM: u64 = 15;
 
 /// One answer of one server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sample {
-    /// What must be added to this node's clock to get the server's time, in microseconds.
+    /// The value to add to this node's clock to get the server's time, in microseconds.
     pub offset_us: i64,
-    /// Of the round trip, without the time the server took.
+    /// Round trip without the server's own time, in microseconds.
     pub delay_us: u64,
-    /// How far the server may be off itself: half its root delay, and its root dispersion.
+    /// Possible error of the server's clock, in microseconds: half its root delay plus its root dispersion.
     pub root_us: u64,
-    /// How far the server is from a reference clock: 1 to 15.
+    /// The server's distance from a reference clock: 1 to 15.
     pub stratum: u8,
-    /// When it came.
+    /// Time of arrival.
     pub at: Instant,
 }
 
-/// What a round of asking made known.
+/// The result of a round of questions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Estimate {
-    /// Whom it is from.
+    /// Address of the server.
     pub server: String,
-    /// The sample that won.
+    /// The sample that was selected.
     pub sample: Sample,
 }
 
 impl Estimate {
-    /// How far `offset_us` may be wrong at `now`.
+    /// Returns the possible error of `offset_us` at `now`, in microseconds.
     pub fn uncertainty_us(&self, now: Instant) -> u64 {
         let age = now.saturating_duration_since(self.sample.at);
         let drift = u64::try_from(age.as_micros() * u128::from(DRIFT_PPM) / 1_000_000).unwrap_or(u64::MAX);
@@ -58,13 +59,13 @@ impl Estimate {
     }
 }
 
-/// The sample of a server that is worth most.
+/// Returns the best sample of a server.
 pub fn best_sample(samples: Vec<Sample>) -> Option<Sample> {
     samples.into_iter().min_by_key(|sample| sample.delay_us)
 }
 
-/// The server's estimate that is worth most: of the least delay among those that more than half of all agree with. Where
-/// there is no majority, of the least delay.
+/// Returns the best estimate: the one with the least delay among those with which more than half of all agree. Without
+/// a majority, the one with the least delay.
 pub fn best_estimate(estimates: Vec<Estimate>) -> Option<Estimate> {
     let agreeing = |one: &Estimate| estimates.iter().filter(|other| one.agrees_with(other)).count();
     let majority: Vec<&Estimate> = estimates
@@ -80,22 +81,22 @@ pub fn best_estimate(estimates: Vec<Estimate>) -> Option<Estimate> {
     best.cloned()
 }
 
-/// How a node's clock is.
+/// The state of a node's clock.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ClockState {
-    /// No NTP server is to be asked.
+    /// No NTP server is configured.
     #[default]
     Off,
-    /// No NTP server has answered, lately or ever.
+    /// No NTP server has answered, ever or recently.
     Unsynchronized,
-    /// An NTP server was compared with.
+    /// The clock was compared with an NTP server.
     Synchronized,
-    /// As synchronized, and the clock is over a second off.
+    /// Compared with an NTP server, and more than a second off.
     Skewed,
 }
 
-/// What is known of this node's clock.
+/// The estimate of this node's clock over several rounds.
 #[derive(Clone, Debug)]
 pub struct ClockFilter {
     state: ClockState,
@@ -107,7 +108,7 @@ pub struct ClockFilter {
 }
 
 impl ClockFilter {
-    /// Before the first round; `off` for ever if nobody is to be asked.
+    /// Returns the state before the first round; `off` stays if no server is configured.
     pub fn new(off: bool) -> ClockFilter {
         let (state, reason) = match off {
             true => (ClockState::Off, None),
@@ -126,8 +127,8 @@ impl ClockFilter {
         }
     }
 
-    /// A round ended: what it made known, or why nothing. Answers whether that is worth telling: the state is another,
-    /// or it was the first round.
+    /// Records the result of a round. Returns whether it is worth reporting: the state has changed, or it was the first
+    /// round.
     pub fn record(&mut self, round: Result<Estimate, String>) -> bool {
         self.rounds += 1;
         let before = self.state;
@@ -159,35 +160,35 @@ impl ClockFilter {
         self.state != before || self.rounds == 1
     }
 
-    /// How the clock is.
+    /// Returns the state of the clock.
     pub fn state(&self) -> ClockState {
         self.state
     }
 
-    /// What the last round that succeeded made known; `None` where it says nothing any more.
+    /// Returns the result of the last successful round; `None` if it is too old.
     pub fn estimate(&self) -> Option<&Estimate> {
         self.estimate
             .as_ref()
             .filter(|_| self.state != ClockState::Unsynchronized)
     }
 
-    /// When a round succeeded last.
+    /// Returns the time of the last successful round.
     pub fn last_success(&self) -> Option<Instant> {
         self.estimate.as_ref().map(|estimate| estimate.sample.at)
     }
 
-    /// Why the last round failed, if it did.
+    /// Returns why the last round failed, if it did.
     pub fn reason(&self) -> Option<&str> {
         self.reason.as_deref()
     }
 
-    /// Rounds so far, and how many failed.
+    /// Returns the number of rounds, and of failed ones.
     pub fn counts(&self) -> (u64, u64) {
         (self.rounds, self.failed_rounds)
     }
 
-    /// How long to wait for the next round, where rounds are `interval` apart: who has not answered is asked again
-    /// earlier, and ever later.
+    /// Returns the pause before the next round, for rounds that are `interval` apart: after a failure the next round
+    /// comes sooner, with growing pauses.
     pub fn pause(&self, interval: Duration) -> Duration {
         match self.failed_in_row {
             0 => interval,
@@ -245,7 +246,7 @@ mod tests {
             estimate("b", 90, 600),
         ]);
         assert_eq!(best.unwrap().server, "b");
-        // One against one: nobody knows who is right, the nearer one is taken.
+        // One against one: it is unknown which is right, so the nearer one is used.
         let best = best_estimate(vec![lying, estimate("a", 120, 800)]);
         assert_eq!(best.unwrap().server, "liar");
         assert_eq!(best_estimate(Vec::new()), None);

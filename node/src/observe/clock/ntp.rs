@@ -1,9 +1,9 @@
-//! Asking NTP servers: names to addresses, a few samples of each, all bounded in number and time.
+//! Queries NTP servers: resolves names to addresses and takes a few samples of each, all bounded in number and time.
 //!
-//! The protocol is sntpc's: it refuses answers to questions that were not asked, of servers that are not synchronized
-//! (leap indicator 3, stratum 16, a root too far away) and of those that tell us to go away (stratum 0). It has no
-//! time-outs and asks a clock: both come from here. The clock given to it is anchored once and then runs with the
-//! monotonic one, so that a leap between question and answer is not taken for an offset.
+//! The protocol is implemented by `sntpc`, which refuses answers to questions that were not asked, answers of servers
+//! that are not synchronized (leap indicator 3, stratum 16, a root too far away), and refusals (stratum 0). It has no
+//! time-outs and asks a clock; both are supplied here. That clock is anchored once and then follows the monotonic
+//! clock, so that a jump between question and answer is not taken for an offset.
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -17,24 +17,24 @@ use super::filter::{Estimate, Sample, best_estimate, best_sample};
 
 /// Samples of one server in one round.
 const SAMPLES: u32 = 4;
-/// A server that leaves so many questions of a round unanswered is not asked again in it.
+/// A server that leaves this many questions of a round unanswered is not asked again in it.
 const UNANSWERED_MAX: u32 = 2;
-/// How long an answer may take.
+/// Most time for an answer.
 const SAMPLE_TIMEOUT_MS: u64 = 1_500;
-/// How long the system may take to find a name's addresses.
+/// Most time for the system to resolve a name.
 const RESOLVE_TIMEOUT_MS: u64 = 5_000;
-/// Of a name with many addresses (a pool), so many are asked.
+/// Most addresses used of a name with many (a pool).
 const ADDRESSES_PER_NAME_MAX: usize = 4;
-/// A server that told us to go away (kiss of death) is left alone for so many rounds.
+/// Rounds for which a server that refused service (kiss of death) is not asked.
 const LEFT_ALONE_ROUNDS: u64 = 16;
-/// Servers that are remembered to be left alone; more are forgotten.
+/// Most such servers that are remembered; others are forgotten.
 const LEFT_ALONE_MAX: usize = 64;
 
-/// The servers, and what is remembered of them from round to round.
+/// The servers, and the state kept from round to round.
 #[derive(Debug)]
 pub struct NtpServers {
     names: Vec<String>,
-    /// Samples of a server are at least so far apart.
+    /// Least time between two samples of a server.
     spacing: Duration,
     round: u64,
     left_alone: HashMap<SocketAddr, u64>,
@@ -43,14 +43,14 @@ pub struct NtpServers {
 /// Why a server gave no sample.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum NoSample {
-    /// In words.
+    /// A failure, with its description.
     Failed(String),
-    /// It told us to go away.
+    /// The server refused service.
     GoAway(String),
 }
 
 impl NtpServers {
-    /// `names` are `HOST:PORT`.
+    /// Makes the list of servers; `names` are `HOST:PORT`.
     pub fn new(names: Vec<String>, spacing: Duration) -> NtpServers {
         NtpServers {
             names,
@@ -60,7 +60,7 @@ impl NtpServers {
         }
     }
 
-    /// Asks all of them; what they make known together, or why nothing.
+    /// Asks all servers; returns their common estimate, or why there is none.
     pub async fn ask(&mut self) -> Result<Estimate, String> {
         self.round += 1;
         let mut reasons = Vec::new();
@@ -77,7 +77,7 @@ impl NtpServers {
         addresses.retain(|(name, address)| {
             let alone = self.left_alone.contains_key(address);
             if alone {
-                reasons.push(format!("{}: it told us to go away", label(name, *address)));
+                reasons.push(format!("{}: it has refused service", label(name, *address)));
             }
             !alone
         });
@@ -102,7 +102,7 @@ impl NtpServers {
     }
 }
 
-/// `HOST:PORT`, and the address where that is not the same.
+/// Returns `HOST:PORT`, and the address if it differs.
 fn label(name: &str, address: SocketAddr) -> String {
     let address = address.to_string();
     match name == address {
@@ -114,14 +114,14 @@ fn label(name: &str, address: SocketAddr) -> String {
 async fn resolve(name: &str) -> Result<Vec<SocketAddr>, String> {
     let timeout = Duration::from_millis(RESOLVE_TIMEOUT_MS);
     match tokio::time::timeout(timeout, tokio::net::lookup_host(name)).await {
-        Err(_) => Err(format!("its address was not found in {RESOLVE_TIMEOUT_MS} ms")),
-        Ok(Err(error)) => Err(format!("its address cannot be found: {error}")),
+        Err(_) => Err(format!("its name was not resolved in {RESOLVE_TIMEOUT_MS} ms")),
+        Ok(Err(error)) => Err(format!("its name cannot be resolved: {error}")),
         Ok(Ok(found)) => {
             let mut found: Vec<SocketAddr> = found.collect();
             found.dedup();
             found.truncate(ADDRESSES_PER_NAME_MAX);
             match found.is_empty() {
-                true => Err("it has no address".to_string()),
+                true => Err("its name has no address".to_string()),
                 false => Ok(found),
             }
         }
@@ -156,11 +156,11 @@ async fn sample(address: SocketAddr) -> Result<Sample, NoSample> {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
         SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
     };
-    // A socket of its own for each question: a late answer to another is never read, and connected, so that answers of
-    // others are not either, and a closed port is told at once.
+    // One socket for each question, so that a late answer to another one is never read. It is connected, so that
+    // answers of other hosts are ignored and a closed port is reported at once.
     let socket = UdpSocket::bind(any)
         .await
-        .map_err(|e| failed("open a socket", e))?;
+        .map_err(|e| failed("cannot open a socket", e))?;
     socket
         .connect(address)
         .await
@@ -189,10 +189,7 @@ fn evaluated(answer: &NtpResult, at: Instant) -> Sample {
 fn no_sample(refused: sntpc::Error) -> NoSample {
     let words = match refused {
         sntpc::Error::KissOfDeath(code) => {
-            return NoSample::GoAway(format!(
-                "it told us to go away ({})",
-                code.as_str().escape_debug()
-            ));
+            return NoSample::GoAway(format!("it refuses service ({})", code.as_str().escape_debug()));
         }
         sntpc::Error::UnsynchronizedClock => "it is not synchronized itself (leap indicator 3)".to_string(),
         sntpc::Error::IncorrectStratumHeaders => "it is not synchronized itself (stratum 16)".to_string(),
@@ -203,7 +200,7 @@ fn no_sample(refused: sntpc::Error) -> NoSample {
     NoSample::Failed(words)
 }
 
-/// The wall clock as it was at the anchor, and from then on the monotonic one.
+/// The wall clock at the anchor, continued by the monotonic clock.
 #[derive(Clone, Copy, Debug)]
 struct SteadyClock {
     wall: Duration,
@@ -213,7 +210,7 @@ struct SteadyClock {
 
 impl SteadyClock {
     fn anchored() -> SteadyClock {
-        // A clock that stands before 1970 is as wrong as one can be: the offset from 1970 says so as well.
+        // A clock before 1970 is wrong anyway; the offset from 1970 shows it too.
         let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         SteadyClock {
             wall,
@@ -239,7 +236,7 @@ impl NtpTimestampGenerator for SteadyClock {
 mod tests {
     use super::*;
 
-    /// A server on loopback that answers every question with what `answer` makes of it.
+    /// Starts a server on loopback that answers every question with `answer`.
     async fn server(answer: impl Fn([u8; 48]) -> Vec<u8> + Send + 'static) -> SocketAddr {
         let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         let address = socket.local_addr().unwrap();
@@ -252,7 +249,7 @@ mod tests {
         address
     }
 
-    /// A right answer of a server whose clock is `ahead` of ours.
+    /// Returns a valid answer of a server whose clock is `ahead` of ours.
     fn right(question: [u8; 48], ahead: Duration) -> Vec<u8> {
         let since_1900 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap()
             + Duration::from_secs(2_208_988_800)
@@ -298,7 +295,7 @@ mod tests {
         let stratum = server(spoilt(1, 16)).await;
         let other_question = server(spoilt(24, 0x55)).await;
         let short = server(|question| right(question, Duration::ZERO)[..40].to_vec()).await;
-        // Version 4, a precision that no clock has (and that sntpc must not shift by).
+        // Version 4, with a precision that no clock has (and by which sntpc must not shift).
         let hostile = server(spoilt(3, 0x7f)).await;
         for (address, why) in [
             (leap, "leap indicator 3"),

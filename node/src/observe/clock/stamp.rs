@@ -1,17 +1,18 @@
-//! The clock that a leader stamps commands with, and tells mounts: its own, unless that has leapt ahead of the others'.
+//! The clock with which a leader stamps commands, and whose time it sends to mounts: the node's own clock, unless that
+//! is far ahead of the others'.
 //!
-//! What was applied, stamped or told is never followed by something earlier: where this node's clock is behind the last
-//! stamp applied (it was set back, or the leader before was ahead) time goes on slowly until it has caught up
+//! The times that were applied, stamped or sent never run backwards: if this node's clock is behind the last applied
+//! stamp (it was set back, or the previous leader was ahead), time advances slowly until it has caught up
 //! ([`SteadyTime`]).
 //!
-//! Applied time never runs backwards (the state machine takes the later of stamp and last stamp), so a single command
-//! stamped by a clock that is a year ahead would stop time for a year. So the wall clock is used only as far as it goes
-//! with the monotonic clock since it was last confirmed. Each round of probes compares it with the median of the others'
-//! clocks: within [`LEAP_MAX`] it is confirmed; ahead of that, the median is the anchor instead, and stamps go on from there
-//! with the monotonic clock.
+//! Applied time never runs backwards (the state machine uses the later of stamp and last stamp), so a single command
+//! stamped by a clock that is a year ahead would stop time for a year. So the wall clock is trusted only as far as it
+//! has advanced with the monotonic clock since it was last confirmed. Each round of probes compares it with the median
+//! of the others' clocks: within [`LEAP_MAX`] it is confirmed; if it is further ahead, the median becomes the anchor,
+//! and stamps continue from there with the monotonic clock.
 //!
-//! A clock may be wrong from the start, and a node that has just started may lead before its first round of probes: its
-//! first stamps wait a moment for a comparison with a majority ([`StampClock::stamp`]).
+//! A clock may be wrong from the start, and a node may lead before its first round of probes: its first stamps wait
+//! briefly for a comparison with a majority ([`StampClock::stamp`]).
 
 use std::fmt;
 use std::time::{Duration, Instant, SystemTime};
@@ -20,25 +21,25 @@ use parking_lot::Mutex;
 use quorumfs_proto::{SteadyTime, Timestamp};
 use tokio::sync::watch;
 
-/// So far the wall clock may be ahead.
+/// Most by which the wall clock may be ahead.
 const LEAP_MAX: Duration = Duration::from_secs(2);
-/// So long a stamp waits for the first comparison. Who leads was voted for by a majority a moment ago, which answers.
+/// Longest wait of a stamp for the first comparison. A majority has just voted for the leader, so it answers.
 const FIRST_COMPARISON_WAIT: Duration = Duration::from_secs(1);
 
-/// See the module.
+/// The stamping clock of a node; see the module documentation.
 #[derive(Debug)]
 pub struct StampClock {
-    // Held for a comparison, on each command.
+    // Locked for a comparison, and for each command.
     anchor: Mutex<Anchor>,
     /// Whether there was a comparison with a majority.
     compared: watch::Sender<bool>,
     applied: AppliedTime,
     began: Instant,
-    // Held for a comparison.
+    // Locked for a comparison of times.
     steady: Mutex<SteadyTime>,
 }
 
-/// The last stamp that was applied here.
+/// Returns the last stamp that was applied on this node.
 struct AppliedTime(Box<dyn Fn() -> Timestamp + Send + Sync>);
 
 impl fmt::Debug for AppliedTime {
@@ -51,12 +52,12 @@ impl fmt::Debug for AppliedTime {
 struct Anchor {
     wall: SystemTime,
     at: Instant,
-    /// By how much the wall clock was ahead of the others', where that was too much.
+    /// By how much the wall clock was ahead of the others', if that was too much.
     ahead: Option<Duration>,
 }
 
 impl Anchor {
-    /// What the time is, by the anchor and the monotonic clock.
+    /// Returns the time according to the anchor and the monotonic clock.
     fn expected(&self, now: Instant) -> SystemTime {
         let elapsed = now.saturating_duration_since(self.at);
         self.wall.checked_add(elapsed).unwrap_or(self.wall)
@@ -72,7 +73,8 @@ impl Anchor {
 }
 
 impl StampClock {
-    /// Trusts the wall clock as it is now, until the first comparison. `applied` tells the last stamp that was applied.
+    /// Makes a clock that trusts the present wall clock until the first comparison. `applied` returns the last stamp
+    /// that was applied.
     pub fn new(applied: impl Fn() -> Timestamp + Send + Sync + 'static) -> StampClock {
         StampClock {
             applied: AppliedTime(Box::new(applied)),
@@ -87,7 +89,7 @@ impl StampClock {
         }
     }
 
-    /// What to stamp a command with. Waits for the first comparison, but not longer than a second.
+    /// Returns the stamp for a command. Waits for the first comparison, but at most a second.
     pub async fn stamp(&self) -> Timestamp {
         if !self.is_compared() {
             let mut compared = self.compared.subscribe();
@@ -97,7 +99,7 @@ impl StampClock {
         self.advance()
     }
 
-    /// What a client may stamp what it does with; `None` before the first comparison.
+    /// Returns the time with which a client may stamp its changes; `None` before the first comparison.
     pub fn told(&self) -> Option<Timestamp> {
         self.is_compared().then(|| self.advance())
     }
@@ -107,13 +109,13 @@ impl StampClock {
         *self.compared.borrow()
     }
 
-    /// There was one.
+    /// Records that there was a comparison with a majority.
     pub fn note_compared(&self) {
         self.compared
             .send_if_modified(|compared| !std::mem::replace(compared, true));
     }
 
-    /// What the time is. Nothing may be stamped with it.
+    /// Returns the time. It must not be used as a stamp.
     pub fn now(&self) -> Timestamp {
         let (moment, wall) = self.wall();
         let mut steady = self.steady.lock();
@@ -121,7 +123,7 @@ impl StampClock {
         steady.at(moment, wall)
     }
 
-    /// What the time is; nothing that is stamped or told later is before it.
+    /// Returns the time; later stamps and times sent are not before it.
     fn advance(&self) -> Timestamp {
         let (moment, wall) = self.wall();
         let mut steady = self.steady.lock();
@@ -129,7 +131,7 @@ impl StampClock {
         steady.advance(moment, wall)
     }
 
-    /// This node's clock, but for its leaps, and the moment by the clock that only runs forward.
+    /// Returns this node's clock without its jumps, and the time of the monotonic clock.
     fn wall(&self) -> (Duration, Timestamp) {
         let anchor = *self.anchor.lock();
         let now = Instant::now();
@@ -137,13 +139,13 @@ impl StampClock {
         (now.saturating_duration_since(self.began), Timestamp::from(wall))
     }
 
-    /// By how much the wall clock was ahead of the others' at the last comparison, where that was too much.
+    /// Returns by how much the wall clock was ahead of the others' at the last comparison, if that was too much.
     pub fn ahead(&self) -> Option<Duration> {
         self.anchor.lock().ahead
     }
 
-    /// Compares `wall`, this node's clock at `now`, with the others' clocks at the same moment. Answers whether the
-    /// clock is trusted now and was not before, or the other way round.
+    /// Compares `wall`, this node's clock at `now`, with the others' clocks at the same moment. Returns whether the
+    /// clock has become trusted or has ceased to be.
     pub fn compare(&self, wall: SystemTime, now: Instant, others: Vec<SystemTime>) -> bool {
         let mut anchor = self.anchor.lock();
         let before = anchor.ahead.is_some();
@@ -163,8 +165,9 @@ impl StampClock {
     }
 }
 
-/// By how much `wall` is ahead of the median of the others, and the median; `None` if it is not ahead, or there are no
-/// others. Of an even number the later of the two in the middle counts: half of the others and this node are a majority.
+/// Returns by how much `wall` is ahead of the median of the others, and the median; `None` if it is not ahead, or there
+/// are no others. Of an even number the later of the two middle values is used: half of the others and this node are a
+/// majority.
 fn ahead_of_median(wall: SystemTime, mut others: Vec<SystemTime>) -> Option<(Duration, SystemTime)> {
     others.sort_unstable();
     let median = *others.get(others.len() / 2)?;
@@ -191,13 +194,13 @@ mod tests {
             Story { clock, wall, now }
         }
 
-        /// What is stamped `after` the beginning, by a wall clock that is then `ahead` of the right time.
+        /// Returns the stamp at `after` the beginning, from a wall clock that is then `ahead` of the right time.
         fn stamp(&self, after: Duration, ahead: Duration) -> SystemTime {
             let anchor = *self.clock.anchor.lock();
             anchor.stamp(self.wall + after + ahead, self.now + after)
         }
 
-        /// The others have the right time.
+        /// Compares with others that have the right time.
         fn compare(&self, after: Duration, ahead: Duration, others: usize) -> bool {
             let right = self.wall + after;
             self.clock

@@ -1,4 +1,4 @@
-//! Views as they travel in probes. What is received is bounded and checked here, once.
+//! The encoding of views in probes. Received views are bounded and validated here, once.
 
 use std::time::Duration;
 
@@ -9,15 +9,15 @@ use super::judgement::HealthState;
 use super::merged::{AgedView, Belief, View};
 use crate::observe::clock::{ClockBelief, ClockState, whole_ms};
 
-/// Views that one message carries, the sender's own first: keeps a probe far below the largest message even in the
-/// largest cluster.
+/// Most views in one message, the sender's own first: keeps a probe far below the largest message even in the largest
+/// cluster.
 pub const VIEWS_MAX: usize = 16;
-/// Beliefs of one view: as many as there can be slots.
+/// Most beliefs in one view: as many as there are slots.
 const BELIEFS_MAX: usize = 255;
-/// Of a reason in words, so much is taken.
+/// Most characters kept of a reason.
 const REASON_CHARS_MAX: usize = 500;
 
-/// A node's name on the wire.
+/// Encodes a node's id.
 pub fn node_to_wire(id: NodeId) -> wire::ProbeNode {
     wire::ProbeNode {
         slot: u32::from(id.slot),
@@ -25,7 +25,7 @@ pub fn node_to_wire(id: NodeId) -> wire::ProbeNode {
     }
 }
 
-/// A node's name from the wire; `None` if it cannot be one.
+/// Decodes a node's id; `None` if it is not valid.
 pub fn node_from_wire(node: Option<&wire::ProbeNode>) -> Option<NodeId> {
     let node = node?;
     let slot = u16::try_from(node.slot).ok().filter(|slot| *slot > 0)?;
@@ -35,7 +35,7 @@ pub fn node_from_wire(node: Option<&wire::ProbeNode>) -> Option<NodeId> {
     })
 }
 
-/// What `observer` believed.
+/// Encodes the view of `observer`.
 pub fn view_to_wire(observer: NodeId, aged: &AgedView) -> wire::HealthView {
     let beliefs = aged.view.beliefs.iter().take(BELIEFS_MAX);
     wire::HealthView {
@@ -46,7 +46,7 @@ pub fn view_to_wire(observer: NodeId, aged: &AgedView) -> wire::HealthView {
     }
 }
 
-/// What a node believed, and who; `None` if it does not say who.
+/// Decodes a view and its observer; `None` if the observer is missing.
 pub fn view_from_wire(view: &wire::HealthView) -> Option<(NodeId, AgedView)> {
     let observer = node_from_wire(view.observer.as_ref())?;
     let beliefs = view.beliefs.iter().take(BELIEFS_MAX);

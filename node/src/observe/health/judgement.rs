@@ -1,42 +1,43 @@
-//! Whether a peer is healthy, judged by the probes of one node. Pure: it is told what happened and when.
+//! Judges the health of a peer from the probes of one node. Pure: results and times are arguments.
 //!
-//! Unhealthy after [`FAILURES_MAX`] failures in a row, healthy after one success; before either it is not decided.
+//! A peer is unhealthy after [`FAILURES_MAX`] failures in a row, healthy after one success; before either its state is
+//! unknown.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-/// So many failures in a row make a peer unhealthy.
+/// Number of failures in a row that makes a peer unhealthy.
 pub const FAILURES_MAX: u32 = 3;
-/// Response times that are kept: at one probe in 5 s, the last 21 minutes.
+/// Number of response times kept: at one probe in 5 s, those of the last 21 minutes.
 const WINDOW_PROBES: usize = 256;
-/// Of the reason why a probe failed, so much is kept.
+/// Most bytes kept of the reason of a failed probe.
 const REASON_BYTES_MAX: usize = 200;
 
-/// What a node thinks of a peer.
+/// The health of a peer, judged by one node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum HealthState {
-    /// Not decided yet.
+    /// The state is not decided yet.
     #[default]
     Unknown,
     /// The last probe was answered, or fewer than three in a row were not.
     Healthy,
-    /// Three probes in a row, or more, were not answered.
+    /// At least three probes in a row were not answered.
     Unhealthy,
 }
 
-/// The peer's state is another than before.
+/// A change of the peer's state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// It answers; for so long it had been unhealthy, or `None` when it was not judged before.
+    /// The peer answers. The value is how long it was unhealthy, or `None` if it was not judged before.
     BecameHealthy(Option<Duration>),
-    /// It does not; why the last probe failed.
+    /// The peer does not answer, for this reason of the last probe.
     BecameUnhealthy(String),
 }
 
-/// The judgement about one peer.
+/// The judgement of one peer.
 #[derive(Clone, Debug)]
 pub struct PeerHealth {
     state: HealthState,
@@ -50,7 +51,7 @@ pub struct PeerHealth {
 }
 
 impl PeerHealth {
-    /// Nothing known, at `now`.
+    /// Returns the state at `now`, before any probe.
     pub fn new(now: Instant) -> PeerHealth {
         PeerHealth {
             state: HealthState::Unknown,
@@ -64,7 +65,7 @@ impl PeerHealth {
         }
     }
 
-    /// A probe ended at `now`: answered after so long, or not, and why.
+    /// Records a probe that ended at `now`: its duration, or why it failed.
     pub fn record(&mut self, now: Instant, outcome: Result<Duration, String>) -> Option<Change> {
         self.probes += 1;
         let before = self.state;
@@ -100,37 +101,37 @@ impl PeerHealth {
         }
     }
 
-    /// The present judgement.
+    /// Returns the present judgement.
     pub fn state(&self) -> HealthState {
         self.state
     }
 
-    /// Since when it holds.
+    /// Returns the time since which it holds.
     pub fn since(&self) -> Instant {
         self.since
     }
 
-    /// Probes that failed since the last that did not.
+    /// Returns the number of failures since the last success.
     pub fn failures_in_row(&self) -> u32 {
         self.failures_in_row
     }
 
-    /// Probes so far, and how many of them failed.
+    /// Returns the number of probes, and of failed ones.
     pub fn counts(&self) -> (u64, u64) {
         (self.probes, self.failures)
     }
 
-    /// When a probe was answered last.
+    /// Returns the time of the last answered probe.
     pub fn last_success(&self) -> Option<Instant> {
         self.last_success
     }
 
-    /// Why the last probe that failed did.
+    /// Returns the reason of the last failed probe.
     pub fn last_error(&self) -> Option<&str> {
         self.last_error.as_deref()
     }
 
-    /// The latest response times.
+    /// Returns the latest response times.
     pub fn times(&self) -> &ResponseTimes {
         &self.times
     }
@@ -146,7 +147,7 @@ fn shortened(mut reason: String) -> String {
     reason
 }
 
-/// The latest response times of one peer: a window of bounded length.
+/// A bounded window of the latest response times of one peer.
 #[derive(Clone, Debug, Default)]
 pub struct ResponseTimes {
     latest_us: VecDeque<u64>,
@@ -161,24 +162,24 @@ impl ResponseTimes {
             .push_back(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
     }
 
-    /// How many there are.
+    /// Returns the number of times.
     pub fn count(&self) -> usize {
         self.latest_us.len()
     }
 
-    /// The last, in microseconds.
+    /// Returns the last time, in microseconds.
     pub fn last_us(&self) -> Option<u64> {
         self.latest_us.back().copied()
     }
 
-    /// Their mean, in microseconds.
+    /// Returns the mean, in microseconds.
     pub fn mean_us(&self) -> Option<u64> {
         let sum = self.latest_us.iter().map(|us| u128::from(*us)).sum::<u128>();
         let mean = sum.checked_div(self.latest_us.len() as u128)?;
         Some(u64::try_from(mean).unwrap_or(u64::MAX))
     }
 
-    /// The least time that 99 of 100 of them do not exceed, in microseconds.
+    /// Returns the 99th percentile, in microseconds.
     pub fn p99_us(&self) -> Option<u64> {
         let mut sorted: Vec<u64> = self.latest_us.iter().copied().collect();
         sorted.sort_unstable();
@@ -268,7 +269,7 @@ mod tests {
             (times.last_us(), times.mean_us(), times.p99_us()),
             (Some(7), Some(7), Some(7))
         );
-        // What is older than the window does not count: 256 times from 1 to 256 remain.
+        // Values older than the window do not count: 256 times from 1 to 256 remain.
         for us in (1..=1000).rev() {
             times.add(Duration::from_micros(us));
         }

@@ -1,11 +1,11 @@
-//! What all nodes believe of each other, put together, and what follows from it, in words. Pure.
+//! Merges the views of all nodes, and describes the problems that follow. Pure.
 //!
-//! A view is what one node believed at some moment. Views travel with probes in both directions and are passed on, so
-//! each node knows everybody's, even of nodes that it cannot reach itself. An old view says nothing about now: it counts
-//! only as long as it is fresh.
+//! A view contains the beliefs of one node at some moment. Views travel with probes in both directions and are passed
+//! on, so each node knows the views of all others, even of nodes that it cannot reach itself. An old view says nothing
+//! about the present: it counts only while it is fresh.
 //!
-//! A one-way partition is named only when it cannot be the trace of a node that died, or has just come: the view of the
-//! side that gets through must be newer than the other side's judgement, and must have held for a round of probes.
+//! A one-way partition is reported only if it cannot be the trace of a node that died, or has just started: the view of
+//! the side that gets through must be newer than the other side's judgement, and must have held for a round of probes.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -15,45 +15,45 @@ use quorumfs_proto::NodeId;
 use super::judgement::HealthState;
 use crate::observe::clock::ClockBelief;
 
-/// What a node believes of one other.
+/// The belief of a node about one other.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Belief {
-    /// Whom it is about.
+    /// The node that it is about.
     pub subject: NodeId,
-    /// What it believes.
+    /// The believed state.
     pub state: HealthState,
-    /// For how long it had, when it was asked.
+    /// How long that state had held when the view was sent.
     pub state_age: Duration,
-    /// Why the last probe that failed did.
+    /// The reason of the last failed probe.
     pub last_error: Option<String>,
-    /// Mean of its latest response times, in microseconds.
+    /// Mean of the latest response times, in microseconds.
     pub mean_us: Option<u64>,
 }
 
-/// What one node believes of all others, and of its own clock.
+/// The beliefs of one node about all others, and about its own clock.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct View {
-    /// One for each other member.
+    /// One belief for each other member.
     pub beliefs: Vec<Belief>,
-    /// What it knows of its clock.
+    /// The state of its clock.
     pub clock: ClockBelief,
 }
 
-/// A view and how long ago it was true.
+/// A view and its age.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AgedView {
-    /// What was believed.
+    /// The beliefs of the node.
     pub view: View,
-    /// How long ago.
+    /// Age of the view.
     pub age: Duration,
 }
 
-/// How a node is, as those see it whose view is fresh.
+/// A node in the eyes of the nodes whose view is fresh.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Standing {
-    /// Who reaches it.
+    /// Nodes that reach it.
     pub reached_by: Vec<NodeId>,
-    /// Who does not.
+    /// Nodes that do not reach it.
     pub not_reached_by: Vec<NodeId>,
 }
 
@@ -65,17 +65,17 @@ pub struct Merged {
     round: Duration,
 }
 
-/// One side of a pair: what `from` believes of `to`.
+/// One direction of a pair: the belief of `from` about `to`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Reach {
-    /// It gets through; for so long. The view is so old.
+    /// `from` reaches `to`, since `lasts`; the view has this age.
     Yes { lasts: Duration, age: Duration },
-    /// It does not; for so long.
+    /// `from` does not reach `to`, since `lasts`.
     No { lasts: Duration },
 }
 
 impl Merged {
-    /// Puts together the views that are at most `fresh` old, of `members` only. A round of probes takes at most `round`.
+    /// Merges the views of `members` that are at most `fresh` old. A round of probes takes at most `round`.
     pub fn new(
         mut members: Vec<NodeId>,
         views: BTreeMap<NodeId, AgedView>,
@@ -92,12 +92,12 @@ impl Merged {
         }
     }
 
-    /// All members, in the order of their slots.
+    /// Returns all members, in the order of their slots.
     pub fn members(&self) -> &[NodeId] {
         &self.members
     }
 
-    /// The fresh views.
+    /// Returns the fresh views.
     pub fn views(&self) -> &BTreeMap<NodeId, AgedView> {
         &self.views
     }
@@ -113,7 +113,7 @@ impl Merged {
         }
     }
 
-    /// Who reaches `subject` and who does not.
+    /// Returns which nodes reach `subject` and which do not.
     pub fn standing(&self, subject: NodeId) -> Standing {
         let mut standing = Standing::default();
         for observer in self.members.iter().filter(|member| **member != subject) {
@@ -126,7 +126,8 @@ impl Merged {
         standing
     }
 
-    /// Pairs of nodes that both live but do not reach each other, or only one the other, in words.
+    /// Returns descriptions of pairs of nodes that are both alive but do not reach each other, or only in one
+    /// direction.
     pub fn partitions(&self) -> Vec<String> {
         let mut named = Vec::new();
         for (at, a) in self.members.iter().enumerate() {
@@ -165,7 +166,7 @@ impl Merged {
         others.copied().find(|c| reaches(*c, a) && reaches(*c, b))
     }
 
-    /// Nodes that nobody reaches who says anything about them, in words.
+    /// Returns descriptions of nodes that no node with a fresh view reaches.
     pub fn unreachable(&self, own: NodeId) -> Vec<String> {
         let others: Vec<&NodeId> = self.members.iter().filter(|member| **member != own).collect();
         let lost: Vec<&NodeId> = others
@@ -217,10 +218,10 @@ mod tests {
         }
     }
 
-    /// Of whom, `+` or `-`, for how many seconds.
+    /// A slot, `+` or `-`, and a number of seconds.
     type Told = (u16, char, u64);
 
-    /// Views of three nodes: who, how many seconds ago, what.
+    /// Merges views of three nodes: observer, age in seconds, beliefs.
     fn merged(views: &[(u16, u64, &[Told])]) -> Merged {
         let views = views.iter().map(|(observer, age, beliefs)| {
             let belief = |(subject, state, lasts): &Told| Belief {

@@ -1,4 +1,4 @@
-//! `GET /health/status`: what this node found, what all believe, and what is wrong, in words.
+//! `GET /health/status`: this node's probes, the beliefs of all nodes, and the problems.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -11,149 +11,149 @@ use super::merged::{AgedView, Belief, Merged};
 use crate::observe::clock::{ClockBelief, ClockReport, ClockState, whole_ms};
 use crate::wall_clock::unix_ms_ago;
 
-/// A clock this far from the median of all members' is a problem, whatever NTP says.
+/// Distance from the median of all members' clocks above which a clock is a problem, whatever NTP says.
 const CLOCK_APART_MAX: Duration = Duration::from_secs(1);
 
-/// What `GET /health/status` answers.
+/// The answer of `GET /health/status`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct HealthReport {
     /// The slot of the node that answers.
     pub node: u16,
-    /// Whether nothing is wrong: `problems` is empty and every node was heard of.
+    /// Whether there is no problem: `problems` is empty and every node was heard.
     pub healthy: bool,
-    /// All that is wrong, in words: unhealthy nodes, partitions, clocks.
+    /// All problems: unhealthy nodes, partitions, clocks.
     pub problems: Vec<String>,
-    /// Nodes that live but do not reach each other, or only one the other, in words; also in `problems`.
+    /// Nodes that are alive but do not reach each other, or only in one direction; also in `problems`.
     pub partitions: Vec<String>,
-    /// What is wrong with the nodes' clocks, in words; also in `problems`.
+    /// Problems of the nodes' clocks; also in `problems`.
     pub clock_problems: Vec<String>,
-    /// How often each other node is probed, in milliseconds.
+    /// Interval of the probes of each other node, in milliseconds.
     pub probe_interval_ms: u64,
-    /// This node's own view: what its probes found.
+    /// This node's own view: the results of its probes.
     pub peers: Vec<PeerReport>,
-    /// The merged view: each member, as those see it that were heard lately.
+    /// The merged view: each member in the eyes of the nodes heard recently.
     pub nodes: Vec<NodeReport>,
-    /// What each node believes that was heard lately, this one among them.
+    /// The beliefs of each node heard recently, including this one.
     pub views: Vec<ViewReport>,
     /// This node's clock.
     pub clock: ClockReport,
 }
 
-/// What this node's probes of one other found.
+/// The results of this node's probes of another node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct PeerReport {
-    /// Its slot.
+    /// The other node's slot.
     pub slot: u16,
     /// Its incarnation, 16 hexadecimal digits.
     pub incarnation: String,
-    /// Where it is probed.
+    /// The address that is probed.
     pub grpc_address: String,
     /// `unhealthy` after three failures in a row, `healthy` after one success, `unknown` before either.
     pub state: HealthState,
-    /// Since when, in milliseconds since 1970 by this node's clock.
+    /// Time since which the state holds, in milliseconds since 1970 by this node's clock.
     pub since_unix_ms: u64,
-    /// For how long, in milliseconds.
+    /// Duration of the state, in milliseconds.
     pub since_ms_ago: u64,
-    /// Probes since this node started or the other joined.
+    /// Number of probes since this node started or the other joined.
     pub probes: u64,
-    /// How many of them failed.
+    /// Number of failed probes.
     pub failures: u64,
-    /// How many failed since the last that did not.
+    /// Number of failed probes since the last success.
     pub failures_in_row: u32,
-    /// Why the last that failed did.
+    /// The reason of the last failure.
     pub last_error: Option<String>,
-    /// How long ago one was answered, in milliseconds.
+    /// Time since the last answer, in milliseconds.
     pub last_success_ms_ago: Option<u64>,
-    /// How long ago that node probed this one, in milliseconds: whether it gets through here.
+    /// Time since that node's last probe of this one, in milliseconds: shows whether it reaches this node.
     pub probed_us_ms_ago: Option<u64>,
-    /// How long the latest probes took to be answered.
+    /// Response times of the latest probes.
     pub response: ResponseReport,
     /// How far its clock is ahead of this node's (negative: behind), in microseconds.
     pub clock_ahead_us: Option<i64>,
 }
 
-/// Response times of the latest probes that were answered.
+/// Response times of the latest answered probes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct ResponseReport {
-    /// How many are counted; at most 256.
+    /// Number of values; at most 256.
     pub count: usize,
-    /// The last, in microseconds.
+    /// The last one, in microseconds.
     pub last_us: Option<u64>,
     /// The mean, in microseconds.
     pub mean_us: Option<u64>,
-    /// What 99 of 100 do not exceed, in microseconds.
+    /// The 99th percentile, in microseconds.
     pub p99_us: Option<u64>,
 }
 
-/// A member as all see it.
+/// A member in the eyes of all nodes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct NodeReport {
-    /// Its slot.
+    /// The member's slot.
     pub slot: u16,
-    /// `healthy` if all who say something reach it, `unhealthy` if none does, `disputed` if some do, `unknown` if nobody
-    /// says anything.
+    /// `healthy` if all nodes with a belief reach it, `unhealthy` if none does, `disputed` if some do, `unknown` if no
+    /// node has a belief.
     pub state: MergedState,
-    /// The slots of those who reach it.
+    /// Slots of the nodes that reach it.
     pub reached_by: Vec<u16>,
-    /// The slots of those who do not.
+    /// Slots of the nodes that do not.
     pub not_reached_by: Vec<u16>,
-    /// What it says of its clock, where it was heard lately.
+    /// Its own report about its clock, if it was heard recently.
     pub clock: Option<ClockSummary>,
 }
 
-/// What all believe of a node.
+/// The merged state of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum MergedState {
-    /// All who say something reach it.
+    /// All nodes with a belief reach it.
     Healthy,
-    /// None does.
+    /// No node with a belief reaches it.
     Unhealthy,
-    /// Some do.
+    /// Some nodes reach it.
     Disputed,
-    /// Nobody says anything.
+    /// No node has a belief about it.
     Unknown,
 }
 
-/// What a node says of its clock.
+/// A node's report about its clock.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct ClockSummary {
-    /// As in `clock`.
+    /// The state, as in `clock`.
     pub state: ClockState,
-    /// What must be added to it, in microseconds.
+    /// The value to add to the clock, in microseconds.
     pub offset_us: Option<i64>,
-    /// How far that may be wrong.
+    /// Possible error of the offset, in microseconds.
     pub uncertainty_us: Option<u64>,
 }
 
-/// What one node believes.
+/// The beliefs of one node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct ViewReport {
-    /// The slot of who believes it.
+    /// The slot of the observer.
     pub observer: u16,
-    /// How old it is, in milliseconds.
+    /// Age of the view, in milliseconds.
     pub age_ms: u64,
-    /// What it believes of each other.
+    /// Its beliefs about each other node.
     pub beliefs: Vec<BeliefReport>,
 }
 
-/// What one node believes of one other.
+/// The belief of one node about another.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct BeliefReport {
-    /// The slot of whom it is about.
+    /// The slot of the other node.
     pub slot: u16,
-    /// What it believes.
+    /// The believed state.
     pub state: HealthState,
-    /// For how long it had, in milliseconds.
+    /// Duration of that state, in milliseconds.
     pub since_ms_ago: u64,
     /// Mean of its response times, in microseconds.
     pub mean_us: Option<u64>,
-    /// Why its last probe that failed did.
+    /// The reason of its last failed probe.
     pub last_error: Option<String>,
 }
 
 impl HealthMonitor {
-    /// All of it, now.
+    /// Returns the present report.
     pub fn report(&self) -> HealthReport {
         let now = Instant::now();
         let merged = self.merged(now);
@@ -238,7 +238,7 @@ fn node_report(merged: &Merged, member: NodeId) -> NodeReport {
     let standing = merged.standing(member);
     let slots = |nodes: &[NodeId]| nodes.iter().map(|node| node.slot).collect::<Vec<u16>>();
     let state = match (standing.reached_by.len(), standing.not_reached_by.len()) {
-        // A cluster of one: it answers.
+        // A cluster of one node: the node answers, so it is healthy.
         (0, 0) if merged.members().len() == 1 => MergedState::Healthy,
         (0, 0) => MergedState::Unknown,
         (0, _) => MergedState::Unhealthy,
@@ -274,7 +274,7 @@ fn view_report((observer, aged): (&NodeId, &AgedView)) -> ViewReport {
     }
 }
 
-/// What a node says that is wrong with its clock.
+/// Describes the problem with a node's clock, if there is one.
 fn clock_problem(slot: u16, clock: &ClockBelief) -> Option<String> {
     match clock.state {
         ClockState::Off | ClockState::Synchronized => None,
@@ -286,7 +286,7 @@ fn clock_problem(slot: u16, clock: &ClockBelief) -> Option<String> {
             Some(format!("the clock of node {slot} is unsynchronized: {reason}"))
         }
         ClockState::Skewed => {
-            // The offset is what must be added: negative if the clock is ahead.
+            // The offset is the value to add: negative if the clock is ahead.
             let offset_us = clock.offset_us.unwrap_or_default();
             let side = if offset_us < 0 { "ahead of" } else { "behind" };
             Some(format!(
@@ -297,7 +297,8 @@ fn clock_problem(slot: u16, clock: &ClockBelief) -> Option<String> {
     }
 }
 
-/// Clocks that are far from the median of all. Of an even number the later of the two in the middle counts as that.
+/// Describes clocks that are far from the median of all. Of an even number the later of the two middle values is the
+/// median.
 fn clocks_apart(clocks: &[(NodeId, SystemTime)]) -> Vec<String> {
     let mut sorted: Vec<SystemTime> = clocks.iter().map(|(_, clock)| *clock).collect();
     sorted.sort_unstable();

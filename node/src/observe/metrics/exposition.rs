@@ -1,4 +1,4 @@
-//! `GET /metrics` as Prometheus reads it: exposition format 0.0.4, encoded by the `prometheus` crate.
+//! `GET /metrics` for Prometheus: exposition format 0.0.4, encoded by the crate `prometheus`.
 //!
 //! Base units (seconds, bytes), counters end in `_total`. Histograms have fixed bounds; a value within 1/32 of a bound
 //! may be counted in the next bucket.
@@ -18,7 +18,7 @@ use super::report::{MetricsReport, Sources};
 
 const NANOS_PER_SECOND: f64 = 1e9;
 
-/// Upper bounds of durations, in nanoseconds: from what memory answers to what a time-out ends.
+/// Upper bounds of durations, in nanoseconds: from an answer out of memory to a time-out.
 const BOUNDS_NS: [u64; 19] = [
     10_000,
     25_000,
@@ -40,10 +40,10 @@ const BOUNDS_NS: [u64; 19] = [
     10_000_000_000,
     60_000_000_000,
 ];
-/// Upper bounds of entries in a flush.
+/// Upper bounds of the number of entries in a flush.
 const BOUNDS_ENTRIES: [u64; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024];
 
-/// The content type of [`text`].
+/// The content type of the result of [`text`].
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Families of one kind, each with its name, its help and its value.
@@ -80,7 +80,7 @@ pub fn text(metrics: &Metrics, sources: Sources<'_>) -> Result<String, prometheu
         "quorumfs_raft_flush_entries" "Entries made durable by one flush of the log." vec![entries],
     }
     let mut text = String::new();
-    // A family without a metric (nothing of the kind happened yet) cannot be encoded, and is left out.
+    // A family without a metric (no such event yet) cannot be encoded, and is left out.
     families.0.retain(|family| !family.get_metric().is_empty());
     TextEncoder::new().encode_utf8(&families.0, &mut text)?;
     Ok(text)
@@ -168,12 +168,12 @@ fn operations(families: &mut Families, metrics: &Metrics) {
     let (mut counts, mut failures, mut bytes, mut durations) = (vec![], vec![], vec![], vec![]);
     for origin in Origin::ALL {
         for kind in OperationKind::ALL {
-            let tally: &CallCounter = metrics.operation(origin, kind);
-            if tally.count() == 0 {
+            let calls: &CallCounter = metrics.operation(origin, kind);
+            if calls.count() == 0 {
                 continue;
             }
             let labels = [("kind", kind.name()), ("origin", origin.name())];
-            let snapshot = tally.snapshot();
+            let snapshot = calls.snapshot();
             counts.push(counter(&labels, snapshot.durations.count()));
             failures.push(counter(&labels, snapshot.failures));
             bytes.push(counter(&labels, snapshot.bytes));
@@ -198,8 +198,8 @@ fn operations(families: &mut Families, metrics: &Metrics) {
 fn http(families: &mut Families, metrics: &Metrics) {
     let (mut counts, mut bytes, mut durations) = (vec![], vec![], vec![]);
     for endpoint in Endpoint::ALL {
-        let (tally, classes) = metrics.http_requests(endpoint);
-        if tally.count() == 0 {
+        let (calls, classes) = metrics.http_requests(endpoint);
+        if calls.count() == 0 {
             continue;
         }
         for (class, count) in super::STATUS_CLASSES.into_iter().zip(classes) {
@@ -207,7 +207,7 @@ fn http(families: &mut Families, metrics: &Metrics) {
             counts.push(counter(&labels, count));
         }
         let labels = [("endpoint", endpoint.name())];
-        let snapshot = tally.snapshot();
+        let snapshot = calls.snapshot();
         bytes.push(counter(&labels, snapshot.bytes));
         durations.push(duration(&labels, &snapshot.durations));
     }
@@ -296,9 +296,9 @@ mod tests {
     #[test]
     fn counts_become_samples_with_labels_and_rising_buckets() {
         let metrics = Metrics::new();
-        let tally = metrics.operation(Origin::Rest, OperationKind::Create);
+        let counter = metrics.operation(Origin::Rest, OperationKind::Create);
         for micros in [100, 200, 3_000, 900_000] {
-            tally.record(Ending::Done, 10, Duration::from_micros(micros));
+            counter.record(Ending::Done, 10, Duration::from_micros(micros));
         }
         let mut families = Families::default();
         operations(&mut families, &metrics);

@@ -1,29 +1,29 @@
-//! What is told apart: kinds of operations, where they come from, why calls are refused, what HTTP is asked for.
+//! The classes by which events are counted: kinds of operations, their origins, reasons of refusals, HTTP endpoints.
 //!
-//! Each is an enum with a fixed list, so that recording finds its counter by an index.
+//! Each is an enum with a fixed list, so that its counter is found by an index.
 
 use quorumfs_proto::{ClientResponse, Operation, Query, Refusal};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-/// Begins the description of a session that carries REST requests; all others are mounts.
+/// Prefix of the description of a session that carries REST requests; all others are mounts.
 pub const REST_DESCRIPTION: &str = "REST of node";
 
-/// Who wants an operation done.
+/// The origin of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Origin {
-    /// A mount.
+    /// A mount of the filesystem.
     Mount,
     /// A node, for an HTTP client.
     Rest,
 }
 
 impl Origin {
-    /// All of them, by index.
+    /// All origins, by index.
     pub const ALL: [Origin; 2] = [Origin::Mount, Origin::Rest];
 
-    /// As it is shown.
+    /// Returns the name in reports.
     pub fn name(self) -> &'static str {
         match self {
             Origin::Mount => "mount",
@@ -31,7 +31,7 @@ impl Origin {
         }
     }
 
-    /// From what a session says of itself.
+    /// Derives the origin from a session's description.
     pub fn of_description(description: &str) -> Origin {
         match description.starts_with(REST_DESCRIPTION) {
             true => Origin::Rest,
@@ -40,7 +40,7 @@ impl Origin {
     }
 }
 
-/// Defines an enum whose values have a name for machines and a meaning for people, and the list of all of them in the
+/// Defines an enum whose values have a name for machines and a meaning for people, and the list of all values in the
 /// order of their numbers.
 macro_rules! kinds {
     ($(#[$about:meta])* $kind:ident { $($variant:ident $name:literal $meaning:literal,)* }) => {
@@ -51,17 +51,17 @@ macro_rules! kinds {
         }
 
         impl $kind {
-            /// All of them, by index.
+            /// All values, by index.
             pub const ALL: [$kind; [$($name),*].len()] = [$($kind::$variant),*];
 
-            /// As it is shown.
+            /// Returns the name in reports.
             pub fn name(self) -> &'static str {
                 match self {
                     $($kind::$variant => $name,)*
                 }
             }
 
-            /// What it is, for people.
+            /// Returns the meaning, for people.
             pub fn meaning(self) -> &'static str {
                 match self {
                     $($kind::$variant => $meaning,)*
@@ -72,13 +72,13 @@ macro_rules! kinds {
 }
 
 kinds! {
-    /// What is done to files. One command may do several; each counts, and takes as long as the command.
+    /// Operations on files. A command may have several; each counts, with the duration of the command.
     OperationKind {
-        Create "create" "files made by name, or opened because they were there",
-        CreateUnlinked "create_unlinked" "files made without a name (REST uploads under way)",
-        Mkdir "mkdir" "directories made",
-        Symlink "symlink" "symbolic links made",
-        Mknod "mknod" "pipes, sockets' names and devices made",
+        Create "create" "files created by name, or opened because they existed",
+        CreateUnlinked "create_unlinked" "files created without a name (REST uploads in progress)",
+        Mkdir "mkdir" "directories created",
+        Symlink "symlink" "symbolic links created",
+        Mknod "mknod" "named pipes, sockets and devices created",
         Link "link" "names added (REST uploads appear so)",
         Delete "delete" "names of files removed",
         Rmdir "rmdir" "directories removed",
@@ -88,27 +88,27 @@ kinds! {
         Append "append" "extents added at the end of files",
         SetXattr "setxattr" "extended attributes set",
         RemoveXattr "removexattr" "extended attributes removed",
-        Release "release" "unlinked files let go of",
+        Release "release" "unlinked files released",
         Lookup "lookup" "names and paths looked up",
         GetAttributes "getattr" "attributes asked for",
-        List "list" "pieces of directory listings",
+        List "list" "pages of directory listings",
         ReadLink "readlink" "symbolic links read",
         GetXattr "getxattr" "extended attributes read",
         ListXattrs "listxattr" "extended attributes listed",
-        Extents "extents" "files opened: where their bytes are",
+        Extents "extents" "extents of files looked up (on open)",
         Space "statfs" "free space asked for",
         Read "read" "ranges of chunks read; bytes: what was sent",
-        PutChunk "put_chunk" "chunks brought; bytes: their payload, each once",
+        PutChunk "put_chunk" "chunks received; bytes: their payload, each once",
         Session "session" "sessions opened, kept alive, closed",
     }
 }
 
 kinds! {
-    /// Why nothing was decided; the client comes again.
+    /// Reasons why a call was not decided; the client repeats it.
     RefusalKind {
         NotLeader "not_leader" "this node does not lead",
-        Unavailable "unavailable" "nobody can decide now",
-        PutAgain "put_again" "chunks are not known to be on a quorum, and are to be put again",
+        Unavailable "unavailable" "no node can decide now",
+        PutAgain "put_again" "chunks are not known to be on a quorum, and must be put again",
         UnknownSession "unknown_session" "the session is not known or has ended",
         StaleSequence "stale_sequence" "a later call of the lane was decided already",
         Invalid "invalid" "the call is out of bounds",
@@ -117,7 +117,7 @@ kinds! {
 }
 
 kinds! {
-    /// What an HTTP request is about: the method and the first part of its path.
+    /// The HTTP endpoints, by method and first part of the path.
     Endpoint {
         Upload "upload" "files stored",
         Download "download" "files read",
@@ -128,12 +128,12 @@ kinds! {
         Health "health" "health",
         Recovery "recovery" "recovery",
         Repair "repair" "repair",
-        Other "other" "all else",
+        Other "other" "all other requests",
     }
 }
 
 impl OperationKind {
-    /// What an operation of a command is.
+    /// Returns the kind of an operation of a command.
     pub fn of_operation(operation: &Operation) -> OperationKind {
         use quorumfs_proto::command::NewKind;
         match operation {
@@ -159,7 +159,7 @@ impl OperationKind {
         }
     }
 
-    /// What a query is.
+    /// Returns the kind of a query.
     pub fn of_query(query: &Query) -> OperationKind {
         match query {
             Query::Lookup { .. } | Query::Resolve { .. } => OperationKind::Lookup,
@@ -175,7 +175,7 @@ impl OperationKind {
 }
 
 impl RefusalKind {
-    /// Of a reply that is one.
+    /// Returns the kind of a refusal; `None` for other replies.
     pub fn of_reply(reply: &ClientResponse) -> Option<RefusalKind> {
         let ClientResponse::Refused(refusal) = reply else {
             return None;
@@ -193,7 +193,7 @@ impl RefusalKind {
 }
 
 impl Endpoint {
-    /// Of a request.
+    /// Returns the endpoint of a request.
     pub fn of_request(method: &str, path: &str) -> Endpoint {
         let first = path.trim_start_matches('/').split('/').next().unwrap_or_default();
         match (first, method) {

@@ -1,13 +1,13 @@
-//! What this node does, counted: operations by kind and origin, HTTP requests, replication, commits; and what is made
-//! of it: a report ([`report`]), Prometheus' text ([`exposition`]), an analysis ([`tradeoffs`]), a line in the log
+//! The metrics of this node: operations by kind and origin, HTTP requests, replication, commits; and their uses: a
+//! report ([`report`]), Prometheus' text ([`exposition`]), an analysis ([`tradeoffs`]), a line in the log
 //! ([`summary`]).
 //!
-//! Recording is a few relaxed atomic additions (see [`quorumfs_measure`]): no lock but, for calls, a shared one that
-//! tells whose session it is; no allocation. What is "now" comes from samples taken once a second ([`window`]), so it
-//! costs the paths nothing. Counts begin with the process and are never reset.
+//! Recording is a few relaxed atomic additions (see [`quorumfs_measure`]), without allocation and without a lock,
+//! except for a shared lock that finds the origin of a call's session. Present rates come from samples taken once a
+//! second ([`window`]), so they add no cost to the calls. Counts begin with the process and are never reset.
 //!
-//! The leader counts what clients asked of the cluster, and reads that came to it; the other nodes only what came
-//! to them. Nothing here decides anything.
+//! The leader counts the calls of clients to the cluster, and reads that reached it; the other nodes only count what
+//! reached them. Nothing here decides anything.
 
 pub mod exposition;
 pub mod kinds;
@@ -32,39 +32,39 @@ use mounts::Mounts;
 use replication::Replication;
 use window::Window;
 
-/// Sessions whose origin is remembered; beyond it all are forgotten and asked for again.
+/// Most sessions whose origin is cached; beyond it all are dropped and looked up again.
 const ORIGINS_MAX: usize = 16 << 10;
-/// How often the counters are sampled.
+/// Interval of the samples.
 const SAMPLE_INTERVAL_MS: u64 = 1_000;
 
-/// All counters of a node. Some 600 KiB.
+/// All counters of a node. Takes about 600 KiB.
 pub struct Metrics {
     began: Instant,
-    /// By origin, then kind.
+    /// By origin, then by kind.
     operations: Vec<CallCounter>,
     refusals: [AtomicU64; RefusalKind::ALL.len()],
-    http: Vec<HttpTally>,
+    http: Vec<HttpCounter>,
     /// Commands decided through this node's log.
     pub commits: CallCounter,
-    /// How chunks reach their nodes.
+    /// Counters of the replication of chunks.
     pub replication: Arc<Replication>,
-    /// What mounts say of themselves.
+    /// The reports of mounts.
     pub mounts: Mounts,
     origins: RwLock<HashMap<SessionId, Origin>>,
     window: Mutex<Window<Vec<window::Totals>>>,
-    /// Of [`Metrics::commits`].
+    /// Samples of [`Metrics::commits`].
     commit_window: Mutex<Window<Snapshot>>,
 }
 
 /// HTTP requests of one endpoint.
 #[derive(Debug, Default)]
-struct HttpTally {
-    tally: CallCounter,
-    /// 1xx and 2xx, 3xx, 4xx, 5xx.
+struct HttpCounter {
+    calls: CallCounter,
+    /// Responses 1xx and 2xx, 3xx, 4xx, 5xx.
     classes: [AtomicU64; 4],
 }
 
-/// What HTTP answered, by its hundreds.
+/// The classes of HTTP statuses.
 pub const STATUS_CLASSES: [&str; 4] = ["2xx", "3xx", "4xx", "5xx"];
 
 impl Default for Metrics {
@@ -74,14 +74,14 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Nothing counted.
+    /// Returns counters at zero.
     pub fn new() -> Metrics {
         let operations = Origin::ALL.len() * OperationKind::ALL.len();
         Metrics {
             began: Instant::now(),
             operations: (0..operations).map(|_| CallCounter::default()).collect(),
             refusals: Default::default(),
-            http: Endpoint::ALL.iter().map(|_| HttpTally::default()).collect(),
+            http: Endpoint::ALL.iter().map(|_| HttpCounter::default()).collect(),
             commits: CallCounter::default(),
             replication: Arc::default(),
             mounts: Mounts::default(),
@@ -91,17 +91,17 @@ impl Metrics {
         }
     }
 
-    /// How long this has been counting.
+    /// Returns the time since the counters were created.
     pub fn uptime(&self) -> Duration {
         self.began.elapsed()
     }
 
-    /// The counters of one kind.
+    /// Returns the counters of one kind.
     pub fn operation(&self, origin: Origin, kind: OperationKind) -> &CallCounter {
         &self.operations[origin as usize * OperationKind::ALL.len() + kind as usize]
     }
 
-    /// A command was answered. Its operations count if it was decided; a refusal counts as one.
+    /// Records the reply to a command. Its operations count if it was decided; a refusal counts as one event.
     pub fn command(
         &self,
         origin: Origin,
@@ -121,7 +121,7 @@ impl Metrics {
         }
     }
 
-    /// A query was answered.
+    /// Records the reply to a query.
     pub fn query(&self, origin: Origin, kind: OperationKind, reply: &ClientResponse, duration: Duration) {
         match reply {
             ClientResponse::Answer(answer) => {
@@ -132,7 +132,7 @@ impl Metrics {
         }
     }
 
-    /// A session was opened, kept or closed.
+    /// Records that a session was opened, kept alive or closed.
     pub fn session(&self, origin: Origin, reply: &ClientResponse, duration: Duration) {
         match reply {
             ClientResponse::Session(_) => {
@@ -143,58 +143,58 @@ impl Metrics {
         }
     }
 
-    /// A reply, if it is a refusal.
+    /// Counts the reply if it is a refusal.
     pub fn refused(&self, reply: &ClientResponse) {
         if let Some(kind) = RefusalKind::of_reply(reply) {
             self.refusals[kind as usize].fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// How often calls were refused so.
+    /// Returns the number of refusals of this kind.
     pub fn refusals(&self, kind: RefusalKind) -> u64 {
         self.refusals[kind as usize].load(Ordering::Relaxed)
     }
 
-    /// An HTTP request was answered with `status`, and `bytes` of content came or went.
+    /// Records an HTTP request that was answered with `status`, and the `bytes` of content that it moved.
     pub fn http(&self, endpoint: Endpoint, status: u16, bytes: u64, duration: Duration) {
         let ending = match status {
             0..400 => Ending::Done,
             _ => Ending::Failed,
         };
-        let tally = &self.http[endpoint as usize];
-        tally.tally.record(ending, bytes, duration);
+        let counter = &self.http[endpoint as usize];
+        counter.calls.record(ending, bytes, duration);
         let class = match status {
             0..300 => 0,
             300..400 => 1,
             400..500 => 2,
             _ => 3,
         };
-        tally.classes[class].fetch_add(1, Ordering::Relaxed);
+        counter.classes[class].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The requests of one endpoint, and how many were answered with each of [`STATUS_CLASSES`].
+    /// Returns the requests of one endpoint, and the number of responses in each of [`STATUS_CLASSES`].
     pub fn http_requests(&self, endpoint: Endpoint) -> (&CallCounter, [u64; 4]) {
-        let tally = &self.http[endpoint as usize];
-        let classes = tally
+        let counter = &self.http[endpoint as usize];
+        let classes = counter
             .classes
             .each_ref()
             .map(|class| class.load(Ordering::Relaxed));
-        (&tally.tally, classes)
+        (&counter.calls, classes)
     }
 
-    /// Where a session's calls come from; `describe` is asked once for each session.
+    /// Returns the origin of a session; `describe` is called once for each session.
     pub fn origin(&self, session: SessionId, describe: impl FnOnce() -> Option<String>) -> Origin {
         if let Some(known) = self.origins.read().get(&session) {
             return *known;
         }
-        // What is not known yet (it is just being opened) is asked for again.
+        // An unknown description (the session is being opened) is looked up again.
         let Some(description) = describe() else {
             return Origin::Mount;
         };
         self.opened(session, &description)
     }
 
-    /// A session says what it is.
+    /// Records the description of a session.
     pub fn opened(&self, session: SessionId, description: &str) -> Origin {
         let origin = Origin::of_description(description);
         let mut origins = self.origins.write();
@@ -205,7 +205,7 @@ impl Metrics {
         origin
     }
 
-    /// Samples once a second, for ever, and logs a summary every `summary_interval` in which something happened.
+    /// Samples once a second, and logs a summary every `summary_interval` if something happened; never returns.
     pub async fn run(self: Arc<Self>, summary_interval: Duration) {
         let mut summary = summary::Summary::new(&self, summary_interval);
         loop {
@@ -223,9 +223,9 @@ impl Metrics {
             .add(now, self.commits.snapshot().durations);
     }
 
-    /// Counts, failures and bytes of each kind of operation, then of each endpoint.
+    /// Returns counts, failures and bytes of each kind of operation, then of each endpoint.
     fn totals(&self) -> Vec<window::Totals> {
-        let http = self.http.iter().map(|tally| &tally.tally);
+        let http = self.http.iter().map(|counter| &counter.calls);
         self.operations
             .iter()
             .chain(http)
@@ -233,39 +233,39 @@ impl Metrics {
             .collect()
     }
 
-    /// How long the commands of the last seconds took.
+    /// Returns the durations of the commands of the last seconds.
     fn commits_lately(&self) -> Snapshot {
         self.commit_window
             .lock()
             .lately(&self.commits.snapshot().durations)
     }
 
-    /// What each kind of operation, then each endpoint, did per second lately, and over how long that was taken.
+    /// Returns the present rates of each kind of operation, then of each endpoint, and the window they cover.
     fn rates(&self) -> (Duration, Vec<window::Rate>) {
         let totals = self.totals();
         self.window.lock().rates(self.began, Instant::now(), &totals)
     }
 }
 
-/// What of a command counts, kept while the command itself goes its way.
+/// The countable parts of a command, kept while the command itself is processed.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CountedCommand {
-    /// Operations of each kind; a command has at most 256.
+    /// Number of operations of each kind; a command has at most 256.
     counts: [u16; OperationKind::ALL.len()],
     written_bytes: u64,
     appended_bytes: u64,
 }
 
 impl CountedCommand {
-    /// Of `command`.
+    /// Counts the operations of `command`.
     pub fn of(command: &Command) -> CountedCommand {
         let mut counted = CountedCommand::default();
         for operation in &command.operations {
             let kind = OperationKind::of_operation(operation);
             let bytes: u64 = operation
-                .pieces()
+                .extents()
                 .iter()
-                .map(|piece| u64::from(piece.length))
+                .map(|extent| u64::from(extent.length))
                 .sum();
             counted.counts[kind as usize] = counted.counts[kind as usize].saturating_add(1);
             match kind {
@@ -276,7 +276,7 @@ impl CountedCommand {
         counted
     }
 
-    /// Kinds that occur, how often, and their bytes.
+    /// Returns the kinds that occur, with their number and bytes.
     fn rows(&self) -> impl Iterator<Item = (OperationKind, u16, u64)> {
         let row = |kind: OperationKind| {
             let bytes = match kind {
@@ -348,8 +348,8 @@ mod tests {
         for status in [200, 206, 304, 404, 409, 503] {
             metrics.http(Endpoint::Download, status, 10, Duration::from_millis(1));
         }
-        let (tally, classes) = metrics.http_requests(Endpoint::Download);
-        assert_eq!((tally.count(), tally.failures(), tally.bytes()), (6, 3, 30));
+        let (counter, classes) = metrics.http_requests(Endpoint::Download);
+        assert_eq!((counter.count(), counter.failures(), counter.bytes()), (6, 3, 30));
         assert_eq!(classes, [2, 1, 2, 1]);
     }
 }

@@ -1,4 +1,4 @@
-//! What mounts say of themselves with their keep-alives; the leader hears it.
+//! The reports that mounts send with their keep-alives to the leader.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -9,21 +9,21 @@ use quorumfs_proto::statistics::ClientStatistics;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-/// Mounts remembered; more are not shown.
+/// Most mounts that are remembered; more are not shown.
 const MOUNTS_MAX: usize = 1024;
-/// A mount that has not spoken for so long is not shown any more: some keep-alives.
+/// A mount that was silent for this long (several keep-alives) is not shown any more.
 const SILENCE_MS_MAX: u64 = 30_000;
 
-/// One mount, in its own words.
+/// The report of one mount.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 pub struct MountRow {
-    /// Its session, in hexadecimal.
+    /// The mount's session, in hexadecimal.
     pub session: String,
     /// Host, directory and process.
     pub description: String,
-    /// How long ago it said this, in milliseconds.
+    /// Age of the report, in milliseconds.
     pub age_ms: u64,
-    /// What it did since it was mounted.
+    /// The mount's statistics since it was mounted.
     pub statistics: ClientStatistics,
 }
 
@@ -34,14 +34,14 @@ struct Heard {
     statistics: ClientStatistics,
 }
 
-/// The mounts that were heard of lately.
+/// The mounts heard recently.
 #[derive(Debug, Default)]
 pub struct Mounts {
     heard: Mutex<HashMap<SessionId, Heard>>,
 }
 
 impl Mounts {
-    /// A mount speaks.
+    /// Records the report of a mount.
     pub fn heard(&self, session: SessionId, description: String, statistics: ClientStatistics) {
         let mut heard = self.heard.lock();
         if heard.len() >= MOUNTS_MAX && !heard.contains_key(&session) {
@@ -58,12 +58,12 @@ impl Mounts {
         heard.insert(session, row);
     }
 
-    /// Its session is over.
+    /// Removes a mount whose session is over.
     pub fn closed(&self, session: SessionId) {
         self.heard.lock().remove(&session);
     }
 
-    /// Those that were heard of lately, in the order of their descriptions.
+    /// Returns the mounts heard recently, in the order of their descriptions.
     pub fn rows(&self) -> Vec<MountRow> {
         let mut heard = self.heard.lock();
         heard.retain(|_, row| is_fresh(row));

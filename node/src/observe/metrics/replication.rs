@@ -1,4 +1,4 @@
-//! How chunks reach their nodes: time to a quorum, time to all, bytes copied for each byte brought.
+//! The replication of chunks: time to a quorum, time to all nodes, bytes copied for each byte received.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use quorumfs_measure::{CallCounter, Distribution, Ending};
 
-/// Where a copy is made.
+/// The place of a copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CopyPlace {
     /// On this node's disk.
@@ -15,23 +15,23 @@ pub enum CopyPlace {
     Peer,
 }
 
-/// The counters.
+/// Counters of the replication of chunks.
 #[derive(Debug, Default)]
 pub struct Replication {
-    /// Chunks brought by clients; bytes of those that reached a quorum; time to the quorum.
+    /// Chunks sent by clients; bytes of those that reached a quorum; time to the quorum.
     pub to_quorum: CallCounter,
-    /// Time until every member had it, of chunks that all of them took, in nanoseconds.
+    /// Time until all nodes that should hold a chunk had it, in nanoseconds; only chunks that all of them took.
     pub to_all: Distribution,
-    /// Copies made here.
+    /// Copies made on this node.
     pub own_copies: CallCounter,
-    /// Copies made on others, from the first byte to their answer that it is on disk.
+    /// Copies made on other nodes, from the first byte to their answer that the chunk is on disk.
     pub peer_copies: CallCounter,
-    /// Bytes of content that rode inside commands (they are in every node's log, then in its content).
+    /// Bytes of content inside commands (they are in every node's log, then in its content store).
     pub inline_bytes: AtomicU64,
 }
 
 impl Replication {
-    /// A chunk sets out to `places` nodes.
+    /// Begins the replication of a chunk to `places` nodes.
     pub fn begin(self: &Arc<Self>, bytes: u64, places: usize) -> Arc<ReplicationSpan> {
         Arc::new(ReplicationSpan {
             replication: Arc::clone(self),
@@ -43,7 +43,7 @@ impl Replication {
     }
 }
 
-/// One chunk on its way to all its nodes. Dropped early it counts what it has seen.
+/// The replication of one chunk. If it is dropped early, it counts what has happened so far.
 #[derive(Debug)]
 pub struct ReplicationSpan {
     replication: Arc<Replication>,
@@ -54,7 +54,7 @@ pub struct ReplicationSpan {
 }
 
 impl ReplicationSpan {
-    /// One node has answered.
+    /// Records the result of one copy.
     pub fn copied(&self, place: CopyPlace, ending: Ending) {
         let took = self.began.elapsed();
         let copies = match place {
@@ -71,12 +71,12 @@ impl ReplicationSpan {
         }
     }
 
-    /// One node more is to have it: it stands in for another.
+    /// Records that one more node takes a copy instead of another.
     pub fn goes_on_to_another(&self) {
         self.left.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// The client is answered: it is on a quorum, or could not be brought there.
+    /// Records that the client was answered: the chunk is on a quorum, or could not be replicated.
     pub fn answered(&self, ending: Ending) {
         self.replication
             .to_quorum
@@ -91,21 +91,21 @@ mod tests {
     #[test]
     fn all_is_when_the_last_copy_is_there_and_none_failed() {
         let replication = Arc::new(Replication::default());
-        let journey = replication.begin(1000, 3);
-        journey.copied(CopyPlace::Own, Ending::Done);
-        journey.copied(CopyPlace::Peer, Ending::Done);
-        journey.answered(Ending::Done);
+        let span = replication.begin(1000, 3);
+        span.copied(CopyPlace::Own, Ending::Done);
+        span.copied(CopyPlace::Peer, Ending::Done);
+        span.answered(Ending::Done);
         assert_eq!(replication.to_all.count(), 0);
-        journey.copied(CopyPlace::Peer, Ending::Done);
+        span.copied(CopyPlace::Peer, Ending::Done);
         assert_eq!(replication.to_all.count(), 1);
         assert_eq!(replication.to_quorum.bytes(), 1000);
         assert_eq!(
             replication.own_copies.bytes() + replication.peer_copies.bytes(),
             3000
         );
-        let journey = replication.begin(1000, 2);
-        journey.copied(CopyPlace::Peer, Ending::Failed);
-        journey.copied(CopyPlace::Own, Ending::Done);
+        let span = replication.begin(1000, 2);
+        span.copied(CopyPlace::Peer, Ending::Failed);
+        span.copied(CopyPlace::Own, Ending::Done);
         assert_eq!(replication.to_all.count(), 1, "one copy failed: never on all");
         assert_eq!(replication.peer_copies.failures(), 1);
     }

@@ -1,4 +1,4 @@
-//! `GET /metrics` as JSON: everything that is counted, with its quantiles and rates.
+//! `GET /metrics` as JSON: all counters, with quantiles and rates.
 
 use std::sync::atomic::Ordering;
 
@@ -16,60 +16,61 @@ use crate::replication::space::SpaceMonitor;
 use crate::tasks::Tasks;
 use quorumfs_content::ContentStore;
 
-/// What a node counted since it started. Durations are in microseconds.
+/// The counters of a node since it started. Durations are in microseconds.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct MetricsReport {
     /// The node's slot.
     pub slot: u16,
-    /// For how long it has counted, in seconds.
+    /// Time since the node started, in seconds.
     pub uptime_s: u64,
-    /// Whether it leads: the leader counts what clients ask of the cluster, the others only what came to them.
+    /// Whether the node leads: the leader counts the calls of clients to the cluster, the others only what reached
+    /// them.
     pub is_leader: bool,
-    /// The leader's slot, where one is known.
+    /// The leader's slot, if known.
     pub leader_slot: Option<u16>,
-    /// What goes on now.
+    /// The present throughput.
     pub throughput: Throughput,
-    /// Operations on files by kind and origin; kinds that never happened are left out.
+    /// Operations on files by kind and origin; kinds that never occurred are left out.
     pub operations: Vec<OperationRow>,
-    /// Calls that were not decided here; the clients come again.
+    /// Calls that were not decided on this node; the clients repeat them.
     pub refusals: Vec<RefusalRow>,
-    /// HTTP requests; those that were never made are left out.
+    /// HTTP requests by endpoint; endpoints without requests are left out.
     pub http: Vec<HttpRow>,
-    /// How chunks reach their nodes.
+    /// The replication of chunks.
     pub replication: ReplicationReport,
-    /// The log.
+    /// The consensus and its log.
     pub raft: RaftReport,
     /// The content store.
     pub content: ContentReport,
-    /// What is kept in memory.
+    /// The caches in memory.
     pub caches: CachesReport,
-    /// Room on this node's disk and in the cluster.
+    /// Space on this node's disk and in the cluster.
     pub space: SpaceReport,
-    /// What the mounts say of themselves; only the leader hears it.
+    /// The reports of the mounts; only the leader receives them.
     pub mounts: Vec<MountRow>,
 }
 
-/// What went on in the last seconds.
+/// The throughput of the last seconds.
 #[derive(Clone, Copy, Debug, Default, Serialize, ToSchema)]
 pub struct Throughput {
-    /// Over how many seconds it was taken: about 10.
+    /// Length of the window, in seconds: about 10.
     pub window_s: f64,
     /// Operations on files, per second.
     pub operations_per_s: f64,
-    /// Those that failed.
+    /// Failed operations per second.
     pub failures_per_s: f64,
-    /// Bytes read by clients from this node.
+    /// Bytes read by clients from this node, per second.
     pub read_bytes_per_s: f64,
-    /// Bytes put into files.
+    /// Bytes written to files, per second.
     pub written_bytes_per_s: f64,
-    /// HTTP requests.
+    /// HTTP requests per second.
     pub http_requests_per_s: f64,
-    /// How long the commands took that were decided through this node.
+    /// Durations of the commands decided through this node.
     pub commit_latency: Latency,
 }
 
 impl Throughput {
-    /// What goes on on this node now.
+    /// Returns the present throughput of this node.
     pub fn gather(metrics: &Metrics) -> Throughput {
         let (window, rates) = metrics.rates();
         let (operation_rates, http_rates) = rates.split_at(Origin::ALL.len() * OperationKind::ALL.len());
@@ -82,84 +83,84 @@ impl Throughput {
     }
 }
 
-/// One kind of operation.
+/// Counters of one kind of operation.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct OperationRow {
-    /// Whether a mount or an HTTP client wanted it.
+    /// The origin: a mount or an HTTP client.
     pub origin: Origin,
     /// `create`, `read`, `write`, `delete`, …
     pub kind: &'static str,
-    /// What that is.
+    /// The meaning of the kind.
     pub meaning: &'static str,
-    /// How many.
+    /// Number of operations.
     pub count: u64,
-    /// How many of them were answered with an error, which may be what was expected (a name that is not there).
+    /// Operations answered with an error, which may be the expected answer (a name that does not exist).
     pub failures: u64,
-    /// The part of them that did what was asked, 0 to 1.
+    /// Fraction of operations that succeeded, 0 to 1.
     pub success_rate: f64,
     /// Bytes of content that they moved.
     pub bytes: u64,
-    /// How long this node took over them.
+    /// Durations on this node.
     pub latency: Latency,
-    /// How many per second, lately.
+    /// Present rate per second.
     pub per_s: f64,
-    /// Bytes per second, lately.
+    /// Present bytes per second.
     pub bytes_per_s: f64,
 }
 
-/// Calls refused for one reason.
+/// Counters of one reason of refusals.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 pub struct RefusalRow {
-    /// Why.
+    /// Reason of the refusals.
     pub reason: &'static str,
-    /// How many.
+    /// Number of refusals.
     pub count: u64,
 }
 
-/// HTTP requests of one kind.
+/// Counters of one HTTP endpoint.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct HttpRow {
     /// `upload`, `download`, `delete`, `list`, …
     pub endpoint: &'static str,
-    /// How many.
+    /// Number of requests.
     pub count: u64,
-    /// Those answered with 400 or more.
+    /// Requests answered with 400 or more.
     pub failures: u64,
-    /// How many were answered with each hundred.
+    /// Number of responses in each class of statuses.
     pub statuses: Vec<StatusRow>,
-    /// Bytes of bodies: what came of uploads, what went of all others.
+    /// Bytes of bodies: of the requests for uploads, of the responses for all others.
     pub bytes: u64,
-    /// From the request's head to the end of the answer's body.
+    /// Time from the head of the request to the end of the response's body.
     pub latency: Latency,
-    /// How many per second, lately.
+    /// Present rate per second.
     pub per_s: f64,
-    /// Bytes per second, lately.
+    /// Present bytes per second.
     pub bytes_per_s: f64,
 }
 
-/// Answers of one hundred.
+/// Number of responses in one class of statuses.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 pub struct StatusRow {
     /// `2xx`, `3xx`, `4xx` or `5xx`.
     pub class: &'static str,
-    /// How many.
+    /// Number of responses.
     pub count: u64,
 }
 
-/// How chunks that clients brought to this node (as the leader) reached the others.
+/// Replication of the chunks that clients sent to this node (as the leader).
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 pub struct ReplicationReport {
-    /// Nodes that are to hold each chunk.
+    /// Number of nodes that should hold each chunk.
     pub copies: usize,
-    /// Nodes that must have it before the client is told so.
+    /// Number of nodes that must have it before the client is answered.
     pub quorum: usize,
-    /// Chunks brought.
+    /// Number of chunks received.
     pub chunks: u64,
     /// Chunks that did not reach a quorum in time.
     pub failures: u64,
-    /// Bytes of those that did.
+    /// Bytes of the chunks that did.
     pub bytes: u64,
-    /// Time until a quorum had it on disk: what the client waits for.
+    /// Time until a quorum had the chunk on disk: the client waits for it.
     pub time_to_quorum: Latency,
     /// Time until all had it on disk.
     pub time_to_all: Latency,
@@ -169,21 +170,21 @@ pub struct ReplicationReport {
     pub peer_copy: Latency,
     /// Copies that could not be made; recovery makes them later.
     pub failed_copies: u64,
-    /// Bytes of all copies made, this node's too.
+    /// Bytes of all copies made, including those of this node.
     pub copied_bytes: u64,
-    /// Bytes copied for each byte brought; null where nothing was brought.
+    /// Bytes copied for each byte received; null if nothing was received.
     pub overhead_factor: Option<f64>,
-    /// Bytes of content that rode inside commands instead; each node writes them to its log and to its content.
+    /// Bytes of content inside commands; each node writes them to its log and to its content store.
     pub inline_bytes: u64,
 }
 
-/// The log.
+/// The consensus and its log.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct RaftReport {
-    /// What this node is in it.
+    /// This node's role.
     #[schema(value_type = String, example = "leader")]
     pub role: Role,
-    /// Its term.
+    /// The present term.
     pub term: u64,
     /// Voters in the present configuration.
     pub voters: usize,
@@ -191,27 +192,27 @@ pub struct RaftReport {
     pub last_index: Option<u64>,
     /// Index up to which entries are known to be committed.
     pub committed_index: Option<u64>,
-    /// Index up to which they have taken effect here.
+    /// Index up to which entries are applied on this node.
     pub applied_index: Option<u64>,
     /// Commands that were decided through this node.
     pub commits: u64,
-    /// Commands that came to no decision here.
+    /// Commands that were not decided on this node.
     pub commit_failures: u64,
-    /// From the proposal to the result: a quorum has flushed it and this node has applied it.
+    /// Time from the proposal to the result: a quorum has flushed the entry and this node has applied it.
     pub commit_latency: Latency,
     /// Entries applied since the node started.
     pub entries_applied: u64,
-    /// How long a batch of entries took to apply.
+    /// Time to apply a batch of entries.
     pub apply_latency: Latency,
     /// Flushes of the log.
     pub flushes: u64,
-    /// How long they took.
+    /// Durations of the flushes.
     pub flush_latency: Latency,
     /// Entries made durable.
     pub entries_flushed: u64,
-    /// Entries for each flush that had any, on average.
+    /// Mean number of entries in a flush that had any.
     pub entries_per_flush: f64,
-    /// The most in one.
+    /// Largest number of entries in a flush.
     pub entries_per_flush_max: u64,
     /// Bytes of the log's files.
     pub log_bytes: u64,
@@ -222,63 +223,63 @@ pub struct RaftReport {
 /// The content store.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 pub struct ContentReport {
-    /// Chunks held.
+    /// Number of chunks held.
     pub chunks: u64,
-    /// Bytes of them.
+    /// Bytes of these chunks.
     pub bytes: u64,
     /// Puts acknowledged as durable.
     pub puts: u64,
-    /// Flushes.
+    /// Number of flushes.
     pub flushes: u64,
-    /// How long they took.
+    /// Durations of the flushes.
     pub flush_latency: Latency,
-    /// Puts for each flush, on average.
+    /// Mean number of puts for each flush.
     pub puts_per_flush: f64,
 }
 
-/// What is kept in memory.
+/// The caches in memory.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 pub struct CachesReport {
     /// Bytes of metadata that were applied and are not in the database yet.
     pub overlay_bytes: u64,
-    /// Looks into the mounts' caches of chunks that found what they wanted, of all mounts that were heard of lately.
+    /// Hits in the chunk caches of all mounts heard recently.
     pub mount_hits: u64,
-    /// Those that did not.
+    /// Misses in these caches.
     pub mount_misses: u64,
-    /// Bytes in them.
+    /// Bytes in these caches.
     pub mount_bytes: u64,
 }
 
-/// Room.
+/// Space on disk.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 pub struct SpaceReport {
     /// Bytes of this node's filesystem.
     pub capacity_bytes: u64,
-    /// Bytes that content may still take on it.
+    /// Bytes on it that are free for content.
     pub available_bytes: u64,
-    /// Whether it takes more.
+    /// Whether the node takes more content.
     pub has_room: bool,
-    /// Bytes that every node known to this one has room for.
+    /// Bytes for which every node known to this one has space.
     pub cluster_available_bytes: u64,
 }
 
-/// The parts of a node that count for themselves.
+/// The parts of a node that have counters of their own.
 #[derive(Clone, Copy)]
 pub struct Sources<'a> {
-    /// The log.
+    /// The consensus of the node.
     pub consensus: &'a Consensus,
     /// The content store.
     pub content: &'a ContentStore,
-    /// Who has room.
+    /// Knows the free space of the nodes.
     pub space: &'a SpaceMonitor,
-    /// Who holds what.
+    /// Knows the placement of chunks.
     pub placement: &'a Placement,
-    /// What runs in the background.
+    /// The background tasks.
     pub tasks: &'a Tasks,
 }
 
 impl MetricsReport {
-    /// Everything, as it is now.
+    /// Returns all counters at this moment.
     pub fn gather(metrics: &Metrics, sources: Sources<'_>) -> MetricsReport {
         let (_, rates) = metrics.rates();
         let kinds = OperationKind::ALL.len();
@@ -331,11 +332,11 @@ impl MetricsReport {
 }
 
 fn operation_row(metrics: &Metrics, origin: Origin, kind: OperationKind, rate: Rate) -> Option<OperationRow> {
-    let tally = metrics.operation(origin, kind);
-    if tally.count() == 0 {
+    let counter = metrics.operation(origin, kind);
+    if counter.count() == 0 {
         return None;
     }
-    let snapshot = tally.snapshot();
+    let snapshot = counter.snapshot();
     let count = snapshot.durations.count();
     Some(OperationRow {
         origin,
@@ -352,11 +353,11 @@ fn operation_row(metrics: &Metrics, origin: Origin, kind: OperationKind, rate: R
 }
 
 fn http_row(metrics: &Metrics, endpoint: Endpoint, rate: Rate) -> Option<HttpRow> {
-    let (tally, classes) = metrics.http_requests(endpoint);
-    if tally.count() == 0 {
+    let (counter, classes) = metrics.http_requests(endpoint);
+    if counter.count() == 0 {
         return None;
     }
-    let snapshot = tally.snapshot();
+    let snapshot = counter.snapshot();
     let statuses = STATUS_CLASSES
         .into_iter()
         .zip(classes)
@@ -383,7 +384,7 @@ fn throughput(rates: &[Rate]) -> Throughput {
             .map(|(rate, _)| what(rate))
             .sum()
     };
-    // Keep-alives and the transport of chunks are no operations on files.
+    // Keep-alives and the transfer of chunks are not operations on files.
     let apart = [OperationKind::Session, OperationKind::PutChunk];
     let files: Vec<OperationKind> = OperationKind::ALL
         .into_iter()
@@ -462,7 +463,7 @@ fn content(content: &ContentStore) -> ContentReport {
     }
 }
 
-/// Voters of the newest configuration.
+/// Returns the number of voters of the newest configuration.
 pub fn voters(consensus: &Consensus) -> usize {
     consensus.voters().len().max(1)
 }

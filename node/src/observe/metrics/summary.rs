@@ -1,4 +1,4 @@
-//! A line in the log from time to time, when something happened.
+//! A periodic line in the log, if something happened.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use super::Metrics;
 use super::kinds::{Endpoint, OperationKind, Origin};
 use super::window::Totals;
 
-/// When the last line was written and what it covered.
+/// The time and the totals of the last line.
 #[derive(Debug)]
 pub struct Summary {
     interval: Duration,
@@ -16,7 +16,7 @@ pub struct Summary {
     before: Covered,
 }
 
-/// What a line tells of.
+/// The totals of a line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Covered {
     operations: Totals,
@@ -36,7 +36,7 @@ impl Covered {
             for kind in OperationKind::ALL {
                 let totals = Totals::of(metrics.operation(origin, kind));
                 match kind {
-                    // Keep-alives come although nothing happens.
+                    // Keep-alives come even if nothing happens.
                     OperationKind::Session | OperationKind::PutChunk => continue,
                     OperationKind::Read => covered.read_bytes += totals.bytes,
                     OperationKind::Write | OperationKind::Append => covered.written_bytes += totals.bytes,
@@ -47,7 +47,7 @@ impl Covered {
                 covered.operations.bytes += totals.bytes;
             }
         }
-        // Who looks at the node again and again makes nothing happen.
+        // Requests for status do not count as activity.
         let about_files = [
             Endpoint::Upload,
             Endpoint::Download,
@@ -55,17 +55,17 @@ impl Covered {
             Endpoint::List,
         ];
         for endpoint in about_files {
-            let (tally, _) = metrics.http_requests(endpoint);
-            covered.http.count += tally.count();
-            covered.http.failures += tally.failures();
-            covered.http.bytes += tally.bytes();
+            let (counter, _) = metrics.http_requests(endpoint);
+            covered.http.count += counter.count();
+            covered.http.failures += counter.failures();
+            covered.http.bytes += counter.bytes();
         }
         covered
     }
 }
 
 impl Summary {
-    /// The first line comes one `interval` from now.
+    /// Makes a summary whose first line is due one `interval` from now.
     pub fn new(metrics: &Metrics, interval: Duration) -> Summary {
         Summary {
             interval,
@@ -74,7 +74,7 @@ impl Summary {
         }
     }
 
-    /// Logs what happened since the last line, if it is time and there is something to tell. Answers whether it did.
+    /// Logs what happened since the last line, if a line is due and something happened. Returns whether it did.
     pub fn log_if_due(&mut self, metrics: &Metrics) -> bool {
         if self.last.elapsed() < self.interval {
             return false;
@@ -100,7 +100,7 @@ impl Summary {
             quorum_p99_us = quorum.p99_us,
             commit_p50_us = commit.p50_us,
             commit_p99_us = commit.p99_us,
-            "what was done; latencies are since the start"
+            "summary of operations since the last line; latencies are since the start"
         );
         true
     }

@@ -1,16 +1,17 @@
-//! `GET /metrics/tradeoffs`: what the present setting gives and costs, what others would, and what to change for more
+//! `GET /metrics/tradeoffs`: the benefits and costs of the present setting and of others, and what to change for more
 //! of one or the other.
 //!
-//! A pure function of what was measured: [`analyse`]. Every figure says whether it was measured, estimated or is known by
-//! construction, and from what. The estimates:
+//! A pure function of the measurements: [`analyse`]. Every figure states whether it was measured, estimated or is known
+//! by construction, and its basis. The estimates:
 //!
-//! - **Time to a quorum of other clusters.** Nodes are taken as independent, each as fast as those measured: the time
-//!   by which `quorum` of `copies` have a chunk on disk follows from the distributions of the copies made here and on
-//!   others ([`quorum_time`]). More nodes on the same network and machines cost more than that; slower ones are not seen.
-//! - **Commits of other clusters** change as the time to a quorum does.
-//! - **Without flushes** a write is quicker by what a flush took.
+//! - **Time to a quorum of other clusters.** Nodes are assumed to be independent and as fast as those measured: the
+//!   time by which `quorum` of `copies` have a chunk on disk follows from the distributions of the copies made on this
+//!   node and on others ([`quorum_time`]). More nodes on the same network and machines are slower than that; slower
+//!   nodes are not considered.
+//! - **Commits of other clusters** change in proportion to the time to a quorum.
+//! - **Without flushes** a write is faster by the duration of a flush.
 //!
-//! It knows nothing of how things are measured or shown.
+//! This module does not know how values are measured or shown.
 
 mod advice;
 
@@ -20,162 +21,162 @@ use utoipa::ToSchema;
 
 use self::advice::{advice, notes};
 
-/// With fewer values than this nothing is concluded.
+/// With fewer values than this no conclusion is drawn.
 const SAMPLES_MIN: u64 = 20;
-/// The small file whose write is reckoned, in bytes.
+/// Size of the small file whose write is estimated, in bytes.
 const SMALL_FILE_BYTES: u32 = 16 << 10;
 const NANOS_PER_MICRO: u64 = 1_000;
 /// Steps of the search for a quantile: to a millionth of the largest time.
 const SEARCH_STEPS: u32 = 20;
 
-/// What was measured; times in nanoseconds.
+/// The measurements; times in nanoseconds.
 #[derive(Clone, Debug)]
 pub struct Inputs {
-    /// Voters.
+    /// Number of voters.
     pub nodes: usize,
-    /// On how many of them each chunk is to lie, where there are so many.
+    /// Number of nodes that should hold each chunk, if there are as many.
     pub replicas: u8,
-    /// Largest content that rides inside a command, in bytes.
+    /// Largest content inside a command, in bytes.
     pub inline_bytes_max: u32,
-    /// From a command's proposal to its result.
+    /// Time from a command's proposal to its result.
     pub commits: Snapshot,
-    /// Flushes of the log.
+    /// Durations of flushes of the log.
     pub log_flushes: Snapshot,
-    /// Flushes of the content store.
+    /// Durations of flushes of the content store.
     pub content_flushes: Snapshot,
-    /// Until a chunk was on a quorum.
+    /// Time until a chunk was on a quorum.
     pub to_quorum: Snapshot,
-    /// Until a chunk was on this node's disk.
+    /// Time until a chunk was on this node's disk.
     pub own_copies: Snapshot,
-    /// Until a chunk was on another node's disk.
+    /// Time until a chunk was on another node's disk.
     pub peer_copies: Snapshot,
-    /// Lookups and other questions.
+    /// Durations of look-ups and other metadata queries.
     pub metadata_reads: Snapshot,
-    /// Ranges of chunks.
+    /// Durations of reads of ranges of chunks.
     pub content_reads: Snapshot,
-    /// Bytes of chunks that clients brought.
+    /// Bytes of chunks that clients sent.
     pub brought_bytes: u64,
-    /// Bytes of copies made of them.
+    /// Bytes of the copies made of them.
     pub copied_bytes: u64,
-    /// Bytes of content that every node has room for.
+    /// Bytes of content for which every node has space.
     pub available_bytes: u64,
 }
 
-/// The analysis.
+/// The analysis of the present and other settings.
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct Tradeoffs {
-    /// As it is.
+    /// The present setting.
     pub present: Setting,
-    /// As it could be, each different from the present in one thing.
+    /// Other settings, each different from the present one in one respect.
     pub alternatives: Vec<Setting>,
-    /// What to change for more of one thing, and what it costs.
+    /// What to change for more of one thing, and its cost.
     pub advice: Vec<Advice>,
-    /// How the estimates are made and what they leave out.
+    /// How the estimates are made and what they ignore.
     pub notes: Vec<String>,
 }
 
-/// One way to run the cluster.
+/// One configuration of the cluster.
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct Setting {
-    /// In a few words.
+    /// Short name of the setting.
     pub name: String,
-    /// Nodes that vote.
+    /// Number of voters.
     pub nodes: usize,
-    /// Nodes that hold each chunk.
+    /// Number of nodes that hold each chunk.
     pub copies: usize,
-    /// Nodes that must have a write on disk before it is acknowledged.
+    /// Number of nodes that must have a write on disk before it is acknowledged.
     pub quorum: usize,
     /// Whether a write is flushed to stable storage before it is acknowledged.
     pub flush: bool,
-    /// Largest content that rides inside a command, in bytes.
+    /// Largest content inside a command, in bytes.
     pub inline_bytes_max: u32,
-    /// How it is had, or why it is not offered.
+    /// How to get this setting, or why it is not offered.
     pub how: String,
-    /// What may fail.
+    /// Failures that it tolerates.
     pub tolerates: Tolerance,
-    /// From `close` of a new file of 16 KiB to its acknowledgement, at the leader.
+    /// Time from `close` of a new file of 16 KiB to its acknowledgement, at the leader.
     pub small_write: LatencyFigure,
-    /// The same for one chunk of a large file and the command that names it.
+    /// Time for one chunk of a large file and the command that names it, at the leader.
     pub chunk_write: LatencyFigure,
-    /// A question about names or attributes, at the leader.
+    /// Time of a query for names or attributes, at the leader.
     pub metadata_read: LatencyFigure,
-    /// A range of a chunk, at the node that is asked.
+    /// Time to read a range of a chunk, at the node that is asked.
     pub content_read: LatencyFigure,
     /// Bytes on all disks for each byte of content.
     pub space_factor: Figure,
-    /// Bytes written to all disks for each byte of a file of 16 KiB (the log, then the content).
+    /// Bytes written to all disks for each byte of a file of 16 KiB (the log, then the content store).
     pub small_write_factor: Figure,
     /// Bytes of content that still fit.
     pub available: Figure,
 }
 
-/// What may fail without harm.
+/// Failures that do no harm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Tolerance {
-    /// Nodes that may be down while writes go on.
+    /// Nodes that may be down while writes continue.
     pub down_for_writes: usize,
-    /// Nodes that may be down while reads go on.
+    /// Nodes that may be down while reads continue.
     pub down_for_reads: usize,
-    /// Nodes that may be lost for ever without losing an acknowledged write.
+    /// Nodes that may be lost for ever without the loss of an acknowledged write.
     pub lost_for_ever: usize,
-    /// Whether acknowledged writes survive a loss of power everywhere at once.
+    /// Whether acknowledged writes survive a loss of power on all nodes at once.
     pub power_loss_everywhere: bool,
 }
 
-/// Where a figure comes from.
+/// The source of a figure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
-    /// It was measured on this node since it started.
+    /// Measured on this node since it started.
     Measured,
-    /// It follows from what was measured, by what the basis says.
+    /// Derived from measurements, as the basis says.
     Estimated,
-    /// It is so by construction.
+    /// Known by construction.
     Known,
-    /// Too little was measured.
+    /// Unknown, because too little was measured.
     Unknown,
 }
 
-/// A number and where it comes from.
+/// A number and its source.
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct Figure {
-    /// Null where it is unknown.
+    /// The value; null if unknown.
     pub value: Option<f64>,
-    /// `bytes`, or `factor`.
+    /// `bytes` or `factor`.
     pub unit: &'static str,
-    /// Where it comes from.
+    /// The source of the value.
     pub source: Source,
-    /// From what, in words.
+    /// The basis of the value.
     pub basis: String,
 }
 
-/// A latency and where it comes from; null where it is unknown.
+/// A latency and its source; null if unknown.
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 pub struct LatencyFigure {
-    /// Half of them take no longer, in microseconds.
+    /// The median, in microseconds.
     pub p50_us: Option<u64>,
-    /// 99 in a hundred take no longer, in microseconds.
+    /// The 99th percentile, in microseconds.
     pub p99_us: Option<u64>,
-    /// Where it comes from.
+    /// The source of the values.
     pub source: Source,
-    /// From what, in words.
+    /// The basis of the values.
     pub basis: String,
 }
 
-/// Something to be had, and for what.
+/// A possible gain and its cost.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Advice {
-    /// What one may want.
+    /// What to improve.
     pub wish: String,
-    /// What to do.
+    /// What to change.
     pub change: String,
-    /// What it brings.
+    /// What improves, and by how much.
     pub gain: String,
     /// What it costs.
     pub cost: String,
 }
 
-/// A setting before it is reckoned.
+/// A setting before its figures are estimated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Choice {
     nodes: usize,
@@ -186,7 +187,7 @@ struct Choice {
 }
 
 impl Choice {
-    /// How many nodes' worth of content the cluster holds.
+    /// Returns for how many nodes' disks of content the cluster has space.
     fn spread(self) -> f64 {
         self.nodes as f64 / self.copies as f64
     }
@@ -196,12 +197,12 @@ fn majority(nodes: usize) -> usize {
     nodes / 2 + 1
 }
 
-/// As [`crate::replication::placement::Layout`] has it.
+/// Returns the number of copies, as [`crate::replication::placement::Layout`] does.
 fn copies_among(nodes: usize, replicas: u8) -> usize {
     usize::from(replicas).max(majority(nodes)).min(nodes)
 }
 
-/// What `inputs` mean for the present setting and for others.
+/// Analyses the present setting and others, given `inputs`.
 pub fn analyse(inputs: &Inputs) -> Tradeoffs {
     let now = Choice {
         nodes: inputs.nodes,
@@ -327,7 +328,7 @@ fn reckon(inputs: &Inputs, now: Choice, choice: Choice, name: &str, how: &str) -
                 Source::Estimated
             },
             basis: format!(
-                "the node with the least room decides, since each holds {copies} parts of {nodes}; nodes of the same size"
+                "the node with the least space decides, since each holds {copies} parts of {nodes}; nodes of the same size"
             ),
         },
     }
@@ -341,7 +342,7 @@ fn space_factor(inputs: &Inputs, now: Choice, choice: Choice) -> Figure {
             unit: "factor",
             source: Source::Measured,
             basis: format!(
-                "{} bytes copied for {} bytes brought; a copy that failed is made later by recovery",
+                "{} bytes copied for {} bytes received; a copy that failed is made later by recovery",
                 inputs.copied_bytes, inputs.brought_bytes
             ),
         };
@@ -364,7 +365,7 @@ impl LatencyFigure {
         }
     }
 
-    /// One after the other. The sum of two 99th percentiles is more than the 99th percentile of the sum.
+    /// Adds a step that comes before. The sum of two 99th percentiles is at least the 99th percentile of the sum.
     fn plus(&self, next: &LatencyFigure) -> LatencyFigure {
         let sum = |a: Option<u64>, b: Option<u64>| Some(a? + b?);
         let source = match (self.source, next.source) {
@@ -395,7 +396,7 @@ fn measured(snapshot: &Snapshot, what: &str) -> LatencyFigure {
     }
 }
 
-/// `figure` as if `change(quantile, ns)` had been done to it.
+/// Applies `change(quantile, ns)` to `figure`.
 fn changed(figure: LatencyFigure, basis: &str, change: impl Fn(f64, u64) -> Option<u64>) -> LatencyFigure {
     if figure.source == Source::Unknown {
         return figure;
@@ -410,7 +411,7 @@ fn changed(figure: LatencyFigure, basis: &str, change: impl Fn(f64, u64) -> Opti
     }
     LatencyFigure {
         p50_us,
-        // Each quantile is changed by its own; they stay in order.
+        // Each quantile is changed separately; their order is kept.
         p99_us: p99_us.max(p50_us),
         source: Source::Estimated,
         basis: format!("{}; {basis}", figure.basis),
@@ -436,7 +437,7 @@ fn commit_latency(inputs: &Inputs, now: Choice, choice: Choice) -> LatencyFigure
 }
 
 fn quorum_latency(inputs: &Inputs, now: Choice, choice: Choice) -> LatencyFigure {
-    let figure = measured(&inputs.to_quorum, "chunks brought to a quorum");
+    let figure = measured(&inputs.to_quorum, "chunks replicated to a quorum");
     let figure = if (choice.copies, choice.quorum) == (now.copies, now.quorum) {
         figure
     } else {
@@ -455,14 +456,14 @@ fn without_flush(figure: LatencyFigure, choice: Choice, flushes: &Snapshot, whos
     if choice.flush || flushes.count() < SAMPLES_MIN {
         return figure;
     }
-    let basis = format!("less what a flush of {whose} takes");
+    let basis = format!("less the duration of a flush of {whose}");
     changed(figure, &basis, |quantile, ns| {
         Some(ns.saturating_sub(flushes.quantile(quantile)))
     })
 }
 
-/// The time, in nanoseconds, by which with probability `quantile` at least `quorum` of `copies` nodes have a chunk on
-/// disk, where one is this node and the others are as those measured. `None`: too few were measured.
+/// Returns the time in nanoseconds by which, with probability `quantile`, at least `quorum` of `copies` nodes have a
+/// chunk on disk, if one is this node and the others are like those measured; `None` if too few copies were measured.
 pub fn quorum_time(inputs: &Inputs, copies: usize, quorum: usize, quantile: f64) -> Option<u64> {
     let (own, peer) = (&inputs.own_copies, &inputs.peer_copies);
     if own.count() < SAMPLES_MIN || (copies > 1 && peer.count() < SAMPLES_MIN) {
@@ -489,7 +490,7 @@ pub fn quorum_time(inputs: &Inputs, copies: usize, quorum: usize, quantile: f64)
     Some(high)
 }
 
-/// The probability that at least `wanted` of `all` independent events happen, each with probability `each`.
+/// Returns the probability that at least `wanted` of `all` independent events happen, each with probability `each`.
 fn at_least(all: usize, wanted: usize, each: f64) -> f64 {
     let mut exactly = vec![0.0; all + 1];
     exactly[0] = 1.0;

@@ -1,13 +1,13 @@
-//! What is done per second now: differences between samples of counters that only grow.
+//! Present rates: differences between samples of counters that only grow.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use quorumfs_measure::{CallCounter, Snapshot};
 
-/// Over how long "now" is taken.
+/// Length of the window.
 const WINDOW_MS: u64 = 10_000;
-/// Samples kept: those of the window at one a second, with room for uneven steps.
+/// Number of samples kept: those of the window at one a second, with a margin for uneven steps.
 const SAMPLES_MAX: usize = 16;
 
 /// Counters of one kind at one moment.
@@ -19,16 +19,16 @@ pub struct Totals {
 }
 
 impl Totals {
-    pub fn of(tally: &CallCounter) -> Totals {
+    pub fn of(counter: &CallCounter) -> Totals {
         Totals {
-            count: tally.count(),
-            failures: tally.failures(),
-            bytes: tally.bytes(),
+            count: counter.count(),
+            failures: counter.failures(),
+            bytes: counter.bytes(),
         }
     }
 }
 
-/// What one kind does per second.
+/// The rates of one kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Rate {
     pub count_per_s: f64,
@@ -51,11 +51,11 @@ impl<Sample> Default for Window<Sample> {
 }
 
 impl<Sample> Window<Sample> {
-    /// One more sample; those that no window begins with any more go.
+    /// Adds a sample; samples with which no window begins any more are removed.
     pub fn add(&mut self, at: Instant, sample: Sample) {
         self.samples.push_back((at, sample));
         let window = Duration::from_millis(WINDOW_MS);
-        // One at or before the window's beginning is kept.
+        // One sample at or before the beginning of the window is kept.
         while self.samples.len() > SAMPLES_MAX
             || self
                 .samples
@@ -68,7 +68,7 @@ impl<Sample> Window<Sample> {
 }
 
 impl Window<Snapshot> {
-    /// What came since the oldest sample.
+    /// Returns the values recorded since the oldest sample.
     pub fn lately(&self, now: &Snapshot) -> Snapshot {
         match self.samples.front() {
             Some((_, before)) => now.since(before),
@@ -78,14 +78,15 @@ impl Window<Snapshot> {
 }
 
 impl Window<Vec<Totals>> {
-    /// From the oldest sample (or the beginning, when all counted nothing) to `now`.
+    /// Returns the window and the rates from the oldest sample (or from the beginning, when all counters were 0) to
+    /// `now`.
     pub fn rates(&self, began: Instant, now: Instant, totals: &[Totals]) -> (Duration, Vec<Rate>) {
         let (since, before) = match self.samples.front() {
             Some((at, before)) => (*at, before.as_slice()),
             None => (began, &[][..]),
         };
         let window = now.duration_since(since);
-        // A moment after a start says nothing about a second.
+        // The first moments after a start are too short for a rate.
         let seconds = window.as_secs_f64().max(1.0);
         let per_second = |now: u64, before: u64| now.saturating_sub(before) as f64 / seconds;
         let rate = |(at, now): (usize, &Totals)| {
@@ -117,7 +118,7 @@ mod tests {
         let began = Instant::now();
         let at = |second: u64| began + Duration::from_secs(second);
         let mut window = Window::default();
-        // 50 a second for a minute, then nothing.
+        // 50 per second for a minute, then nothing.
         for second in 1..=60 {
             window.add(at(second), totals(50 * second));
         }

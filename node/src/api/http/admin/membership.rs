@@ -135,7 +135,7 @@ fn view(node: &Node) -> Result<MembershipView, ApiError> {
         failures_tolerated: voters.len().saturating_sub(1) / 2,
         replicas: parts.placement.replicas(),
         copies: parts.placement.copies(),
-        removal: parts.roster.pending_removal(),
+        removal: parts.membership_changes.pending_removal(),
     })
 }
 
@@ -312,7 +312,7 @@ where
     let mut reason = "no leader is known".to_string();
     while Instant::now() < give_up {
         let leader: Option<Member> = parts.consensus.leader();
-        let peer = leader.map(|leader| parts.roster.peer_of(&leader, Purpose::Control));
+        let peer = leader.map(|leader| parts.membership_changes.peer_of(&leader, Purpose::Control));
         let asked = Instant::now();
         match peer {
             None => {}

@@ -169,10 +169,10 @@ fn inputs(metrics: &Metrics, parts: &Parts) -> Inputs {
 
 /// Durations of these kinds, of all origins.
 fn together(metrics: &Metrics, kinds: &[OperationKind]) -> Snapshot {
-    let tallies = Origin::ALL
+    let counters = Origin::ALL
         .into_iter()
         .flat_map(|origin| kinds.iter().map(move |kind| metrics.operation(origin, *kind)));
-    let snapshots = tallies.map(|tally| tally.snapshot().durations);
+    let snapshots = counters.map(|counter| counter.snapshot().durations);
     let merged = snapshots.reduce(|all, one| all.merged(&one));
     merged.unwrap_or_else(|| quorumfs_measure::Distribution::new().snapshot())
 }

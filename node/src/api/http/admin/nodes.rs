@@ -106,7 +106,7 @@ pub(super) async fn nodes(State(node): State<Arc<Node>>) -> Result<Json<Vec<Node
 }
 
 async fn ask(parts: &Parts, member: &Member) -> Result<NodeSays, String> {
-    let mut peer = parts.roster.peer_of(member, Purpose::Control)?;
+    let mut peer = parts.membership_changes.peer_of(member, Purpose::Control)?;
     let answer = peer.node_status(wire::NodeStatusRequest {}).await;
     let status = answer
         .map_err(|status| status.message().to_string())?

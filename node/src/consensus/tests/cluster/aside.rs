@@ -1,4 +1,5 @@
-//! Nodes whose state cannot be relied on: they keep the log and vote, and never lead; and who may do without whom.
+//! Nodes whose state is unreliable: they keep the log and vote, and never lead. Also which nodes a leader can do
+//! without.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use super::super::open_session;
 use super::node::{Cluster, eventually};
 use crate::consensus::types::VoterId;
 
-/// How long a slow disk takes for a flush.
+/// Duration of a flush on a slow disk, in milliseconds.
 const SLOW_FLUSH_MS: u64 = 300;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -27,7 +28,7 @@ async fn a_node_that_has_stood_down_is_not_made_leader() {
     assert!(consensus.is_leader(), "the leader is what it was");
     cluster.open_sessions(5..6).await;
 
-    // It has every entry, and so has the other: who steps aside chooses the one that can lead.
+    // It has every entry, and so has the other: the node that steps aside chooses the one that can lead.
     consensus.step_aside(|_| true).await;
     eventually("the healthy node leads", || {
         cluster.node(healthy).consensus().is_leader()
@@ -95,7 +96,7 @@ async fn p1_a_node_is_not_let_go_while_the_others_lack_what_was_acknowledged() {
     let delay = cluster.node(behind).flush_delay_ms();
     delay.store(SLOW_FLUSH_MS, Ordering::Relaxed);
     cluster.restart(behind).await;
-    // It answers heartbeats long before it has everything.
+    // It answers heartbeats long before it has all entries.
     let mut refused = 0;
     while consensus.quorum_without(leaving).await.is_err() {
         refused += 1;

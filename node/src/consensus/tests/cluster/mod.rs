@@ -1,5 +1,4 @@
-//! Whole nodes in one process, over real connections: election, proposals, death and return, snapshots,
-//! members.
+//! Whole nodes in one process with real connections: elections, proposals, death and return, snapshots, members.
 
 mod aside;
 mod node;
@@ -32,7 +31,7 @@ fn sessions(node: &TestNode) -> BTreeMap<u64, String> {
     sessions.map(|(id, record)| (id.0, record.description)).collect()
 }
 
-/// The sessions that [`Cluster::open_sessions`] has opened up to `end`.
+/// Returns the sessions that [`Cluster::open_sessions`] has opened up to `end`.
 fn opened(end: u64) -> BTreeMap<u64, String> {
     (1..end)
         .map(|number| (number, format!("session {number}")))
@@ -82,7 +81,7 @@ async fn three_nodes_agree_and_survive_the_loss_of_any_one() {
     })
     .await;
 
-    // Everyone, killed at once, comes back with everything.
+    // All nodes, killed at once, come back with all entries.
     for id in cluster.ids() {
         cluster.kill(id);
     }
@@ -110,8 +109,8 @@ async fn a_node_that_was_away_too_long_gets_a_snapshot() {
     let (away, stays) = (others[0], others[1]);
     let last_seen = cluster.node(away).consensus().status().last_log.unwrap();
     cluster.kill(away);
-    // openraft purges when something is acknowledged, so it takes writing. Both, for either may lead when the third
-    // comes back.
+    // openraft purges when something is acknowledged, so writes are needed. Both nodes purge, since either may lead
+    // when the third comes back.
     let mut next = 11;
     let purged = |cluster: &Cluster, node| cluster.node(node).consensus().status().purged;
     while purged(&cluster, leader).min(purged(&cluster, stays)) <= Some(last_seen + 1) {
@@ -130,7 +129,7 @@ async fn a_node_that_was_away_too_long_gets_a_snapshot() {
             .any(|effects| matches!(effects, AppliedEffects::Installed { .. })),
         "it was by a snapshot"
     );
-    // What was installed outlives the node, and the log goes on after it.
+    // The installed state outlives the node, and the log continues after it.
     cluster.open_sessions(next..next + 10).await;
     cluster.kill(away);
     cluster.restart(away).await;
@@ -152,7 +151,7 @@ async fn a_wiped_node_is_replaced_by_its_next_incarnation() {
     cluster.kill(gone);
     let fresh = cluster.start_wiped(gone).await;
 
-    // At the old address: what is meant for the former incarnation is refused.
+    // At the old address: messages for the former incarnation are refused.
     let request = openraft::raft::VoteRequest::<TypeConfig>::new(super::vote(99, 1), None);
     let message = to_wire(&Addressed {
         from: VoterId(leader),
@@ -185,7 +184,7 @@ async fn a_wiped_node_is_replaced_by_its_next_incarnation() {
     cluster.shutdown().await;
 }
 
-/// A new file with `payload` inside the command.
+/// Makes the command for a new file with `payload` inside.
 pub fn create_inline(session: u64, sequence: u64, name: &str, payload: Bytes) -> (LogCommand, ChunkId) {
     let id = ChunkId {
         session: SessionId(session),
@@ -209,7 +208,7 @@ pub fn create_inline(session: u64, sequence: u64, name: &str, payload: Bytes) ->
         },
         existing: IfExists::Refuse,
     };
-    let piece = Extent {
+    let extent = Extent {
         file_offset: 0,
         length,
         chunk: id,
@@ -217,7 +216,7 @@ pub fn create_inline(session: u64, sequence: u64, name: &str, payload: Bytes) ->
     };
     let write = Operation::Write {
         inode: Target::Created(0),
-        pieces: vec![piece],
+        extents: vec![extent],
         mtime: None,
         privileges: Privileges::Keep,
     };
@@ -254,7 +253,7 @@ async fn a_command_is_not_proposed_when_what_it_relies_on_has_changed_while_it_w
         }
     };
     assert!(matches!(refused, Err(ProposeError::Overtaken)), "{refused:?}");
-    // Its lane has not seen it: it is decided now.
+    // The lane has not seen the command: it is decided now.
     let result = cluster.propose(command).await;
     assert!(matches!(result, ApplyResult::Outcome(Ok(_))), "{result:?}");
     cluster.shutdown().await;
@@ -270,7 +269,7 @@ async fn content_inside_commands_reaches_every_content_store_and_outlives_a_kill
         let (command, id) = create_inline(1, sequence, &format!("file {sequence}"), payload.clone());
         let result = cluster.propose(command.clone()).await;
         assert!(matches!(result, ApplyResult::Outcome(Ok(_))), "{result:?}");
-        // Sent again it is answered again, not done again (P4).
+        // Sent again, the command gets the same answer and takes effect only once (P4).
         assert_eq!(cluster.propose(command).await, result);
         chunks.push(id);
     }
@@ -294,7 +293,7 @@ async fn content_inside_commands_reaches_every_content_store_and_outlives_a_kill
     cluster.shutdown().await;
 }
 
-/// How long a log may take to be purged.
+/// Most time for a log to be purged.
 const PURGED_WITHIN: Duration = Duration::from_secs(60);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -316,12 +315,12 @@ async fn a_snapshot_leaves_the_content_that_the_log_alone_had() {
     let result = cluster.propose(command).await;
     assert!(matches!(result, ApplyResult::Outcome(Ok(_))), "{result:?}");
     let acknowledged = cluster.node(leader).consensus().status().last_log.unwrap();
-    // It has acknowledged the entry, and a loss of power takes what was not flushed: nothing but the log is left.
+    // It has acknowledged the entry, and a loss of power loses what was not flushed: only the log is left.
     cluster.kill(holder);
     std::fs::remove_dir_all(cluster.node(holder).content_directory()).unwrap();
     cluster.restart(next_leader).await;
     cluster.open_sessions(2..3).await;
-    // A leader that did not write the entry itself does not tell the holder that it is committed.
+    // A leader that did not write the entry itself does not report to the holder that it is committed.
     let consensus = cluster.node(leader).consensus();
     consensus.transfer_leadership(next_leader).await.unwrap();
     drop(consensus);
@@ -333,7 +332,7 @@ async fn a_snapshot_leaves_the_content_that_the_log_alone_had() {
     let purged = |cluster: &Cluster, node| cluster.node(node).consensus().status().purged;
     let begun = Instant::now();
     while purged(&cluster, leader).min(purged(&cluster, next_leader)) <= Some(acknowledged + 1) {
-        // Logs are purged behind what was flushed, which a busy disk or processor delays.
+        // Logs are purged behind flushed entries, which a busy disk or processor delays.
         assert!(
             begun.elapsed() < PURGED_WITHIN,
             "the log is purged beyond what the absent node has"
@@ -422,7 +421,7 @@ async fn leadership_goes_to_who_is_asked() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_whose_disk_is_slow_hands_leadership_on() {
-    // Every flush counts as slow, so whoever leads first hands on at once.
+    // Every flush counts as slow, so the first leader hands on leadership at once.
     let mut cluster = Cluster::start(3, |options| options.slow_flush_ms = 0).await;
     eventually("leadership was handed on", || {
         let mut terms = cluster.running().map(|node| node.consensus().term());
@@ -464,7 +463,7 @@ async fn what_takes_more_than_may_be_under_way_waits_its_turn() {
     for decided in futures::future::join_all(proposals).await {
         decided.unwrap().unwrap();
     }
-    // Larger than all that is admitted, it goes alone.
+    // It is larger than the bound of admission, so it is admitted alone.
     consensus
         .propose(open_session(5000, "d".repeat(200 << 10)))
         .await

@@ -1,4 +1,4 @@
-//! A node as the tests run it: its folder, its own runtime, a server with nothing but the consensus' calls.
+//! A node in the tests: its folder, its own runtime, and a server with only the calls of the consensus.
 
 use std::future::Future;
 use std::ops::Range;
@@ -28,7 +28,7 @@ use quorumfs_metadata::{ApplyResult, LogCommand, MetadataOptions, MetadataStore}
 
 type Member = quorumfs_proto::Member;
 
-/// Longest wait for anything: the machine that tests may be very busy.
+/// Longest wait for any condition: the machine may be very busy.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Waits until `condition` holds.
@@ -186,9 +186,9 @@ impl Peer for Service {
     }
 }
 
-/// What a node is while it runs.
+/// A running node.
 struct Running {
-    /// Ends everything of the node when it goes, connections too, as a kill does.
+    /// Dropping it ends everything of the node, including connections, as a kill does.
     runtime: Runtime,
     consensus: Consensus,
     metadata: Arc<MetadataStore>,
@@ -253,8 +253,8 @@ impl TestNode {
             tokio::spawn(
                 tonic::transport::Server::builder()
                     .add_service(service)
-                    // The builder's own `tcp_nodelay` is not for listeners that are given to it; without it
-                    // an answer waits for a delayed acknowledgement, 40 ms.
+                    // The builder's own `tcp_nodelay` does not apply to a listener given to it; without the option an
+                    // answer waits 40 ms for a delayed acknowledgement.
                     .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true))),
             );
             Ok(consensus)
@@ -278,7 +278,7 @@ impl TestNode {
         }
     }
 
-    /// Stops everything at once; nothing is said to anyone.
+    /// Stops everything at once, without a message to other nodes.
     fn kill(&mut self) {
         if let Some(running) = self.running.take() {
             let Running {
@@ -286,7 +286,7 @@ impl TestNode {
             } = running;
             tokio::task::block_in_place(|| {
                 runtime.shutdown_timeout(Duration::from_secs(10));
-                // Threads that would have died with the process.
+                // These threads would have died with the process.
                 consensus.0.flusher.stop();
                 consensus.0.log.close();
             });
@@ -309,7 +309,7 @@ impl TestNode {
         &self.running.as_ref().unwrap().content
     }
 
-    /// By how much each flush of its log is slowed down, now or later.
+    /// Additional duration of each flush of its log; can be set at any time.
     pub fn flush_delay_ms(&self) -> &AtomicU64 {
         &self.options.wal.flush_delay_ms
     }
@@ -342,12 +342,12 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts and founds a cluster of so many nodes.
+    /// Starts `count` nodes and creates a cluster of them.
     pub async fn start(count: u16, change: impl Fn(&mut ConsensusOptions)) -> Cluster {
         let mut nodes = Vec::new();
         for slot in 1..=count {
-            // The port is free again when the node binds it; nobody else takes ports in the order of the
-            // kernel's choice.
+            // The port is free again when the node binds it; no other process takes ports in the order of the kernel's
+            // choice.
             let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
             let address = port.local_addr().unwrap().to_string();
             let id = NodeId {
@@ -402,7 +402,7 @@ impl Cluster {
         self.node_mut(id).start().await
     }
 
-    /// Starts an empty node in the place of `id`, under a new incarnation; answers its id.
+    /// Starts an empty node in the place of `id`, under a new incarnation; returns its id.
     pub async fn start_wiped(&mut self, id: NodeId) -> NodeId {
         let fresh = NodeId {
             incarnation: id.incarnation + 1,
@@ -415,7 +415,7 @@ impl Cluster {
         fresh
     }
 
-    /// Waits for a leader that a majority of the running nodes agree on.
+    /// Waits for a leader on which a majority of the running nodes agree.
     pub async fn leader(&self) -> NodeId {
         let mut found = None;
         eventually("there is a leader", || {
@@ -447,7 +447,7 @@ impl Cluster {
         }
     }
 
-    /// Has `command` decided by whoever leads.
+    /// Has `command` decided by the leader.
     pub async fn propose(&self, command: LogCommand) -> ApplyResult {
         self.insist::<_, ProposeError, _>(|consensus| {
             let command = command.clone();
@@ -456,7 +456,7 @@ impl Cluster {
         .await
     }
 
-    /// Waits for a barrier at whoever leads.
+    /// Waits for a barrier at the leader.
     pub async fn barrier(&self) {
         self.insist::<_, BarrierError, _>(|consensus| async move { consensus.barrier().await })
             .await;

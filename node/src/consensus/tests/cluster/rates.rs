@@ -1,4 +1,4 @@
-//! How fast three nodes in one process decide. Run by hand: `cargo test -p quorumfs-node --lib rates --
+//! The rate of decisions of three nodes in one process. Run by hand: `cargo test -p quorumfs-node --lib rates --
 //! --ignored --nocapture`.
 
 use std::sync::Arc;

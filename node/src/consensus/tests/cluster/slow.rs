@@ -1,4 +1,4 @@
-//! Disks that are slow or full. For a follower whose disk is slow the others do not wait: their logs stay short, and it
+//! Slow and full disks. The other nodes do not wait for a follower with a slow disk: their logs stay short, and it
 //! catches up.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +12,7 @@ use quorumfs_metadata::StorageFault;
 
 /// Bytes of each command.
 const COMMAND_BYTES: usize = 4 << 10;
-/// Between two batches of commands.
+/// Pause between two batches of commands.
 const PAUSE: Duration = Duration::from_millis(30);
 /// Commands that are proposed together.
 const TOGETHER: u64 = 16;
@@ -58,7 +58,7 @@ async fn p8_a_slow_follower_does_not_keep_the_log_and_catches_up_under_load() {
     assert!(longest < LOG_BYTES_MAX, "the longest log: {longest} bytes");
     assert_eq!(cluster.leader().await, leader, "the leader stayed");
 
-    // Its disk recovers while the others go on: it does not take one snapshot after another.
+    // Its disk recovers while the others continue: it does not take one snapshot after another.
     cluster.node(slow).flush_delay_ms().store(20, Ordering::Relaxed);
     let over = AtomicBool::new(false);
     let load = async {
@@ -99,7 +99,7 @@ async fn a_log_that_was_without_its_reserve_has_it_as_soon_as_there_is_room_and_
         println!("skipped: not allowed to mount");
         return;
     };
-    // Room for one file and not for the reserve.
+    // Space for one file and not for the reserve.
     let filler = disk.0.path().join("filler");
     std::fs::write(&filler, vec![1; (2048 << 10) - (FILE_BYTES as usize) * 3 / 2]).unwrap();
     let cluster = Cluster::start(1, |options| {
@@ -115,7 +115,7 @@ async fn a_log_that_was_without_its_reserve_has_it_as_soon_as_there_is_room_and_
     std::fs::remove_file(&filler).unwrap();
     let files = || std::fs::read_dir(disk.0.path().join("log")).unwrap().count();
     let before = files();
-    // The log is never idle, and the file that is written has room for all.
+    // The log is never idle, and the file in use has space for everything.
     let mut next = 1;
     while !consensus.has_room() {
         assert!(next < COMMANDS_MAX, "no room after {next} commands");

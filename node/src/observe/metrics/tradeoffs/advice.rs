@@ -1,4 +1,4 @@
-//! What to change for more of one thing, and what it costs, in words; and what the estimates leave out.
+//! The advice of the analysis: what to change for more of one thing, its cost, and what the estimates ignore.
 
 use super::{Advice, Inputs, LatencyFigure, NANOS_PER_MICRO, SAMPLES_MIN, Setting};
 
@@ -25,7 +25,7 @@ pub(super) fn advice(inputs: &Inputs, present: &Setting, alternatives: &[Setting
             ),
         });
     }
-    // The copies first, which cost no failure tolerated, then the nodes.
+    // First fewer copies, which cost no failure tolerance, then fewer nodes.
     let fewer_copies = alternatives
         .iter()
         .filter(|s| s.nodes == present.nodes && s.copies < present.copies)
@@ -87,7 +87,7 @@ pub(super) fn advice(inputs: &Inputs, present: &Setting, alternatives: &[Setting
 pub(super) fn notes(inputs: &Inputs) -> Vec<String> {
     let mut notes = vec![
         "Latencies are of the node that answers, without the client's network.".to_string(),
-        "Estimates for other numbers of nodes take nodes as independent and as fast as those measured; a leader that \
+        "Estimates for other numbers of nodes assume that nodes are independent and as fast as those measured; a leader that \
          sends to more nodes also works more, which they leave out."
             .to_string(),
         "Sums of 99th percentiles are upper bounds.".to_string(),

@@ -1,4 +1,4 @@
-//! The analysis, from made-up measurements whose consequences are known.
+//! The analysis of made-up measurements with known results.
 
 use super::*;
 use quorumfs_measure::Distribution;
@@ -11,7 +11,7 @@ fn micros(values: impl IntoIterator<Item = u64>) -> Snapshot {
     distribution.snapshot()
 }
 
-/// Three nodes; own copies always take 100 µs, others 200 to 1199 µs evenly.
+/// Three nodes; copies on this node always take 100 µs, those on others 200 to 1199 µs, evenly distributed.
 fn inputs() -> Inputs {
     Inputs {
         nodes: 3,
@@ -61,7 +61,7 @@ fn time_to_a_quorum_is_an_order_statistic_of_the_copies() {
     assert!(time(1, 1, 0.5) <= 104, "only this node's own disk");
     assert!(time(3, 1, 0.99) <= 104, "the own disk is the quickest of all");
     assert!(time(3, 2, 0.5) < time(3, 2, 0.99));
-    // The second of four is later than the first of two, of even ones: 2/5 against 1/3.
+    // For even distributions the second of four is later than the first of two: 2/5 against 1/3.
     assert!(time(5, 3, 0.5) > time(3, 2, 0.5));
 }
 

@@ -151,7 +151,7 @@ impl Rest {
             chunks: vec![chunk.inline()],
             operations: vec![Operation::Write {
                 inode: Target::Inode(InodeNumber(inode)),
-                pieces: vec![piece],
+                extents: vec![piece],
                 mtime: None,
                 privileges: Privileges::Keep,
             }],
