@@ -1,10 +1,10 @@
 //! The settings of a node. Flags override the environment, which overrides a TOML file.
 //!
-//! Everything is checked here, once, with an error that names the field, and the line where it stands in the file; what
-//! comes out as [`Config`] is valid. `clap` reads flags and environment, `toml` the file; only [`Settings::or`] is ours. A
-//! crate that merges sources would say less where something is wrong: `figment` forgets the lines of a file, `confique`
-//! accepts names that it does not know.
-//! Knows nothing of what the settings do.
+//! All settings are checked here, once, with an error that names the setting and its line in the file; a [`Config`] is
+//! valid. `clap` reads flags and environment, `toml` reads the file; only [`Settings::or`] is written here. A crate that
+//! merges sources would report less: `figment` forgets the lines of a file, `confique` accepts unknown names.
+//!
+//! This module does not know the effects of the settings.
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use crate::transport::{ClusterSecret, TlsFiles};
 
 /// Highest slot number, and so the largest number of configured members.
 const SLOT_MAX: u16 = 255;
-/// Asked for the time where nothing else is said.
+/// Default NTP server.
 const NTP_DEFAULT: &str = "pool.ntp.org";
 const NTP_PORT: u16 = 123;
 /// Most NTP servers.
@@ -123,25 +123,26 @@ pub struct Settings {
     /// Longest time that a REST request waits for a quorum before it is answered with 503, in milliseconds
     #[arg(long, env = "QUORUMFS_REQUEST_TIMEOUT_MS", value_name = "MS")]
     request_timeout_ms: Option<Number<10_000, 100, 600_000>>,
-    /// At most how much of what is kept is re-read and verified per second, in MiB
+    /// Most content that is read again and verified per second, in MiB
     #[arg(long, env = "QUORUMFS_SCRUB_MIB_PER_S", value_name = "MIB")]
     // A 1 TiB disk within a day, for a thirtieth of a core.
     scrub_mib_per_s: Option<Number<16, 1, 100_000>>,
-    /// How long after the beginning of one pass of verifying the next begins, in seconds
+    /// Time between the starts of two passes of verification, in seconds
     #[arg(long, env = "QUORUMFS_SCRUB_INTERVAL_S", value_name = "S")]
     scrub_interval_s: Option<Number<60, 1, DAY_S>>,
-    /// How often it is looked for content that no file names any more, in seconds
+    /// Interval of the search for content that no file refers to any more, in seconds
     #[arg(long, env = "QUORUMFS_SWEEP_INTERVAL_S", value_name = "S")]
     sweep_interval_s: Option<Number<60, 1, DAY_S>>,
-    /// How often all nodes compare their metadata, in seconds
+    /// Interval of the comparison of all nodes' metadata, in seconds
     #[arg(long, env = "QUORUMFS_AUDIT_INTERVAL_S", value_name = "S")]
     // It reads all of it.
     audit_interval_s: Option<Number<21_600, 1, YEAR_S>>,
-    /// At most how much missing content is fetched from other nodes per second, in MiB
+    /// Most missing content that is fetched from other nodes per second, in MiB
     #[arg(long, env = "QUORUMFS_RECOVERY_MIB_PER_S", value_name = "MIB")]
     // What a gigabit carries.
     recovery_mib_per_s: Option<Number<100, 1, 100_000>>,
-    /// NTP servers to compare this node's clock with, port 123 unless said (default: pool.ntp.org); `none` asks nobody
+    /// NTP servers for the comparison of this node's clock, default port 123 (default: pool.ntp.org); `none` disables
+    /// it
     #[arg(
         long,
         env = "QUORUMFS_NTP",
@@ -152,16 +153,16 @@ pub struct Settings {
     /// Interval of the NTP queries, in milliseconds (default: 64000)
     #[arg(long, env = "QUORUMFS_NTP_INTERVAL_MS", value_name = "MS", hide = true)]
     ntp_interval_ms: Option<Number<64_000, 100, 600_000>>,
-    /// How often the health of each other node is probed, in milliseconds (default: 5000)
+    /// Interval of the health probes of each other node, in milliseconds (default: 5000)
     #[arg(long, env = "QUORUMFS_PROBE_INTERVAL_MS", value_name = "MS")]
     probe_interval_ms: Option<Number<5_000, 100, 600_000>>,
-    /// A file with the cluster's secret, the same for every node: who shows it may use /replicate and /delete-content
+    /// File with the cluster's secret, the same for every node; it is required for /replicate and /delete-content
     #[arg(long, env = "QUORUMFS_SECRET_FILE", value_name = "FILE")]
     secret_file: Option<PathBuf>,
     /// Interval of the summary of operations in the log, in seconds; no line is logged if nothing happened
     #[arg(long, env = "QUORUMFS_METRICS_SUMMARY_S", value_name = "S")]
     metrics_summary_s: Option<Number<300, 1, DAY_S>>,
-    /// A TOML file with any of these settings (the names are the same, without the dashes in front)
+    /// TOML file with any of these settings (the same names, without the leading dashes)
     #[arg(long, env = "QUORUMFS_CONFIG", value_name = "FILE")]
     #[serde(skip)]
     config: Option<PathBuf>,

@@ -160,7 +160,7 @@ impl<C: Cluster> Filesystem<C> {
             for (pack, chunk) in packs.iter().zip(&chunks) {
                 operations.push(Operation::Write {
                     inode: Target::Created(0),
-                    pieces: pack.pieces(chunk.id()).collect(),
+                    extents: pack.pieces(chunk.id()).collect(),
                     mtime: None,
                     privileges: Privileges::Keep,
                 });

@@ -53,7 +53,10 @@ macro_rules! table {
     };
 }
 
-/// Everything, as Prometheus' text. Fails only where a metric has no value at all, which is a defect.
+/// Returns all metrics in Prometheus' text format.
+///
+/// # Errors
+/// Only if a metric has no value, which is a defect of this program.
 pub fn text(metrics: &Metrics, sources: Sources<'_>) -> Result<String, prometheus::Error> {
     let report = MetricsReport::gather(metrics, sources);
     let measured = sources.consensus.measured();
@@ -69,12 +72,12 @@ pub fn text(metrics: &Metrics, sources: Sources<'_>) -> Result<String, prometheu
     let content_flushes = sources.content.flush_times();
     let entries = histogram(&[], &measured.flush_entries, &BOUNDS_ENTRIES, 1.0);
     table! { families.add_counter:
-        "quorumfs_task_failures_total" "How often a background task failed and was started again." failures.collect(),
+        "quorumfs_task_failures_total" "Failures of a background task, each followed by a restart." failures.collect(),
     }
     table! { families.add_durations:
-        "quorumfs_raft_flush_duration_seconds" "How long flushes of the log took." &measured.flush_times,
-        "quorumfs_raft_apply_duration_seconds" "How long batches of entries took to apply." &measured.applies,
-        "quorumfs_content_flush_duration_seconds" "How long flushes of the content store took." &content_flushes,
+        "quorumfs_raft_flush_duration_seconds" "Durations of the flushes of the log." &measured.flush_times,
+        "quorumfs_raft_apply_duration_seconds" "Time to apply a batch of entries." &measured.applies,
+        "quorumfs_content_flush_duration_seconds" "Durations of the flushes of the content store." &content_flushes,
     }
     table! { families.add_histogram:
         "quorumfs_raft_flush_entries" "Entries made durable by one flush of the log." vec![entries],
@@ -185,13 +188,13 @@ fn operations(families: &mut Families, metrics: &Metrics) {
         counter(&labels, metrics.refusals(kind))
     });
     table! { families.add_counter:
-        "quorumfs_operations_total" "Operations on files, by kind and by who wanted them." counts,
+        "quorumfs_operations_total" "Operations on files, by kind and origin." counts,
         "quorumfs_operation_failures_total" "Operations that were answered with an error." failures,
         "quorumfs_operation_bytes_total" "Bytes of content that operations moved." bytes,
-        "quorumfs_refusals_total" "Calls that were not decided here." refusals.collect(),
+        "quorumfs_refusals_total" "Calls that were not decided on this node." refusals.collect(),
     }
     table! { families.add_histogram:
-        "quorumfs_operation_duration_seconds" "How long this node took over operations." durations,
+        "quorumfs_operation_duration_seconds" "Durations of operations on this node." durations,
     }
 }
 
@@ -212,11 +215,11 @@ fn http(families: &mut Families, metrics: &Metrics) {
         durations.push(duration(&labels, &snapshot.durations));
     }
     table! { families.add_counter:
-        "quorumfs_http_requests_total" "HTTP requests, by endpoint and by the hundred of the status." counts,
-        "quorumfs_http_bytes_total" "Bytes of the bodies of uploads, and of the answers to all else." bytes,
+        "quorumfs_http_requests_total" "HTTP requests, by endpoint and class of the status." counts,
+        "quorumfs_http_bytes_total" "Bytes of the request bodies of uploads, and of the response bodies of all other requests." bytes,
     }
     table! { families.add_histogram:
-        "quorumfs_http_request_duration_seconds" "From a request's head to the end of its answer." durations,
+        "quorumfs_http_request_duration_seconds" "Time from the head of a request to the end of its response." durations,
     }
 }
 
@@ -230,28 +233,28 @@ fn replication(families: &mut Families, metrics: &Metrics, report: &MetricsRepor
     let durations = places.map(|(place, copies)| duration(&[("place", place)], &copies.durations));
     let inline_bytes = counted.inline_bytes.load(Ordering::Relaxed);
     table! { families.add_count:
-        "quorumfs_replication_chunks_total" "Chunks that clients brought here." brought.durations.count(),
+        "quorumfs_replication_chunks_total" "Chunks that clients sent to this node." brought.durations.count(),
         "quorumfs_replication_chunk_failures_total" "Chunks that did not reach a quorum." brought.failures,
         "quorumfs_replication_bytes_total" "Bytes of chunks that reached a quorum, each counted once." brought.bytes,
         "quorumfs_replication_inline_bytes_total" "Bytes of content that came inside commands." inline_bytes,
-        "quorumfs_raft_commit_failures_total" "Commands that came to no decision here." metrics.commits.failures(),
+        "quorumfs_raft_commit_failures_total" "Commands that were not decided on this node." metrics.commits.failures(),
     }
     table! { families.add_counter:
-        "quorumfs_replication_copied_bytes_total" "Bytes of copies made, by where." bytes.into(),
-        "quorumfs_replication_copy_failures_total" "Copies that could not be made, by where." failures.into(),
+        "quorumfs_replication_copied_bytes_total" "Bytes of copies made, by place." bytes.into(),
+        "quorumfs_replication_copy_failures_total" "Copies that could not be made, by place." failures.into(),
     }
     table! { families.add_histogram:
-        "quorumfs_replication_copy_duration_seconds" "Time until one node had a chunk on disk, by where." durations.into(),
+        "quorumfs_replication_copy_duration_seconds" "Time until one node had a chunk on disk, by place." durations.into(),
     }
     let (to_all, commits) = (counted.to_all.snapshot(), metrics.commits.snapshot().durations);
     table! { families.add_durations:
         "quorumfs_replication_quorum_duration_seconds" "Time until a quorum had a chunk on disk." &brought.durations,
         "quorumfs_replication_all_duration_seconds" "Time until all nodes had a chunk on disk." &to_all,
-        "quorumfs_raft_commit_duration_seconds" "From a command's proposal to its result." &commits,
+        "quorumfs_raft_commit_duration_seconds" "Time from a command's proposal to its result." &commits,
     }
     if let Some(factor) = report.replication.overhead_factor {
         table! { families.add_gauge:
-            "quorumfs_replication_overhead_ratio" "Bytes copied for each byte brought." factor,
+            "quorumfs_replication_overhead_ratio" "Bytes copied for each byte of chunks received." factor,
         }
     }
 }
@@ -261,21 +264,21 @@ fn node(families: &mut Families, report: &MetricsReport) {
     let indexes = [raft.last_index, raft.committed_index, raft.applied_index];
     let [last, committed, applied] = indexes.map(|index| index.unwrap_or_default() as f64);
     table! { families.add_gauge:
-        "quorumfs_uptime_seconds" "For how long this node has run." report.uptime_s as f64,
-        "quorumfs_raft_is_leader" "1 where this node leads." f64::from(u8::from(report.is_leader)),
+        "quorumfs_uptime_seconds" "Time since this node started." report.uptime_s as f64,
+        "quorumfs_raft_is_leader" "1 if this node leads, else 0." f64::from(u8::from(report.is_leader)),
         "quorumfs_raft_term" "The node's term." raft.term as f64,
         "quorumfs_raft_voters" "Voters in the present configuration." raft.voters as f64,
         "quorumfs_raft_last_index" "Index of the last entry in the log." last,
         "quorumfs_raft_committed_index" "Index up to which entries are known to be committed." committed,
-        "quorumfs_raft_applied_index" "Index up to which entries have taken effect here." applied,
+        "quorumfs_raft_applied_index" "Index up to which entries are applied on this node." applied,
         "quorumfs_raft_log_bytes" "Bytes of the log's files." raft.log_bytes as f64,
         "quorumfs_content_chunks" "Chunks held." content.chunks as f64,
         "quorumfs_content_bytes" "Bytes of the chunks held." content.bytes as f64,
         "quorumfs_metadata_overlay_bytes" "Bytes of metadata that are not in the database yet."
             report.caches.overlay_bytes as f64,
         "quorumfs_space_capacity_bytes" "Bytes of this node's filesystem." space.capacity_bytes as f64,
-        "quorumfs_space_available_bytes" "Bytes that content may still take." space.available_bytes as f64,
-        "quorumfs_mounts" "Mounts that this node was told of lately." report.mounts.len() as f64,
+        "quorumfs_space_available_bytes" "Bytes that are free for content." space.available_bytes as f64,
+        "quorumfs_mounts" "Mounts that this node heard from recently." report.mounts.len() as f64,
         "quorumfs_mount_cache_bytes" "Bytes in the caches of these mounts." report.caches.mount_bytes as f64,
     }
     table! { families.add_count:
