@@ -1,9 +1,10 @@
 //! The settings of a node: flags, then environment, then a TOML file, in that order of strength.
 //!
 //! Everything is checked here, once, with an error that names the field, and the line where it stands in the file; what
-//! comes out as [`Config`] is valid. `clap` reads flags and environment, `toml` the file; only [`Settings::or`] is ours. A
-//! crate that merges sources would say less where something is wrong: `figment` forgets the lines of a file, `confique`
-//! accepts names that it does not know.
+//! comes out as [`Config`] is valid. `clap` reads flags and environment, `toml` the file; only [`Settings::or`] is ours:
+//! `figment` would forget the lines of the file, and `confique` would replace that one function for a second version of
+//! `toml` and attributes around the attributes of each flag.
+//!
 //! Knows nothing of what the settings do.
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
@@ -44,9 +45,9 @@ impl<const DEFAULT: u64, const MIN: u64, const MAX: u64> TryFrom<u64> for Number
     type Error = String;
 
     fn try_from(value: u64) -> Result<Self, String> {
-        match value {
-            _ if (MIN..=MAX).contains(&value) => Ok(Number(value)),
-            _ => Err(format!("{value} is not from {MIN} to {MAX}")),
+        match (MIN..=MAX).contains(&value) {
+            true => Ok(Number(value)),
+            false => Err(format!("{value} is not from {MIN} to {MAX}")),
         }
     }
 }
@@ -125,7 +126,7 @@ pub struct Settings {
     request_timeout_ms: Option<Number<10_000, 100, 600_000>>,
     /// At most how much of what is kept is re-read and verified per second, in MiB
     #[arg(long, env = "QUORUMFS_SCRUB_MIB_PER_S", value_name = "MIB")]
-    // A 1 TiB disk within a day, for a thirtieth of a core.
+    // The default reads a 1 TiB disk within a day, for a thirtieth of a core.
     scrub_mib_per_s: Option<Number<16, 1, 100_000>>,
     /// How long after the beginning of one pass of verifying the next begins, in seconds
     #[arg(long, env = "QUORUMFS_SCRUB_INTERVAL_S", value_name = "S")]
@@ -135,11 +136,11 @@ pub struct Settings {
     sweep_interval_s: Option<Number<60, 1, DAY_S>>,
     /// How often all nodes compare their metadata, in seconds
     #[arg(long, env = "QUORUMFS_AUDIT_INTERVAL_S", value_name = "S")]
-    // It reads all of it.
+    // An audit reads all metadata.
     audit_interval_s: Option<Number<21_600, 1, YEAR_S>>,
     /// At most how much missing content is fetched from other nodes per second, in MiB
     #[arg(long, env = "QUORUMFS_RECOVERY_MIB_PER_S", value_name = "MIB")]
-    // What a gigabit carries.
+    // The default is what a gigabit carries.
     recovery_mib_per_s: Option<Number<100, 1, 100_000>>,
     /// NTP servers to compare this node's clock with, port 123 unless said (default: pool.ntp.org); `none` asks nobody
     #[arg(
