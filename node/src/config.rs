@@ -1,8 +1,9 @@
 //! The settings of a node. Flags override the environment, which overrides a TOML file.
 //!
 //! All settings are checked here, once, with an error that names the setting and its line in the file; a [`Config`] is
-//! valid. `clap` reads flags and environment, `toml` reads the file; only [`Settings::or`] is written here. A crate that
-//! merges sources would report less: `figment` forgets the lines of a file, `confique` accepts unknown names.
+//! valid. `clap` reads flags and environment, `toml` reads the file; only [`Settings::or`] is written here: `figment`
+//! forgets the lines of the file, and `confique` replaces that one function by a second version of `toml` and attributes
+//! around the attributes of each flag.
 //!
 //! This module does not know the effects of the settings.
 
@@ -44,9 +45,9 @@ impl<const DEFAULT: u64, const MIN: u64, const MAX: u64> TryFrom<u64> for Number
     type Error = String;
 
     fn try_from(value: u64) -> Result<Self, String> {
-        match value {
-            _ if (MIN..=MAX).contains(&value) => Ok(Number(value)),
-            _ => Err(format!("{value} is not from {MIN} to {MAX}")),
+        match (MIN..=MAX).contains(&value) {
+            true => Ok(Number(value)),
+            false => Err(format!("{value} is not from {MIN} to {MAX}")),
         }
     }
 }
@@ -125,7 +126,7 @@ pub struct Settings {
     request_timeout_ms: Option<Number<10_000, 100, 600_000>>,
     /// Most content that is read again and verified per second, in MiB
     #[arg(long, env = "QUORUMFS_SCRUB_MIB_PER_S", value_name = "MIB")]
-    // A 1 TiB disk within a day, for a thirtieth of a core.
+    // The default reads a 1 TiB disk within a day, for a thirtieth of a core.
     scrub_mib_per_s: Option<Number<16, 1, 100_000>>,
     /// Time between the starts of two passes of verification, in seconds
     #[arg(long, env = "QUORUMFS_SCRUB_INTERVAL_S", value_name = "S")]
@@ -135,11 +136,11 @@ pub struct Settings {
     sweep_interval_s: Option<Number<60, 1, DAY_S>>,
     /// Interval of the comparison of all nodes' metadata, in seconds
     #[arg(long, env = "QUORUMFS_AUDIT_INTERVAL_S", value_name = "S")]
-    // It reads all of it.
+    // An audit reads all metadata.
     audit_interval_s: Option<Number<21_600, 1, YEAR_S>>,
     /// Most missing content that is fetched from other nodes per second, in MiB
     #[arg(long, env = "QUORUMFS_RECOVERY_MIB_PER_S", value_name = "MIB")]
-    // What a gigabit carries.
+    // The default is what a gigabit carries.
     recovery_mib_per_s: Option<Number<100, 1, 100_000>>,
     /// NTP servers for the comparison of this node's clock, default port 123 (default: pool.ntp.org); `none` disables
     /// it

@@ -1,8 +1,9 @@
 //! Timestamps as HTTP and JSON write them.
 //!
 //! Programs can set any time; what the formats cannot hold is left out (HTTP) or written with the year it is (JSON).
-//! The calendar is our own because a file's time is any 64-bit number of seconds, while the timestamps of `jiff` (and of
-//! `time` and `chrono`, in their ways) end within or before the year 9999 and begin after what can be set.
+//!
+//! The calendar is our own because a file's time is any 64-bit number of seconds, and `jiff` ends a day before the year
+//! 10000. `httpdate`, which is in every HTTP server here anyway, writes what HTTP can name.
 
 use std::time::SystemTime;
 
