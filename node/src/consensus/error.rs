@@ -1,6 +1,8 @@
 //! The errors of starting the consensus, deciding commands, confirming leadership and changing members.
 
 use openraft::errors::{Fatal, InitializeError};
+use quorumfs_content::ContentError;
+use quorumfs_metadata::StorageFault;
 use quorumfs_proto::{Member, Refusal, codec};
 
 use super::fatal::FatalError;
@@ -102,6 +104,17 @@ impl ConsensusError {
             ),
             _ => false,
         }
+    }
+}
+
+// Not in `fatal`: the log imports that module, and an import circle would result.
+impl FatalError {
+    /// Whether reading or writing this node's files failed; else the cause is in the program.
+    pub fn is_storage_failure(&self) -> bool {
+        self.source.is::<StorageFault>()
+            || self.source.is::<ContentError>()
+            || self.source.is::<WalError>()
+            || self.source.is::<std::io::Error>()
     }
 }
 

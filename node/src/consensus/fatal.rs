@@ -10,10 +10,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use quorumfs_content::ContentError;
 use quorumfs_metadata::StorageFault;
-
-use super::wal::WalError;
 
 /// Why the node must stop. The message includes the cause.
 #[derive(Clone, Debug)]
@@ -41,14 +38,6 @@ impl FatalError {
 pub struct StartAnew(pub String);
 
 impl FatalError {
-    /// Whether reading or writing this node's files failed; else the cause is in the program.
-    pub fn is_storage_failure(&self) -> bool {
-        self.source.is::<StorageFault>()
-            || self.source.is::<ContentError>()
-            || self.source.is::<WalError>()
-            || self.source.is::<std::io::Error>()
-    }
-
     /// Whether the node is intact and only has to start again.
     pub fn is_over_after_start(&self) -> bool {
         self.source.is::<StartAnew>()
