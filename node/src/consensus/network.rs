@@ -50,8 +50,6 @@ type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
 /// A message and whom it is for.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Addressed<T> {
-    /// Who sends it.
-    pub from: VoterId,
     /// Whom it is for.
     pub to: VoterId,
     /// What it says.
@@ -70,19 +68,13 @@ pub struct SnapshotHeader {
 /// Puts `value` into an envelope.
 pub fn to_wire<T: Serialize>(value: &T) -> wire::RaftMessage {
     wire::RaftMessage {
-        version: u32::from(codec::VERSION),
         payload: codec::encode(value),
     }
 }
 
 /// Takes it out.
 pub fn from_wire<T: DeserializeOwned>(message: &wire::RaftMessage) -> Result<T, codec::DecodeError> {
-    match u8::try_from(message.version) {
-        Ok(codec::VERSION) => codec::decode(&message.payload),
-        found => Err(codec::DecodeError::UnknownVersion {
-            found: found.unwrap_or(u8::MAX),
-        }),
-    }
+    codec::decode(&message.payload)
 }
 
 /// Makes a [`PeerNetwork`] for each peer.
@@ -167,7 +159,6 @@ impl PeerNetwork {
 
     fn address<T>(&self, body: T) -> Addressed<T> {
         Addressed {
-            from: self.shared.id,
             to: self.target,
             body,
         }
@@ -240,7 +231,7 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
         Box::pin(async move {
             let mut peer = self.peer(Purpose::Raft)?;
             let in_flight = Arc::new(AtomicU64::new(0));
-            let (from, to, sent) = (self.shared.id, self.target, in_flight.clone());
+            let (to, sent) = (self.target, in_flight.clone());
             let position = Arc::new(self.shared.cutoff.position());
             let sending = position.clone();
             let slow_to_open = self.timeout(RPCTypes::AppendEntries, SETUP_TIMEOUT);
@@ -258,7 +249,7 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
                 let outgoing = commit_only::merged(input).fuse().map(move |body| {
                     sent.fetch_add(1, Ordering::Relaxed);
                     sending.sends(&body);
-                    to_wire(&Addressed { from, to, body })
+                    to_wire(&Addressed { to, body })
                 });
                 let opened = tokio::time::timeout(SETUP_TIMEOUT, peer.append_entries(outgoing)).await;
                 let mut incoming = match opened {

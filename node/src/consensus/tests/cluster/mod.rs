@@ -155,7 +155,6 @@ async fn a_wiped_node_is_replaced_by_its_next_incarnation() {
     // At the old address: what is meant for the former incarnation is refused.
     let request = openraft::raft::VoteRequest::<TypeConfig>::new(super::vote(99, 1), None);
     let message = to_wire(&Addressed {
-        from: VoterId(leader),
         to: VoterId(gone),
         body: request,
     });
