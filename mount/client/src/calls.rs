@@ -90,8 +90,8 @@ impl LeaderLink<Calls> {
         Some((decode(&response.reply), sends))
     }
 
-    /// As [`LeaderLink::ask`], of a call that keeps the session alive: tells what this client has done so far, and answers
-    /// with what the cluster asks in turn.
+    /// As [`LeaderLink::ask`], for a call that keeps the session alive. It carries what this client has done so far; what
+    /// the cluster asks in turn comes with the reply.
     pub(crate) async fn keep_alive(
         &self,
         call: &ClientRequest,

@@ -25,7 +25,7 @@ use crate::cluster::Cluster;
 use crate::connector::{Backoff, Connector, Purpose};
 use crate::sources::{self, Health};
 
-/// A node that sends nothing for this time is passed over; with one of three nodes stopped, a read pauses so long once.
+/// A node that sends nothing for this time is passed over: with one of three nodes stopped, one read pauses for it.
 const ATTEMPT_SILENCE_MS_MAX: u64 = 2_000;
 /// A single answer that takes longer than this while others come is lost.
 const ATTEMPT_MS_MAX: u64 = 10_000;
@@ -71,7 +71,7 @@ struct Round {
 }
 
 impl Round {
-    /// Whether to tell the caller after so long, rather than to go round again.
+    /// The error for the caller, if it is not worth another round after this time.
     fn verdict(&self, elapsed: Duration) -> Option<FsError> {
         let impatient = elapsed >= Duration::from_millis(PATIENCE_MS);
         // What f + 1 nodes hold cannot be missing on a majority.

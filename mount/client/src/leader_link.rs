@@ -1,4 +1,4 @@
-//! One long stream to the leader, whoever that is, for one kind of request: a multiplexer of calls, and the choice of
+//! One long stream to the current leader, for one kind of request: a multiplexer of calls, and the choice of
 //! the node that it is attached to.
 //!
 //! Owes: every request that is submitted is sent until it is answered. When the stream breaks, the leader changes or
@@ -28,10 +28,10 @@ use crate::lease::BootTime;
 
 /// How often outstanding requests are looked over. A quarter of what a leader may be silent.
 const TICK_MS: u64 = 150;
-/// A leader that answers nothing for so long is asked about: less than the others take to elect another. To ask costs
-/// little, and nothing moves before a majority names another.
+/// After this silence the other nodes are asked who leads: less than they take to elect another. To ask costs little,
+/// and nothing moves before a majority names another.
 const SILENCE_MS_MAX: u64 = 600;
-/// After so much silence the stream is made anew even if nobody knows a better leader.
+/// After this silence a new stream is opened, even if no node names another leader.
 const SILENCE_BREAK_MS: u64 = 10_000;
 /// A stream that is not accepted in this time (a stopped process still takes connections) is given up.
 const OPEN_TIMEOUT_MS: u64 = 1_500;
@@ -287,7 +287,7 @@ impl<P: Protocol> Stream<'_, P> {
                     if changed.is_err() || finding.address.as_deref().is_some_and(|new| new != address) {
                         return End::Moved;
                     }
-                    // Found again, or in question because of somebody else's connection: this one works.
+                    // Found again, or in question because of another connection: this one works.
                     self.finding.number = finding.number;
                     self.confirmed = false;
                 },

@@ -2,7 +2,7 @@
 //!
 //! Many calls travel at once over one long stream for each peer and direction; what is in flight is bounded in bytes
 //! for each peer. A push that finds no room is refused at once ([`PushError::QueueFull`]): a peer that does not keep
-//! up gets the chunk by recovery, and does not hold up the others. A fetch waits for room: somebody wants the bytes.
+//! up gets the chunk by recovery, and does not hold up the others. A fetch waits for room: its caller needs the bytes.
 //!
 //! Invariant: what a fetch returns was verified against its CRCs, and a whole chunk against its SHA-256.
 //!
@@ -31,7 +31,7 @@ const PUSH_BYTES_MAX: usize = 64 << 20;
 const FETCH_BYTES_MAX: usize = 32 << 20;
 /// Semaphores count permits in 32 bits and less; admission counts in these.
 const PERMIT_BYTES: usize = 1 << 10;
-/// A peer that answers nothing for so long while calls wait is taken to be lost. Far above a slow disk's flush.
+/// A peer that answers nothing for this time while calls wait is taken to be lost. Far above a slow disk's flush.
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between a stream's end and the next attempt: a peer that is down is not asked in a tight loop.
 const RECONNECT_PAUSE_MS: u64 = 100;

@@ -2,7 +2,7 @@
 //!
 //! Owes: whatever the number of clients, and whether they read their answers or not, the chunks in memory are bounded by
 //! [`CARRIED_BYTES_MAX`] and one chunk for each stream; and no stream is kept from working by the others: its one chunk is
-//! always carried, and beyond that whoever waits longest is next.
+//! always carried, and beyond that the stream that waits longest is next.
 //!
 //! What a stream may not carry yet stays in its connection's flow-control window.
 
@@ -27,7 +27,7 @@ impl Default for CarriedBytes {
 }
 
 impl CarriedBytes {
-    /// A budget of so many bytes.
+    /// A budget of `bytes_max`, beyond the one chunk of each stream.
     pub fn bounded(bytes_max: usize) -> CarriedBytes {
         CarriedBytes {
             shared: Arc::new(Semaphore::new(bytes_max)),

@@ -136,12 +136,12 @@ impl FileSystem for FileSystemService {
                 response
             }
         };
-        Ok(Response::new(answer_calls(
+        Ok(Response::new(Box::pin(answer_calls(
             request.into_inner(),
             CHUNKS_PER_STREAM_MAX,
             self.carried.stream(bytes_put),
             answer,
-        )))
+        ))))
     }
 
     async fn get_chunks(
@@ -159,12 +159,12 @@ impl FileSystem for FileSystemService {
                 response
             }
         };
-        Ok(Response::new(answer_calls(
+        Ok(Response::new(Box::pin(answer_calls(
             request.into_inner(),
             CHUNKS_PER_STREAM_MAX,
             self.carried.stream(bytes_got),
             answer,
-        )))
+        ))))
     }
 
     async fn discover(

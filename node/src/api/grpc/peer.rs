@@ -310,9 +310,7 @@ impl Peer for PeerService {
         request: Request<Streaming<wire::RaftMessage>>,
     ) -> Result<Response<Self::AppendEntriesStream>, Status> {
         let consensus = self.admit_to_consensus(&request)?;
-        Ok(Response::new(Box::pin(
-            consensus.append_stream(request.into_inner()),
-        )))
+        Ok(Response::new(consensus.append_stream(request.into_inner())))
     }
 
     async fn vote(&self, request: Request<wire::RaftMessage>) -> Result<Response<wire::RaftMessage>, Status> {
@@ -371,12 +369,12 @@ impl Peer for PeerService {
                 put_response(&put)
             }
         };
-        Ok(Response::new(answer_calls(
+        Ok(Response::new(Box::pin(answer_calls(
             request.into_inner(),
             CHUNKS_PER_STREAM_MAX,
             (),
             answer,
-        )))
+        ))))
     }
 
     async fn fetch_chunks(
@@ -404,12 +402,12 @@ impl Peer for PeerService {
                 get_response(range)
             }
         };
-        Ok(Response::new(answer_calls(
+        Ok(Response::new(Box::pin(answer_calls(
             request.into_inner(),
             CHUNKS_PER_STREAM_MAX,
             (),
             answer,
-        )))
+        ))))
     }
 
     async fn held_chunks(

@@ -105,7 +105,7 @@ impl Peer for TestPeer {
             }
         };
         let answers = answer_calls(request.into_inner(), 64, (), answer);
-        Ok(Response::new(answers))
+        Ok(Response::new(Box::pin(answers)))
     }
 
     async fn fetch_chunks(
@@ -133,7 +133,7 @@ impl Peer for TestPeer {
             std::future::ready(answer)
         };
         let answers = answer_calls(request.into_inner(), 64, (), answer);
-        Ok(Response::new(answers))
+        Ok(Response::new(Box::pin(answers)))
     }
 
     async fn held_chunks(

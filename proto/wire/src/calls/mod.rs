@@ -1,4 +1,5 @@
-//! Calls over bidirectional streams: one multiplexer for whoever asks, and its one peer for whoever answers.
+//! Calls over bidirectional streams: one multiplexer for the side that asks, and its one peer for the side that
+//! answers.
 //!
 //! - [`Multiplexer`]: numbers calls, sends them over a stream and hands out their answers.
 //! - [`NodeCalls`]: the calls to one node, over one stream after another.

@@ -294,7 +294,7 @@ where
         waiting
     }
 
-    /// Returns when calls are outstanding; for whoever opens streams.
+    /// Returns when calls are outstanding: a stream is to be attached then.
     pub async fn wanted(&self) {
         while self.state.lock().outstanding.is_empty() {
             self.wanted.notified().await;

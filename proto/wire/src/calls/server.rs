@@ -20,7 +20,7 @@ use tonic::Status;
 
 use super::Numbered;
 
-/// What every stream of answers is.
+/// What the services name a stream of answers.
 pub type AnswerStream<A> = Pin<Box<dyn Stream<Item = Result<A, Status>> + Send>>;
 
 /// What lets a request in.
@@ -45,7 +45,7 @@ pub fn answer_calls<Q, A, F, Fut>(
     at_once_max: usize,
     admission: impl Admission<Q>,
     answer: F,
-) -> AnswerStream<A>
+) -> impl Stream<Item = Result<A, Status>> + Send + Unpin + 'static
 where
     Q: Numbered + Send + Sync + 'static,
     A: Numbered + Send + 'static,
@@ -83,5 +83,5 @@ where
             });
         }
     });
-    Box::pin(ReceiverStream::new(answers).map(|(answer, _held)| Ok(answer)))
+    ReceiverStream::new(answers).map(|(answer, _held)| Ok(answer))
 }

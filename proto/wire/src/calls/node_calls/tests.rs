@@ -50,10 +50,11 @@ fn node(
 
 /// Answers with the offset asked for, the later ones first.
 fn serve(requests: ReceiverStream<GetChunkRequest>) -> Answers {
-    answer_calls(requests.map(Ok), 64, (), |request: GetChunkRequest| async move {
+    let answer = |request: GetChunkRequest| async move {
         tokio::time::sleep(Duration::from_millis(u64::from(20 - request.offset))).await;
         response(request.offset)
-    })
+    };
+    Box::pin(answer_calls(requests.map(Ok), 64, (), answer))
 }
 
 #[tokio::test]
@@ -129,10 +130,9 @@ async fn a_request_holds_its_admission_until_its_answer_is_taken() {
     let permits = Arc::new(Semaphore::new(1));
     let requests = tokio_stream::iter([Ok(request(1)), Ok(request(2))]);
     let admission = Permits(permits.clone());
-    let mut answers: AnswerStream<GetChunkResponse> =
-        answer_calls(requests, 8, admission, |request: GetChunkRequest| async move {
-            response(request.offset)
-        });
+    let mut answers = answer_calls(requests, 8, admission, |request: GetChunkRequest| async move {
+        response(request.offset)
+    });
     tokio::time::sleep(Duration::from_millis(20)).await;
     assert_eq!(permits.available_permits(), 0, "the second is not let in");
     for offset in [1, 2] {
