@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::codec;
 use crate::command::Command;
 use crate::error::FsError;
 use crate::ids::{ChunkId, InodeNumber, RequestId, SessionId, SessionSecret};
@@ -97,6 +98,23 @@ pub struct SessionState {
     pub unlinked: Vec<InodeNumber>,
 }
 
+impl ClientResponse {
+    /// The place of `Refused` among the variants, as the encoding names it.
+    const REFUSED: u8 = 3;
+
+    /// The refusal that `reply` is in the encoding of [`codec`]; `None` for every other reply, which is not decoded, and
+    /// for what is malformed.
+    pub fn encoded_refusal(reply: &[u8]) -> Option<Refusal> {
+        if *reply.get(1)? != ClientResponse::REFUSED {
+            return None;
+        }
+        match codec::decode(reply) {
+            Ok(ClientResponse::Refused(refusal)) => Some(refusal),
+            _ => None,
+        }
+    }
+}
+
 impl From<Refusal> for ClientResponse {
     fn from(refusal: Refusal) -> ClientResponse {
         ClientResponse::Refused(refusal)
@@ -133,8 +151,7 @@ pub enum Refusal {
         reason: String,
     },
     /// The session has ended, and its lanes prove that this mutation was not decided: it never will be, and may be sent
-    /// again under another session. On the wire it is [`Refusal::UnknownSession`] with a flag in the envelope; clients
-    /// that do not know the flag ignore it.
+    /// again under another session.
     NeverDecided,
 }
 
@@ -151,5 +168,34 @@ impl Refusal {
         Refusal::Unavailable {
             reason: reason.to_string(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_found_without_decoding_other_replies() {
+        let refusals = [
+            Refusal::NotLeader { leader: None },
+            Refusal::unavailable("no quorum"),
+            Refusal::NeverDecided,
+        ];
+        for refusal in refusals {
+            let reply = codec::encode(&ClientResponse::from(refusal.clone()));
+            assert_eq!(ClientResponse::encoded_refusal(&reply), Some(refusal));
+            assert_eq!(ClientResponse::encoded_refusal(&reply[..2]), None);
+        }
+        for reply in [
+            ClientResponse::Outcome(Err(FsError::Stale)),
+            ClientResponse::Answer(Err(FsError::Stale)),
+            ClientResponse::Session(SessionState::default()),
+        ] {
+            let reply = codec::encode(&reply);
+            assert_ne!(reply[1], ClientResponse::REFUSED);
+            assert_eq!(ClientResponse::encoded_refusal(&reply), None);
+        }
+        assert_eq!(ClientResponse::encoded_refusal(&[]), None);
     }
 }

@@ -4,7 +4,8 @@
 //! lacks the chunk or holds a damaged copy is passed over; every copy of a chunk is equally right.
 //!
 //! Invariants: one stream for each node, made when first used; bytes under way are bounded by a budget. An attempt
-//! ends when its stream breaks, or when nothing at all has come from the node for [`ATTEMPT_SILENCE_MS_MAX`].
+//! ends when its stream breaks, or is given up because nothing at all has come from the node for
+//! [`ATTEMPT_SILENCE_MS_MAX`].
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,35 +15,36 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 use quorumfs_proto::{ChunkId, ChunkRange, FsError};
+use quorumfs_wire::calls::{NodeCalls, NodeLimits};
 use quorumfs_wire::{ChunkStatus, DiscoverRequest, GetChunkRequest, GetChunkResponse};
-use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
-use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
+use tonic::Status;
 
 use crate::chunk_writer::{BYTES_IN_FLIGHT_MAX, Budget, TRANSFER_COST_BYTES_MIN};
-use crate::cluster::{Cluster, describe};
+use crate::cluster::Cluster;
 use crate::connector::{Backoff, Connector, Purpose};
 use crate::sources::{self, Health};
 
-/// A node that sends nothing for so long is passed over; with one of three nodes stopped, a read pauses so long once.
+/// A node that sends nothing for this time is passed over: with one of three nodes stopped, one read pauses for it.
 const ATTEMPT_SILENCE_MS_MAX: u64 = 2_000;
 /// A single answer that takes longer than this while others come is lost.
 const ATTEMPT_MS_MAX: u64 = 10_000;
-/// A stream that is not accepted in this time is given up.
-const OPEN_TIMEOUT_MS: u64 = 1_500;
 /// A node that does not say that it is back in this time is not.
 const PROBE_TIMEOUT_MS: u64 = 1_000;
 /// How long nodes may say "not here" or "damaged" while others cannot be asked, before the caller hears of it:
 /// enough for a restart, and for a repair from another copy.
 const PATIENCE_MS: u64 = 5_000;
-/// Most requests in the queue to one node's stream.
-const REQUESTS_MAX: usize = BYTES_IN_FLIGHT_MAX / TRANSFER_COST_BYTES_MIN;
+/// A read whose stream ended goes to the next node at once; when to come back is for [`sources`] to say.
+const LIMITS: NodeLimits = NodeLimits {
+    queue_max: BYTES_IN_FLIGHT_MAX / TRANSFER_COST_BYTES_MIN,
+    streams_max: 1,
+    silence_max: Duration::from_millis(ATTEMPT_SILENCE_MS_MAX),
+    pause: Duration::ZERO,
+};
 
 /// The way chunks come from the nodes.
 pub(crate) struct ChunkReader {
     cluster: Arc<Cluster>,
-    closing: CancellationToken,
     budget: Budget,
     readers: Mutex<HashMap<String, Arc<NodeReader>>>,
 }
@@ -69,7 +71,7 @@ struct Round {
 }
 
 impl Round {
-    /// Whether to tell the caller after so long, rather than to go round again.
+    /// The error for the caller, if it is not worth another round after this time.
     fn verdict(&self, elapsed: Duration) -> Option<FsError> {
         let impatient = elapsed >= Duration::from_millis(PATIENCE_MS);
         // What f + 1 nodes hold cannot be missing on a majority.
@@ -84,17 +86,17 @@ impl Round {
 }
 
 impl ChunkReader {
-    pub(crate) fn new(
-        cluster: Arc<Cluster>,
-        bytes_in_flight_max: usize,
-        closing: CancellationToken,
-    ) -> ChunkReader {
+    pub(crate) fn new(cluster: Arc<Cluster>, bytes_in_flight_max: usize) -> ChunkReader {
         ChunkReader {
             cluster,
-            closing,
             budget: Budget::new(bytes_in_flight_max),
             readers: Mutex::new(HashMap::new()),
         }
+    }
+
+    /// Ends the streams. Nothing is read from now on.
+    pub(crate) fn close(&self) {
+        self.readers.lock().clear();
     }
 
     /// `length` bytes of chunk `id` from `offset` on, however long it takes to find a node that has them.
@@ -144,7 +146,7 @@ impl ChunkReader {
         let readers: Vec<Arc<NodeReader>> = addresses
             .into_iter()
             .map(|address| {
-                let make = || NodeReader::new(&address, self.cluster.connector(), &self.closing);
+                let make = || NodeReader::new(&address, self.cluster.connector());
                 known.entry(address.clone()).or_insert_with(make).clone()
             })
             .collect();
@@ -152,73 +154,59 @@ impl ChunkReader {
         for reader in &readers {
             reader.probe_if_due(now);
         }
-        let healths: Vec<Health> = readers.iter().map(|reader| reader.health()).collect();
+        let healths: Vec<Health> = readers
+            .iter()
+            .map(|reader| reader.health.lock().clone())
+            .collect();
         let order = sources::order(&healths, now);
         order.into_iter().map(|index| readers[index].clone()).collect()
     }
 }
 
-/// One node's stream and what waits for it.
+/// The calls to one node, and what is known of it.
 struct NodeReader {
     address: String,
     connector: Connector,
-    closing: CancellationToken,
-    state: Mutex<ReaderState>,
+    calls: NodeCalls<GetChunkRequest, GetChunkResponse>,
+    health: Mutex<Health>,
 }
 
-struct ReaderState {
-    health: Health,
-    /// Which connection `outbound` and `waiting` belong to.
-    connection: u64,
-    outbound: Option<mpsc::Sender<GetChunkRequest>>,
-    waiting: HashMap<u64, oneshot::Sender<GetChunkResponse>>,
-    next_call_id: u64,
-    last_answer: Instant,
-}
+/// A request under way, for the judgement of its node.
+struct UnderWay<'a>(&'a Mutex<Health>);
 
-/// A request under way; dropping it withdraws it.
-struct UnderWay<'a> {
-    reader: &'a NodeReader,
-    call_id: u64,
+impl UnderWay<'_> {
+    fn begin(health: &Mutex<Health>) -> UnderWay<'_> {
+        health.lock().under_way += 1;
+        UnderWay(health)
+    }
 }
 
 impl Drop for UnderWay<'_> {
     fn drop(&mut self) {
-        let mut state = self.reader.state.lock();
-        state.waiting.remove(&self.call_id);
-        state.health.under_way = state.health.under_way.saturating_sub(1);
+        self.0.lock().under_way -= 1;
     }
 }
 
 impl NodeReader {
-    fn new(address: &str, connector: &Connector, closing: &CancellationToken) -> Arc<NodeReader> {
+    fn new(address: &str, connector: &Connector) -> Arc<NodeReader> {
+        let (at, connect) = (address.to_string(), connector.clone());
+        let calls = NodeCalls::new(LIMITS, move |requests| {
+            let client = connect.client(&at, Purpose::Bulk);
+            async move {
+                let mut client = client.map_err(|error| Status::invalid_argument(error.to_string()))?;
+                client.get_chunks(requests).await
+            }
+        });
         Arc::new(NodeReader {
             address: address.to_string(),
             connector: connector.clone(),
-            closing: closing.clone(),
-            state: Mutex::new(ReaderState {
-                health: Health::default(),
-                connection: 0,
-                outbound: None,
-                waiting: HashMap::new(),
-                next_call_id: 1,
-                last_answer: Instant::now(),
-            }),
+            calls,
+            health: Mutex::default(),
         })
     }
 
-    fn health(&self) -> Health {
-        self.state.lock().health.clone()
-    }
-
     /// One attempt, verified.
-    async fn fetch(
-        self: &Arc<Self>,
-        session: u64,
-        id: ChunkId,
-        offset: u32,
-        length: u32,
-    ) -> Result<Bytes, Missed> {
+    async fn fetch(&self, session: u64, id: ChunkId, offset: u32, length: u32) -> Result<Bytes, Missed> {
         let sent_at = Instant::now();
         let request = GetChunkRequest {
             call_id: 0,
@@ -227,114 +215,26 @@ impl NodeReader {
             length,
             session,
         };
-        let result = match self.exchange(request, sent_at).await {
-            Ok(answer) => open_answer(answer, offset, length),
-            Err(reason) => Err(Missed::Failed(reason)),
+        let under_way = UnderWay::begin(&self.health);
+        let limit = Duration::from_millis(ATTEMPT_MS_MAX);
+        let result = match timeout(limit, self.calls.call(request, ())).await {
+            Ok(Ok(answer)) => open_answer(answer, offset, length),
+            Ok(Err(lost)) => Err(Missed::Failed(lost.to_string())),
+            Err(_) => Err(Missed::Failed(format!("no answer in {ATTEMPT_MS_MAX} ms"))),
         };
+        drop(under_way);
         let now = Instant::now();
-        let mut state = self.state.lock();
         match &result {
-            Ok(_) => state.health.answered(now.duration_since(sent_at), now),
-            Err(Missed::Failed(_)) => state.health.failed(now),
+            Ok(_) => self.health.lock().answered(now.duration_since(sent_at), now),
+            Err(Missed::Failed(_)) => self.health.lock().failed(now),
             Err(Missed::NotFound | Missed::Damaged(_) | Missed::Invalid(_)) => {}
         }
         result
     }
 
-    async fn exchange(
-        self: &Arc<Self>,
-        mut request: GetChunkRequest,
-        sent_at: Instant,
-    ) -> Result<GetChunkResponse, String> {
-        let (sender, mut answer) = oneshot::channel();
-        let under_way = {
-            let mut state = self.state.lock();
-            let outbound = match &state.outbound {
-                Some(outbound) => outbound.clone(),
-                None => self.connect(&mut state),
-            };
-            let call_id = state.next_call_id;
-            state.next_call_id += 1;
-            request.call_id = call_id;
-            outbound
-                .try_send(request)
-                .map_err(|_| String::from("its stream is full or gone"))?;
-            state.waiting.insert(call_id, sender);
-            state.health.under_way += 1;
-            UnderWay {
-                reader: self,
-                call_id,
-            }
-        };
-        let silence_max = Duration::from_millis(ATTEMPT_SILENCE_MS_MAX);
-        let mut patience = silence_max;
-        let outcome = loop {
-            match timeout(patience, &mut answer).await {
-                Ok(Ok(answer)) => break Ok(answer),
-                Ok(Err(_)) => break Err(String::from("the stream broke")),
-                Err(_) => {
-                    let silent_since = sent_at.max(self.state.lock().last_answer);
-                    let silence = silent_since.elapsed();
-                    if silence >= silence_max || sent_at.elapsed() >= Duration::from_millis(ATTEMPT_MS_MAX) {
-                        break Err(format!("no answer in {} ms", sent_at.elapsed().as_millis()));
-                    }
-                    patience = silence_max - silence;
-                }
-            }
-        };
-        drop(under_way);
-        outcome
-    }
-
-    /// Begins a new connection; requests may be sent into it at once.
-    fn connect(self: &Arc<Self>, state: &mut ReaderState) -> mpsc::Sender<GetChunkRequest> {
-        let (outbound, requests) = mpsc::channel(REQUESTS_MAX);
-        state.connection += 1;
-        state.outbound = Some(outbound.clone());
-        let reader = self.clone();
-        let connection = state.connection;
-        tokio::spawn(async move {
-            let served = reader.closing.run_until_cancelled(reader.serve(requests)).await;
-            if let Some(Err(reason)) = served {
-                tracing::debug!(node = reader.address, reason, "lost a connection for chunks");
-            }
-            let mut state = reader.state.lock();
-            if state.connection == connection {
-                state.outbound = None;
-                state.waiting.clear();
-            }
-        });
-        outbound
-    }
-
-    async fn serve(&self, requests: mpsc::Receiver<GetChunkRequest>) -> Result<(), String> {
-        let mut client = self
-            .connector
-            .client(&self.address, Purpose::Bulk)
-            .map_err(|error| error.to_string())?;
-        let open = client.get_chunks(ReceiverStream::new(requests));
-        let mut answers = timeout(Duration::from_millis(OPEN_TIMEOUT_MS), open)
-            .await
-            .map_err(|_| format!("no stream within {OPEN_TIMEOUT_MS} ms"))?
-            .map_err(|status| describe(&status))?
-            .into_inner();
-        while let Some(answer) = answers.message().await.map_err(|status| describe(&status))? {
-            let waiting = {
-                let mut state = self.state.lock();
-                state.last_answer = Instant::now();
-                state.waiting.remove(&answer.call_id)
-            };
-            if let Some(waiting) = waiting {
-                // Whoever does not wait any more does not want to know.
-                let _ = waiting.send(answer);
-            }
-        }
-        Err(String::from("the node ended the stream"))
-    }
-
     /// Asks a node that failed whether it is back, so that no read has to try.
     fn probe_if_due(self: &Arc<Self>, now: Instant) {
-        if !self.state.lock().health.wants_probe(now) {
+        if !self.health.lock().wants_probe(now) {
             return;
         }
         let reader = self.clone();
@@ -347,7 +247,7 @@ impl NodeReader {
                 }
                 Err(_) => false,
             };
-            reader.state.lock().health.probed(back, Instant::now());
+            reader.health.lock().probed(back, Instant::now());
         });
     }
 }

@@ -16,7 +16,7 @@ use tonic::{Response, Status, Streaming};
 use crate::chunk::FreshChunk;
 use crate::cluster::Cluster;
 use crate::connector::Purpose;
-use crate::leader_link::{Delivery, LeaderLink, Protocol, Reading};
+use crate::leader_link::{LeaderLink, Protocol, Verdict};
 
 /// What even a tiny chunk costs of a budget of bytes, so that a budget bounds their number too.
 pub(crate) const TRANSFER_COST_BYTES_MIN: usize = 32 << 10;
@@ -35,7 +35,6 @@ impl Protocol for Puts {
     const RESEND_AFTER_MS: u64 = 5_000;
     type Request = PutChunkRequest;
     type Response = PutChunkResponse;
-    type Reply = PutChunkResponse;
 
     async fn open(
         client: &mut FileSystemClient<Channel>,
@@ -44,22 +43,16 @@ impl Protocol for Puts {
         client.put_chunks(requests).await
     }
 
-    fn number(request: &mut PutChunkRequest, call_id: u64) {
-        request.call_id = call_id;
-    }
-
-    fn read(response: PutChunkResponse) -> (u64, Reading<PutChunkResponse>) {
-        let call_id = response.call_id;
-        let reading = match response.status() {
-            ChunkStatus::NotLeader => Reading::NotLeader {
-                hint: Some(response.leader).filter(|leader| !leader.is_empty()),
+    fn verdict(response: &PutChunkResponse) -> Verdict {
+        match response.status() {
+            ChunkStatus::NotLeader => Verdict::NotLeader {
+                hint: Some(response.leader.clone()).filter(|leader| !leader.is_empty()),
             },
-            ChunkStatus::Unavailable => Reading::Unavailable {
-                reason: response.detail,
+            ChunkStatus::Unavailable => Verdict::Unavailable {
+                reason: response.detail.clone(),
             },
-            _ => Reading::Reply(response),
-        };
-        (call_id, reading)
+            _ => Verdict::Decided,
+        }
     }
 }
 
@@ -110,9 +103,8 @@ impl ChunkWriter {
         let _share = self.budget.share(chunk.payload().len()).await;
         let mut damaged = 0;
         loop {
-            let response = match self.link.call(chunk.request()).await {
-                Delivery::Reply(response, _) => response,
-                Delivery::Unavailable(..) | Delivery::Closed => return Err(FsError::Io),
+            let Some((response, _)) = self.link.call(chunk.request()).await else {
+                return Err(FsError::Io);
             };
             match response.status() {
                 ChunkStatus::Ok => return Ok(()),

@@ -178,7 +178,7 @@ impl Client {
         Ok(Client {
             inner: Arc::new(Inner {
                 cluster_id,
-                getter: ChunkReader::new(cluster.clone(), options.bytes_in_flight_max, closing.clone()),
+                getter: ChunkReader::new(cluster.clone(), options.bytes_in_flight_max),
                 cluster,
                 mutator,
                 keeper,
@@ -337,6 +337,7 @@ impl Client {
             Err(_) => tracing::warn!(%session, "no leader heard that the session is over; it will lapse"),
         }
         self.inner.closing.cancel();
+        self.inner.getter.close();
     }
 
     async fn bounded<T>(&self, work: impl Future<Output = Result<T, FsError>>) -> Result<T, FsError> {

@@ -18,6 +18,7 @@ use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 use parking_lot::Mutex;
 use quorumfs_proto::{ClusterId, Member, NodeId, SessionId, SessionSecret};
+use quorumfs_wire::calls::describe;
 use quorumfs_wire::file_system_client::FileSystemClient;
 use quorumfs_wire::{DiscoverRequest, DiscoverResponse, SessionHello};
 use tokio::sync::{Notify, watch};
@@ -443,18 +444,4 @@ async fn ask(
         Err(_) => Err(format!("no answer within {DISCOVER_TIMEOUT_MS} ms")),
     };
     (address, answer)
-}
-
-/// What a status says, with the reason beneath it: "transport error" alone helps nobody.
-pub(crate) fn describe(status: &tonic::Status) -> String {
-    let mut text = status.message().to_string();
-    let mut source = std::error::Error::source(status);
-    while let Some(error) = source {
-        let reason = error.to_string();
-        if !text.contains(&reason) {
-            text = format!("{text}: {reason}");
-        }
-        source = error.source();
-    }
-    text
 }

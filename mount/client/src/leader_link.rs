@@ -1,37 +1,37 @@
-//! One long stream to the leader, whoever that is, for one kind of request.
+//! One long stream to the current leader, for one kind of request: a multiplexer of calls, and the choice of
+//! the node that it is attached to.
 //!
 //! Owes: every request that is submitted is sent until it is answered. When the stream breaks, the leader changes or
 //! says nothing, all that is outstanding is sent again, in the order in which it was submitted; a lone lost answer is
 //! asked for again on the same stream. So a request may arrive several times: it must be one that does no harm then
 //! (a mutation carries its request id, a chunk its identity).
 //!
-//! Invariants: a request is outstanding from [`LeaderLink::submit`] until its answer arrives or its [`Waiting`] is
-//! dropped. Who submits bounds how many are (lanes, permits); the queue to the stream takes twice as many, and what
-//! does not fit is sent by the resend timer. The lock is never held across an await.
+//! The callers bound how many requests are outstanding (lanes, permits); the queue to the stream takes twice as many,
+//! and what does not fit is sent by the resend timer.
 //!
 //! Knows nothing of what a request means.
 
-use std::collections::BTreeMap;
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use quorumfs_wire::calls::{Limits, Lost, Multiplexer, Numbered, OnSend, Resend, describe, next_answer};
 use quorumfs_wire::file_system_client::FileSystemClient;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::watch;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Response, Status, Streaming};
 
-use crate::cluster::{Cluster, Finding, describe};
+use crate::cluster::{Cluster, Finding};
 use crate::connector::{Backoff, Purpose};
-use crate::lease::{BootTime, Lease};
+use crate::lease::BootTime;
 
 /// How often outstanding requests are looked over. A quarter of what a leader may be silent.
 const TICK_MS: u64 = 150;
-/// A leader that answers nothing for so long is asked about: less than the others take to elect another. To ask costs
-/// little, and nothing moves before a majority names another.
+/// After this silence the other nodes are asked who leads: less than they take to elect another. To ask costs little,
+/// and nothing moves before a majority names another.
 const SILENCE_MS_MAX: u64 = 600;
-/// After so much silence the stream is made anew even if nobody knows a better leader.
+/// After this silence a new stream is opened, even if no node names another leader.
 const SILENCE_BREAK_MS: u64 = 10_000;
 /// A stream that is not accepted in this time (a stopped process still takes connections) is given up.
 const OPEN_TIMEOUT_MS: u64 = 1_500;
@@ -50,52 +50,35 @@ pub(crate) trait Protocol: Send + Sync + 'static {
     const OUTSTANDING_MAX: usize;
     /// An answer that takes longer than this, while others come, is taken for lost.
     const RESEND_AFTER_MS: u64;
-    type Request: Clone + Send + 'static;
-    type Response: Send + 'static;
-    type Reply: Send + 'static;
+    type Request: Numbered + Clone + Send + 'static;
+    type Response: Numbered + Send + 'static;
 
     fn open(
         client: &mut FileSystemClient<Channel>,
         requests: ReceiverStream<Self::Request>,
     ) -> impl Future<Output = Result<Response<Streaming<Self::Response>>, Status>> + Send;
 
-    /// Writes the number by which the answer will name `request`.
-    fn number(request: &mut Self::Request, call_id: u64);
-
-    /// Writes into `request`, as it is sent, whether this client holds the lease.
-    fn claim(_request: &mut Self::Request, _lease: &Lease) {}
-
-    /// Has `request`, as it is sent, say for which session this client speaks, unless the stream was told so: of the
-    /// session `greeted` it knows. Answers which session it knows then.
-    fn greet(_request: &mut Self::Request, _cluster: &Cluster, greeted: u64) -> u64 {
-        greeted
-    }
+    /// Completes `request` when it is sent. `greeted` is the session that the stream knows of, before and after; 0: none.
+    fn prepare(_request: &mut Self::Request, _cluster: &Cluster, _greeted: &mut u64) {}
 
     /// Whether this answers nothing, and asks for a keep-alive.
     fn is_nudge(_response: &Self::Response) -> bool {
         false
     }
 
-    /// The lease that an answer carries.
-    fn lease_ms(_response: &Self::Response) -> u32 {
-        0
-    }
+    /// Takes what the answer to a request that was sent at `sent_at` shows of the leader.
+    fn learn(_response: &Self::Response, _cluster: &Cluster, _sent_at: BootTime) {}
 
-    /// The leader's clock that an answer carries; 0: none.
-    fn clock_ns(_response: &Self::Response) -> i64 {
-        0
-    }
-
-    /// Which request is answered, and how.
-    fn read(response: Self::Response) -> (u64, Reading<Self::Reply>);
+    /// Whether the leader has decided.
+    fn verdict(response: &Self::Response) -> Verdict;
 }
 
-/// An answer, as far as the link must understand it.
-#[derive(Debug)]
-pub(crate) enum Reading<R> {
-    /// For whoever asked.
-    Reply(R),
-    /// The leader could not decide; for whoever asked, who tries again.
+/// What the link must understand of an answer.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// The answer is the caller's.
+    Decided,
+    /// The leader could not decide: the request is submitted again a little later.
     Unavailable {
         /// Why, in words.
         reason: String,
@@ -107,95 +90,42 @@ pub(crate) enum Reading<R> {
     },
 }
 
-/// What became of one submission.
-#[derive(Debug)]
-pub(crate) enum Delivery<R> {
-    /// The answer, and how often the request was sent for it.
-    Reply(R, u32),
-    /// Nothing was decided, after so many sendings. Submit it again a little later.
-    Unavailable(String, u32),
-    /// The client is being closed.
-    Closed,
+/// The calls of one protocol. Each holds when it was first sent on the current stream, by the clock of leases.
+type Calls<P> = Multiplexer<<P as Protocol>::Request, <P as Protocol>::Response, BootTime, Greeting<P>>;
+
+/// Completes requests as their protocol says.
+struct Greeting<P> {
+    cluster: Arc<Cluster>,
+    /// The session that the current stream knows of; 0: none.
+    greeted: u64,
+    protocol: PhantomData<fn() -> P>,
+}
+
+impl<P: Protocol> OnSend<P::Request, BootTime> for Greeting<P> {
+    fn begin_stream(&mut self) {
+        self.greeted = 0;
+    }
+
+    fn prepare(&mut self, request: &mut P::Request, sent_at: &mut BootTime, is_first: bool) {
+        if is_first {
+            *sent_at = BootTime::now();
+        }
+        P::prepare(request, &self.cluster, &mut self.greeted);
+    }
 }
 
 /// The stream and what is outstanding on it. Cloning shares it.
 pub(crate) struct LeaderLink<P: Protocol> {
-    shared: Arc<Shared<P>>,
+    cluster: Arc<Cluster>,
+    calls: Arc<Calls<P>>,
 }
 
 impl<P: Protocol> Clone for LeaderLink<P> {
     fn clone(&self) -> Self {
         LeaderLink {
-            shared: self.shared.clone(),
+            cluster: self.cluster.clone(),
+            calls: self.calls.clone(),
         }
-    }
-}
-
-struct Shared<P: Protocol> {
-    cluster: Arc<Cluster>,
-    state: Mutex<State<P>>,
-    /// Something is outstanding and there is no stream.
-    wanted: Notify,
-}
-
-struct State<P: Protocol> {
-    next_call_id: u64,
-    outstanding: BTreeMap<u64, Outstanding<P>>,
-    /// Into the current stream.
-    outbound: Option<mpsc::Sender<P::Request>>,
-    /// The session that the current stream knows of; 0: none.
-    greeted: u64,
-    closed: bool,
-}
-
-struct Outstanding<P: Protocol> {
-    request: P::Request,
-    answer: oneshot::Sender<Delivery<P::Reply>>,
-    sends: u32,
-    submitted_at: Instant,
-    /// On the current stream.
-    first_sent_at: Instant,
-    /// The same moment, by the clock of leases.
-    first_sent_boot: BootTime,
-    last_sent_at: Instant,
-    resend_after: Duration,
-}
-
-impl<P: Protocol> Outstanding<P> {
-    /// Whether the stream's queue took it; if not, the resend timer tries again.
-    fn send(
-        &mut self,
-        outbound: &mpsc::Sender<P::Request>,
-        cluster: &Cluster,
-        greeted: &mut u64,
-        now: Instant,
-    ) {
-        self.last_sent_at = now;
-        P::claim(&mut self.request, cluster.lease());
-        let known = P::greet(&mut self.request, cluster, *greeted);
-        if outbound.try_send(self.request.clone()).is_ok() {
-            *greeted = known;
-            self.sends = self.sends.saturating_add(1);
-        }
-    }
-}
-
-/// An answer that is waited for. Dropping it withdraws the request, as far as it has not been sent.
-pub(crate) struct Waiting<P: Protocol> {
-    shared: Arc<Shared<P>>,
-    call_id: u64,
-    answer: oneshot::Receiver<Delivery<P::Reply>>,
-}
-
-impl<P: Protocol> Waiting<P> {
-    pub(crate) async fn delivery(mut self) -> Delivery<P::Reply> {
-        (&mut self.answer).await.unwrap_or(Delivery::Closed)
-    }
-}
-
-impl<P: Protocol> Drop for Waiting<P> {
-    fn drop(&mut self) {
-        self.shared.state.lock().outstanding.remove(&self.call_id);
     }
 }
 
@@ -212,99 +142,59 @@ enum End {
 impl<P: Protocol> LeaderLink<P> {
     /// Nothing is connected before something is submitted, and nothing at all unless [`LeaderLink::run`] runs.
     pub(crate) fn new(cluster: Arc<Cluster>) -> LeaderLink<P> {
-        LeaderLink {
-            shared: Arc::new(Shared {
-                cluster,
-                state: Mutex::new(State {
-                    next_call_id: 1,
-                    outstanding: BTreeMap::new(),
-                    outbound: None,
-                    greeted: 0,
-                    closed: false,
-                }),
-                wanted: Notify::new(),
+        let limits = Limits {
+            queue_max: 2 * P::OUTSTANDING_MAX,
+            streams_max: u32::MAX,
+            resend: Some(Resend {
+                after: Duration::from_millis(P::RESEND_AFTER_MS),
+                after_max: Duration::from_millis(RESEND_AFTER_MS_MAX),
             }),
+        };
+        let greeting = Greeting {
+            cluster: cluster.clone(),
+            greeted: 0,
+            protocol: PhantomData,
+        };
+        LeaderLink {
+            cluster,
+            calls: Arc::new(Multiplexer::new(limits, greeting)),
         }
     }
 
-    /// Sends `request` at once if there is a leader, or else as soon as there is one.
-    pub(crate) fn submit(&self, mut request: P::Request) -> Waiting<P> {
-        let (sender, receiver) = oneshot::channel();
-        let now = Instant::now();
-        let mut state = self.shared.state.lock();
-        let call_id = state.next_call_id;
-        state.next_call_id += 1;
-        if !state.closed {
-            P::number(&mut request, call_id);
-            let mut outstanding = Outstanding {
-                request,
-                answer: sender,
-                sends: 0,
-                submitted_at: now,
-                first_sent_at: now,
-                first_sent_boot: BootTime::now(),
-                last_sent_at: now,
-                resend_after: Duration::from_millis(P::RESEND_AFTER_MS),
-            };
-            let State {
-                outbound, greeted, ..
-            } = &mut *state;
-            match outbound {
-                Some(outbound) => outstanding.send(outbound, &self.shared.cluster, greeted, now),
-                None => self.shared.wanted.notify_one(),
-            }
-            state.outstanding.insert(call_id, outstanding);
-        }
-        drop(state);
-        Waiting {
-            shared: self.shared.clone(),
-            call_id,
-            answer: receiver,
-        }
-    }
-
-    /// Submits `request` until the leader decides.
-    pub(crate) async fn call(&self, request: P::Request) -> Delivery<P::Reply> {
+    /// Submits `request` until the leader decides. The answer, and how often the request was sent for it; `None` when
+    /// the client is being closed. Dropping the future withdraws the request, as far as it has not been sent.
+    pub(crate) async fn call(&self, request: P::Request) -> Option<(P::Response, u32)> {
         let mut backoff = Backoff::new();
-        let mut sends_before = 0;
+        let mut sends = 0;
         loop {
-            match self.submit(request.clone()).delivery().await {
-                Delivery::Unavailable(reason, sends) => {
-                    tracing::debug!(link = P::NAME, reason, "the leader cannot decide now");
-                    sends_before += sends;
-                    backoff.pause().await;
-                }
-                Delivery::Reply(reply, sends) => return Delivery::Reply(reply, sends_before + sends),
-                Delivery::Closed => return Delivery::Closed,
-            }
+            let submitted = self.calls.submit(request.clone(), BootTime::now());
+            let (response, more) = submitted.answer().await.ok()?;
+            sends += more;
+            let Verdict::Unavailable { reason } = P::verdict(&response) else {
+                return Some((response, sends));
+            };
+            tracing::debug!(link = P::NAME, reason, "the leader cannot decide now");
+            backoff.pause().await;
         }
     }
 
     pub(crate) fn cluster(&self) -> &Cluster {
-        &self.shared.cluster
+        &self.cluster
     }
 
-    /// From now on nothing is sent, and everything outstanding ends as [`Delivery::Closed`].
+    /// From now on nothing is sent, and everything outstanding ends.
     pub(crate) fn close(&self) {
-        let mut state = self.shared.state.lock();
-        state.closed = true;
-        state.outbound = None;
-        let dropped = std::mem::take(&mut state.outstanding);
-        drop(state);
-        drop(dropped);
+        self.calls.close();
     }
 
     /// Keeps the stream; never returns.
     pub(crate) async fn run(self) {
-        let mut findings = self.shared.cluster.findings();
+        let mut findings = self.cluster.findings();
         let mut backoff = Backoff::new();
         // Streams in a row that brought no answer, or ended soon.
         let mut fruitless = 0u32;
         loop {
-            if self.shared.state.lock().outstanding.is_empty() {
-                self.shared.wanted.notified().await;
-                continue;
-            }
+            self.calls.wanted().await;
             let found = findings.wait_for(|finding| finding.address.is_some()).await;
             let Ok(finding) = found.map(|finding| finding.clone()) else {
                 return;
@@ -317,15 +207,14 @@ impl<P: Protocol> LeaderLink<P> {
                 finding,
                 confirmed: false,
                 doubting: false,
-                last_answer: Instant::now(),
                 answered: false,
             };
             let began = Instant::now();
             let end = stream.serve(&address, &mut findings).await;
             let (number, answered) = (stream.finding.number, stream.answered);
-            let waiting_since = self.detach();
+            let waiting_since = self.calls.detach(&Lost::Ended);
             // An idle client too shows the next leader, or the same one, that it is still there.
-            self.shared.cluster.nudge();
+            self.cluster.nudge();
             // A node that answers one call and refuses the next would else be called again without a pause.
             if answered && began.elapsed() >= Duration::from_millis(FRUITFUL_MS_MIN) {
                 fruitless = 0;
@@ -341,11 +230,11 @@ impl<P: Protocol> LeaderLink<P> {
                     } else {
                         tracing::debug!(link = P::NAME, node = %address, reason, "no stream");
                     }
-                    self.shared.cluster.complain(number, None, since);
+                    self.cluster.complain(number, None, since);
                 }
                 End::NotLeader { hint } => {
                     tracing::debug!(link = P::NAME, node = %address, ?hint, "the node does not lead");
-                    self.shared.cluster.complain(number, hint, since);
+                    self.cluster.complain(number, hint, since);
                 }
             }
             fruitless += 1;
@@ -353,30 +242,6 @@ impl<P: Protocol> LeaderLink<P> {
                 backoff.pause().await;
             }
         }
-    }
-
-    /// The stream is gone. Says since when somebody has waited.
-    fn detach(&self) -> Option<Instant> {
-        let mut state = self.shared.state.lock();
-        state.outbound = None;
-        state.outstanding.values().map(|o| o.submitted_at).min()
-    }
-
-    /// Everything outstanding goes into a new stream, oldest first.
-    fn attach(&self) -> ReceiverStream<P::Request> {
-        let (outbound, requests) = mpsc::channel(2 * P::OUTSTANDING_MAX);
-        let (now, sent_boot) = (Instant::now(), BootTime::now());
-        let mut state = self.shared.state.lock();
-        let mut greeted = 0;
-        for outstanding in state.outstanding.values_mut() {
-            outstanding.first_sent_at = now;
-            outstanding.first_sent_boot = sent_boot;
-            outstanding.resend_after = Duration::from_millis(P::RESEND_AFTER_MS);
-            outstanding.send(&outbound, &self.shared.cluster, &mut greeted, now);
-        }
-        state.greeted = greeted;
-        state.outbound = Some(outbound);
-        ReceiverStream::new(requests)
     }
 }
 
@@ -388,19 +253,17 @@ struct Stream<'a, P: Protocol> {
     confirmed: bool,
     /// Whether the cluster was told that it does not.
     doubting: bool,
-    last_answer: Instant,
     answered: bool,
 }
 
 impl<P: Protocol> Stream<'_, P> {
     async fn serve(&mut self, address: &str, findings: &mut watch::Receiver<Finding>) -> End {
-        let cluster = &self.link.shared.cluster;
+        let (cluster, calls) = (&self.link.cluster, &self.link.calls);
         let mut client = match cluster.connector().client(address, P::PURPOSE) {
             Ok(client) => client,
             Err(error) => return End::Broken(error.to_string()),
         };
-        let requests = self.link.attach();
-        let open = P::open(&mut client, requests);
+        let open = P::open(&mut client, calls.attach());
         let mut answers = match tokio::time::timeout(Duration::from_millis(OPEN_TIMEOUT_MS), open).await {
             Ok(Ok(answers)) => answers.into_inner(),
             Ok(Err(status)) => return End::Broken(describe(&status)),
@@ -408,24 +271,23 @@ impl<P: Protocol> Stream<'_, P> {
         };
         let mut ticks = tokio::time::interval(Duration::from_millis(TICK_MS));
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        self.last_answer = Instant::now();
+        calls.opened();
         loop {
             tokio::select! {
-                answer = answers.message() => match answer {
-                    Ok(Some(answer)) => {
+                answer = next_answer(&mut answers) => match answer {
+                    Ok(answer) => {
                         if let Some(end) = self.take(answer) {
                             return end;
                         }
                     }
-                    Ok(None) => return End::Broken(String::from("the node ended the stream")),
-                    Err(status) => return End::Broken(describe(&status)),
+                    Err(lost) => return End::Broken(lost.to_string()),
                 },
                 changed = findings.changed() => {
                     let finding = findings.borrow_and_update().clone();
                     if changed.is_err() || finding.address.as_deref().is_some_and(|new| new != address) {
                         return End::Moved;
                     }
-                    // Found again, or in question because of somebody else's connection: this one works.
+                    // Found again, or in question because of another connection: this one works.
                     self.finding.number = finding.number;
                     self.confirmed = false;
                 },
@@ -438,81 +300,50 @@ impl<P: Protocol> Stream<'_, P> {
         }
     }
 
-    /// Hands an answer to whoever waits for it.
+    /// Hands an answer to its caller.
     fn take(&mut self, answer: P::Response) -> Option<End> {
+        let (cluster, calls) = (&self.link.cluster, &self.link.calls);
         if P::is_nudge(&answer) {
-            self.link.shared.cluster.nudge();
+            cluster.nudge();
             return None;
         }
-        self.last_answer = Instant::now();
-        let (lease_ms, clock_ns) = (P::lease_ms(&answer), P::clock_ns(&answer));
-        let (call_id, reading) = P::read(answer);
-        let cluster = &self.link.shared.cluster;
-        if let Some(asked) = self.link.shared.state.lock().outstanding.get(&call_id) {
-            // It may answer the first of several sendings.
-            cluster.lease().granted(asked.first_sent_boot, lease_ms);
-            cluster.clock().told(asked.first_sent_boot, clock_ns);
+        let call_id = answer.call_id();
+        // It may answer the first of several sendings.
+        if let Some(sent_at) = calls.heard(call_id) {
+            P::learn(&answer, cluster, sent_at);
         }
-        match reading {
-            Reading::NotLeader { hint } => return Some(End::NotLeader { hint }),
-            Reading::Unavailable { reason } => {
+        match P::verdict(&answer) {
+            Verdict::NotLeader { hint } => return Some(End::NotLeader { hint }),
+            Verdict::Unavailable { reason } => {
                 // It may have lost its quorum to another.
                 self.doubting = true;
-                cluster.doubt(self.finding.number, self.last_answer, &reason);
-                self.deliver(call_id, |sends| Delivery::Unavailable(reason, sends));
+                cluster.doubt(self.finding.number, Instant::now(), &reason);
             }
-            Reading::Reply(reply) => {
-                if !self.confirmed || self.doubting {
-                    cluster.confirm(self.finding.number);
-                    self.confirmed = true;
-                    self.doubting = false;
-                }
-                self.deliver(call_id, |sends| Delivery::Reply(reply, sends));
+            Verdict::Decided if !self.confirmed || self.doubting => {
+                cluster.confirm(self.finding.number);
+                self.confirmed = true;
+                self.doubting = false;
             }
+            Verdict::Decided => {}
         }
+        calls.answer(call_id, answer);
         self.answered = true;
         None
     }
 
-    fn deliver(&self, call_id: u64, delivery: impl FnOnce(u32) -> Delivery<P::Reply>) {
-        let outstanding = self.link.shared.state.lock().outstanding.remove(&call_id);
-        if let Some(outstanding) = outstanding {
-            // Whoever does not wait any more does not want to know.
-            let _ = outstanding.answer.send(delivery(outstanding.sends));
-        }
-    }
-
     /// Sends again what seems lost, and says so when the leader says nothing.
     fn look_over(&mut self) -> Option<End> {
-        let now = Instant::now();
-        let waiting_since = {
-            let mut state = self.link.shared.state.lock();
-            let State {
-                outstanding,
-                outbound,
-                greeted,
-                ..
-            } = &mut *state;
-            let outbound = outbound.as_ref()?;
-            for request in outstanding.values_mut() {
-                if now.duration_since(request.last_sent_at) >= request.resend_after {
-                    request.send(outbound, &self.link.shared.cluster, greeted, now);
-                    request.resend_after =
-                        (2 * request.resend_after).min(Duration::from_millis(RESEND_AFTER_MS_MAX));
-                }
-            }
-            outstanding.values().map(|request| request.first_sent_at).min()
-        };
-        let cluster = &self.link.shared.cluster;
-        let silent_since = waiting_since.map(|since| since.max(self.last_answer));
-        let silence = silent_since.map_or(Duration::ZERO, |since| now.duration_since(since));
+        let (cluster, calls) = (&self.link.cluster, &self.link.calls);
+        calls.resend_due();
+        let silent_since = calls.silent_since();
+        let silence = silent_since.map_or(Duration::ZERO, |since| since.elapsed());
         if silence >= Duration::from_millis(SILENCE_BREAK_MS) {
-            return Some(End::Broken(format!("no answer in {} ms", silence.as_millis())));
+            return Some(End::Broken(Lost::Silent(silence).to_string()));
         }
         if let Some(since) = silent_since.filter(|_| silence >= Duration::from_millis(SILENCE_MS_MAX)) {
             self.doubting = true;
             cluster.doubt(self.finding.number, since, "does not answer calls");
-        } else if self.doubting && waiting_since.is_none() {
+        } else if self.doubting && silent_since.is_none() {
             self.doubting = false;
             cluster.leave_be(self.finding.number);
         }

@@ -21,7 +21,8 @@
 //! - `mutation`: one mutation from its lane to its verdict.
 //! - `session`, `lanes`, `chunk`: what belongs to one session.
 //! - `calls`, `chunk_writer`, `chunk_reader`: the three streams; `sources` judges whom to read from.
-//! - `leader_link`: a stream that follows the leader and sends again what is not answered.
+//! - `leader_link`: a stream that follows the leader and sends again what is not answered, over the multiplexer of
+//!   `quorumfs_wire::calls`.
 //! - `cluster`: who leads and where everybody is; `discovery` judges what the nodes say,
 //!   `address_book` keeps their addresses.
 //! - `lease`: whether this client alone uses the cluster; `clock`: what the leader's clock shows.

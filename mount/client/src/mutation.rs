@@ -27,7 +27,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::calls::{Calls, Decided};
+use crate::calls::Calls;
 use crate::chunk::{Claim, FreshChunk};
 use crate::chunk_writer::ChunkWriter;
 use crate::connector::Backoff;
@@ -203,7 +203,7 @@ impl Resolution {
                     }
                 },
             };
-            let Some(Decided { reply, sends: more }) = decided else {
+            let Some((reply, more)) = decided else {
                 return Settled::Unknown;
             };
             sends += more;

@@ -46,11 +46,9 @@ const HELLO_TIMEOUT: Duration = Duration::from_millis(500);
 
 type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
 
-/// A message with sender and receiver.
+/// A message and its receiver.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Addressed<T> {
-    /// The node that sends it.
-    pub from: VoterId,
     /// The node that receives it.
     pub to: VoterId,
     /// The message itself.
@@ -69,19 +67,13 @@ pub struct SnapshotHeader {
 /// Encodes `value` into an envelope.
 pub fn to_wire<T: Serialize>(value: &T) -> wire::RaftMessage {
     wire::RaftMessage {
-        version: u32::from(codec::VERSION),
         payload: codec::encode(value),
     }
 }
 
 /// Decodes the value in an envelope.
 pub fn from_wire<T: DeserializeOwned>(message: &wire::RaftMessage) -> Result<T, codec::DecodeError> {
-    match u8::try_from(message.version) {
-        Ok(codec::VERSION) => codec::decode(&message.payload),
-        found => Err(codec::DecodeError::UnknownVersion {
-            found: found.unwrap_or(u8::MAX),
-        }),
-    }
+    codec::decode(&message.payload)
 }
 
 /// Makes a [`PeerNetwork`] for each peer.
@@ -166,7 +158,6 @@ impl PeerNetwork {
 
     fn address<T>(&self, body: T) -> Addressed<T> {
         Addressed {
-            from: self.shared.id,
             to: self.target,
             body,
         }
@@ -239,7 +230,7 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
         Box::pin(async move {
             let mut peer = self.peer(Purpose::Raft)?;
             let in_flight = Arc::new(AtomicU64::new(0));
-            let (from, to, sent) = (self.shared.id, self.target, in_flight.clone());
+            let (to, sent) = (self.target, in_flight.clone());
             let position = Arc::new(self.shared.cutoff.position());
             let sending = position.clone();
             let slow_to_open = self.timeout(RPCTypes::AppendEntries, SETUP_TIMEOUT);
@@ -257,7 +248,7 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
                 let outgoing = commit_only::merged(input).fuse().map(move |body| {
                     sent.fetch_add(1, Ordering::Relaxed);
                     sending.sends(&body);
-                    to_wire(&Addressed { from, to, body })
+                    to_wire(&Addressed { to, body })
                 });
                 let opened = tokio::time::timeout(SETUP_TIMEOUT, peer.append_entries(outgoing)).await;
                 let mut incoming = match opened {

@@ -34,39 +34,45 @@ pub fn status_of(error: &ContentError) -> ChunkStatus {
     }
 }
 
-/// The answer to a put.
-pub fn put_response(call_id: u64, result: &Result<(), ContentError>) -> PutChunkResponse {
-    let (status, detail) = match result {
-        Ok(()) => (ChunkStatus::Ok, String::new()),
-        Err(error) => (status_of(error), error.to_string()),
-    };
-    PutChunkResponse {
-        call_id,
-        status: status.into(),
-        detail,
-        leader: String::new(),
+/// The answer to a put. The number of the call is left 0.
+pub fn put_response(result: &Result<(), ContentError>) -> PutChunkResponse {
+    match result {
+        Ok(()) => put_status(ChunkStatus::Ok, String::new()),
+        Err(error) => put_status(status_of(error), error.to_string()),
     }
 }
 
-/// The answer to a read.
-pub fn get_response(call_id: u64, result: Result<ChunkRange, ContentError>) -> GetChunkResponse {
+/// The answer to a put with this status; `detail` says why where it is not OK. The number of the call is left 0.
+pub fn put_status(status: ChunkStatus, detail: String) -> PutChunkResponse {
+    PutChunkResponse {
+        status: status.into(),
+        detail,
+        ..PutChunkResponse::default()
+    }
+}
+
+/// The answer to a read. The number of the call is left 0.
+pub fn get_response(result: Result<ChunkRange, ContentError>) -> GetChunkResponse {
     match result {
         Ok(range) => {
             let (offset, payload, block_crcs) = range.into_parts();
             GetChunkResponse {
-                call_id,
                 status: ChunkStatus::Ok.into(),
-                detail: String::new(),
                 offset,
                 payload,
                 block_crcs,
+                ..GetChunkResponse::default()
             }
         }
-        Err(error) => GetChunkResponse {
-            call_id,
-            status: status_of(&error).into(),
-            detail: error.to_string(),
-            ..GetChunkResponse::default()
-        },
+        Err(error) => get_refused(status_of(&error), error.to_string()),
+    }
+}
+
+/// The answer to a read that has no bytes; `detail` says why. The number of the call is left 0.
+pub fn get_refused(status: ChunkStatus, detail: String) -> GetChunkResponse {
+    GetChunkResponse {
+        status: status.into(),
+        detail,
+        ..GetChunkResponse::default()
     }
 }

@@ -1,7 +1,7 @@
 //! Which nodes hold which chunks, and how these get there: pushed when they are written, fetched when they are missing.
 //!
-//! [`placement`] says where chunks belong, [`space`] who has room; [`peers`] are the other nodes' stores, [`stream`] one long
-//! stream of calls to one of them, [`messages`] turns chunks into messages and back, with their checksums; [`recovery`]
+//! [`placement`] says where chunks belong, [`space`] who has room; [`peers`] are the other nodes' stores,
+//! [`messages`] turns chunks into messages and back, with their checksums; [`recovery`]
 //! fetches what this node lacks.
 
 pub mod messages;
@@ -10,7 +10,6 @@ pub mod peers;
 pub mod placement;
 pub mod recovery;
 pub mod space;
-mod stream;
 #[cfg(test)]
 mod tests;
 

@@ -2,7 +2,7 @@
 //!
 //! Many calls travel at once over one long stream for each peer and direction; what is in flight is bounded in bytes
 //! for each peer. A push that finds no room is refused at once ([`PushError::QueueFull`]): a peer that does not keep
-//! up gets the chunk by recovery, and does not hold up the others. A fetch waits for room: somebody wants the bytes.
+//! up gets the chunk by recovery, and does not hold up the others. A fetch waits for room: its caller needs the bytes.
 //!
 //! Invariant: what a fetch returns was verified against its CRCs, and a whole chunk against its SHA-256.
 //!
@@ -14,15 +14,13 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use quorumfs_proto::{Chunk, ChunkId, ChunkRange, Member, NodeId, Sha256};
+use quorumfs_wire::calls::{Lost, NodeCalls, NodeLimits};
 use quorumfs_wire::{
     ChunkStatus, GetChunkRequest, GetChunkResponse, HeldChunksRequest, PutChunkRequest, PutChunkResponse,
     VerifyChunksRequest,
 };
-use tokio::sync::Semaphore;
-use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::{Response, Status, Streaming};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::stream::{Lost, PeerStream, Protocol};
 use crate::transport::{Peer, Purpose, Transport};
 use quorumfs_wire::MalformedChunk;
 
@@ -33,8 +31,12 @@ const PUSH_BYTES_MAX: usize = 64 << 20;
 const FETCH_BYTES_MAX: usize = 32 << 20;
 /// Semaphores count permits in 32 bits and less; admission counts in these.
 const PERMIT_BYTES: usize = 1 << 10;
-/// A peer that answers nothing for so long while calls wait is taken to be lost. Far above a slow disk's flush.
+/// A peer that answers nothing for this time while calls wait is taken to be lost. Far above a slow disk's flush.
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(10);
+/// Between a stream's end and the next attempt: a peer that is down is not asked in a tight loop.
+const RECONNECT_PAUSE_MS: u64 = 100;
+/// A call whose stream ended is sent once more over a new one: the peer may just have restarted.
+const STREAMS_MAX: u32 = 2;
 /// Most ids in one question: well below the largest message.
 pub const HELD_IDS_MAX: usize = 1 << 16;
 /// How long one such question may take: the answer comes from memory.
@@ -140,53 +142,38 @@ pub struct HeldError {
     pub reason: String,
 }
 
-struct PushProtocol(Peer);
-
-impl Protocol for PushProtocol {
-    type Request = PutChunkRequest;
-    type Answer = PutChunkResponse;
-    fn set_call_id(request: &mut PutChunkRequest, call_id: u64) {
-        request.call_id = call_id;
-    }
-    fn call_id(answer: &PutChunkResponse) -> u64 {
-        answer.call_id
-    }
-    fn open(
-        &self,
-        requests: UnboundedReceiverStream<PutChunkRequest>,
-    ) -> impl Future<Output = Result<Response<Streaming<PutChunkResponse>>, Status>> + Send + 'static {
-        let mut peer = self.0.clone();
-        async move { peer.push_chunks(requests).await }
-    }
-}
-
-struct FetchProtocol(Peer);
-
-impl Protocol for FetchProtocol {
-    type Request = GetChunkRequest;
-    type Answer = GetChunkResponse;
-    fn set_call_id(request: &mut GetChunkRequest, call_id: u64) {
-        request.call_id = call_id;
-    }
-    fn call_id(answer: &GetChunkResponse) -> u64 {
-        answer.call_id
-    }
-    fn open(
-        &self,
-        requests: UnboundedReceiverStream<GetChunkRequest>,
-    ) -> impl Future<Output = Result<Response<Streaming<GetChunkResponse>>, Status>> + Send + 'static {
-        let mut peer = self.0.clone();
-        async move { peer.fetch_chunks(requests).await }
-    }
-}
-
-/// The lines to one peer.
-struct Lines {
+/// The chunks that go to one peer and come from it. A call holds its share of the bytes that may be under way.
+struct PeerStreams {
     address: String,
-    push: PeerStream<PushProtocol>,
+    push: NodeCalls<PutChunkRequest, PutChunkResponse, OwnedSemaphorePermit>,
     push_admission: Arc<Semaphore>,
-    fetch: PeerStream<FetchProtocol>,
+    fetch: NodeCalls<GetChunkRequest, GetChunkResponse, OwnedSemaphorePermit>,
     fetch_admission: Arc<Semaphore>,
+}
+
+impl PeerStreams {
+    fn new(address: &str, peer: &Peer, progress_timeout: Duration) -> PeerStreams {
+        let limits = |bytes_max: usize| NodeLimits {
+            queue_max: bytes_max / PERMIT_BYTES,
+            streams_max: STREAMS_MAX,
+            silence_max: progress_timeout,
+            pause: Duration::from_millis(RECONNECT_PAUSE_MS),
+        };
+        let (push, fetch) = (peer.clone(), peer.clone());
+        PeerStreams {
+            address: address.to_string(),
+            push: NodeCalls::new(limits(PUSH_BYTES_MAX), move |requests| {
+                let mut peer = push.clone();
+                async move { peer.push_chunks(requests).await }
+            }),
+            push_admission: Arc::new(Semaphore::new(PUSH_BYTES_MAX / PERMIT_BYTES)),
+            fetch: NodeCalls::new(limits(FETCH_BYTES_MAX), move |requests| {
+                let mut peer = fetch.clone();
+                async move { peer.fetch_chunks(requests).await }
+            }),
+            fetch_admission: Arc::new(Semaphore::new(FETCH_BYTES_MAX / PERMIT_BYTES)),
+        }
+    }
 }
 
 /// The content stores of the other nodes.
@@ -194,7 +181,7 @@ pub struct PeerChunks {
     transport: Arc<Transport>,
     progress_timeout: Duration,
     // One entry for each node that was ever talked to and not forgotten; locked for a lookup.
-    lines: Mutex<HashMap<NodeId, Arc<Lines>>>,
+    streams: Mutex<HashMap<NodeId, Arc<PeerStreams>>>,
 }
 
 impl PeerChunks {
@@ -208,7 +195,7 @@ impl PeerChunks {
         PeerChunks {
             transport,
             progress_timeout,
-            lines: Mutex::new(HashMap::new()),
+            streams: Mutex::new(HashMap::new()),
         }
     }
 
@@ -216,12 +203,11 @@ impl PeerChunks {
     pub async fn push(&self, to: &Member, chunk: &Chunk) -> Result<(), PushError> {
         let peer = to.id;
         let unreachable = |reason: String| PushError::Unreachable { peer, reason };
-        let lines = self.lines(to).map_err(|error| unreachable(error.to_string()))?;
-        let admission = Arc::clone(&lines.push_admission)
+        let streams = self.streams(to).map_err(|error| unreachable(error.to_string()))?;
+        let admission = Arc::clone(&streams.push_admission)
             .try_acquire_many_owned(permits(chunk.payload().len()))
             .map_err(|_| PushError::QueueFull { peer })?;
-        // The line gives the call its number.
-        let answer = lines
+        let answer = streams
             .push
             .call(chunk.into(), admission)
             .await
@@ -251,20 +237,21 @@ impl PeerChunks {
             peer,
             what: what.to_string(),
         };
-        let lines = self.lines(from).map_err(|error| unreachable(error.to_string()))?;
-        let admission = Arc::clone(&lines.fetch_admission)
+        let streams = self
+            .streams(from)
+            .map_err(|error| unreachable(error.to_string()))?;
+        let admission = Arc::clone(&streams.fetch_admission)
             .acquire_many_owned(permits(length as usize))
             .await
             .map_err(|error| unreachable(error.to_string()))?;
         let request = GetChunkRequest {
-            // The line gives the call its number.
             call_id: 0,
             chunk: Some(id.into()),
             offset,
             length,
             session: 0,
         };
-        let answer = lines
+        let answer = streams
             .fetch
             .call(request, admission)
             .await
@@ -383,25 +370,20 @@ impl PeerChunks {
 
     /// Ends the streams to a node that is no member any more.
     pub fn forget(&self, node: NodeId) {
-        self.lines.lock().remove(&node);
+        self.streams.lock().remove(&node);
     }
 
-    fn lines(&self, member: &Member) -> Result<Arc<Lines>, tonic::transport::Error> {
-        let mut lines = self.lines.lock();
-        if let Some(known) = lines.get(&member.id)
-            && known.address == member.addresses.grpc
+    fn streams(&self, member: &Member) -> Result<Arc<PeerStreams>, tonic::transport::Error> {
+        let mut streams = self.streams.lock();
+        let address = &member.addresses.grpc;
+        if let Some(known) = streams.get(&member.id)
+            && known.address == *address
         {
             return Ok(Arc::clone(known));
         }
         let peer = self.transport.member(member, Purpose::Bulk)?;
-        let made = Arc::new(Lines {
-            address: member.addresses.grpc.clone(),
-            push: PeerStream::new(PushProtocol(peer.clone()), self.progress_timeout),
-            push_admission: Arc::new(Semaphore::new(PUSH_BYTES_MAX / PERMIT_BYTES)),
-            fetch: PeerStream::new(FetchProtocol(peer), self.progress_timeout),
-            fetch_admission: Arc::new(Semaphore::new(FETCH_BYTES_MAX / PERMIT_BYTES)),
-        });
-        lines.insert(member.id, Arc::clone(&made));
+        let made = Arc::new(PeerStreams::new(address, &peer, self.progress_timeout));
+        streams.insert(member.id, Arc::clone(&made));
         Ok(made)
     }
 }

@@ -2,8 +2,10 @@
 //! `proto/*.proto`, and the conversions between these messages and the domain types of `quorumfs_proto`.
 //!
 //! Commands and queries travel inside these messages as bytes in the encoding of `quorumfs_proto::codec`; the messages
-//! of the consensus are opaque here. This crate knows nothing of sockets, disks, FUSE or Raft.
+//! of the consensus are opaque here. [`calls`] carries those messages over streams: the one multiplexer of all protocols
+//! and its peer. This crate knows nothing of sockets, disks, FUSE or Raft.
 
+pub mod calls;
 mod chunk;
 mod member;
 mod statistics;

@@ -407,13 +407,7 @@ impl FileSystem for FakeNode {
                 };
                 let asks = matches!(reply, ClientResponse::Session(_)) && envelope.answers_unlinked;
                 let question = world.lock().question.take_if(|_| asks);
-                let never_decided = matches!(reply, ClientResponse::Refused(Refusal::NeverDecided));
-                let reply = match never_decided {
-                    true => ClientResponse::Refused(Refusal::UnknownSession),
-                    false => reply,
-                };
                 let response = wire::CallResponse {
-                    never_decided,
                     clock_ns: world.lock().clock_ns,
                     unlinked: question,
                     call_id: envelope.call_id,

@@ -13,12 +13,12 @@ use quorumfs_proto::call::SessionState;
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 use quorumfs_proto::{Chunk, ClientRequest, ClientResponse, Refusal, SessionId, Timestamp, codec};
 use quorumfs_wire as wire;
+use quorumfs_wire::calls::{AnswerStream, answer_calls};
 use quorumfs_wire::file_system_server::FileSystem;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::error;
 
-use super::answers::{AnswerStream, answer_stream, answer_weighed};
 use super::carried::CarriedBytes;
 use crate::call_stream::{CallStream, Standing};
 use crate::incoming::{certificate_of, connection_of};
@@ -28,7 +28,7 @@ use crate::leader::write::PutError;
 use crate::node::{Node, Parts};
 use crate::observe::metrics::CountedCommand;
 use crate::observe::metrics::kinds::{OperationKind, Origin};
-use crate::replication::messages::{get_response, range_asked};
+use crate::replication::messages::{get_refused, get_response, put_status, range_asked};
 use quorumfs_metadata::{Failure, SessionKey, UnlinkedAnswer};
 
 /// Requests of one stream worked on at once: more than a client has lanes.
@@ -95,24 +95,16 @@ impl FileSystem for FileSystemService {
                         ClientResponse::Refused(Refusal::Invalid { reason }).into()
                     }
                 };
-                let (reply, never_decided) = match answered.reply {
-                    ClientResponse::Refused(Refusal::NeverDecided) => {
-                        (ClientResponse::Refused(Refusal::UnknownSession), true)
-                    }
-                    reply => (reply, false),
-                };
                 wire::CallResponse {
-                    call_id: request.call_id,
-                    clock_ns: clock_ns(&node, &reply),
-                    reply: codec::encode(&reply),
+                    clock_ns: clock_ns(&node, &answered.reply),
+                    reply: codec::encode(&answered.reply),
                     lease_ms: answered.grant.lease_ms(),
-                    never_decided,
                     unlinked: answered.question,
-                    keep_alive_now: false,
+                    ..wire::CallResponse::default()
                 }
             }
         };
-        let answers = answer_stream(request.into_inner(), CALLS_PER_STREAM_MAX, answer);
+        let answers = answer_calls(request.into_inner(), CALLS_PER_STREAM_MAX, (), answer);
         let nudges = ReceiverStream::new(nudges).map(|()| {
             Ok(wire::CallResponse {
                 keep_alive_now: true,
@@ -144,13 +136,12 @@ impl FileSystem for FileSystemService {
                 response
             }
         };
-        Ok(Response::new(answer_weighed(
+        Ok(Response::new(Box::pin(answer_calls(
             request.into_inner(),
             CHUNKS_PER_STREAM_MAX,
-            self.carried.stream(),
-            bytes_put,
+            self.carried.stream(bytes_put),
             answer,
-        )))
+        ))))
     }
 
     async fn get_chunks(
@@ -168,13 +159,12 @@ impl FileSystem for FileSystemService {
                 response
             }
         };
-        Ok(Response::new(answer_weighed(
+        Ok(Response::new(Box::pin(answer_calls(
             request.into_inner(),
             CHUNKS_PER_STREAM_MAX,
-            self.carried.stream(),
-            bytes_got,
+            self.carried.stream(bytes_got),
             answer,
-        )))
+        ))))
     }
 
     async fn discover(
@@ -323,13 +313,12 @@ fn count_chunk(
 }
 
 async fn get_chunk(node: &Node, request: &wire::GetChunkRequest) -> wire::GetChunkResponse {
-    let call_id = request.call_id;
     let Some(parts) = node.parts() else {
-        return chunk_refused(call_id, wire::ChunkStatus::Unavailable, node.not_ready());
+        return get_refused(wire::ChunkStatus::Unavailable, node.not_ready());
     };
     match range_asked(request) {
-        Ok((id, offset, length)) => get_response(call_id, parts.reader.chunk(id, offset, length).await),
-        Err(malformed) => chunk_refused(call_id, malformed.status(), malformed.to_string()),
+        Ok((id, offset, length)) => get_response(parts.reader.chunk(id, offset, length).await),
+        Err(malformed) => get_refused(malformed.status(), malformed.to_string()),
     }
 }
 
@@ -553,41 +542,22 @@ fn session_state(
 }
 
 async fn put_chunk(node: &Node, request: wire::PutChunkRequest) -> wire::PutChunkResponse {
-    let call_id = request.call_id;
-    let answer = |status: wire::ChunkStatus, detail: String, leader: String| wire::PutChunkResponse {
-        call_id,
-        status: status.into(),
-        detail,
-        leader,
-    };
+    use wire::ChunkStatus;
     let Some(parts) = node.parts() else {
-        return answer(wire::ChunkStatus::Unavailable, node.not_ready(), String::new());
+        return put_status(ChunkStatus::Unavailable, node.not_ready());
     };
     let chunk = match Chunk::try_from(request) {
         Ok(chunk) => chunk,
-        Err(malformed) => return answer(malformed.status(), malformed.to_string(), String::new()),
+        Err(malformed) => return put_status(malformed.status(), malformed.to_string()),
     };
     match parts.writer.put_chunk(chunk).await {
-        Ok(()) => answer(wire::ChunkStatus::Ok, String::new(), String::new()),
-        Err(PutError::NotLeader(leader)) => {
-            let leader = leader.map(|member| member.addresses.grpc).unwrap_or_default();
-            answer(wire::ChunkStatus::NotLeader, String::new(), leader)
-        }
-        Err(PutError::NoSpace) => answer(
-            wire::ChunkStatus::NoSpace,
-            PutError::NoSpace.to_string(),
-            String::new(),
-        ),
-        Err(PutError::Unavailable(reason)) => answer(wire::ChunkStatus::Unavailable, reason, String::new()),
-    }
-}
-
-/// Why there is no range of a chunk, as it travels.
-pub fn chunk_refused(call_id: u64, status: wire::ChunkStatus, detail: String) -> wire::GetChunkResponse {
-    wire::GetChunkResponse {
-        call_id,
-        status: status.into(),
-        detail,
-        ..Default::default()
+        Ok(()) => put_status(ChunkStatus::Ok, String::new()),
+        Err(PutError::NotLeader(leader)) => wire::PutChunkResponse {
+            status: ChunkStatus::NotLeader.into(),
+            leader: leader.map(|member| member.addresses.grpc).unwrap_or_default(),
+            ..wire::PutChunkResponse::default()
+        },
+        Err(PutError::NoSpace) => put_status(ChunkStatus::NoSpace, PutError::NoSpace.to_string()),
+        Err(PutError::Unavailable(reason)) => put_status(ChunkStatus::Unavailable, reason),
     }
 }

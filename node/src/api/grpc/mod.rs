@@ -1,6 +1,5 @@
 //! The services for mounts and for other nodes.
 
-pub mod answers;
 pub mod carried;
 pub mod filesystem;
 pub mod peer;

@@ -7,11 +7,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use quorumfs_proto::{Chunk, ChunkId, ClientResponse, ClusterId, Member, NodeId, Refusal};
 use quorumfs_wire as wire;
+use quorumfs_wire::calls::{AnswerStream, answer_calls};
 use quorumfs_wire::peer_server::Peer;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::answers::{AnswerStream, answer_stream};
-use super::filesystem::chunk_refused;
 use crate::consensus::{BarrierError, Consensus, ProposeError};
 use crate::integrity::completeness::{Asked, LACKING_CHUNKS_MAX, completeness};
 use crate::leader::read::task_failed;
@@ -20,7 +19,7 @@ use crate::membership::identity::Membership;
 use crate::node::{Node, Parts};
 use crate::observe::metrics::report::Throughput;
 use crate::replication::Verdict;
-use crate::replication::messages::{get_response, put_response, range_asked};
+use crate::replication::messages::{get_refused, get_response, put_response, put_status, range_asked};
 use crate::replication::peers::VERIFY_IDS_MAX;
 use crate::transport::{CLUSTER_KEY, NODE_KEY};
 use quorumfs_metadata::FEATURE_LEVEL;
@@ -317,9 +316,7 @@ impl Peer for PeerService {
         request: Request<Streaming<wire::RaftMessage>>,
     ) -> Result<Response<Self::AppendEntriesStream>, Status> {
         let consensus = self.admit_to_consensus(&request)?;
-        Ok(Response::new(Box::pin(
-            consensus.append_stream(request.into_inner()),
-        )))
+        Ok(Response::new(consensus.append_stream(request.into_inner())))
     }
 
     async fn vote(&self, request: Request<wire::RaftMessage>) -> Result<Response<wire::RaftMessage>, Status> {
@@ -366,30 +363,24 @@ impl Peer for PeerService {
         let answer = move |request: wire::PutChunkRequest| {
             let (content, recovery) = (content.clone(), recovery.clone());
             async move {
-                let call_id = request.call_id;
-                match Chunk::try_from(request) {
-                    Ok(chunk) => {
-                        let id = chunk.id();
-                        let put = content.put(chunk).await;
-                        if put.is_ok() {
-                            recovery.arrived(id).await;
-                        }
-                        put_response(call_id, &put)
-                    }
-                    Err(malformed) => wire::PutChunkResponse {
-                        call_id,
-                        status: malformed.status().into(),
-                        detail: malformed.to_string(),
-                        leader: String::new(),
-                    },
+                let chunk = match Chunk::try_from(request) {
+                    Ok(chunk) => chunk,
+                    Err(malformed) => return put_status(malformed.status(), malformed.to_string()),
+                };
+                let id = chunk.id();
+                let put = content.put(chunk).await;
+                if put.is_ok() {
+                    recovery.arrived(id).await;
                 }
+                put_response(&put)
             }
         };
-        Ok(Response::new(answer_stream(
+        Ok(Response::new(Box::pin(answer_calls(
             request.into_inner(),
             CHUNKS_PER_STREAM_MAX,
+            (),
             answer,
-        )))
+        ))))
     }
 
     async fn fetch_chunks(
@@ -401,12 +392,9 @@ impl Peer for PeerService {
         let answer = move |request: wire::GetChunkRequest| {
             let (content, repair) = (content.clone(), repair.clone());
             async move {
-                let call_id = request.call_id;
                 let (id, offset, length) = match range_asked(&request) {
                     Ok(asked) => asked,
-                    Err(malformed) => {
-                        return chunk_refused(call_id, malformed.status(), malformed.to_string());
-                    }
+                    Err(malformed) => return get_refused(malformed.status(), malformed.to_string()),
                 };
                 let range = tokio::task::spawn_blocking(move || content.read(id, offset, length)).await;
                 let range = range.unwrap_or_else(|failed| Err(task_failed(failed)));
@@ -417,14 +405,15 @@ impl Peer for PeerService {
                     let reason = bad.to_string();
                     tokio::spawn(async move { repair.found_bad(id, reason).await });
                 }
-                get_response(call_id, range)
+                get_response(range)
             }
         };
-        Ok(Response::new(answer_stream(
+        Ok(Response::new(Box::pin(answer_calls(
             request.into_inner(),
             CHUNKS_PER_STREAM_MAX,
+            (),
             answer,
-        )))
+        ))))
     }
 
     async fn held_chunks(

@@ -1,14 +1,13 @@
 //! Pushing, fetching and asking, against a peer in this process.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::{Stream, StreamExt};
 use parking_lot::Mutex;
 use quorumfs_content::{ContentError, ContentOptions, ContentStore, Unlisted};
 use quorumfs_proto::{Addresses, Chunk, ChunkId, Member, NodeId, SessionId};
 use quorumfs_wire as wire;
+use quorumfs_wire::calls::{AnswerStream, answer_calls};
 use quorumfs_wire::peer_server::{Peer, PeerServer};
 use quorumfs_wire::*;
 use rand::rngs::SmallRng;
@@ -17,7 +16,7 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::messages::{get_response, put_response, range_asked};
+use super::messages::{get_response, put_response, put_status, range_asked};
 use super::peers::{FetchError, PeerChunks, PushError};
 use crate::transport::Transport;
 
@@ -68,17 +67,15 @@ struct TestPeer {
     manner: Arc<Mutex<Manner>>,
 }
 
-type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
-
 fn elsewhere<T>() -> Result<Response<T>, Status> {
     Err(Status::unimplemented("not part of this test"))
 }
 
 #[tonic::async_trait]
 impl Peer for TestPeer {
-    type PushChunksStream = Answers<PutChunkResponse>;
-    type FetchChunksStream = Answers<GetChunkResponse>;
-    type AppendEntriesStream = Answers<RaftMessage>;
+    type PushChunksStream = AnswerStream<PutChunkResponse>;
+    type FetchChunksStream = AnswerStream<GetChunkResponse>;
+    type AppendEntriesStream = AnswerStream<RaftMessage>;
 
     async fn may_renounce(
         &self,
@@ -93,28 +90,22 @@ impl Peer for TestPeer {
     ) -> Result<Response<Self::PushChunksStream>, Status> {
         let store = Arc::clone(&self.store);
         let manner = Arc::clone(&self.manner);
-        let answers = request.into_inner().map(move |request| {
+        let answer = move |request: PutChunkRequest| {
             let store = Arc::clone(&store);
             let manner = *manner.lock();
             async move {
-                let request = request?;
-                let call_id = request.call_id;
                 match manner {
                     Manner::Silent => std::future::pending().await,
-                    Manner::Full => Ok(put_response(call_id, &Err(ContentError::NoSpace))),
+                    Manner::Full => put_response(&Err(ContentError::NoSpace)),
                     _ => match Chunk::try_from(request) {
-                        Ok(chunk) => Ok(put_response(call_id, &store.put(chunk).await)),
-                        Err(error) => Ok(PutChunkResponse {
-                            call_id,
-                            status: error.status().into(),
-                            detail: error.to_string(),
-                            leader: String::new(),
-                        }),
+                        Ok(chunk) => put_response(&store.put(chunk).await),
+                        Err(error) => put_status(error.status(), error.to_string()),
                     },
                 }
             }
-        });
-        Ok(Response::new(Box::pin(answers.buffer_unordered(64))))
+        };
+        let answers = answer_calls(request.into_inner(), 64, (), answer);
+        Ok(Response::new(Box::pin(answers)))
     }
 
     async fn fetch_chunks(
@@ -123,11 +114,9 @@ impl Peer for TestPeer {
     ) -> Result<Response<Self::FetchChunksStream>, Status> {
         let store = Arc::clone(&self.store);
         let manner = Arc::clone(&self.manner);
-        let answers = request.into_inner().map(move |request| {
-            let request = request?;
-            let (id, offset, length) =
-                range_asked(&request).map_err(|error| Status::internal(error.to_string()))?;
-            let mut answer = get_response(request.call_id, store.read(id, offset, length));
+        let answer = move |request: GetChunkRequest| {
+            let (id, offset, length) = range_asked(&request).unwrap();
+            let mut answer = get_response(store.read(id, offset, length));
             match *manner.lock() {
                 Manner::Damaging => {
                     let mut bytes = answer.payload.to_vec();
@@ -141,8 +130,9 @@ impl Peer for TestPeer {
                 }
                 _ => {}
             }
-            Ok(answer)
-        });
+            std::future::ready(answer)
+        };
+        let answers = answer_calls(request.into_inner(), 64, (), answer);
         Ok(Response::new(Box::pin(answers)))
     }
 

@@ -154,7 +154,6 @@ async fn a_wiped_node_is_replaced_by_its_next_incarnation() {
     // At the old address: messages for the former incarnation are refused.
     let request = openraft::raft::VoteRequest::<TypeConfig>::new(super::vote(99, 1), None);
     let message = to_wire(&Addressed {
-        from: VoterId(leader),
         to: VoterId(gone),
         body: request,
     });
