@@ -107,6 +107,9 @@ impl<C: Cluster> Cluster for Leased<C> {
             for (parent, name) in &named {
                 state.view.may_name(*parent, name);
             }
+            if names_in_what_it_opens(&command) {
+                state.view = LeaseView::default();
+            }
         }
         let mut under_way = UnderWay {
             leased: self,
@@ -244,6 +247,17 @@ fn names_made(command: &Command) -> BTreeSet<(InodeNumber, Name)> {
         }
     }
     names
+}
+
+/// Whether `command` makes names in directories that it creates or, where they exist, opens: which these are is not known
+/// before its outcome.
+fn names_in_what_it_opens(command: &Command) -> bool {
+    command.operations.iter().any(|operation| {
+        matches!(
+            operation,
+            Operation::Create { parent: Target::Created(_), .. } | Operation::Link { parent: Target::Created(_), .. }
+        )
+    })
 }
 
 /// Which operations of `command` make directories that are empty after it.

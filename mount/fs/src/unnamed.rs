@@ -10,13 +10,14 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use quorumfs_proto::command::{IfExists, NewInode, NewKind, Privileges, Target};
+use quorumfs_proto::command::{AttributeChanges, IfExists, NewInode, NewKind, Privileges, Target};
 use quorumfs_proto::{Attributes, Command, FsError, InodeNumber, Name, Operation, OperationResult, Sha256};
 
 use super::commit::{Renewals, name_chunks};
 use super::namespace::entry_of;
 use super::{Cluster, Filesystem, FreshContent, Handle, NewFile, OpenFlags};
 use crate::handles::Scope;
+use crate::interrupt::still_wanted;
 use crate::turn::take_turn_after_append;
 use crate::write_buffer::{Pack, PackRange};
 
@@ -90,13 +91,18 @@ impl<C: Cluster> Filesystem<C> {
         Ok(opened.handle)
     }
 
-    /// Commits what was written to an open file and gives it a name, in one step.
+    /// Commits what was written to an open file, and gives it a name and the owner and permissions of `new`, in one step.
     ///
     /// # Errors
     ///
     /// Of a name or a directory that cannot be: what was written is kept, and the file can be linked elsewhere. Where
     /// bytes that were written before are lost, their failure, now and at each further attempt.
-    pub async fn link_into(&self, handle: Handle, destination: Destination) -> Result<Attributes, FsError> {
+    pub async fn link_into(
+        &self,
+        handle: Handle,
+        new: NewFile,
+        destination: Destination,
+    ) -> Result<Attributes, FsError> {
         self.writable()?;
         let file = self.used(handle)?;
         let node = &file.node;
@@ -113,8 +119,17 @@ impl<C: Cluster> Filesystem<C> {
                     continue;
                 }
                 let add = |operations: &mut Vec<Operation>| {
-                    destination.add_link(operations, Target::Inode(node.inode));
+                    let inode = Target::Inode(node.inode);
+                    let changes = AttributeChanges {
+                        mode: Some(new.mode),
+                        uid: Some(new.uid),
+                        gid: Some(new.gid),
+                        ..AttributeChanges::default()
+                    };
+                    operations.push(Operation::SetAttributes { inode, changes });
+                    destination.add_link(operations, inode);
                 };
+                still_wanted().await?;
                 break self.send(node, &packs, &add).await?;
             }
         };

@@ -72,7 +72,7 @@ fn write(number: u64, inode: InodeNumber, file_offset: u64) -> LogCommand {
         }],
         operations: vec![Operation::Write {
             inode: Target::Inode(inode),
-            pieces: vec![Extent {
+            extents: vec![Extent {
                 file_offset,
                 length: EXTENT_BYTES,
                 chunk,

@@ -95,7 +95,7 @@ async fn a_name_leads_to_all_of_a_file_or_to_nothing() {
     }
     assert_eq!(other.lookup(ROOT, b"whole").await.unwrap_err(), FsError::NotFound);
     let nowhere = at(InodeNumber(999), &[], "whole", IfExists::Refuse);
-    assert!(fs.link_into(handle, nowhere).await.is_err());
+    assert!(fs.link_into(handle, NEW, nowhere).await.is_err());
     let linked = fs
         .link_into(handle, at(ROOT, &[], "whole", IfExists::Refuse))
         .await;

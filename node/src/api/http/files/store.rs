@@ -5,6 +5,7 @@
 //! before is replaced, in the same step. When an upload fails, its file is closed without a name, and so it is gone.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use bytes::Bytes;
@@ -23,6 +24,9 @@ use crate::api::http::connections::Pace;
 
 /// How often the name is given anew because the directories on the way changed meanwhile.
 const LINK_ATTEMPTS_MAX: usize = 20;
+
+/// A body that took longer than this to arrive is given a place that is looked up again.
+const PLACE_AGE_MAX: Duration = Duration::from_millis(100);
 
 const FILE_MODE: u16 = 0o644;
 const DIRECTORY_MODE: u16 = 0o755;
@@ -85,6 +89,7 @@ impl Upload {
     pub(super) async fn run(self, body: Body) -> Result<Stored, ApiError> {
         // Before the first byte is asked for: a client that waits for "100 Continue" is spared sending the body.
         let place = self.place().await?;
+        let began = Instant::now();
         let mut incoming = Incoming::new(body, self.announced_bytes, Arc::clone(&self.pace));
         // What is small is here before it takes a turn, so that no turn waits for a client that sends nothing.
         let turns = if incoming.fits_in(SMALL_BYTES_MAX).await? {
@@ -101,6 +106,10 @@ impl Upload {
                 sha256: None,
             });
         }
+        let place = match began.elapsed() {
+            elapsed if elapsed > PLACE_AGE_MAX => self.place().await?,
+            _ => place,
+        };
         let stored = self
             .give_name(place, None, |place, destination| {
                 let (new, content) = (place.new_file(), first.clone());
@@ -145,9 +154,12 @@ impl Upload {
             not_lost(&file)?;
             chunk = incoming.next_chunk().await?;
         }
-        self.give_name(place, Some(&file), |_, destination| {
+        // Since the body began the path may lead elsewhere, and the file that is replaced may be another one.
+        let place = self.place().await?;
+        self.give_name(place, Some(&file), |place, destination| {
+            let new = place.new_file();
             self.access
-                .change(move |filesystem| async move { filesystem.link_into(handle, destination).await })
+                .change(move |filesystem| async move { filesystem.link_into(handle, new, destination).await })
         })
         .await
     }
