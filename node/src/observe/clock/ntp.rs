@@ -321,7 +321,13 @@ mod tests {
         })
         .await;
         let mut servers = NtpServers::new(vec![address.to_string()], Duration::from_millis(1));
-        assert!(servers.ask().await.unwrap_err().contains("refuses service (RATE)"));
+        assert!(
+            servers
+                .ask()
+                .await
+                .unwrap_err()
+                .contains("refuses service (RATE)")
+        );
         assert!(servers.ask().await.unwrap_err().contains("refused service"));
         count.close();
         assert!(count.recv().await.is_some());
@@ -344,10 +350,7 @@ mod tests {
         let reason = ask(vec!["no-such-host.invalid:123".to_string()])
             .await
             .unwrap_err();
-        assert!(
-            reason.contains("no-such-host.invalid:123: its name"),
-            "{reason}"
-        );
+        assert!(reason.contains("no-such-host.invalid:123: its name"), "{reason}");
     }
 
     #[tokio::test]
