@@ -255,7 +255,13 @@ fn names_in_what_it_opens(command: &Command) -> bool {
     command.operations.iter().any(|operation| {
         matches!(
             operation,
-            Operation::Create { parent: Target::Created(_), .. } | Operation::Link { parent: Target::Created(_), .. }
+            Operation::Create {
+                parent: Target::Created(_),
+                ..
+            } | Operation::Link {
+                parent: Target::Created(_),
+                ..
+            }
         )
     })
 }

@@ -96,10 +96,17 @@ async fn a_name_leads_to_all_of_a_file_or_to_nothing() {
     assert_eq!(other.lookup(ROOT, b"whole").await.unwrap_err(), FsError::NotFound);
     let nowhere = at(InodeNumber(999), &[], "whole", IfExists::Refuse);
     assert!(fs.link_into(handle, NEW, nowhere).await.is_err());
+    let owned = NewFile {
+        mode: 0o640,
+        uid: 9,
+        gid: 10,
+    };
     let linked = fs
-        .link_into(handle, at(ROOT, &[], "whole", IfExists::Refuse))
-        .await;
-    assert_eq!(linked.unwrap().size, data.len() as u64);
+        .link_into(handle, owned, at(ROOT, &[], "whole", IfExists::Refuse))
+        .await
+        .unwrap();
+    assert_eq!(linked.size, data.len() as u64);
+    assert_eq!((linked.mode, linked.uid, linked.gid), (0o640, 9, 10));
     assert!(contents(&other, "whole").await == data);
     fs.discard(handle).await.unwrap();
     assert!(contents(&other, "whole").await == data);
@@ -117,7 +124,7 @@ async fn a_file_that_lost_bytes_gets_no_name() {
     assert_eq!(fs.failure(handle), Err(FsError::NoSpace));
     for _ in 0..2 {
         let linked = fs
-            .link_into(handle, at(ROOT, &[], "part", IfExists::Refuse))
+            .link_into(handle, NEW, at(ROOT, &[], "part", IfExists::Refuse))
             .await;
         assert_eq!(linked, Err(FsError::NoSpace));
     }
@@ -135,7 +142,7 @@ async fn the_last_bytes_that_are_refused_give_no_name_either() {
     *cluster.put_fault.lock() = Some(FsError::NoSpace);
     write(&fs, handle, 2 * MIB, &pattern(100_000, 1)).await;
     let linked = fs
-        .link_into(handle, at(ROOT, &[], "part", IfExists::Refuse))
+        .link_into(handle, NEW, at(ROOT, &[], "part", IfExists::Refuse))
         .await;
     assert_eq!(linked, Err(FsError::NoSpace));
     assert_eq!(fs.lookup(ROOT, b"part").await.unwrap_err(), FsError::NotFound);

@@ -9,7 +9,6 @@ use axum::http::header::{
 };
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
-use quorumfs_proto::Sha256;
 use quorumfs_proto::limits::FILE_BYTES_MAX;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -132,13 +131,12 @@ pub(super) async fn upload(
 fn created(path: &FilePath, stored: &Stored) -> Response {
     let bytes = path.to_bytes();
     let tag = conditional::etag(&stored.attributes);
-    let hex = |sha256: Sha256| sha256.0.iter().map(|byte| format!("{byte:02x}")).collect();
     let body = StoredFile {
         path: display(&bytes).to_string(),
         size: stored.attributes.size,
         inode: stored.attributes.inode.0,
         etag: tag.clone(),
-        sha256: stored.sha256.map(hex),
+        sha256: stored.sha256.map(|sha256| sha256.to_string()),
         path_encoded: std::str::from_utf8(&bytes).is_err().then(|| path.encoded()),
     };
     let headers = [(ETAG, tag), (LOCATION, format!("/download/{}", path.encoded()))];
