@@ -25,7 +25,7 @@ use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tracing::{info, warn};
 
 use self::log_only::LogOnly;
-use self::own_client::{close_session, open_client};
+use self::own_client::{close_session, start_client};
 use self::stores::{consensus_options, has_others, is_damaged_metadata, open_stores};
 use crate::api::grpc::filesystem::FileSystemService;
 use crate::api::grpc::peer::PeerService;
@@ -419,10 +419,7 @@ async fn run_parts(
     tasks.supervise("applied-effects", told, |(applied, recovery, sweeper)| {
         hand_on_effects(applied, recovery, sweeper)
     });
-    let session = (config.clone(), client_tls, client, tasks.clone());
-    tasks.supervise_until_done("own-session", session, |(config, client_tls, client, tasks)| {
-        open_client(config, client_tls, client, tasks)
-    });
+    start_client(tasks, config.clone(), client_tls, client);
     let cluster = membership.cluster;
     let watched = (config.clone(), node.clone(), transport.clone());
     tasks.supervise("strangers", watched, move |(config, node, transport)| {

@@ -21,8 +21,21 @@ const CLIENT_RETRY_INTERVAL_MS: u64 = 500;
 /// Longest time that a stopping node waits for the cluster to end its session.
 const CLOSE_TIMEOUT_MS: u64 = 2_500;
 
+/// Has the session that REST uses opened in the background.
+pub fn start_client(
+    tasks: &Arc<Tasks>,
+    config: Config,
+    tls: Option<tonic::transport::ClientTlsConfig>,
+    client: watch::Sender<ClientHandle>,
+) {
+    let session = (config, tls, client, tasks.clone());
+    tasks.supervise_until_done("own-session", session, |(config, tls, client, tasks)| {
+        open_client(config, tls, client, tasks)
+    });
+}
+
 /// Opens the session through which REST reads and writes, trying until there is a leader.
-pub async fn open_client(
+async fn open_client(
     config: Config,
     tls: Option<tonic::transport::ClientTlsConfig>,
     client: watch::Sender<ClientHandle>,
