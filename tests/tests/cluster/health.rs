@@ -508,7 +508,7 @@ fn a_leap(cluster: &Cluster, mount: &Mount, attempt: usize, shift: &impl Fn(usiz
             .find(|problem| problem.contains("does not stamp"))
     });
     println!("{problem}");
-    cluster.wait_log(leader, &["does not stamp commands with it"], ROUNDS_LIMIT);
+    cluster.wait_log(leader, &["commands are not stamped with it"], ROUNDS_LIMIT);
     let other = cluster.slots().find(|slot| *slot != leader).expect("three nodes");
     wait_for("the others name it too", ROUNDS_LIMIT, || {
         let begins = [3599, 3600].map(|ahead_s| format!("the clock of node {leader} is {ahead_s}."));
