@@ -2,7 +2,7 @@
 //!
 //! - Ports lie below the ephemeral range, in blocks; a block belongs to who holds the lock of its file. Asking the
 //!   kernel for port 0 would hand out numbers that another test's outgoing connection may take a moment later.
-//! - At most three light tests run at a time on this machine, or a heavy one and a light one, or one that measures pauses,
+//! - At most four light tests run at a time on this machine, or a heavy one and two light ones, or one that measures pauses,
 //!   which must not be another test's load. Whichever test runner is used, and however many of them.
 //! - A guard process ends, unmounts and removes everything below the folder when the sandbox is dropped, and just so
 //!   when the test process is killed: it waits for the end of a pipe that only this process holds open.
@@ -32,7 +32,7 @@ const PORTS_FIRST: u16 = 20_000;
 const PORTS_PER_BLOCK: u16 = 48;
 const PORT_BLOCKS: u16 = 250;
 /// Shares of the machine: a test takes as many as it needs.
-const SHARES: usize = 3;
+const SHARES: usize = 4;
 const LIGHT_SHARES: usize = 1;
 const HEAVY_SHARES: usize = 2;
 /// Between two attempts to take a share.
@@ -84,12 +84,12 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// For a test that shares the machine with two others.
+    /// For a test that shares the machine with three others.
     pub fn light(name: &str) -> Sandbox {
         Sandbox::new(name, LIGHT_SHARES, LIGHT_LIMIT)
     }
 
-    /// For a test that loads the machine, or takes long: at most a light one runs beside it.
+    /// For a test that loads the machine, or takes long: at most two light ones run beside it.
     pub fn heavy(name: &str) -> Sandbox {
         Sandbox::new(name, HEAVY_SHARES, HEAVY_LIMIT)
     }
