@@ -28,14 +28,12 @@ const RECOVER: &str = "recover";
 /// Most time for background tasks to end after the important ones have ended.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Most arenas of glibc's allocator. Its default is eight for each core, and memory freed in one arena is not used by
-/// others: chunks, which are allocated on one thread and freed on another, would leave much unused memory (measured:
-/// 350 MiB for 200 MiB in use; with two arenas 250 MiB, and faster; jemalloc has 275, mimalloc 290).
-#[cfg(target_env = "gnu")]
-const ARENAS_MAX: libc::c_int = 2;
+/// A command makes some hundred small allocations, often freed on another thread: a `mkdir` costs the three nodes 6 % less
+/// processor time than with glibc's allocator (jemalloc 3 %), and what is in use after 600 MiB of writes is the same.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    bound_arenas();
     private_files::keep_new_files_private();
     let mut arguments: Vec<OsString> = std::env::args_os().collect();
     if arguments.get(1).is_some_and(|first| first == RECOVER) {
@@ -109,16 +107,6 @@ fn recover_by_hand(settings: RecoverSettings) -> ExitCode {
         }
     }
 }
-
-/// Limits free memory to few arenas. Must be called before other threads exist. Overrides `MALLOC_ARENA_MAX`.
-#[cfg(target_env = "gnu")]
-fn bound_arenas() {
-    // SAFETY: mallopt sets a number of the allocator, under its lock. If it refuses, the number is unchanged.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS_MAX) };
-}
-
-#[cfg(not(target_env = "gnu"))]
-fn bound_arenas() {}
 
 fn run(config: Config) -> anyhow::Result<()> {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();

@@ -1,7 +1,7 @@
 //! Tells sequential readers from random ones and says what a sequential one will want next.
 //!
 //! Invariants: what is said to be fetched next is never said twice while the reader goes on; the window begins with
-//! one chunk and doubles as the reader proves itself. Pure: it must not know extents, caches or the cluster.
+//! one chunk and doubles as the reader proves itself, or is full at once if it is known where the reader ends. Pure: it must not know extents, caches or the cluster.
 
 use std::ops::Range;
 
@@ -38,15 +38,15 @@ pub struct Observation {
 pub struct ReadaheadLimits {
     /// Most chunks ahead, at least 1 and at most [`READAHEAD_CHUNKS_MAX`].
     pub chunks: u64,
-    /// Where the reader will end, if that is known.
-    pub end: u64,
+    /// Offset at which the reader will end, if that is known: it then reads all before it, from front to back.
+    pub end: Option<u64>,
 }
 
 impl Default for ReadaheadLimits {
     fn default() -> ReadaheadLimits {
         ReadaheadLimits {
             chunks: READAHEAD_CHUNKS_MAX,
-            end: u64::MAX,
+            end: None,
         }
     }
 }
@@ -68,7 +68,7 @@ impl Readahead {
         let end = offset.saturating_add(length);
         let near = offset <= self.read_to.saturating_add(DISORDER_BYTES_MAX)
             && end.saturating_add(DISORDER_BYTES_MAX) >= self.read_to;
-        let follows = offset == self.read_to || (self.window_chunks > 0 && near);
+        let follows = offset == self.read_to || (self.window_chunks > 0 && near) || limits.end.is_some();
         if !follows {
             *self = Readahead {
                 read_to: end,
@@ -81,7 +81,8 @@ impl Readahead {
             };
         }
         self.read_to = self.read_to.max(end);
-        self.window_chunks = self.window_chunks.clamp(1, limits.chunks);
+        let at_first = if limits.end.is_some() { limits.chunks } else { 1 };
+        self.window_chunks = self.window_chunks.clamp(at_first, limits.chunks);
         // Ask again only when half of the window is used up, so that fetches come in groups.
         let wanted_to = (self.read_to / CHUNK + 1 + self.window_chunks) * CHUNK;
         let from = self.fetched_to.max(self.read_to);
@@ -95,7 +96,7 @@ impl Readahead {
         self.window_chunks = (self.window_chunks * 2).min(limits.chunks);
         Observation {
             pattern: Pattern::Sequential,
-            ahead: from..wanted_to.min(limits.end).max(from),
+            ahead: from..wanted_to.min(limits.end.unwrap_or(u64::MAX)).max(from),
         }
     }
 }
@@ -124,6 +125,19 @@ mod tests {
             assert!(fetched_to > end, "the reader never catches up");
             assert!(fetched_to - end <= (READAHEAD_CHUNKS_MAX + 1) * CHUNK, "bounded");
         }
+    }
+
+    #[test]
+    fn a_reader_whose_end_is_known_gets_the_whole_window_at_its_first_read() {
+        let limits = ReadaheadLimits {
+            chunks: 4,
+            end: Some(12 * CHUNK),
+        };
+        let mut readahead = Readahead::default();
+        let first = readahead.observe(6 * CHUNK, CHUNK, limits);
+        assert_eq!(first.pattern, Pattern::Sequential);
+        assert_eq!(first.ahead, 7 * CHUNK..12 * CHUNK);
+        assert!(readahead.observe(7 * CHUNK, CHUNK, limits).ahead.is_empty(), "nothing twice");
     }
 
     #[test]

@@ -76,7 +76,7 @@ impl Content {
         let share = CACHE_BYTES / CHUNK / self.turn.taken().clamp(1, DOWNLOADS_MAX) as u64;
         let ahead = ReadaheadLimits {
             chunks: (share / 2).clamp(1, READAHEAD_CHUNKS_MAX),
-            end: self.range.end,
+            end: Some(self.range.end),
         };
         let read = self.access.call(|filesystem| async move {
             filesystem
