@@ -345,7 +345,7 @@ impl Peer for PeerService {
 
     async fn install_snapshot(
         &self,
-        request: Request<Streaming<wire::SnapshotPiece>>,
+        request: Request<Streaming<wire::SnapshotPart>>,
     ) -> Result<Response<wire::RaftMessage>, Status> {
         let consensus = self.admit_to_consensus(&request)?;
         consensus

@@ -168,7 +168,7 @@ impl Peer for TestPeer {
     }
     async fn install_snapshot(
         &self,
-        _: Request<Streaming<SnapshotPiece>>,
+        _: Request<Streaming<SnapshotPart>>,
     ) -> Result<Response<RaftMessage>, Status> {
         elsewhere()
     }

@@ -1,14 +1,14 @@
-//! The side that answers: a stream of requests, each answered when it is done.
+//! The server side: a stream of requests, each answered when it is done.
 //!
 //! Contract:
-//! - At most `at_once_max` requests are in work, and as many answers wait to be sent. Further requests stay in the
-//!   stream's flow-control window, so that a client cannot fill memory.
-//! - `answer` is called in the order of the requests; what it returns runs as a task of its own. The answer gets the
-//!   number of its request.
-//! - A request that was let in is carried out, also when the client has gone. One that still waits for its admission
-//!   then is dropped.
+//! - At most `at_once_max` requests are processed concurrently, and at most that number of answers wait to be sent.
+//!   Further requests stay in the flow-control window of the stream, so a client cannot fill memory.
+//! - `answer` is called in the order of the requests; the future that it returns runs in a separate task. The answer
+//!   gets the call id of its request.
+//! - An admitted request is processed even if the client disconnects. A request that waits for admission at that time
+//!   is dropped.
 //!
-//! One call costs one task and one entry in the queue of answers.
+//! A call costs one task and one entry in the queue of answers.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -20,26 +20,27 @@ use tonic::Status;
 
 use super::Numbered;
 
-/// What the services name a stream of answers.
+/// The type of the streams of answers that the services return.
 pub type AnswerStream<A> = Pin<Box<dyn Stream<Item = Result<A, Status>> + Send>>;
 
-/// What lets a request in.
+/// Admission control: decides when a request may be processed.
 pub trait Admission<Q>: Send + Sync + 'static {
-    /// What a request holds until its answer has been sent.
+    /// Held from the admission of a request until its answer has been sent.
     type Held: Send + 'static;
 
-    /// Waits until `request` may be worked on.
+    /// Waits until `request` may be processed.
     fn admit(&self, request: &Q) -> impl Future<Output = Self::Held> + Send;
 }
 
-/// Every request is let in.
+/// Admits every request at once.
 impl<Q: Sync> Admission<Q> for () {
     type Held = ();
 
     async fn admit(&self, _request: &Q) {}
 }
 
-/// Answers each request of a stream by `answer`, at most `at_once_max` at a time.
+/// Answers each request of a stream with `answer`, at most `at_once_max` at a time. The module documentation has the
+/// contract.
 pub fn answer_calls<Q, A, F, Fut>(
     mut requests: impl Stream<Item = Result<Q, Status>> + Send + Unpin + 'static,
     at_once_max: usize,
@@ -53,10 +54,10 @@ where
     Fut: Future<Output = A> + Send + 'static,
 {
     let (sender, answers) = mpsc::channel(at_once_max);
-    let places = Arc::new(Semaphore::new(at_once_max));
+    let slots = Arc::new(Semaphore::new(at_once_max));
     tokio::spawn(async move {
         // The semaphore is never closed.
-        while let Ok(place) = places.clone().acquire_owned().await {
+        while let Ok(slot) = slots.clone().acquire_owned().await {
             let request = match requests.next().await {
                 Some(Ok(request)) => request,
                 Some(Err(status)) => {
@@ -68,7 +69,7 @@ where
             let held = tokio::select! {
                 biased;
                 held = admission.admit(&request) => held,
-                // The client has gone: what this one asks for need not be done.
+                // The client has disconnected, so the request need not be processed.
                 () = sender.closed() => break,
             };
             let call_id = request.call_id();
@@ -77,9 +78,9 @@ where
             tokio::spawn(async move {
                 let mut answer = answer.await;
                 answer.set_call_id(call_id);
-                // A client that went away asks again elsewhere; what it asked for is done all the same.
+                // Fails if the client disconnected; it sends the call to another node.
                 let _ = sender.send((answer, held)).await;
-                drop(place);
+                drop(slot);
             });
         }
     });
