@@ -521,7 +521,7 @@ async fn hand_on_effects(
         if let AppliedEffects::Entries { dead, .. } = &effects {
             sweeper.dead(dead);
         }
-        recovery.applied(&effects);
+        recovery.on_applied(&effects);
     }
 }
 

@@ -116,7 +116,7 @@ impl Reader {
             // Only a chunk that exists elsewhere is worth recovering; a chunk that no node has may be dead.
             Some(_) => {
                 let recovery = self.recovery.clone();
-                tokio::task::spawn_blocking(move || recovery.wanted(id));
+                tokio::task::spawn_blocking(move || recovery.request_fetch(id));
             }
             None => warn!(chunk = %id, %reason, "no reachable node holds a requested chunk"),
         }
@@ -124,7 +124,7 @@ impl Reader {
     }
 
     async fn fetch_from_peers(&self, id: ChunkId, offset: u32, length: u32) -> Option<ChunkRange> {
-        for member in self.placement.sources(id) {
+        for member in self.placement.fetch_order(id) {
             match self.peers.fetch(&member, id, offset, length).await {
                 Ok(range) => return Some(range),
                 Err(error) => {

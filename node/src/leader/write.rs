@@ -135,11 +135,11 @@ impl WritePath {
     /// Returns the nodes that should hold a new chunk, and those that can replace them, best first.
     fn copy_targets(&self, id: ChunkId) -> (Vec<Member>, VecDeque<Member>) {
         let members = self.consensus.members();
-        let snapshot = self.placement.picture();
+        let snapshot = self.placement.snapshot();
         let Some(layout) = snapshot.newest().filter(|_| !snapshot.is_everywhere()) else {
             return (members, VecDeque::new());
         };
-        let mut expected = snapshot.places(id);
+        let mut expected = snapshot.holders(id);
         let suspects = {
             let mut suspects = self.suspects.lock();
             suspects.retain(|_, since| since.elapsed() < Duration::from_millis(SUSPECT_MS));
@@ -378,7 +378,7 @@ impl WritePath {
     fn judge(&self, refusals: &[(NodeId, CopyError)]) -> PutError {
         for (node, refusal) in refusals {
             if refusal.is_full() {
-                self.space.disk_refused(*node);
+                self.space.note_disk_full(*node);
             }
         }
         if !self.space.quorum_has_room() {

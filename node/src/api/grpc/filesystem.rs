@@ -28,7 +28,7 @@ use crate::leader::write::PutError;
 use crate::node::{Node, Parts};
 use crate::observe::metrics::CountedCommand;
 use crate::observe::metrics::kinds::{OperationKind, Origin};
-use crate::replication::messages::{get_refused, get_response, put_status, range_asked};
+use crate::replication::messages::{get_error, get_response, put_status, requested_range};
 use quorumfs_metadata::{Failure, SessionKey, UnlinkedAnswer};
 
 /// Requests of one stream worked on at once: more than a client has lanes.
@@ -314,11 +314,11 @@ fn count_chunk(
 
 async fn get_chunk(node: &Node, request: &wire::GetChunkRequest) -> wire::GetChunkResponse {
     let Some(parts) = node.parts() else {
-        return get_refused(wire::ChunkStatus::Unavailable, node.not_ready());
+        return get_error(wire::ChunkStatus::Unavailable, node.not_ready());
     };
-    match range_asked(request) {
+    match requested_range(request) {
         Ok((id, offset, length)) => get_response(parts.reader.chunk(id, offset, length).await),
-        Err(malformed) => get_refused(malformed.status(), malformed.to_string()),
+        Err(malformed) => get_error(malformed.status(), malformed.to_string()),
     }
 }
 

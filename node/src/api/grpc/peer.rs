@@ -19,7 +19,7 @@ use crate::membership::identity::Membership;
 use crate::node::{Node, Parts};
 use crate::observe::metrics::report::Throughput;
 use crate::replication::Verdict;
-use crate::replication::messages::{get_refused, get_response, put_response, put_status, range_asked};
+use crate::replication::messages::{get_error, get_response, put_response, put_status, requested_range};
 use crate::replication::peers::VERIFY_IDS_MAX;
 use crate::transport::{CLUSTER_KEY, NODE_KEY};
 use quorumfs_metadata::FEATURE_LEVEL;
@@ -370,7 +370,7 @@ impl Peer for PeerService {
                 let id = chunk.id();
                 let put = content.put(chunk).await;
                 if put.is_ok() {
-                    recovery.arrived(id).await;
+                    recovery.on_pushed(id).await;
                 }
                 put_response(&put)
             }
@@ -392,9 +392,9 @@ impl Peer for PeerService {
         let answer = move |request: wire::GetChunkRequest| {
             let (content, repair) = (content.clone(), repair.clone());
             async move {
-                let (id, offset, length) = match range_asked(&request) {
+                let (id, offset, length) = match requested_range(&request) {
                     Ok(asked) => asked,
-                    Err(malformed) => return get_refused(malformed.status(), malformed.to_string()),
+                    Err(malformed) => return get_error(malformed.status(), malformed.to_string()),
                 };
                 let range = tokio::task::spawn_blocking(move || content.read(id, offset, length)).await;
                 let range = range.unwrap_or_else(|failed| Err(task_failed(failed)));
@@ -431,7 +431,7 @@ impl Peer for PeerService {
         // While content is let go, which may wait for the disk, nothing is answered: not on a runtime thread.
         let answered = tokio::task::spawn_blocking(move || {
             let holds = |id: &wire::ChunkId| content.holds(ChunkId::from(*id));
-            placement.answer(|| chunks.iter().map(holds).collect())
+            placement.with_epoch(|| chunks.iter().map(holds).collect())
         });
         let (placement_epoch, held) = answered
             .await

@@ -23,7 +23,7 @@ use super::parts;
 use crate::api::http::files::error::{ApiError, ErrorBody};
 use crate::integrity::sweep::DeleteError;
 use crate::node::Node;
-use crate::replication::recovery::{OfferError, Offered};
+use crate::replication::recovery::{OfferError, OfferOutcome};
 use crate::transport::ClusterSecret;
 
 /// The header with the SHA-256 of the body, in hexadecimal.
@@ -133,13 +133,13 @@ pub(super) async fn replicate(
     let bytes = payload.len() as u64;
     let offered = parts(&node)?.recovery.offer(id, sha256, payload).await;
     let (status, stored) = match offered {
-        Ok(Offered::Stored) => (StatusCode::CREATED, true),
-        Ok(Offered::Held) => (StatusCode::OK, false),
+        Ok(OfferOutcome::Stored) => (StatusCode::CREATED, true),
+        Ok(OfferOutcome::AlreadyHeld) => (StatusCode::OK, false),
         Err(OfferError::NotNamed) => return Err(unknown(id)),
-        Err(error @ OfferError::Digest) => {
+        Err(error @ OfferError::WrongDigest) => {
             return Err(ApiError::bad_request("digest_differs", error.to_string()));
         }
-        Err(error @ OfferError::Other) => return Err(ApiError::conflict("other_content", error.to_string())),
+        Err(error @ OfferError::OtherContent) => return Err(ApiError::conflict("other_content", error.to_string())),
         Err(OfferError::NoSpace) => return Err(quorumfs_proto::FsError::NoSpace.into()),
         Err(OfferError::Failed(reason)) => return Err(ApiError::unavailable(reason)),
     };
