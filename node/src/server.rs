@@ -31,7 +31,7 @@ use crate::api::grpc::filesystem::FileSystemService;
 use crate::api::grpc::peer::PeerService;
 use crate::api::http::connections::{self, Limits};
 use crate::api::http::files::{self, ClientHandle, RestState};
-use crate::api::http::metrics::counted;
+use crate::api::http::metrics::with_request_metrics;
 use crate::api::http::{admin, status};
 use crate::config::Config;
 use crate::consensus::{AppliedEffects, Consensus, ConsensusError, FatalError};
@@ -586,12 +586,13 @@ async fn serve_http(
         status: Arc::new(move || serde_json::json!(status::status(&for_status))),
         admin: admin::router(node.clone(), config.secret.clone()).layer(axum::Extension(client)),
         request_timeout: Duration::from_millis(config.request_timeout_ms),
-        patience: limits.patience,
+        timeouts: limits.timeouts,
     };
     let stop = async move {
         let _ = stopped.wait_for(|stop| *stop).await;
     };
-    connections::serve(listener, counted(files::router(state), &node), limits, stop).await;
+    let router = with_request_metrics(files::router(state), &node);
+    connections::serve(listener, router, limits, stop).await;
     Ok(())
 }
 
