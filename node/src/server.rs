@@ -40,9 +40,9 @@ use crate::integrity::audit::Auditor;
 use crate::integrity::repair::{Repair, RepairOptions, RepairParts};
 use crate::integrity::sweep::Sweeper;
 use crate::leader::leases::Leases;
-use crate::leader::read::Reader;
+use crate::leader::read::ReadPath;
 use crate::leader::rewrite::Rewriter;
-use crate::leader::sessions::SessionKeeper;
+use crate::leader::sessions::SessionTracker;
 use crate::leader::write::WritePath;
 use crate::membership::bootstrap::{find_membership, watch_for_strangers};
 use crate::membership::changes::MembershipChanges;
@@ -352,7 +352,7 @@ async fn run_parts(
         clock.clone(),
         stamps.clone(),
     );
-    let sessions = SessionKeeper::new(consensus.clone(), metadata.clone(), stamps.clone());
+    let sessions = SessionTracker::new(consensus.clone(), metadata.clone(), stamps.clone());
     let contradicted = node.clone();
     let auditor = Auditor::new(
         consensus.clone(),
@@ -377,7 +377,7 @@ async fn run_parts(
         known,
         |(consensus, metadata, transport, stamps)| features::run(consensus, metadata, transport, stamps),
     );
-    let writer = WritePath::new(
+    let write_path = WritePath::new(
         consensus.clone(),
         content.clone(),
         peers.clone(),
@@ -386,7 +386,7 @@ async fn run_parts(
         stamps,
         node.metrics().clone(),
     );
-    let reader = Arc::new(Reader {
+    let read_path = Arc::new(ReadPath {
         consensus: consensus.clone(),
         metadata: metadata.clone(),
         content: content.clone(),
@@ -399,8 +399,8 @@ async fn run_parts(
     let rewriter = Rewriter::new(
         consensus.clone(),
         metadata.clone(),
-        writer.clone(),
-        reader.clone(),
+        write_path.clone(),
+        read_path.clone(),
         sessions.clone(),
     );
     tasks.supervise("rewriting", rewriter.clone(), Rewriter::run);
@@ -433,9 +433,9 @@ async fn run_parts(
         consensus,
         metadata,
         content,
-        writer,
+        write_path,
         rewriter,
-        reader,
+        read_path,
         recovery,
         repair,
         auditor,
