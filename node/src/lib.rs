@@ -25,10 +25,10 @@
 //!
 //! # One read
 //!
-//! 1. `open` asks the leader for the file's attributes and extents: [`leader::read::Reader::query`] confirms that the node
+//! 1. `open` asks the leader for the file's attributes and extents: [`leader::read::ReadPath::query`] confirms that the node
 //!    still leads and has applied everything acknowledged before ([`consensus::Consensus::barrier`]), then answers from one
 //!    consistent [`quorumfs_metadata::View`].
-//! 2. `read` asks any node for a range of a chunk: [`leader::read::Reader::chunk`] reads whole blocks and checks their CRCs. A
+//! 2. `read` asks any node for a range of a chunk: [`leader::read::ReadPath::chunk`] reads whole blocks and checks their CRCs. A
 //!    node that lacks the chunk, or whose copy is bad, fetches it from another node for the caller and repairs itself (P3, P7).
 //!
 //! # Layers

@@ -12,9 +12,9 @@ use crate::integrity::audit::Auditor;
 use crate::integrity::repair::Repair;
 use crate::integrity::sweep::Sweeper;
 use crate::leader::leases::Leases;
-use crate::leader::read::Reader;
+use crate::leader::read::ReadPath;
 use crate::leader::rewrite::Rewriter;
-use crate::leader::sessions::SessionKeeper;
+use crate::leader::sessions::SessionTracker;
 use crate::leader::write::WritePath;
 use crate::membership::bootstrap::{Invitation, WaitReason};
 use crate::membership::changes::MembershipChanges;
@@ -54,11 +54,11 @@ pub struct Parts {
     /// The content of files.
     pub content: Arc<ContentStore>,
     /// The write path.
-    pub writer: Arc<WritePath>,
+    pub write_path: Arc<WritePath>,
     /// Combines small extents, so that writes are not refused.
     pub rewriter: Arc<Rewriter>,
     /// The read path.
-    pub reader: Arc<Reader>,
+    pub read_path: Arc<ReadPath>,
     /// Fetches missing chunks.
     pub recovery: Arc<Recovery>,
     /// Verifies held chunks and replaces bad copies.
@@ -76,7 +76,7 @@ pub struct Parts {
     /// Adds and removes members.
     pub membership_changes: Arc<MembershipChanges>,
     /// Knows which clients are alive.
-    pub sessions: Arc<SessionKeeper>,
+    pub sessions: Arc<SessionTracker>,
     /// Knows which nodes answer, and the state of this node's clock.
     pub health: Arc<HealthMonitor>,
 }

@@ -31,7 +31,7 @@ use crate::api::grpc::filesystem::FileSystemService;
 use crate::api::grpc::peer::PeerService;
 use crate::api::http::connections::{self, Limits};
 use crate::api::http::files::{self, ClientHandle, RestState};
-use crate::api::http::metrics::counted;
+use crate::api::http::metrics::with_request_metrics;
 use crate::api::http::{admin, status};
 use crate::config::Config;
 use crate::consensus::{AppliedEffects, Consensus, ConsensusError, FatalError};
@@ -40,9 +40,9 @@ use crate::integrity::audit::Auditor;
 use crate::integrity::repair::{Repair, RepairOptions, RepairParts};
 use crate::integrity::sweep::Sweeper;
 use crate::leader::leases::Leases;
-use crate::leader::read::Reader;
+use crate::leader::read::ReadPath;
 use crate::leader::rewrite::Rewriter;
-use crate::leader::sessions::SessionKeeper;
+use crate::leader::sessions::SessionTracker;
 use crate::leader::write::WritePath;
 use crate::membership::bootstrap::{find_membership, watch_for_strangers};
 use crate::membership::changes::MembershipChanges;
@@ -352,7 +352,7 @@ async fn run_parts(
         clock.clone(),
         stamps.clone(),
     );
-    let sessions = SessionKeeper::new(consensus.clone(), metadata.clone(), stamps.clone());
+    let sessions = SessionTracker::new(consensus.clone(), metadata.clone(), stamps.clone());
     let contradicted = node.clone();
     let auditor = Auditor::new(
         consensus.clone(),
@@ -377,7 +377,7 @@ async fn run_parts(
         known,
         |(consensus, metadata, transport, stamps)| features::run(consensus, metadata, transport, stamps),
     );
-    let writer = WritePath::new(
+    let write_path = WritePath::new(
         consensus.clone(),
         content.clone(),
         peers.clone(),
@@ -386,7 +386,7 @@ async fn run_parts(
         stamps,
         node.metrics().clone(),
     );
-    let reader = Arc::new(Reader {
+    let read_path = Arc::new(ReadPath {
         consensus: consensus.clone(),
         metadata: metadata.clone(),
         content: content.clone(),
@@ -399,8 +399,8 @@ async fn run_parts(
     let rewriter = Rewriter::new(
         consensus.clone(),
         metadata.clone(),
-        writer.clone(),
-        reader.clone(),
+        write_path.clone(),
+        read_path.clone(),
         sessions.clone(),
     );
     tasks.supervise("rewriting", rewriter.clone(), Rewriter::run);
@@ -433,9 +433,9 @@ async fn run_parts(
         consensus,
         metadata,
         content,
-        writer,
+        write_path,
         rewriter,
-        reader,
+        read_path,
         recovery,
         repair,
         auditor,
@@ -521,7 +521,7 @@ async fn hand_on_effects(
         if let AppliedEffects::Entries { dead, .. } = &effects {
             sweeper.dead(dead);
         }
-        recovery.applied(&effects);
+        recovery.on_applied(&effects);
     }
 }
 
@@ -586,12 +586,13 @@ async fn serve_http(
         status: Arc::new(move || serde_json::json!(status::status(&for_status))),
         admin: admin::router(node.clone(), config.secret.clone()).layer(axum::Extension(client)),
         request_timeout: Duration::from_millis(config.request_timeout_ms),
-        patience: limits.patience,
+        timeouts: limits.timeouts,
     };
     let stop = async move {
         let _ = stopped.wait_for(|stop| *stop).await;
     };
-    connections::serve(listener, counted(files::router(state), &node), limits, stop).await;
+    let router = with_request_metrics(files::router(state), &node);
+    connections::serve(listener, router, limits, stop).await;
     Ok(())
 }
 

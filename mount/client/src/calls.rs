@@ -1,8 +1,8 @@
 //! The stream of metadata calls: [`ClientRequest`] in `CallRequest`, [`ClientResponse`] in `CallResponse`.
 //!
-//! Knows the encoding and which refusals concern the stream rather than the caller; nothing of lanes or sessions.
-//! Replies are decoded by their callers, so that a long listing does not hold up the task that reads the stream; that
-//! task decodes refusals only.
+//! Knows the encoding and which refusals concern the stream instead of the caller; does not know lanes or sessions.
+//! Callers decode replies, so that a long listing does not delay the task that reads the stream; that task only
+//! decodes refusals.
 
 use bytes::Bytes;
 use quorumfs_proto::codec;
@@ -18,12 +18,12 @@ use crate::connector::Purpose;
 use crate::leader_link::{LeaderLink, Protocol, Verdict};
 use crate::lease::BootTime;
 
-/// Most queries of one client at once; more wait. So many small answers fill a connection.
+/// Most concurrent queries of one client; further ones wait. This number of small answers fills a connection.
 pub(crate) const QUERIES_MAX: usize = 256;
-/// Opening, keeping and closing a session.
+/// Most concurrent calls that open, keep alive and close sessions.
 const SESSION_CALLS_MAX: usize = 4;
 
-/// Metadata calls.
+/// The protocol of metadata calls.
 pub(crate) struct Calls;
 
 impl Protocol for Calls {
@@ -41,23 +41,23 @@ impl Protocol for Calls {
         client.calls(requests).await
     }
 
-    /// Says whether this client holds the lease, and, once on each stream, for which session it speaks.
-    fn prepare(request: &mut CallRequest, cluster: &Cluster, greeted: &mut u64) {
-        (request.session, request.holds_lease) = cluster.lease().claim();
-        request.hello = cluster.hello().filter(|hello| hello.session != *greeted);
+    /// Sets whether this client holds the lease and, once on each stream, which session uses the stream.
+    fn prepare(request: &mut CallRequest, cluster: &Cluster, announced: &mut u64) {
+        (request.session, request.holds_lease) = cluster.lease().session_and_held();
+        request.hello = cluster.hello().filter(|hello| hello.session != *announced);
         if let Some(hello) = &request.hello {
             request.local_addresses = cluster.local_addresses();
-            *greeted = hello.session;
+            *announced = hello.session;
         }
     }
 
-    fn is_nudge(response: &CallResponse) -> bool {
+    fn is_keep_alive_request(response: &CallResponse) -> bool {
         response.keep_alive_now
     }
 
     fn learn(response: &CallResponse, cluster: &Cluster, sent_at: BootTime) {
         cluster.lease().granted(sent_at, response.lease_ms);
-        cluster.clock().told(sent_at, response.clock_ns);
+        cluster.clock().update(sent_at, response.clock_ns);
     }
 
     fn verdict(response: &CallResponse) -> Verdict {
@@ -69,19 +69,37 @@ impl Protocol for Calls {
     }
 }
 
-/// A reply that cannot be decoded is a refusal to its caller: only a newer program can help.
+/// Decodes a reply. A malformed reply becomes a refusal to the caller, because sending the call again would not help.
 fn decode(reply: &[u8]) -> ClientResponse {
     codec::decode(reply).unwrap_or_else(|error| {
         ClientResponse::Refused(Refusal::Invalid {
-            reason: format!("the reply cannot be read: {error}"),
+            reason: format!("cannot decode the reply: {error}"),
         })
     })
 }
 
+/// Describes a reply for the log.
+pub(crate) fn describe_reply(reply: &ClientResponse) -> String {
+    match reply {
+        ClientResponse::Outcome(_) => String::from("the outcome of a mutation"),
+        ClientResponse::Answer(_) => String::from("the answer to a query"),
+        ClientResponse::Session(_) => String::from("the state of a session"),
+        ClientResponse::Refused(refusal) => match refusal {
+            Refusal::NotLeader { .. } => String::from("the node is not the leader"),
+            Refusal::Unavailable { reason } => format!("no decision is possible now: {reason}"),
+            Refusal::PutAgain { chunks } => format!("{} chunks must be put again", chunks.len()),
+            Refusal::UnknownSession => String::from("the session is unknown or has ended"),
+            Refusal::StaleSequence => String::from("a later mutation of the lane was already decided"),
+            Refusal::Invalid { reason } => format!("the call is invalid: {reason}"),
+            Refusal::NeverDecided => String::from("the session ended before the mutation was decided"),
+        },
+    }
+}
+
 impl LeaderLink<Calls> {
-    /// Sends an encoded call until the leader decides: the reply, and how often the call was sent. `None` when the
-    /// client is being closed. Never answers `NotLeader` or `Unavailable`.
-    pub(crate) async fn decide(&self, call: Bytes) -> Option<(ClientResponse, u32)> {
+    /// Sends an encoded call until the leader decides; returns the reply and the number of times the call was sent.
+    /// `None` if the client is being closed. The reply is never `NotLeader` or `Unavailable`.
+    pub(crate) async fn execute_encoded(&self, call: Bytes) -> Option<(ClientResponse, u32)> {
         let request = CallRequest {
             call,
             ..CallRequest::default()
@@ -90,8 +108,8 @@ impl LeaderLink<Calls> {
         Some((decode(&response.reply), sends))
     }
 
-    /// As [`LeaderLink::ask`], for a call that keeps the session alive. It carries what this client has done so far; what
-    /// the cluster asks in turn comes with the reply.
+    /// Like [`LeaderLink::execute`], for a call that keeps the session alive. It carries `statistics`; a question of
+    /// the leader may come with the reply.
     pub(crate) async fn keep_alive(
         &self,
         call: &ClientRequest,
@@ -108,9 +126,9 @@ impl LeaderLink<Calls> {
         Some((decode(&response.reply), response.unlinked))
     }
 
-    /// As [`LeaderLink::decide`], for a call that is not kept.
-    pub(crate) async fn ask(&self, call: &ClientRequest) -> Option<ClientResponse> {
-        let (reply, _) = self.decide(codec::encode(call)).await?;
+    /// Encodes `call` and sends it until the leader decides, like [`LeaderLink::execute_encoded`].
+    pub(crate) async fn execute(&self, call: &ClientRequest) -> Option<ClientResponse> {
+        let (reply, _) = self.execute_encoded(codec::encode(call)).await?;
         Some(reply)
     }
 }

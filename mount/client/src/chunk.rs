@@ -1,9 +1,9 @@
-//! Chunks that this client makes, and the mark below which it makes no more claims.
+//! The chunks of a session and its low-water mark.
 //!
-//! Invariant: [`ChunkLedger::low_water`] is never above a chunk that somebody still holds: its [`FreshChunk`], or a
-//! mutation under way that names it. The cluster may drop what lies below and is not named by a file.
+//! Invariant: [`SessionChunks::low_water`] is never above a chunk that is still claimed by a [`FreshChunk`] or by a
+//! pending mutation that names it. The cluster may delete chunks below the mark that no file refers to.
 //!
-//! Knows nothing of connections.
+//! Does not know connections.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,44 +15,44 @@ use quorumfs_wire as wire;
 
 /// The chunks of one session.
 #[derive(Debug)]
-pub(crate) struct ChunkLedger {
+pub(crate) struct SessionChunks {
     session: SessionId,
-    state: Mutex<Ledger>,
+    state: Mutex<State>,
 }
 
 #[derive(Debug)]
-struct Ledger {
-    /// Counts up from 1.
+struct State {
+    /// The counter of the next chunk; starts at 1.
     next: u64,
-    /// How often each is held.
+    /// The number of claims of each chunk.
     held: BTreeMap<u64, u32>,
 }
 
-/// Keeps the low-water mark at or below one chunk.
+/// Keeps the low-water mark at or below one chunk until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Claim {
-    ledger: Arc<ChunkLedger>,
+    chunks: Arc<SessionChunks>,
     counter: u64,
 }
 
-impl ChunkLedger {
-    pub(crate) fn new(session: SessionId) -> Arc<ChunkLedger> {
-        Arc::new(ChunkLedger {
+impl SessionChunks {
+    pub(crate) fn new(session: SessionId) -> Arc<SessionChunks> {
+        Arc::new(SessionChunks {
             session,
-            state: Mutex::new(Ledger {
+            state: Mutex::new(State {
                 next: 1,
                 held: BTreeMap::new(),
             }),
         })
     }
 
-    /// Chunks of this session with a smaller counter that no file names are dead.
+    /// Returns the low-water mark: chunks of this session with a smaller counter that no file refers to are dead.
     pub(crate) fn low_water(&self) -> u64 {
         let state = self.state.lock();
         state.held.keys().next().copied().unwrap_or(state.next)
     }
 
-    /// Holds a chunk that a mutation names, if it is one of this session.
+    /// Claims a chunk that a mutation names; `None` if it belongs to another session.
     pub(crate) fn claim(self: &Arc<Self>, id: ChunkId) -> Option<Claim> {
         (id.session == self.session).then(|| self.claim_counter(id.counter))
     }
@@ -64,7 +64,7 @@ impl ChunkLedger {
         state.held.insert(counter, 1);
         drop(state);
         Claim {
-            ledger: self.clone(),
+            chunks: self.clone(),
             counter,
         }
     }
@@ -72,7 +72,7 @@ impl ChunkLedger {
     fn claim_counter(self: &Arc<Self>, counter: u64) -> Claim {
         *self.state.lock().held.entry(counter).or_default() += 1;
         Claim {
-            ledger: self.clone(),
+            chunks: self.clone(),
             counter,
         }
     }
@@ -80,7 +80,7 @@ impl ChunkLedger {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let mut state = self.ledger.state.lock();
+        let mut state = self.chunks.state.lock();
         if let Some(times) = state.held.get_mut(&self.counter) {
             *times -= 1;
             if *times == 0 {
@@ -90,10 +90,10 @@ impl Drop for Claim {
     }
 }
 
-/// Content with an identity, not yet named by any file. Cheap to clone.
+/// Content with a chunk id that no file refers to yet. Cheap to clone.
 ///
-/// Hold it until the mutation that names it has returned; as long as it (or a clone) lives, the cluster keeps what it
-/// has of it.
+/// Keep it until the mutation that names it has returned: while it or a clone exists, the cluster does not delete the
+/// chunk.
 #[derive(Clone, Debug)]
 pub struct FreshChunk {
     fresh: Arc<Fresh>,
@@ -102,16 +102,16 @@ pub struct FreshChunk {
 #[derive(Debug)]
 struct Fresh {
     chunk: Chunk,
-    /// Keeps the mark below it.
+    /// Keeps the low-water mark at or below the chunk.
     _claim: Claim,
 }
 
 impl FreshChunk {
-    /// Draws an identity for `payload` and computes its checksums.
-    pub(crate) fn new(ledger: &Arc<ChunkLedger>, payload: Bytes) -> FreshChunk {
-        let claim = ledger.claim_new();
+    /// Assigns a chunk id to `payload` and computes its checksums.
+    pub(crate) fn new(chunks: &Arc<SessionChunks>, payload: Bytes) -> FreshChunk {
+        let claim = chunks.claim_new();
         let id = ChunkId {
-            session: ledger.session,
+            session: chunks.session,
             counter: claim.counter,
         };
         let chunk = Chunk::new(id, payload).unwrap_or_else(|bad| panic!("{bad}"));
@@ -120,28 +120,28 @@ impl FreshChunk {
         }
     }
 
-    /// Its identity.
+    /// Returns the id of the chunk.
     pub fn id(&self) -> ChunkId {
         self.fresh.chunk.id()
     }
 
-    /// Its bytes.
+    /// Returns the content.
     pub fn payload(&self) -> &Bytes {
         self.fresh.chunk.payload()
     }
 
-    /// Their digest.
+    /// Returns the SHA-256 of the content.
     pub fn sha256(&self) -> Sha256 {
         self.fresh.chunk.sha256()
     }
 
-    /// How a command names it after [`crate::Client::put_chunk`] returned.
+    /// Returns how a command names the chunk after [`crate::Client::put_chunk`] has returned.
     pub fn stored(&self) -> NewChunk {
         self.named(ChunkBody::Stored)
     }
 
-    /// How a command brings it along, without a put. For at most
-    /// [`quorumfs_proto::limits::INLINE_BYTES_MAX`] bytes in one command.
+    /// Returns how a command carries the content itself, without a put. The inline content of one command is at most
+    /// [`quorumfs_proto::limits::INLINE_BYTES_MAX`] bytes.
     pub fn inline(&self) -> NewChunk {
         self.named(ChunkBody::Inline(self.payload().clone()))
     }
@@ -166,36 +166,36 @@ mod tests {
 
     #[test]
     fn the_mark_stays_below_what_is_held() {
-        let ledger = ChunkLedger::new(SessionId(9));
-        assert_eq!(ledger.low_water(), 1);
-        let chunk = |bytes: &'static [u8]| FreshChunk::new(&ledger, Bytes::from_static(bytes));
+        let chunks = SessionChunks::new(SessionId(9));
+        assert_eq!(chunks.low_water(), 1);
+        let chunk = |bytes: &'static [u8]| FreshChunk::new(&chunks, Bytes::from_static(bytes));
         let (first, second) = (chunk(b"one"), chunk(b"two"));
         assert_eq!(first.id().counter, 1);
         assert_eq!(second.id().counter, 2);
-        assert_eq!(ledger.low_water(), 1);
+        assert_eq!(chunks.low_water(), 1);
 
         let clone = first.clone();
         drop(first);
-        assert_eq!(ledger.low_water(), 1);
-        let under_way = ledger.claim(clone.id()).unwrap();
+        assert_eq!(chunks.low_water(), 1);
+        let in_flight = chunks.claim(clone.id()).unwrap();
         drop(clone);
-        assert_eq!(ledger.low_water(), 1, "a mutation still names it");
-        drop(under_way);
-        assert_eq!(ledger.low_water(), 2);
+        assert_eq!(chunks.low_water(), 1, "a mutation still names it");
+        drop(in_flight);
+        assert_eq!(chunks.low_water(), 2);
         drop(second);
-        assert_eq!(ledger.low_water(), 3, "nothing is held: all so far may go");
+        assert_eq!(chunks.low_water(), 3, "no chunk is claimed");
 
         let foreign = ChunkId {
             session: SessionId(8),
             counter: 1,
         };
-        assert!(ledger.claim(foreign).is_none());
+        assert!(chunks.claim(foreign).is_none());
     }
 
     #[test]
     fn both_ways_of_naming_are_valid() {
-        let ledger = ChunkLedger::new(SessionId(9));
-        let chunk = FreshChunk::new(&ledger, Bytes::from(vec![7; 5000]));
+        let chunks = SessionChunks::new(SessionId(9));
+        let chunk = FreshChunk::new(&chunks, Bytes::from(vec![7; 5000]));
         assert_eq!(chunk.stored().validate(), Ok(()));
         assert_eq!(chunk.inline().validate(), Ok(()));
         assert_eq!(chunk.stored().sha256, Sha256::of(&[7; 5000]));

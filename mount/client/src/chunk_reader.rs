@@ -1,11 +1,10 @@
-//! Reads ranges of chunks from whichever node gives them best.
+//! Reads ranges of chunks from the node that is expected to answer fastest.
 //!
-//! Owes: exactly the bytes asked for, each verified against its block's CRC-32C (P3). A node that fails, is silent,
-//! lacks the chunk or holds a damaged copy is passed over; every copy of a chunk is equally right.
+//! Returns exactly the requested bytes, each block verified against its CRC-32C (P3). If a node fails, does not
+//! answer, lacks the chunk or has a damaged copy, the next node is asked; all copies of a chunk are equal.
 //!
-//! Invariants: one stream for each node, made when first used; bytes under way are bounded by a budget. An attempt
-//! ends when its stream breaks, or is given up because nothing at all has come from the node for
-//! [`ATTEMPT_SILENCE_MS_MAX`].
+//! Invariants: one stream for each node, opened with the first request; the bytes in flight are bounded by a budget.
+//! An attempt ends if its stream breaks, or if nothing arrives from the node for [`ATTEMPT_SILENCE_MS_MAX`].
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -25,16 +24,17 @@ use crate::cluster::Cluster;
 use crate::connector::{Backoff, Connector, Purpose};
 use crate::sources::{self, Health};
 
-/// A node that sends nothing for this time is passed over: with one of three nodes stopped, one read pauses for it.
+/// Longest time without data from a node before the next is asked. With one of three nodes stopped, one read is
+/// delayed by this time.
 const ATTEMPT_SILENCE_MS_MAX: u64 = 2_000;
-/// A single answer that takes longer than this while others come is lost.
+/// Longest time for one answer while others arrive.
 const ATTEMPT_MS_MAX: u64 = 10_000;
-/// A node that does not say that it is back in this time is not.
+/// Longest time for a failed node to answer a probe.
 const PROBE_TIMEOUT_MS: u64 = 1_000;
-/// How long nodes may say "not here" or "damaged" while others cannot be asked, before the caller hears of it:
-/// enough for a restart, and for a repair from another copy.
-const PATIENCE_MS: u64 = 5_000;
-/// A read whose stream ended goes to the next node at once; when to come back is for [`sources`] to say.
+/// Time for which copies that are missing or damaged are tolerated while other nodes cannot be reached: enough for a
+/// restart, and for a repair from another copy.
+const RETRY_MS_MAX: u64 = 5_000;
+/// A read whose stream ended is sent to the next node at once; [`sources`] decides when the failed node is used again.
 const LIMITS: NodeLimits = NodeLimits {
     queue_max: BYTES_IN_FLIGHT_MAX / TRANSFER_COST_BYTES_MIN,
     streams_max: 1,
@@ -42,27 +42,27 @@ const LIMITS: NodeLimits = NodeLimits {
     pause: Duration::ZERO,
 };
 
-/// The way chunks come from the nodes.
+/// Reads chunks from the nodes.
 pub(crate) struct ChunkReader {
     cluster: Arc<Cluster>,
     budget: Budget,
     readers: Mutex<HashMap<String, Arc<NodeReader>>>,
 }
 
-/// Why an attempt brought no bytes.
+/// Why an attempt failed.
 #[derive(Debug)]
-enum Missed {
-    /// The node holds no such chunk, nor could it fetch it.
+enum ReadError {
+    /// The node has no copy and could not fetch one.
     NotFound,
-    /// What it holds, or what arrived, is damaged.
+    /// The copy or the answer is damaged.
     Damaged(String),
-    /// No sense in asking another.
+    /// The request is invalid; other nodes would refuse it too.
     Invalid(String),
-    /// It did not answer, or could not.
+    /// The node did not answer, or could not serve the read.
     Failed(String),
 }
 
-/// What one round through all nodes brought.
+/// The results of one attempt on each node.
 #[derive(Debug, Default)]
 struct Round {
     nodes: usize,
@@ -71,13 +71,13 @@ struct Round {
 }
 
 impl Round {
-    /// The error for the caller, if it is not worth another round after this time.
+    /// Returns the error for the caller, or `None` if another round makes sense after `elapsed`.
     fn verdict(&self, elapsed: Duration) -> Option<FsError> {
-        let impatient = elapsed >= Duration::from_millis(PATIENCE_MS);
-        // What f + 1 nodes hold cannot be missing on a majority.
-        if self.not_found > self.nodes / 2 || (impatient && self.not_found > 0 && self.damaged == 0) {
+        let timed_out = elapsed >= Duration::from_millis(RETRY_MS_MAX);
+        // A chunk that f + 1 nodes hold cannot be missing on a majority.
+        if self.not_found > self.nodes / 2 || (timed_out && self.not_found > 0 && self.damaged == 0) {
             Some(FsError::Stale)
-        } else if impatient && self.damaged > 0 {
+        } else if timed_out && self.damaged > 0 {
             Some(FsError::Io)
         } else {
             None
@@ -94,12 +94,16 @@ impl ChunkReader {
         }
     }
 
-    /// Ends the streams. Nothing is read from now on.
+    /// Ends the streams; later reads fail.
     pub(crate) fn close(&self) {
         self.readers.lock().clear();
     }
 
-    /// `length` bytes of chunk `id` from `offset` on, however long it takes to find a node that has them.
+    /// Returns `length` bytes of chunk `id` from `offset` on; waits until a node can serve them.
+    ///
+    /// # Errors
+    /// [`FsError::InvalidArgument`] if the range is out of bounds, [`FsError::Stale`] if the nodes do not have the
+    /// chunk, [`FsError::Io`] if all copies that can be reached are damaged.
     pub(crate) async fn get(&self, id: ChunkId, offset: u32, length: u32) -> Result<Bytes, FsError> {
         if offset.checked_add(length).is_none_or(|end| end > CHUNK_BYTES_MAX) {
             return Err(FsError::InvalidArgument);
@@ -107,8 +111,8 @@ impl ChunkReader {
         if length == 0 {
             return Ok(Bytes::new());
         }
-        let (session, _) = self.cluster.lease().claim();
-        let _share = self.budget.share(length as usize).await;
+        let (session, _) = self.cluster.lease().session_and_held();
+        let _permit = self.budget.acquire(length as usize).await;
         let began = Instant::now();
         let mut backoff = Backoff::new();
         loop {
@@ -117,17 +121,17 @@ impl ChunkReader {
                 round.nodes += 1;
                 match reader.fetch(session, id, offset, length).await {
                     Ok(bytes) => return Ok(bytes),
-                    Err(Missed::NotFound) => round.not_found += 1,
-                    Err(Missed::Damaged(reason)) => {
+                    Err(ReadError::NotFound) => round.not_found += 1,
+                    Err(ReadError::Damaged(reason)) => {
                         round.damaged += 1;
-                        tracing::warn!(chunk = %id, node = reader.address, reason, "a damaged copy is passed over");
+                        tracing::warn!(chunk = %id, node = reader.address, reason, "a node returned a damaged copy of a chunk; the next node is asked");
                     }
-                    Err(Missed::Invalid(reason)) => {
-                        tracing::error!(chunk = %id, offset, length, reason, "a node refuses a read");
+                    Err(ReadError::Invalid(reason)) => {
+                        tracing::error!(chunk = %id, offset, length, reason, "a node refused a read as invalid");
                         return Err(FsError::InvalidArgument);
                     }
-                    Err(Missed::Failed(reason)) => {
-                        tracing::debug!(chunk = %id, node = reader.address, reason, "asking the next node");
+                    Err(ReadError::Failed(reason)) => {
+                        tracing::debug!(chunk = %id, node = reader.address, reason, "a node cannot serve a read; the next node is asked");
                     }
                 }
             }
@@ -163,7 +167,7 @@ impl ChunkReader {
     }
 }
 
-/// The calls to one node, and what is known of it.
+/// The calls to one node, and its health.
 struct NodeReader {
     address: String,
     connector: Connector,
@@ -171,19 +175,19 @@ struct NodeReader {
     health: Mutex<Health>,
 }
 
-/// A request under way, for the judgement of its node.
-struct UnderWay<'a>(&'a Mutex<Health>);
+/// Counts a request to a node while it is in flight.
+struct InFlight<'a>(&'a Mutex<Health>);
 
-impl UnderWay<'_> {
-    fn begin(health: &Mutex<Health>) -> UnderWay<'_> {
-        health.lock().under_way += 1;
-        UnderWay(health)
+impl InFlight<'_> {
+    fn begin(health: &Mutex<Health>) -> InFlight<'_> {
+        health.lock().in_flight += 1;
+        InFlight(health)
     }
 }
 
-impl Drop for UnderWay<'_> {
+impl Drop for InFlight<'_> {
     fn drop(&mut self) {
-        self.0.lock().under_way -= 1;
+        self.0.lock().in_flight -= 1;
     }
 }
 
@@ -205,8 +209,8 @@ impl NodeReader {
         })
     }
 
-    /// One attempt, verified.
-    async fn fetch(&self, session: u64, id: ChunkId, offset: u32, length: u32) -> Result<Bytes, Missed> {
+    /// One attempt; verifies the answer.
+    async fn fetch(&self, session: u64, id: ChunkId, offset: u32, length: u32) -> Result<Bytes, ReadError> {
         let sent_at = Instant::now();
         let request = GetChunkRequest {
             call_id: 0,
@@ -215,26 +219,26 @@ impl NodeReader {
             length,
             session,
         };
-        let under_way = UnderWay::begin(&self.health);
+        let in_flight = InFlight::begin(&self.health);
         let limit = Duration::from_millis(ATTEMPT_MS_MAX);
         let result = match timeout(limit, self.calls.call(request, ())).await {
-            Ok(Ok(answer)) => open_answer(answer, offset, length),
-            Ok(Err(lost)) => Err(Missed::Failed(lost.to_string())),
-            Err(_) => Err(Missed::Failed(format!("no answer in {ATTEMPT_MS_MAX} ms"))),
+            Ok(Ok(answer)) => requested_range(answer, offset, length),
+            Ok(Err(error)) => Err(ReadError::Failed(error.to_string())),
+            Err(_) => Err(ReadError::Failed(format!("no answer in {ATTEMPT_MS_MAX} ms"))),
         };
-        drop(under_way);
+        drop(in_flight);
         let now = Instant::now();
         match &result {
             Ok(_) => self.health.lock().answered(now.duration_since(sent_at), now),
-            Err(Missed::Failed(_)) => self.health.lock().failed(now),
-            Err(Missed::NotFound | Missed::Damaged(_) | Missed::Invalid(_)) => {}
+            Err(ReadError::Failed(_)) => self.health.lock().failed(now),
+            Err(ReadError::NotFound | ReadError::Damaged(_) | ReadError::Invalid(_)) => {}
         }
         result
     }
 
-    /// Asks a node that failed whether it is back, so that no read has to try.
+    /// Probes a failed node in the background if a probe is due, so that no read has to try it.
     fn probe_if_due(self: &Arc<Self>, now: Instant) {
-        if !self.health.lock().wants_probe(now) {
+        if !self.health.lock().start_probe_if_due(now) {
             return;
         }
         let reader = self.clone();
@@ -252,19 +256,26 @@ impl NodeReader {
     }
 }
 
-/// The bytes asked for out of an answer that is widened to whole blocks.
-fn open_answer(answer: GetChunkResponse, offset: u32, length: u32) -> Result<Bytes, Missed> {
+/// Returns the requested bytes of an answer, which is widened to whole blocks.
+fn requested_range(answer: GetChunkResponse, offset: u32, length: u32) -> Result<Bytes, ReadError> {
     match answer.status() {
         ChunkStatus::Ok => {}
-        ChunkStatus::NotFound => return Err(Missed::NotFound),
-        ChunkStatus::Corrupt => return Err(Missed::Damaged(answer.detail)),
-        ChunkStatus::Invalid => return Err(Missed::Invalid(answer.detail)),
-        status => return Err(Missed::Failed(format!("{status:?}: {}", answer.detail))),
+        ChunkStatus::NotFound => return Err(ReadError::NotFound),
+        ChunkStatus::Corrupt => return Err(ReadError::Damaged(answer.detail)),
+        ChunkStatus::Invalid => return Err(ReadError::Invalid(answer.detail)),
+        status => {
+            return Err(ReadError::Failed(format!(
+                "{}: {}",
+                status.as_str_name(),
+                answer.detail
+            )));
+        }
     }
-    let range = ChunkRange::try_from(answer).map_err(|malformed| Missed::Damaged(malformed.to_string()))?;
+    let range =
+        ChunkRange::try_from(answer).map_err(|malformed| ReadError::Damaged(malformed.to_string()))?;
     range.exactly(offset, length).ok_or_else(|| {
-        Missed::Damaged(format!(
-            "{} bytes from {} are not {length} from {offset}",
+        ReadError::Damaged(format!(
+            "the answer has {} bytes from offset {}, not {length} from {offset}",
             range.payload().len(),
             range.offset()
         ))
@@ -290,9 +301,9 @@ mod tests {
     #[test]
     fn exactly_the_range_comes_out_of_whole_blocks() {
         let payload: Vec<u8> = (0..10_000u32).map(|i| i as u8).collect();
-        let bytes = open_answer(answer(4096, payload.clone()), 5000, 3000).unwrap();
+        let bytes = requested_range(answer(4096, payload.clone()), 5000, 3000).unwrap();
         assert_eq!(bytes, payload[904..3904]);
-        let all = open_answer(answer(0, payload.clone()), 0, 10_000).unwrap();
+        let all = requested_range(answer(0, payload.clone()), 0, 10_000).unwrap();
         assert_eq!(all, payload);
     }
 
@@ -300,10 +311,10 @@ mod tests {
     fn a_damaged_or_short_answer_is_no_answer() {
         let damaged = |mut answer: GetChunkResponse, change: fn(&mut GetChunkResponse)| {
             change(&mut answer);
-            matches!(open_answer(answer, 4096, 100), Err(Missed::Damaged(_)))
+            matches!(requested_range(answer, 4096, 100), Err(ReadError::Damaged(_)))
         };
         let good = answer(4096, vec![1; 4096]);
-        assert!(open_answer(good.clone(), 4096, 100).is_ok());
+        assert!(requested_range(good.clone(), 4096, 100).is_ok());
         assert!(damaged(good.clone(), |a| a.block_crcs[0] ^= 1));
         assert!(damaged(good.clone(), |a| a.block_crcs.clear()));
         assert!(damaged(good.clone(), |a| a.payload = Bytes::from(vec![2; 4096])));
@@ -319,7 +330,7 @@ mod tests {
             not_found,
             damaged,
         };
-        let (soon, late) = (Duration::ZERO, Duration::from_millis(PATIENCE_MS));
+        let (soon, late) = (Duration::ZERO, Duration::from_millis(RETRY_MS_MAX));
         assert_eq!(round(3, 3, 0).verdict(soon), Some(FsError::Stale));
         assert_eq!(round(3, 2, 0).verdict(soon), Some(FsError::Stale));
         assert_eq!(round(3, 1, 0).verdict(soon), None);
@@ -330,7 +341,7 @@ mod tests {
         assert_eq!(
             round(3, 0, 0).verdict(late),
             None,
-            "nobody can be asked: it waits (P6)"
+            "no node can be reached: the read waits (P6)"
         );
     }
 }

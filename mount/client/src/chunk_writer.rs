@@ -1,7 +1,7 @@
-//! Brings chunks to the leader, which answers when f + 1 voters have them on disk (P2).
+//! Sends chunks to the leader, which answers when f + 1 voters have them on disk (P2).
 //!
-//! Invariant: the bytes that are under way are bounded by a budget; a put waits for its share before it is sent.
-//! Putting a chunk again does no harm: its identity names it.
+//! Invariant: the bytes in flight are bounded by a budget; a put waits for its permit before it is sent. A put is
+//! idempotent: the chunk id identifies the content.
 
 use std::sync::Arc;
 
@@ -18,14 +18,14 @@ use crate::cluster::Cluster;
 use crate::connector::Purpose;
 use crate::leader_link::{LeaderLink, Protocol, Verdict};
 
-/// What even a tiny chunk costs of a budget of bytes, so that a budget bounds their number too.
+/// Least cost of a chunk in a budget of bytes, so that a budget also bounds the number of chunks.
 pub(crate) const TRANSFER_COST_BYTES_MIN: usize = 32 << 10;
-/// Budgets above this help nobody: it is many times what a connection takes in a second.
+/// Upper bound of a budget: many times the bytes that a connection carries in a second.
 pub(crate) const BYTES_IN_FLIGHT_MAX: usize = 256 << 20;
-/// A chunk that arrives damaged so often in a row is damaged here.
+/// Times that a chunk may arrive damaged; after that the copy in this process is considered damaged.
 const DAMAGED_MAX: u32 = 4;
 
-/// Chunk puts.
+/// The protocol of chunk puts.
 pub(crate) struct Puts;
 
 impl Protocol for Puts {
@@ -56,7 +56,7 @@ impl Protocol for Puts {
     }
 }
 
-/// A budget of bytes for transfers under way.
+/// Bounds the bytes of concurrent transfers.
 #[derive(Debug)]
 pub(crate) struct Budget {
     permits: Semaphore,
@@ -72,15 +72,15 @@ impl Budget {
         }
     }
 
-    /// Waits for a share of the budget; what is larger than all of it waits until it is alone.
-    pub(crate) async fn share(&self, bytes: usize) -> tokio::sync::SemaphorePermit<'_> {
+    /// Waits for `bytes` of the budget. A request above the budget waits until it is alone.
+    pub(crate) async fn acquire(&self, bytes: usize) -> tokio::sync::SemaphorePermit<'_> {
         let cost = bytes.max(TRANSFER_COST_BYTES_MIN).min(self.bytes_max) as u32;
         let permit = self.permits.acquire_many(cost).await;
         permit.expect("the budget is never closed")
     }
 }
 
-/// The way chunks go to the leader.
+/// Sends chunks to the leader.
 pub(crate) struct ChunkWriter {
     link: LeaderLink<Puts>,
     budget: Budget,
@@ -98,9 +98,13 @@ impl ChunkWriter {
         &self.link
     }
 
-    /// Returns when f + 1 voters hold `chunk`, however long that takes; or why they never will.
+    /// Returns when f + 1 voters hold `chunk`, however long that takes.
+    ///
+    /// # Errors
+    /// [`FsError::NoSpace`], [`FsError::InvalidArgument`] if the leader refuses the chunk, or [`FsError::Io`] if the
+    /// client is being closed or the chunk is damaged.
     pub(crate) async fn put(&self, chunk: &FreshChunk) -> Result<(), FsError> {
-        let _share = self.budget.share(chunk.payload().len()).await;
+        let _permit = self.budget.acquire(chunk.payload().len()).await;
         let mut damaged = 0;
         loop {
             let Some((response, _)) = self.link.call(chunk.request()).await else {
@@ -113,9 +117,9 @@ impl ChunkWriter {
                 status => {
                     tracing::warn!(
                         chunk = %chunk.id(),
-                        ?status,
+                        status = status.as_str_name(),
                         detail = response.detail,
-                        "the leader does not take the chunk"
+                        "the leader refused a chunk"
                     );
                     return Err(match status {
                         ChunkStatus::Invalid => FsError::InvalidArgument,

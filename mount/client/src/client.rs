@@ -1,4 +1,4 @@
-//! The client as its users see it.
+//! The public client.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::transport::ClientTlsConfig;
 
-use crate::calls::QUERIES_MAX;
+use crate::calls::{QUERIES_MAX, describe_reply};
 use crate::chunk::FreshChunk;
 use crate::chunk_reader::ChunkReader;
 use crate::chunk_writer::ChunkWriter;
@@ -26,27 +26,28 @@ use crate::leader_link::{LeaderLink, Protocol};
 use crate::mutation::{Abandoned, Mutator};
 use crate::session::Sessions;
 
-/// How long [`Client::connect`] looks for a leader where no `call_timeout` says otherwise: a mistyped address must
-/// come to light, and a cluster that is just starting must be waited for.
+/// Time for which [`Client::connect`] looks for a leader if no `call_timeout` is set: long enough for a cluster that
+/// is starting, short enough to report a mistyped address.
 const CONNECT_TIMEOUT_MS: u64 = 30_000;
-/// How long [`Client::close`] waits for the cluster to hear of it; if it does not, the session lapses.
+/// Time for which [`Client::close`] waits for the cluster. If it does not answer, the session expires by itself.
 const CLOSE_TIMEOUT_MS: u64 = 3_000;
-/// The default budget of bytes under way, each for puts and for gets: fills a fast connection, and is what a client
-/// may cost in memory.
+/// Default budget of bytes in flight, separate for puts and gets: enough to fill a fast connection, and an upper bound
+/// of memory use.
 const BYTES_IN_FLIGHT_MAX: usize = 32 << 20;
 
-/// How a client finds and uses its cluster.
+/// How a client connects to its cluster.
 #[derive(Clone, Debug)]
 pub struct ClientOptions {
-    /// `host:port` of some nodes, nearest first; the others are learned from them.
+    /// `host:port` of some nodes, nearest first; the client learns the others from them.
     pub addresses: Vec<String>,
-    /// For people who look at the cluster: host, process, mount point.
+    /// Description for administrators: host, process, mount point.
     pub description: String,
-    /// How long a call may take before it ends as [`FsError::TimedOut`]; `None`: as long as it must (P6).
+    /// Longest time of a call, after which it fails with [`FsError::TimedOut`]; `None` means no limit (P6).
     pub call_timeout: Option<Duration>,
-    /// Mutual TLS; `None`: plain text.
+    /// Mutual TLS; `None` means plain text.
     pub tls: Option<ClientTlsConfig>,
-    /// Most bytes of chunks under way in either direction; at least one chunk's worth helps.
+    /// Most bytes of chunks in flight in each direction, clamped to 32 KiB to 256 MiB; less than one chunk (1 MiB) is
+    /// slow.
     pub bytes_in_flight_max: usize,
 }
 
@@ -62,38 +63,38 @@ impl Default for ClientOptions {
     }
 }
 
-/// Why there is no client.
+/// Why [`Client::connect`] failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectError {
-    /// The list is empty.
-    #[error("no address of a node is given")]
+    /// The list of addresses is empty.
+    #[error("no node address is given")]
     NoAddress,
-    /// An address cannot be one.
-    #[error("{address:?} is not the host:port of a node: {reason}")]
+    /// An address is malformed.
+    #[error("invalid node address '{address}', expected host:port: {reason}")]
     BadAddress {
-        /// What was given.
+        /// The address as given.
         address: String,
-        /// What is wrong with it.
+        /// What is wrong with the address.
         reason: String,
     },
-    /// No node led in time.
+    /// No leader was found in time.
     #[error("found no leader within {} s ({problems})", .waited.as_secs())]
     NoLeader {
-        /// How long it was looked for.
+        /// Time spent looking for a leader.
         waited: Duration,
-        /// What the nodes said, or why they said nothing.
+        /// The state of each node: its answer, or why it did not answer.
         problems: String,
     },
-    /// The leader does not open a session.
-    #[error("the cluster refuses a session: {reason}")]
+    /// The leader refused to open a session.
+    #[error("the cluster refused to open a session: {reason}")]
     Refused {
-        /// Why.
+        /// The reason that the leader gave.
         reason: String,
     },
 }
 
-/// A client of a cluster: one session, its calls and its chunks. Cloning shares it; it ends with
-/// [`Client::close`], or, unannounced, when the last clone is dropped.
+/// A client of a cluster: one session, its calls and its chunks. Clones share it. It ends with [`Client::close`], or
+/// when the last clone is dropped; the session then expires in the cluster.
 #[derive(Clone)]
 pub struct Client {
     inner: Arc<Inner>,
@@ -103,12 +104,12 @@ struct Inner {
     cluster_id: ClusterId,
     cluster: Arc<Cluster>,
     mutator: Arc<Mutator>,
-    getter: ChunkReader,
-    keeper: Arc<KeepAlive>,
+    chunk_reader: ChunkReader,
+    keep_alive: Arc<KeepAlive>,
     queries: Semaphore,
     call_timeout: Option<Duration>,
     closing: CancellationToken,
-    /// Ends the background tasks with the last clone.
+    /// Ends the background tasks when the last clone is dropped.
     _guard: DropGuard,
 }
 
@@ -122,7 +123,10 @@ impl fmt::Debug for Client {
 }
 
 impl Client {
-    /// Finds the leader and opens a session. Needs a tokio runtime, which then carries the client's tasks.
+    /// Finds the leader and opens a session. Must be called in a tokio runtime, which runs the client's tasks.
+    ///
+    /// # Errors
+    /// A [`ConnectError`].
     pub async fn connect(options: ClientOptions) -> Result<Client, ConnectError> {
         if options.addresses.is_empty() {
             return Err(ConnectError::NoAddress);
@@ -140,13 +144,13 @@ impl Client {
         let guard = closing.clone().drop_guard();
         let cluster = Cluster::new(options.addresses, connector);
         let calls = LeaderLink::new(cluster.clone());
-        let putter = ChunkWriter::new(cluster.clone(), options.bytes_in_flight_max);
+        let chunk_writer = ChunkWriter::new(cluster.clone(), options.bytes_in_flight_max);
         tokio::spawn({
             let (closing, cluster) = (closing.clone(), cluster.clone());
             async move { closing.run_until_cancelled(cluster.follow_leader()).await }
         });
         run_link(&calls, &closing);
-        run_link(putter.link(), &closing);
+        run_link(chunk_writer.link(), &closing);
 
         let limit = options
             .call_timeout
@@ -164,24 +168,24 @@ impl Client {
         let cluster_id = cluster.id().ok_or_else(no_leader)?;
         let mutator = Arc::new(Mutator {
             calls,
-            putter,
+            chunk_writer,
             sessions,
             runtime: tokio::runtime::Handle::current(),
             abandoned: Abandoned::default(),
-            answering: tokio::sync::Mutex::default(),
+            unlinked_answer: tokio::sync::Mutex::default(),
         });
-        let keeper = Arc::new(KeepAlive::new(mutator.clone()));
+        let keep_alive = Arc::new(KeepAlive::new(mutator.clone()));
         tokio::spawn({
-            let (closing, keeper) = (closing.clone(), keeper.clone());
-            async move { closing.run_until_cancelled(keeper.run()).await }
+            let (closing, keep_alive) = (closing.clone(), keep_alive.clone());
+            async move { closing.run_until_cancelled(keep_alive.run()).await }
         });
         Ok(Client {
             inner: Arc::new(Inner {
                 cluster_id,
-                getter: ChunkReader::new(cluster.clone(), options.bytes_in_flight_max),
+                chunk_reader: ChunkReader::new(cluster.clone(), options.bytes_in_flight_max),
                 cluster,
                 mutator,
-                keeper,
+                keep_alive,
                 queries: Semaphore::new(QUERIES_MAX),
                 call_timeout: options.call_timeout,
                 closing,
@@ -190,75 +194,91 @@ impl Client {
         })
     }
 
-    /// The current session.
+    /// Returns the id of the current session.
     pub fn session(&self) -> SessionId {
         self.inner.mutator.sessions.current().session
     }
 
-    /// Counts the sessions of this client, from 1. When it has changed, the cluster has let go of what the earlier session
-    /// held: chunks that no file names, and inodes without a name.
+    /// Returns the number of sessions of this client so far, starting at 1. When it changes, the cluster has released
+    /// what the earlier session held: chunks that no file refers to, and unlinked inodes.
     pub fn generation(&self) -> u64 {
         self.inner.mutator.sessions.current().generation
     }
 
-    /// Whether the session is known to be lost and the next one is not open yet.
+    /// Whether the session was lost and the next one is not open yet.
     pub fn session_lost(&self) -> bool {
         self.inner.mutator.sessions.current().is_lost()
     }
 
-    /// Which cluster this is a client of.
+    /// Returns the id of the cluster.
     pub fn cluster(&self) -> ClusterId {
         self.inner.cluster_id
     }
 
-    /// `host:port` of the leader as last found; `None` while there is none.
+    /// Returns `host:port` of the last known leader; `None` while there is none.
     pub fn leader(&self) -> Option<String> {
-        let finding = self.inner.cluster.findings().borrow().clone();
-        finding.address.map(|address| address.to_string())
+        let view = self.inner.cluster.watch_leader().borrow().clone();
+        view.address.map(|address| address.to_string())
     }
 
-    /// How long this client alone uses the filesystem, from now, and the lease's number: what was learned under one number
-    /// holds as long as that lease is held. `None`: others may change everything at any time.
+    /// Returns the remaining time of exclusive use of the filesystem, and the number of the lease. Cached state that
+    /// was read under a lease number is valid while a lease with this number is held. `None` if the client holds no
+    /// lease: others may change everything at any time.
     pub fn lease(&self) -> Option<(Duration, u64)> {
         self.inner.cluster.lease().held()
     }
 
-    /// What the leader's clock shows: what this client does itself is stamped with it. Never before the stamp of a change
-    /// that was answered, and never before what it was earlier.
+    /// Returns the time of the leader's clock, for changes that this client stamps itself. It is never before the
+    /// stamp of an acknowledged change, and it never decreases.
     pub fn now(&self) -> Timestamp {
         self.inner.cluster.clock().now()
     }
 
-    /// Whether a change whose caller was told that it timed out may still take effect.
+    /// Whether a mutation that ended with a time-out may still take effect.
     pub fn has_unsettled_changes(&self) -> bool {
         self.inner.mutator.abandoned.any()
     }
 
-    /// Changes metadata, once, however often it must be sent. `stored` are the chunks it names as stored; they are put
-    /// again if a new leader asks for that.
+    /// Applies `command` once, however often it is sent. `stored` are the chunks that it names as stored; they are put
+    /// again if a new leader asks for them. Waits for a lane, and for a leader.
     ///
-    /// Waits for a lane and while there is no leader. [`FsError::TimedOut`]: the change may have taken effect or not; that
-    /// is settled in the background, before any later change of this client is sent. [`FsError::Io`]: the client is
-    /// closed, or the session was lost and forgotten under way, and nobody knows. (A session that has ended is remembered
-    /// for a day: what it decided is told, and what it did not is sent again under the next.) [`FsError::ChunkDead`]:
-    /// nothing was done; make the chunks anew. Dropping the future is like a time-out.
+    /// Dropping the future has the same effect as a time-out.
+    ///
+    /// # Errors
+    /// The verdict of the cluster, or one of these:
+    /// - [`FsError::TimedOut`]: the outcome is unknown. The mutation is voided in the background before a later one of
+    ///   this client is sent.
+    /// - [`FsError::Io`]: the client is closed, or the cluster no longer knows the session, so the outcome is unknown.
+    ///   (The cluster remembers an ended session for a day: it reports what the session decided, and what it did not
+    ///   decide is sent again under the next session.)
+    /// - [`FsError::ChunkDead`]: nothing was changed, because the chunks belong to an earlier session; create them
+    ///   again.
     pub async fn mutate(&self, command: Command, stored: &[FreshChunk]) -> Result<Outcome, FsError> {
         self.bounded(self.inner.mutator.mutate(command, stored)).await
     }
 
-    /// Reads metadata.
+    /// Reads metadata that includes every change acknowledged before (P5).
+    ///
+    /// # Errors
+    /// The verdict on the query; [`FsError::TimedOut`], or [`FsError::Io`] if the client is closed.
     pub async fn query(&self, query: Query) -> Result<Answer, FsError> {
         self.bounded(async {
             let permit = self.inner.queries.acquire().await;
             let _permit = permit.expect("never closed");
-            match self.inner.mutator.calls.ask(&ClientRequest::Query(query)).await {
+            match self
+                .inner
+                .mutator
+                .calls
+                .execute(&ClientRequest::Query(query))
+                .await
+            {
                 Some(ClientResponse::Answer(answer)) => answer,
                 Some(ClientResponse::Refused(Refusal::Invalid { reason })) => {
-                    tracing::error!(reason, "the cluster refuses a query");
+                    tracing::error!(reason, "the cluster refused a query as invalid");
                     Err(FsError::InvalidArgument)
                 }
                 Some(reply) => {
-                    tracing::error!(?reply, "not an answer to a query");
+                    tracing::error!(reply = describe_reply(&reply), "unexpected reply to a query");
                     Err(FsError::Io)
                 }
                 None => Err(FsError::Io),
@@ -267,7 +287,8 @@ impl Client {
         .await
     }
 
-    /// Gives `payload` an identity and checksums. Takes about a millisecond for 1 MiB.
+    /// Assigns a chunk id to `payload`, of 1 to [`quorumfs_proto::limits::CHUNK_BYTES_MAX`] bytes, and computes its
+    /// checksums. Takes about a millisecond for 1 MiB.
     ///
     /// # Panics
     /// If `payload` is empty or longer than [`quorumfs_proto::limits::CHUNK_BYTES_MAX`].
@@ -275,69 +296,78 @@ impl Client {
         FreshChunk::new(&self.inner.mutator.sessions.current().chunks, payload)
     }
 
-    /// Brings `chunk` to the cluster; returns when f + 1 voters have it on disk. [`FsError::NoSpace`] at once when
-    /// they have no room, [`FsError::ChunkDead`] when the session it was made in is over.
+    /// Stores `chunk` in the cluster; returns when f + 1 voters have it on disk.
+    ///
+    /// # Errors
+    /// [`FsError::NoSpace`] at once if they have no space, [`FsError::ChunkDead`] if the session of the chunk has
+    /// ended, [`FsError::TimedOut`], or [`FsError::Io`] if the client is closed.
     pub async fn put_chunk(&self, chunk: &FreshChunk) -> Result<(), FsError> {
         if chunk.id().session != self.session() {
             return Err(FsError::ChunkDead);
         }
-        self.bounded(self.inner.mutator.putter.put(chunk)).await
+        self.bounded(self.inner.mutator.chunk_writer.put(chunk)).await
     }
 
-    /// `length` bytes of a chunk from `offset` on, verified. [`FsError::Stale`]: the nodes do not have it (any more);
-    /// look the extents up again. [`FsError::Io`]: every copy is damaged.
+    /// Returns `length` bytes of a chunk from `offset` on, verified.
+    ///
+    /// # Errors
+    /// [`FsError::Stale`] if the nodes do not have the chunk (any more): look up the extents again. [`FsError::Io`] if
+    /// all copies are damaged. [`FsError::InvalidArgument`] if the range is out of bounds. [`FsError::TimedOut`].
     pub async fn get_chunk(&self, id: ChunkId, offset: u32, length: u32) -> Result<Bytes, FsError> {
-        self.bounded(self.inner.getter.get(id, offset, length)).await
+        self.bounded(self.inner.chunk_reader.get(id, offset, length))
+            .await
     }
 
-    /// `handler` tells which of the unlinked inodes it is given are not open here, and from then on refuses cached
-    /// opens of them. Without one, none is released before the session ends. It must not block.
+    /// Sets the handler of questions about unlinked inodes. It gets unlinked inodes, returns those that this client
+    /// does not have open, and from then on refuses to open them from a cache. Without a handler, unlinked inodes are
+    /// released when the session ends. It must not block.
     pub fn set_unlinked_handler(
         &self,
         handler: impl Fn(&[InodeNumber]) -> Vec<InodeNumber> + Send + Sync + 'static,
     ) {
-        self.inner.keeper.set_unlinked_handler(Arc::new(handler));
+        self.inner.keep_alive.set_unlinked_handler(Arc::new(handler));
     }
 
-    /// `source` tells what this client has done so far; it is sent with every keep-alive, for the cluster's metrics. It
-    /// must not block.
+    /// Sets the source of this client's statistics, which are sent with every keep-alive for the metrics of the
+    /// cluster. It must not block.
     pub fn set_statistics_source(&self, source: impl Fn() -> ClientStatistics + Send + Sync + 'static) {
-        self.inner.keeper.set_statistics_source(Arc::new(source));
+        self.inner.keep_alive.set_statistics_source(Arc::new(source));
     }
 
-    /// The current session and what proves it: for whoever ends it after this process, by [`Client::end_predecessor`].
+    /// Returns the current session and its secret, with which a later process can end it
+    /// ([`Client::end_predecessor`]).
     pub fn credential(&self) -> (SessionId, SessionSecret) {
         let epoch = self.inner.mutator.sessions.current();
         (epoch.session, epoch.secret)
     }
 
-    /// Ends the session of a process that is known to be gone, so that what it held is free at once.
+    /// Ends the session of a process that is known to have ended, so that what the session held is released at once.
     pub async fn end_predecessor(&self, (session, secret): (SessionId, SessionSecret)) {
         let call = ClientRequest::CloseSessionWithKey { session, secret };
-        match self.inner.mutator.calls.ask(&call).await {
+        match self.inner.mutator.calls.execute(&call).await {
             Some(ClientResponse::Session(_)) => {
-                tracing::info!(%session, "ended the session of this one's predecessor")
+                tracing::info!(%session, "ended the session of the previous process")
             }
-            // It has ended by itself.
+            // The session has already ended.
             Some(ClientResponse::Refused(Refusal::UnknownSession)) | None => {}
             Some(reply) => {
-                tracing::warn!(%session, ?reply, "could not end the session of this one's predecessor")
+                let reply = describe_reply(&reply);
+                tracing::warn!(%session, reply, "could not end the session of the previous process; it expires by itself")
             }
         }
     }
 
-    /// Ends the session, so that what it held is free at once. Calls under way and later ones end as
-    /// [`FsError::Io`].
+    /// Ends the session, so that what it held is released at once. Pending and later calls fail with [`FsError::Io`].
     pub async fn close(&self) {
         let session = self.session();
         let call = ClientRequest::CloseSession { session };
-        let ask = self.inner.mutator.calls.ask(&call);
+        let ask = self.inner.mutator.calls.execute(&call);
         match timeout(Duration::from_millis(CLOSE_TIMEOUT_MS), ask).await {
             Ok(_) => tracing::info!(%session, "closed the session"),
-            Err(_) => tracing::warn!(%session, "no leader heard that the session is over; it will lapse"),
+            Err(_) => tracing::warn!(%session, "no leader answered to end the session; it expires by itself"),
         }
         self.inner.closing.cancel();
-        self.inner.getter.close();
+        self.inner.chunk_reader.close();
     }
 
     async fn bounded<T>(&self, work: impl Future<Output = Result<T, FsError>>) -> Result<T, FsError> {
@@ -353,7 +383,7 @@ impl Client {
     }
 }
 
-/// Keeps a link alive until the client is closed, and then lets nobody wait for it.
+/// Runs `link` until the client is closed; then ends its pending calls.
 fn run_link<P: Protocol>(link: &LeaderLink<P>, closing: &CancellationToken) {
     let (link, closing) = (link.clone(), closing.clone());
     tokio::spawn(async move {

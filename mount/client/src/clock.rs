@@ -1,12 +1,12 @@
-//! The leader's clock as this client reckons it, so that one file system has one clock.
+//! An estimate of the leader's clock, so that the file system has one clock.
 //!
-//! An answer carries the leader's time. Between the sending of the request and the answer's arrival the leader's clock
-//! showed it, so how far that clock is ahead of this machine's uptime lies between two bounds. What is reckoned stays
-//! as it is while an answer's bounds allow it and else moves to the nearer one; it begins at the lower.
+//! An answer carries the leader's time, which the leader read between the sending of the request and the arrival of
+//! the answer. The offset of its clock from this machine's uptime is therefore between two bounds. The estimate is the
+//! lower bound of the first answer; a later answer moves it to the nearest value within the bounds of that answer.
 //!
-//! Invariants: after an answer has arrived the time is not before the one that it carried, and so not before the stamp of
-//! any change that was answered; it never runs backwards ([`SteadyTime`]); this machine's wall clock plays no part once a
-//! leader has told its own.
+//! Invariants: after an answer has arrived, the time is not before the time that the answer carried, and thus not
+//! before the stamp of any acknowledged change; the time never decreases ([`SteadyTime`]); the wall clock of this
+//! machine is not used after the leader has sent its time.
 
 use std::time::SystemTime;
 
@@ -15,7 +15,7 @@ use quorumfs_proto::{SteadyTime, Timestamp};
 
 use crate::lease::BootTime;
 
-/// See the module. The lock is held for a comparison.
+/// The estimate of the leader's clock. The lock is held only for a comparison.
 #[derive(Debug, Default)]
 pub(crate) struct LeaderClock {
     state: Mutex<State>,
@@ -23,13 +23,13 @@ pub(crate) struct LeaderClock {
 
 #[derive(Debug, Default)]
 struct State {
-    /// By how much the leader's clock (since 1970) is ahead of this machine's uptime.
+    /// Offset of the leader's clock (nanoseconds since 1970) from this machine's uptime.
     ahead_ns: Option<i64>,
     time: SteadyTime,
 }
 
 impl State {
-    fn told(&mut self, sent_at: BootTime, received_at: BootTime, clock_ns: i64) {
+    fn update(&mut self, sent_at: BootTime, received_at: BootTime, clock_ns: i64) {
         let least = clock_ns.saturating_sub(received_at.uptime_ns());
         let most = clock_ns.saturating_sub(sent_at.uptime_ns()).max(least);
         self.ahead_ns = Some(self.ahead_ns.map_or(least, |ahead| ahead.clamp(least, most)));
@@ -42,16 +42,16 @@ impl State {
 }
 
 impl LeaderClock {
-    /// A request sent at `sent_at` was answered with this time; 0: with none.
-    pub(crate) fn told(&self, sent_at: BootTime, clock_ns: i64) {
+    /// Takes the time that the answer to a request sent at `sent_at` carried; 0 means none.
+    pub(crate) fn update(&self, sent_at: BootTime, clock_ns: i64) {
         if clock_ns != 0 {
-            // The clock is read under the lock: answers are taken in the order of these readings.
+            // The clock is read under the lock, so that answers are processed in the order of these readings.
             let mut state = self.state.lock();
-            state.told(sent_at, BootTime::now(), clock_ns);
+            state.update(sent_at, BootTime::now(), clock_ns);
         }
     }
 
-    /// The time. As long as no leader has told its own (it is of an older program): this machine's.
+    /// Returns the time; before a leader has sent its time (older programs do not), that of this machine.
     pub(crate) fn now(&self) -> Timestamp {
         let mut state = self.state.lock();
         let now = state.now(BootTime::now());
@@ -72,7 +72,7 @@ mod tests {
         clock_ms * 1_000_000
     }
 
-    /// In milliseconds, by a leader whose clock shows an hour at this machine's start.
+    /// Milliseconds; the leader's clock shows one hour when this machine starts.
     fn now(state: &mut State, at_ms: u64) -> i64 {
         state.now(uptime(at_ms)).unwrap().unix_ns() / 1_000_000 - 3_600_000
     }
@@ -81,23 +81,23 @@ mod tests {
     fn the_time_is_not_before_what_an_answer_carried_and_not_ahead_of_the_leader() {
         let mut state = State::default();
         assert_eq!(state.now(uptime(5)), None);
-        // The leader looked at its clock at 40, just before the answer came.
-        state.told(uptime(0), uptime(40), ms(3_600_040));
+        // The leader read its clock at 40 ms, just before the answer arrived.
+        state.update(uptime(0), uptime(40), ms(3_600_040));
         assert_eq!(now(&mut state, 40), 40);
-        // It looked at once, and the answer was long on its way: what is known is better.
-        state.told(uptime(100), uptime(200), ms(3_600_101));
+        // The leader read its clock at once and the answer was slow: the earlier estimate is kept.
+        state.update(uptime(100), uptime(200), ms(3_600_101));
         assert_eq!(now(&mut state, 200), 200);
-        // Its clock runs fast.
-        state.told(uptime(1000), uptime(1002), ms(3_601_050));
+        // The leader's clock runs fast.
+        state.update(uptime(1000), uptime(1002), ms(3_601_050));
         assert_eq!(now(&mut state, 1002), 1050);
     }
 
     #[test]
-    fn a_leader_whose_clock_is_behind_is_waited_for() {
+    fn the_time_slows_down_if_the_leaders_clock_is_behind() {
         let mut state = State::default();
-        state.told(uptime(0), uptime(0), ms(3_600_000));
+        state.update(uptime(0), uptime(0), ms(3_600_000));
         assert_eq!(now(&mut state, 1000), 1000);
-        state.told(uptime(1000), uptime(1000), ms(3_600_900));
+        state.update(uptime(1000), uptime(1000), ms(3_600_900));
         assert_eq!(now(&mut state, 1040), 1010, "slowly");
         assert_eq!(now(&mut state, 2000), 1900, "caught up");
     }

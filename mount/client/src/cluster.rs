@@ -1,13 +1,13 @@
-//! Which node leads, kept up to date by the complaints of those who use it.
+//! The current leader, updated from the reports of its users.
 //!
-//! Owes: the address of the leader to whoever waits for it, soon after there is one; the addresses of all nodes;
-//! one line in the log for each change, with the length of the pause.
+//! Provides the address of the leader soon after there is one, the addresses of all nodes, and one log line for each
+//! change of leader with the length of the pause.
 //!
-//! Invariants: every finding has a number; a complaint names the number it is about, and one about an older finding
-//! is passed over, so that many users of one broken leader start one search. A search never ends but with a
-//! finding (P6), and pauses between rounds as [`Backoff`] says.
+//! Invariants: every view of the leader has a version; a report names the version that it is about, and a report about
+//! an older version is ignored, so that many users of one failed leader start one search. A search ends only when a
+//! leader is found (P6), and pauses between rounds according to [`Backoff`].
 //!
-//! Knows nothing of calls, sessions or chunks.
+//! Does not know calls, sessions or chunks.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -24,101 +24,101 @@ use quorumfs_wire::{DiscoverRequest, DiscoverResponse, SessionHello};
 use tokio::sync::{Notify, watch};
 use tonic::transport::Channel;
 
-use crate::address_book::AddressBook;
 use crate::clock::LeaderClock;
 use crate::connector::{Backoff, Connector, Purpose};
 use crate::discovery::{Answers, Search, Suspect};
 use crate::lease::Lease;
+use crate::node_addresses::NodeAddresses;
 
-/// A node that does not say in this time who leads is passed over in this round.
+/// Time for a node to answer who leads; a node that takes longer is ignored in this round.
 const DISCOVER_TIMEOUT_MS: u64 = 1_000;
-/// Once a majority has answered, how much longer the others may take: a stopped node must not slow down every round.
+/// Time for the remaining nodes after a majority has answered, so that a stopped node does not delay every round.
 const ROUND_GRACE_MS: u64 = 150;
-/// How long a search goes on before the log says so, and then says so again.
+/// Time after which a search without result is logged for the first time.
 const SEARCH_NOTICE_MS: u64 = 5_000;
 
-/// The leader as last found.
+/// The leader as currently known.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Finding {
-    /// Counts up with every finding and every loss.
-    pub(crate) number: u64,
-    /// `host:port`; `None` while it is looked for.
+pub(crate) struct LeaderView {
+    /// Incremented each time a leader is found or lost.
+    pub(crate) version: u64,
+    /// `host:port`; `None` during a search.
     pub(crate) address: Option<Arc<str>>,
 }
 
-/// Nodes and their leader.
+/// The nodes of the cluster and the leader.
 pub(crate) struct Cluster {
     connector: Connector,
     state: Mutex<State>,
-    /// Something to do for [`Cluster::follow_leader`].
-    wanted: Notify,
-    finding: watch::Sender<Finding>,
+    /// Wakes [`Cluster::follow_leader`].
+    search_wanted: Notify,
+    leader: watch::Sender<LeaderView>,
     lease: Lease,
-    /// For whom this client speaks.
+    /// The session of this client.
     hello: Mutex<Option<SessionHello>>,
-    /// The cluster asks for a keep-alive, or may not know that this client is still there.
-    nudged: Notify,
+    /// A keep-alive is to be sent before its time: the leader asks for one, or may not know that this client is alive.
+    keep_alive_wanted: Notify,
     clock: LeaderClock,
 }
 
 #[derive(Debug)]
 enum Phase {
-    /// Nobody complains.
-    Settled,
-    /// The leader is silent; others are asked about it while calls still wait for it.
-    Doubted,
-    /// No leader, or one of which users know that it is none.
+    /// There is a leader, and no problem was reported.
+    Stable,
+    /// The leader does not answer; the other nodes are asked about it while calls still wait for it.
+    Suspected,
+    /// There is no leader, or users reported that it is lost.
     Searching { hint: Option<String> },
 }
 
 struct State {
-    book: AddressBook,
+    nodes: NodeAddresses,
     phase: Phase,
     suspect: Suspect,
-    /// Complaints since a leader last answered a call.
-    complaints: u32,
-    /// Since when calls wait.
+    /// Reports of a lost leader since a leader last answered a call.
+    failures: u32,
+    /// Start of the current pause, during which calls wait.
     pause_began: Option<Instant>,
-    /// A change of leader that the log has not heard of, for nobody knows yet how long the pause is.
-    unannounced: bool,
-    /// Why the leader is in doubt.
-    doubt: Option<String>,
-    /// Why nodes are of no use, as of the last round.
+    /// A change of leader is to be logged when the length of the pause is known.
+    is_unlogged: bool,
+    /// Why the leader is suspected.
+    suspicion: Option<String>,
+    /// The problem of each node by address, as of the last round.
     problems: BTreeMap<String, String>,
 }
 
 impl Cluster {
-    /// Nothing is asked yet; `addresses` must not be empty.
+    /// Creates the state without contacting a node; `addresses` must not be empty.
     pub(crate) fn new(addresses: Vec<String>, connector: Connector) -> Arc<Cluster> {
         let state = State {
-            book: AddressBook::new(addresses),
+            nodes: NodeAddresses::new(addresses),
             phase: Phase::Searching { hint: None },
             suspect: Suspect::default(),
-            complaints: 0,
+            failures: 0,
             pause_began: None,
-            unannounced: false,
-            doubt: None,
+            is_unlogged: false,
+            suspicion: None,
             problems: BTreeMap::new(),
         };
         Arc::new(Cluster {
             connector,
             state: Mutex::new(state),
-            wanted: Notify::new(),
-            finding: watch::Sender::new(Finding::default()),
+            search_wanted: Notify::new(),
+            leader: watch::Sender::new(LeaderView::default()),
             lease: Lease::default(),
             hello: Mutex::new(None),
-            nudged: Notify::new(),
+            keep_alive_wanted: Notify::new(),
             clock: LeaderClock::default(),
         })
     }
 
-    /// Whether this client alone uses the cluster.
+    /// Returns the lease on exclusive use of the cluster.
     pub(crate) fn lease(&self) -> &Lease {
         &self.lease
     }
 
-    /// From now on this client speaks for `session`, which `secret` proves.
-    pub(crate) fn speak_for(&self, session: SessionId, secret: SessionSecret) {
+    /// Sets the session of this client and its secret; the session starts without a lease.
+    pub(crate) fn set_session(&self, session: SessionId, secret: SessionSecret) {
         *self.hello.lock() = Some(SessionHello {
             session: session.0,
             secret: Bytes::copy_from_slice(&secret.0),
@@ -126,27 +126,27 @@ impl Cluster {
         self.lease.begin(session);
     }
 
-    /// What a stream is told first.
+    /// Returns the session and secret that are sent first on each stream.
     pub(crate) fn hello(&self) -> Option<SessionHello> {
         self.hello.lock().clone()
     }
 
-    /// Has a keep-alive sent.
-    pub(crate) fn nudge(&self) {
-        self.nudged.notify_one();
+    /// Requests a keep-alive before its time.
+    pub(crate) fn request_keep_alive(&self) {
+        self.keep_alive_wanted.notify_one();
     }
 
-    /// Returns when a keep-alive is due before its time.
-    pub(crate) async fn nudged(&self) {
-        self.nudged.notified().await;
+    /// Waits until a keep-alive is requested.
+    pub(crate) async fn keep_alive_requested(&self) {
+        self.keep_alive_wanted.notified().await;
     }
 
-    /// This machine's ends of the newest connections for calls.
+    /// Returns the local addresses of the newest connections for calls.
     pub(crate) fn local_addresses(&self) -> Vec<String> {
         self.connector.local_addresses()
     }
 
-    /// What the leader's clock shows.
+    /// Returns the estimate of the leader's clock.
     pub(crate) fn clock(&self) -> &LeaderClock {
         &self.clock
     }
@@ -155,25 +155,25 @@ impl Cluster {
         &self.connector
     }
 
-    /// Which cluster answers; `None` before any of its nodes has.
+    /// Returns the id of the cluster; `None` before one of its nodes has answered.
     pub(crate) fn id(&self) -> Option<ClusterId> {
-        self.state.lock().book.cluster()
+        self.state.lock().nodes.cluster()
     }
 
-    /// The addresses of all nodes, the user's first.
+    /// Returns the addresses of all nodes, the configured ones first.
     pub(crate) fn addresses(&self) -> Vec<String> {
-        self.state.lock().book.addresses()
+        self.state.lock().nodes.addresses()
     }
 
-    /// Why calls are not answered, for people: one clause for each node that has a part in it.
+    /// Describes why calls are not answered, with one clause for each node that has a problem.
     pub(crate) fn problems(&self) -> String {
         let state = self.state.lock();
-        let doubt = state.doubt.as_ref().map(|reason| {
+        let suspicion = state.suspicion.as_ref().map(|reason| {
             let leader = state.suspect.address.as_deref().unwrap_or("somewhere");
             format!("the leader {leader}: {reason}")
         });
         let problems = state.problems.iter();
-        let clauses: Vec<String> = doubt
+        let clauses: Vec<String> = suspicion
             .into_iter()
             .chain(problems.map(|(address, problem)| format!("{address}: {problem}")))
             .collect();
@@ -183,72 +183,73 @@ impl Cluster {
         }
     }
 
-    /// The leader as last found, and every later finding.
-    pub(crate) fn findings(&self) -> watch::Receiver<Finding> {
-        self.finding.subscribe()
+    /// Returns a receiver of the current and all later views of the leader.
+    pub(crate) fn watch_leader(&self) -> watch::Receiver<LeaderView> {
+        self.leader.subscribe()
     }
 
-    /// The number of the current finding.
-    pub(crate) fn number(&self) -> u64 {
-        self.finding.borrow().number
+    /// Returns the version of the current view.
+    pub(crate) fn leader_version(&self) -> u64 {
+        self.leader.borrow().version
     }
 
-    /// The leader of finding `number` is none (any more), or its connection broke: calls have waited since `since`.
-    /// `hint` is the address of the leader as another node believes.
-    pub(crate) fn complain(&self, number: u64, hint: Option<String>, since: Instant) {
+    /// Reports that the leader of `version` does not lead (any more), or that its connection broke; calls wait since
+    /// `since`. `hint` is the leader's address as known to another node. Starts a search.
+    pub(crate) fn report_lost(&self, version: u64, hint: Option<String>, since: Instant) {
         let mut state = self.state.lock();
-        if number != self.number() || matches!(state.phase, Phase::Searching { .. }) {
+        if version != self.leader_version() || matches!(state.phase, Phase::Searching { .. }) {
             return;
         }
         state.begin_pause(since);
-        state.complaints = state.complaints.saturating_add(1);
+        state.failures = state.failures.saturating_add(1);
         state.phase = Phase::Searching { hint };
-        self.finding.send_modify(|finding| {
-            finding.number += 1;
-            finding.address = None;
+        self.leader.send_modify(|view| {
+            view.version += 1;
+            view.address = None;
         });
         drop(state);
-        self.wanted.notify_one();
+        self.search_wanted.notify_one();
     }
 
-    /// The leader of finding `number` has decided nothing since `since`, for a `reason` in words: is there another?
-    pub(crate) fn doubt(&self, number: u64, since: Instant, reason: &str) {
+    /// Reports that the leader of `version` has decided nothing since `since`, because of `reason`. The other nodes
+    /// are asked whether there is another leader.
+    pub(crate) fn report_unresponsive(&self, version: u64, since: Instant, reason: &str) {
         let mut state = self.state.lock();
-        if number != self.number() || matches!(state.phase, Phase::Searching { .. }) {
+        if version != self.leader_version() || matches!(state.phase, Phase::Searching { .. }) {
             return;
         }
-        if state.doubt.as_deref() != Some(reason) {
-            state.doubt = Some(reason.to_string());
+        if state.suspicion.as_deref() != Some(reason) {
+            state.suspicion = Some(reason.to_string());
         }
-        if matches!(state.phase, Phase::Settled) {
+        if matches!(state.phase, Phase::Stable) {
             state.begin_pause(since);
-            state.phase = Phase::Doubted;
+            state.phase = Phase::Suspected;
             drop(state);
-            self.wanted.notify_one();
+            self.search_wanted.notify_one();
         }
     }
 
-    /// Nobody waits for the leader of finding `number` any more: it is not asked about. What was wrong with it is known
-    /// until it answers a call.
-    pub(crate) fn leave_be(&self, number: u64) {
+    /// Reports that no call waits for the leader of `version` any more. The reason for the suspicion is kept until the
+    /// leader answers a call.
+    pub(crate) fn clear_suspicion(&self, version: u64) {
         let mut state = self.state.lock();
-        if number == self.number() && matches!(state.phase, Phase::Doubted) {
-            state.phase = Phase::Settled;
+        if version == self.leader_version() && matches!(state.phase, Phase::Suspected) {
+            state.phase = Phase::Stable;
             state.pause_began = None;
         }
     }
 
-    /// The leader of finding `number` has answered a call.
-    pub(crate) fn confirm(&self, number: u64) {
+    /// Reports that the leader of `version` has answered a call.
+    pub(crate) fn confirm(&self, version: u64) {
         let mut state = self.state.lock();
-        if number != self.number() || matches!(state.phase, Phase::Searching { .. }) {
+        if version != self.leader_version() || matches!(state.phase, Phase::Searching { .. }) {
             return;
         }
-        state.phase = Phase::Settled;
-        state.complaints = 0;
-        state.doubt = None;
+        state.phase = Phase::Stable;
+        state.failures = 0;
+        state.suspicion = None;
         let pause = state.pause_began.take();
-        if std::mem::take(&mut state.unannounced) {
+        if std::mem::take(&mut state.is_unlogged) {
             let leader = state.suspect.address.clone().unwrap_or_default();
             match pause {
                 Some(began) => tracing::info!(
@@ -261,38 +262,39 @@ impl Cluster {
         }
     }
 
-    /// Looks for the leader whenever there is none or it is in doubt; never returns.
+    /// Looks for the leader whenever there is none or it is suspected; never returns.
     pub(crate) async fn follow_leader(&self) {
         let mut clients = HashMap::new();
         let mut backoff = Backoff::new();
         let mut search_began = Instant::now();
         let mut notice_due = search_began + Duration::from_millis(SEARCH_NOTICE_MS);
         loop {
-            let (search, complaints, hint) = {
+            let (search, failures, hint) = {
                 let mut state = self.state.lock();
-                let complaints = state.complaints;
+                let failures = state.failures;
                 match &mut state.phase {
-                    Phase::Settled => (None, complaints, None),
-                    Phase::Doubted => (Some(Search::Another), complaints, None),
-                    Phase::Searching { hint } => (Some(Search::Anyone), complaints, hint.take()),
+                    Phase::Stable => (None, failures, None),
+                    Phase::Suspected => (Some(Search::OtherLeader), failures, None),
+                    Phase::Searching { hint } => (Some(Search::AnyLeader), failures, hint.take()),
                 }
             };
             let Some(search) = search else {
-                if complaints == 0 {
+                if failures == 0 {
                     backoff = Backoff::new();
                 }
-                self.wanted.notified().await;
+                self.search_wanted.notified().await;
                 search_began = Instant::now();
                 notice_due = search_began + Duration::from_millis(SEARCH_NOTICE_MS);
                 continue;
             };
-            // One hint is followed; after that, two nodes that name each other must not send us to and fro.
-            if let Some(address) = hint.filter(|_| complaints <= 1)
+            // Only one hint is followed, so that two nodes that name each other cannot keep the client switching
+            // between them.
+            if let Some(address) = hint.filter(|_| failures <= 1)
                 && self.adopt_hint(&address)
             {
                 continue;
             }
-            let found = self.ask_all(search, &mut clients).await;
+            let found = self.discover_all(search, &mut clients).await;
             if let Some((member, address)) = found {
                 self.adopt(search, Some(member.id), address);
                 continue;
@@ -302,72 +304,73 @@ impl Cluster {
                 tracing::warn!(
                     waited_ms = search_began.elapsed().as_millis() as u64,
                     nodes = self.problems(),
-                    "no leader answers; calls wait"
+                    "no leader found; calls wait"
                 );
             }
             backoff.pause().await;
         }
     }
 
-    /// Takes a node's word for who leads, unless it names the one in question.
+    /// Adopts the leader that a node named, unless it is the suspected one; returns whether it did.
     fn adopt_hint(&self, address: &str) -> bool {
         let (id, address) = {
             let state = self.state.lock();
-            let member = state.book.member_at(address);
-            let reached = member.map_or_else(|| address.to_string(), |m| state.book.address_of(m));
+            let member = state.nodes.member_at(address);
+            let reached = member.map_or_else(|| address.to_string(), |m| state.nodes.address_of(m));
             if state.suspect.address.as_deref() == Some(reached.as_str()) {
                 return false;
             }
             (member.map(|m| m.id), reached)
         };
-        self.adopt(Search::Anyone, id, address);
+        self.adopt(Search::AnyLeader, id, address);
         true
     }
 
     fn adopt(&self, search: Search, id: Option<NodeId>, address: String) {
         let mut state = self.state.lock();
         let still_wanted = match state.phase {
-            Phase::Settled => false,
-            Phase::Doubted => search == Search::Another,
-            Phase::Searching { .. } => search == Search::Anyone,
+            Phase::Stable => false,
+            Phase::Suspected => search == Search::OtherLeader,
+            Phase::Searching { .. } => search == Search::AnyLeader,
         };
         if !still_wanted {
             return;
         }
-        state.phase = Phase::Settled;
-        // One that was found again is in doubt until it answers: who gives up meanwhile should hear why.
+        state.phase = Phase::Stable;
+        // A leader that was found again stays suspected until it answers, so that errors of calls that time out
+        // meanwhile contain the reason.
         if state.suspect.address.as_deref() != Some(address.as_str()) {
-            state.doubt = None;
+            state.suspicion = None;
         }
-        state.unannounced = true;
+        state.is_unlogged = true;
         state.suspect = Suspect {
             id,
             address: Some(address.clone()),
         };
-        self.finding.send_modify(|finding| {
-            finding.number += 1;
-            finding.address = Some(Arc::from(address.as_str()));
+        self.leader.send_modify(|view| {
+            view.version += 1;
+            view.address = Some(Arc::from(address.as_str()));
         });
     }
 
-    /// One round: asks every node who leads, and judges as the answers come.
-    async fn ask_all(
+    /// One round of a search: asks every node for the leader and evaluates the answers as they arrive.
+    async fn discover_all(
         &self,
         search: Search,
         clients: &mut HashMap<String, FileSystemClient<Channel>>,
     ) -> Option<(Member, String)> {
-        let (addresses, mut tally) = {
+        let (addresses, mut answers) = {
             let state = self.state.lock();
-            let tally = Answers::new(search, state.suspect.clone(), state.book.nodes());
-            (state.book.addresses(), tally)
+            let answers = Answers::new(search, state.suspect.clone(), state.nodes.count());
+            (state.nodes.addresses(), answers)
         };
         clients.retain(|address, _| addresses.contains(address));
-        // Until a node answers, what was wrong with it the last time is what is known of it.
+        // The last problem of a node is kept until the node answers.
         self.state
             .lock()
             .problems
             .retain(|address, _| addresses.contains(address));
-        let mut answers: FuturesUnordered<_> = addresses
+        let mut responses: FuturesUnordered<_> = addresses
             .into_iter()
             .filter_map(|address| {
                 if !clients.contains_key(&address) {
@@ -379,46 +382,46 @@ impl Cluster {
                     }
                 }
                 let client = clients.get(&address)?.clone();
-                Some(ask(client, address))
+                Some(discover(client, address))
             })
             .collect();
         let mut grace = Duration::from_millis(DISCOVER_TIMEOUT_MS);
-        while let Ok(Some((address, answer))) = tokio::time::timeout(grace, answers.next()).await {
+        while let Ok(Some((address, answer))) = tokio::time::timeout(grace, responses.next()).await {
             match answer {
                 Err(problem) => {
-                    // A connection that hangs must not be asked again.
+                    // The connection may hang, so the next round uses a new one.
                     clients.remove(&address);
-                    self.state.lock().book.lost(&address);
+                    self.state.lock().nodes.mark_unreachable(&address);
                     self.note_problem(&address, problem);
                 }
                 Ok(answer) => match self.learn(&address, answer) {
                     Err(problem) => self.note_problem(&address, problem),
                     Ok((node, leader)) => {
                         match leader {
-                            None => self.note_problem(&address, String::from("answers, but knows no leader")),
+                            None => self.note_problem(&address, String::from("the node knows no leader")),
                             Some(_) => drop(self.state.lock().problems.remove(&address)),
                         }
-                        tally.add(node, leader);
-                        if let Some(leader) = tally.early() {
+                        answers.add(node, leader);
+                        if let Some(leader) = answers.early_leader() {
                             return Some(self.with_address(leader));
                         }
-                        if tally.has_majority() {
+                        if answers.has_majority() {
                             grace = Duration::from_millis(ROUND_GRACE_MS);
                         }
                     }
                 },
             }
         }
-        tally.last().map(|leader| self.with_address(leader))
+        answers.final_leader().map(|leader| self.with_address(leader))
     }
 
     fn with_address(&self, leader: Member) -> (Member, String) {
-        let address = self.state.lock().book.address_of(&leader);
+        let address = self.state.lock().nodes.address_of(&leader);
         (leader, address)
     }
 
     fn learn(&self, address: &str, answer: DiscoverResponse) -> Result<(NodeId, Option<Member>), String> {
-        self.state.lock().book.learn(address, answer)
+        self.state.lock().nodes.learn(address, answer)
     }
 
     fn note_problem(&self, address: &str, problem: String) {
@@ -433,7 +436,7 @@ impl State {
     }
 }
 
-async fn ask(
+async fn discover(
     mut client: FileSystemClient<Channel>,
     address: String,
 ) -> (String, Result<DiscoverResponse, String>) {
@@ -441,7 +444,7 @@ async fn ask(
     let answer = match tokio::time::timeout(limit, client.discover(DiscoverRequest {})).await {
         Ok(Ok(answer)) => Ok(answer.into_inner()),
         Ok(Err(status)) => Err(describe(&status)),
-        Err(_) => Err(format!("no answer within {DISCOVER_TIMEOUT_MS} ms")),
+        Err(_) => Err(format!("no answer in {DISCOVER_TIMEOUT_MS} ms")),
     };
     (address, answer)
 }

@@ -1,10 +1,10 @@
-//! Makes connections to nodes, and says how long anything waits before it is tried again.
+//! Connections to nodes, and the backoff between attempts.
 //!
-//! Invariant: a channel is never shared between purposes (one connection shares one flow-control window and one
-//! driver task: a gigabyte of chunks must not delay a call) and is given up when it breaks: whoever needs the node
-//! again asks for a new one, so that no request hangs on a connection whose other end has stopped.
+//! Invariant: a channel is never shared between purposes (a connection has one flow-control window and one driver
+//! task: a gigabyte of chunks must not delay a call). A channel that breaks is dropped, and the next user of the node
+//! requests a new one, so that no request waits on a connection whose peer has stopped.
 //!
-//! Knows nothing of what is said over a connection.
+//! Does not know the messages on a connection.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -20,37 +20,37 @@ use quorumfs_proto::limits::MESSAGE_BYTES_MAX;
 use quorumfs_wire::file_system_client::FileSystemClient;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint, Error, Uri};
 
-/// A node that does not take a connection in this time is not reachable; far below the 3 s a failover may take.
+/// Time to establish a connection; far below the 3 s that a failover may take.
 const CONNECT_TIMEOUT_MS: u64 = 1_000;
-/// How often a connection is asked whether it lives, and how long it may take to say so: a stopped node or a cut
-/// cable keeps TCP open, and is noticed after both.
+/// Interval of HTTP/2 pings and the time for the answer. TCP does not notice a stopped node or a cut cable; these
+/// pings do within their sum.
 const KEEP_ALIVE_PING_INTERVAL_MS: u64 = 1_000;
 const KEEP_ALIVE_PING_TIMEOUT_MS: u64 = 2_000;
-/// For bulk transfer: with the default windows 1 MiB messages reach half the throughput (measured).
+/// HTTP/2 windows for bulk transfer; with the default windows 1 MiB messages reach half the throughput (measured).
 const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 const FRAME_BYTES_MAX: u32 = 256 << 10;
-/// One connection to each of seven nodes for discovery, and one for calls.
+/// Local addresses that are kept: one connection for calls, and one for discovery to each of seven nodes.
 const LOCAL_ADDRESSES_MAX: usize = 8;
-/// First and longest pause between attempts. Jitter adds up to as much again, so that none exceeds 500 ms and
-/// clients that lost the same leader do not come back in step.
+/// First and longest delay between attempts, before jitter. Jitter adds up to the same time again, so that no delay
+/// exceeds 500 ms and clients that lost the same leader do not retry in step.
 const BACKOFF_MS_MIN: u64 = 10;
 const BACKOFF_MS_MAX: u64 = 250;
 
-/// What a connection is for.
+/// The use of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// Small messages that somebody waits for.
+    /// Small messages with low latency.
     Calls,
-    /// Chunks.
+    /// Chunks, with large flow-control windows.
     Bulk,
 }
 
-/// How the nodes of one cluster are connected to.
+/// Makes connections to the nodes of one cluster.
 #[derive(Clone, Debug)]
 pub(crate) struct Connector {
     tls: Option<ClientTlsConfig>,
-    /// This machine's ends of the newest [`LOCAL_ADDRESSES_MAX`] connections for calls.
+    /// Local addresses of the newest [`LOCAL_ADDRESSES_MAX`] connections for calls.
     local: Arc<Mutex<VecDeque<SocketAddr>>>,
 }
 
@@ -62,13 +62,16 @@ impl Connector {
         }
     }
 
-    /// This machine's ends of the newest connections for calls.
+    /// Returns the local addresses of the newest connections for calls.
     pub(crate) fn local_addresses(&self) -> Vec<String> {
         self.local.lock().iter().map(SocketAddr::to_string).collect()
     }
 
-    /// A client of the node at `address` (`host:port`), over a connection of its own that is made with the first
-    /// request. Fails only where `address` cannot be one.
+    /// Returns a client of the node at `address` (`host:port`), over a separate connection that is established with
+    /// the first request.
+    ///
+    /// # Errors
+    /// `address` is not a valid authority of a URI, or the TLS settings are invalid.
     pub(crate) fn client(&self, address: &str, purpose: Purpose) -> Result<FileSystemClient<Channel>, Error> {
         let scheme = if self.tls.is_some() { "https" } else { "http" };
         let mut endpoint = Endpoint::from_shared(format!("{scheme}://{address}"))?
@@ -105,10 +108,10 @@ impl Connector {
     }
 }
 
-/// A TCP connection to the host and port of `uri`.
+/// Opens a TCP connection to the host and port of `uri`.
 async fn connect(uri: &Uri) -> std::io::Result<TcpStream> {
     let authority = uri.authority().ok_or(std::io::ErrorKind::InvalidInput)?;
-    // Without a port, that of the scheme, as ever.
+    // The default port of the scheme, as in tonic's own connector.
     let default_port = if uri.scheme_str() == Some("https") {
         443
     } else {
@@ -120,7 +123,7 @@ async fn connect(uri: &Uri) -> std::io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// The pauses between attempts of one thing: 10 ms, doubling, with jitter, at most 500 ms, without end (P6).
+/// The delays between attempts: 10 ms, doubling, with jitter, at most 500 ms, without end (P6).
 pub(crate) struct Backoff(ExponentialBackoff);
 
 impl Backoff {
@@ -136,12 +139,12 @@ impl Backoff {
         )
     }
 
-    /// How long to wait now.
+    /// Returns the next delay.
     pub(crate) fn next_delay(&mut self) -> Duration {
         self.0.next().unwrap_or(Duration::from_millis(BACKOFF_MS_MAX))
     }
 
-    /// Waits so long.
+    /// Waits for the next delay.
     pub(crate) async fn pause(&mut self) {
         tokio::time::sleep(self.next_delay()).await;
     }

@@ -1,6 +1,5 @@
-//! What a filesystem needs of a cluster: five calls and a name.
-//!
-//! A trait, so that its verbs are tested against a cluster in memory; [`Client`] is the one that programs run on.
+//! The operations of a cluster that the filesystem uses, as a trait, so that the filesystem can be tested with an
+//! in-memory cluster. [`Client`] implements it for a real cluster.
 
 use std::future::Future;
 use std::time::{Duration, SystemTime};
@@ -11,26 +10,30 @@ use crate::{Client, FreshChunk};
 use quorumfs_proto::query::{Answer, TypedQuery};
 use quorumfs_proto::{ChunkId, Command, FsError, InodeNumber, NewChunk, Outcome, Query, Timestamp};
 
-/// Answers which of these unlinked inodes are not open here.
+/// Returns those of the given unlinked inodes that this client does not have open.
 pub type UnlinkedHandler = Box<dyn Fn(&[InodeNumber]) -> Vec<InodeNumber> + Send + Sync>;
 
-/// Content that no command has named yet. As long as one exists its chunk is not given up.
+/// Content that no file refers to yet. While a value exists, the cluster does not delete its chunk.
 pub trait FreshContent: Clone + Send + Sync + 'static {
-    /// The identity drawn for it.
+    /// Returns the id of the chunk.
     fn id(&self) -> ChunkId;
-    /// How a command names it after it was put.
+    /// Returns how a command names the chunk after it was put.
     fn stored(&self) -> NewChunk;
-    /// How a command carries it.
+    /// Returns how a command carries the content itself.
     fn inline(&self) -> NewChunk;
 }
 
-/// A cluster, reached through one session.
+/// A cluster as used through one session.
 pub trait Cluster: Send + Sync + 'static {
-    /// Content on its way.
+    /// Content that no file refers to yet.
     type Chunk: FreshContent;
 
-    /// Does `command` once and answers what it did; waits as long as nobody can decide. [`FsError::ChunkDead`]: make
-    /// its chunks anew.
+    /// Applies `command` once and returns its outcome; waits while no leader can decide. `stored` are the chunks that
+    /// it names as stored.
+    ///
+    /// # Errors
+    /// The verdict of the cluster; [`FsError::ChunkDead`] if the chunks belong to an earlier session: create them
+    /// again.
     fn mutate(
         &self,
         command: Command,
@@ -38,30 +41,36 @@ pub trait Cluster: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Outcome, FsError>> + Send;
 
     /// Reads metadata.
-    fn query(&self, query: Query) -> impl Future<Output = Result<Answer, FsError>> + Send;
-
-    /// Reads metadata, and takes the answer for what was asked.
     ///
     /// # Errors
-    /// The verdict on the query; [`FsError::Io`] for an answer to another one, which is a defect of the cluster.
+    /// The verdict on the query.
+    fn query(&self, query: Query) -> impl Future<Output = Result<Answer, FsError>> + Send;
+
+    /// Reads metadata and returns the answer in the type of the query.
     fn ask<A>(&self, query: TypedQuery<A>) -> impl Future<Output = Result<A, FsError>> + Send {
         let (query, take) = query.into_parts();
         let answer = self.query(query);
         async move {
-            take(answer.await?).map_err(|other| {
-                tracing::error!(answer = ?other, "the cluster answered another query");
+            take(answer.await?).map_err(|_| {
+                tracing::error!("the cluster answered a different query than the one that was sent");
                 FsError::Io
             })
         }
     }
 
-    /// Draws an identity for `payload` and computes its checksums.
+    /// Assigns a chunk id to `payload` and computes its checksums.
     fn new_chunk(&self, payload: Bytes) -> Self::Chunk;
 
-    /// Returns when the content is durable on f + 1 voters. [`FsError::ChunkDead`]: make it anew.
+    /// Stores the content; returns when it is durable on f + 1 voters.
+    ///
+    /// # Errors
+    /// [`FsError::ChunkDead`] if the session of the chunk has ended: create it again.
     fn put_chunk(&self, chunk: &Self::Chunk) -> impl Future<Output = Result<(), FsError>> + Send;
 
-    /// Exactly these bytes of a chunk, verified. [`FsError::Stale`]: nobody has it (any more).
+    /// Returns exactly `length` bytes of a chunk from `offset` on, verified.
+    ///
+    /// # Errors
+    /// [`FsError::Stale`] if no node has the chunk (any more).
     fn get_chunk(
         &self,
         id: ChunkId,
@@ -69,24 +78,24 @@ pub trait Cluster: Send + Sync + 'static {
         length: u32,
     ) -> impl Future<Output = Result<Bytes, FsError>> + Send;
 
-    /// How long this session alone uses the cluster, from now, and the number of that lease; `None`: others may change
-    /// everything at any time.
+    /// Returns the remaining time of exclusive use of the cluster and the number of the lease; `None` if others may
+    /// change everything at any time.
     fn lease(&self) -> Option<(Duration, u64)> {
         None
     }
 
-    /// What the cluster's clock shows; never before the stamp of a change that was answered.
+    /// Returns the time of the cluster's clock; never before the stamp of an acknowledged change.
     fn now(&self) -> Timestamp {
         Timestamp::from(SystemTime::now())
     }
 
-    /// Whether a change that ended without a verdict may still take effect. No later change is sent before that is
-    /// settled.
+    /// Whether a mutation that ended without a verdict may still take effect. No later mutation is sent before that is
+    /// decided.
     fn has_unsettled_changes(&self) -> bool {
         false
     }
 
-    /// Who answers the cluster's question which unlinked inodes are still open here.
+    /// Sets the handler of questions about which unlinked inodes are open on this client.
     fn set_unlinked_handler(&self, handler: UnlinkedHandler);
 }
 

@@ -1,5 +1,5 @@
-//! Keeps the session: says that it lives (and what the client has done so far), opens a new one when it was lost, and lets go of unlinked inodes that
-//! nobody here has open.
+//! Keeps the session alive: sends keep-alives with statistics, opens a new session when it was lost, and releases
+//! unlinked inodes that this client does not have open.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -13,16 +13,17 @@ use quorumfs_wire::UnlinkedQuestion;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
+use crate::calls::describe_reply;
 use crate::connector::Backoff;
 use crate::mutation::Mutator;
 
-/// Tells which of these inodes are not open here.
+/// Returns those of the given inodes that this client does not have open.
 type UnlinkedHandler = dyn Fn(&[InodeNumber]) -> Vec<InodeNumber> + Send + Sync;
 
-/// Tells what this client has done so far.
+/// Returns the statistics of this client since it started.
 type StatisticsSource = dyn Fn() -> ClientStatistics + Send + Sync;
 
-/// The background life of a session.
+/// The background task that keeps the session alive.
 pub(crate) struct KeepAlive {
     mutator: Arc<Mutator>,
     unlinked: Mutex<Option<Arc<UnlinkedHandler>>>,
@@ -51,7 +52,7 @@ impl KeepAlive {
         let interval = Duration::from_millis(KEEP_ALIVE_INTERVAL_MS);
         let mut ticks = interval_at(Instant::now() + interval, interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // One at a time; keep-alives go on while it waits for a lane.
+        // One release at a time; keep-alives continue while it waits for a lane.
         let mut release: Option<JoinHandle<()>> = None;
         loop {
             tokio::select! {
@@ -61,12 +62,12 @@ impl KeepAlive {
                     }
                 }
                 _ = ticks.tick() => {
-                    if self.keep_alive(&mut release).await == Kept::Closed {
+                    if self.keep_alive(&mut release).await == KeepAliveOutcome::Closed {
                         return;
                     }
                 }
-                () = self.mutator.calls.cluster().nudged() => {
-                    if self.keep_alive(&mut release).await == Kept::Closed {
+                () = self.mutator.calls.cluster().keep_alive_requested() => {
+                    if self.keep_alive(&mut release).await == KeepAliveOutcome::Closed {
                         return;
                     }
                     ticks.reset();
@@ -75,51 +76,51 @@ impl KeepAlive {
         }
     }
 
-    /// Says that the session lives, and answers what the cluster asks, as long as it asks.
-    async fn keep_alive(&self, release: &mut Option<JoinHandle<()>>) -> Kept {
+    /// Sends a keep-alive and answers the questions of the leader until it has no more.
+    async fn keep_alive(&self, release: &mut Option<JoinHandle<()>>) -> KeepAliveOutcome {
         let epoch = self.mutator.sessions.current();
         let session = epoch.session;
         let mut call = ClientRequest::KeepAlive { session };
-        // What is released after the handler has looked waits until the answer is decided.
-        let _answering = self.mutator.answering.lock().await;
+        // A release that the handler enables waits until the answer is decided.
+        let _answering = self.mutator.unlinked_answer.lock().await;
         loop {
             let source = self.statistics.lock().clone();
             let statistics = source.map(|source| (&source()).into());
             let (state, question) = match self.mutator.calls.keep_alive(&call, statistics).await {
-                None => return Kept::Closed,
+                None => return KeepAliveOutcome::Closed,
                 Some((ClientResponse::Session(state), question)) => (state, question),
                 Some((ClientResponse::Refused(Refusal::UnknownSession), _)) => {
-                    self.mutator.sessions.lose(&epoch, "it expired");
-                    return Kept::Alive;
+                    self.mutator.sessions.mark_lost(&epoch, "it expired");
+                    return KeepAliveOutcome::Alive;
                 }
                 Some((reply, _)) => {
-                    tracing::warn!(?reply, "not an answer to a keep-alive");
-                    return Kept::Alive;
+                    tracing::warn!(reply = describe_reply(&reply), "unexpected reply to a keep-alive");
+                    return KeepAliveOutcome::Alive;
                 }
             };
             let Some(handler) = self.unlinked.lock().clone() else {
-                return Kept::Alive;
+                return KeepAliveOutcome::Alive;
             };
             let asked = question
                 .as_ref()
                 .map(|question| &question.inodes[..])
                 .unwrap_or_default();
             let asked = asked.iter().map(|inode| InodeNumber(*inode));
-            // Asked in one go: the handler compares with what it was asked the last time.
+            // One call of the handler, because it compares the inodes with those of the previous call.
             let inodes: Vec<InodeNumber> = state.unlinked.iter().copied().chain(asked).collect();
             let free: HashSet<InodeNumber> = match inodes.is_empty() {
                 true => HashSet::new(),
                 false => handler(&inodes).into_iter().collect(),
             };
             if release.as_ref().is_none_or(JoinHandle::is_finished) {
-                let others_are_left = state.unlinked.len() >= HELD_ASKED_MAX;
+                let has_more = state.unlinked.len() >= HELD_ASKED_MAX;
                 let released: Vec<InodeNumber> = state
                     .unlinked
                     .into_iter()
                     .filter(|inode| free.contains(inode))
                     .collect();
                 if !released.is_empty() {
-                    *release = Some(self.release_unlinked(released, others_are_left));
+                    *release = Some(self.release_unlinked(released, has_more));
                 }
             }
             call = match question {
@@ -137,12 +138,12 @@ impl KeepAlive {
                         .filter(|inode| !free.contains(inode))
                         .collect(),
                 },
-                None => return Kept::Alive,
+                None => return KeepAliveOutcome::Alive,
             };
         }
     }
 
-    /// Opens a new session in place of the lost one; `false` when the client is being closed.
+    /// Opens a new session in place of the lost one; returns `false` if the client is being closed.
     async fn replace(&self) -> bool {
         let mut backoff = Backoff::new();
         loop {
@@ -150,31 +151,33 @@ impl KeepAlive {
                 Ok(()) => return true,
                 Err(None) => return false,
                 Err(Some(reason)) => {
-                    tracing::error!(reason, "cannot open a new session");
+                    tracing::error!(reason, "cannot open a new session; trying again");
                     backoff.pause().await;
                 }
             }
         }
     }
 
-    fn release_unlinked(&self, inodes: Vec<InodeNumber>, others_are_left: bool) -> JoinHandle<()> {
+    fn release_unlinked(&self, inodes: Vec<InodeNumber>, has_more: bool) -> JoinHandle<()> {
         let mutator = self.mutator.clone();
         tokio::spawn(async move {
             let command = Command::single(Operation::ReleaseUnlinked { inodes });
             match mutator.mutate(command, &[]).await {
-                Ok(_) if others_are_left => mutator.calls.cluster().nudge(),
+                Ok(_) if has_more => mutator.calls.cluster().request_keep_alive(),
                 Ok(_) => {}
                 // A later keep-alive names them again.
-                Err(error) => tracing::warn!(%error, "could not release unlinked inodes"),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot release unlinked inodes; a later keep-alive tries again")
+                }
             }
         })
     }
 }
 
-/// What became of a keep-alive.
+/// The result of a keep-alive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kept {
-    /// There will be others.
+enum KeepAliveOutcome {
+    /// Keep-alives continue.
     Alive,
     /// The client is being closed.
     Closed,

@@ -1,9 +1,10 @@
-//! The lanes of a session: each carries one mutation at a time and counts them (P4).
+//! The lanes of a session. A lane carries one mutation at a time and numbers them (P4).
 //!
-//! Invariant: a lane is taken from [`Lanes::take`] until [`TakenLane::decided`] says that its sequence number has a
-//! verdict in the cluster, or [`TakenLane::unused`] that it was never sent. A lane dropped without that is never used
-//! again: its number may still be decided.
-//! Lanes are taken last in, first out, so that a client that sends one call at a time uses one lane.
+//! Invariant: a lane is taken from [`Lanes::take`] until [`TakenLane::decided`], when its sequence number has a
+//! verdict in the cluster, or [`TakenLane::unused`], when the number was never sent. A lane that is dropped otherwise
+//! is never used again, because its number may still be decided.
+//!
+//! Lanes are taken last in, first out, so that a client with one call at a time uses one lane.
 
 use std::sync::Arc;
 
@@ -16,13 +17,13 @@ use tokio::sync::Semaphore;
 #[derive(Debug)]
 pub(crate) struct Lanes {
     session: SessionId,
-    /// With the number each will use next.
+    /// Free lanes with the next sequence number of each.
     free: Mutex<Vec<(Lane, u64)>>,
-    /// One for each free lane.
+    /// One permit for each free lane.
     permits: Semaphore,
 }
 
-/// A lane with one mutation under way.
+/// A lane that carries a mutation.
 #[derive(Debug)]
 pub(crate) struct TakenLane {
     lanes: Arc<Lanes>,
@@ -39,9 +40,9 @@ impl Lanes {
         })
     }
 
-    /// Waits, first come, first served, for a lane. `None` once the session is lost.
+    /// Waits for a lane, in the order of the callers. `None` after the session was lost.
     pub(crate) async fn take(self: &Arc<Self>) -> Option<TakenLane> {
-        // A lane that is dropped without a verdict takes its permit with it.
+        // The permit returns with the lane; a lane without a verdict keeps it.
         self.permits.acquire().await.ok()?.forget();
         let (lane, sequence) = self.free.lock().pop().expect("as many permits as free lanes");
         Some(TakenLane {
@@ -51,7 +52,7 @@ impl Lanes {
         })
     }
 
-    /// The session is lost: nobody gets a lane any more.
+    /// Ends the lanes because the session is lost: [`Lanes::take`] returns `None`.
     pub(crate) fn close(&self) {
         self.permits.close();
     }
@@ -66,12 +67,12 @@ impl TakenLane {
         }
     }
 
-    /// The cluster remembers a verdict for [`TakenLane::request`]: the lane is free for the next.
+    /// Frees the lane for the next sequence number: the cluster has a verdict for [`TakenLane::request`].
     pub(crate) fn decided(self) {
         self.free_from(self.sequence + 1);
     }
 
-    /// Nothing was sent as [`TakenLane::request`]: the lane is free, and its number too.
+    /// Frees the lane with the same sequence number: [`TakenLane::request`] was never sent.
     pub(crate) fn unused(self) {
         self.free_from(self.sequence);
     }
@@ -120,7 +121,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_lost_session_lets_nobody_wait() {
+    async fn a_lost_session_ends_all_waits_for_lanes() {
         let lanes = Lanes::new(SessionId(5));
         let mut taken = Vec::new();
         while let Some(lane) = lanes.take().now_or_never().flatten() {

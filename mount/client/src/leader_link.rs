@@ -1,54 +1,53 @@
-//! One long stream to the current leader, for one kind of request: a multiplexer of calls, and the choice of
-//! the node that it is attached to.
+//! One long stream to the current leader for one kind of request: a multiplexer of calls that follows the leader.
 //!
-//! Owes: every request that is submitted is sent until it is answered. When the stream breaks, the leader changes or
-//! says nothing, all that is outstanding is sent again, in the order in which it was submitted; a lone lost answer is
-//! asked for again on the same stream. So a request may arrive several times: it must be one that does no harm then
-//! (a mutation carries its request id, a chunk its identity).
+//! Every submitted request is sent until it is answered. When the stream breaks, the leader changes or the leader does
+//! not answer, all outstanding requests are sent again in the order of submission; a request with a single lost answer
+//! is sent again on the same stream. Requests must therefore be idempotent (a mutation carries its request id, a chunk
+//! its id).
 //!
-//! The callers bound how many requests are outstanding (lanes, permits); the queue to the stream takes twice as many,
-//! and what does not fit is sent by the resend timer.
+//! The callers bound the number of outstanding requests (lanes, permits). The queue to the stream has room for twice
+//! this number; what does not fit is sent by the resend timer.
 //!
-//! Knows nothing of what a request means.
+//! Does not know the meaning of requests.
 
 use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use quorumfs_wire::calls::{Limits, Lost, Multiplexer, Numbered, OnSend, Resend, describe, next_answer};
+use quorumfs_wire::calls::{CallError, Limits, Multiplexer, Numbered, OnSend, Resend, describe, next_answer};
 use quorumfs_wire::file_system_client::FileSystemClient;
 use tokio::sync::watch;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Response, Status, Streaming};
 
-use crate::cluster::{Cluster, Finding};
+use crate::cluster::{Cluster, LeaderView};
 use crate::connector::{Backoff, Purpose};
 use crate::lease::BootTime;
 
-/// How often outstanding requests are looked over. A quarter of what a leader may be silent.
-const TICK_MS: u64 = 150;
-/// After this silence the other nodes are asked who leads: less than they take to elect another. To ask costs little,
-/// and nothing moves before a majority names another.
+/// Interval at which outstanding requests are checked: a quarter of [`SILENCE_MS_MAX`].
+const CHECK_INTERVAL_MS: u64 = 150;
+/// Silence after which the other nodes are asked for the leader; less than the time of an election. This costs little,
+/// and the client only switches when a majority names another leader.
 const SILENCE_MS_MAX: u64 = 600;
-/// After this silence a new stream is opened, even if no node names another leader.
+/// Silence after which a new stream is opened even if no node names another leader.
 const SILENCE_BREAK_MS: u64 = 10_000;
-/// A stream that is not accepted in this time (a stopped process still takes connections) is given up.
+/// Time for a node to accept a stream; a stopped process still accepts TCP connections.
 const OPEN_TIMEOUT_MS: u64 = 1_500;
-/// A stream that ends sooner was of no use, whatever was answered on it.
-const FRUITFUL_MS_MIN: u64 = 100;
-/// A request is never sent again on one stream less often than this.
+/// A stream that ends sooner counts as failed, even if calls were answered on it.
+const STREAM_LIFETIME_MS_MIN: u64 = 100;
+/// Longest time between two sendings of a request on one stream.
 const RESEND_AFTER_MS_MAX: u64 = 30_000;
 
 /// A kind of request and the stream that carries it.
 pub(crate) trait Protocol: Send + Sync + 'static {
-    /// For the log.
+    /// Name in the log.
     const NAME: &'static str;
-    /// What its connection is for.
+    /// Use of the connection.
     const PURPOSE: Purpose;
-    /// Most requests that are outstanding at once.
+    /// Most outstanding requests.
     const OUTSTANDING_MAX: usize;
-    /// An answer that takes longer than this, while others come, is taken for lost.
+    /// Time after which an answer is considered lost while other answers arrive.
     const RESEND_AFTER_MS: u64;
     type Request: Numbered + Clone + Send + 'static;
     type Response: Numbered + Send + 'static;
@@ -58,63 +57,64 @@ pub(crate) trait Protocol: Send + Sync + 'static {
         requests: ReceiverStream<Self::Request>,
     ) -> impl Future<Output = Result<Response<Streaming<Self::Response>>, Status>> + Send;
 
-    /// Completes `request` when it is sent. `greeted` is the session that the stream knows of, before and after; 0: none.
+    /// Completes `request` just before it is sent. `announced` is the session that the stream knows, 0 for none; it is
+    /// updated if `request` announces another.
     fn prepare(_request: &mut Self::Request, _cluster: &Cluster, _greeted: &mut u64) {}
 
-    /// Whether this answers nothing, and asks for a keep-alive.
-    fn is_nudge(_response: &Self::Response) -> bool {
+    /// Whether the response is not an answer but a request for a keep-alive.
+    fn is_keep_alive_request(_response: &Self::Response) -> bool {
         false
     }
 
-    /// Takes what the answer to a request that was sent at `sent_at` shows of the leader.
+    /// Takes lease and clock from the answer to a request that was sent at `sent_at`.
     fn learn(_response: &Self::Response, _cluster: &Cluster, _sent_at: BootTime) {}
 
-    /// Whether the leader has decided.
+    /// Returns whether the leader decided.
     fn verdict(response: &Self::Response) -> Verdict;
 }
 
-/// What the link must understand of an answer.
+/// The part of an answer that concerns the link.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// The answer is the caller's.
+    /// The leader decided; the answer goes to the caller.
     Decided,
-    /// The leader could not decide: the request is submitted again a little later.
+    /// The leader could not decide: the request is submitted again after a delay.
     Unavailable {
-        /// Why, in words.
+        /// Why it could not decide.
         reason: String,
     },
-    /// Not the leader: everything moves.
+    /// The node is not the leader: all outstanding requests move to the leader.
     NotLeader {
-        /// Who is, where known.
+        /// Address of the leader, if known.
         hint: Option<String>,
     },
 }
 
-/// The calls of one protocol. Each holds when it was first sent on the current stream, by the clock of leases.
-type Calls<P> = Multiplexer<<P as Protocol>::Request, <P as Protocol>::Response, BootTime, Greeting<P>>;
+/// The calls of one protocol. Each holds the time at which it was first sent on the current stream, for the lease.
+type Calls<P> = Multiplexer<<P as Protocol>::Request, <P as Protocol>::Response, BootTime, Preparer<P>>;
 
-/// Completes requests as their protocol says.
-struct Greeting<P> {
+/// Completes requests according to their protocol.
+struct Preparer<P> {
     cluster: Arc<Cluster>,
-    /// The session that the current stream knows of; 0: none.
-    greeted: u64,
+    /// The session that the current stream knows; 0 means none.
+    announced: u64,
     protocol: PhantomData<fn() -> P>,
 }
 
-impl<P: Protocol> OnSend<P::Request, BootTime> for Greeting<P> {
+impl<P: Protocol> OnSend<P::Request, BootTime> for Preparer<P> {
     fn begin_stream(&mut self) {
-        self.greeted = 0;
+        self.announced = 0;
     }
 
     fn prepare(&mut self, request: &mut P::Request, sent_at: &mut BootTime, is_first: bool) {
         if is_first {
             *sent_at = BootTime::now();
         }
-        P::prepare(request, &self.cluster, &mut self.greeted);
+        P::prepare(request, &self.cluster, &mut self.announced);
     }
 }
 
-/// The stream and what is outstanding on it. Cloning shares it.
+/// A stream to the leader and its outstanding requests. Clones share it.
 pub(crate) struct LeaderLink<P: Protocol> {
     cluster: Arc<Cluster>,
     calls: Arc<Calls<P>>,
@@ -131,16 +131,16 @@ impl<P: Protocol> Clone for LeaderLink<P> {
 
 /// Why a stream ended.
 enum End {
-    /// It broke, or was never made.
+    /// It broke, or could not be opened.
     Broken(String),
-    /// The node does not lead.
+    /// The node is not the leader.
     NotLeader { hint: Option<String> },
-    /// Another node leads.
+    /// Another node is the leader.
     Moved,
 }
 
 impl<P: Protocol> LeaderLink<P> {
-    /// Nothing is connected before something is submitted, and nothing at all unless [`LeaderLink::run`] runs.
+    /// Creates a link. It connects after the first request was submitted, while [`LeaderLink::run`] runs.
     pub(crate) fn new(cluster: Arc<Cluster>) -> LeaderLink<P> {
         let limits = Limits {
             queue_max: 2 * P::OUTSTANDING_MAX,
@@ -150,19 +150,19 @@ impl<P: Protocol> LeaderLink<P> {
                 after_max: Duration::from_millis(RESEND_AFTER_MS_MAX),
             }),
         };
-        let greeting = Greeting {
+        let preparer = Preparer {
             cluster: cluster.clone(),
-            greeted: 0,
+            announced: 0,
             protocol: PhantomData,
         };
         LeaderLink {
             cluster,
-            calls: Arc::new(Multiplexer::new(limits, greeting)),
+            calls: Arc::new(Multiplexer::new(limits, preparer)),
         }
     }
 
-    /// Submits `request` until the leader decides. The answer, and how often the request was sent for it; `None` when
-    /// the client is being closed. Dropping the future withdraws the request, as far as it has not been sent.
+    /// Submits `request` until the leader decides; returns the answer and the number of times the request was sent.
+    /// `None` if the client is being closed. Dropping the future withdraws the request if it has not been sent yet.
     pub(crate) async fn call(&self, request: P::Request) -> Option<(P::Response, u32)> {
         let mut backoff = Backoff::new();
         let mut sends = 0;
@@ -173,7 +173,11 @@ impl<P: Protocol> LeaderLink<P> {
             let Verdict::Unavailable { reason } = P::verdict(&response) else {
                 return Some((response, sends));
             };
-            tracing::debug!(link = P::NAME, reason, "the leader cannot decide now");
+            tracing::debug!(
+                link = P::NAME,
+                reason,
+                "the leader cannot decide now; trying again"
+            );
             backoff.pause().await;
         }
     }
@@ -182,82 +186,82 @@ impl<P: Protocol> LeaderLink<P> {
         &self.cluster
     }
 
-    /// From now on nothing is sent, and everything outstanding ends.
+    /// Ends all outstanding and later requests.
     pub(crate) fn close(&self) {
         self.calls.close();
     }
 
-    /// Keeps the stream; never returns.
+    /// Maintains the stream; never returns.
     pub(crate) async fn run(self) {
-        let mut findings = self.cluster.findings();
+        let mut leader_views = self.cluster.watch_leader();
         let mut backoff = Backoff::new();
-        // Streams in a row that brought no answer, or ended soon.
-        let mut fruitless = 0u32;
+        // Consecutive streams that ended early or without an answer.
+        let mut failed_streams = 0u32;
         loop {
-            self.calls.wanted().await;
-            let found = findings.wait_for(|finding| finding.address.is_some()).await;
-            let Ok(finding) = found.map(|finding| finding.clone()) else {
+            self.calls.calls_outstanding().await;
+            let found = leader_views.wait_for(|view| view.address.is_some()).await;
+            let Ok(view) = found.map(|view| view.clone()) else {
                 return;
             };
-            let Some(address) = finding.address.clone() else {
+            let Some(address) = view.address.clone() else {
                 continue;
             };
             let mut stream = Stream {
                 link: &self,
-                finding,
+                view,
                 confirmed: false,
-                doubting: false,
+                is_suspected: false,
                 answered: false,
             };
             let began = Instant::now();
-            let end = stream.serve(&address, &mut findings).await;
-            let (number, answered) = (stream.finding.number, stream.answered);
-            let waiting_since = self.calls.detach(&Lost::Ended);
-            // An idle client too shows the next leader, or the same one, that it is still there.
-            self.cluster.nudge();
-            // A node that answers one call and refuses the next would else be called again without a pause.
-            if answered && began.elapsed() >= Duration::from_millis(FRUITFUL_MS_MIN) {
-                fruitless = 0;
+            let end = stream.serve(&address, &mut leader_views).await;
+            let (version, answered) = (stream.view.version, stream.answered);
+            let waiting_since = self.calls.detach(&CallError::Ended);
+            // An idle client too must show the next leader that it is alive.
+            self.cluster.request_keep_alive();
+            // Without this condition, a node that answers one call and refuses the next would be called without a
+            // delay.
+            if answered && began.elapsed() >= Duration::from_millis(STREAM_LIFETIME_MS_MIN) {
+                failed_streams = 0;
                 backoff = Backoff::new();
             }
             let since = waiting_since.unwrap_or_else(Instant::now);
             match end {
                 End::Moved => continue,
                 End::Broken(reason) => {
-                    let news = fruitless == 0 && waiting_since.is_some();
-                    if news {
+                    if failed_streams == 0 && waiting_since.is_some() {
                         tracing::info!(link = P::NAME, node = %address, reason, "lost the connection to the leader");
                     } else {
-                        tracing::debug!(link = P::NAME, node = %address, reason, "no stream");
+                        tracing::debug!(link = P::NAME, node = %address, reason, "cannot open a stream to the leader");
                     }
-                    self.cluster.complain(number, None, since);
+                    self.cluster.report_lost(version, None, since);
                 }
                 End::NotLeader { hint } => {
-                    tracing::debug!(link = P::NAME, node = %address, ?hint, "the node does not lead");
-                    self.cluster.complain(number, hint, since);
+                    tracing::debug!(link = P::NAME, node = %address, hint, "the node is not the leader");
+                    self.cluster.report_lost(version, hint, since);
                 }
             }
-            fruitless += 1;
-            if fruitless > 1 {
+            failed_streams += 1;
+            if failed_streams > 1 {
                 backoff.pause().await;
             }
         }
     }
 }
 
-/// One stream while it lasts.
+/// One stream from its opening to its end.
 struct Stream<'a, P: Protocol> {
     link: &'a LeaderLink<P>,
-    finding: Finding,
-    /// Whether the cluster was told that this finding answers.
+    view: LeaderView,
+    /// Whether [`Cluster::confirm`] was called for this view.
     confirmed: bool,
-    /// Whether the cluster was told that it does not.
-    doubting: bool,
+    /// Whether [`Cluster::report_unresponsive`] was called since.
+    is_suspected: bool,
     answered: bool,
 }
 
 impl<P: Protocol> Stream<'_, P> {
-    async fn serve(&mut self, address: &str, findings: &mut watch::Receiver<Finding>) -> End {
+    async fn serve(&mut self, address: &str, leader_views: &mut watch::Receiver<LeaderView>) -> End {
         let (cluster, calls) = (&self.link.cluster, &self.link.calls);
         let mut client = match cluster.connector().client(address, P::PURPOSE) {
             Ok(client) => client,
@@ -267,32 +271,36 @@ impl<P: Protocol> Stream<'_, P> {
         let mut answers = match tokio::time::timeout(Duration::from_millis(OPEN_TIMEOUT_MS), open).await {
             Ok(Ok(answers)) => answers.into_inner(),
             Ok(Err(status)) => return End::Broken(describe(&status)),
-            Err(_) => return End::Broken(format!("no stream within {OPEN_TIMEOUT_MS} ms")),
+            Err(_) => {
+                return End::Broken(format!(
+                    "the node did not accept a stream in {OPEN_TIMEOUT_MS} ms"
+                ));
+            }
         };
-        let mut ticks = tokio::time::interval(Duration::from_millis(TICK_MS));
+        let mut ticks = tokio::time::interval(Duration::from_millis(CHECK_INTERVAL_MS));
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         calls.opened();
         loop {
             tokio::select! {
                 answer = next_answer(&mut answers) => match answer {
                     Ok(answer) => {
-                        if let Some(end) = self.take(answer) {
+                        if let Some(end) = self.handle_answer(answer) {
                             return end;
                         }
                     }
-                    Err(lost) => return End::Broken(lost.to_string()),
+                    Err(error) => return End::Broken(error.to_string()),
                 },
-                changed = findings.changed() => {
-                    let finding = findings.borrow_and_update().clone();
-                    if changed.is_err() || finding.address.as_deref().is_some_and(|new| new != address) {
+                changed = leader_views.changed() => {
+                    let view = leader_views.borrow_and_update().clone();
+                    if changed.is_err() || view.address.as_deref().is_some_and(|new| new != address) {
                         return End::Moved;
                     }
-                    // Found again, or in question because of another connection: this one works.
-                    self.finding.number = finding.number;
+                    // The same leader was found again, or was reported over another connection; this stream works.
+                    self.view.version = view.version;
                     self.confirmed = false;
                 },
                 _ = ticks.tick() => {
-                    if let Some(end) = self.look_over() {
+                    if let Some(end) = self.check_silence() {
                         return end;
                     }
                 }
@@ -300,29 +308,29 @@ impl<P: Protocol> Stream<'_, P> {
         }
     }
 
-    /// Hands an answer to its caller.
-    fn take(&mut self, answer: P::Response) -> Option<End> {
+    /// Processes an answer and delivers it to its caller.
+    fn handle_answer(&mut self, answer: P::Response) -> Option<End> {
         let (cluster, calls) = (&self.link.cluster, &self.link.calls);
-        if P::is_nudge(&answer) {
-            cluster.nudge();
+        if P::is_keep_alive_request(&answer) {
+            cluster.request_keep_alive();
             return None;
         }
         let call_id = answer.call_id();
-        // It may answer the first of several sendings.
-        if let Some(sent_at) = calls.heard(call_id) {
+        // If the request was sent several times, this may be the answer to the first.
+        if let Some(sent_at) = calls.note_answer(call_id) {
             P::learn(&answer, cluster, sent_at);
         }
         match P::verdict(&answer) {
             Verdict::NotLeader { hint } => return Some(End::NotLeader { hint }),
             Verdict::Unavailable { reason } => {
-                // It may have lost its quorum to another.
-                self.doubting = true;
-                cluster.doubt(self.finding.number, Instant::now(), &reason);
+                // Another node may lead its quorum now.
+                self.is_suspected = true;
+                cluster.report_unresponsive(self.view.version, Instant::now(), &reason);
             }
-            Verdict::Decided if !self.confirmed || self.doubting => {
-                cluster.confirm(self.finding.number);
+            Verdict::Decided if !self.confirmed || self.is_suspected => {
+                cluster.confirm(self.view.version);
                 self.confirmed = true;
-                self.doubting = false;
+                self.is_suspected = false;
             }
             Verdict::Decided => {}
         }
@@ -331,21 +339,21 @@ impl<P: Protocol> Stream<'_, P> {
         None
     }
 
-    /// Sends again what seems lost, and says so when the leader says nothing.
-    fn look_over(&mut self) -> Option<End> {
+    /// Resends requests whose answers seem lost, and reports a leader that does not answer.
+    fn check_silence(&mut self) -> Option<End> {
         let (cluster, calls) = (&self.link.cluster, &self.link.calls);
         calls.resend_due();
         let silent_since = calls.silent_since();
         let silence = silent_since.map_or(Duration::ZERO, |since| since.elapsed());
         if silence >= Duration::from_millis(SILENCE_BREAK_MS) {
-            return Some(End::Broken(Lost::Silent(silence).to_string()));
+            return Some(End::Broken(CallError::Timeout(silence).to_string()));
         }
         if let Some(since) = silent_since.filter(|_| silence >= Duration::from_millis(SILENCE_MS_MAX)) {
-            self.doubting = true;
-            cluster.doubt(self.finding.number, since, "does not answer calls");
-        } else if self.doubting && silent_since.is_none() {
-            self.doubting = false;
-            cluster.leave_be(self.finding.number);
+            self.is_suspected = true;
+            cluster.report_unresponsive(self.view.version, since, "does not answer calls");
+        } else if self.is_suspected && silent_since.is_none() {
+            self.is_suspected = false;
+            cluster.clear_suspicion(self.view.version);
         }
         None
     }

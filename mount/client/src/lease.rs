@@ -1,10 +1,10 @@
-//! The lease as this client reckons it: whether it alone uses the filesystem, and so may answer from what it knows.
+//! The client's view of its lease: whether it has exclusive use of the filesystem and may answer from its caches.
 //!
-//! Counted from when the request was sent that was answered with it, by a clock that goes on while the machine sleeps.
-//! What was learned under a lease may be used as long as the lease has not lapsed since; its number tells, for it
-//! changes whenever one begins anew.
+//! The lease is counted from the sending of the request whose answer granted it, by a clock that also advances while
+//! the machine sleeps. What was read under a lease is valid while the lease has not lapsed; a lease that begins after
+//! a lapse has a new number.
 //!
-//! Invariant: between any two moments at which [`Lease::held`] answers the same number the lease never lapsed.
+//! Invariant: between two moments at which [`Lease::held`] returns the same number, the lease did not lapse.
 
 use std::ops::Add;
 use std::time::Duration;
@@ -13,11 +13,11 @@ use nix::time::{ClockId, clock_gettime};
 use parking_lot::Mutex;
 use quorumfs_proto::SessionId;
 
-/// The clocks of two machines may run this much apart: a lease is reckoned shorter by a twentieth.
+/// A lease is shortened by one twentieth, which bounds the difference in the rates of two machines' clocks.
 const DRIFT_DIVISOR: u32 = 20;
 
-/// A moment by CLOCK_BOOTTIME: since this machine was started, times of sleep included. `std::time::Instant` stands still
-/// during those, and a lease that was reckoned by it would outlive the leader's.
+/// A time of CLOCK_BOOTTIME (clock_gettime(2)): since the start of the machine, including suspension.
+/// `std::time::Instant` stops during suspension, so a lease measured with it would outlast the leader's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct BootTime(Duration);
 
@@ -27,17 +27,17 @@ impl BootTime {
         BootTime(Duration::from(now.expect("Linux has this clock since 2.6.39")))
     }
 
-    /// Since this machine was started.
+    /// Returns the time since the start of the machine.
     pub(crate) fn uptime(self) -> Duration {
         self.0
     }
 
-    /// As [`BootTime::uptime`], in nanoseconds.
+    /// Like [`BootTime::uptime`], in nanoseconds.
     pub(crate) fn uptime_ns(self) -> i64 {
         i64::try_from(self.0.as_nanos()).unwrap_or(i64::MAX)
     }
 
-    /// So long after the start.
+    /// Returns the given time after the start.
     #[cfg(test)]
     pub(crate) fn after(uptime: Duration) -> BootTime {
         BootTime(uptime)
@@ -56,7 +56,7 @@ impl Add<Duration> for BootTime {
     }
 }
 
-/// See the module. The lock is held for a comparison.
+/// The lease of a client. The lock is held only for a comparison.
 #[derive(Debug, Default)]
 pub(crate) struct Lease {
     state: Mutex<State>,
@@ -65,7 +65,7 @@ pub(crate) struct Lease {
 #[derive(Debug, Default)]
 struct State {
     session: u64,
-    /// When the session began to count; what was asked before was not granted to it.
+    /// When the session began; answers to earlier requests grant it nothing.
     began: Option<BootTime>,
     until: Option<BootTime>,
     number: u64,
@@ -78,14 +78,14 @@ impl State {
         }
         let until = sent_at + Duration::from_millis(u64::from(lease_ms - lease_ms / DRIFT_DIVISOR));
         match self.until {
-            // Held throughout, so nobody else came in between. (That it was held when the request was sent says less:
-            // it may have lapsed before the answer came.)
+            // The lease was held throughout, so no other client had it in between. It is not enough that it was held
+            // when the request was sent: it may have lapsed before the answer.
             Some(held) if held > now => self.until = Some(held.max(until)),
             _ if until > now => {
                 self.number += 1;
                 self.until = Some(until);
             }
-            // It came too late to be of use.
+            // The answer was so late that the lease has already lapsed.
             _ => {}
         }
     }
@@ -97,7 +97,7 @@ impl State {
 }
 
 impl Lease {
-    /// A new session begins without a lease.
+    /// Starts a new session, without a lease.
     pub(crate) fn begin(&self, session: SessionId) {
         let mut state = self.state.lock();
         state.session = session.0;
@@ -105,20 +105,20 @@ impl Lease {
         state.until = None;
     }
 
-    /// A request sent at `sent_at` was answered with a lease of `lease_ms`; 0: with none.
+    /// Takes the lease of `lease_ms` that the answer to a request sent at `sent_at` granted; 0 means none.
     pub(crate) fn granted(&self, sent_at: BootTime, lease_ms: u32) {
-        // The clock is read under the lock: no other grant comes between the two.
+        // The clock is read under the lock, so no other grant comes between the two.
         let mut state = self.state.lock();
         state.granted(sent_at, lease_ms, BootTime::now());
     }
 
-    /// The session, and whether it holds the lease now.
-    pub(crate) fn claim(&self) -> (u64, bool) {
+    /// Returns the session, and whether it holds the lease now.
+    pub(crate) fn session_and_held(&self) -> (u64, bool) {
         let state = self.state.lock();
         (state.session, state.held(BootTime::now()).is_some())
     }
 
-    /// How long the lease holds from now, and its number; `None`: it is not held.
+    /// Returns the remaining time of the lease and its number; `None` if it is not held.
     pub(crate) fn held(&self) -> Option<(Duration, u64)> {
         let state = self.state.lock();
         state.held(BootTime::now())
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_that_lapsed_begins_anew() {
+    fn a_lapsed_lease_gets_a_new_number() {
         let mut state = State::default();
         assert_eq!(state.held(at(0)), None);
         state.granted(at(0), 60_000, at(1));
@@ -160,7 +160,8 @@ mod tests {
         let mut state = State::default();
         state.granted(at(0), 20_000, at(0));
         let first = state.held(at(1)).unwrap().1;
-        // Sent while it was held, answered when it was not: somebody else may have had it for those seconds.
+        // The request was sent while the lease was held and answered after it had lapsed: another client may have had
+        // it in between.
         state.granted(at(10), 20_000, at(25));
         assert_eq!(state.held(at(25)).unwrap(), (Duration::from_secs(4), first + 1));
     }
@@ -181,8 +182,8 @@ mod tests {
         std::thread::sleep(Duration::from_millis(1));
         lease.begin(SessionId(2));
         lease.granted(before, 60_000);
-        assert_eq!(lease.claim(), (2, false));
+        assert_eq!(lease.session_and_held(), (2, false));
         lease.granted(BootTime::now(), 60_000);
-        assert_eq!(lease.claim(), (2, true));
+        assert_eq!(lease.session_and_held(), (2, true));
     }
 }

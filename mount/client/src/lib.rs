@@ -1,36 +1,37 @@
-//! A client of a QuorumFS cluster: a session, exactly-once calls, chunk transfer. The mount and the nodes' REST
-//! interface are its users.
+//! A client of a QuorumFS cluster: a session, exactly-once calls and chunk transfer. It is used by the mount and by
+//! the REST interface of the nodes.
 //!
-//! One write through it:
+//! A write:
 //!
-//! 1. [`Client::new_chunk`] gives bytes an identity of this session and checksums; from then on the low-water mark of
-//!    its mutations stays below it.
-//! 2. [`Client::put_chunk`] sends it over the stream of chunks to the leader, and waits until f + 1 voters hold it (P2).
-//! 3. [`Client::mutate`] takes a lane, names the command by (session, lane, sequence) and sends it over the stream of
-//!    calls, again and again with the same name, wherever the leader is, until there is a verdict (P4, P6). A new
-//!    leader that is not sure of the chunks asks for them again first. What a caller gives up waiting for is voided in
-//!    the background; until it is settled nothing else is sent, so that nothing later is overtaken by it.
+//! 1. [`Client::new_chunk`] gives bytes an id of this session and checksums. From then on the low-water mark of the
+//!    session's mutations stays at or below the chunk.
+//! 2. [`Client::put_chunk`] sends the chunk to the leader over the stream of puts and waits until f + 1 voters hold it
+//!    (P2).
+//! 3. [`Client::mutate`] takes a lane, identifies the command by (session, lane, sequence) and sends it over the
+//!    stream of calls to the current leader, again and again with the same id, until there is a verdict (P4, P6). A
+//!    new leader that does not know whether the chunks are durable asks for them again first. A mutation whose caller
+//!    stops waiting is voided in the background; no other mutation is sent until that is decided, so no later change
+//!    is overtaken by it.
 //!
-//! One read: [`Client::query`] asks the leader for extents; [`Client::get_chunk`] asks the node that answers best,
-//! then the next, for the bytes, and verifies them (P3).
+//! A read: [`Client::query`] asks the leader for extents. [`Client::get_chunk`] reads the bytes from the node with the
+//! lowest expected latency, or from the next one if that fails, and verifies them (P3).
 //!
-//! Behind it, imports pointing only down this list:
+//! The modules; each imports only modules below it:
 //!
-//! - `interface`: what users see, as a trait. `client`: the one that reaches a real cluster; time-outs.
-//! - `keep_alive`: keep-alives, a new session for a lost one, release of unlinked inodes.
+//! - `interface`: the public interface as a trait. `client`: its implementation for a real cluster; time-outs.
+//! - `keep_alive`: keep-alives, replacement of a lost session, release of unlinked inodes.
 //! - `mutation`: one mutation from its lane to its verdict.
-//! - `session`, `lanes`, `chunk`: what belongs to one session.
-//! - `calls`, `chunk_writer`, `chunk_reader`: the three streams; `sources` judges whom to read from.
-//! - `leader_link`: a stream that follows the leader and sends again what is not answered, over the multiplexer of
+//! - `session`, `lanes`, `chunk`: the state of one session.
+//! - `calls`, `chunk_writer`, `chunk_reader`: the three streams. `sources` ranks the nodes to read from.
+//! - `leader_link`: a stream that follows the leader and resends unanswered requests, over the multiplexer of
 //!   `quorumfs_wire::calls`.
-//! - `cluster`: who leads and where everybody is; `discovery` judges what the nodes say,
-//!   `address_book` keeps their addresses.
-//! - `lease`: whether this client alone uses the cluster; `clock`: what the leader's clock shows.
-//! - `connector`: connections and pauses.
+//! - `cluster`: the leader and the addresses of all nodes. `discovery` evaluates the answers of the nodes,
+//!   `node_addresses` keeps their addresses.
+//! - `lease`: whether this client has exclusive use of the cluster. `clock`: an estimate of the leader's clock.
+//! - `connector`: connections and backoff.
 //!
-//! It knows nothing of FUSE, of files' buffers and caches, or of how a node works.
+//! This crate does not know FUSE, file buffers and caches, or the implementation of a node.
 
-mod address_book;
 mod calls;
 mod chunk;
 mod chunk_reader;
@@ -46,6 +47,7 @@ mod lanes;
 mod leader_link;
 mod lease;
 mod mutation;
+mod node_addresses;
 mod session;
 mod sources;
 

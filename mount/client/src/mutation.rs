@@ -1,16 +1,14 @@
 //! One mutation from its lane to its verdict (P4).
 //!
-//! Owes: the command takes effect once, and its verdict is the cluster's; a caller that stops waiting leaves the
-//! resolution to the background, and the lane stays taken until then.
+//! The command takes effect once, and its verdict is the cluster's. If the caller stops waiting, the mutation is
+//! *abandoned*: it is voided in the background, its lane stays taken, and no other mutation is sent before it has a
+//! verdict. So a mutation that was reported as failed never takes effect after a later acknowledged one (P1).
 //!
-//! A mutation that its caller has given up is *abandoned*: it is voided, and until that has a verdict no other is sent.
-//! So what a program was told has failed never takes effect after something that was acknowledged later (P1).
-//!
-//! Invariants: every sending of a mutation carries the same request id and the same bytes. A request id that was ever
-//! sent is used for nothing else, except to void it: a command that does nothing, under the same id, takes effect
-//! only if the other has not and never will; its answer tells which. A mutation whose outcome is unknown is never
-//! sent under another session. One that its session never decided is: the session ended in the log before the cluster
-//! said so, and what comes of it later is refused.
+//! Invariants: every sending of a mutation has the same request id and the same bytes. A request id that was sent is
+//! reused only to void the mutation: a command without effect under the same id, which is applied only if the mutation
+//! has not been and never will be; its answer shows which. A mutation with unknown outcome is never sent under another
+//! session. A mutation that the cluster reports as never decided may be: its session has ended in the log, so a copy
+//! that arrives later is refused.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -21,13 +19,13 @@ use futures::future::{BoxFuture, try_join_all};
 use quorumfs_proto::call::Mutation;
 use quorumfs_proto::{
     ChunkId, ClientRequest, ClientResponse, Command, FsError, Operation, OperationResult, Outcome, Refusal,
-    codec,
+    RequestId, codec,
 };
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::calls::Calls;
+use crate::calls::{Calls, describe_reply};
 use crate::chunk::{Claim, FreshChunk};
 use crate::chunk_writer::ChunkWriter;
 use crate::connector::Backoff;
@@ -35,27 +33,26 @@ use crate::lanes::TakenLane;
 use crate::leader_link::LeaderLink;
 use crate::session::{Epoch, Sessions};
 
-/// What a mutation needs of the client.
+/// The parts of the client that mutations use.
 pub(crate) struct Mutator {
     pub(crate) calls: LeaderLink<Calls>,
-    pub(crate) putter: ChunkWriter,
+    pub(crate) chunk_writer: ChunkWriter,
     pub(crate) sessions: Sessions,
-    /// Finishes what callers do not wait for.
+    /// Runs abandoned mutations to their verdict.
     pub(crate) runtime: Handle,
     pub(crate) abandoned: Abandoned,
-    /// Held while the cluster's question about unlinked inodes is answered. Invariant: an answer that says "held" is decided
-    /// before the release of the same inode, which would find nothing to release otherwise.
-    pub(crate) answering: tokio::sync::Mutex<()>,
+    /// Held while a question about unlinked inodes is answered. Invariant: an answer that reports an inode as held is
+    /// decided before the release of the same inode, which would otherwise have no effect.
+    pub(crate) unlinked_answer: tokio::sync::Mutex<()>,
 }
 
-/// How many mutations were sent, are not waited for any more and have no verdict yet. At most as many as there are
-/// lanes.
+/// The number of abandoned mutations without a verdict: at most one for each lane.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Abandoned(Arc<watch::Sender<usize>>);
 
 impl Abandoned {
-    /// Returns when there is none.
-    async fn resolved(&self) {
+    /// Waits until there is none.
+    async fn all_settled(&self) {
         if *self.0.borrow() > 0 {
             // The sender lives as long as self.
             let _ = self.0.subscribe().wait_for(|count| *count == 0).await;
@@ -67,35 +64,38 @@ impl Abandoned {
         *self.0.borrow() > 0
     }
 
-    /// One more, until the answer is dropped.
-    fn one_more(&self) -> Unresolved {
+    /// Counts one more until the returned guard is dropped.
+    fn add(&self) -> AbandonedGuard {
         self.0.send_modify(|count| *count += 1);
-        Unresolved(self.clone())
+        AbandonedGuard(self.clone())
     }
 }
 
-/// An abandoned mutation.
-struct Unresolved(Abandoned);
+/// Counts one abandoned mutation until it is dropped.
+struct AbandonedGuard(Abandoned);
 
-impl Drop for Unresolved {
+impl Drop for AbandonedGuard {
     fn drop(&mut self) {
         self.0.0.send_modify(|count| *count -= 1);
     }
 }
 
-/// What became of a mutation.
+/// The end of a mutation.
 enum Settled {
-    /// The cluster's word, or why the command was given up before it could take effect.
+    /// The verdict of the cluster, or why the command was voided before it took effect.
     Verdict(Result<Outcome, FsError>),
-    /// Its session is over and it did not and will not take effect: the session's lanes say so, or it was sent once and
-    /// the cluster did not know the session then.
-    NeverHappened,
+    /// Its session has ended, and the mutation did not and will not take effect: the lanes of the session prove it, or
+    /// it was sent once and the cluster did not know the session at that time.
+    NotApplied,
     /// It may or may not have taken effect.
     Unknown,
 }
 
 impl Mutator {
-    /// Carries out `command`; `stored` are the chunks it names that were put before.
+    /// Applies `command`; `stored` are the chunks that it names and that were put before.
+    ///
+    /// # Errors
+    /// As [`crate::Client::mutate`].
     pub(crate) async fn mutate(
         self: &Arc<Self>,
         command: Command,
@@ -103,17 +103,17 @@ impl Mutator {
     ) -> Result<Outcome, FsError> {
         let releases = |operation: &Operation| matches!(operation, Operation::ReleaseUnlinked { .. });
         if command.operations.iter().any(releases) {
-            drop(self.answering.lock().await);
+            drop(self.unlinked_answer.lock().await);
         }
         loop {
-            self.abandoned.resolved().await;
-            let epoch = self.sessions.alive().await;
+            self.abandoned.all_settled().await;
+            let epoch = self.sessions.wait_until_open().await;
             if command
                 .chunks
                 .iter()
                 .any(|chunk| chunk.id.session != epoch.session)
             {
-                // They ended with their session.
+                // The chunks ended with their session.
                 return Err(FsError::ChunkDead);
             }
             command.validate(epoch.session)?;
@@ -121,47 +121,47 @@ impl Mutator {
                 continue;
             };
             if self.abandoned.any() {
-                // Given up while this waited for the lane. Whoever gave it up has been told, so it goes first.
+                // Another mutation was abandoned while this one waited for its lane; it is decided first.
                 lane.unused();
                 continue;
             }
             let given_up = CancellationToken::new();
-            let resolution = Resolution::new(self.clone(), epoch, lane, command.clone(), stored.to_vec());
-            let settled = Completing {
-                work: Some(Box::pin(resolution.run(given_up.clone()))),
+            let pending = PendingMutation::new(self.clone(), epoch, lane, command.clone(), stored.to_vec());
+            let settled = RunToCompletion {
+                work: Some(Box::pin(pending.run(given_up.clone()))),
                 given_up,
                 runtime: self.runtime.clone(),
                 abandoned: self.abandoned.clone(),
             };
             match settled.await {
                 Settled::Verdict(verdict) => return verdict,
-                Settled::NeverHappened => {}
+                Settled::NotApplied => {}
                 Settled::Unknown => return Err(FsError::Io),
             }
         }
     }
 }
 
-/// A mutation under way and everything it holds.
-struct Resolution {
+/// A mutation in flight and what it holds.
+struct PendingMutation {
     mutator: Arc<Mutator>,
     epoch: Arc<Epoch>,
     lane: TakenLane,
     call: Bytes,
     low_water: u64,
     stored: Vec<FreshChunk>,
-    /// Inline chunks too: the low-water mark must not pass what is not decided.
+    /// Claims on all chunks of the command, inline ones too: the low-water mark must not pass them before the verdict.
     _claims: Vec<Claim>,
 }
 
-impl Resolution {
+impl PendingMutation {
     fn new(
         mutator: Arc<Mutator>,
         epoch: Arc<Epoch>,
         lane: TakenLane,
         command: Command,
         stored: Vec<FreshChunk>,
-    ) -> Resolution {
+    ) -> PendingMutation {
         let named = command.chunks.iter();
         let claims = named.filter_map(|chunk| epoch.chunks.claim(chunk.id)).collect();
         let low_water = epoch.chunks.low_water();
@@ -170,7 +170,7 @@ impl Resolution {
             chunk_low_water: low_water,
             command,
         });
-        Resolution {
+        PendingMutation {
             mutator,
             epoch,
             lane,
@@ -181,7 +181,8 @@ impl Resolution {
         }
     }
 
-    /// Until there is a verdict, or nobody can tell any more; from `abandoned` on by voiding the command.
+    /// Runs until there is a verdict or the outcome can no longer be known; voids the command after `abandoned` is
+    /// cancelled.
     async fn run(self, abandoned: CancellationToken) -> Settled {
         let sessions = &self.mutator.sessions;
         let mut call = self.call.clone();
@@ -189,13 +190,13 @@ impl Resolution {
         let mut sends = 0;
         let mut backoff = Backoff::new();
         loop {
-            let decide = self.mutator.calls.decide(call.clone());
+            let execute = self.mutator.calls.execute_encoded(call.clone());
             let decided = match given_up {
-                Some(_) => decide.await,
-                None => match abandoned.run_until_cancelled(decide).await {
+                Some(_) => execute.await,
+                None => match abandoned.run_until_cancelled(execute).await {
                     Some(decided) => decided,
                     None => {
-                        // It may have been sent any number of times.
+                        // The number of sendings is unknown, so it counts as more than one.
                         sends += 2;
                         given_up = Some(FsError::TimedOut);
                         call = self.void();
@@ -208,8 +209,8 @@ impl Resolution {
             };
             sends += more;
             let reason = match (reply, given_up) {
-                // No state machine says so: the leader may have looked at its disks first, and then nobody
-                // remembers it.
+                // This verdict may come from the leader's check of free space before the log, and is then not
+                // recorded.
                 (ClientResponse::Outcome(Err(FsError::NoSpace)), None) => FsError::NoSpace,
                 (ClientResponse::Outcome(verdict), given_up) => {
                     self.lane.decided();
@@ -231,26 +232,37 @@ impl Resolution {
                     }
                 }
                 (ClientResponse::Refused(Refusal::Invalid { reason }), None) => {
-                    tracing::error!(request = ?self.lane.request(), reason, "the cluster refuses a command");
+                    let RequestId {
+                        session,
+                        lane,
+                        sequence,
+                    } = self.lane.request();
+                    tracing::error!(%session, lane = lane.0, sequence, reason, "the cluster refused a command as invalid");
                     FsError::InvalidArgument
                 }
                 (ClientResponse::Refused(Refusal::NeverDecided), given_up) => {
-                    sessions.lose(&self.epoch, "it has ended");
+                    sessions.mark_lost(&self.epoch, "it has ended");
                     return match given_up {
                         Some(error) => Settled::Verdict(Err(error)),
-                        None => Settled::NeverHappened,
+                        None => Settled::NotApplied,
                     };
                 }
                 (ClientResponse::Refused(Refusal::UnknownSession), _) => {
-                    sessions.lose(&self.epoch, "the cluster does not know it");
+                    sessions.mark_lost(&self.epoch, "the cluster does not know it");
                     return match sends {
-                        1 => Settled::NeverHappened,
+                        1 => Settled::NotApplied,
                         _ => Settled::Unknown,
                     };
                 }
                 (reply, _) => {
-                    tracing::error!(request = ?self.lane.request(), ?reply, "not an answer to a mutation");
-                    sessions.lose(&self.epoch, "a mutation has no verdict");
+                    let RequestId {
+                        session,
+                        lane,
+                        sequence,
+                    } = self.lane.request();
+                    let reply = describe_reply(&reply);
+                    tracing::error!(%session, lane = lane.0, sequence, reply, "unexpected reply to a mutation");
+                    sessions.mark_lost(&self.epoch, "a mutation got an unexpected reply");
                     return Settled::Unknown;
                 }
             };
@@ -259,20 +271,20 @@ impl Resolution {
         }
     }
 
-    /// Puts chunks again that a new leader is not sure of.
+    /// Puts the chunks again of which a new leader does not know whether they are durable.
     async fn put_again(&self, chunks: &[ChunkId]) -> Result<(), FsError> {
         let mut puts = Vec::with_capacity(chunks.len());
         for id in chunks {
             let Some(chunk) = self.stored.iter().find(|chunk| chunk.id() == *id) else {
-                tracing::error!(chunk = %id, "asked to put a chunk again that the caller did not hand over");
+                tracing::error!(chunk = %id, "the leader asked for a chunk that the mutation does not name as stored");
                 return Err(FsError::Io);
             };
-            puts.push(self.mutator.putter.put(chunk));
+            puts.push(self.mutator.chunk_writer.put(chunk));
         }
         try_join_all(puts).await.map(drop)
     }
 
-    /// A command that does nothing, under the same request id.
+    /// Returns the encoded void: a command without effect under the same request id.
     fn void(&self) -> Bytes {
         codec::encode(&ClientRequest::Mutate(Mutation {
             request: self.lane.request(),
@@ -282,21 +294,21 @@ impl Resolution {
     }
 }
 
-/// Whether this is what the void command answers.
+/// Whether this is the verdict of the void command.
 fn is_void(verdict: &Result<Outcome, FsError>) -> bool {
     matches!(verdict, Ok(outcome) if outcome.results == [OperationResult::Done])
 }
 
-/// Work that its caller may stop waiting for, but that is finished all the same.
-struct Completing<T: 'static> {
+/// Runs work that is completed in the background if the caller drops the future.
+struct RunToCompletion<T: 'static> {
     work: Option<BoxFuture<'static, T>>,
-    /// Tells the work that its caller has.
+    /// Cancelled when the caller drops the future.
     given_up: CancellationToken,
     runtime: Handle,
     abandoned: Abandoned,
 }
 
-impl<T> Future for Completing<T> {
+impl<T> Future for RunToCompletion<T> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
@@ -309,15 +321,15 @@ impl<T> Future for Completing<T> {
     }
 }
 
-impl<T> Drop for Completing<T> {
+impl<T> Drop for RunToCompletion<T> {
     fn drop(&mut self) {
         if let Some(work) = self.work.take() {
-            // Counted before the caller hears that it waits no more, so that nothing it does then comes first.
-            let unresolved = self.abandoned.one_more();
+            // Counted before the drop returns, so that a later mutation of the caller waits for this one.
+            let guard = self.abandoned.add();
             self.given_up.cancel();
             self.runtime.spawn(async move {
                 drop(work.await);
-                drop(unresolved);
+                drop(guard);
             });
         }
     }

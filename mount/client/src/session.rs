@@ -1,9 +1,9 @@
-//! The session: who this client is to the cluster, and what it does when the cluster has forgotten it.
+//! The session of this client, and its replacement after the cluster has ended it.
 //!
-//! Invariants: lanes, sequence numbers and chunk counters belong to one [`Epoch`] and end with it; nothing is ever
-//! sent again under another one. There is one current epoch, and the next begins only when the keeper has opened it.
+//! Invariants: lanes, sequence numbers and chunk counters belong to one [`Epoch`] and end with it; nothing of it is
+//! sent under another session. There is one current epoch; the next begins when `keep_alive` has opened its session.
 //!
-//! Knows the calls; nothing of mutations.
+//! Knows the stream of calls; does not know mutations.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,21 +11,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use quorumfs_proto::{ClientRequest, ClientResponse, Refusal, SessionId, SessionSecret};
 use tokio::sync::{Notify, watch};
 
-use crate::calls::Calls;
-use crate::chunk::ChunkLedger;
+use crate::calls::{Calls, describe_reply};
+use crate::chunk::SessionChunks;
 use crate::lanes::Lanes;
 use crate::leader_link::LeaderLink;
 
-/// One session from its opening to its end.
+/// One session of the client, from its opening to its end.
 #[derive(Debug)]
 pub(crate) struct Epoch {
     pub(crate) session: SessionId,
-    /// Proves it.
+    /// Authenticates the session.
     pub(crate) secret: SessionSecret,
-    /// 1 for the first session of a client, 2 for the next…
+    /// Number of the session among those of this client, starting at 1.
     pub(crate) generation: u64,
     pub(crate) lanes: Arc<Lanes>,
-    pub(crate) chunks: Arc<ChunkLedger>,
+    pub(crate) chunks: Arc<SessionChunks>,
     lost: AtomicBool,
 }
 
@@ -36,7 +36,7 @@ impl Epoch {
             secret,
             generation,
             lanes: Lanes::new(session),
-            chunks: ChunkLedger::new(session),
+            chunks: SessionChunks::new(session),
             lost: AtomicBool::new(false),
         })
     }
@@ -46,7 +46,7 @@ impl Epoch {
     }
 }
 
-/// The sessions of one client, one after the other.
+/// The consecutive sessions of one client.
 #[derive(Debug)]
 pub(crate) struct Sessions {
     description: String,
@@ -55,7 +55,10 @@ pub(crate) struct Sessions {
 }
 
 impl Sessions {
-    /// Opens the first session. Fails with the cluster's words, or `None` when the client is being closed.
+    /// Opens the first session.
+    ///
+    /// # Errors
+    /// The reason that the leader gave, or `None` if the client is being closed.
     pub(crate) async fn open(
         calls: &LeaderLink<Calls>,
         description: String,
@@ -73,23 +76,23 @@ impl Sessions {
         self.current.borrow().clone()
     }
 
-    /// The current epoch; waits while it is lost and the next one is not open yet.
-    pub(crate) async fn alive(&self) -> Arc<Epoch> {
+    /// Returns the current epoch; while it is lost, waits for the next.
+    pub(crate) async fn wait_until_open(&self) -> Arc<Epoch> {
         let mut epochs = self.current.subscribe();
         let epoch = epochs.wait_for(|epoch| !epoch.is_lost()).await;
         epoch.expect("the sender lives as long as self").clone()
     }
 
-    /// The cluster does not know this session (any more), or the client has lost count in it.
-    pub(crate) fn lose(&self, epoch: &Epoch, reason: &str) {
+    /// Marks `epoch` as lost: the cluster does not know its session (any more), or a mutation of it has no verdict.
+    pub(crate) fn mark_lost(&self, epoch: &Epoch, reason: &str) {
         if !epoch.lost.swap(true, Ordering::AcqRel) {
-            tracing::warn!(session = %epoch.session, reason, "the session is lost; what it held is gone");
+            tracing::warn!(session = %epoch.session, reason, "the session was lost; unlinked files and chunks that it held are released");
             epoch.lanes.close();
             self.lost.notify_one();
         }
     }
 
-    /// Returns when a session was lost that has not been replaced.
+    /// Waits until a session is lost and not replaced.
     pub(crate) async fn wait_for_loss(&self) {
         while !self.current.borrow().is_lost() {
             self.lost.notified().await;
@@ -97,6 +100,9 @@ impl Sessions {
     }
 
     /// Opens the next session in place of the lost one.
+    ///
+    /// # Errors
+    /// As [`Sessions::open`].
     pub(crate) async fn replace(&self, calls: &LeaderLink<Calls>) -> Result<(), Option<String>> {
         let session = open_new(calls, &self.description).await?;
         let generation = self.current.borrow().generation + 1;
@@ -106,7 +112,7 @@ impl Sessions {
     }
 }
 
-/// Draws an id and a secret, and makes the session known.
+/// Opens a session with a random id and secret.
 async fn open_new(
     calls: &LeaderLink<Calls>,
     description: &str,
@@ -119,12 +125,12 @@ async fn open_new(
         secret,
     };
     loop {
-        return match calls.ask(&call).await {
+        return match calls.execute(&call).await {
             Some(ClientResponse::Session(_)) => {
-                calls.cluster().speak_for(session, secret);
+                calls.cluster().set_session(session, secret);
                 Ok((session, secret))
             }
-            // An older program leads, which does not know this call.
+            // The leader runs an older program without this call.
             Some(ClientResponse::Refused(Refusal::Invalid { reason }))
                 if matches!(call, ClientRequest::OpenSessionWithKey { .. })
                     && reason.starts_with("malformed") =>
@@ -136,7 +142,7 @@ async fn open_new(
                 continue;
             }
             Some(ClientResponse::Refused(Refusal::Invalid { reason })) => Err(Some(reason)),
-            Some(reply) => Err(Some(format!("the leader answers {reply:?}"))),
+            Some(reply) => Err(Some(format!("unexpected reply: {}", describe_reply(&reply)))),
             None => Err(None),
         };
     }

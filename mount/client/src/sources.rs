@@ -1,35 +1,35 @@
-//! Which node to read from first: a judgement on what each did lately.
+//! Ranks the nodes to read from by their recent latency and failures.
 //!
-//! The nodes come in the order of the user's list. One that has not been measured is tried before slower ones, one
-//! that is busy yields to one that is not, one that failed comes last until it shows that it is back.
+//! The base order is that of the configured addresses. A node without a measurement precedes slower nodes, a busy node
+//! follows an idle one, and a failed node comes last until a probe or a read succeeds.
 //!
-//! Pure: the clock is an argument.
+//! Pure: the time is an argument.
 
 use std::cmp::Ordering;
 use std::time::{Duration, Instant};
 
-/// How much one answer counts against those before.
+/// Weight of one sample in the exponentially weighted mean latency.
 const WEIGHT: f64 = 0.2;
-/// A measurement counts half after this: a node that was slow once is tried again.
+/// The latency decays with this half-life, so that a node that was slow is tried again.
 const HALF_LIFE_S: f64 = 10.0;
-/// How long a node that failed is left alone before it is asked whether it is back.
-const REST_MS_MIN: u64 = 500;
-const REST_MS_MAX: u64 = 8_000;
+/// Delay from a failure to the first probe; it doubles with each failure up to the maximum.
+const PROBE_DELAY_MS_MIN: u64 = 500;
+const PROBE_DELAY_MS_MAX: u64 = 8_000;
 
-/// What is known of one node.
+/// The health of one node.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Health {
     latency_us: f64,
     measured_at: Option<Instant>,
-    /// Requests that wait for it.
-    pub(crate) under_way: u32,
+    /// Requests in flight.
+    pub(crate) in_flight: u32,
     failures: u32,
-    rests_until: Option<Instant>,
+    probe_after: Option<Instant>,
     probing: bool,
 }
 
 impl Health {
-    /// It answered after `took`.
+    /// Notes an answer after `took`.
     pub(crate) fn answered(&mut self, took: Duration, now: Instant) {
         let sample = took.as_micros() as f64;
         self.latency_us = match self.measured_at {
@@ -40,30 +40,30 @@ impl Health {
         self.recovered();
     }
 
-    /// It did not answer. Many requests that fail together count once.
+    /// Notes a failure. Several requests that fail together count once.
     pub(crate) fn failed(&mut self, now: Instant) {
-        if self.failures > 0 && self.rests_until.is_some_and(|until| until > now) {
+        if self.failures > 0 && self.probe_after.is_some_and(|until| until > now) {
             return;
         }
-        let rest = (REST_MS_MIN << self.failures.min(16)).min(REST_MS_MAX);
+        let delay_ms = (PROBE_DELAY_MS_MIN << self.failures.min(16)).min(PROBE_DELAY_MS_MAX);
         self.failures += 1;
-        self.rests_until = Some(now + Duration::from_millis(rest));
+        self.probe_after = Some(now + Duration::from_millis(delay_ms));
     }
 
     fn recovered(&mut self) {
         self.failures = 0;
-        self.rests_until = None;
+        self.probe_after = None;
     }
 
-    /// Whether it is time to ask a failed node whether it is back. Counts as the asking: until
-    /// [`Health::probed`] says what came of it, there is no second one.
-    pub(crate) fn wants_probe(&mut self, now: Instant) -> bool {
-        let due = !self.probing && self.rests_until.is_some_and(|until| until <= now);
+    /// Returns whether the caller is to probe the failed node now. No other probe starts before [`Health::probed`] is
+    /// called.
+    pub(crate) fn start_probe_if_due(&mut self, now: Instant) -> bool {
+        let due = !self.probing && self.probe_after.is_some_and(|until| until <= now);
         self.probing |= due;
         due
     }
 
-    /// Whether it is back.
+    /// Notes the result of a probe.
     pub(crate) fn probed(&mut self, back: bool, now: Instant) {
         self.probing = false;
         match back {
@@ -77,7 +77,7 @@ impl Health {
             .measured_at
             .map_or(Duration::ZERO, |at| now.duration_since(at));
         let faded = self.latency_us * 0.5f64.powf(age.as_secs_f64() / HALF_LIFE_S);
-        faded * (f64::from(self.under_way) + 1.0)
+        faded * (f64::from(self.in_flight) + 1.0)
     }
 
     fn compare(&self, other: &Health, now: Instant) -> Ordering {
@@ -86,7 +86,7 @@ impl Health {
     }
 }
 
-/// The nodes, by index, best first; among equals the order given.
+/// Returns the indices of the nodes, best first; equal nodes keep their order.
 pub(crate) fn order(nodes: &[Health], now: Instant) -> Vec<usize> {
     let mut order: Vec<usize> = (0..nodes.len()).collect();
     order.sort_by(|a, b| nodes[*a].compare(&nodes[*b], now));
@@ -100,7 +100,7 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     #[test]
-    fn the_order_given_stands_until_there_is_a_reason() {
+    fn the_given_order_is_kept_without_measurements() {
         let now = Instant::now();
         let mut nodes = vec![Health::default(); 3];
         assert_eq!(order(&nodes, now), [0, 1, 2]);
@@ -109,7 +109,7 @@ mod tests {
         nodes[1].answered(MS, now);
         nodes[2].answered(3 * MS, now);
         assert_eq!(order(&nodes, now), [1, 2, 0], "the quickest first");
-        nodes[1].under_way = 3;
+        nodes[1].in_flight = 3;
         assert_eq!(order(&nodes, now), [2, 1, 0], "the busy one yields");
     }
 
@@ -121,14 +121,18 @@ mod tests {
         nodes[1].answered(2 * MS, now);
         nodes[0].failed(now);
         assert_eq!(order(&nodes, now), [1, 0]);
-        assert!(!nodes[0].wants_probe(now));
-        let later = now + Duration::from_millis(REST_MS_MIN);
-        assert!(nodes[0].wants_probe(later));
-        assert!(!nodes[0].wants_probe(later), "one probe at a time");
-        assert_eq!(order(&nodes, later), [1, 0], "time alone does not heal");
+        assert!(!nodes[0].start_probe_if_due(now));
+        let later = now + Duration::from_millis(PROBE_DELAY_MS_MIN);
+        assert!(nodes[0].start_probe_if_due(later));
+        assert!(!nodes[0].start_probe_if_due(later), "one probe at a time");
+        assert_eq!(
+            order(&nodes, later),
+            [1, 0],
+            "a node that was not probed stays last"
+        );
         nodes[0].probed(false, later);
-        assert!(!nodes[0].wants_probe(later), "it rests twice as long");
-        assert!(nodes[0].wants_probe(later + 2 * Duration::from_millis(REST_MS_MIN)));
+        assert!(!nodes[0].start_probe_if_due(later), "the delay doubles");
+        assert!(nodes[0].start_probe_if_due(later + 2 * Duration::from_millis(PROBE_DELAY_MS_MIN)));
         nodes[0].probed(true, later);
         assert_eq!(order(&nodes, later), [0, 1]);
     }

@@ -31,7 +31,7 @@ use super::commit_only;
 use super::cutoff::{Cutoff, Overtaken};
 use super::fatal::FatalSignal;
 use super::revocable::revocable;
-use super::snapshot::{INSTALL_TIMEOUT, PROGRESS_TIMEOUT, SnapshotData, SnapshotTraffic, pieces};
+use super::snapshot::{INSTALL_TIMEOUT, PROGRESS_TIMEOUT, SnapshotData, SnapshotTraffic, parts};
 use super::types::{SnapshotMeta, TypeConfig, Vote, VoterId};
 use crate::transport::{Peer, Purpose, Transport};
 
@@ -339,7 +339,7 @@ impl RaftNetworkV2<TypeConfig> for PeerNetwork {
         };
         let meta = snapshot.meta;
         let header = to_wire(&self.address(SnapshotHeader { vote, meta }));
-        let (mut sending, stream) = pieces(header, held);
+        let (mut sending, stream) = parts(header, held);
         let mut peer = self.peer(Purpose::Bulk)?;
         let answer = pin!(peer.install_snapshot(stream));
         let stalled = stalled(sending.sent.clone(), &mut sending.reading, &self.shared.fatal);

@@ -114,7 +114,7 @@ impl Consensus {
     /// whole and no content is lost by it.
     pub async fn install_snapshot<S>(&self, incoming: S) -> Result<wire::RaftMessage, Status>
     where
-        S: Stream<Item = Result<wire::SnapshotPiece, Status>> + Send + Unpin,
+        S: Stream<Item = Result<wire::SnapshotPart, Status>> + Send + Unpin,
     {
         if let Some(trouble) = self.trouble() {
             return Err(Status::failed_precondition(trouble));

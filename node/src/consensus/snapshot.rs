@@ -1,4 +1,4 @@
-//! Snapshots: the metadata of a durable moment, built while applies continue, sent in pieces of rows, received into a
+//! Snapshots: the metadata of a durable moment, built while applies continue, sent in parts of rows, received into a
 //! file of their own.
 //!
 //! A snapshot has metadata, not content; recovery fetches content. One is sent at a time, since each reads the whole
@@ -22,7 +22,7 @@ use super::position::decode_position;
 use super::types::{SnapshotMeta, TypeConfig};
 use quorumfs_metadata::{MetadataStore, Received, Row, Snapshot, StorageFault};
 
-/// Bytes of rows in one piece: large enough to make the cost of a message negligible, small enough to measure progress.
+/// Bytes of rows in one part: large enough to make the cost of a message negligible, small enough to measure progress.
 const PIECE_BYTES: usize = 1 << 20;
 /// Pieces read ahead of the network.
 const PIECES_AHEAD: usize = 4;
@@ -30,7 +30,7 @@ const PIECES_AHEAD: usize = 4;
 const ROW_HEADER_BYTES: usize = 9;
 /// A sender of a snapshot that is silent for this long is assumed to be gone.
 pub const PROGRESS_TIMEOUT: Duration = Duration::from_secs(30);
-/// Most time after the last piece, when the receiver flushes its new file, which may be large.
+/// Most time after the last part, when the receiver flushes its new file, which may be large.
 pub const INSTALL_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// The data that openraft passes from the source of a snapshot to its destination.
@@ -122,51 +122,51 @@ fn put_row(out: &mut BytesMut, row: &Row) {
     out.put_slice(&row.value);
 }
 
-/// Decodes the rows of a piece; `None` if it is malformed.
-fn take_rows(mut piece: Bytes) -> Option<Vec<Row>> {
+/// Decodes the rows of a part; `None` if it is malformed.
+fn take_rows(mut part: Bytes) -> Option<Vec<Row>> {
     let mut rows = Vec::new();
-    while !piece.is_empty() {
-        if piece.len() < ROW_HEADER_BYTES {
+    while !part.is_empty() {
+        if part.len() < ROW_HEADER_BYTES {
             return None;
         }
-        let table = piece.get_u8();
-        let key_bytes = piece.get_u32_le() as usize;
-        let value_bytes = piece.get_u32_le() as usize;
-        if piece.len() < key_bytes.checked_add(value_bytes)? {
+        let table = part.get_u8();
+        let key_bytes = part.get_u32_le() as usize;
+        let value_bytes = part.get_u32_le() as usize;
+        if part.len() < key_bytes.checked_add(value_bytes)? {
             return None;
         }
-        let key = piece.split_to(key_bytes);
-        let value = piece.split_to(value_bytes);
+        let key = part.split_to(key_bytes);
+        let value = part.split_to(value_bytes);
         rows.push(Row { table, key, value });
     }
     Some(rows)
 }
 
-fn piece(piece: wire::snapshot_piece::Piece) -> wire::SnapshotPiece {
-    wire::SnapshotPiece { piece: Some(piece) }
+fn part(part: wire::snapshot_part::Part) -> wire::SnapshotPart {
+    wire::SnapshotPart { part: Some(part) }
 }
 
 /// A snapshot that is being sent.
 pub struct Sending {
-    /// Number of pieces that the network has taken.
+    /// Number of parts that the network has taken.
     pub sent: Arc<AtomicU64>,
     /// Task that reads the rows; its result tells whether reading succeeded.
     pub reading: tokio::task::JoinHandle<Result<(), StorageFault>>,
 }
 
-/// Returns the pieces of `snapshot`, after `header`.
-pub fn pieces(
+/// Returns the parts of `snapshot`, after `header`.
+pub fn parts(
     header: wire::RaftMessage,
     snapshot: Arc<Snapshot>,
-) -> (Sending, impl Stream<Item = wire::SnapshotPiece> + Send + 'static) {
-    use wire::snapshot_piece::Piece;
+) -> (Sending, impl Stream<Item = wire::SnapshotPart> + Send + 'static) {
+    use wire::snapshot_part::Part;
     let (sender, receiver) = mpsc::channel(PIECES_AHEAD);
     let reading = tokio::task::spawn_blocking(move || {
         let mut rows = 0;
         let mut crc = 0;
         let mut buffer = BytesMut::with_capacity(PIECE_BYTES);
         // A send fails when the receiver is gone: then the rest is not needed.
-        if sender.blocking_send(piece(Piece::Header(header))).is_err() {
+        if sender.blocking_send(part(Part::Header(header))).is_err() {
             return Ok(());
         }
         for row in snapshot.rows() {
@@ -175,14 +175,14 @@ pub fn pieces(
             if buffer.len() >= PIECE_BYTES {
                 crc = crc32c::crc32c_append(crc, &buffer);
                 let full = std::mem::replace(&mut buffer, BytesMut::with_capacity(PIECE_BYTES));
-                if sender.blocking_send(piece(Piece::Rows(full.freeze()))).is_err() {
+                if sender.blocking_send(part(Part::Rows(full.freeze()))).is_err() {
                     return Ok(());
                 }
             }
         }
         crc = crc32c::crc32c_append(crc, &buffer);
-        if sender.blocking_send(piece(Piece::Rows(buffer.freeze()))).is_ok() {
-            let _ = sender.blocking_send(piece(Piece::End(wire::SnapshotEnd { rows, crc })));
+        if sender.blocking_send(part(Part::Rows(buffer.freeze()))).is_ok() {
+            let _ = sender.blocking_send(part(Part::End(wire::SnapshotEnd { rows, crc })));
         }
         Ok(())
     });
@@ -211,43 +211,43 @@ pub enum ReceiveError {
     Panicked(#[from] tokio::task::JoinError),
 }
 
-async fn next_piece<S>(incoming: &mut S) -> Result<wire::snapshot_piece::Piece, ReceiveError>
+async fn next_part<S>(incoming: &mut S) -> Result<wire::snapshot_part::Part, ReceiveError>
 where
-    S: Stream<Item = Result<wire::SnapshotPiece, tonic::Status>> + Unpin,
+    S: Stream<Item = Result<wire::SnapshotPart, tonic::Status>> + Unpin,
 {
     let cut = |reason: &str| ReceiveError::CutShort(reason.to_string());
     match tokio::time::timeout(PROGRESS_TIMEOUT, incoming.next()).await {
         Err(_) => Err(cut("the sender fell silent")),
         Ok(None) => Err(cut("the sender stopped before the end")),
         Ok(Some(Err(status))) => Err(cut(status.message())),
-        Ok(Some(Ok(message))) => message.piece.ok_or(ReceiveError::Malformed("an empty piece")),
+        Ok(Some(Ok(message))) => message.part.ok_or(ReceiveError::Malformed("an empty part")),
     }
 }
 
 /// Receives the header of a snapshot.
 pub async fn receive_header<S>(incoming: &mut S) -> Result<wire::RaftMessage, ReceiveError>
 where
-    S: Stream<Item = Result<wire::SnapshotPiece, tonic::Status>> + Unpin,
+    S: Stream<Item = Result<wire::SnapshotPart, tonic::Status>> + Unpin,
 {
-    match next_piece(incoming).await? {
-        wire::snapshot_piece::Piece::Header(header) => Ok(header),
+    match next_part(incoming).await? {
+        wire::snapshot_part::Part::Header(header) => Ok(header),
         _ => Err(ReceiveError::Malformed("no header")),
     }
 }
 
-/// Receives the pieces after the header. The snapshot is on disk when this returns.
+/// Receives the parts after the header. The snapshot is on disk when this returns.
 pub async fn receive_rows<S>(incoming: &mut S, metadata: Arc<MetadataStore>) -> Result<Received, ReceiveError>
 where
-    S: Stream<Item = Result<wire::SnapshotPiece, tonic::Status>> + Unpin,
+    S: Stream<Item = Result<wire::SnapshotPart, tonic::Status>> + Unpin,
 {
-    use wire::snapshot_piece::Piece;
+    use wire::snapshot_part::Part;
     let mut installation = tokio::task::spawn_blocking(move || metadata.begin_install()).await??;
     let mut row_count = 0;
     let mut crc = 0;
     loop {
-        match next_piece(incoming).await? {
-            Piece::Header(_) => return Err(ReceiveError::Malformed("a second header")),
-            Piece::Rows(bytes) => {
+        match next_part(incoming).await? {
+            Part::Header(_) => return Err(ReceiveError::Malformed("a second header")),
+            Part::Rows(bytes) => {
                 crc = crc32c::crc32c_append(crc, &bytes);
                 let rows = take_rows(bytes).ok_or(ReceiveError::Malformed("a broken row"))?;
                 row_count += rows.len() as u64;
@@ -257,10 +257,10 @@ where
                 });
                 installation = added.await??;
             }
-            Piece::End(end) if end.rows == row_count && end.crc == crc => {
+            Part::End(end) if end.rows == row_count && end.crc == crc => {
                 return Ok(tokio::task::spawn_blocking(move || installation.finish()).await??);
             }
-            Piece::End(_) => {
+            Part::End(_) => {
                 return Err(ReceiveError::Malformed(
                     "the number of rows or the checksum differs",
                 ));
@@ -281,15 +281,15 @@ mod tests {
             value: Bytes::from_static(value),
         };
         let rows = vec![row(1, b"key", b"value"), row(2, b"", b""), row(255, b"k", b"")];
-        let mut piece = BytesMut::new();
+        let mut part = BytesMut::new();
         for row in &rows {
-            put_row(&mut piece, row);
+            put_row(&mut part, row);
         }
-        let piece = piece.freeze();
-        assert_eq!(take_rows(piece.clone()).as_ref(), Some(&rows));
-        let whole_rows = [0, 17, 26, piece.len()];
-        for end in 0..piece.len() {
-            let cut = take_rows(piece.slice(..end));
+        let part = part.freeze();
+        assert_eq!(take_rows(part.clone()).as_ref(), Some(&rows));
+        let whole_rows = [0, 17, 26, part.len()];
+        for end in 0..part.len() {
+            let cut = take_rows(part.slice(..end));
             assert_eq!(cut.is_some(), whole_rows.contains(&end), "cut at {end}");
         }
     }

@@ -40,7 +40,7 @@ struct LeaseState {
 
 #[derive(Default)]
 struct Caller {
-    under_way: u32,
+    in_flight: u32,
     last_done: Option<Instant>,
 }
 
@@ -75,7 +75,7 @@ impl Drop for Admission<'_> {
     fn drop(&mut self) {
         let mut state = self.leases.state.lock();
         if let Some(caller) = state.callers.get_mut(&self.session) {
-            caller.under_way = caller.under_way.saturating_sub(1);
+            caller.in_flight = caller.in_flight.saturating_sub(1);
             caller.last_done = Some(Instant::now());
         }
     }
@@ -86,7 +86,7 @@ impl Leases {
     /// holds the lease. Only the leader of `term` may call this.
     pub async fn admit(&self, session: SessionId, claims: bool, term: u64) -> Admission<'_> {
         // Counted from now on, so that the holder's lease is not renewed during the wait.
-        self.state.lock().callers.entry(session).or_default().under_way += 1;
+        self.state.lock().callers.entry(session).or_default().in_flight += 1;
         let mut admission = Admission {
             leases: self,
             session,
@@ -145,7 +145,7 @@ impl LeaseState {
     /// Whether another session is calling, or has recently called.
     fn shared(&mut self, session: SessionId, now: Instant) -> bool {
         let active = |caller: &Caller| {
-            caller.under_way > 0
+            caller.in_flight > 0
                 || caller
                     .last_done
                     .is_some_and(|done| now.duration_since(done) < QUIET)
@@ -170,10 +170,10 @@ mod tests {
         term: u64,
         now: Instant,
     ) -> Result<Grant, Instant> {
-        state.callers.entry(session).or_default().under_way += 1;
+        state.callers.entry(session).or_default().in_flight += 1;
         let decided = state.decide(session, claims, term, now);
         let caller = state.callers.entry(session).or_default();
-        caller.under_way -= 1;
+        caller.in_flight -= 1;
         caller.last_done = Some(now);
         decided
     }
@@ -216,10 +216,10 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_granted_while_anothers_call_is_under_way() {
+    fn nothing_is_granted_while_anothers_call_is_in_flight() {
         let start = Instant::now();
         let mut state = settled();
-        state.callers.entry(B).or_default().under_way = 1;
+        state.callers.entry(B).or_default().in_flight = 1;
         assert_eq!(
             call(&mut state, A, false, 1, start + 10 * QUIET),
             Ok(Grant::Nothing)

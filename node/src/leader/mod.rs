@@ -1,7 +1,7 @@
-//! The work of a leader: it takes content and commands, answers queries behind a barrier, keeps sessions and their
-//! leases alive, and combines small extents.
+//! The tasks of the leader: accepting content and commands, answering queries behind a barrier, maintaining sessions
+//! and their leases, and combining small extents.
 //!
-//! A follower uses it for what every node may answer: chunks, and the address of the leader.
+//! Followers use this module to read chunks and to report the leader's address.
 
 pub mod leases;
 pub mod read;

@@ -1,8 +1,8 @@
 //! The read path: a barrier, then the present metadata; a chunk from this node, or from a peer.
 //!
-//! 1. [`Reader::query`] confirms that this node leads and has applied everything that was acknowledged before the query
+//! 1. [`ReadPath::query`] confirms that this node leads and has applied everything that was acknowledged before the query
 //!    came (ReadIndex, Raft dissertation section 6.4), then answers from one consistent view.
-//! 2. [`Reader::chunk`] reads a range of a chunk whose blocks are checked against their CRCs. A copy that fails its
+//! 2. [`ReadPath::chunk`] reads a range of a chunk whose blocks are checked against their CRCs. A copy that fails its
 //!    check is never served: it is set aside, another node's is served, and repair makes a new one. A chunk that this
 //!    node lacks is fetched for the caller; that is no error.
 
@@ -21,8 +21,8 @@ use crate::replication::space::SpaceMonitor;
 use quorumfs_content::{ContentError, ContentStore};
 use quorumfs_metadata::{Failure, MetadataStore, StorageFault};
 
-/// The path of every read.
-pub struct Reader {
+/// The read path of a node; see the module documentation.
+pub struct ReadPath {
     /// Confirms the leadership.
     pub consensus: Consensus,
     /// The metadata to read.
@@ -33,15 +33,15 @@ pub struct Reader {
     pub peers: Arc<PeerChunks>,
     /// The nodes that should hold each chunk.
     pub placement: Arc<Placement>,
-    /// Is told of missing chunks.
+    /// Fetches missing chunks.
     pub recovery: Arc<Recovery>,
-    /// Is told of bad copies.
+    /// Repairs bad copies.
     pub repair: Arc<Repair>,
-    /// Knows the space of the cluster.
+    /// The space of the cluster.
     pub space: Arc<SpaceMonitor>,
 }
 
-impl Reader {
+impl ReadPath {
     /// Answers a query; the answer includes everything that was acknowledged before it came (P5).
     pub async fn query(&self, query: &Query) -> ClientResponse {
         if let Err(refusal) = self.barrier().await {
@@ -113,10 +113,10 @@ impl Reader {
         }
         let found = self.fetch_from_peers(id, offset, length).await;
         match &found {
-            // Only a chunk that exists elsewhere is worth recovering; a chunk that no node has may be dead.
+            // Only a chunk that exists unimplemented is worth recovering; a chunk that no node has may be dead.
             Some(_) => {
                 let recovery = self.recovery.clone();
-                tokio::task::spawn_blocking(move || recovery.wanted(id));
+                tokio::task::spawn_blocking(move || recovery.request_fetch(id));
             }
             None => warn!(chunk = %id, %reason, "no reachable node holds a requested chunk"),
         }
@@ -124,7 +124,7 @@ impl Reader {
     }
 
     async fn fetch_from_peers(&self, id: ChunkId, offset: u32, length: u32) -> Option<ChunkRange> {
-        for member in self.placement.sources(id) {
+        for member in self.placement.fetch_order(id) {
             match self.peers.fetch(&member, id, offset, length).await {
                 Ok(range) => return Some(range),
                 Err(error) => {

@@ -29,8 +29,8 @@ use quorumfs_proto::{
 use tracing::{debug, info, warn};
 
 use crate::consensus::Consensus;
-use crate::leader::read::Reader;
-use crate::leader::sessions::SessionKeeper;
+use crate::leader::read::ReadPath;
+use crate::leader::sessions::SessionTracker;
 use crate::leader::write::WritePath;
 use crate::pace::Pacer;
 use quorumfs_metadata::{
@@ -39,30 +39,30 @@ use quorumfs_metadata::{
 };
 
 /// Interval at which noted files are looked for.
-const LOOK_INTERVAL_MS: u64 = 2_000;
+const CHECK_INTERVAL_MS: u64 = 2_000;
 /// Bytes of content rewritten per second in the background.
 const REWRITE_BYTES_PER_S: u64 = 8 << 20;
 /// Fixed cost of a command, in bytes of that rate: it bounds the number of commands for runs of tiny extents.
 const COMMAND_COST_BYTES: u64 = 256 << 10;
 /// Noted files examined in one round.
 const FILES_PER_ROUND_MAX: usize = 64;
-/// Least rest of a file after a search that found nothing to do, and the multiple of the duration of the search: large
-/// files that change constantly are not searched constantly.
-const REST_MS_MIN: u64 = 5_000;
-const REST_MS_MAX: u64 = 600_000;
-const REST_PER_LOOK: u32 = 20;
+/// Shortest and longest time until a file is searched again after a search without result, and its ratio to the
+/// duration of the search: large files that change constantly are not searched constantly.
+const DEFER_MS_MIN: u64 = 5_000;
+const DEFER_MS_MAX: u64 = 600_000;
+const DEFER_PER_SEARCH: u32 = 20;
 /// Bytes of one file rewritten before the other files have their turn.
 const TURN_BYTES_MAX: u64 = 256 << 20;
 /// Pause after one page of extents, as a multiple of the time to read it.
 const PAUSE_PER_PAGE: u32 = 3;
-/// Most resting files; beyond it all are forgotten and examined again.
-const RESTING_FILES_MAX: usize = 4096;
+/// Most deferred files; beyond it all are forgotten and examined again.
+const DEFERRED_FILES_MAX: usize = 4096;
 /// Lifetime of a session of this node.
 const SESSION_LIFE_MS: u64 = 10_000;
 /// Extents of a run read concurrently.
-const READS_AT_ONCE_MAX: usize = 16;
+const READS_CONCURRENT_MAX: usize = 16;
 /// Longest time spent on one mutation before its client is told to ask again.
-const MAKING_ROOM_MS_MAX: u64 = 20_000;
+const COMBINE_MS_MAX: u64 = 20_000;
 /// Description of the session for people.
 const DESCRIPTION: &str = "rewriting of fragmented files";
 
@@ -70,12 +70,12 @@ const DESCRIPTION: &str = "rewriting of fragmented files";
 pub struct Rewriter {
     consensus: Consensus,
     metadata: Arc<MetadataStore>,
-    writer: Arc<WritePath>,
-    reader: Arc<Reader>,
-    sessions: Arc<SessionKeeper>,
+    write_path: Arc<WritePath>,
+    read_path: Arc<ReadPath>,
+    sessions: Arc<SessionTracker>,
     session: tokio::sync::Mutex<Option<Arc<OwnSession>>>,
     /// Locked while extents are combined for a mutation: one at a time.
-    making_room: tokio::sync::Mutex<()>,
+    combining: tokio::sync::Mutex<()>,
     pace: Mutex<Pacer>,
 }
 
@@ -102,30 +102,30 @@ enum Rewritten {
 }
 
 impl Rewriter {
-    /// Makes a rewriter; it does nothing in the background before [`Rewriter::run`].
+    /// Creates a rewriter; it does nothing in the background before [`Rewriter::run`].
     pub fn new(
         consensus: Consensus,
         metadata: Arc<MetadataStore>,
-        writer: Arc<WritePath>,
-        reader: Arc<Reader>,
-        sessions: Arc<SessionKeeper>,
+        write_path: Arc<WritePath>,
+        read_path: Arc<ReadPath>,
+        sessions: Arc<SessionTracker>,
     ) -> Arc<Rewriter> {
         Arc::new(Rewriter {
             consensus,
             metadata,
-            writer,
-            reader,
+            write_path,
+            read_path,
             sessions,
             session: tokio::sync::Mutex::new(None),
-            making_room: tokio::sync::Mutex::new(()),
+            combining: tokio::sync::Mutex::new(()),
             pace: Mutex::new(Pacer::new(REWRITE_BYTES_PER_S)),
         })
     }
 
-    /// Carries out a client's mutation, and combines extents for it if necessary.
+    /// Applies a mutation of a client, and combines extents for it if necessary.
     pub async fn mutate(&self, mutation: Mutation) -> ClientResponse {
         let again = may_be_crowded(&mutation).then(|| mutation.clone());
-        let mut crowded = match (self.writer.mutate(mutation).await, &again) {
+        let mut crowded = match (self.write_path.mutate(mutation).await, &again) {
             (Ok(reply), _) => return reply,
             (Err(crowded), _) => crowded,
         };
@@ -143,13 +143,13 @@ impl Rewriter {
             ))
             .into()
         };
-        let deadline = Instant::now() + Duration::from_millis(MAKING_ROOM_MS_MAX);
+        let deadline = Instant::now() + Duration::from_millis(COMBINE_MS_MAX);
         while Instant::now() < deadline {
-            if let Err(reason) = self.make_room(crowded, deadline).await {
+            if let Err(reason) = self.combine_extents(crowded, deadline).await {
                 warn!(inode = %crowded.inode, reason, "cannot combine the extents in the way of a write");
                 return unavailable(crowded, &format!(": {reason}"));
             }
-            match self.writer.mutate(mutation.clone()).await {
+            match self.write_path.mutate(mutation.clone()).await {
                 Ok(reply) => return reply,
                 Err(again) => crowded = again,
             }
@@ -158,8 +158,8 @@ impl Rewriter {
     }
 
     /// Combines the extents that are in the way of a mutation, once.
-    async fn make_room(&self, crowded: Crowded, deadline: Instant) -> Result<(), String> {
-        let _turn = self.making_room.lock().await;
+    async fn combine_extents(&self, crowded: Crowded, deadline: Instant) -> Result<(), String> {
+        let _turn = self.combining.lock().await;
         let Crowded { inode, from, to } = crowded;
         let mut at = from;
         let mut extents = 0;
@@ -172,7 +172,7 @@ impl Rewriter {
             if found.has_cuts {
                 let extents_max = COMMAND_FREED_EXTENTS_MAX;
                 let step = LogBody::ReclaimUnlinked { inode, extents_max };
-                self.writer
+                self.write_path
                     .housekeep(step)
                     .await
                     .map_err(|error| error.to_string())?;
@@ -193,14 +193,14 @@ impl Rewriter {
 
     /// Rewrites noted files while this node leads; never returns.
     pub async fn run(self: Arc<Self>) {
-        let mut resting = HashMap::new();
+        let mut deferred = HashMap::new();
         loop {
-            tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
+            tokio::time::sleep(Duration::from_millis(CHECK_INTERVAL_MS)).await;
             if !self.consensus.is_leader() {
-                resting.clear();
+                deferred.clear();
                 continue;
             }
-            if let Err(reason) = self.round(&mut resting).await {
+            if let Err(reason) = self.round(&mut deferred).await {
                 // A disk may be full, or another node leads by now: the next round tries again.
                 debug!(
                     reason,
@@ -212,42 +212,42 @@ impl Rewriter {
     }
 
     /// Examines all noted files once.
-    async fn round(&self, resting: &mut HashMap<InodeNumber, Instant>) -> Result<(), String> {
+    async fn round(&self, deferred: &mut HashMap<InodeNumber, Instant>) -> Result<(), String> {
         let mut after = None;
         loop {
             let noted = self
-                .look(move |view| view.fragmented(after, FILES_PER_ROUND_MAX))
+                .read_metadata(move |view| view.fragmented(after, FILES_PER_ROUND_MAX))
                 .await?;
             let Some(last) = noted.last() else { return Ok(()) };
             after = Some(*last);
             let now = Instant::now();
-            resting.retain(|_, until| *until > now);
-            if resting.len() > RESTING_FILES_MAX {
-                resting.clear();
+            deferred.retain(|_, until| *until > now);
+            if deferred.len() > DEFERRED_FILES_MAX {
+                deferred.clear();
             }
             for inode in noted {
-                if resting.contains_key(&inode) {
+                if deferred.contains_key(&inode) {
                     continue;
                 }
                 if !self.consensus.is_leader() {
                     return Ok(());
                 }
                 let began = Instant::now();
-                if let Err(reason) = self.look_over(inode).await {
+                if let Err(reason) = self.rewrite_file(inode).await {
                     // A problem with one file must not stop the rewriting of others.
                     debug!(%inode, reason, "cannot rewrite a fragmented file now; a later round tries again");
                 }
-                let rest = (began.elapsed() * REST_PER_LOOK).clamp(
-                    Duration::from_millis(REST_MS_MIN),
-                    Duration::from_millis(REST_MS_MAX),
+                let defer = (began.elapsed() * DEFER_PER_SEARCH).clamp(
+                    Duration::from_millis(DEFER_MS_MIN),
+                    Duration::from_millis(DEFER_MS_MAX),
                 );
-                resting.insert(inode, Instant::now() + rest);
+                deferred.insert(inode, Instant::now() + defer);
             }
         }
     }
 
-    /// Rewrites the runs of one file that are worth it; if none is, its note is removed.
-    async fn look_over(&self, inode: InodeNumber) -> Result<(), String> {
+    /// Rewrites the runs of one file that are worth it; if there are none, removes its note.
+    async fn rewrite_file(&self, inode: InodeNumber) -> Result<(), String> {
         let (mut at, mut through_version) = (0, None);
         let (mut rewritten, mut turn_bytes) = (0, 0);
         loop {
@@ -290,11 +290,11 @@ impl Rewriter {
             inode,
             through_version,
         };
-        let settled = self.writer.housekeep(settle).await;
+        let settled = self.write_path.housekeep(settle).await;
         settled.map(|_| ()).map_err(|error| error.to_string())
     }
 
-    /// Reads a run, stores it as one chunk, and has the extents replaced.
+    /// Reads a run, stores it as one chunk, and replaces the extents.
     async fn rewrite(&self, inode: InodeNumber, run: &Run) -> Result<Rewritten, String> {
         let Some(payload) = self.read(run).await? else {
             return Ok(Rewritten::Overtaken);
@@ -314,7 +314,7 @@ impl Rewriter {
             sha256: stored.sha256(),
             body: ChunkBody::Stored,
         };
-        self.writer
+        self.write_path
             .put_chunk(stored)
             .await
             .map_err(|error| error.to_string())?;
@@ -325,7 +325,7 @@ impl Rewriter {
             digest: run.digest,
             chunk,
         };
-        match self.writer.name_chunk(body, id).await {
+        match self.write_path.name_chunk(body, id).await {
             Ok(ApplyResult::Done) => Ok(Rewritten::Done),
             Ok(ApplyResult::Outcome(Err(FsError::Stale))) => Ok(Rewritten::Overtaken),
             Ok(other) => {
@@ -341,27 +341,27 @@ impl Rewriter {
 
     /// Reads the bytes of a run, with zeros for holes; `None` if a chunk is gone because the file has changed.
     async fn read(&self, run: &Run) -> Result<Option<bytes::Bytes>, String> {
-        let read = |stretch: Stretch| async move {
-            let chunk = stretch.chunk();
-            let (offset, length) = (stretch.offset, stretch.end - stretch.offset);
-            let range = self.reader.chunk(chunk, offset, length).await;
+        let read = |wanted: ReadRange| async move {
+            let chunk = wanted.chunk();
+            let (offset, length) = (wanted.offset, wanted.end - wanted.offset);
+            let range = self.read_path.chunk(chunk, offset, length).await;
             let range = range.map_err(|error| (chunk, error.to_string()))?;
-            let parts = stretch.extents.into_iter().map(|extent| {
+            let parts = wanted.extents.into_iter().map(|extent| {
                 let bytes = range.exactly(extent.chunk_offset, extent.length);
                 bytes.map(|bytes| (extent, bytes))
             });
             let parts: Option<Vec<(Extent, bytes::Bytes)>> = parts.collect();
             parts.ok_or_else(|| (chunk, "the copy is too short".to_string()))
         };
-        let parts = futures::stream::iter(stretches(&run.extents))
+        let parts = futures::stream::iter(read_ranges(&run.extents))
             .map(read)
-            .buffered(READS_AT_ONCE_MAX)
+            .buffered(READS_CONCURRENT_MAX)
             .try_collect::<Vec<_>>()
             .await;
         let parts = match parts {
             Ok(parts) => parts,
             Err((chunk, reason)) => {
-                let named = self.look(move |view| view.chunk(chunk)).await?;
+                let named = self.read_metadata(move |view| view.chunk(chunk)).await?;
                 return match named {
                     None => Ok(None),
                     Some(_) => Err(format!("cannot read chunk {chunk}: {reason}")),
@@ -383,7 +383,7 @@ impl Rewriter {
         to: u64,
         terms: RunTerms,
     ) -> Result<Option<Runs>, String> {
-        self.look(move |view| match view.runs(inode, from, to, terms) {
+        self.read_metadata(move |view| match view.runs(inode, from, to, terms) {
             Ok(found) => Ok(Some(found)),
             Err(Failure::Verdict(_)) => Ok(None),
             Err(fault) => Err(fault),
@@ -392,13 +392,13 @@ impl Rewriter {
     }
 
     /// Reads the metadata on a blocking thread.
-    async fn look<T: Send + 'static>(
+    async fn read_metadata<T: Send + 'static>(
         &self,
-        look: impl FnOnce(&View) -> Result<T, Failure> + Send + 'static,
+        read: impl FnOnce(&View) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, String> {
         let metadata = self.metadata.clone();
-        let looked = tokio::task::spawn_blocking(move || look(&metadata.view()?)).await;
-        match looked {
+        let result = tokio::task::spawn_blocking(move || read(&metadata.view()?)).await;
+        match result {
             Ok(found) => found.map_err(|fault| fault.to_string()),
             Err(panic) => Err(panic.to_string()),
         }
@@ -425,7 +425,7 @@ impl Rewriter {
                 certificate: None,
             },
         };
-        match self.writer.housekeep(open).await {
+        match self.write_path.housekeep(open).await {
             Ok(ApplyResult::Done) => Ok(Arc::clone(own.insert(Arc::new(session)))),
             Ok(other) => Err(format!("opening a session has an unexpected result: {other}")),
             Err(error) => Err(error.to_string()),
@@ -448,7 +448,7 @@ impl Rewriter {
             LogBody::ForgetSession { session: session.id },
         ] {
             // If this is not decided now, the next leader ends the session because it is silent.
-            if let Err(error) = self.writer.housekeep(body).await {
+            if let Err(error) = self.write_path.housekeep(body).await {
                 debug!(%error, "cannot end a session of this node; it lapses");
             }
         }
@@ -460,8 +460,8 @@ impl Rewriter {
     }
 }
 
-/// Extents that are close together in one chunk, so that they are read at once.
-struct Stretch {
+/// A range of one chunk that contains several close extents, read at once.
+struct ReadRange {
     /// Offset in the chunk.
     offset: u32,
     end: u32,
@@ -469,17 +469,17 @@ struct Stretch {
     extents: Vec<Extent>,
 }
 
-impl Stretch {
+impl ReadRange {
     fn chunk(&self) -> ChunkId {
         self.extents[0].chunk
     }
 }
 
-fn stretches(extents: &[Extent]) -> Vec<Stretch> {
-    let mut stretches: Vec<Stretch> = Vec::new();
+fn read_ranges(extents: &[Extent]) -> Vec<ReadRange> {
+    let mut read_ranges: Vec<ReadRange> = Vec::new();
     for extent in extents {
         let end = extent.chunk_offset + extent.length;
-        match stretches.last_mut() {
+        match read_ranges.last_mut() {
             Some(last)
                 if last.chunk() == extent.chunk
                     && (last.end..=last.end.saturating_add(BLOCK_BYTES)).contains(&extent.chunk_offset) =>
@@ -487,14 +487,14 @@ fn stretches(extents: &[Extent]) -> Vec<Stretch> {
                 last.end = end;
                 last.extents.push(*extent);
             }
-            _ => stretches.push(Stretch {
+            _ => read_ranges.push(ReadRange {
                 offset: extent.chunk_offset,
                 end,
                 extents: vec![*extent],
             }),
         }
     }
-    stretches
+    read_ranges
 }
 
 /// Whether a mutation may have to replace extents.
@@ -514,7 +514,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn neighbours_in_one_chunk_are_read_at_once_and_others_by_themselves() {
+    fn neighbours_in_one_chunk_are_read_together() {
         let extent = |file_offset, counter, chunk_offset, length| Extent {
             file_offset,
             length,
@@ -533,9 +533,9 @@ mod tests {
             extent(30, 1, 1 << 19, 5),
             extent(35, 1, 0, 5),
         ];
-        let read: Vec<(u32, u32, usize)> = stretches(&extents)
+        let read: Vec<(u32, u32, usize)> = read_ranges(&extents)
             .into_iter()
-            .map(|stretch| (stretch.offset, stretch.end, stretch.extents.len()))
+            .map(|range| (range.offset, range.end, range.extents.len()))
             .collect();
         let far = 1 << 19;
         assert_eq!(

@@ -1,12 +1,12 @@
-//! The leader keeps track of sessions: which were heard recently, which have expired, which must be asked about
-//! unlinked inodes, and what can be freed.
+//! The sessions of a cluster, tracked by the leader: which were active recently, which have expired, which must be
+//! asked about unlinked inodes, and what can be freed.
 //!
-//! Only the leader knows, in memory, when a session was last heard. It records silences in the log from time to time,
-//! and the next leader continues from there; a session without a recorded silence has a full time-out from when a
-//! leader begins to lead. Sessions are ended by a command, so all nodes agree.
+//! Only the leader knows, in memory, when a session last called. It records silences in the log from time to time, and
+//! the next leader continues from there; a session without a recorded silence has the full time-out from the start of
+//! the term. Sessions are ended by a command, so all nodes agree.
 //!
-//! A session is ended sooner if its process is seen to be gone: its connection was closed by its own machine (without a
-//! proxy in between), and it did not come back within [`GONE_MS`].
+//! A session is ended sooner if its process is known to have ended: its connection was closed by its own machine
+//! (without a proxy in between), and it did not reconnect in [`RECONNECT_MS_MAX`].
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -30,18 +30,18 @@ use quorumfs_metadata::{Failure, LogBody, LogCommand, MetadataStore, UnlinkedAns
 pub const UNLINKED_QUEUE_LEVEL: u32 = 3;
 
 /// Interval at which the leader checks sessions.
-const LOOK_INTERVAL_MS: u64 = 500;
+const CHECK_INTERVAL_MS: u64 = 500;
 /// Ended sessions are checked only once in this many checks.
-const LOOKS_PER_FORGETTING: u64 = 120;
+const CHECKS_PER_FORGETTING: u64 = 120;
 /// Time for which the results of an ended session are kept, in seconds: a day.
 const RESULTS_KEPT_S: i64 = 24 * 3600;
 /// Most living sessions; each costs a keep-alive every few seconds.
 const SESSIONS_LIVING_MAX: usize = 4096;
-/// A client whose connection ended comes back within this time if it is still running: its own time-outs for a leader
-/// that does not answer are shorter.
-const GONE_MS: u64 = 10_000;
+/// Time in which a running client reconnects after its connection ended: its own time-outs for a leader that does not
+/// answer are shorter.
+const RECONNECT_MS_MAX: u64 = 10_000;
 /// A silence is recorded from this length on, and again whenever it has grown by as much.
-const SILENCE_NOTED_MS: u64 = 10_000;
+const SILENCE_RECORDED_MS: u64 = 10_000;
 /// A new leader ends no session before this time, whatever silence is recorded: three keep-alives.
 const NEW_LEADER_GRACE_MS: u64 = 15_000;
 /// Most answers of sessions in one command, and most inodes in them.
@@ -58,8 +58,8 @@ const RECLAIM_INODES_MAX: usize = 256;
 const RECLAIM_EXTENTS_MAX: u32 = 4096;
 const RECLAIM_CONCURRENCY: usize = 16;
 
-/// A session that this leader has heard from.
-struct Heard {
+/// The last contact of a session with this leader.
+struct Contact {
     at: Instant,
     connection: Option<Connection>,
     /// Whether the connection ends at the client itself, without a proxy.
@@ -72,9 +72,9 @@ struct Heard {
     asked: InodeNumber,
 }
 
-impl Heard {
-    fn now(nudges: mpsc::WeakSender<()>) -> Heard {
-        Heard {
+impl Contact {
+    fn now(nudges: mpsc::WeakSender<()>) -> Contact {
+        Contact {
             at: Instant::now(),
             connection: None,
             is_direct: false,
@@ -86,30 +86,30 @@ impl Heard {
 }
 
 /// An answer, and the channel to its waiting sender.
-type Waiting = (UnlinkedAnswer, oneshot::Sender<Result<(), Refusal>>);
+type PendingAnswer = (UnlinkedAnswer, oneshot::Sender<Result<(), Refusal>>);
 
-/// The session keeper of a node; see the module documentation.
-pub struct SessionKeeper {
+/// The session tracker of a node; see the module documentation.
+pub struct SessionTracker {
     consensus: Consensus,
     metadata: Arc<MetadataStore>,
     stamps: Arc<StampClock>,
     /// The living sessions; all are examined in each check.
-    heard: Mutex<HashMap<SessionId, Heard>>,
-    answers: mpsc::Sender<Waiting>,
-    answers_due: tokio::sync::Mutex<mpsc::Receiver<Waiting>>,
+    heard: Mutex<HashMap<SessionId, Contact>>,
+    answers: mpsc::Sender<PendingAnswer>,
+    answers_due: tokio::sync::Mutex<mpsc::Receiver<PendingAnswer>>,
     /// Notified when there may be something to free.
     freeable: Notify,
 }
 
-impl SessionKeeper {
-    /// Makes a session keeper without sessions.
+impl SessionTracker {
+    /// Creates a tracker without sessions.
     pub fn new(
         consensus: Consensus,
         metadata: Arc<MetadataStore>,
         stamps: Arc<StampClock>,
-    ) -> Arc<SessionKeeper> {
+    ) -> Arc<SessionTracker> {
         let (answers, answers_due) = mpsc::channel(ANSWERS_PER_COMMAND_MAX);
-        Arc::new(SessionKeeper {
+        Arc::new(SessionTracker {
             consensus,
             metadata,
             stamps,
@@ -121,8 +121,8 @@ impl SessionKeeper {
     }
 
     /// Records a call of `session` on a stream that acts for it.
-    pub fn heard_of(&self, session: SessionId, stream: &CallStream) {
-        self.hear(session, stream, |_| {});
+    pub fn note_call(&self, session: SessionId, stream: &CallStream) {
+        self.note(session, stream, |_| {});
     }
 
     /// Records that a session of this node, which has no stream, is in use.
@@ -131,15 +131,15 @@ impl SessionKeeper {
         let mut heard = self.heard.lock();
         let heard = heard
             .entry(session)
-            .or_insert_with(|| Heard::now(nobody.downgrade()));
+            .or_insert_with(|| Contact::now(nobody.downgrade()));
         heard.at = Instant::now();
     }
 
-    fn hear(&self, session: SessionId, stream: &CallStream, note: impl FnOnce(&mut Heard)) {
+    fn note(&self, session: SessionId, stream: &CallStream, update: impl FnOnce(&mut Contact)) {
         let mut heard = self.heard.lock();
         let heard = heard
             .entry(session)
-            .or_insert_with(|| Heard::now(stream.nudges()));
+            .or_insert_with(|| Contact::now(stream.nudges()));
         heard.at = Instant::now();
         heard.ended_at = None;
         let is_same = match (&heard.connection, stream.connection()) {
@@ -150,17 +150,17 @@ impl SessionKeeper {
             heard.connection = stream.connection().cloned();
         }
         heard.is_direct = stream.is_direct();
-        note(heard);
+        update(heard);
     }
 
     /// Records a keep-alive of `session`. After the answer the next leader does not regard the session as silent.
-    pub async fn kept_alive(
+    pub async fn note_keep_alive(
         &self,
         session: SessionId,
         stream: &CallStream,
         request: &wire::CallRequest,
     ) -> Result<(), Refusal> {
-        self.hear(session, stream, |heard| {
+        self.note(session, stream, |heard| {
             heard.nudges = stream.nudges();
             stream.comes_from(&request.local_addresses);
             heard.is_direct = stream.is_direct();
@@ -207,8 +207,8 @@ impl SessionKeeper {
             true => Ok(()),
             false => Err(Refusal::Invalid {
                 reason: format!(
-                    "the cluster has {SESSIONS_LIVING_MAX} sessions of mounts and nodes, the maximum: unmount some, or \
-                     wait a minute where they are gone already"
+                    "the cluster has the maximum of {SESSIONS_LIVING_MAX} sessions of mounts and nodes: unmount some, or \
+                     wait a minute if some have ended"
                 ),
             }),
         }
@@ -241,24 +241,24 @@ impl SessionKeeper {
     /// # Errors
     /// [`Refusal`] if it was not decided.
     pub async fn answer_unlinked(&self, answer: UnlinkedAnswer) -> Result<(), Refusal> {
-        let (tell, decided) = oneshot::channel();
+        let (sender, decided) = oneshot::channel();
         let stopped = || Refusal::unavailable("the node is stopping");
-        self.answers.send((answer, tell)).await.map_err(|_| stopped())?;
+        self.answers.send((answer, sender)).await.map_err(|_| stopped())?;
         decided.await.map_err(|_| stopped())?
     }
 
     /// Starts the tasks that check sessions while this node leads.
     pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
         tasks.supervise("sessions-expiry", self.clone(), Self::run_expiry);
-        tasks.supervise("sessions-answers", self.clone(), Self::take_answers);
-        tasks.supervise("sessions-reclaiming", self.clone(), Self::free);
+        tasks.supervise("sessions-answers", self.clone(), Self::run_answers);
+        tasks.supervise("sessions-reclaiming", self.clone(), Self::run_reclaiming);
     }
 
     async fn run_expiry(self: Arc<Self>) {
         let mut term: Option<Term> = None;
         let mut asked_at = Instant::now();
-        for look in 0u64.. {
-            tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
+        for check in 0u64.. {
+            tokio::time::sleep(Duration::from_millis(CHECK_INTERVAL_MS)).await;
             if !self.consensus.is_leader() {
                 term = None;
                 self.heard.lock().clear();
@@ -273,10 +273,10 @@ impl SessionKeeper {
                     }),
                 };
                 self.end_silent_sessions(term).await?;
-                if look.is_multiple_of(LOOKS_PER_FORGETTING) {
+                if check.is_multiple_of(CHECKS_PER_FORGETTING) {
                     self.forget_ended_sessions().await?;
                 }
-                self.ask(&mut asked_at)
+                self.request_keep_alives(&mut asked_at)
             };
             if let Err(error) = done.await {
                 warn!(%error, "cannot check the sessions; the next check tries again");
@@ -294,15 +294,15 @@ impl SessionKeeper {
             let limit = Duration::from_millis(SESSION_TIMEOUT_MS);
             heard.retain(|_, heard| heard.at.elapsed() <= 2 * limit);
             for session in view.living_sessions() {
-                let silence = Noted {
+                let silence = RecordedSilence {
                     now_ms: view.silence_ms(session),
                     carried_ms: term.silences.get(&session).copied().unwrap_or(0),
                 };
-                let judged = judge(heard.get_mut(&session), silence, term.since.elapsed());
-                match judged {
-                    Silence::Over(reason) => over.push((session, reason)),
-                    Silence::Note(silent_ms) => silences.push((session, silent_ms)),
-                    Silence::Bearable => {}
+                let action = silence_action(heard.get_mut(&session), silence, term.since.elapsed());
+                match action {
+                    SilenceAction::End(reason) => over.push((session, reason)),
+                    SilenceAction::Record(silent_ms) => silences.push((session, silent_ms)),
+                    SilenceAction::Ignore => {}
                 }
             }
         }
@@ -335,7 +335,7 @@ impl SessionKeeper {
     }
 
     /// Asks for a keep-alive from sessions that have not answered about all unlinked inodes.
-    fn ask(&self, asked_at: &mut Instant) -> Result<(), Failure> {
+    fn request_keep_alives(&self, asked_at: &mut Instant) -> Result<(), Failure> {
         let view = self.metadata.view()?;
         let pause = Duration::from_millis(view.living_count() as u64 * 1_000 / ASKED_PER_S_MAX);
         if view.feature_level() < UNLINKED_QUEUE_LEVEL || asked_at.elapsed() < pause {
@@ -353,7 +353,7 @@ impl SessionKeeper {
         Ok(())
     }
 
-    async fn take_answers(self: Arc<Self>) {
+    async fn run_answers(self: Arc<Self>) {
         let mut due = self.answers_due.lock().await;
         while let Some(first) = due.recv().await {
             let mut named = first.0.held.len();
@@ -366,38 +366,38 @@ impl SessionKeeper {
             let (answers, waiting): (Vec<_>, Vec<_>) = some.into_iter().unzip();
             let decided = self.propose(LogBody::AnswerUnlinked { answers }).await;
             let decided = decided.map_err(Refusal::from);
-            for tell in waiting {
-                // A sender that has gone asks again.
-                let _ = tell.send(decided.clone());
+            for sender in waiting {
+                // A client that has disconnected sends the answer again.
+                let _ = sender.send(decided.clone());
             }
             self.freeable.notify_one();
         }
     }
 
     /// Frees unreachable data: repeatedly while there is some, using half of the time.
-    async fn free(self: Arc<Self>) {
+    async fn run_reclaiming(self: Arc<Self>) {
         loop {
             let began = Instant::now();
             let freed = match self.consensus.is_leader() {
-                true => self.free_some().await,
+                true => self.reclaim_some().await,
                 false => Ok(Freed::Everything),
             };
             match freed {
                 Ok(Freed::Some) => tokio::time::sleep(began.elapsed()).await,
                 Ok(Freed::Everything) => {
-                    let look = Duration::from_millis(LOOK_INTERVAL_MS);
+                    let interval = Duration::from_millis(CHECK_INTERVAL_MS);
                     // Both outcomes are a reason to look again.
-                    let _ = tokio::time::timeout(look, self.freeable.notified()).await;
+                    let _ = tokio::time::timeout(interval, self.freeable.notified()).await;
                 }
                 Err(error) => {
                     warn!(%error, "cannot look for data to free; the next check tries again");
-                    tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
+                    tokio::time::sleep(Duration::from_millis(CHECK_INTERVAL_MS)).await;
                 }
             }
         }
     }
 
-    async fn free_some(&self) -> Result<Freed, Failure> {
+    async fn reclaim_some(&self) -> Result<Freed, Failure> {
         use futures::StreamExt as _;
         let view = self.metadata.view()?;
         if view.feature_level() >= UNLINKED_QUEUE_LEVEL {
@@ -454,7 +454,7 @@ struct Term {
 
 /// The log's knowledge of a session's silence.
 #[derive(Clone, Copy)]
-struct Noted {
+struct RecordedSilence {
     now_ms: u64,
     /// The recorded silence when this node began to lead.
     carried_ms: u64,
@@ -468,17 +468,17 @@ enum Freed {
 
 /// The action for a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Silence {
+enum SilenceAction {
     /// No action is needed.
-    Bearable,
+    Ignore,
     /// Record this silence, in milliseconds, in the log.
-    Note(u64),
+    Record(u64),
     /// End the session, for this reason.
-    Over(&'static str),
+    End(&'static str),
 }
 
-/// Judges a living session, which this leader may have heard from or not.
-fn judge(heard: Option<&mut Heard>, noted: Noted, leading: Duration) -> Silence {
+/// Returns the action for a live session; `heard` is `None` if it has not called this leader.
+fn silence_action(heard: Option<&mut Contact>, noted: RecordedSilence, leading: Duration) -> SilenceAction {
     let leading_ms = leading.as_millis() as u64;
     let silent_ms = match heard {
         Some(heard) => {
@@ -489,8 +489,8 @@ fn judge(heard: Option<&mut Heard>, noted: Noted, leading: Duration) -> Silence 
                     .is_some_and(Connection::was_ended_by_peer);
             if has_ended {
                 let since = heard.ended_at.get_or_insert_with(Instant::now);
-                if since.elapsed() > Duration::from_millis(GONE_MS) {
-                    return Silence::Over("its process is gone");
+                if since.elapsed() > Duration::from_millis(RECONNECT_MS_MAX) {
+                    return SilenceAction::End("its process has ended");
                 }
             }
             heard.at.elapsed().as_millis() as u64
@@ -498,13 +498,13 @@ fn judge(heard: Option<&mut Heard>, noted: Noted, leading: Duration) -> Silence 
         None => noted.carried_ms.saturating_add(leading_ms),
     };
     if silent_ms > SESSION_TIMEOUT_MS && leading_ms >= NEW_LEADER_GRACE_MS {
-        return Silence::Over("it was silent for too long");
+        return SilenceAction::End("it sent no keep-alive in time");
     }
-    let has_grown = silent_ms >= noted.now_ms.saturating_add(SILENCE_NOTED_MS);
+    let has_grown = silent_ms >= noted.now_ms.saturating_add(SILENCE_RECORDED_MS);
     match has_grown {
-        true => Silence::Note(silent_ms),
-        false if silent_ms < noted.now_ms && silent_ms < SILENCE_NOTED_MS => Silence::Note(0),
-        false => Silence::Bearable,
+        true => SilenceAction::Record(silent_ms),
+        false if silent_ms < noted.now_ms && silent_ms < SILENCE_RECORDED_MS => SilenceAction::Record(0),
+        false => SilenceAction::Ignore,
     }
 }
 

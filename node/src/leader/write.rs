@@ -42,13 +42,13 @@ use quorumfs_metadata::{ApplyResult, Crowded, LogBody, LogCommand, SessionKey};
 /// Longest time for a chunk to reach a quorum before the client is told to put it again.
 const QUORUM_TIMEOUT_MS: u64 = 10_000;
 /// Time without a quorum after which all remaining nodes take a copy.
-const STAND_IN_AFTER_MS: u64 = 500;
+const SUBSTITUTE_AFTER_MS: u64 = 500;
 /// Time for which a node that failed or was slow is not used, if others can take its copies.
 const SUSPECT_MS: u64 = 5_000;
 /// From this feature level on sessions have keys.
 const SESSION_KEY_LEVEL: u32 = 3;
 
-/// The path of every change on the leader.
+/// The write path of a node; see the module documentation.
 pub struct WritePath {
     consensus: Consensus,
     content: Arc<ContentStore>,
@@ -114,17 +114,17 @@ impl WritePath {
         }
         let id = chunk.id();
         let term = self.consensus.term();
-        let (places, stand_ins) = self.copy_targets(id);
+        let (targets, substitutes) = self.copy_targets(id);
         let span = self
             .metrics
             .replication
-            .begin(chunk.payload().len() as u64, places.len());
-        let enough = self.copy_to_quorum(chunk, places, stand_ins, &span);
+            .begin(chunk.payload().len() as u64, targets.len());
+        let enough = self.copy_to_quorum(chunk, targets, substitutes, &span);
         let holders = tokio::time::timeout(Duration::from_millis(QUORUM_TIMEOUT_MS), enough)
             .await
             .unwrap_or_else(|_| {
                 Err(PutError::Unavailable(format!(
-                    "no quorum stored it in {QUORUM_TIMEOUT_MS} ms"
+                    "no quorum stored the chunk in {QUORUM_TIMEOUT_MS} ms"
                 )))
             });
         span.answered(Ending::of(&holders));
@@ -135,11 +135,11 @@ impl WritePath {
     /// Returns the nodes that should hold a new chunk, and those that can replace them, best first.
     fn copy_targets(&self, id: ChunkId) -> (Vec<Member>, VecDeque<Member>) {
         let members = self.consensus.members();
-        let snapshot = self.placement.picture();
+        let snapshot = self.placement.snapshot();
         let Some(layout) = snapshot.newest().filter(|_| !snapshot.is_everywhere()) else {
             return (members, VecDeque::new());
         };
-        let mut expected = snapshot.places(id);
+        let mut expected = snapshot.holders(id);
         let suspects = {
             let mut suspects = self.suspects.lock();
             suspects.retain(|_, since| since.elapsed() < Duration::from_millis(SUSPECT_MS));
@@ -152,51 +152,51 @@ impl WritePath {
         // Recovery gives a skipped node its copy when the node is back.
         expected.retain(|node| !suspects.contains_key(node));
         expected.extend(sound.iter().take(layout.copies()));
-        let stand_ins = sound
+        let substitutes = sound
             .into_iter()
             .chain(suspected)
             .filter(|node| !expected.contains(node));
         let member = |node: NodeId| members.iter().find(|member| member.id == node).cloned();
-        let stand_ins = stand_ins.filter_map(member).collect();
-        (expected.into_iter().filter_map(member).collect(), stand_ins)
+        let substitutes = substitutes.filter_map(member).collect();
+        (expected.into_iter().filter_map(member).collect(), substitutes)
     }
 
-    /// Copies the chunk to `places`, and to `stand_ins` as necessary; returns the holders when they are a quorum. The
+    /// Copies the chunk to `targets`, and to `substitutes` as necessary; returns the holders when they are a quorum. The
     /// other copies continue without being awaited; recovery replaces those that fail.
     async fn copy_to_quorum(
         &self,
         chunk: Chunk,
-        places: Vec<Member>,
-        mut stand_ins: VecDeque<Member>,
+        targets: Vec<Member>,
+        mut substitutes: VecDeque<Member>,
         span: &Arc<ReplicationSpan>,
     ) -> Result<BTreeSet<NodeId>, PutError> {
         let voter_sets = self.consensus.voter_sets();
         // Capacity for every answer: no copy waits for the receiver.
-        let (tell, mut copies) = mpsc::channel((places.len() + stand_ins.len()).max(1));
+        let (results, mut copies) = mpsc::channel((targets.len() + substitutes.len()).max(1));
         let mut open = BTreeSet::new();
         let copy_to = |member: Member, open: &mut BTreeSet<NodeId>| {
             open.insert(member.id);
-            self.make_copy(chunk.clone(), member, span, tell.clone());
+            self.make_copy(chunk.clone(), member, span, results.clone());
         };
-        places.into_iter().for_each(|member| copy_to(member, &mut open));
-        let slow = tokio::time::sleep(Duration::from_millis(STAND_IN_AFTER_MS));
+        targets.into_iter().for_each(|member| copy_to(member, &mut open));
+        let slow = tokio::time::sleep(Duration::from_millis(SUBSTITUTE_AFTER_MS));
         tokio::pin!(slow);
         let mut holders = BTreeSet::new();
         let mut refusals = Vec::new();
         while !open.is_empty() {
             let copied = tokio::select! {
                 copied = copies.recv() => copied,
-                () = &mut slow, if !stand_ins.is_empty() => {
+                () = &mut slow, if !substitutes.is_empty() => {
                     let now = Instant::now();
                     self.suspects.lock().extend(open.iter().map(|node| (*node, now)));
-                    for member in stand_ins.drain(..) {
+                    for member in substitutes.drain(..) {
                         span.goes_on_to_another();
                         copy_to(member, &mut open);
                     }
                     continue;
                 }
             };
-            // Cannot happen: `tell` is alive, so the channel is open.
+            // Cannot happen: `results` is alive, so the channel is open.
             let Some((node, result)) = copied else { break };
             open.remove(&node);
             match result {
@@ -208,7 +208,7 @@ impl WritePath {
                 }
                 Err(refusal) => {
                     refusals.push((node, refusal));
-                    if let Some(member) = stand_ins.pop_front() {
+                    if let Some(member) = substitutes.pop_front() {
                         self.suspects.lock().insert(node, Instant::now());
                         span.goes_on_to_another();
                         copy_to(member, &mut open);
@@ -216,10 +216,10 @@ impl WritePath {
                 }
             }
         }
-        Err(self.judge(&refusals))
+        Err(self.put_error(&refusals))
     }
 
-    /// Carries out a mutation once, however often it arrives.
+    /// Applies a mutation once, however often it arrives.
     ///
     /// # Errors
     /// [`Crowded`] if too many extents are in its way: nothing was done, and it may be repeated when they have been
@@ -246,13 +246,13 @@ impl WritePath {
                 return Ok(ClientResponse::Refused(Refusal::PutAgain { chunks: unconfirmed }));
             }
             match self.decide(LogBody::Call(mutation), &stored).await {
-                Ok(ApplyResult::Crowded(place)) => return Err(place),
+                Ok(ApplyResult::Crowded(crowded)) => return Err(crowded),
                 Err(ProposeError::Overtaken) => ClientResponse::Refused(Refusal::PutAgain {
                     chunks: stored.clone(),
                 }),
                 // Leadership is being handed to a node with space.
                 Err(ProposeError::NoSpace) if self.space.quorum_has_room() => Refusal::unavailable(
-                    "the leader's disk is full and others have space: leadership is handed on",
+                    "the disk of the leader is full and others have space: leadership is being transferred",
                 )
                 .into(),
                 Err(ProposeError::NoSpace) => self.propose(refusal).await,
@@ -267,7 +267,10 @@ impl WritePath {
         Ok(result)
     }
 
-    /// Has a command of the cluster decided that names `chunk`, which was put here.
+    /// Commits a command of the cluster that refers to `chunk`, which was put through this node.
+    ///
+    /// # Errors
+    /// A [`ProposeError`] if it was not decided.
     pub async fn name_chunk(&self, body: LogBody, chunk: ChunkId) -> Result<ApplyResult, ProposeError> {
         if !self.unconfirmed(&[chunk]).await.is_empty() {
             return Err(ProposeError::Overtaken);
@@ -277,7 +280,10 @@ impl WritePath {
         decided
     }
 
-    /// Has a command of the cluster decided that names no content.
+    /// Commits a maintenance command of the cluster that refers to no content.
+    ///
+    /// # Errors
+    /// A [`ProposeError`] if it was not decided.
     pub async fn housekeep(&self, body: LogBody) -> Result<ApplyResult, ProposeError> {
         self.decide(body, &[]).await
     }
@@ -313,7 +319,8 @@ impl WritePath {
         // Below this level the command has no effect.
         const FEATURE_LEVEL_MIN: u32 = 2;
         if self.placement.feature_level() < FEATURE_LEVEL_MIN {
-            return Refusal::unavailable("not all members are known to place content yet").into();
+            return Refusal::unavailable("not all members are known to support the placement of content yet")
+                .into();
         }
         self.propose(LogBody::SetReplicas { replicas }).await
     }
@@ -348,13 +355,13 @@ impl WritePath {
         decided
     }
 
-    /// Begins to copy the chunk to `member`; sends the result to `tell`.
+    /// Begins to copy the chunk to `member`; sends the result to `results`.
     fn make_copy(
         &self,
         chunk: Chunk,
         member: Member,
         span: &Arc<ReplicationSpan>,
-        tell: mpsc::Sender<(NodeId, Result<(), CopyError>)>,
+        results: mpsc::Sender<(NodeId, Result<(), CopyError>)>,
     ) {
         let span = Arc::clone(span);
         if member.id == self.consensus.id() {
@@ -362,23 +369,23 @@ impl WritePath {
             tokio::spawn(async move {
                 let result = content.put(chunk).await.map_err(CopyError::Own);
                 span.copied(CopyPlace::Own, Ending::of(&result));
-                let _ = tell.send((member.id, result)).await;
+                let _ = results.send((member.id, result)).await;
             });
         } else {
             let peers = self.peers.clone();
             tokio::spawn(async move {
                 let result = peers.push(&member, &chunk).await.map_err(CopyError::Peer);
                 span.copied(CopyPlace::Peer, Ending::of(&result));
-                let _ = tell.send((member.id, result)).await;
+                let _ = results.send((member.id, result)).await;
             });
         }
     }
 
     /// Returns the error for the client when too few copies were made.
-    fn judge(&self, refusals: &[(NodeId, CopyError)]) -> PutError {
+    fn put_error(&self, refusals: &[(NodeId, CopyError)]) -> PutError {
         for (node, refusal) in refusals {
             if refusal.is_full() {
-                self.space.disk_refused(*node);
+                self.space.note_disk_full(*node);
             }
         }
         if !self.space.quorum_has_room() {
@@ -453,8 +460,8 @@ fn reply_to(decided: Result<ApplyResult, ProposeError>) -> ClientResponse {
             reason: String::from("another client has opened a session with this id"),
         }),
         Ok(ApplyResult::StaleSequence) => ClientResponse::Refused(Refusal::StaleSequence),
-        Ok(ApplyResult::Crowded(place)) => {
-            let inode = place.inode;
+        Ok(ApplyResult::Crowded(crowded)) => {
+            let inode = crowded.inode;
             Refusal::unavailable(format!(
                 "inode {inode} has too many extents to be overwritten by one command"
             ))

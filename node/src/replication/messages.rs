@@ -1,4 +1,4 @@
-//! Chunks as they travel: conversions from and to the generated messages, checked once on receipt.
+//! Conversions of chunks and store errors to and from messages, validated once on receipt.
 
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 use quorumfs_proto::{ChunkId, ChunkRange};
@@ -6,20 +6,23 @@ use quorumfs_wire::{ChunkStatus, GetChunkRequest, GetChunkResponse, MalformedChu
 
 use quorumfs_content::ContentError;
 
-/// What `request` asks for: chunk, offset, length.
-pub fn range_asked(request: &GetChunkRequest) -> Result<(ChunkId, u32, u32), MalformedChunk> {
+/// Returns the chunk, offset and length that `request` asks for, in bytes.
+///
+/// # Errors
+/// [`MalformedChunk::Invalid`] if the chunk id is missing or the range is empty or beyond the largest chunk.
+pub fn requested_range(request: &GetChunkRequest) -> Result<(ChunkId, u32, u32), MalformedChunk> {
     let id = request
         .chunk
-        .ok_or(MalformedChunk::Invalid("no chunk id".to_string()))?
+        .ok_or(MalformedChunk::Invalid("the chunk id is missing".to_string()))?
         .into();
     let end = request.offset.checked_add(request.length);
     if request.length == 0 || end.is_none_or(|end| end > CHUNK_BYTES_MAX) {
-        return Err(MalformedChunk::Invalid("its range is out of bounds".to_string()));
+        return Err(MalformedChunk::Invalid("the range is out of bounds".to_string()));
     }
     Ok((id, request.offset, request.length))
 }
 
-/// What the one who asked is told of an error.
+/// Returns the status with which to answer a request that failed with `error`.
 pub fn status_of(error: &ContentError) -> ChunkStatus {
     match error {
         ContentError::NotFound { .. } => ChunkStatus::NotFound,
@@ -34,7 +37,7 @@ pub fn status_of(error: &ContentError) -> ChunkStatus {
     }
 }
 
-/// The answer to a put. The number of the call is left 0.
+/// Returns the answer to a put. The call id is 0.
 pub fn put_response(result: &Result<(), ContentError>) -> PutChunkResponse {
     match result {
         Ok(()) => put_status(ChunkStatus::Ok, String::new()),
@@ -42,7 +45,7 @@ pub fn put_response(result: &Result<(), ContentError>) -> PutChunkResponse {
     }
 }
 
-/// The answer to a put with this status; `detail` says why where it is not OK. The number of the call is left 0.
+/// Returns the answer to a put with this status and, if it is not OK, the reason in `detail`. The call id is 0.
 pub fn put_status(status: ChunkStatus, detail: String) -> PutChunkResponse {
     PutChunkResponse {
         status: status.into(),
@@ -51,7 +54,7 @@ pub fn put_status(status: ChunkStatus, detail: String) -> PutChunkResponse {
     }
 }
 
-/// The answer to a read. The number of the call is left 0.
+/// Returns the answer to a read. The call id is 0.
 pub fn get_response(result: Result<ChunkRange, ContentError>) -> GetChunkResponse {
     match result {
         Ok(range) => {
@@ -64,12 +67,12 @@ pub fn get_response(result: Result<ChunkRange, ContentError>) -> GetChunkRespons
                 ..GetChunkResponse::default()
             }
         }
-        Err(error) => get_refused(status_of(&error), error.to_string()),
+        Err(error) => get_error(status_of(&error), error.to_string()),
     }
 }
 
-/// The answer to a read that has no bytes; `detail` says why. The number of the call is left 0.
-pub fn get_refused(status: ChunkStatus, detail: String) -> GetChunkResponse {
+/// Returns the answer to a failed read, with the reason in `detail`. The call id is 0.
+pub fn get_error(status: ChunkStatus, detail: String) -> GetChunkResponse {
     GetChunkResponse {
         status: status.into(),
         detail,

@@ -1,8 +1,9 @@
-//! Which nodes hold which chunks, and how these get there: pushed when they are written, fetched when they are missing.
+//! Replication of content: which nodes hold which chunks, and how copies get there. Chunks are pushed when they are
+//! written and fetched when they are missing.
 //!
-//! [`placement`] says where chunks belong, [`space`] who has room; [`peers`] are the other nodes' stores,
-//! [`messages`] turns chunks into messages and back, with their checksums; [`recovery`]
-//! fetches what this node lacks.
+//! [`placement`] assigns chunks to nodes. [`space`] tracks free disk space. [`peers`] accesses the content stores of
+//! other nodes. [`messages`] converts chunks to and from messages. [`recovery`] fetches the chunks that this node
+//! lacks.
 
 pub mod messages;
 pub mod names;

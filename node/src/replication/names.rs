@@ -1,5 +1,5 @@
-//! The names of the files that some chunks belong to, for a status that is asked for again and again: found by a
-//! bounded walk of the metadata, at most every few seconds, by one at a time.
+//! The names of the files that refer to given chunks, for status requests. They are found by a bounded walk of the
+//! metadata, at most every few seconds and one at a time.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -11,64 +11,63 @@ use tracing::warn;
 
 use quorumfs_metadata::MetadataStore;
 
-/// Rows of extents and of directories that are read for one answer: a second's work or two.
+/// Most rows of extents and directories that one walk reads: one to two seconds of work.
 const ROWS_MAX: u64 = 1_000_000;
-/// Chunks whose files are looked for.
+/// Most chunks whose files are looked up.
 pub const CHUNKS_MAX: usize = 4096;
-/// Files found at most.
+/// Most files found by one walk.
 pub const FILES_MAX: usize = 1000;
-/// For how long an answer serves.
-const FRESH_MS: u64 = 5_000;
+/// Time for which a result is reused.
+const CACHE_MS: u64 = 5_000;
 
-/// The files that hold some chunks.
+/// Names of files that refer to given chunks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FileNames {
-    /// Paths from the root without a slash in front; what is not UTF-8 is replaced.
+    /// Paths from the root without a leading slash; bytes that are not UTF-8 are replaced.
     pub paths: Vec<String>,
-    /// Whether these are all the files; else a bound was reached.
+    /// Whether these are all files; `false` if a bound was reached.
     pub complete: bool,
 }
 
-/// Finds and remembers them.
-pub struct NameFinder {
+/// Finds the files of chunks and caches the last result.
+pub struct FileNameCache {
     metadata: Arc<MetadataStore>,
-    // Held while they are found: others get the last answer meanwhile.
-    finding: Mutex<()>,
-    found: Mutex<Option<(Instant, FileNames)>>,
+    // Held during a walk; concurrent callers get the last result.
+    lookup: Mutex<()>,
+    cached: Mutex<Option<(Instant, FileNames)>>,
 }
 
-impl NameFinder {
-    /// Nothing is looked for yet.
-    pub fn new(metadata: Arc<MetadataStore>) -> NameFinder {
-        NameFinder {
+impl FileNameCache {
+    /// Creates an empty cache.
+    pub fn new(metadata: Arc<MetadataStore>) -> FileNameCache {
+        FileNameCache {
             metadata,
-            finding: Mutex::new(()),
-            found: Mutex::new(None),
+            lookup: Mutex::new(()),
+            cached: Mutex::new(None),
         }
     }
 
-    /// The files that hold some of the chunks that `chunks` answers, as they were a few seconds ago at the most. None
-    /// are looked for where there are no chunks. Blocking.
+    /// Returns the files that refer to the chunks that `chunks` returns, at most a few seconds old. Blocking.
     pub fn files_of(&self, chunks: impl FnOnce() -> BTreeSet<ChunkId>) -> FileNames {
         let chunks = chunks();
         if chunks.is_empty() {
-            *self.found.lock() = None;
+            *self.cached.lock() = None;
             return FileNames {
                 paths: Vec::new(),
                 complete: true,
             };
         }
-        if let Some((at, names)) = &*self.found.lock()
-            && at.elapsed() < Duration::from_millis(FRESH_MS)
+        if let Some((at, names)) = &*self.cached.lock()
+            && at.elapsed() < Duration::from_millis(CACHE_MS)
         {
             return names.clone();
         }
-        let Some(_finding) = self.finding.try_lock() else {
-            let last = self.found.lock();
+        let Some(_guard) = self.lookup.try_lock() else {
+            let last = self.cached.lock();
             return last.as_ref().map(|(_, names)| names.clone()).unwrap_or_default();
         };
         let names = self.find(&chunks);
-        *self.found.lock() = Some((Instant::now(), names.clone()));
+        *self.cached.lock() = Some((Instant::now(), names.clone()));
         names
     }
 
@@ -90,7 +89,7 @@ impl NameFinder {
                 complete: found.complete && chunks.len() < CHUNKS_MAX,
             },
             Err(fault) => {
-                warn!(%fault, "the names of files cannot be looked up");
+                warn!(%fault, "cannot look up the files of missing chunks");
                 FileNames::default()
             }
         }

@@ -1,12 +1,12 @@
-//! Other nodes' content: pushing chunks to them, fetching from them, asking what they hold.
+//! Access to the content of other nodes: pushing, fetching, and queries of what they hold.
 //!
-//! Many calls travel at once over one long stream for each peer and direction; what is in flight is bounded in bytes
-//! for each peer. A push that finds no room is refused at once ([`PushError::QueueFull`]): a peer that does not keep
-//! up gets the chunk by recovery, and does not hold up the others. A fetch waits for room: its caller needs the bytes.
+//! Many concurrent calls share one long stream for each peer and direction; the bytes in flight are bounded for each
+//! peer. A push that exceeds the bound fails at once ([`PushError::QueueFull`]), so that a slow peer does not delay
+//! the others; the peer gets the chunk by recovery. A fetch waits, because its caller needs the bytes.
 //!
-//! Invariant: what a fetch returns was verified against its CRCs, and a whole chunk against its SHA-256.
+//! Invariant: the result of a fetch was verified against its CRCs, and a whole chunk against its SHA-256.
 //!
-//! Knows nothing of who should hold what.
+//! Does not know the placement.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use quorumfs_proto::{Chunk, ChunkId, ChunkRange, Member, NodeId, Sha256};
-use quorumfs_wire::calls::{Lost, NodeCalls, NodeLimits};
+use quorumfs_wire::calls::{CallError, NodeCalls, NodeLimits};
 use quorumfs_wire::{
     ChunkStatus, GetChunkRequest, GetChunkResponse, HeldChunksRequest, PutChunkRequest, PutChunkResponse,
     VerifyChunksRequest,
@@ -24,125 +24,126 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::transport::{Peer, Purpose, Transport};
 use quorumfs_wire::MalformedChunk;
 
-/// Most bytes of chunks under way to one peer: at 100 MB/s more than half a second's worth; a peer that is further
-/// behind is left to recovery.
+/// Most bytes of pushes in flight to one peer: more than half a second at 100 MB/s. A peer that is further behind is
+/// left to recovery.
 const PUSH_BYTES_MAX: usize = 64 << 20;
-/// Most bytes asked of one peer at once: fills the connection's window.
+/// Most bytes of fetches in flight from one peer: fills the flow-control window of the connection.
 const FETCH_BYTES_MAX: usize = 32 << 20;
-/// Semaphores count permits in 32 bits and less; admission counts in these.
+/// Bytes of one permit; a number of permits has 32 bits.
 const PERMIT_BYTES: usize = 1 << 10;
-/// A peer that answers nothing for this time while calls wait is taken to be lost. Far above a slow disk's flush.
+/// Time without an answer, while calls are outstanding, after which a peer is considered unreachable; far above the
+/// flush time of a slow disk.
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(10);
-/// Between a stream's end and the next attempt: a peer that is down is not asked in a tight loop.
+/// Time between the end of a stream and the next attempt, so that a peer that is down is not called in a tight loop.
 const RECONNECT_PAUSE_MS: u64 = 100;
-/// A call whose stream ended is sent once more over a new one: the peer may just have restarted.
+/// Most streams over which a call is sent: one retry, because the peer may just have restarted.
 const STREAMS_MAX: u32 = 2;
-/// Most ids in one question: well below the largest message.
+/// Most chunk ids in one query of held chunks: well below the largest message.
 pub const HELD_IDS_MAX: usize = 1 << 16;
-/// How long one such question may take: the answer comes from memory.
+/// Time limit of a query of held chunks, which the peer answers from memory.
 const HELD_TIMEOUT_MS: u64 = 5_000;
 
-/// Most chunks verified in one question: 64 MiB are read and hashed within the time-out even by a busy old disk.
+/// Most chunks in one verification: 64 MiB, which even a busy old disk reads and hashes within the time limit.
 pub const VERIFY_IDS_MAX: usize = 64;
-/// How long one such question may take.
+/// Time limit of a verification.
 const VERIFY_TIMEOUT_MS: u64 = 60_000;
 
-/// What reading a copy from its disk showed.
+/// The result of verifying a copy on disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It has the SHA-256 that the metadata names.
+    /// The copy has the SHA-256 of the metadata.
     Healthy,
-    /// There is none.
+    /// There is no copy.
     Missing,
-    /// It differs, and in what.
+    /// The copy is damaged; says what differs.
     Corrupt(String),
-    /// It could not be judged, and why.
+    /// The copy could not be verified; says why.
     Unknown(String),
 }
 
-/// Why a chunk did not get to a peer's disk, as far as is known.
+/// Why a push failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PushError {
-    /// Too many bytes are under way to this peer.
-    #[error("the queue to {peer} is full")]
+    /// Too many bytes are in flight to this peer.
+    #[error("the queue of pushes to node {peer} is full")]
     QueueFull {
-        /// The peer.
+        /// The peer that was called.
         peer: NodeId,
     },
-    /// Its disk is full.
-    #[error("{peer} has no space")]
+    /// The disk of the peer is full.
+    #[error("the disk of node {peer} is full")]
     NoSpace {
-        /// The peer.
+        /// The peer that was called.
         peer: NodeId,
     },
-    /// It says no, and why.
-    #[error("{peer} did not store it: {status:?} {detail}")]
+    /// The peer refused the chunk.
+    #[error("node {peer} did not store the chunk: {} {detail}", .status.as_str_name())]
     Refused {
-        /// The peer.
+        /// The peer that was called.
         peer: NodeId,
-        /// What it answered.
+        /// The status of the answer.
         status: ChunkStatus,
-        /// In words.
+        /// The reason that the peer gave.
         detail: String,
     },
-    /// No answer: it may have the chunk or not.
-    #[error("{peer} cannot be reached: {reason}")]
+    /// The peer did not answer; it may have stored the chunk.
+    #[error("cannot reach node {peer}: {reason}")]
     Unreachable {
-        /// The peer.
+        /// The peer that was called.
         peer: NodeId,
-        /// Why not.
+        /// The reason.
         reason: String,
     },
 }
 
-/// Why a chunk could not be had from a peer.
+/// Why a fetch failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FetchError {
-    /// It does not hold the chunk.
-    #[error("{peer} does not hold it")]
+    /// The peer does not hold the chunk.
+    #[error("node {peer} does not hold the chunk")]
     NotFound {
-        /// The peer.
+        /// The peer that was called.
         peer: NodeId,
     },
-    /// Its copy is damaged, or was on its way, or is not what the metadata names.
-    #[error("damaged at or from {peer}: {what}")]
+    /// The copy is damaged, was damaged in transit, or differs from the metadata.
+    #[error("the copy of node {peer} is damaged: {what}")]
     Corrupt {
-        /// The peer.
+        /// The peer that was called.
         peer: NodeId,
         /// What does not match.
         what: String,
     },
-    /// It says no, and why.
-    #[error("{peer} did not send it: {status:?} {detail}")]
+    /// The peer refused the request.
+    #[error("node {peer} did not send the chunk: {} {detail}", .status.as_str_name())]
     Refused {
-        /// The peer.
+        /// The peer that was called.
         peer: NodeId,
-        /// What it answered.
+        /// The status of the answer.
         status: ChunkStatus,
-        /// In words.
+        /// The reason that the peer gave.
         detail: String,
     },
-    /// No answer.
-    #[error("{peer} cannot be reached: {reason}")]
+    /// The peer did not answer.
+    #[error("cannot reach node {peer}: {reason}")]
     Unreachable {
-        /// The peer.
+        /// The peer that was called.
         peer: NodeId,
-        /// Why not.
+        /// The reason.
         reason: String,
     },
 }
 
-/// Why it is not known what a peer holds.
+/// A query of held chunks or a verification failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("node {peer} does not answer: {reason}")]
+#[error("node {peer} did not answer: {reason}")]
 pub struct HeldError {
-    /// The peer.
+    /// The peer that was called.
     pub peer: NodeId,
-    /// Why not.
+    /// The reason.
     pub reason: String,
 }
 
-/// The chunks that go to one peer and come from it. A call holds its share of the bytes that may be under way.
+/// The streams of chunks to and from one peer. Each call holds a permit for its bytes.
 struct PeerStreams {
     address: String,
     push: NodeCalls<PutChunkRequest, PutChunkResponse, OwnedSemaphorePermit>,
@@ -180,17 +181,17 @@ impl PeerStreams {
 pub struct PeerChunks {
     transport: Arc<Transport>,
     progress_timeout: Duration,
-    // One entry for each node that was ever talked to and not forgotten; locked for a lookup.
+    // One entry for each node that was contacted and not forgotten. Locked only for a lookup.
     streams: Mutex<HashMap<NodeId, Arc<PeerStreams>>>,
 }
 
 impl PeerChunks {
-    /// No connection is made yet.
+    /// Creates the client without connections.
     pub fn new(transport: Arc<Transport>) -> PeerChunks {
         PeerChunks::with_progress_timeout(transport, PROGRESS_TIMEOUT)
     }
 
-    /// As [`PeerChunks::new`]; a peer that answers nothing for `progress_timeout` while calls wait is taken to be lost.
+    /// Like [`PeerChunks::new`], with a different time without an answer after which a peer is considered unreachable.
     pub fn with_progress_timeout(transport: Arc<Transport>, progress_timeout: Duration) -> PeerChunks {
         PeerChunks {
             transport,
@@ -199,7 +200,10 @@ impl PeerChunks {
         }
     }
 
-    /// Sends `chunk` to `to`; on that node's disk when it returns.
+    /// Pushes `chunk` to `to`; it is on disk there when this returns.
+    ///
+    /// # Errors
+    /// A [`PushError`]; the chunk may have been stored after [`PushError::Unreachable`].
     pub async fn push(&self, to: &Member, chunk: &Chunk) -> Result<(), PushError> {
         let peer = to.id;
         let unreachable = |reason: String| PushError::Unreachable { peer, reason };
@@ -211,7 +215,7 @@ impl PeerChunks {
             .push
             .call(chunk.into(), admission)
             .await
-            .map_err(|lost: Lost| unreachable(lost.to_string()))?;
+            .map_err(|error: CallError| unreachable(error.to_string()))?;
         match answer.status() {
             ChunkStatus::Ok => Ok(()),
             ChunkStatus::NoSpace => Err(PushError::NoSpace { peer }),
@@ -223,7 +227,11 @@ impl PeerChunks {
         }
     }
 
-    /// The blocks of `id` that hold `offset..offset + length`, from `from`; verified.
+    /// Fetches the blocks of `id` that contain the bytes `offset..offset + length` from `from`, and verifies their
+    /// CRCs.
+    ///
+    /// # Errors
+    /// A [`FetchError`].
     pub async fn fetch(
         &self,
         from: &Member,
@@ -255,7 +263,7 @@ impl PeerChunks {
             .fetch
             .call(request, admission)
             .await
-            .map_err(|lost: Lost| unreachable(lost.to_string()))?;
+            .map_err(|error: CallError| unreachable(error.to_string()))?;
         match answer.status() {
             ChunkStatus::Ok => {
                 let range = ChunkRange::try_from(answer).map_err(|error| match error {
@@ -263,7 +271,7 @@ impl PeerChunks {
                 })?;
                 match range.exactly(offset, length) {
                     Some(_) => Ok(range),
-                    None => Err(corrupt("it is not all of what was asked for")),
+                    None => Err(corrupt("the answer does not cover the requested range")),
                 }
             }
             ChunkStatus::NotFound => Err(FetchError::NotFound { peer }),
@@ -276,7 +284,10 @@ impl PeerChunks {
         }
     }
 
-    /// All of `id` from `from`: `length` bytes with this SHA-256, as the metadata names them.
+    /// Fetches all of `id` from `from`: `length` bytes with this SHA-256, which the metadata records.
+    ///
+    /// # Errors
+    /// A [`FetchError`].
     pub async fn fetch_whole(
         &self,
         from: &Member,
@@ -291,20 +302,23 @@ impl PeerChunks {
             what: what.to_string(),
         };
         if range.payload().len() != length as usize {
-            return Err(corrupt("its length is not what the metadata names"));
+            return Err(corrupt("the length differs from the metadata"));
         }
         let chunk = range
             .into_chunk(id, sha256)
             .map_err(|bad| corrupt(&bad.to_string()))?;
-        // A millisecond of hashing does not belong between other calls' polls.
+        // Hashing takes about a millisecond, too long for a runtime thread.
         tokio::task::spawn_blocking(move || (Sha256::of(chunk.payload()) == chunk.sha256()).then_some(chunk))
             .await
             .ok()
             .flatten()
-            .ok_or_else(|| corrupt("its SHA-256 is not what the metadata names"))
+            .ok_or_else(|| corrupt("the SHA-256 differs from the metadata"))
     }
 
-    /// For each of `ids` whether `at` has it on disk.
+    /// Returns for each of `ids` whether `at` has it on disk.
+    ///
+    /// # Errors
+    /// A [`HeldError`].
     pub async fn held(&self, at: &Member, ids: &[ChunkId]) -> Result<Vec<bool>, HeldError> {
         let mut held = Vec::with_capacity(ids.len());
         for page in ids.chunks(HELD_IDS_MAX) {
@@ -313,8 +327,11 @@ impl PeerChunks {
         Ok(held)
     }
 
-    /// For each of up to [`HELD_IDS_MAX`] chunks whether `at` has it on disk, and the epoch of placement under which it
-    /// says so.
+    /// Returns for each of at most [`HELD_IDS_MAX`] chunks whether `at` has it on disk, and the epoch of the placement
+    /// under which the answer is valid.
+    ///
+    /// # Errors
+    /// A [`HeldError`].
     pub async fn held_under_epoch(
         &self,
         at: &Member,
@@ -331,16 +348,19 @@ impl PeerChunks {
         request.set_timeout(Duration::from_millis(HELD_TIMEOUT_MS));
         let answer = tokio::time::timeout(Duration::from_millis(HELD_TIMEOUT_MS), peer.held_chunks(request))
             .await
-            .map_err(|_| failed(format!("no answer for {HELD_TIMEOUT_MS} ms")))?
+            .map_err(|_| failed(format!("no answer in {HELD_TIMEOUT_MS} ms")))?
             .map_err(|status| failed(format!("{}: {}", status.code(), status.message())))?
             .into_inner();
         if answer.held.len() != ids.len() {
-            return Err(failed("it answered about other chunks".to_string()));
+            return Err(failed("the answer has a different number of chunks".to_string()));
         }
         Ok((answer.placement_epoch, answer.held))
     }
 
-    /// Has `at` read up to [`VERIFY_IDS_MAX`] chunks from its disk; it repairs what is bad by itself.
+    /// Makes `at` verify at most [`VERIFY_IDS_MAX`] chunks on its disk. It repairs bad copies by itself.
+    ///
+    /// # Errors
+    /// A [`HeldError`].
     pub async fn verify(&self, at: &Member, ids: &[ChunkId]) -> Result<Vec<Verdict>, HeldError> {
         let failed = |reason: String| HeldError { peer: at.id, reason };
         let mut peer = self
@@ -353,11 +373,11 @@ impl PeerChunks {
         let asked = peer.verify_chunks(request);
         let answer = tokio::time::timeout(Duration::from_millis(VERIFY_TIMEOUT_MS), asked)
             .await
-            .map_err(|_| failed(format!("no answer for {VERIFY_TIMEOUT_MS} ms")))?
+            .map_err(|_| failed(format!("no answer in {VERIFY_TIMEOUT_MS} ms")))?
             .map_err(|status| failed(format!("{}: {}", status.code(), status.message())))?
             .into_inner();
         if answer.verdicts.len() != ids.len() {
-            return Err(failed("it answered about other chunks".to_string()));
+            return Err(failed("the answer has a different number of chunks".to_string()));
         }
         let verdict = |answer: quorumfs_wire::ChunkVerdict| match answer.status() {
             ChunkStatus::Ok => Verdict::Healthy,
@@ -368,7 +388,7 @@ impl PeerChunks {
         Ok(answer.verdicts.into_iter().map(verdict).collect())
     }
 
-    /// Ends the streams to a node that is no member any more.
+    /// Ends the streams to a node that is no longer a member.
     pub fn forget(&self, node: NodeId) {
         self.streams.lock().remove(&node);
     }

@@ -1,17 +1,18 @@
-//! Who holds what: each chunk lies on `replicas` of the voters, or on a majority of them where that is more; with so few
-//! voters, on all.
+//! The assignment of chunks to nodes. Each chunk has `replicas` copies, but at least one on each node of a majority of
+//! the voters, and at most one on each voter.
 //!
-//! Which ones is decided by rendezvous hashing (Thaler and Ravishankar, "Using name-based mappings to increase hit
-//! rates", 1998): every node weighs every chunk, the heaviest hold it. So everyone knows without asking, and a change of
-//! members moves no more than it must. [`Layout`] is that function; it is pure.
+//! The holders of a chunk are chosen by rendezvous hashing (Thaler and Ravishankar, "Using name-based mappings to
+//! increase hit rates", 1998): each pair of chunk and node has a weight, and the nodes with the largest weights hold
+//! the chunk. Every node computes this without communication, and a change of members moves no more copies than
+//! necessary. [`Layout`] is this function; it is pure.
 //!
-//! [`Placement`] knows the layout of the voters that this node has applied, and those that it has been told will come
-//! ([`Placement::prepare_for`]): what it should hold under any of them it fetches and keeps.
+//! [`Placement`] knows the layouts of the voters that this node has applied, and of planned voters
+//! ([`Placement::prepare_for`]). The node fetches and keeps what it should hold under any of them.
 //!
-//! What a node holds beyond that it lets go ([`Placement::let_go`]) once everyone who should hold it does. Invariant: at
-//! any moment there is one layout all of whose places hold the chunk, on disk. It holds because a place answers under an
-//! epoch, the index of the log entry that its layout comes from; because it lets nothing go for a reason that is older
-//! than its answer; and because epochs only rise.
+//! A copy that no layout assigns to this node is deleted ([`Placement::drop_copies_at`]) when all holders have the
+//! chunk. Invariant: at any moment there is a layout all of whose holders have the chunk on disk. It is kept because
+//! an answer about held chunks carries an epoch, the index of the log entry of the layout; because a node deletes
+//! nothing for a reason that is older than its answer; and because epochs only increase.
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
@@ -27,17 +28,17 @@ use tracing::error;
 use crate::consensus::{Consensus, voters_at};
 use quorumfs_metadata::{MetadataStore, Position, Replicas};
 
-/// The fixed key of the weights: every node must weigh alike.
+/// The key of the weights, which must be equal on all nodes.
 const WEIGHT_KEY: [u8; 16] = *b"QuorumFS chunks.";
-/// How long what will come is prepared for, after it was last spoken of. The leader speaks of it every few seconds until
-/// it has come, or does not lead.
+/// Time for which planned voters are prepared for after the last request. The leader repeats the request every few
+/// seconds until the change is applied or it loses leadership.
 const PREPARATION_MS: u64 = 600_000;
-/// Intentions kept in mind: those of a leader (two for its learners, one for a removal) and of the one before it.
-const INTENTIONS_MAX: usize = 6;
-/// How often it is seen whether anything has changed.
-const LOOK_INTERVAL_MS: u64 = 250;
+/// Most planned sets of voters: those of a leader (two for its learners, one for a removal) and of the one before it.
+const PLANS_MAX: usize = 6;
+/// Interval at which the placement is checked for changes.
+const CHECK_INTERVAL_MS: u64 = 250;
 
-/// The places of chunks among some voters.
+/// The assignment of chunks to a set of voters.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Layout {
     voters: BTreeSet<NodeId>,
@@ -45,51 +46,51 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Where each chunk lies on `replicas` of `voters`, or on as many as must survive together: a majority.
+    /// Creates a layout with `replicas` copies of each chunk, at least a majority of `voters` and at most all.
     pub fn new(voters: BTreeSet<NodeId>, replicas: u8) -> Layout {
         let majority = voters.len() / 2 + 1;
         let copies = usize::from(replicas).max(majority).min(voters.len());
         Layout { voters, copies }
     }
 
-    /// On how many nodes each chunk lies.
+    /// Returns the number of copies of each chunk.
     pub fn copies(&self) -> usize {
         self.copies
     }
 
-    /// Who they are chosen from.
+    /// Returns the voters.
     pub fn voters(&self) -> &BTreeSet<NodeId> {
         &self.voters
     }
 
-    /// Whether each holds everything.
+    /// Whether every voter holds every chunk.
     pub fn is_everywhere(&self) -> bool {
         self.copies == self.voters.len()
     }
 
-    /// How many of the voters may lack some of what they should hold, so that of each chunk a majority's worth of copies
-    /// is there all the same.
+    /// Returns the number of voters that may be incomplete while every chunk still has copies on as many nodes as a
+    /// majority.
     pub fn incomplete_max(&self) -> usize {
         self.copies.saturating_sub(self.voters.len() / 2 + 1)
     }
 
-    /// All voters, those first that should hold `chunk` more than the others.
+    /// Returns all voters, ordered by decreasing weight for `chunk`.
     pub fn ranked(&self, chunk: ChunkId) -> Vec<NodeId> {
         let mut ranked: Vec<NodeId> = self.voters.iter().copied().collect();
         ranked.sort_by_key(|node| Reverse(weight(chunk, *node)));
         ranked
     }
 
-    /// Who holds `chunk`.
-    pub fn places(&self, chunk: ChunkId) -> BTreeSet<NodeId> {
+    /// Returns the nodes that should hold `chunk`.
+    pub fn holders(&self, chunk: ChunkId) -> BTreeSet<NodeId> {
         if self.is_everywhere() {
             return self.voters.clone();
         }
         self.ranked(chunk).into_iter().take(self.copies).collect()
     }
 
-    /// Whether `node` holds `chunk`.
-    pub fn is_place(&self, chunk: ChunkId, node: NodeId) -> bool {
+    /// Whether `node` should hold `chunk`.
+    pub fn is_holder(&self, chunk: ChunkId, node: NodeId) -> bool {
         if !self.voters.contains(&node) {
             return false;
         }
@@ -99,8 +100,8 @@ impl Layout {
     }
 }
 
-/// How much `node` should hold `chunk`. By slot, so that a new incarnation takes its forerunner's place; two of one slot
-/// never vote together.
+/// Returns the weight of `node` for `chunk`. It depends on the slot only, so that a new incarnation holds the same
+/// chunks; two incarnations of a slot are never voters together.
 fn weight(chunk: ChunkId, node: NodeId) -> (u64, u16) {
     let mut hasher = siphasher::sip::SipHasher13::new_with_key(&WEIGHT_KEY);
     hasher.write_u64(chunk.session.0.to_le());
@@ -109,121 +110,119 @@ fn weight(chunk: ChunkId, node: NodeId) -> (u64, u16) {
     (hasher.finish(), node.slot)
 }
 
-/// What a node knows of placement at one moment.
+/// The placement at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlacementSnapshot {
-    /// The index of the log entry that the layouts in force come from.
+    /// Index of the log entry from which the active layouts come.
     pub epoch: u64,
-    /// Of the voters: one, or two while they change; none before there is a cluster.
-    in_force: Vec<Layout>,
-    /// What this node prepares for beyond that, in an order of its own: of two pictures that say the same none is news.
-    to_come: Vec<Layout>,
+    /// The layouts of the voters: one, or two during a change of voters; none before the cluster exists.
+    active: Vec<Layout>,
+    /// Layouts that this node prepares for, sorted, so that equal placements compare as equal.
+    planned: Vec<Layout>,
 }
 
 impl PlacementSnapshot {
-    /// Whether `node`, which is this one, should hold `chunk`.
+    /// Whether `node`, which must be this node, should hold `chunk`.
     pub fn should_hold(&self, chunk: ChunkId, node: NodeId) -> bool {
-        self.in_force.is_empty() || self.layouts().any(|layout| layout.is_place(chunk, node))
+        self.active.is_empty() || self.layouts().any(|layout| layout.is_holder(chunk, node))
     }
 
-    /// Everyone who should hold `chunk` or is known to prepare for it.
-    pub fn places(&self, chunk: ChunkId) -> BTreeSet<NodeId> {
-        self.layouts().flat_map(|layout| layout.places(chunk)).collect()
+    /// Returns all nodes that should hold `chunk` under an active or planned layout.
+    pub fn holders(&self, chunk: ChunkId) -> BTreeSet<NodeId> {
+        self.layouts().flat_map(|layout| layout.holders(chunk)).collect()
     }
 
-    /// The layout in force, where nothing is changing.
-    pub fn settled(&self) -> Option<&Layout> {
-        match self.in_force.as_slice() {
-            [layout] if self.to_come.is_empty() => Some(layout),
+    /// Returns the active layout if no change is in progress or planned.
+    pub fn stable(&self) -> Option<&Layout> {
+        match self.active.as_slice() {
+            [layout] if self.planned.is_empty() => Some(layout),
             _ => None,
         }
     }
 
-    /// The newest layout in force.
+    /// Returns the newest active layout.
     pub fn newest(&self) -> Option<&Layout> {
-        self.in_force.last()
+        self.active.last()
     }
 
-    /// Whether everyone holds everything, now and for all that is known.
+    /// Whether every voter holds every chunk under all active and planned layouts.
     pub fn is_everywhere(&self) -> bool {
         self.layouts().all(Layout::is_everywhere)
     }
 
-    /// Whether what `layout` asks for is in force or prepared for.
-    pub fn prepares_for(&self, layout: &Layout) -> bool {
+    /// Whether `layout` is active or planned.
+    pub fn includes(&self, layout: &Layout) -> bool {
         self.layouts().any(|known| known == layout)
     }
 
     fn layouts(&self) -> impl Iterator<Item = &Layout> {
-        self.in_force.iter().chain(&self.to_come)
+        self.active.iter().chain(&self.planned)
     }
 }
 
-/// What the state says, kept so that it need not be decoded again and again.
+/// The placement decoded from the metadata, cached.
 struct Known {
     membership: Option<bytes::Bytes>,
     replicas: Replicas,
-    /// As the state alone has it.
-    stated: PlacementSnapshot,
-    /// The voters that this node was told will come, and until when it prepares for them.
-    intended: Vec<(BTreeSet<NodeId>, Instant)>,
-    picture: Arc<PlacementSnapshot>,
+    /// The placement of the applied state, without plans.
+    applied: PlacementSnapshot,
+    /// Planned voters, with the time until which this node prepares for them.
+    planned_voters: Vec<(BTreeSet<NodeId>, Instant)>,
+    snapshot: Arc<PlacementSnapshot>,
 }
 
 impl Known {
-    /// These voters are intended until `expires`.
+    /// Adds or renews a plan.
     fn prepare_for(&mut self, voters: BTreeSet<NodeId>, expires: Instant) {
-        match self.intended.iter_mut().find(|(known, _)| *known == voters) {
+        match self.planned_voters.iter_mut().find(|(known, _)| *known == voters) {
             Some((_, until)) => *until = expires,
             None => {
-                if self.intended.len() == INTENTIONS_MAX {
-                    // The one that was spoken of longest ago.
-                    self.intended.sort_by_key(|(_, until)| *until);
-                    self.intended.remove(0);
+                if self.planned_voters.len() == PLANS_MAX {
+                    // The plan that expires first is dropped.
+                    self.planned_voters.sort_by_key(|(_, until)| *until);
+                    self.planned_voters.remove(0);
                 }
-                self.intended.push((voters, expires));
+                self.planned_voters.push((voters, expires));
             }
         }
         self.compose();
     }
 
-    /// Puts together what is stated and what is intended.
+    /// Combines the applied placement and the plans.
     fn compose(&mut self) {
-        let mut picture = self.stated.clone();
+        let mut snapshot = self.applied.clone();
         let replicas = self.replicas.count;
         let layout = |(voters, _): &(BTreeSet<NodeId>, Instant)| Layout::new(voters.clone(), replicas);
-        let PlacementSnapshot {
-            in_force, to_come, ..
-        } = &mut picture;
-        to_come.extend(self.intended.iter().map(layout));
-        to_come.retain(|layout| !in_force.contains(layout));
-        to_come.sort();
-        to_come.dedup();
-        if *self.picture != picture {
-            self.picture = Arc::new(picture);
+        let PlacementSnapshot { active, planned, .. } = &mut snapshot;
+        planned.extend(self.planned_voters.iter().map(layout));
+        planned.retain(|layout| !active.contains(layout));
+        planned.sort();
+        planned.dedup();
+        if *self.snapshot != snapshot {
+            self.snapshot = Arc::new(snapshot);
         }
     }
 }
 
-/// See the module.
+/// The placement as known to this node; the module documentation has its invariants.
 pub struct Placement {
     own: NodeId,
     metadata: Arc<MetadataStore>,
     consensus: Consensus,
-    // Locked for a comparison, and for what a change takes to be decoded.
+    // Locked only for comparisons and to decode a change.
     known: Mutex<Known>,
     changes: watch::Sender<Arc<PlacementSnapshot>>,
-    /// Held while it is answered what is held, and while something is let go.
-    answering: Mutex<()>,
+    /// Held while held chunks are reported and while copies are deleted.
+    held_lock: Mutex<()>,
 }
 
 impl Placement {
-    /// As the state says now.
+    /// Creates the placement from the current metadata.
     pub fn new(consensus: Consensus, metadata: Arc<MetadataStore>) -> Arc<Placement> {
         let (position, replicas) = metadata.position_and_replicas();
         let own = consensus.id();
-        let stated = stated(own, &position, replicas);
-        let picture = Arc::new(stated.clone());
+        let applied = applied(own, &position, replicas);
+        let snapshot = Arc::new(applied.clone());
         Arc::new(Placement {
             own,
             metadata,
@@ -231,140 +230,143 @@ impl Placement {
             known: Mutex::new(Known {
                 membership: position.membership,
                 replicas,
-                stated,
-                intended: Vec::new(),
-                picture: Arc::clone(&picture),
+                applied,
+                planned_voters: Vec::new(),
+                snapshot: Arc::clone(&snapshot),
             }),
-            changes: watch::Sender::new(picture),
-            answering: Mutex::new(()),
+            changes: watch::Sender::new(snapshot),
+            held_lock: Mutex::new(()),
         })
     }
 
-    /// What is known now.
-    pub fn picture(&self) -> Arc<PlacementSnapshot> {
+    /// Returns the current placement.
+    pub fn snapshot(&self) -> Arc<PlacementSnapshot> {
         let (position, replicas) = self.metadata.position_and_replicas();
         let mut known = self.known.lock();
         if known.membership != position.membership || known.replicas != replicas {
-            let now = stated(self.own, &position, replicas);
-            // Of two looks the older may come later.
-            if now.epoch >= known.stated.epoch {
+            let now = applied(self.own, &position, replicas);
+            // Concurrent callers may arrive here in any order.
+            if now.epoch >= known.applied.epoch {
                 known.membership = position.membership;
                 known.replicas = replicas;
-                known.stated = now;
+                known.applied = now;
                 known.compose();
             }
         }
-        Arc::clone(&known.picture)
+        Arc::clone(&known.snapshot)
     }
 
-    /// On how many nodes each chunk is to be kept, as far as there are so many.
+    /// Returns the configured number of copies of each chunk.
     pub fn replicas(&self) -> u8 {
         self.metadata.position_and_replicas().1.count
     }
 
-    /// What all members' programs know; 0 where it cannot be looked up.
+    /// Returns the feature level of the cluster; 0 if it cannot be read.
     pub fn feature_level(&self) -> u32 {
         self.metadata.view().map_or(0, |view| view.feature_level())
     }
 
-    /// On how many nodes each chunk is kept.
+    /// Returns the number of copies of each chunk with the current voters.
     pub fn copies(&self) -> usize {
-        self.picture().newest().map_or(1, Layout::copies)
+        self.snapshot().newest().map_or(1, Layout::copies)
     }
 
     /// Whether this node should hold `chunk`.
     pub fn should_hold(&self, chunk: ChunkId) -> bool {
-        self.picture().should_hold(chunk, self.own)
+        self.snapshot().should_hold(chunk, self.own)
     }
 
-    /// These will probably be the voters: from now on, for some minutes, this node prepares for it.
+    /// Prepares for `voters` for [`PREPARATION_MS`]: this node fetches and keeps what it would hold. Returns their
+    /// layout.
     pub fn prepare_for(&self, voters: BTreeSet<NodeId>) -> Layout {
         let expires = Instant::now() + Duration::from_millis(PREPARATION_MS);
         self.known.lock().prepare_for(voters.clone(), expires);
-        self.tell();
+        self.publish();
         Layout::new(voters, self.replicas())
     }
 
-    /// The other members in the order in which to ask them for `chunk`: those first that should hold it.
-    pub fn sources(&self, chunk: ChunkId) -> Vec<Member> {
-        let picture = self.picture();
+    /// Returns the other members in the order in which to fetch `chunk` from them: its holders first.
+    pub fn fetch_order(&self, chunk: ChunkId) -> Vec<Member> {
+        let snapshot = self.snapshot();
         let mut others = self.consensus.members();
         others.retain(|member| member.id != self.own);
         if !others.is_empty() {
             let first = (chunk.counter % others.len() as u64) as usize;
             others.rotate_left(first);
         }
-        if !picture.is_everywhere() {
-            let places = picture.places(chunk);
+        if !snapshot.is_everywhere() {
+            let places = snapshot.holders(chunk);
             others.sort_by_key(|member| !places.contains(&member.id));
         }
         others
     }
 
-    /// Answers what this node holds under the epoch that goes with the answer; nothing is let go in between.
-    pub fn answer<T>(&self, look: impl FnOnce() -> T) -> (u64, T) {
-        let _answering = self.answering.lock();
-        (self.picture().epoch, look())
+    /// Calls `read_held`, which reads what this node holds, and returns its result with the epoch under which it is
+    /// valid. No copy is deleted in between.
+    pub fn with_epoch<T>(&self, read_held: impl FnOnce() -> T) -> (u64, T) {
+        let _guard = self.held_lock.lock();
+        (self.snapshot().epoch, read_held())
     }
 
-    /// Does `drop_copies`, which was decided under `epoch`, unless that has passed.
-    pub fn let_go<T>(&self, epoch: u64, drop_copies: impl FnOnce() -> T) -> Option<T> {
-        let _answering = self.answering.lock();
-        let picture = self.picture();
-        (picture.epoch == epoch && picture.settled().is_some()).then(drop_copies)
+    /// Calls `drop_copies`, which was decided under `epoch`, if the placement has not changed since; returns `None`
+    /// otherwise.
+    pub fn drop_copies_at<T>(&self, epoch: u64, drop_copies: impl FnOnce() -> T) -> Option<T> {
+        let _guard = self.held_lock.lock();
+        let snapshot = self.snapshot();
+        (snapshot.epoch == epoch && snapshot.stable().is_some()).then(drop_copies)
     }
 
-    /// Hears of every change, soon after it.
+    /// Returns a receiver of changes of the placement.
     pub fn changes(&self) -> watch::Receiver<Arc<PlacementSnapshot>> {
         self.changes.subscribe()
     }
 
-    /// Tells of changes, for ever.
+    /// Publishes changes and drops expired plans; never returns.
     pub async fn run(self: Arc<Self>) {
         loop {
-            tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
+            tokio::time::sleep(Duration::from_millis(CHECK_INTERVAL_MS)).await;
             {
                 let mut known = self.known.lock();
-                let newest = known.stated.newest().map(|layout| layout.voters.clone());
-                // What has come is intended no more.
+                let newest = known.applied.newest().map(|layout| layout.voters.clone());
+                // A plan ends when its voters are the newest applied ones.
                 known
-                    .intended
+                    .planned_voters
                     .retain(|(voters, expires)| *expires > Instant::now() && Some(voters) != newest.as_ref());
                 known.compose();
             }
-            self.tell();
+            self.publish();
         }
     }
 
-    fn tell(&self) {
-        let picture = self.picture();
-        self.changes.send_if_modified(|told| {
-            let differs = *told != picture;
-            *told = picture;
+    fn publish(&self) {
+        let snapshot = self.snapshot();
+        self.changes.send_if_modified(|published| {
+            let differs = *published != snapshot;
+            *published = snapshot;
             differs
         });
     }
 }
 
-/// What the state alone says. A node that does not vote prepares for it.
-fn stated(own: NodeId, position: &Position, replicas: Replicas) -> PlacementSnapshot {
+/// Returns the placement of the applied state. A node that is not a voter prepares to become one.
+fn applied(own: NodeId, position: &Position, replicas: Replicas) -> PlacementSnapshot {
     let (since, sets) = voters_at(position).unwrap_or_else(|error| {
-        // Whoever knows no layout holds everything and lets nothing go.
-        error!(%error, "the membership cannot be read");
+        // A node without a layout holds everything and deletes nothing.
+        error!(%error, "cannot decode the membership; this node keeps all content");
         (0, Vec::new())
     });
     let layout = |voters: BTreeSet<NodeId>| Layout::new(voters, replicas.count);
-    let mut to_come = Vec::new();
+    let mut planned = Vec::new();
     if let Some(newest) = sets.last().filter(|voters| !voters.contains(&own)) {
         let mut with_own = newest.clone();
         with_own.retain(|voter| voter.slot != own.slot);
         with_own.insert(own);
-        to_come.push(layout(with_own));
+        planned.push(layout(with_own));
     }
     PlacementSnapshot {
         epoch: since.max(replicas.since_index),
-        in_force: sets.into_iter().map(layout).collect(),
-        to_come,
+        active: sets.into_iter().map(layout).collect(),
+        planned,
     }
 }
 
@@ -390,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn few_nodes_hold_everything_and_more_a_majority_at_least() {
+    fn few_nodes_hold_everything_and_more_hold_a_majority() {
         let copies = |voters: u16, replicas| Layout::new(nodes(1..=voters), replicas).copies();
         assert_eq!([1, 2, 3].map(|voters| copies(voters, 3)), [1, 2, 3]);
         assert_eq!([copies(5, 3), copies(7, 3), copies(9, 3)], [3, 4, 5]);
@@ -405,10 +407,10 @@ mod tests {
         let layout = Layout::new(nodes(1..=5), 3);
         let mut held = std::collections::BTreeMap::<u16, u64>::new();
         for chunk in chunks(10_000) {
-            let places = layout.places(chunk);
+            let places = layout.holders(chunk);
             assert_eq!(places.len(), 3);
             for node in layout.voters() {
-                assert_eq!(layout.is_place(chunk, *node), places.contains(node));
+                assert_eq!(layout.is_holder(chunk, *node), places.contains(node));
             }
             places
                 .iter()
@@ -418,16 +420,16 @@ mod tests {
             held.values().all(|count| (5_700..6_300).contains(count)),
             "{held:?}"
         );
-        assert!(!layout.is_place(chunks(1).next().unwrap(), nodes([9]).pop_first().unwrap()));
+        assert!(!layout.is_holder(chunks(1).next().unwrap(), nodes([9]).pop_first().unwrap()));
     }
 
     #[test]
-    fn a_change_moves_no_more_than_it_must() {
+    fn a_change_moves_no_more_copies_than_necessary() {
         let before = Layout::new(nodes(1..=5), 4);
         let after = Layout::new(nodes(1..=6), 4);
         let mut moved = 0;
         for chunk in chunks(10_000) {
-            let (old, new) = (before.places(chunk), after.places(chunk));
+            let (old, new) = (before.holders(chunk), after.holders(chunk));
             let gained: Vec<&NodeId> = new.difference(&old).collect();
             assert!(
                 gained.iter().all(|node| node.slot == 6),
@@ -439,7 +441,7 @@ mod tests {
             (6_400..6_950).contains(&moved),
             "two of three chunks get one of four copies on the sixth: {moved}"
         );
-        // A new incarnation of a slot stands where its forerunner stood.
+        // A new incarnation of a slot holds what the earlier one held.
         let mut replaced = nodes(1..=4);
         replaced.insert(NodeId {
             slot: 5,
@@ -449,7 +451,7 @@ mod tests {
         for chunk in chunks(1_000) {
             let slots = |layout: &Layout| {
                 layout
-                    .places(chunk)
+                    .holders(chunk)
                     .iter()
                     .map(|node| node.slot)
                     .collect::<Vec<_>>()
@@ -459,13 +461,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_intended_again_in_whatever_order_is_no_news() {
+    fn repeated_plans_in_any_order_are_no_change() {
         let now = Instant::now();
         let at = |seconds| now + Duration::from_secs(seconds);
-        let stated = PlacementSnapshot {
+        let applied = PlacementSnapshot {
             epoch: 1,
-            in_force: vec![Layout::new(nodes(1..=3), 3)],
-            to_come: Vec::new(),
+            active: vec![Layout::new(nodes(1..=3), 3)],
+            planned: Vec::new(),
         };
         let mut known = Known {
             membership: None,
@@ -473,51 +475,51 @@ mod tests {
                 count: 3,
                 since_index: 0,
             },
-            picture: Arc::new(stated.clone()),
-            stated,
-            intended: Vec::new(),
+            snapshot: Arc::new(applied.clone()),
+            applied,
+            planned_voters: Vec::new(),
         };
         let [five, four] = [nodes(1..=5), nodes(1..=4)];
         known.prepare_for(five.clone(), at(1));
         known.prepare_for(four.clone(), at(2));
-        let first = Arc::clone(&known.picture);
-        assert_eq!(first.to_come.len(), 2);
+        let first = Arc::clone(&known.snapshot);
+        assert_eq!(first.planned.len(), 2);
         for second in 3..9 {
             known.prepare_for(five.clone(), at(second));
             known.prepare_for(four.clone(), at(second));
-            assert!(Arc::ptr_eq(&known.picture, &first), "nothing has changed");
+            assert!(Arc::ptr_eq(&known.snapshot, &first), "nothing has changed");
         }
-        assert!(known.intended.iter().all(|(_, until)| *until == at(8)));
-        // What is in force already asks for nothing more.
+        assert!(known.planned_voters.iter().all(|(_, until)| *until == at(8)));
+        // Voters that are already active add nothing.
         known.prepare_for(nodes(1..=3), at(9));
-        assert!(Arc::ptr_eq(&known.picture, &first), "nothing has changed");
-        // Of too many the one that was spoken of longest ago is forgotten.
+        assert!(Arc::ptr_eq(&known.snapshot, &first), "nothing has changed");
+        // With too many plans, the one that expires first is dropped.
         known.prepare_for(five.clone(), at(10));
         (1..)
-            .take(INTENTIONS_MAX)
+            .take(PLANS_MAX)
             .for_each(|slot| known.prepare_for(nodes([slot, slot + 1]), at(11)));
-        assert_eq!(known.intended.len(), INTENTIONS_MAX);
-        assert!(!known.intended.iter().any(|(voters, _)| *voters == four));
+        assert_eq!(known.planned_voters.len(), PLANS_MAX);
+        assert!(!known.planned_voters.iter().any(|(voters, _)| *voters == four));
     }
 
     #[test]
     fn nothing_is_settled_while_voters_change() {
         let [three, five] = [nodes(1..=3), nodes(1..=5)].map(|voters| Layout::new(voters, 3));
         let own = nodes([4]).pop_first().expect("one");
-        let picture = |in_force: &[&Layout], to_come: &[&Layout]| PlacementSnapshot {
+        let snapshot = |active: &[&Layout], planned: &[&Layout]| PlacementSnapshot {
             epoch: 1,
-            in_force: in_force.iter().map(|layout| (*layout).clone()).collect(),
-            to_come: to_come.iter().map(|layout| (*layout).clone()).collect(),
+            active: active.iter().map(|layout| (*layout).clone()).collect(),
+            planned: planned.iter().map(|layout| (*layout).clone()).collect(),
         };
-        assert!(picture(&[&three], &[]).settled().is_some());
-        assert!(picture(&[&three, &five], &[]).settled().is_none());
-        let preparing = picture(&[&three], &[&five]);
-        assert!(preparing.settled().is_none());
-        let its: Vec<ChunkId> = chunks(100)
+        assert!(snapshot(&[&three], &[]).stable().is_some());
+        assert!(snapshot(&[&three, &five], &[]).stable().is_none());
+        let preparing = snapshot(&[&three], &[&five]);
+        assert!(preparing.stable().is_none());
+        let held: Vec<ChunkId> = chunks(100)
             .filter(|chunk| preparing.should_hold(*chunk, own))
             .collect();
-        assert!(its.iter().all(|chunk| five.is_place(*chunk, own)));
-        assert!(!its.is_empty() && its.len() < 100);
-        assert!(picture(&[], &[]).should_hold(chunks(1).next().expect("one"), own));
+        assert!(held.iter().all(|chunk| five.is_holder(*chunk, own)));
+        assert!(!held.is_empty() && held.len() < 100);
+        assert!(snapshot(&[], &[]).should_hold(chunks(1).next().expect("one"), own));
     }
 }

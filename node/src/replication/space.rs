@@ -1,13 +1,12 @@
-//! Who has room: the leader answers ENOSPC before it proposes when fewer than f + 1 voters do.
+//! Free disk space of the nodes. The leader answers ENOSPC before it proposes if fewer than f + 1 voters have space.
 //!
-//! Each node looks at its own disk, for content and for the log; a leader also asks the others, and one whose own disk
-//! is full while a quorum has room hands leadership on, since it cannot log what they could store. A follower takes its
-//! leader's word for the whole.
+//! Each node checks its own disk, for content and for the log. The leader also asks the other nodes; if its own disk
+//! is full while a quorum has space, it transfers leadership, because it could not log what the others can store. A
+//! follower relies on its leader's report for the cluster.
 //!
-//! What was heard ages. A voter that has not answered lately has no room that anyone knows of: with one node dead and
-//! another full there is no quorum of copies, and that is ENOSPC. But it is so only where a quorum answers; too few
-//! voters alive is no matter of room, and calls wait (P6). In a leader's first seconds the silent have the benefit of
-//! the doubt.
+//! Reports expire. A voter without a recent report counts as full: with one node down and another full there is no
+//! quorum of copies, which is ENOSPC. This applies only while a quorum answers; too few live voters is not a lack of
+//! space, and calls wait (P6). In the first seconds of a leader, voters without a report count as having space.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -23,80 +22,79 @@ use crate::consensus::{Consensus, VoterSets};
 use crate::transport::{Purpose, Transport};
 use quorumfs_content::ContentStore;
 
-/// How often disks are looked at and peers are asked.
-const LOOK_INTERVAL_MS: u64 = 500;
-/// How long what a peer said counts, and how long a new leader waits for it.
+/// Interval at which the disk is checked and nodes are asked.
+const CHECK_INTERVAL_MS: u64 = 500;
+/// Time for which a report is valid, and for which a new leader waits for reports.
 const ANSWER_AGE_MS_MAX: u64 = 5_000;
-/// A node whose disk has less than this left for content, over what is kept free for deletes, takes no more.
-const ROOM_BYTES_MIN: u64 = 4 << 20;
-/// Once full, a node has room again only above this: it does not flap.
+/// Free space for content, above the reserve for deletes, below which a node is full.
+const SPACE_BYTES_MIN: u64 = 4 << 20;
+/// Free space above which a full node accepts content again; larger, so that the state does not flap.
 const RESUME_BYTES: u64 = 16 << 20;
 
-/// Room on one node's disk.
+/// Disk space of one node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Room {
-    /// Bytes of the filesystem of the data folder.
+pub struct NodeSpace {
+    /// Size of the filesystem with the data folder.
     pub capacity_bytes: u64,
-    /// Bytes that content may still take.
+    /// Bytes available for content.
     pub available_bytes: u64,
-    /// Whether the node takes more.
+    /// Whether the node accepts content and log entries.
     pub has_room: bool,
 }
 
-/// Whether there is room for what f + 1 voters must hold.
+/// Whether f + 1 voters have space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Judgement {
-    /// A quorum has it.
-    Room,
-    /// A quorum answers, and too few of it have room.
+enum QuorumSpace {
+    /// A quorum has space.
+    Available,
+    /// A quorum answers, and too few of its nodes have space.
     Full,
-    /// Too few answer to tell.
+    /// Too few nodes answer.
     Unknown,
 }
 
-/// Of every active configuration a majority must hold what is written; `said` is whether they have room, of those that
-/// said so lately.
-fn judge(voter_sets: &VoterSets, said: &BTreeMap<NodeId, bool>) -> Judgement {
-    if voter_sets.is_quorum(|voter| said.get(voter) == Some(&true)) {
-        Judgement::Room
-    } else if voter_sets.is_quorum(|voter| said.contains_key(voter)) {
-        Judgement::Full
+/// Evaluates the recent reports of whether nodes have space: a majority of each active configuration must have space.
+fn quorum_space(voter_sets: &VoterSets, reports: &BTreeMap<NodeId, bool>) -> QuorumSpace {
+    if voter_sets.is_quorum(|voter| reports.get(voter) == Some(&true)) {
+        QuorumSpace::Available
+    } else if voter_sets.is_quorum(|voter| reports.contains_key(voter)) {
+        QuorumSpace::Full
     } else {
-        Judgement::Unknown
+        QuorumSpace::Unknown
     }
 }
 
-/// What a leader said, when.
+/// A report of a leader.
 #[derive(Clone, Copy, Debug)]
-struct LeaderWord {
+struct LeaderReport {
     leader: NodeId,
     at: Instant,
     is_full: bool,
 }
 
-/// What this node knows of everybody's room.
+/// Tracks the free space of this node and the cluster.
 pub struct SpaceMonitor {
     consensus: Consensus,
     content: Arc<ContentStore>,
     placement: Arc<Placement>,
     transport: Arc<Transport>,
-    own: Mutex<Room>,
-    peers: Mutex<HashMap<NodeId, (Instant, Room)>>,
-    /// Since when this node, as leader, has asked the others.
-    asking_since: Mutex<Option<Instant>>,
-    /// As a follower.
-    leader_word: Mutex<Option<LeaderWord>>,
+    own: Mutex<NodeSpace>,
+    peers: Mutex<HashMap<NodeId, (Instant, NodeSpace)>>,
+    /// When this node began to ask the others as leader.
+    leading_since: Mutex<Option<Instant>>,
+    /// The last report of a leader, on a follower.
+    leader_report: Mutex<Option<LeaderReport>>,
 }
 
 impl SpaceMonitor {
-    /// Looks once at the own disk.
+    /// Creates the monitor and checks the disk of this node once.
     pub fn new(
         consensus: Consensus,
         content: Arc<ContentStore>,
         placement: Arc<Placement>,
         transport: Arc<Transport>,
     ) -> Arc<SpaceMonitor> {
-        let own = Mutex::new(Room {
+        let own = Mutex::new(NodeSpace {
             capacity_bytes: 0,
             available_bytes: 0,
             has_room: true,
@@ -108,36 +106,36 @@ impl SpaceMonitor {
             transport,
             own,
             peers: Mutex::new(HashMap::new()),
-            asking_since: Mutex::new(None),
-            leader_word: Mutex::new(None),
+            leading_since: Mutex::new(None),
+            leader_report: Mutex::new(None),
         };
-        monitor.look();
+        monitor.check_own_disk();
         Arc::new(monitor)
     }
 
-    /// Looks again and again, for ever.
+    /// Checks periodically; never returns.
     pub async fn run(self: Arc<Self>) {
         loop {
-            self.look();
+            self.check_own_disk();
             if self.consensus.is_leader() {
-                self.asking_since.lock().get_or_insert_with(Instant::now);
+                self.leading_since.lock().get_or_insert_with(Instant::now);
                 self.ask_peers().await;
-                self.hand_on_if_full().await;
+                self.transfer_leadership_if_full().await;
             } else {
-                *self.asking_since.lock() = None;
+                *self.leading_since.lock() = None;
                 self.ask_leader().await;
             }
-            tokio::time::sleep(Duration::from_millis(LOOK_INTERVAL_MS)).await;
+            tokio::time::sleep(Duration::from_millis(CHECK_INTERVAL_MS)).await;
         }
     }
 
-    /// Room on this node's disk.
-    pub fn own(&self) -> Room {
+    /// Returns the disk space of this node.
+    pub fn own(&self) -> NodeSpace {
         *self.own.lock()
     }
 
-    /// This node's disk refused a write: it is full until a look says otherwise.
-    pub fn disk_refused(&self, node: NodeId) {
+    /// Notes that the disk of `node` refused a write: it counts as full until the next report.
+    pub fn note_disk_full(&self, node: NodeId) {
         if node == self.consensus.id() {
             self.own.lock().has_room = false;
         } else if let Some((_, room)) = self.peers.lock().get_mut(&node) {
@@ -145,51 +143,52 @@ impl SpaceMonitor {
         }
     }
 
-    /// Whether nothing speaks against taking more: false where a quorum answers and too few of it have room.
+    /// Returns `false` if a quorum answers and too few of its nodes have space.
     pub fn quorum_has_room(&self) -> bool {
-        self.judgement() != Judgement::Full
+        self.quorum_space_now() != QuorumSpace::Full
     }
 
-    fn judgement(&self) -> Judgement {
+    fn quorum_space_now(&self) -> QuorumSpace {
         if !self.consensus.is_leader() {
             let leader = self.consensus.leader().map(|member| member.id);
-            let word = *self.leader_word.lock();
-            return match word.filter(|word| Some(word.leader) == leader && is_fresh(word.at)) {
-                Some(word) if word.is_full => Judgement::Full,
-                _ => Judgement::Unknown,
+            let report = *self.leader_report.lock();
+            return match report.filter(|report| Some(report.leader) == leader && is_fresh(report.at)) {
+                Some(report) if report.is_full => QuorumSpace::Full,
+                _ => QuorumSpace::Unknown,
             };
         }
         let voter_sets = self.consensus.voter_sets();
-        let mut said: BTreeMap<NodeId, bool> = self
-            .heard_lately()
+        let mut reports: BTreeMap<NodeId, bool> = self
+            .recent_reports()
             .map(|(id, room)| (id, room.has_room))
             .collect();
-        said.insert(self.consensus.id(), self.own().has_room);
-        if self.asking_since.lock().is_none_or(is_fresh) {
+        reports.insert(self.consensus.id(), self.own().has_room);
+        if self.leading_since.lock().is_none_or(is_fresh) {
             for voter in voter_sets.iter() {
-                said.entry(*voter).or_insert(true);
+                reports.entry(*voter).or_insert(true);
             }
         }
-        judge(&voter_sets, &said)
+        quorum_space(&voter_sets, &reports)
     }
 
-    /// What the others said, without what is old.
-    fn heard_lately(&self) -> impl Iterator<Item = (NodeId, Room)> {
+    /// Returns the reports of other nodes that have not expired.
+    fn recent_reports(&self) -> impl Iterator<Item = (NodeId, NodeSpace)> {
         let peers = self.peers.lock();
         let fresh = peers.iter().filter(|(_, (at, _))| is_fresh(*at));
-        let fresh: Vec<(NodeId, Room)> = fresh.map(|(id, (_, room))| (*id, *room)).collect();
+        let fresh: Vec<(NodeId, NodeSpace)> = fresh.map(|(id, (_, room))| (*id, *room)).collect();
         fresh.into_iter()
     }
 
-    /// Bytes the cluster can hold, and those still free: what the smallest node can take, times the nodes for each copy.
+    /// Returns the capacity and the free space of the cluster for content, in bytes: those of the smallest node, times
+    /// the number of nodes, divided by the number of copies.
     pub fn cluster_bytes(&self) -> (u64, u64) {
         let own = self.own();
-        let picture = self.placement.picture();
-        let (nodes, copies) = picture.newest().map_or((1, 1), |layout| {
+        let snapshot = self.placement.snapshot();
+        let (nodes, copies) = snapshot.newest().map_or((1, 1), |layout| {
             (layout.voters().len() as u64, layout.copies() as u64)
         });
         let of_cluster = |bytes: u64| (u128::from(bytes) * u128::from(nodes) / u128::from(copies)) as u64;
-        let mut rooms: Vec<Room> = self.heard_lately().map(|(_, room)| room).collect();
+        let mut rooms: Vec<NodeSpace> = self.recent_reports().map(|(_, room)| room).collect();
         rooms.push(own);
         let capacity = rooms
             .iter()
@@ -204,12 +203,12 @@ impl SpaceMonitor {
         (of_cluster(capacity), of_cluster(available))
     }
 
-    fn look(&self) {
+    fn check_own_disk(&self) {
         match self.content.space() {
             Ok(space) => {
                 let mut own = self.own.lock();
                 let needed = if own.has_room {
-                    ROOM_BYTES_MIN
+                    SPACE_BYTES_MIN
                 } else {
                     RESUME_BYTES
                 };
@@ -217,29 +216,32 @@ impl SpaceMonitor {
                 if own.has_room && !has_room {
                     warn!(
                         available_bytes = space.room_bytes,
-                        "the disk is full: only what frees space is taken"
+                        "the disk is full; only changes that free space are accepted"
                     );
                 } else if !own.has_room && has_room {
-                    info!(available_bytes = space.room_bytes, "the disk has room again");
+                    info!(
+                        available_bytes = space.room_bytes,
+                        "the disk has free space again"
+                    );
                 }
-                *own = Room {
+                *own = NodeSpace {
                     capacity_bytes: space.capacity_bytes,
                     available_bytes: space.room_bytes,
                     has_room,
                 };
             }
-            Err(error) => warn!(%error, "cannot tell how full the disk is"),
+            Err(error) => warn!(%error, "cannot determine the free disk space"),
         }
     }
 
-    async fn hand_on_if_full(&self) {
-        if self.own().has_room || self.judgement() != Judgement::Room {
+    async fn transfer_leadership_if_full(&self) {
+        if self.own().has_room || self.quorum_space_now() != QuorumSpace::Available {
             return;
         }
-        let voters = self.consensus.voter_sets();
-        let mut with_room: Vec<(NodeId, Room)> = self
-            .heard_lately()
-            .filter(|(id, room)| room.has_room && voters.contains(id))
+        let voter_sets = self.consensus.voter_sets();
+        let mut with_room: Vec<(NodeId, NodeSpace)> = self
+            .recent_reports()
+            .filter(|(id, room)| room.has_room && voter_sets.contains(id))
             .collect();
         with_room.sort_by_key(|(_, room)| std::cmp::Reverse(room.available_bytes));
         if with_room.is_empty() {
@@ -250,8 +252,13 @@ impl SpaceMonitor {
             .hand_on(with_room.into_iter().map(|(id, _)| id))
             .await
         {
-            Ok(to) => info!(to = to.slot, "this node's disk is full: handing leadership on"),
-            Err(error) => warn!(%error, "this node's disk is full; the next look tries again"),
+            Ok(to) => info!(
+                to = to.slot,
+                "the disk of this node is full; transferring leadership"
+            ),
+            Err(error) => {
+                warn!(%error, "the disk of this node is full, but leadership cannot be transferred; trying again")
+            }
         }
     }
 
@@ -265,7 +272,7 @@ impl SpaceMonitor {
         let answers = futures::future::join_all(others.map(|member| self.ask(member))).await;
         let mut peers = self.peers.lock();
         for (id, status) in answers.into_iter().flatten() {
-            let room = Room {
+            let room = NodeSpace {
                 capacity_bytes: status.capacity_bytes,
                 available_bytes: status.available_bytes,
                 has_room: status.has_room,
@@ -281,7 +288,7 @@ impl SpaceMonitor {
             return;
         };
         if let Some((leader, status)) = self.ask(leader).await {
-            *self.leader_word.lock() = Some(LeaderWord {
+            *self.leader_report.lock() = Some(LeaderReport {
                 leader,
                 at: Instant::now(),
                 is_full: status.cluster_full,
@@ -292,8 +299,8 @@ impl SpaceMonitor {
     async fn ask(&self, member: Member) -> Option<(NodeId, wire::NodeStatusResponse)> {
         let mut peer = self.transport.peer(&member.addresses, Purpose::Control).ok()?;
         let ask = peer.node_status(wire::NodeStatusRequest {});
-        // A peer that is down is the health monitor's business, not worth a line here.
-        let status = tokio::time::timeout(Duration::from_millis(LOOK_INTERVAL_MS), ask)
+        // The health monitor reports peers that are down.
+        let status = tokio::time::timeout(Duration::from_millis(CHECK_INTERVAL_MS), ask)
             .await
             .ok()?
             .ok()?
@@ -311,7 +318,7 @@ mod tests {
     use super::*;
     use crate::consensus::{node, nodes};
 
-    fn said(with_room: &[u16], full: &[u16]) -> BTreeMap<NodeId, bool> {
+    fn reports(with_room: &[u16], full: &[u16]) -> BTreeMap<NodeId, bool> {
         let with_room = with_room.iter().map(|slot| (node(*slot), true));
         with_room
             .chain(full.iter().map(|slot| (node(*slot), false)))
@@ -319,36 +326,55 @@ mod tests {
     }
 
     #[test]
-    fn too_few_with_room_among_a_quorum_that_answers_is_full() {
+    fn too_few_nodes_with_space_in_an_answering_quorum_is_full() {
         let three = VoterSets::from_iter([nodes(&[1, 2, 3])]);
-        assert_eq!(judge(&three, &said(&[1, 2, 3], &[])), Judgement::Room);
-        assert_eq!(judge(&three, &said(&[1, 2], &[3])), Judgement::Room);
-        assert_eq!(judge(&three, &said(&[1], &[2, 3])), Judgement::Full);
-        assert_eq!(judge(&three, &said(&[1, 3], &[])), Judgement::Room, "one is dead");
         assert_eq!(
-            judge(&three, &said(&[1], &[2])),
-            Judgement::Full,
-            "one is dead, one full: nobody else can take the second copy"
+            quorum_space(&three, &reports(&[1, 2, 3], &[])),
+            QuorumSpace::Available
+        );
+        assert_eq!(
+            quorum_space(&three, &reports(&[1, 2], &[3])),
+            QuorumSpace::Available
+        );
+        assert_eq!(quorum_space(&three, &reports(&[1], &[2, 3])), QuorumSpace::Full);
+        assert_eq!(
+            quorum_space(&three, &reports(&[1, 3], &[])),
+            QuorumSpace::Available,
+            "one is down"
+        );
+        assert_eq!(
+            quorum_space(&three, &reports(&[1], &[2])),
+            QuorumSpace::Full,
+            "one is down, one full: no other node can take the second copy"
         );
         let five = VoterSets::from_iter([nodes(&[1, 2, 3, 4, 5])]);
-        assert_eq!(judge(&five, &said(&[1, 2], &[3])), Judgement::Full);
-        assert_eq!(judge(&five, &said(&[1, 2, 3], &[4])), Judgement::Room);
+        assert_eq!(quorum_space(&five, &reports(&[1, 2], &[3])), QuorumSpace::Full);
+        assert_eq!(
+            quorum_space(&five, &reports(&[1, 2, 3], &[4])),
+            QuorumSpace::Available
+        );
     }
 
     #[test]
-    fn without_a_quorum_that_answers_nobody_is_said_to_be_full() {
+    fn without_an_answering_quorum_the_space_is_unknown() {
         let three = VoterSets::from_iter([nodes(&[1, 2, 3])]);
-        assert_eq!(judge(&three, &said(&[1], &[])), Judgement::Unknown);
-        assert_eq!(judge(&three, &said(&[], &[1])), Judgement::Unknown);
+        assert_eq!(quorum_space(&three, &reports(&[1], &[])), QuorumSpace::Unknown);
+        assert_eq!(quorum_space(&three, &reports(&[], &[1])), QuorumSpace::Unknown);
         let five = VoterSets::from_iter([nodes(&[1, 2, 3, 4, 5])]);
-        assert_eq!(judge(&five, &said(&[1], &[2])), Judgement::Unknown);
+        assert_eq!(quorum_space(&five, &reports(&[1], &[2])), QuorumSpace::Unknown);
     }
 
     #[test]
     fn every_active_configuration_needs_room() {
         let joint = VoterSets::from_iter([nodes(&[1, 2, 3]), nodes(&[1, 4, 5])]);
-        assert_eq!(judge(&joint, &said(&[1, 2, 4], &[])), Judgement::Room);
-        assert_eq!(judge(&joint, &said(&[1, 2], &[4])), Judgement::Full);
-        assert_eq!(judge(&joint, &said(&[1, 2, 3], &[])), Judgement::Unknown);
+        assert_eq!(
+            quorum_space(&joint, &reports(&[1, 2, 4], &[])),
+            QuorumSpace::Available
+        );
+        assert_eq!(quorum_space(&joint, &reports(&[1, 2], &[4])), QuorumSpace::Full);
+        assert_eq!(
+            quorum_space(&joint, &reports(&[1, 2, 3], &[])),
+            QuorumSpace::Unknown
+        );
     }
 }

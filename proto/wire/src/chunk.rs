@@ -1,23 +1,23 @@
-//! Chunks as they travel.
+//! Conversions of chunks to and from messages, with verification of the checksums.
 
 use bytes::Bytes;
 use quorumfs_proto::{BadChunk, Chunk, ChunkRange, Sha256};
 
 use crate::messages::{ChunkStatus, GetChunkResponse, PutChunkRequest};
 
-/// A message that is no chunk.
+/// A message is not a valid chunk or range.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MalformedChunk {
     /// A field is missing or out of bounds.
-    #[error("malformed: {0}")]
+    #[error("malformed chunk: {0}")]
     Invalid(String),
-    /// The bytes do not match the checksums they came with.
-    #[error("damaged on its way: {0}")]
+    /// The payload does not match the checksums in the message.
+    #[error("the chunk was damaged in transit: {0}")]
     Corrupt(String),
 }
 
 impl MalformedChunk {
-    /// What its sender is told.
+    /// Returns the status to answer with.
     pub fn status(&self) -> ChunkStatus {
         match self {
             MalformedChunk::Invalid(_) => ChunkStatus::Invalid,
@@ -37,7 +37,7 @@ impl From<BadChunk> for MalformedChunk {
     }
 }
 
-/// The message that carries a chunk; its bytes are shared, not copied. The number of the call is left 0.
+/// Builds the message that carries a chunk. The payload is shared, not copied; the call id is 0.
 impl From<&Chunk> for PutChunkRequest {
     fn from(chunk: &Chunk) -> PutChunkRequest {
         PutChunkRequest {
@@ -50,18 +50,21 @@ impl From<&Chunk> for PutChunkRequest {
     }
 }
 
-/// Verified block by block.
+/// Verifies the CRC-32C of each block.
 impl TryFrom<PutChunkRequest> for Chunk {
     type Error = MalformedChunk;
 
     fn try_from(request: PutChunkRequest) -> Result<Chunk, MalformedChunk> {
         let invalid = |what: &str| MalformedChunk::Invalid(what.to_string());
-        let id = request.chunk.ok_or_else(|| invalid("no chunk id"))?.into();
+        let id = request
+            .chunk
+            .ok_or_else(|| invalid("the chunk id is missing"))?
+            .into();
         let sha256: [u8; 32] = request
             .sha256
             .as_ref()
             .try_into()
-            .map_err(|_| invalid("a SHA-256 has 32 bytes"))?;
+            .map_err(|_| invalid("the SHA-256 does not have 32 bytes"))?;
         Ok(Chunk::checked(
             id,
             Sha256(sha256),
@@ -71,7 +74,7 @@ impl TryFrom<PutChunkRequest> for Chunk {
     }
 }
 
-/// Of an answer of status OK, verified block by block.
+/// Takes the range of an answer with status OK and verifies the CRC-32C of each block.
 impl TryFrom<GetChunkResponse> for ChunkRange {
     type Error = MalformedChunk;
 
@@ -100,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chunk_survives_the_way() {
+    fn a_chunk_is_unchanged_by_conversion() {
         let chunk = Chunk::try_from(request(5000)).unwrap();
         assert_eq!(PutChunkRequest::from(&chunk), request(5000));
     }

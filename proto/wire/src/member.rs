@@ -1,20 +1,20 @@
-//! Members and chunk ids as they travel.
+//! Conversions of members and chunk ids to and from messages.
 
 use quorumfs_proto::{Addresses, ChunkId, Member, NodeId, SessionId};
 
 use crate::messages;
 
-/// A wire message that is not a member.
+/// A message is not a valid member.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not a member: {0}")]
-pub struct NotAMember(&'static str);
+#[error("malformed member: {0}")]
+pub struct MalformedMember(&'static str);
 
 impl TryFrom<messages::Member> for Member {
-    type Error = NotAMember;
-    fn try_from(member: messages::Member) -> Result<Member, NotAMember> {
-        let slot = u16::try_from(member.slot).map_err(|_| NotAMember("slot above 65535"))?;
+    type Error = MalformedMember;
+    fn try_from(member: messages::Member) -> Result<Member, MalformedMember> {
+        let slot = u16::try_from(member.slot).map_err(|_| MalformedMember("the slot is above 65535"))?;
         if slot == 0 || member.incarnation == 0 {
-            return Err(NotAMember("slot and incarnation begin at 1"));
+            return Err(MalformedMember("the slot or the incarnation is 0"));
         }
         Ok(Member {
             id: NodeId {

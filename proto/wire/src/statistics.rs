@@ -1,13 +1,13 @@
-//! The statistics of a client as they travel.
+//! Conversions of the statistics of a client to and from messages.
 
 use quorumfs_measure::Latency;
 use quorumfs_proto::statistics::{CacheStatistics, ClientStatistics, VerbStatistics};
 
 use crate::messages;
 
-/// Most verbs that are taken from a client.
+/// Most verbs accepted from a client.
 const VERBS_MAX: usize = 64;
-/// Most bytes of a verb's name.
+/// Most bytes of the name of a verb.
 const VERB_BYTES_MAX: usize = 32;
 
 impl From<&ClientStatistics> for messages::ClientStatistics {
@@ -38,12 +38,12 @@ impl From<&ClientStatistics> for messages::ClientStatistics {
 }
 
 impl From<messages::ClientStatistics> for ClientStatistics {
-    /// What is out of bounds is left out: it is only shown.
-    fn from(told: messages::ClientStatistics) -> ClientStatistics {
+    /// Drops rows that are out of bounds, because statistics are only displayed.
+    fn from(statistics: messages::ClientStatistics) -> ClientStatistics {
         let fits = |row: &messages::VerbStatistics| row.verb.len() <= VERB_BYTES_MAX;
         ClientStatistics {
-            uptime_s: told.uptime_s,
-            verbs: told
+            uptime_s: statistics.uptime_s,
+            verbs: statistics
                 .verbs
                 .into_iter()
                 .filter(fits)
@@ -63,11 +63,11 @@ impl From<messages::ClientStatistics> for ClientStatistics {
                 })
                 .collect(),
             cache: CacheStatistics {
-                hits: told.cache_hits,
-                misses: told.cache_misses,
-                bytes: told.cache_bytes,
+                hits: statistics.cache_hits,
+                misses: statistics.cache_misses,
+                bytes: statistics.cache_bytes,
             },
-            dirty_bytes: told.dirty_bytes,
+            dirty_bytes: statistics.dirty_bytes,
         }
     }
 }
@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn they_arrive_as_they_were_sent_within_bounds() {
+    fn statistics_are_converted_within_bounds() {
         let row = |verb: &str| VerbStatistics {
             verb: verb.to_string(),
             count: 5,

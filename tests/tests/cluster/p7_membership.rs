@@ -302,7 +302,7 @@ fn changes_that_cannot_be_are_refused_in_words() {
         let reply = cluster.http(1).post(path, body).expect(&[status]);
         assert!(reply.text().contains(says), "{path} {body}: {}", reply.text());
     };
-    refused("/membership/remove", "{", 400, "not what it must be");
+    refused("/membership/remove", "{", 400, "the body is not valid");
     refused("/membership/remove", &" ".repeat(100 << 10), 413, "length limit");
     refused("/membership/remove", r#"{"slots": []}"#, 400, "at least one");
     refused(

@@ -146,8 +146,8 @@ fn replicas_that_cannot_be_are_refused_in_words() {
     for (body, says) in [
         (r#"{"replicas": 0}"#, "must be 1 to 9"),
         (r#"{"replicas": 10}"#, "must be 1 to 9"),
-        (r#"{"replicas": "many"}"#, "not what it must be"),
-        ("{}", "not what it must be"),
+        (r#"{"replicas": "many"}"#, "the body is not valid"),
+        ("{}", "the body is not valid"),
     ] {
         let reply = cluster.http(2).post("/membership/replicas", body).expect(&[400]);
         assert!(reply.text().contains(says), "{body}: {}", reply.text());

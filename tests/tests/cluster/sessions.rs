@@ -95,7 +95,7 @@ fn p7_processes_that_are_gone_are_not_waited_for() {
     // One that was killed says what it was when it starts again.
     let follower = cluster.followers()[0];
     cluster.restart(follower);
-    cluster.wait_log(follower, &["ended the session of this one's predecessor"], SOON);
+    cluster.wait_log(follower, &["ended the session of the previous process"], SOON);
     wait_for_sessions(&cluster, 4);
     // A mount that was killed is seen to be gone.
     let before = inodes(&mount);

@@ -1,4 +1,4 @@
-//! Calls that their callers gave up: they are settled before anything later is sent (P1, P4).
+//! Abandoned calls: they are decided before later ones are sent (P1, P4).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -63,7 +63,7 @@ async fn a_timed_out_call_that_was_lost_takes_effect_never() {
     assert_once_and_in_order(&fake, 4);
 }
 
-/// As while a cluster gets its quorum back: what was given up would be asked for again later than what came after it.
+/// As when a cluster regains its quorum: an abandoned call would be sent again after later ones.
 #[tokio::test]
 async fn a_call_in_back_off_that_timed_out_is_not_sent_again() {
     let fake = Fake::start(1).await;
@@ -91,7 +91,7 @@ async fn as_long_as_nothing_is_decided_later_calls_time_out_unsent() {
         assert_eq!(client.mutate(make(name), &[]).await, Err(FsError::TimedOut));
     }
     fake.on_call(|_, _| Act::Normal);
-    // The void may be in a back-off that is longer than a call's time: as long as it is, this is not sent either.
+    // The void may be in a backoff that is longer than the time-out of a call; this call is not sent either then.
     let created_last = loop {
         match client.mutate(make("d"), &[]).await {
             Err(FsError::TimedOut) => continue,
@@ -109,7 +109,7 @@ async fn a_call_that_was_given_up_puts_no_chunk_again() {
     let chunk = client.new_chunk(Bytes::from(vec![7; 5000]));
     client.put_chunk(&chunk).await.unwrap();
     fake.world.lock().confirmed.clear();
-    // It must be put again, and that takes too long.
+    // The chunk must be put again, which takes too long.
     fake.on_put(|_, _| crate::fake::PutAct::Swallow);
     let stored = [chunk.clone()];
     assert_eq!(
@@ -152,7 +152,7 @@ async fn a_call_that_waits_for_a_lane_is_sent_after_what_was_given_up_meanwhile(
     for other in others {
         created(other.await.unwrap());
     }
-    // There are lanes again.
+    // Lanes are free again.
     tokio::time::sleep(200 * MS).await;
     assert!(
         !executed(&fake).contains(&make("later")),
@@ -162,7 +162,7 @@ async fn a_call_that_waits_for_a_lane_is_sent_after_what_was_given_up_meanwhile(
     created(waiting.await.unwrap());
     let decided = executed(&fake);
     assert_eq!(decided[usize::from(LANES_MAX) - 1..], [void(), make("later")]);
-    // The lane that it did not use is as good as the others.
+    // The unused lane is free for other calls.
     for round in 0..2 {
         let all: Vec<_> = (0..LANES_MAX)
             .map(|number| call(make(format!("{round} {number}"))))

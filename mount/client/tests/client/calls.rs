@@ -1,4 +1,4 @@
-//! Mutations and queries against a cluster that loses, swallows, stalls and forgets (P4, P6).
+//! Mutations and queries with a cluster that loses, delays and forgets calls (P4, P6).
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use quorumfs_proto::{
 };
 
 const MS: Duration = Duration::from_millis(1);
-/// What a failover may cost, the election included.
+/// Longest pause of a failover, including the election.
 const PAUSE_MAX: Duration = Duration::from_secs(3);
 
 pub async fn connect(fake: &Fake, call_timeout: Option<Duration>) -> Client {
@@ -64,7 +64,7 @@ pub fn created(outcome: Result<Outcome, FsError>) {
     assert_eq!(outcome.results.len(), 1, "{outcome:?}");
 }
 
-/// Does `act` with the first mutation that arrives, and with the others what is usual.
+/// Handles the first mutation with `act`, and later ones normally.
 pub fn first_mutation(
     mut act: impl FnMut() -> Act + Send + 'static,
 ) -> impl FnMut(usize, &ClientRequest) -> Act + Send {
@@ -75,7 +75,7 @@ pub fn first_mutation(
     }
 }
 
-/// Every mutation was executed once, each under numbers that count up by one in their lane.
+/// Asserts that every mutation was executed once, with consecutive numbers in each lane.
 pub fn assert_once_and_in_order(fake: &Fake, expected: usize) {
     let world = fake.world.lock();
     assert_eq!(world.executed.len(), expected);
@@ -115,7 +115,7 @@ async fn one_follower_is_enough_to_find_the_leader() {
     assert_eq!(client.leader(), Some(fake.addresses()[0].clone()));
     assert_eq!(client.cluster().0, fake.world.lock().cluster_id);
     assert_eq!(client.generation(), 1);
-    // The one it knew dies; those it learned of are enough.
+    // The configured node dies; the learned ones are sufficient.
     fake.cut(2);
     fake.cut(0);
     fake.world.lock().elect(Some(1));
@@ -210,7 +210,7 @@ async fn a_swallowed_answer_is_asked_for_again_and_is_the_first_one() {
     assert_eq!(requests.len(), 2);
     assert_eq!(requests[0], requests[1], "the same request id");
     assert_once_and_in_order(&fake, 1);
-    // Somebody else's name exists all the same.
+    // Another name of another client exists.
     assert_eq!(client.mutate(make("a"), &[]).await, Err(FsError::Exists));
 }
 
@@ -230,7 +230,7 @@ async fn a_lost_call_and_a_stream_broken_after_the_effect_are_both_sent_again() 
     assert_once_and_in_order(&fake, 2);
 }
 
-/// Many callers, each one call after the other, while the leader is lost by `lose`.
+/// Runs many callers, each with one call at a time, while `lose` removes the leader.
 async fn work_through_a_loss(lose: impl FnOnce(&Fake)) {
     let fake = Fake::start(3).await;
     let client = connect(&fake, None).await;
@@ -255,7 +255,7 @@ async fn work_through_a_loss(lose: impl FnOnce(&Fake)) {
     tokio::time::sleep(300 * MS).await;
     lose(&fake);
     {
-        // The others have not noticed yet.
+        // The other nodes have not noticed yet.
         let mut world = fake.world.lock();
         world.leader = None;
     }
@@ -287,7 +287,7 @@ async fn a_leader_that_cannot_decide_is_left_for_one_that_can() {
     let fake = Fake::start(3).await;
     let client = connect(&fake, None).await;
     created(client.mutate(make("a"), &[]).await);
-    // Cut off from the others, it still believes in itself.
+    // The partitioned leader still names itself.
     let unavailable = || {
         Act::Reply(ClientResponse::Refused(Refusal::Unavailable {
             reason: String::from("no quorum"),
@@ -306,7 +306,7 @@ async fn a_leader_that_cannot_decide_is_left_for_one_that_can() {
         world.leader = Some(1);
         world.on_call = Box::new(|_, _| Act::Normal);
     }
-    // Node 0 would now say that it does not lead: keep it mute, so that only the others' word can help.
+    // Node 0 would now answer that it does not lead: it is muted, so that only the answers of the others help.
     fake.freeze(0);
     created(tokio::time::timeout(PAUSE_MAX, pending).await.unwrap().unwrap());
     assert_eq!(client.leader(), Some(fake.addresses()[1].clone()));
@@ -359,7 +359,7 @@ async fn a_dropped_call_is_decided_and_frees_its_lane() {
     tokio::time::sleep(500 * MS).await;
     let started = fake.world.lock().executed.len();
     assert_once_and_in_order(&fake, started);
-    // All lanes are free: as many at once as there are.
+    // All lanes are free again.
     fake.on_call(|_, call| match call {
         ClientRequest::Mutate(_) => Act::After(300 * MS),
         _ => Act::Normal,
@@ -425,9 +425,9 @@ async fn a_call_that_cannot_go_on_is_voided_so_that_its_lane_counts_on() {
     let fake = Fake::start(1).await;
     let client = connect(&fake, None).await;
     let chunk = client.new_chunk(Bytes::from_static(b"content"));
-    // Nobody handed the chunk over.
+    // The caller did not pass the chunk.
     assert_eq!(client.mutate(write(chunk.stored()), &[]).await, Err(FsError::Io));
-    // The leader has no room, and says so before the state machine could.
+    // The leader is full, and refuses before the state machine could.
     let full = || Act::Reply(ClientResponse::Outcome(Err(FsError::NoSpace)));
     fake.on_call(first_mutation(full));
     assert_eq!(client.mutate(make("a"), &[]).await, Err(FsError::NoSpace));
@@ -456,7 +456,7 @@ async fn a_call_that_cannot_go_on_is_voided_so_that_its_lane_counts_on() {
 async fn a_void_that_comes_late_answers_what_happened() {
     let fake = Fake::start(1).await;
     let client = connect(&fake, None).await;
-    // Done, but the answer is lost; asked again, a leader short of room refuses from its own view.
+    // Executed, but the answer is lost; a full leader refuses the second sending from its own check.
     let mut times = 0;
     fake.on_call(move |_, call| match call {
         ClientRequest::Mutate(_) => {
@@ -540,7 +540,7 @@ async fn the_low_water_mark_follows_what_is_held() {
     drop(first);
     created(client.mutate(make("b"), &[]).await);
     assert_eq!(marks(), 2);
-    // Its maker lets go of it, but a mutation that names it is not resolved.
+    // The caller drops the chunk, but a mutation that names it is pending.
     fake.on_call(first_mutation(|| Act::After(500 * MS)));
     let pending = tokio::spawn({
         let client = client.clone();

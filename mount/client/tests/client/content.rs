@@ -1,4 +1,4 @@
-//! Chunks on their way to and from a cluster that fails in parts (P2, P3, P6).
+//! Puts and gets of chunks with a cluster that fails in parts (P2, P3, P6).
 
 use std::time::{Duration, Instant};
 
@@ -31,7 +31,7 @@ async fn put(client: &Client, length: usize) -> FreshChunk {
     chunk
 }
 
-/// The first `times` puts end as `act` says.
+/// Handles the first `times` puts with `act`.
 fn first_puts(
     times: usize,
     act: fn() -> PutAct,
@@ -63,7 +63,7 @@ async fn a_put_is_tried_until_a_quorum_holds_it() {
     fake.world.lock().elect(Some(2));
     put(&client, 100).await;
     assert_eq!(fake.world.lock().puts.last().map(|put| put.0), Some(2));
-    // The other nodes were not asked to store anything after the change.
+    // No other node received a put after the change.
     assert_eq!(client.leader(), Some(fake.addresses()[2].clone()));
 }
 
@@ -206,7 +206,7 @@ async fn a_chunk_that_nobody_has_is_stale() {
     let began = Instant::now();
     assert_eq!(client.get_chunk(chunk.id(), 0, 10).await, Err(FsError::Stale));
     assert!(began.elapsed() < 500 * MS);
-    // A majority's word is enough.
+    // The answers of a majority are sufficient.
     fake.cut(2);
     assert_eq!(client.get_chunk(chunk.id(), 0, 10).await, Err(FsError::Stale));
     assert!(began.elapsed() < 2_000 * MS);
@@ -251,13 +251,13 @@ async fn reads_go_on_while_nodes_die_and_stop() {
     assert!(pauses.iter().all(|pause| *pause < 3_000 * MS), "{pauses:?}");
     let slow = pauses.iter().filter(|pause| **pause > 200 * MS);
     assert!(slow.count() <= 1, "only the first to notice waits: {pauses:?}");
-    // It comes back and is used again.
+    // The node returns and is used again.
     fake.mend(1);
     fake.cut(0);
     fake.cut(2);
     let pause = read().await;
     assert!(pause < 3_000 * MS, "{pause:?}");
-    // Nobody is there: the reader waits, and goes on when somebody is.
+    // No node can be reached: the read waits until one can.
     fake.cut(1);
     let hasty = tokio::time::timeout(700 * MS, client.get_chunk(chunk.id(), 0, 10_000)).await;
     assert!(hasty.is_err());

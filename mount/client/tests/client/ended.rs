@@ -1,4 +1,4 @@
-//! Mutations whose session ends under way: its lanes tell what became of them (P4, P6).
+//! Mutations whose session ends while they are pending: its lanes show their outcome (P4, P6).
 
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ use quorumfs_proto::{FsError, Outcome, SessionId};
 
 const MS: Duration = Duration::from_millis(1);
 
-/// A mutation whose first sending fares as `act` says; then its session ends. Answers what it is told, and under which
-/// session it was first sent.
+/// Sends a mutation whose first sending is handled with `act`, then ends its session. Returns the verdict and the
+/// session of the first sending.
 async fn through_the_end_of_its_session(
     fake: &Fake,
     client: &Client,

@@ -1,8 +1,7 @@
-//! A cluster that answers as it is told: nodes that share one state, each behind a proxy that can be frozen or cut.
+//! A fake cluster with configurable faults: nodes that share one state, each behind a proxy that can be frozen or cut.
 //!
-//! It keeps the promises of lanes as the real state machine does (same number: the stored answer; the next number:
-//! do it; else `StaleSequence`), and writes down everything it hears, so that tests can tell what was sent from what
-//! took effect.
+//! It handles lanes like the real state machine (same number: the stored answer; next number: execution; otherwise
+//! `StaleSequence`), and records all requests, so that tests can compare what was sent with what took effect.
 
 use std::collections::{HashMap, HashSet};
 use std::pin::Pin;
@@ -29,25 +28,25 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::proxy::proxy;
 
-/// What a node does with one call.
+/// How a node handles one call.
 pub enum Act {
-    /// As it should.
+    /// Answers normally.
     Normal,
-    /// After this.
+    /// Answers normally after this time.
     After(Duration),
-    /// Does it, and the answer is lost.
+    /// Executes the call and loses the answer.
     DoAndSwallow,
-    /// The call is lost.
+    /// Loses the call.
     Lose,
-    /// Does it, and the stream breaks.
+    /// Executes the call and breaks the stream.
     DoAndBreak,
-    /// Does nothing and says this.
+    /// Answers this without executing the call.
     Reply(ClientResponse),
-    /// As [`Act::Reply`], after this.
+    /// Like [`Act::Reply`], after this time.
     ReplyAfter(Duration, ClientResponse),
 }
 
-/// What a node does with one put.
+/// How a node handles one put.
 pub enum PutAct {
     Normal,
     After(Duration),
@@ -56,11 +55,11 @@ pub enum PutAct {
     Swallow,
 }
 
-/// What a node does with one get.
+/// How a node handles one get.
 pub enum GetAct {
     Normal,
     Status(ChunkStatus),
-    /// A bit is wrong.
+    /// Answers with one wrong bit.
     Damage,
     Swallow,
 }
@@ -69,38 +68,38 @@ type OnCall = Box<dyn FnMut(usize, &ClientRequest) -> Act + Send>;
 type OnPut = Box<dyn FnMut(usize, ChunkId) -> PutAct + Send>;
 type OnGet = Box<dyn FnMut(usize, ChunkId) -> GetAct + Send>;
 
-/// What the cluster knows, and what it heard.
+/// The state of the cluster and the recorded requests.
 pub struct World {
     pub cluster_id: [u8; 16],
-    /// Who leads, and whom each node believes to lead.
+    /// The leader, and the leader that each node names.
     pub leader: Option<usize>,
     pub beliefs: Vec<Option<usize>>,
     pub addresses: Vec<String>,
-    /// What the leader's clock shows; 0: it does not tell.
+    /// The time of the leader's clock; 0 if it does not send it.
     pub clock_ns: i64,
     pub sessions: HashSet<SessionId>,
-    /// Those that have ended and are remembered.
+    /// Sessions that have ended and are remembered.
     pub ended: HashSet<SessionId>,
     pub lanes: HashMap<(SessionId, Lane), (u64, ClientResponse)>,
-    /// Mutations as they arrived at a leader, each sending.
+    /// Every sending of a mutation that arrived at a leader.
     pub received: Vec<Mutation>,
-    /// Mutations that took effect or got a verdict, each once.
+    /// Mutations that have a verdict, each once.
     pub executed: Vec<Mutation>,
     pub names: HashSet<Vec<u8>>,
     pub chunks: HashMap<ChunkId, Bytes>,
-    /// Chunks that the leader is sure of.
+    /// Chunks that the leader knows to be durable.
     pub confirmed: HashSet<ChunkId>,
     pub puts: Vec<(usize, ChunkId)>,
     pub gets: Vec<(usize, ChunkId)>,
     pub closed: Vec<SessionId>,
     pub unlinked: Vec<InodeNumber>,
-    /// Goes with the answers to keep-alives, once.
+    /// Sent once with the answer to a keep-alive.
     pub question: Option<wire::UnlinkedQuestion>,
     /// Answers to it: from, through, held.
     pub answers: Vec<(u64, u64, Vec<InodeNumber>)>,
-    /// What streams were told of whom they serve.
+    /// The sessions that streams announced.
     pub hellos: Vec<wire::SessionHello>,
-    /// The newest stream's way back.
+    /// The sender of answers of the newest stream.
     pub back: Option<mpsc::WeakSender<Result<wire::CallResponse, Status>>>,
     pub calls_streams: usize,
     pub discovers: usize,
@@ -114,15 +113,15 @@ pub struct World {
 }
 
 impl World {
-    /// All nodes believe in `leader`.
+    /// Makes all nodes name `leader`.
     pub fn elect(&mut self, leader: Option<usize>) {
         self.leader = leader;
         self.beliefs.iter_mut().for_each(|belief| *belief = leader);
-        // A new leader is sure of nothing that no command has named.
+        // A new leader only knows chunks that a command refers to.
         self.confirmed.clear();
     }
 
-    /// All sessions so far are over; what they decided is remembered.
+    /// Ends all sessions; what they decided is remembered.
     pub fn end_sessions(&mut self) {
         self.ended.extend(std::mem::take(&mut self.sessions));
     }
@@ -240,13 +239,13 @@ impl World {
     }
 }
 
-/// What lies between a client and a node.
+/// The state of the network between a client and a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wire {
     Open,
-    /// As a stopped process: connections are taken, nothing moves.
+    /// Like a stopped process: connections are accepted, and no bytes are forwarded.
     Frozen,
-    /// As a dead process: nothing is taken, what was open is reset.
+    /// Like a dead process: no connection is accepted, and open ones are reset.
     Cut,
 }
 
@@ -256,7 +255,7 @@ pub struct Fake {
 }
 
 impl Fake {
-    /// `nodes` nodes, of which the first leads.
+    /// Starts `nodes` nodes; the first is the leader.
     pub async fn start(nodes: usize) -> Fake {
         let world = Arc::new(Mutex::new(World {
             cluster_id: *b"sixteen bytes id",

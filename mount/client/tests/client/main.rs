@@ -1,4 +1,4 @@
-//! The client against a cluster that is told how to misbehave.
+//! The client with a fake cluster that has configurable faults.
 
 // A test's helpers fail as tests do.
 #![allow(clippy::unwrap_used)]

@@ -1,4 +1,4 @@
-//! What lies between a client and a node of a fake cluster: connections that can be frozen or cut.
+//! A proxy between a client and a node of a fake cluster, whose connections can be frozen or cut.
 
 use std::net::SocketAddr;
 
@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use crate::fake::Wire;
 
-/// A proxy before `behind`: where it listens, and what sets its state.
+/// Starts a proxy for `behind`; returns its address and the sender that sets its state.
 pub async fn proxy(behind: SocketAddr) -> (SocketAddr, watch::Sender<Wire>) {
     let (wire, states) = watch::channel(Wire::Open);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -19,7 +19,7 @@ pub async fn proxy(behind: SocketAddr) -> (SocketAddr, watch::Sender<Wire>) {
                 return;
             };
             if *states.borrow() == Wire::Cut {
-                // As near to a refused connection as a listener comes that must take the same port again.
+                // The closest to a refused connection for a listener that must keep its port.
                 outer.set_zero_linger().unwrap();
                 continue;
             }
@@ -36,7 +36,7 @@ pub async fn proxy(behind: SocketAddr) -> (SocketAddr, watch::Sender<Wire>) {
                     _ = pump(outer_in, inner_out, states.clone()) => {}
                     _ = pump(inner_in, outer_out, states.clone()) => {}
                 }
-                // What was in the middle of freezing stays open until it is cut or mended.
+                // A frozen connection stays open until it is cut or restored.
                 let _ = states.wait_for(|state| *state != Wire::Frozen).await;
             });
         }

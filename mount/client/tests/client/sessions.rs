@@ -1,4 +1,4 @@
-//! How a session is kept: what its client answers, and how it shows whose it is.
+//! How a session is maintained: its answers, and its authentication on streams.
 
 use std::time::{Duration, Instant};
 
@@ -48,7 +48,7 @@ fn nudge(fake: &Fake, question: UnlinkedQuestion) -> impl Future<Output = ()> + 
     }
 }
 
-/// A release that overtakes the answer "held" finds nothing to release, and the inode stays held.
+/// A release that overtakes the answer "held" would have no effect, and the inode would stay held.
 #[tokio::test]
 async fn a_release_does_not_overtake_the_answer_that_says_held() {
     let fake = Fake::start(1).await;
@@ -119,14 +119,14 @@ async fn a_stream_is_told_once_for_whom_it_speaks() {
     assert!(hellos.iter().all(|told| *told == hello));
 }
 
-/// As one that has lost its quorum does.
+/// The leader behaves like one that has lost its quorum.
 #[tokio::test]
 async fn a_leader_that_answers_keep_alives_and_refuses_the_rest_is_not_called_without_pause() {
     const STREAMS_MAX: usize = 40;
     let fake = Fake::start(1).await;
     let client = connect(&fake, None).await;
     fake.on_call(|_, call| match call {
-        // It asks others first, and answers a keep-alive meanwhile.
+        // It asks other nodes first, and answers a keep-alive meanwhile.
         ClientRequest::CloseSession { .. } => Act::ReplyAfter(
             5 * MS,
             ClientResponse::Refused(Refusal::NotLeader { leader: None }),

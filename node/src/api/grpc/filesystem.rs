@@ -1,7 +1,8 @@
-//! The service for mounts: streams of calls and of chunks, each answered in any order.
+//! The service for mounts: streams of calls and of chunks, answered in any order.
 //!
-//! Decodes an envelope, calls the write or the read path, encodes the answer. So many requests of one stream are
-//! worked on at once; further ones wait in the connection's flow-control window, so a client cannot fill memory.
+//! It decodes a message, calls the write or the read path, and encodes the answer. The number of concurrent requests
+//! of a stream is bounded; further ones wait in the flow-control window of the connection, so a client cannot fill
+//! memory.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -19,7 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::error;
 
-use super::carried::CarriedBytes;
+use super::transfer_budget::TransferBudget;
 use crate::call_stream::{CallStream, Standing};
 use crate::incoming::{certificate_of, connection_of};
 use crate::leader::leases::Grant;
@@ -28,41 +29,41 @@ use crate::leader::write::PutError;
 use crate::node::{Node, Parts};
 use crate::observe::metrics::CountedCommand;
 use crate::observe::metrics::kinds::{OperationKind, Origin};
-use crate::replication::messages::{get_refused, get_response, put_status, range_asked};
+use crate::replication::messages::{get_error, get_response, put_status, requested_range};
 use quorumfs_metadata::{Failure, SessionKey, UnlinkedAnswer};
 
-/// Requests of one stream worked on at once: more than a client has lanes.
+/// Most concurrent calls of one stream: more than a client has lanes.
 const CALLS_PER_STREAM_MAX: usize = 256;
-/// Chunks of one stream worked on at once, as far as the budget of all streams ([`CarriedBytes`]) goes.
+/// Most concurrent chunks of one stream, within the budget of all streams ([`TransferBudget`]).
 const CHUNKS_PER_STREAM_MAX: usize = 48;
-/// Inodes that have just lost their last name, about which a session is asked at once.
+/// Most unlinked inodes in one question to a session.
 const UNLINKED_ASKED_MAX: usize = 2048;
 
-/// See the module.
+/// The service for mounts.
 pub struct FileSystemService {
     node: Arc<Node>,
-    carried: CarriedBytes,
+    transfers: TransferBudget,
 }
 
 impl FileSystemService {
-    /// Serves `node`, from before it has found its cluster.
+    /// Creates the service of `node`, which may not have found its cluster yet.
     pub fn new(node: Arc<Node>) -> FileSystemService {
         FileSystemService {
             node,
-            carried: CarriedBytes::default(),
+            transfers: TransferBudget::default(),
         }
     }
 }
 
-/// What a put has in memory.
-fn bytes_put(request: &wire::PutChunkRequest) -> u32 {
+/// Returns the bytes that a put holds in memory.
+fn put_bytes(request: &wire::PutChunkRequest) -> u32 {
     u32::try_from(request.payload.len())
         .unwrap_or(u32::MAX)
         .min(CHUNK_BYTES_MAX)
 }
 
-/// What the answer to a get will have in memory, but for what it is widened by.
-fn bytes_got(request: &wire::GetChunkRequest) -> u32 {
+/// Returns the bytes that the answer to a get holds in memory, without the widening to blocks.
+fn get_bytes(request: &wire::GetChunkRequest) -> u32 {
     request.length.min(CHUNK_BYTES_MAX)
 }
 
@@ -82,14 +83,14 @@ impl FileSystem for FileSystemService {
         let stream = Arc::new(stream);
         let answer = move |mut request: wire::CallRequest| {
             let (node, stream) = (node.clone(), stream.clone());
-            // Now, not when the request's turn comes: the requests behind it count on it.
+            // Processed at once, not in the task of the request, because the following requests rely on it.
             if let Some(hello) = request.hello.take() {
                 stream.hello(&hello);
                 stream.comes_from(&request.local_addresses);
             }
             async move {
                 let answered = match codec::decode::<ClientRequest>(&request.call) {
-                    Ok(call) => measured(&node, &stream, call, &mut request).await,
+                    Ok(call) => execute_measured(&node, &stream, call, &mut request).await,
                     Err(error) => {
                         let reason = error.to_string();
                         ClientResponse::Refused(Refusal::Invalid { reason }).into()
@@ -139,7 +140,7 @@ impl FileSystem for FileSystemService {
         Ok(Response::new(Box::pin(answer_calls(
             request.into_inner(),
             CHUNKS_PER_STREAM_MAX,
-            self.carried.stream(bytes_put),
+            self.transfers.stream(put_bytes),
             answer,
         ))))
     }
@@ -162,7 +163,7 @@ impl FileSystem for FileSystemService {
         Ok(Response::new(Box::pin(answer_calls(
             request.into_inner(),
             CHUNKS_PER_STREAM_MAX,
-            self.carried.stream(bytes_got),
+            self.transfers.stream(get_bytes),
             answer,
         ))))
     }
@@ -190,18 +191,18 @@ impl FileSystem for FileSystemService {
     }
 }
 
-/// What a call is answered.
-struct Answered {
+/// The result of a call.
+struct CallResult {
     reply: ClientResponse,
-    /// Whether the lease goes with it.
+    /// The lease that the answer grants.
     grant: Grant,
-    /// What the session is asked in turn.
+    /// A question to the session.
     question: Option<wire::UnlinkedQuestion>,
 }
 
-impl From<ClientResponse> for Answered {
-    fn from(reply: ClientResponse) -> Answered {
-        Answered {
+impl From<ClientResponse> for CallResult {
+    fn from(reply: ClientResponse) -> CallResult {
+        CallResult {
             reply,
             grant: Grant::Nothing,
             question: None,
@@ -209,24 +210,24 @@ impl From<ClientResponse> for Answered {
     }
 }
 
-/// The leader's clock, to go with `reply`; 0 where this node may not lead.
+/// Returns the leader's clock for an answer with `reply`; 0 if this node may not be the leader.
 fn clock_ns(node: &Node, reply: &ClientResponse) -> i64 {
     let time = match reply {
         ClientResponse::Refused(_) => None,
         ClientResponse::Outcome(_) | ClientResponse::Answer(_) | ClientResponse::Session(_) => {
-            node.parts().and_then(|parts| parts.writer.time())
+            node.parts().and_then(|parts| parts.write_path.time())
         }
     };
     time.map_or(0, Timestamp::unix_ns)
 }
 
-/// Carries out a call and counts it.
-async fn measured(
+/// Executes a call and records its metrics.
+async fn execute_measured(
     node: &Node,
     stream: &CallStream,
     call: ClientRequest,
     request: &mut wire::CallRequest,
-) -> Answered {
+) -> CallResult {
     enum Counted {
         Command(CountedCommand),
         Query(OperationKind),
@@ -254,7 +255,7 @@ async fn measured(
     );
     let began = Instant::now();
     let statistics = request.statistics.take();
-    let answered = carry_out(node, stream, call, request).await;
+    let answered = execute(node, stream, call, request).await;
     let reply = &answered.reply;
     let took = began.elapsed();
     let metrics = node.metrics();
@@ -278,10 +279,10 @@ async fn measured(
     answered
 }
 
-/// Whether a session is a mount's or a node's; asked of the metadata once for each.
+/// Returns whether a session belongs to a mount or a node; reads the metadata once for each session.
 fn origin_of(node: &Node, session: SessionId) -> Origin {
     let describe = || match session.0 {
-        // Peers, and programs older than the field, do not say who asks.
+        // Peers, and programs without this field, do not send the session.
         0 => None,
         _ => description_of(node, session),
     };
@@ -290,7 +291,7 @@ fn origin_of(node: &Node, session: SessionId) -> Origin {
 
 fn description_of(node: &Node, session: SessionId) -> Option<String> {
     let view = node.parts()?.metadata.view().ok()?;
-    // What cannot be read is not known; whoever needs it says so.
+    // A failure to read is reported by whoever needs the data.
     Some(view.session(session).ok()??.description)
 }
 
@@ -314,20 +315,20 @@ fn count_chunk(
 
 async fn get_chunk(node: &Node, request: &wire::GetChunkRequest) -> wire::GetChunkResponse {
     let Some(parts) = node.parts() else {
-        return get_refused(wire::ChunkStatus::Unavailable, node.not_ready());
+        return get_error(wire::ChunkStatus::Unavailable, node.not_ready());
     };
-    match range_asked(request) {
-        Ok((id, offset, length)) => get_response(parts.reader.chunk(id, offset, length).await),
-        Err(malformed) => get_refused(malformed.status(), malformed.to_string()),
+    match requested_range(request) {
+        Ok((id, offset, length)) => get_response(parts.read_path.chunk(id, offset, length).await),
+        Err(malformed) => get_error(malformed.status(), malformed.to_string()),
     }
 }
 
-async fn carry_out(
+async fn execute(
     node: &Node,
     stream: &CallStream,
     call: ClientRequest,
     request: &wire::CallRequest,
-) -> Answered {
+) -> CallResult {
     let Some(parts) = node.parts() else {
         return ClientResponse::from(Refusal::unavailable(node.not_ready())).into();
     };
@@ -339,7 +340,7 @@ async fn carry_out(
         ClientRequest::Mutate(mutation) => {
             let session = mutation.request.session;
             match standing(parts, stream, session).await {
-                Standing::Proven => parts.sessions.heard_of(session, stream),
+                Standing::Proven => parts.sessions.note_call(session, stream),
                 Standing::Unknown => return ClientResponse::Refused(Refusal::UnknownSession).into(),
                 Standing::Refused(refusal) => return ClientResponse::Refused(refusal).into(),
             }
@@ -347,7 +348,7 @@ async fn carry_out(
                 return parts.rewriter.mutate(mutation).await.into();
             }
             let admission = parts.leases.admit(session, request.holds_lease, term).await;
-            only_if_decided(parts.rewriter.mutate(mutation).await, admission.grant)
+            with_grant_if_decided(parts.rewriter.mutate(mutation).await, admission.grant)
         }
         ClientRequest::Query(query) => {
             let session = SessionId(request.session);
@@ -358,12 +359,12 @@ async fn carry_out(
             match found {
                 Standing::Proven => {
                     let admission = parts.leases.admit(session, request.holds_lease, term).await;
-                    only_if_decided(parts.reader.query(&query).await, admission.grant)
+                    with_grant_if_decided(parts.read_path.query(&query).await, admission.grant)
                 }
-                // Whoever has no session holds no lease; it waits for the lease of others all the same.
+                // A call without a session cannot hold the lease, but waits for the lease of others too.
                 Standing::Unknown => {
                     let _admission = parts.leases.admit(SessionId(0), false, term).await;
-                    parts.reader.query(&query).await.into()
+                    parts.read_path.query(&query).await.into()
                 }
                 Standing::Refused(refusal) => ClientResponse::Refused(refusal).into(),
             }
@@ -401,7 +402,7 @@ async fn carry_out(
                 Standing::Refused(refusal) => return ClientResponse::Refused(refusal).into(),
             }
             if held.len() > 2 * UNLINKED_ASKED_MAX {
-                let reason = String::from("the answer names more inodes than were asked about");
+                let reason = String::from("the answer has more inodes than the question");
                 return ClientResponse::Refused(Refusal::Invalid { reason }).into();
             }
             let answer = UnlinkedAnswer {
@@ -411,8 +412,7 @@ async fn carry_out(
                 held,
             };
             match parts.sessions.answer_unlinked(answer).await {
-                // What is less than a question's worth waits for the next keep-alive, so that an answer is not a command for each
-                // unlink.
+                // A smaller question waits for the next keep-alive, so that not every unlink causes a command.
                 Ok(()) => keep_alive(parts, stream, session, request, UNLINKED_ASKED_MAX).await,
                 Err(refusal) => ClientResponse::Refused(refusal).into(),
             }
@@ -420,13 +420,13 @@ async fn carry_out(
     }
 }
 
-/// Whether calls of a stream speak for `session`.
+/// Returns whether calls of a stream may act for `session`.
 async fn standing(parts: &Parts, stream: &CallStream, session: SessionId) -> Standing {
     let mut standing = stream.standing(&parts.metadata, session);
     if matches!(standing, Ok(Standing::Unknown)) {
-        // A new leader may not have applied yet what opened it; and one that leads no more must not say so at all: the
-        // client would give up all that it holds.
-        if let Err(refusal) = parts.reader.barrier().await {
+        // A new leader may not have applied the opening of the session yet. A former leader must not report it as
+        // unknown, because the client would then give up everything it holds.
+        if let Err(refusal) = parts.read_path.barrier().await {
             return Standing::Refused(refusal);
         }
         standing = stream.standing(&parts.metadata, session);
@@ -435,19 +435,19 @@ async fn standing(parts: &Parts, stream: &CallStream, session: SessionId) -> Sta
 }
 
 fn unreadable(fault: &Failure) -> Refusal {
-    error!(%fault, "metadata cannot be read");
+    error!(%fault, "cannot read the metadata");
     Refusal::unavailable(fault)
 }
 
-/// A refusal confirms nothing, so nothing is granted with it.
-fn only_if_decided(reply: ClientResponse, grant: Grant) -> Answered {
+/// Attaches `grant` if the reply confirms leadership; a refusal does not.
+fn with_grant_if_decided(reply: ClientResponse, grant: Grant) -> CallResult {
     let grant = match reply {
         ClientResponse::Outcome(_) | ClientResponse::Answer(_) => grant,
         ClientResponse::Refused(_) | ClientResponse::Session(_) => Grant::Nothing,
     };
-    Answered {
+    CallResult {
         grant,
-        ..Answered::from(reply)
+        ..CallResult::from(reply)
     }
 }
 
@@ -458,7 +458,7 @@ async fn open_session(
     session: SessionId,
     description: String,
     key: Option<SessionKey>,
-) -> Answered {
+) -> CallResult {
     if let Err(refusal) = parts.sessions.admit_new(session) {
         return ClientResponse::Refused(refusal).into();
     }
@@ -468,55 +468,54 @@ async fn open_session(
         .map_err(Failure::from)
         .and_then(|view| Ok(view.session(session)?.is_some()));
     let origin = description.clone();
-    let reply = parts.writer.open_session(session, description, key).await;
+    let reply = parts.write_path.open_session(session, description, key).await;
     if matches!(reply, ClientResponse::Session(_)) {
-        // Who asks to open what is there already may not be who opened it.
+        // If the session exists already, another client may have opened it.
         if matches!(was_known, Ok(false)) {
             stream.has_opened(session);
         }
         node.metrics().opened(session, &origin);
-        parts.sessions.heard_of(session, stream);
+        parts.sessions.note_call(session, stream);
     }
     reply.into()
 }
 
-async fn close_session(parts: &Parts, stream: &CallStream, session: SessionId) -> Answered {
+async fn close_session(parts: &Parts, stream: &CallStream, session: SessionId) -> CallResult {
     match standing(parts, stream, session).await {
-        Standing::Proven => parts.writer.end_session(session).await.into(),
+        Standing::Proven => parts.write_path.end_session(session).await.into(),
         Standing::Unknown => ClientResponse::Refused(Refusal::UnknownSession).into(),
         Standing::Refused(refusal) => ClientResponse::Refused(refusal).into(),
     }
 }
 
-/// The session lives, says a stream that speaks for it. What it should know, and what it is asked, if that is about
-/// `asked_min` inodes.
+/// Records a keep-alive. Returns the state of the session, and a question if it has at least `asked_min` inodes.
 async fn keep_alive(
     parts: &Parts,
     stream: &CallStream,
     session: SessionId,
     request: &wire::CallRequest,
     asked_min: usize,
-) -> Answered {
+) -> CallResult {
     let found = session_state(parts, session, request.answers_unlinked);
     let (state, question) = match found {
         Ok(Some(found)) => found,
-        // It was known, so it has ended; this is final, whoever leads.
+        // The session was known, so it has ended; this is final for all leaders.
         Ok(None) => return ClientResponse::Refused(Refusal::UnknownSession).into(),
         Err(fault) => {
             return ClientResponse::from(unreadable(&fault)).into();
         }
     };
-    let kept = parts.sessions.kept_alive(session, stream, request).await;
+    let kept = parts.sessions.note_keep_alive(session, stream, request).await;
     if let Err(refusal) = kept {
         return ClientResponse::Refused(refusal).into();
     }
-    Answered {
+    CallResult {
         question: question.filter(|question| question.inodes.len() >= asked_min),
-        ..Answered::from(ClientResponse::Session(state))
+        ..CallResult::from(ClientResponse::Session(state))
     }
 }
 
-/// What a living session should know and is asked; `None`: it has ended.
+/// Returns the state of a live session and a question to it; `None` if it has ended.
 fn session_state(
     parts: &Parts,
     session: SessionId,
@@ -550,7 +549,7 @@ async fn put_chunk(node: &Node, request: wire::PutChunkRequest) -> wire::PutChun
         Ok(chunk) => chunk,
         Err(malformed) => return put_status(malformed.status(), malformed.to_string()),
     };
-    match parts.writer.put_chunk(chunk).await {
+    match parts.write_path.put_chunk(chunk).await {
         Ok(()) => put_status(ChunkStatus::Ok, String::new()),
         Err(PutError::NotLeader(leader)) => wire::PutChunkResponse {
             status: ChunkStatus::NotLeader.into(),

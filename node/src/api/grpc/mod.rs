@@ -1,5 +1,5 @@
-//! The services for mounts and for other nodes.
+//! The gRPC services for mounts and for other nodes.
 
-pub mod carried;
 pub mod filesystem;
 pub mod peer;
+pub mod transfer_budget;

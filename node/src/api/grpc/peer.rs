@@ -1,6 +1,8 @@
-//! The service for the other nodes: consensus messages and chunks. Every request but `Hello`, `Join`, `Invite` and
-//! `MayRenounce` must name this node's cluster; one that names another is refused, so that folders of two clusters never
-//! mix. So is one that names another node, or an earlier incarnation of this one.
+//! The service for other nodes: consensus messages and chunks.
+//!
+//! Every request except `Hello`, `Join`, `Invite` and `MayRenounce` must name this cluster, so that data of two
+//! clusters never mixes. A request that names another cluster, another node, or an earlier incarnation of this node is
+//! refused.
 
 use std::sync::Arc;
 
@@ -19,45 +21,47 @@ use crate::membership::identity::Membership;
 use crate::node::{Node, Parts};
 use crate::observe::metrics::report::Throughput;
 use crate::replication::Verdict;
-use crate::replication::messages::{get_refused, get_response, put_response, put_status, range_asked};
+use crate::replication::messages::{get_error, get_response, put_response, put_status, requested_range};
 use crate::replication::peers::VERIFY_IDS_MAX;
 use crate::transport::{CLUSTER_KEY, NODE_KEY};
 use quorumfs_metadata::FEATURE_LEVEL;
 
-/// Chunks of one stream worked on at once.
+/// Most concurrent chunks of one stream.
 const CHUNKS_PER_STREAM_MAX: usize = 64;
-/// What other nodes are told while this one has not begun. Not what it waits for: that may be their own refusals.
-const NOT_READY: &str = "the node has not begun; its /status says what it waits for";
-/// Chunks one question may name.
-const HELD_ASKED_MAX: usize = 100_000;
+/// The message to other nodes while this one is starting. It does not include the reason, which may be a refusal of
+/// the same nodes.
+const NOT_READY: &str = "the node is still starting; its /status shows the reason";
+/// Most chunk ids accepted in one query of held chunks.
+const HELD_IDS_MAX: usize = 100_000;
 
-/// See the module.
+/// The service for other nodes.
 pub struct PeerService {
     node: Arc<Node>,
 }
 
 impl PeerService {
-    /// Serves `node`, from before it has found its cluster.
+    /// Creates the service of `node`, which may not have found its cluster yet.
     pub fn new(node: Arc<Node>) -> PeerService {
         PeerService { node }
     }
 
-    /// The parts, for a request that names this cluster and, if any, this node.
+    /// Returns the parts of the node for a request to this cluster and node.
     fn admit<T>(&self, request: &Request<T>) -> Result<&Parts, Status> {
         let parts = self.node.parts().ok_or_else(|| Status::unavailable(NOT_READY))?;
-        self.must_be_meant(request, parts.cluster)?;
+        self.check_recipient(request, parts.cluster)?;
         Ok(parts)
     }
 
-    /// As [`PeerService::admit`], for messages of the consensus: a node that has lost its state votes with its log.
+    /// Like [`PeerService::admit`], for messages of the consensus: a node that lost its state still votes with its
+    /// log.
     fn admit_to_consensus<T>(&self, request: &Request<T>) -> Result<Consensus, Status> {
         let consensus = self.node.consensus();
         let (cluster, consensus) = consensus.ok_or_else(|| Status::unavailable(NOT_READY))?;
-        self.must_be_meant(request, cluster)?;
+        self.check_recipient(request, cluster)?;
         Ok(consensus.clone())
     }
 
-    fn must_be_meant<T>(&self, request: &Request<T>, cluster: ClusterId) -> Result<(), Status> {
+    fn check_recipient<T>(&self, request: &Request<T>, cluster: ClusterId) -> Result<(), Status> {
         let named = request
             .metadata()
             .get(CLUSTER_KEY)
@@ -65,14 +69,14 @@ impl PeerService {
             .unwrap_or("none");
         if named != cluster.to_string() {
             return Err(Status::failed_precondition(format!(
-                "this node belongs to cluster {cluster}, not to {named}"
+                "this node belongs to cluster {cluster}, not {named}"
             )));
         }
-        // What this node holds counts for the incarnation that was asked, so no other may answer in its name.
+        // An answer counts for the incarnation that was asked, so no other may give it.
         let own = self.node.own().id.to_string();
         match request.metadata().get(NODE_KEY) {
             Some(meant) if meant.as_bytes() != own.as_bytes() => Err(Status::failed_precondition(format!(
-                "this is node {own}, another is meant"
+                "this is node {own}, but the request is for another node"
             ))),
             _ => Ok(()),
         }
@@ -80,7 +84,7 @@ impl PeerService {
 }
 
 impl PeerService {
-    /// Why this node's state cannot be relied on; empty: it can, as far as the node knows.
+    /// Returns why the state of this node cannot be trusted; empty if it can.
     fn trouble(&self) -> String {
         let of_consensus = || {
             self.node
@@ -92,12 +96,12 @@ impl PeerService {
 }
 
 fn member_of(member: Option<wire::Member>) -> Result<Member, Status> {
-    let member = member.ok_or_else(|| Status::invalid_argument("no node is named"))?;
+    let member = member.ok_or_else(|| Status::invalid_argument("the request names no node"))?;
     Member::try_from(member).map_err(|error| Status::invalid_argument(error.to_string()))
 }
 
-/// The gRPC address of who leads, empty where unknown; any other error is the caller's.
-fn leader_of(error: ChangeError) -> Result<String, Status> {
+/// Returns the gRPC address of the leader, empty if unknown; converts other errors to a status.
+fn leader_or_status(error: ChangeError) -> Result<String, Status> {
     match error {
         ChangeError::NotLeader(leader) => Ok(leader.map(|member| member.addresses.grpc).unwrap_or_default()),
         ChangeError::Refused(reason) => Err(Status::failed_precondition(reason)),
@@ -149,7 +153,7 @@ impl Peer for PeerService {
         let (not_leader, leader, members) = match joined {
             Ok(members) => (false, String::new(), members),
             Err(error) => {
-                let leader = leader_of(error)?;
+                let leader = leader_or_status(error)?;
                 (true, leader, Vec::new())
             }
         };
@@ -165,11 +169,11 @@ impl Peer for PeerService {
         &self,
         request: Request<wire::MayRenounceRequest>,
     ) -> Result<Response<wire::MayRenounceResponse>, Status> {
-        // Without its reason: nodes that wait for each other would quote each other.
+        // Without the reason, because nodes that wait for each other would quote each other.
         let parts = self
             .node
             .parts()
-            .ok_or_else(|| Status::unavailable("it takes no part itself"))?;
+            .ok_or_else(|| Status::unavailable("the node does not take part in the consensus"))?;
         let request = request.into_inner();
         let of = ClusterId::from_bytes(&request.cluster_id);
         if !of.is_some_and(|of| of == parts.cluster || self.node.folder().replaces(of)) {
@@ -181,7 +185,7 @@ impl Peer for PeerService {
         let node = member_of(request.node)?.id;
         let (not_leader, leader) = match parts.membership_changes.may_renounce(node, request.entry).await {
             Ok(()) => (false, String::new()),
-            Err(error) => (true, leader_of(error)?),
+            Err(error) => (true, leader_or_status(error)?),
         };
         Ok(Response::new(wire::MayRenounceResponse { not_leader, leader }))
     }
@@ -192,10 +196,10 @@ impl Peer for PeerService {
     ) -> Result<Response<wire::InviteResponse>, Status> {
         let request = request.into_inner();
         if member_of(request.node)?.id != self.node.own().id {
-            return Err(Status::failed_precondition("another node is meant"));
+            return Err(Status::failed_precondition("the invitation is for another node"));
         }
         let cluster = ClusterId::from_bytes(&request.cluster_id)
-            .ok_or_else(|| Status::invalid_argument("no cluster is named"))?;
+            .ok_or_else(|| Status::invalid_argument("the request names no cluster"))?;
         if self
             .node
             .membership()
@@ -223,7 +227,7 @@ impl Peer for PeerService {
             .await;
         let (leader, node) = match added {
             Ok(member) => (None, Some(member.into())),
-            Err(error) => (Some(leader_of(error)?), None),
+            Err(error) => (Some(leader_or_status(error)?), None),
         };
         Ok(Response::new(wire::AddMemberResponse {
             not_leader: leader.is_some(),
@@ -240,7 +244,7 @@ impl Peer for PeerService {
         let slots = request.get_ref().slots.iter().map(|slot| u16::try_from(*slot));
         let slots = slots
             .collect::<Result<_, _>>()
-            .map_err(|_| Status::invalid_argument("slot above 65535"))?;
+            .map_err(|_| Status::invalid_argument("the slot is above 65535"))?;
         let gone = match request.get_ref().repeated_request {
             true => Gone::PassOver,
             false => Gone::Refuse,
@@ -250,7 +254,7 @@ impl Peer for PeerService {
             Ok(Removal::Done) => {}
             Ok(Removal::Out(reason)) => (answer.pending, answer.out) = (reason, true),
             Ok(Removal::Pending(reason)) => answer.pending = reason,
-            Err(error) => (answer.leader, answer.not_leader) = (leader_of(error)?, true),
+            Err(error) => (answer.leader, answer.not_leader) = (leader_or_status(error)?, true),
         }
         Ok(Response::new(answer))
     }
@@ -261,13 +265,13 @@ impl Peer for PeerService {
     ) -> Result<Response<wire::SetReplicasResponse>, Status> {
         let parts = self.admit(&request)?;
         let replicas = u8::try_from(request.get_ref().replicas)
-            .map_err(|_| Status::invalid_argument("more than 255 replicas"))?;
-        let leader = match parts.writer.set_replicas(replicas).await {
+            .map_err(|_| Status::invalid_argument("the number of replicas is above 255"))?;
+        let leader = match parts.write_path.set_replicas(replicas).await {
             ClientResponse::Refused(Refusal::NotLeader { leader }) => Some(leader.unwrap_or_default()),
             ClientResponse::Refused(Refusal::Unavailable { reason }) => {
                 return Err(Status::unavailable(reason));
             }
-            ClientResponse::Refused(refusal) => return Err(Status::internal(format!("{refusal:?}"))),
+            ClientResponse::Refused(_) => return Err(Status::internal("the command was refused")),
             ClientResponse::Outcome(_) | ClientResponse::Session(_) | ClientResponse::Answer(_) => None,
         };
         Ok(Response::new(wire::SetReplicasResponse {
@@ -286,7 +290,8 @@ impl Peer for PeerService {
             through_index,
         } = request.into_inner();
         let voters = voters.into_iter().map(|voter| {
-            let slot = u16::try_from(voter.slot).map_err(|_| Status::invalid_argument("slot above 65535"))?;
+            let slot =
+                u16::try_from(voter.slot).map_err(|_| Status::invalid_argument("the slot is above 65535"))?;
             Ok(NodeId {
                 slot,
                 incarnation: voter.incarnation,
@@ -300,9 +305,9 @@ impl Peer for PeerService {
             own: parts.consensus.id(),
             through_index,
         };
-        let books =
+        let ledger =
             |layout: &_, through_index| parts.recovery.lacking(layout, through_index, LACKING_CHUNKS_MAX);
-        let looked = completeness(parts.metadata.clone(), parts.content.clone(), books, asked).await;
+        let looked = completeness(parts.metadata.clone(), parts.content.clone(), ledger, asked).await;
         let found = looked.map_err(|fault| Status::unavailable(fault.to_string()))?;
         Ok(Response::new(wire::ContentCompleteResponse {
             complete: found.missing == 0,
@@ -345,7 +350,7 @@ impl Peer for PeerService {
 
     async fn install_snapshot(
         &self,
-        request: Request<Streaming<wire::SnapshotPiece>>,
+        request: Request<Streaming<wire::SnapshotPart>>,
     ) -> Result<Response<wire::RaftMessage>, Status> {
         let consensus = self.admit_to_consensus(&request)?;
         consensus
@@ -370,7 +375,7 @@ impl Peer for PeerService {
                 let id = chunk.id();
                 let put = content.put(chunk).await;
                 if put.is_ok() {
-                    recovery.arrived(id).await;
+                    recovery.on_pushed(id).await;
                 }
                 put_response(&put)
             }
@@ -392,16 +397,16 @@ impl Peer for PeerService {
         let answer = move |request: wire::GetChunkRequest| {
             let (content, repair) = (content.clone(), repair.clone());
             async move {
-                let (id, offset, length) = match range_asked(&request) {
+                let (id, offset, length) = match requested_range(&request) {
                     Ok(asked) => asked,
-                    Err(malformed) => return get_refused(malformed.status(), malformed.to_string()),
+                    Err(malformed) => return get_error(malformed.status(), malformed.to_string()),
                 };
                 let range = tokio::task::spawn_blocking(move || content.read(id, offset, length)).await;
                 let range = range.unwrap_or_else(|failed| Err(task_failed(failed)));
                 if let Err(bad) = &range
                     && bad.is_bad_copy()
                 {
-                    // Who asked goes to another node; this one must not stay as it is.
+                    // The caller asks another node; this copy must be repaired.
                     let reason = bad.to_string();
                     tokio::spawn(async move { repair.found_bad(id, reason).await });
                 }
@@ -423,15 +428,15 @@ impl Peer for PeerService {
         let parts = self.admit(&request)?;
         let (content, placement) = (parts.content.clone(), parts.placement.clone());
         let chunks = request.into_inner().chunks;
-        if chunks.len() > HELD_ASKED_MAX {
+        if chunks.len() > HELD_IDS_MAX {
             return Err(Status::invalid_argument(format!(
-                "at most {HELD_ASKED_MAX} chunks may be asked about at once"
+                "the query has more than {HELD_IDS_MAX} chunks"
             )));
         }
-        // While content is let go, which may wait for the disk, nothing is answered: not on a runtime thread.
+        // Blocks while copies are deleted, which may wait for the disk: not on a runtime thread.
         let answered = tokio::task::spawn_blocking(move || {
             let holds = |id: &wire::ChunkId| content.holds(ChunkId::from(*id));
-            placement.answer(|| chunks.iter().map(holds).collect())
+            placement.with_epoch(|| chunks.iter().map(holds).collect())
         });
         let (placement_epoch, held) = answered
             .await
@@ -455,7 +460,7 @@ impl Peer for PeerService {
             .collect();
         if ids.len() > VERIFY_IDS_MAX {
             return Err(Status::invalid_argument(format!(
-                "at most {VERIFY_IDS_MAX} chunks may be verified at once"
+                "the request has more than {VERIFY_IDS_MAX} chunks"
             )));
         }
         let verdicts = repair.verify_own(ids).await;

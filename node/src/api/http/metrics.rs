@@ -1,5 +1,5 @@
-//! Counts every HTTP request, whoever serves it: its endpoint, its status, the bytes of its body, and how long it took
-//! until the last byte of the answer was handed over (or the client went away).
+//! Metrics of all HTTP requests: endpoint, status, bytes of the body, and the time until the last byte of the response
+//! was delivered or the client disconnected.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -19,55 +19,55 @@ use crate::node::Node;
 use crate::observe::metrics::Metrics;
 use crate::observe::metrics::kinds::Endpoint;
 
-/// `router`, with its requests counted by `node`.
-pub fn counted(router: Router, node: &Node) -> Router {
+/// Adds a layer to `router` that records its requests in the metrics of `node`.
+pub fn with_request_metrics(router: Router, node: &Node) -> Router {
     router.layer(from_fn_with_state(node.metrics().clone(), count))
 }
 
 async fn count(State(metrics): State<Arc<Metrics>>, request: Request, next: Next) -> Response {
     let began = Instant::now();
     let endpoint = Endpoint::of_request(request.method().as_str(), request.uri().path());
-    let came = Arc::new(AtomicU64::new(0));
+    let received = Arc::new(AtomicU64::new(0));
     let request = request.map(|body| {
         Body::new(CountedBody {
             body,
-            bytes: came.clone(),
-            account: None,
+            bytes: received.clone(),
+            record: None,
         })
     });
     let response = next.run(request).await;
-    let account = Account {
+    let record = RequestRecord {
         metrics,
         endpoint,
         status: response.status().as_u16(),
-        came,
-        went: Arc::default(),
+        received,
+        sent: Arc::default(),
         began,
     };
     response.map(|body| {
         Body::new(CountedBody {
             body,
-            bytes: account.went.clone(),
-            account: Some(account),
+            bytes: record.sent.clone(),
+            record: Some(record),
         })
     })
 }
 
-/// A request that is being answered; recorded when the answer is over.
-struct Account {
+/// A request in progress; recorded when its response ends.
+struct RequestRecord {
     metrics: Arc<Metrics>,
     endpoint: Endpoint,
     status: u16,
-    came: Arc<AtomicU64>,
-    went: Arc<AtomicU64>,
+    received: Arc<AtomicU64>,
+    sent: Arc<AtomicU64>,
     began: Instant,
 }
 
-impl Drop for Account {
+impl Drop for RequestRecord {
     fn drop(&mut self) {
         let bytes = match self.endpoint {
-            Endpoint::Upload => &self.came,
-            _ => &self.went,
+            Endpoint::Upload => &self.received,
+            _ => &self.sent,
         };
         self.metrics.http(
             self.endpoint,
@@ -78,12 +78,12 @@ impl Drop for Account {
     }
 }
 
-/// A body whose bytes are counted as they go by.
+/// A body that counts its bytes.
 struct CountedBody {
     body: Body,
     bytes: Arc<AtomicU64>,
-    /// Dropped with the body: when the last byte is gone, or nobody wants it any more.
-    account: Option<Account>,
+    /// Dropped with the body: after the last byte, or when the client disconnects.
+    record: Option<RequestRecord>,
 }
 
 impl HttpBody for CountedBody {
@@ -100,7 +100,7 @@ impl HttpBody for CountedBody {
                 let length = frame.data_ref().map_or(0, |data| data.len() as u64);
                 self.bytes.fetch_add(length, Ordering::Relaxed);
             }
-            Poll::Ready(None | Some(Err(_))) => drop(self.account.take()),
+            Poll::Ready(None | Some(Err(_))) => drop(self.record.take()),
             Poll::Pending => {}
         }
         polled

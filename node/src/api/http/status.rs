@@ -1,4 +1,4 @@
-//! What `/status` tells: collected here, encoded by the edge.
+//! The report of `GET /status`.
 
 use quorumfs_proto::Member;
 use serde::Serialize;
@@ -10,93 +10,93 @@ use crate::observe::clock::ClockReport;
 use crate::tasks::TaskReport;
 use quorumfs_metadata::Failure;
 
-/// A node: who it is and where.
+/// The identity and the addresses of a node.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct StatusNode {
     /// Its number in the cluster.
     slot: u16,
     /// The random id of its data folder, in hexadecimal.
     incarnation: String,
-    /// Where nodes and mounts reach it.
+    /// The `host:port` of its gRPC service, for nodes and mounts.
     grpc_address: String,
-    /// Where it serves HTTP.
+    /// The `host:port` of its HTTP service.
     http_address: String,
 }
 
-/// What a node is in its cluster.
+/// The role of a node in its cluster.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum StatusRole {
-    /// It does not know its cluster yet, or opens its state.
+    /// The node has not found its cluster yet, or is opening its state.
     Starting,
-    /// Gets the log, does not vote.
+    /// It receives the log and does not vote.
     Learner,
-    /// Votes and follows.
+    /// It votes and follows a leader.
     Follower,
-    /// Stands for election.
+    /// It is a candidate in an election.
     Candidate,
-    /// Leads.
+    /// It is the leader.
     Leader,
-    /// Has stopped.
+    /// Its consensus has stopped.
     Stopped,
 }
 
-/// The content here.
+/// The content of a node.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 pub struct StatusChunks {
     /// Chunks on this node's disk.
     held: u64,
-    /// Bytes of them.
+    /// Their bytes.
     bytes: u64,
-    /// Chunks that should be and are not.
+    /// Chunks that this node should hold and does not.
     missing: u64,
-    /// Chunks that files name, wherever they lie.
+    /// Chunks that files refer to, on any node.
     named: u64,
 }
 
 /// The log on disk.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 pub struct StatusLog {
-    /// Its bytes.
+    /// Its size, in bytes.
     bytes: u64,
-    /// Times it was flushed since the node started.
+    /// Number of flushes since the node started.
     flushes: u64,
-    /// Entries that became durable by it.
+    /// Number of entries that these flushes made durable.
     entries_flushed: u64,
 }
 
-/// What was done to the content store since the node started.
+/// The content store since the node started.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 pub struct StatusContent {
-    /// Times it was flushed.
+    /// Number of flushes.
     flushes: u64,
-    /// Chunks that became durable by it.
+    /// Number of chunks that these flushes made durable.
     puts: u64,
 }
 
 /// The disk of the data folder.
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 pub struct StatusSpace {
-    /// Its bytes.
+    /// Its capacity, in bytes.
     capacity_bytes: u64,
-    /// Those that content may still take.
+    /// Bytes available for content.
     available_bytes: u64,
-    /// Whether the node takes more.
+    /// Whether the node accepts content and log entries.
     has_room: bool,
 }
 
-/// The way from HTTP requests to the files.
+/// The session that serves HTTP requests about files.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct StatusClient {
-    /// Whether the node has a session with its cluster; until then no request about files can be served.
+    /// Whether the node has a session with its cluster; without one, requests about files fail with 503.
     connected: bool,
-    /// Why not.
+    /// Why there is no session.
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
 }
 
 impl StatusClient {
-    /// Connected, or why not.
+    /// Creates the status; `obstacle` is the reason if there is no session.
     pub fn new(obstacle: Option<String>) -> StatusClient {
         StatusClient {
             connected: obstacle.is_none(),
@@ -105,56 +105,55 @@ impl StatusClient {
     }
 }
 
-/// Who this node is, what it believes, and whether writes can be acknowledged now. What a node that is still starting
-/// cannot know is null.
+/// The status of a node. A node that is still starting reports null for what it does not know.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct StatusReport {
-    /// The cluster's name, in hexadecimal.
+    /// The id of the cluster, in hexadecimal.
     cluster_id: Option<String>,
     /// The version of the program.
     version: &'static str,
-    /// Who answers.
+    /// This node.
     node: StatusNode,
-    /// What it is.
+    /// Its role.
     role: StatusRole,
-    /// Whom it believes to lead.
+    /// The leader as known to this node.
     leader: Option<StatusNode>,
     /// All members, voters and learners.
     members: Vec<StatusNode>,
-    /// Whether writes can be acknowledged now, as far as this node can tell.
+    /// Whether writes can be acknowledged now, as far as this node knows.
     writable: bool,
-    /// Why not, or what an administrator should know.
+    /// Why not, or a warning for the administrator.
     reason: Option<String>,
-    /// Its term; in each there is at most one leader.
+    /// Its Raft term; each term has at most one leader.
     term: Option<u64>,
-    /// The last log entry that took effect here.
+    /// Index of the last log entry applied on this node.
     applied_index: Option<u64>,
-    /// The last log entry known to be committed.
+    /// Index of the last log entry known to be committed.
     committed_index: Option<u64>,
-    /// The log entry that the last snapshot goes up to.
+    /// Index of the last log entry in the last snapshot.
     snapshot_index: Option<u64>,
-    /// The log entry up to which the log was purged.
+    /// Index of the last purged log entry.
     purged_index: Option<u64>,
-    /// The content here.
+    /// The content of this node.
     chunks: Option<StatusChunks>,
     /// The log on disk.
     wal: Option<StatusLog>,
-    /// The content store's flushes.
+    /// The content store of this node.
     content: Option<StatusContent>,
-    /// The disk.
+    /// The disk of the data folder.
     space: Option<StatusSpace>,
-    /// Clients that are alive: mounts, and nodes on behalf of HTTP.
+    /// Number of live sessions: mounts, and nodes that serve HTTP.
     sessions: Option<usize>,
-    /// The time.
+    /// The clock of this node.
     clock: Option<ClockReport>,
-    /// Whether requests about files can be served.
+    /// The session that serves requests about files.
     #[schema(required)]
     client: Option<StatusClient>,
-    /// The loops that heal, watch and tidy up. One that fails is started again.
+    /// The background tasks. A task that fails is restarted.
     tasks: Vec<TaskReport>,
 }
 
-/// See [`StatusReport`].
+/// Returns the status of `node`.
 pub fn status(node: &Node) -> StatusReport {
     let nothing = StatusReport {
         cluster_id: node.membership().map(|known| known.cluster.to_string()),
@@ -197,10 +196,10 @@ pub fn status(node: &Node) -> StatusReport {
     let reason = match &node.warning().or(consensus.reason) {
         Some(reason) if unreached.is_empty() => Some(reason.clone()),
         Some(reason) => Some(format!(
-            "{reason}; this node does not reach {}",
+            "{reason}; this node cannot reach {}",
             unreached.join(" and ")
         )),
-        None if full => Some("fewer than a quorum of nodes have room on their disks".to_string()),
+        None if full => Some("the disks of too many nodes are full: no quorum has free space".to_string()),
         None => None,
     };
     StatusReport {

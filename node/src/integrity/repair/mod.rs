@@ -32,7 +32,7 @@ use self::coverage::Coverage;
 use crate::consensus::Consensus;
 use crate::pace::Pacer;
 use crate::replication::PeerChunks;
-use crate::replication::names::NameFinder;
+use crate::replication::names::FileNameCache;
 use crate::replication::placement::Placement;
 use crate::replication::recovery::Recovery;
 use crate::replication::recovery::ledger::WalkReason;
@@ -95,7 +95,7 @@ pub struct Repair {
     state: Mutex<RepairState>,
     scrubbing: AtomicBool,
     settle_soon: Notify,
-    names: NameFinder,
+    names: FileNameCache,
     /// The last check of the metadata that found it intact.
     metadata_check: Mutex<Option<MetadataCheck>>,
     /// Chunks whose copy here had the right SHA-256, in all checks.
@@ -137,7 +137,7 @@ impl Repair {
             ..RepairState::default()
         };
         Arc::new(Repair {
-            names: NameFinder::new(parts.metadata.clone()),
+            names: FileNameCache::new(parts.metadata.clone()),
             parts,
             options,
             state: Mutex::new(state),
@@ -191,9 +191,9 @@ impl Repair {
             }
             fits
         };
-        self.parts.recovery.wanted(id);
+        self.parts.recovery.request_fetch(id);
         if !fits {
-            self.parts.recovery.compare_soon(WalkReason::ContentLost);
+            self.parts.recovery.request_comparison(WalkReason::ContentLost);
         }
         self.settle_soon.notify_one();
     }

@@ -173,7 +173,7 @@ impl Repair {
             .await
             .map_err(|panic| VerifyError::Internal(panic.to_string()))??;
         let members = self.parts.consensus.members();
-        let snapshot = self.parts.placement.picture();
+        let snapshot = self.parts.placement.snapshot();
         let belongs = |id: ChunkId, node: NodeId| snapshot.should_hold(id, node);
         let ids: Vec<ChunkId> = wanted.chunks.iter().map(|(id, _, _)| *id).collect();
         let said = join_all(members.iter().map(|member| self.ask(member, &ids))).await;
@@ -196,7 +196,7 @@ impl Repair {
             let look = |id: &ChunkId| match repair.check_copy(*id) {
                 CopyCheck::Healthy(_) => Verdict::Healthy,
                 CopyCheck::Missing => {
-                    repair.parts.recovery.wanted(*id);
+                    repair.parts.recovery.request_fetch(*id);
                     Verdict::Missing
                 }
                 CopyCheck::Bad(reason) => {

@@ -96,7 +96,7 @@ mod tests {
     use crate::consensus::nodes;
 
     #[test]
-    fn what_was_learned_in_another_term_does_not_count() {
+    fn holders_of_another_term_do_not_count() {
         let id = |counter| ChunkId {
             session: SessionId(1),
             counter,

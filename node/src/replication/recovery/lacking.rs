@@ -1,4 +1,4 @@
-//! What the books of recovery say this node lacks, where they can say it: without a look at all that is stored.
+//! Chunks that this node lacks, answered from the recovery ledger without a walk of the metadata.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -10,35 +10,34 @@ use super::Recovery;
 use crate::replication::placement::Layout;
 
 impl Recovery {
-    /// Some chunks, at most `max`, that were named up to entry `through_index`, that this node holds by `layout`, and that
-    /// are not here. Chunks that are here but not on disk yet count as here.
+    /// Returns at most `max` chunks that were referenced up to log index `through_index`, that `layout` assigns to
+    /// this node, and that it does not have. Chunks in memory that are not on disk yet count as present.
     ///
-    /// `None`: the books cannot say. All that is named must have been compared with all that is held since this node
-    /// prepares for `layout`, and everything applied since must have been accounted for. If it was not, a walk is due or
-    /// under way.
+    /// `None` if the ledger cannot answer: a complete comparison must have taken place since this node prepares for
+    /// `layout`, and everything applied since must have been processed. Otherwise a walk is due or in progress.
     pub fn lacking(&self, layout: &Layout, through_index: u64, max: usize) -> Option<BTreeSet<ChunkId>> {
-        // The same picture, not an equal one: there was no other in between.
-        let picture = self.placement.picture();
+        // Compared by identity: the placement did not change in between.
+        let snapshot = self.placement.snapshot();
         let compared_under = self.compared_under.lock().clone()?;
-        if !Arc::ptr_eq(&picture, &compared_under) || !picture.prepares_for(layout) {
+        if !Arc::ptr_eq(&snapshot, &compared_under) || !snapshot.includes(layout) {
             return None;
         }
         if self.consensus.effects_through() < through_index {
             return None;
         }
-        let (told, dropped) = self.consensus.effects_sent_and_dropped();
-        if self.effects_handled.load(Ordering::Acquire) < told || self.walking.load(Ordering::Acquire) {
+        let (sent, dropped) = self.consensus.effects_sent_and_dropped();
+        if self.effects_handled.load(Ordering::Acquire) < sent || self.walking.load(Ordering::Acquire) {
             return None;
         }
-        self.settle_arrived(max);
+        self.remove_arrived(max);
         let own = self.consensus.id();
         let mut ledger = self.ledger.lock();
-        ledger.effects_dropped(dropped);
-        if ledger.walk_wanted().is_some() {
-            self.pass_soon.notify_one();
+        ledger.note_dropped_effects(dropped);
+        if ledger.walk_requested().is_some() {
+            self.pass_wakeup.notify_one();
             return None;
         }
-        let missing = ledger.missing_by(|id| layout.is_place(id, own), max);
+        let missing = ledger.missing_where(|id| layout.is_holder(id, own), max);
         Some(missing)
     }
 }

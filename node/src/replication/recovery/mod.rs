@@ -1,20 +1,21 @@
-//! Recovery: what the metadata names and this node lacks is fetched from the others, and what it holds for nobody's need
-//! is let go.
+//! Recovery: fetches the chunks that files refer to and this node lacks, and deletes copies that other nodes should
+//! hold.
 //!
-//! Applies say which chunks are named ([`Recovery::applied`]), reads and the scrub which are bad
-//! ([`Recovery::wanted`]); so what is missing is known without looking at all that is stored. Every 30 s a pass looks
-//! at what is still missing. Only where something may have been missed (the node has just begun, a snapshot came, the
-//! queue of effects was full, content was lost) or an administrator asks does a pass walk all that is named.
+//! Missing chunks are known without a walk of the metadata: applied entries report newly referenced chunks
+//! ([`Recovery::on_applied`]), reads and the scrub report bad copies ([`Recovery::request_fetch`]). A pass checks the
+//! missing chunks every 30 s. A pass walks all referenced chunks only if something may have been missed (the node has
+//! started, a snapshot was installed, the queue of effects was full, content was lost), or if an administrator
+//! requests it.
 //!
-//! Nothing is kept across restarts: what was fetched is held, and the walk at the start finds the rest.
+//! No state is kept across restarts: fetched chunks are held, and the walk at the start finds the others.
 //!
-//! [`ledger`] keeps the books, `fetch` does the fetching, `surplus` lets go. What came inside commands and found the
-//! disk full is missing too, but lies in the log, which is held up by it: `kept_by_log` relieves the log of it.
+//! [`ledger`] records the missing chunks, `fetch` fetches them, `surplus` deletes surplus copies. `log_release`
+//! releases inline content that did not fit on the disk from the log.
 
 mod fetch;
-mod kept_by_log;
 mod lacking;
 pub mod ledger;
+mod log_release;
 mod offer;
 mod status;
 mod surplus;
@@ -29,9 +30,9 @@ use quorumfs_proto::{ChunkId, NodeId};
 use tokio::sync::Notify;
 use tracing::{info, warn};
 
-use self::ledger::{Amount, Ledger, WalkReason, When};
+use self::ledger::{FetchTime, Ledger, Totals, WalkReason};
 use self::surplus::Surplus;
-use super::names::NameFinder;
+use super::names::FileNameCache;
 use crate::consensus::{AppliedEffects, Consensus};
 use crate::pace::{Pacer, RateMeter};
 use crate::replication::PeerChunks;
@@ -41,49 +42,49 @@ use crate::wall_clock::unix_ms;
 use quorumfs_content::ContentStore;
 use quorumfs_metadata::{Failure, MetadataStore};
 
-pub use self::offer::{OfferError, Offered};
+pub use self::offer::{OfferError, OfferOutcome};
 pub use self::status::{PassKind, PassReport, RecoveryStatus, SyncReport};
 
-/// A chunk named by an apply is mostly on its way from the leader; it is fetched only if it has not come by then.
+/// Time before a newly referenced chunk is fetched, because it is usually in transit from the leader.
 const ARRIVAL_GRACE_MS: u64 = 1_500;
-/// How often a pass looks at what is missing.
+/// Interval between passes.
 const PASS_INTERVAL_MS: u64 = 30_000;
-/// Chunks compared under one view of the metadata and looked at in one go.
+/// Chunks compared in one step.
 const PAGE_CHUNKS: usize = 4096;
-/// How long a status waits for what was applied to be accounted for.
+/// Time for which a status waits for applied effects to be processed.
 const CATCH_UP_MS_MAX: u64 = 5_000;
 
-/// See the module.
+/// The recovery of a node; see the module documentation.
 pub struct Recovery {
     consensus: Consensus,
     metadata: Arc<MetadataStore>,
     content: Arc<ContentStore>,
     peers: Arc<PeerChunks>,
     placement: Arc<Placement>,
-    // Locked for one entry or a page of them; never during I/O.
+    // Locked only for one chunk or a page of chunks; never during I/O.
     ledger: Mutex<Ledger>,
     surplus: Surplus,
     pace: Mutex<Pacer>,
     rate: Mutex<RateMeter>,
-    /// Nodes that did not answer, and when: they are asked last for a while.
-    silent: Mutex<HashMap<NodeId, Instant>>,
-    fetch_soon: Notify,
-    pass_soon: Notify,
+    /// Nodes that did not answer, with the time; they are asked last for a while.
+    unresponsive: Mutex<HashMap<NodeId, Instant>>,
+    fetch_wakeup: Notify,
+    pass_wakeup: Notify,
     walking: AtomicBool,
-    fetching: AtomicU64,
+    fetches_in_flight: AtomicU64,
     fetched_chunks: AtomicU64,
     fetched_bytes: AtomicU64,
     effects_handled: AtomicU64,
-    /// The picture under which everything named was compared with everything held, by the last walk.
+    /// The placement of the last walk, if it did not change during the walk.
     compared_under: Mutex<Option<Arc<PlacementSnapshot>>>,
     last_pass: Mutex<Option<PassReport>>,
     last_complete_pass: Mutex<Option<PassReport>>,
     complete_passes: AtomicU64,
-    names: NameFinder,
+    names: FileNameCache,
 }
 
 impl Recovery {
-    /// Fetches at most `bytes_per_s`. Nothing is done before [`Recovery::start`].
+    /// Creates a recovery that fetches at most `bytes_per_s`; it does nothing before [`Recovery::start`].
     pub fn new(
         consensus: Consensus,
         metadata: Arc<MetadataStore>,
@@ -94,7 +95,7 @@ impl Recovery {
     ) -> Arc<Recovery> {
         Arc::new(Recovery {
             consensus,
-            names: NameFinder::new(metadata.clone()),
+            names: FileNameCache::new(metadata.clone()),
             metadata,
             content,
             peers,
@@ -103,11 +104,11 @@ impl Recovery {
             surplus: Surplus::default(),
             pace: Mutex::new(Pacer::new(bytes_per_s)),
             rate: Mutex::default(),
-            silent: Mutex::default(),
-            fetch_soon: Notify::new(),
-            pass_soon: Notify::new(),
+            unresponsive: Mutex::default(),
+            fetch_wakeup: Notify::new(),
+            pass_wakeup: Notify::new(),
             walking: AtomicBool::new(false),
-            fetching: AtomicU64::new(0),
+            fetches_in_flight: AtomicU64::new(0),
             fetched_chunks: AtomicU64::new(0),
             fetched_bytes: AtomicU64::new(0),
             effects_handled: AtomicU64::new(0),
@@ -118,32 +119,33 @@ impl Recovery {
         })
     }
 
-    /// This chunk is not here: fetch it now, if it should be and a file names it. Blocks for a look at the metadata.
-    pub fn wanted(&self, id: ChunkId) {
+    /// Fetches `id` now if this node should hold it and a file refers to it. Reads the metadata, so it blocks.
+    pub fn request_fetch(&self, id: ChunkId) {
         if !self.placement.should_hold(id) {
             return;
         }
         match self.length_if_named(id) {
             Ok(Some(length)) => {
-                self.ledger.lock().add(id, length, When::First);
-                self.fetch_soon.notify_one();
+                self.ledger.lock().add(id, length, FetchTime::Urgent);
+                self.fetch_wakeup.notify_one();
             }
             Ok(None) => {}
             Err(fault) => {
-                warn!(chunk = %id, %fault, "cannot look up a missing chunk");
-                self.compare_soon(WalkReason::ContentLost);
+                warn!(chunk = %id, %fault, "cannot look up a missing chunk in the metadata");
+                self.request_comparison(WalkReason::ContentLost);
             }
         }
     }
 
-    /// Something was applied: what of it has not arrived a little later is fetched, what is dead no longer.
-    pub fn applied(&self, effects: &AppliedEffects) {
+    /// Processes applied entries: newly referenced chunks that do not arrive soon are fetched, dead ones no longer
+    /// are.
+    pub fn on_applied(&self, effects: &AppliedEffects) {
         match effects {
             AppliedEffects::Entries { named, dead, .. } => {
                 let due = Instant::now() + Duration::from_millis(ARRIVAL_GRACE_MS);
-                let picture = self.placement.picture();
+                let snapshot = self.placement.snapshot();
                 for id in named {
-                    let wanted = picture.should_hold(*id, self.consensus.id());
+                    let wanted = snapshot.should_hold(*id, self.consensus.id());
                     match (self.content.contains(*id), wanted) {
                         (true, true) | (false, false) => continue,
                         (true, false) => {
@@ -153,28 +155,28 @@ impl Recovery {
                         (false, true) => {}
                     }
                     match self.length_if_named(*id) {
-                        Ok(Some(length)) => self.ledger.lock().add(*id, length, When::At(due)),
+                        Ok(Some(length)) => self.ledger.lock().add(*id, length, FetchTime::NotBefore(due)),
                         Ok(None) => {}
                         Err(fault) => {
-                            warn!(chunk = %id, %fault, "cannot look up a missing chunk");
-                            self.compare_soon(WalkReason::EffectsDropped);
+                            warn!(chunk = %id, %fault, "cannot look up a missing chunk in the metadata");
+                            self.request_comparison(WalkReason::EffectsDropped);
                         }
                     }
-                    self.fetch_soon.notify_one();
+                    self.fetch_wakeup.notify_one();
                 }
                 let mut ledger = self.ledger.lock();
-                if ledger.missing() != Amount::default() {
-                    dead.iter().for_each(|id| ledger.settled(*id));
+                if ledger.missing() != Totals::default() {
+                    dead.iter().for_each(|id| ledger.remove(*id));
                 }
             }
-            AppliedEffects::Installed { .. } => self.compare_soon(WalkReason::SnapshotInstalled),
+            AppliedEffects::Installed { .. } => self.request_comparison(WalkReason::SnapshotInstalled),
         }
         self.effects_handled.fetch_add(1, Ordering::Release);
     }
 
-    /// A copy of `id` was pushed here. Where it stands in for another's and comes after the apply that names it, that
-    /// apply found nothing here to let go.
-    pub async fn arrived(self: &Arc<Self>, id: ChunkId) {
+    /// Called after a copy of `id` was pushed to this node. A copy that replaces another node's and arrives after the
+    /// entry that refers to it is surplus, which [`Recovery::on_applied`] could not know.
+    pub async fn on_pushed(self: &Arc<Self>, id: ChunkId) {
         if self.placement.should_hold(id) {
             return;
         }
@@ -182,37 +184,37 @@ impl Recovery {
         let looked = tokio::task::spawn_blocking(move || recovery.length_if_named(id));
         match looked.await {
             Ok(Ok(Some(_))) => self.surplus.add(id),
-            // Its apply is yet to come and finds it here.
+            // The entry that refers to it is not applied yet and will find it here.
             Ok(Ok(None)) => {}
             Ok(Err(fault)) => {
-                warn!(chunk = %id, %fault, "cannot look up a chunk that was pushed here");
-                self.compare_soon(WalkReason::EffectsDropped);
+                warn!(chunk = %id, %fault, "cannot look up a pushed chunk in the metadata");
+                self.request_comparison(WalkReason::EffectsDropped);
             }
             Err(panic) => {
-                warn!(chunk = %id, %panic, "cannot look up a chunk that was pushed here");
-                self.compare_soon(WalkReason::EffectsDropped);
+                warn!(chunk = %id, %panic, "cannot look up a pushed chunk in the metadata");
+                self.request_comparison(WalkReason::EffectsDropped);
             }
         }
     }
 
-    /// Walk all that is named, now.
-    pub fn compare_soon(&self, reason: WalkReason) {
-        self.ledger.lock().want_walk(reason);
-        self.pass_soon.notify_one();
+    /// Requests a complete pass.
+    pub fn request_comparison(&self, reason: WalkReason) {
+        self.ledger.lock().request_walk(reason);
+        self.pass_wakeup.notify_one();
     }
 
-    /// An administrator asks for a pass over everything.
+    /// Requests a complete pass for an administrator, and retries all missing chunks.
     pub fn sync(&self) -> SyncReport {
         let mut ledger = self.ledger.lock();
-        let already_running = self.walking.load(Ordering::Acquire) || ledger.walk_wanted().is_some();
+        let already_running = self.walking.load(Ordering::Acquire) || ledger.walk_requested().is_some();
         if !already_running {
-            ledger.want_walk(WalkReason::Requested);
-            self.pass_soon.notify_one();
+            ledger.request_walk(WalkReason::Requested);
+            self.pass_wakeup.notify_one();
         }
-        // Whatever waits for another attempt gets it now.
-        ledger.hurry();
+        // Delayed chunks are retried now.
+        ledger.retry_now();
         drop(ledger);
-        self.fetch_soon.notify_one();
+        self.fetch_wakeup.notify_one();
         SyncReport {
             started: !already_running,
             already_running,
@@ -221,32 +223,32 @@ impl Recovery {
         }
     }
 
-    /// Chunks that no node could give although all answered.
+    /// Returns the chunks that no node has, although all answered.
     pub fn lost(&self) -> BTreeSet<ChunkId> {
         self.ledger.lock().lost().clone()
     }
 
-    /// Fetches and compares, for ever.
+    /// Starts the tasks of recovery.
     pub fn start(self: &Arc<Self>, tasks: &Arc<Tasks>) {
         tasks.supervise("recovery-passes", self.clone(), Self::run_passes);
-        tasks.supervise("recovery-surplus", self.clone(), Self::run_letting_go);
-        tasks.supervise("recovery-log", self.clone(), Self::run_relieving_the_log);
+        tasks.supervise("recovery-surplus", self.clone(), Self::run_surplus_removal);
+        tasks.supervise("recovery-log", self.clone(), Self::run_log_release);
         tasks.supervise("recovery-placement", self.clone(), Self::follow_placement);
         tasks.supervise("recovery-fetches", self.clone(), fetch::run);
     }
 
-    /// Where other chunks should be here than before, all that is named is looked at.
+    /// Requests a complete pass after each change of the placement.
     async fn follow_placement(self: Arc<Self>) {
         let mut changes = self.placement.changes();
         while changes.changed().await.is_ok() {
             changes.mark_unchanged();
             let mut ledger = self.ledger.lock();
-            ledger.want_walk(WalkReason::PlacementChanged);
-            // What is not wanted any more shows when its turn comes.
-            ledger.hurry();
+            ledger.request_walk(WalkReason::PlacementChanged);
+            // Chunks that are no longer needed are dropped when their turn comes.
+            ledger.retry_now();
             drop(ledger);
-            self.pass_soon.notify_one();
-            self.fetch_soon.notify_one();
+            self.pass_wakeup.notify_one();
+            self.fetch_wakeup.notify_one();
         }
     }
 
@@ -255,44 +257,48 @@ impl Recovery {
             let recovery = self.clone();
             match tokio::task::spawn_blocking(move || recovery.pass()).await {
                 Ok(Ok(())) => {}
-                Ok(Err(fault)) => warn!(%fault, "content could not be compared with metadata"),
-                Err(panic) => warn!(%panic, "content could not be compared with metadata"),
+                Ok(Err(fault)) => {
+                    warn!(%fault, "cannot compare content with metadata; the next pass tries again")
+                }
+                Err(panic) => {
+                    warn!(%panic, "cannot compare content with metadata; the next pass tries again")
+                }
             }
             tokio::select! {
                 () = tokio::time::sleep(Duration::from_millis(PASS_INTERVAL_MS)) => {}
-                () = self.pass_soon.notified() => {}
+                () = self.pass_wakeup.notified() => {}
             }
         }
     }
 
-    /// Looks at what is missing or, where something may have been missed, at all that is named. Blocking.
+    /// Checks the missing chunks, or all referenced chunks if a walk is requested. Blocking.
     fn pass(&self) -> Result<(), Failure> {
         let (began, began_unix_ms) = (Instant::now(), unix_ms());
         if let Err(error) = self.content.check_files() {
-            warn!(%error, "content was taken away");
+            warn!(%error, "the check of the content files failed");
         }
         let dropped = self.consensus.effects_sent_and_dropped().1;
         let reason = {
             let mut ledger = self.ledger.lock();
-            ledger.effects_dropped(dropped);
-            let reason = ledger.walk_begins();
+            ledger.note_dropped_effects(dropped);
+            let reason = ledger.begin_walk();
             self.walking.store(reason.is_some(), Ordering::Release);
             reason
         };
         let result = match reason {
             Some(_) => self.walk(),
-            None => Ok(self.settle_arrived(usize::MAX)),
+            None => Ok(self.remove_arrived(usize::MAX)),
         };
         if let (Some(reason), Err(_)) = (reason, &result) {
-            self.ledger.lock().want_walk(reason);
+            self.ledger.lock().request_walk(reason);
         }
         self.walking.store(false, Ordering::Release);
         let looked_at = result?;
         let missing = self.ledger.lock().missing();
         if let (Some(reason), true) = (reason, missing.chunks > 0) {
-            let Amount { chunks, bytes } = missing;
+            let Totals { chunks, bytes } = missing;
             info!(
-                ?reason,
+                %reason,
                 named = looked_at,
                 chunks,
                 bytes,
@@ -315,45 +321,45 @@ impl Recovery {
             self.complete_passes.fetch_add(1, Ordering::Release);
         }
         *self.last_pass.lock() = Some(report);
-        self.fetch_soon.notify_one();
+        self.fetch_wakeup.notify_one();
         Ok(())
     }
 
-    /// Compares everything named with everything held; answers how many are named.
+    /// Compares all referenced chunks with the held ones; returns the number of referenced chunks.
     fn walk(&self) -> Result<u64, Failure> {
-        // Before the view: what is named after it is judged by this picture or a later one.
-        let began_under = self.placement.picture();
-        let mut one_picture = true;
+        // Read before the view: chunks referenced later are judged by this placement or a later one.
+        let began_with = self.placement.snapshot();
+        let mut is_unchanged = true;
         let view = self.metadata.view()?;
         let own = self.consensus.id();
-        let mut named = Amount::default();
+        let mut named = Totals::default();
         let mut after = None;
         loop {
-            let picture = self.placement.picture();
-            one_picture &= Arc::ptr_eq(&picture, &began_under);
+            let snapshot = self.placement.snapshot();
+            is_unchanged &= Arc::ptr_eq(&snapshot, &began_with);
             let page = view.chunks_after(after, PAGE_CHUNKS)?;
             let Some((last, _)) = page.last() else { break };
             after = Some(*last);
             for (id, record) in &page {
                 named.add(record.length);
-                match (self.content.contains(*id), picture.should_hold(*id, own)) {
-                    (false, true) => self.ledger.lock().walk_found(*id, record.length),
+                match (self.content.contains(*id), snapshot.should_hold(*id, own)) {
+                    (false, true) => self.ledger.lock().add_from_walk(*id, record.length),
                     (true, false) => self.surplus.add(*id),
                     (true, true) | (false, false) => {}
                 }
             }
-            self.fetch_soon.notify_one();
+            self.fetch_wakeup.notify_one();
         }
-        self.ledger.lock().walk_ends(named, view.named_change());
-        *self.compared_under.lock() = one_picture.then_some(began_under);
+        self.ledger.lock().end_walk(named, view.named_change());
+        *self.compared_under.lock() = is_unchanged.then_some(began_with);
         Ok(named.chunks)
     }
 
-    /// Takes what has arrived by itself off the list; looks at the first `max` that are left alone a little longer.
-    fn settle_arrived(&self, max: usize) -> u64 {
+    /// Removes delayed chunks that have arrived, among the first `max`; returns the number examined.
+    fn remove_arrived(&self, max: usize) -> u64 {
         let delayed = self.ledger.lock().delayed(max);
         for id in delayed.iter().filter(|id| self.content.contains(**id)) {
-            self.ledger.lock().settled(*id);
+            self.ledger.lock().remove(*id);
         }
         delayed.len() as u64
     }

@@ -1,4 +1,4 @@
-//! What recovery says of itself.
+//! The status of recovery, for the HTTP interface and metrics.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,122 +10,122 @@ use super::ledger::WalkReason;
 use super::{CATCH_UP_MS_MAX, Recovery};
 use crate::replication::names::CHUNKS_MAX;
 
-/// Names of files in a status.
+/// Most file names in a status.
 const FILES_NAMED_MAX: usize = 10;
-/// How often it is seen whether everything applied was accounted for.
+/// Interval at which the processing of applied effects is checked.
 const CATCH_UP_TICK_MS: u64 = 2;
 
-/// What a pass looks at.
+/// The extent of a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum PassKind {
-    /// All that the metadata names.
+    /// All chunks that the metadata refers to.
     Complete,
-    /// What is known to be missing.
+    /// The known missing chunks.
     Changes,
 }
 
-/// A pass that has ended.
+/// A completed pass.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct PassReport {
-    /// What it looked at.
+    /// The extent of the pass.
     pub kind: PassKind,
-    /// Why all that is named was looked at; null if it was not.
+    /// The reason of a complete pass; null otherwise.
     pub reason: Option<WalkReason>,
-    /// When it began, in milliseconds since 1970.
+    /// The time of its start, in milliseconds since 1970.
     pub began_unix_ms: u64,
-    /// How long it took, in milliseconds.
+    /// Its duration, in milliseconds.
     pub duration_ms: u64,
-    /// How many chunks it looked at.
+    /// The number of chunks that it examined.
     pub chunks_looked_at: u64,
-    /// How many were missing when it ended.
+    /// The number of missing chunks at its end.
     pub chunks_missing: u64,
 }
 
-/// What asking for a pass has begun.
+/// The response to a request for a pass.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct SyncReport {
-    /// Whether a pass begins because of this request.
+    /// Whether this request starts a pass.
     pub started: bool,
-    /// Whether one was under way or about to begin; then this request changes nothing.
+    /// Whether a complete pass was running or about to start; this request then has no effect.
     pub already_running: bool,
-    /// What the pass looks at.
+    /// The extent of the pass.
     pub began: PassKind,
-    /// When this was asked, in milliseconds since 1970.
+    /// The time of the request, in milliseconds since 1970.
     pub asked_unix_ms: u64,
 }
 
-/// How far the healing is.
+/// The progress of recovery.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct RecoveryStatus {
-    /// Whether chunks are being fetched or compared now.
+    /// Whether chunks are being fetched or compared.
     pub running: bool,
-    /// Whether everything named has been compared with everything held; until then the other numbers are what is known
-    /// so far.
+    /// Whether a complete comparison has taken place; before that the other numbers are preliminary.
     pub counted: bool,
-    /// Files, directories and all others; not the root.
+    /// Number of files, directories and other inodes, without the root.
     pub total_files: u64,
-    /// Those of which no content that should be here is missing; null where it is not known which files the missing chunks belong to.
+    /// Number of inodes without missing content on this node; null if the files of the missing chunks are not known.
     pub local_files: Option<u64>,
-    /// Chunks that the metadata names.
+    /// Chunks that files refer to.
     pub named_chunks: u64,
-    /// Bytes of them.
+    /// Sum of their lengths, in bytes.
     pub named_bytes: u64,
-    /// Chunks on this node's disk; those that no file names yet, or any more, too.
+    /// Chunks on this node's disk, including unreferenced ones.
     pub held_chunks: u64,
-    /// Bytes of them.
+    /// Sum of their lengths, in bytes.
     pub held_bytes: u64,
-    /// On how many nodes each chunk is kept.
+    /// Number of copies of each chunk.
     pub copies: usize,
-    /// Chunks held that are for other nodes to hold; they are let go once those do (at most 262144 are counted).
+    /// Chunks held here but assigned to other nodes; they are deleted when those nodes hold them (at most 262144 are
+    /// counted).
     pub surplus_chunks: u64,
-    /// Chunks named that should be held here and are not.
+    /// Referenced chunks that should be held here and are missing.
     pub missing_chunks: u64,
-    /// Bytes of them.
+    /// Sum of their lengths, in bytes.
     pub missing_bytes: u64,
-    /// Of the missing ones, those that no node could give although all answered (at most 4096 are counted).
+    /// Missing chunks that no node has, although all answered (at most 4096 are counted).
     pub lost_chunks: u64,
-    /// Some of the files that lack content here, if they could be found within a bound.
+    /// Some of the files with missing content on this node, as far as a bounded search finds them.
     pub missing_files: Vec<String>,
     /// Chunks fetched since the node started.
     pub fetched_chunks: u64,
-    /// Bytes of them.
+    /// Sum of their lengths, in bytes.
     pub fetched_bytes: u64,
-    /// Bytes fetched per second, over the last five seconds.
+    /// Bytes fetched per second, averaged over the last five seconds.
     pub bytes_per_s: u64,
-    /// Seconds to go at that rate; null where nothing is being fetched.
+    /// Remaining seconds at this rate; null if nothing is being fetched.
     pub seconds_to_go: Option<u64>,
-    /// The last pass that ended.
+    /// The last completed pass.
     pub last_pass: Option<PassReport>,
-    /// The last pass over all that is named.
+    /// The last complete pass.
     pub last_complete_pass: Option<PassReport>,
-    /// How many of these there were since the node started.
+    /// Number of complete passes since the node started.
     pub complete_passes: u64,
-    /// Why this node's state cannot be relied on, and so none of these numbers; null where nothing is known against it.
+    /// Why the state of this node, and thus these numbers, cannot be trusted; null if they can.
     pub trouble: Option<String>,
 }
 
 impl Recovery {
-    /// How far it is. Costs the same whatever is stored.
+    /// Returns the status. The cost does not depend on the amount of data.
     pub fn status(&self) -> RecoveryStatus {
         let (held_chunks, held_bytes) = self.content.counts();
         let view = self.metadata.view().ok();
         let now = view.as_ref().map(|view| view.named_change());
         let total_files = view.map_or(0, |view| view.inode_count().saturating_sub(1));
-        let (named, missing, lost, walk_wanted) = {
+        let (named, missing, lost, walk_requested) = {
             let ledger = self.ledger.lock();
             let named = now.and_then(|now| ledger.named(now));
             let lost = ledger.lost().len() as u64;
-            (named, ledger.missing(), lost, ledger.walk_wanted().is_some())
+            (named, ledger.missing(), lost, ledger.walk_requested().is_some())
         };
         let walking = self.walking.load(Ordering::Acquire);
         let bytes_per_s = self.rate.lock().bytes_per_s(Instant::now());
         RecoveryStatus {
-            // Between two fetches, as the bound on their pace has it, none is under way.
+            // Recovery is also running between two fetches that the rate limit delays.
             running: walking
-                || self.fetching.load(Ordering::Acquire) > 0
+                || self.fetches_in_flight.load(Ordering::Acquire) > 0
                 || (missing.chunks > 0 && bytes_per_s > 0),
-            counted: named.is_some() && !walking && !walk_wanted,
+            counted: named.is_some() && !walking && !walk_requested,
             total_files,
             local_files: (missing.chunks == 0).then_some(total_files),
             named_chunks: named.unwrap_or_default().chunks,
@@ -150,8 +150,8 @@ impl Recovery {
         }
     }
 
-    /// As [`Recovery::status`], with everything accounted for that was applied before the call (or as much as a few
-    /// seconds allow), and with names of files.
+    /// Like [`Recovery::status`], after everything applied before the call was processed (or a few seconds have
+    /// passed), and with the names of files.
     pub async fn status_now(self: &Arc<Self>) -> RecoveryStatus {
         self.caught_up().await;
         let recovery = Arc::clone(self);
@@ -170,13 +170,13 @@ impl Recovery {
         named.await.unwrap_or_else(|_| self.status())
     }
 
-    /// Everything that was applied before the call has been accounted for, and no walk is due; or time is up.
+    /// Waits until everything applied before the call was processed and no walk is due, at most [`CATCH_UP_MS_MAX`].
     async fn caught_up(&self) {
-        let told = self.consensus.effects_sent_and_dropped().0;
+        let sent = self.consensus.effects_sent_and_dropped().0;
         let pending = || {
-            self.effects_handled.load(Ordering::Acquire) < told
+            self.effects_handled.load(Ordering::Acquire) < sent
                 || self.walking.load(Ordering::Acquire)
-                || self.ledger.lock().walk_wanted().is_some()
+                || self.ledger.lock().walk_requested().is_some()
         };
         let until = Instant::now() + Duration::from_millis(CATCH_UP_MS_MAX);
         while pending() && Instant::now() < until {

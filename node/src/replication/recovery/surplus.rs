@@ -1,6 +1,6 @@
-//! What this node holds although it is for others to hold: copies it took in the place of a node that did not answer,
-//! content that rode inside commands, and what placement has moved elsewhere. It is let go once every node that should
-//! hold it says that it does, on disk and under the same placement.
+//! Surplus copies: chunks that this node holds although the placement assigns them to other nodes. They were stored in
+//! place of a node that did not answer, came inside commands, or were reassigned. A surplus copy is deleted when every
+//! holder of the chunk confirms that it has the chunk on disk under the same placement.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -18,21 +18,21 @@ use crate::replication::peers::HELD_IDS_MAX;
 use crate::replication::placement::{Layout, PlacementSnapshot};
 use quorumfs_metadata::Failure;
 
-/// Chunks known by name; a walk finds the rest when these are gone.
-const SURPLUS_MAX: usize = 256 << 10;
-/// Chunks let go in one go: others' questions about what is held wait for it.
+/// Most surplus chunks that are remembered; a walk finds the others after these are deleted.
+const SURPLUS_CHUNKS_MAX: usize = 256 << 10;
+/// Chunks deleted in one step, during which queries of held chunks wait.
 const BATCH_CHUNKS: usize = 256;
 const _: () = assert!(BATCH_CHUNKS <= HELD_IDS_MAX);
-/// How long they are gathered: what was just written has not reached its places yet.
+/// Time for which surplus chunks are collected, because a new chunk takes a moment to reach its holders.
 const GATHER_MS: u64 = 1_000;
-/// After a round in which somebody did not have all it should.
+/// Delay after a round in which a holder did not have all of its chunks.
 const RETRY_MS: u64 = 5_000;
 
-/// The books.
+/// The known surplus chunks.
 #[derive(Default)]
 pub(super) struct Surplus {
-    // Locked for one entry or a batch of them.
-    book: Mutex<State>,
+    // Locked only for one chunk or a batch of chunks.
+    state: Mutex<State>,
     added: Notify,
 }
 
@@ -43,61 +43,64 @@ struct State {
 }
 
 impl Surplus {
-    /// `id` is held and for others to hold.
+    /// Adds `id`, which is held here but assigned to other nodes.
     pub(super) fn add(&self, id: ChunkId) {
-        let mut book = self.book.lock();
-        if book.chunks.len() < SURPLUS_MAX {
-            book.chunks.insert(id);
+        let mut state = self.state.lock();
+        if state.chunks.len() < SURPLUS_CHUNKS_MAX {
+            state.chunks.insert(id);
         } else {
-            book.overflowed = true;
+            state.overflowed = true;
         }
-        drop(book);
+        drop(state);
         self.added.notify_one();
     }
 
-    /// How many are known.
+    /// Returns the number of known surplus chunks.
     pub(super) fn count(&self) -> u64 {
-        self.book.lock().chunks.len() as u64
+        self.state.lock().chunks.len() as u64
     }
 
-    /// Up to `max` of those after `after`.
+    /// Returns at most `max` surplus chunks after `after`.
     fn after(&self, after: Option<ChunkId>, max: usize) -> Vec<ChunkId> {
         use std::ops::Bound::{Excluded, Unbounded};
-        let book = self.book.lock();
+        let state = self.state.lock();
         let from = after.map_or(Unbounded, Excluded);
-        book.chunks.range((from, Unbounded)).take(max).copied().collect()
+        state.chunks.range((from, Unbounded)).take(max).copied().collect()
     }
 
-    /// These are surplus no more.
-    fn settled(&self, ids: impl IntoIterator<Item = ChunkId>) {
-        let mut book = self.book.lock();
+    /// Removes chunks that are no longer surplus.
+    fn remove(&self, ids: impl IntoIterator<Item = ChunkId>) {
+        let mut state = self.state.lock();
         for id in ids {
-            book.chunks.remove(&id);
+            state.chunks.remove(&id);
         }
     }
 
-    /// Whether there were more than are known; asked once they are gone.
+    /// Returns whether some chunks were not remembered, once all remembered ones are gone; resets it.
     fn take_overflowed(&self) -> bool {
-        let mut book = self.book.lock();
-        book.chunks.is_empty() && std::mem::take(&mut book.overflowed)
+        let mut state = self.state.lock();
+        state.chunks.is_empty() && std::mem::take(&mut state.overflowed)
     }
 }
 
 impl Recovery {
-    /// Lets go of what others hold, for ever.
-    pub(super) async fn run_letting_go(self: Arc<Self>) {
+    /// Deletes surplus copies; never returns.
+    pub(super) async fn run_surplus_removal(self: Arc<Self>) {
         loop {
             if self.surplus.count() == 0 {
                 self.surplus.added.notified().await;
             }
             tokio::time::sleep(Duration::from_millis(GATHER_MS)).await;
-            match self.let_surplus_go().await {
+            match self.drop_surplus().await {
                 Ok(0) => {}
-                Ok(chunks) => info!(chunks, "let go of content that the nodes it is for hold"),
-                Err(reason) => debug!(%reason, "surplus content stays"),
+                Ok(chunks) => info!(
+                    chunks,
+                    "surplus copies were deleted; the assigned nodes hold them"
+                ),
+                Err(reason) => debug!(%reason, "surplus copies are kept until the next attempt"),
             }
             if self.surplus.take_overflowed() {
-                self.compare_soon(WalkReason::MoreMissing);
+                self.request_comparison(WalkReason::MoreMissing);
             }
             if self.surplus.count() > 0 {
                 tokio::time::sleep(Duration::from_millis(RETRY_MS)).await;
@@ -105,92 +108,97 @@ impl Recovery {
         }
     }
 
-    /// Tries each surplus chunk once; answers how many went.
-    async fn let_surplus_go(self: &Arc<Self>) -> Result<u64, String> {
-        let (mut after, mut gone) = (None, 0);
+    /// Tries to delete each surplus chunk once; returns the number of deleted chunks.
+    async fn drop_surplus(self: &Arc<Self>) -> Result<u64, String> {
+        let (mut after, mut freed) = (None, 0);
         loop {
             let batch = self.surplus.after(after, BATCH_CHUNKS);
-            let Some(last) = batch.last() else { return Ok(gone) };
+            let Some(last) = batch.last() else {
+                return Ok(freed);
+            };
             after = Some(*last);
-            let picture = self.placement.picture();
+            let snapshot = self.placement.snapshot();
             let surplus = self
-                .still_surplus(batch, &picture)
+                .still_surplus(batch, &snapshot)
                 .map_err(|error| error.to_string())?;
-            // While voters change, and for who does not vote, everything stays.
+            // While voters change, and on a node that is not a voter, all copies are kept.
             let own = self.consensus.id();
-            let Some(layout) = picture.settled().filter(|layout| layout.voters().contains(&own)) else {
+            let Some(layout) = snapshot.stable().filter(|layout| layout.voters().contains(&own)) else {
                 return Err("the voters are changing".to_string());
             };
-            let confirmed = self.confirmed(surplus, layout, picture.epoch).await;
-            let (recovery, epoch) = (Arc::clone(self), picture.epoch);
-            let let_go = tokio::task::spawn_blocking(move || {
+            let confirmed = self.confirmed(surplus, layout, snapshot.epoch).await;
+            let (recovery, epoch) = (Arc::clone(self), snapshot.epoch);
+            let dropping = tokio::task::spawn_blocking(move || {
                 let dropped = recovery
                     .placement
-                    .let_go(epoch, || recovery.content.discard(&confirmed));
+                    .drop_copies_at(epoch, || recovery.content.discard(&confirmed));
                 match dropped {
                     Some(Ok(_)) => {
                         let count = confirmed.len() as u64;
-                        recovery.surplus.settled(confirmed);
+                        recovery.surplus.remove(confirmed);
                         count
                     }
                     Some(Err(error)) => {
-                        warn!(%error, "surplus content could not be freed");
+                        warn!(%error, "cannot delete surplus copies; trying again");
                         0
                     }
                     None => 0,
                 }
             });
-            gone += let_go.await.map_err(|panic| panic.to_string())?;
+            freed += dropping.await.map_err(|panic| panic.to_string())?;
         }
     }
 
-    /// Those of `batch` that are held, named and for others still; the rest is taken off the books. What no file names
-    /// is the sweeper's.
+    /// Returns those of `batch` that are still surplus: held, referenced and assigned to other nodes. Removes the
+    /// others. Unreferenced chunks are left to the sweeper.
     fn still_surplus(
         &self,
         batch: Vec<ChunkId>,
-        picture: &PlacementSnapshot,
+        snapshot: &PlacementSnapshot,
     ) -> Result<Vec<ChunkId>, Failure> {
         let own = self.consensus.id();
         let view = self.metadata.view()?;
         let (mut surplus, mut settled) = (Vec::new(), Vec::new());
         for id in batch {
             let is_surplus =
-                !picture.should_hold(id, own) && self.content.contains(id) && view.chunk(id)?.is_some();
+                !snapshot.should_hold(id, own) && self.content.contains(id) && view.chunk(id)?.is_some();
             if is_surplus { &mut surplus } else { &mut settled }.push(id);
         }
-        self.surplus.settled(settled);
+        self.surplus.remove(settled);
         Ok(surplus)
     }
 
-    /// Those of `ids` that all their places hold under `epoch`.
+    /// Returns those of `ids` that all their holders confirm under `epoch`.
     async fn confirmed(&self, ids: Vec<ChunkId>, layout: &Layout, epoch: u64) -> Vec<ChunkId> {
         let mut asked: BTreeMap<NodeId, Vec<ChunkId>> = BTreeMap::new();
         for id in &ids {
-            for place in layout.places(*id) {
-                asked.entry(place).or_default().push(*id);
+            for holder in layout.holders(*id) {
+                asked.entry(holder).or_default().push(*id);
             }
         }
         let members = self.consensus.members();
-        let asking = asked.iter().map(|(place, ids)| async {
-            let member = members.iter().find(|member| member.id == *place);
+        let asking = asked.iter().map(|(holder, ids)| async {
+            let member = members.iter().find(|member| member.id == *holder);
             let answer = match member {
                 Some(member) => self.peers.held_under_epoch(member, ids).await,
                 None => return Vec::new(),
             };
             match answer {
-                Ok((theirs, held)) if theirs == epoch => ids
+                Ok((node_epoch, held)) if node_epoch == epoch => ids
                     .iter()
                     .zip(held)
                     .filter(|(_, held)| *held)
                     .map(|(id, _)| *id)
                     .collect(),
-                Ok((theirs, _)) => {
-                    debug!(node = place.slot, epoch, theirs, "a node knows another placement");
+                Ok((node_epoch, _)) => {
+                    debug!(
+                        node = holder.slot,
+                        epoch, node_epoch, "a node has a different placement"
+                    );
                     Vec::new()
                 }
                 Err(error) => {
-                    debug!(%error, "a node does not say whether it holds what it should");
+                    debug!(%error, "a node did not report which chunks it holds");
                     Vec::new()
                 }
             }

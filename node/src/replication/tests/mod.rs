@@ -1,4 +1,4 @@
-//! Pushing, fetching and asking, against a peer in this process.
+//! Pushes, fetches and queries with a peer in the test process.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,11 +16,11 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::messages::{get_response, put_response, put_status, range_asked};
+use super::messages::{get_response, put_response, put_status, requested_range};
 use super::peers::{FetchError, PeerChunks, PushError};
 use crate::transport::Transport;
 
-/// The id of the test chunk `counter`.
+/// Returns the id of the test chunk `counter`.
 fn id(counter: u64) -> ChunkId {
     ChunkId {
         session: SessionId(7),
@@ -28,7 +28,7 @@ fn id(counter: u64) -> ChunkId {
     }
 }
 
-/// A chunk whose bytes follow from its number.
+/// Returns a chunk whose bytes depend on its number.
 fn chunk(counter: u64, length: usize) -> Chunk {
     let mut payload = vec![0; length];
     SmallRng::seed_from_u64(counter).fill(&mut payload[..]);
@@ -48,17 +48,17 @@ fn assert_served(store: &ContentStore, chunk: &Chunk) {
     assert_eq!(&store.read_whole(chunk.id()).unwrap(), chunk);
 }
 
-/// What the peer does wrong.
+/// The fault of the peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Manner {
     Honest,
-    /// Takes calls and never answers.
+    /// Accepts calls and never answers.
     Silent,
-    /// Has no space.
+    /// Its disk is full.
     Full,
-    /// Changes a byte of what it sends.
+    /// Changes a byte of each answer.
     Damaging,
-    /// Sends bytes and CRCs that match each other and are of another chunk.
+    /// Sends the bytes and matching CRCs of another chunk.
     Lying,
 }
 
@@ -67,7 +67,7 @@ struct TestPeer {
     manner: Arc<Mutex<Manner>>,
 }
 
-fn elsewhere<T>() -> Result<Response<T>, Status> {
+fn unimplemented<T>() -> Result<Response<T>, Status> {
     Err(Status::unimplemented("not part of this test"))
 }
 
@@ -81,7 +81,7 @@ impl Peer for TestPeer {
         &self,
         _: Request<quorumfs_wire::MayRenounceRequest>,
     ) -> Result<Response<quorumfs_wire::MayRenounceResponse>, Status> {
-        elsewhere()
+        unimplemented()
     }
 
     async fn push_chunks(
@@ -115,7 +115,7 @@ impl Peer for TestPeer {
         let store = Arc::clone(&self.store);
         let manner = Arc::clone(&self.manner);
         let answer = move |request: GetChunkRequest| {
-            let (id, offset, length) = range_asked(&request).unwrap();
+            let (id, offset, length) = requested_range(&request).unwrap();
             let mut answer = get_response(store.read(id, offset, length));
             match *manner.lock() {
                 Manner::Damaging => {
@@ -149,100 +149,100 @@ impl Peer for TestPeer {
     }
 
     async fn hello(&self, _: Request<HelloRequest>) -> Result<Response<HelloResponse>, Status> {
-        elsewhere()
+        unimplemented()
     }
     async fn append_entries(
         &self,
         _: Request<Streaming<RaftMessage>>,
     ) -> Result<Response<Self::AppendEntriesStream>, Status> {
-        elsewhere()
+        unimplemented()
     }
     async fn vote(&self, _: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
-        elsewhere()
+        unimplemented()
     }
     async fn pre_vote(&self, _: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
-        elsewhere()
+        unimplemented()
     }
     async fn transfer_leader(&self, _: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
-        elsewhere()
+        unimplemented()
     }
     async fn install_snapshot(
         &self,
-        _: Request<Streaming<SnapshotPiece>>,
+        _: Request<Streaming<SnapshotPart>>,
     ) -> Result<Response<RaftMessage>, Status> {
-        elsewhere()
+        unimplemented()
     }
     async fn join(&self, _: Request<wire::JoinRequest>) -> Result<Response<wire::JoinResponse>, Status> {
-        elsewhere()
+        unimplemented()
     }
     async fn invite(
         &self,
         _: Request<wire::InviteRequest>,
     ) -> Result<Response<wire::InviteResponse>, Status> {
-        elsewhere()
+        unimplemented()
     }
     async fn add_member(
         &self,
         _: Request<wire::AddMemberRequest>,
     ) -> Result<Response<wire::AddMemberResponse>, Status> {
-        elsewhere()
+        unimplemented()
     }
     async fn remove_members(
         &self,
         _: Request<wire::RemoveMembersRequest>,
     ) -> Result<Response<wire::RemoveMembersResponse>, Status> {
-        elsewhere()
+        unimplemented()
     }
     async fn state_digest(
         &self,
         _: Request<wire::StateDigestRequest>,
     ) -> Result<Response<wire::StateDigestResponse>, Status> {
-        elsewhere()
+        unimplemented()
     }
     async fn begin_audit(
         &self,
         _: Request<wire::BeginAuditRequest>,
     ) -> Result<Response<wire::BeginAuditResponse>, Status> {
-        elsewhere()
+        unimplemented()
     }
     async fn read_index(
         &self,
         _: Request<wire::ReadIndexRequest>,
     ) -> Result<Response<wire::ReadIndexResponse>, Status> {
-        elsewhere()
+        unimplemented()
     }
     async fn set_replicas(
         &self,
         _: Request<wire::SetReplicasRequest>,
     ) -> Result<Response<wire::SetReplicasResponse>, Status> {
-        elsewhere()
+        unimplemented()
     }
     async fn content_complete(
         &self,
         _: Request<wire::ContentCompleteRequest>,
     ) -> Result<Response<wire::ContentCompleteResponse>, Status> {
-        elsewhere()
+        unimplemented()
     }
     async fn verify_chunks(
         &self,
         _: Request<quorumfs_wire::VerifyChunksRequest>,
     ) -> Result<Response<quorumfs_wire::VerifyChunksResponse>, Status> {
-        elsewhere()
+        unimplemented()
     }
 
     async fn node_status(
         &self,
         _: Request<NodeStatusRequest>,
     ) -> Result<Response<NodeStatusResponse>, Status> {
-        elsewhere()
+        unimplemented()
     }
 
     async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
-        elsewhere()
+        unimplemented()
     }
 }
 
-/// A peer and a way to it.
+/// A peer and a client of it.
 struct Pair {
     chunks: Arc<PeerChunks>,
     member: quorumfs_proto::Member,
@@ -252,7 +252,7 @@ struct Pair {
     _folder: tempfile::TempDir,
 }
 
-/// A server with its own runtime: when that ends, its connections do.
+/// A server with its own runtime, whose connections end with it.
 struct Serving {
     runtime: tokio::runtime::Runtime,
     _stop: oneshot::Sender<()>,
@@ -405,7 +405,7 @@ async fn what_does_not_match_is_not_returned() {
 }
 
 #[tokio::test]
-async fn a_full_peer_says_so() {
+async fn a_full_peer_reports_no_space() {
     let pair = Pair::new(Manner::Full).await;
     assert_eq!(
         pair.chunks.push(&pair.member, &chunk(1, 100)).await,
@@ -437,14 +437,14 @@ async fn a_peer_that_does_not_answer_fills_its_queue_and_is_given_up() {
         .count();
     assert_eq!(unreachable, 64, "{:?}", results[0]);
     assert!(began.elapsed() < Duration::from_secs(5));
-    // The queue is free again, and the peer is asked again.
+    // The queue is free again, and the peer is called again.
     *pair.manner.lock() = Manner::Honest;
     tokio::time::sleep(Duration::from_millis(150)).await;
     pair.chunks.push(&pair.member, &chunk(200, 1000)).await.unwrap();
 }
 
 #[tokio::test]
-async fn who_stops_waiting_does_not_free_the_queue_before_its_bytes_have_left_it() {
+async fn a_cancelled_push_keeps_its_permit_until_its_bytes_have_left_the_queue() {
     let pair = Pair::new(Manner::Silent).await;
     let model = chunk(1, 1 << 20);
     for counter in 0..64 {
@@ -480,7 +480,7 @@ async fn a_peer_that_comes_back_is_found_again() {
             .unwrap();
         pair.chunks.fetch(&pair.member, id(1), 0, 10).await.unwrap();
     }
-    // It restarts between two calls: nobody notices.
+    // A restart between two calls has no effect.
     pair.stop();
     pair.start();
     pair.chunks.push(&pair.member, &chunk(300, 1000)).await.unwrap();

@@ -1,19 +1,18 @@
-//! Calls over bidirectional streams: one multiplexer for the side that asks, and its one peer for the side that
-//! answers.
+//! Calls over bidirectional streams: the client side and the server side, shared by all protocols.
 //!
-//! - [`Multiplexer`]: numbers calls, sends them over a stream and hands out their answers.
-//! - [`NodeCalls`]: the calls to one node, over one stream after another.
+//! - [`Multiplexer`]: numbers calls, sends them over a stream and delivers the answers.
+//! - [`NodeCalls`]: the calls to one node, over consecutive streams.
 //! - [`answer_calls`]: answers a stream of calls.
 //!
-//! The messages of openraft do not go through it: they are answered in order, and openraft itself matches them.
+//! The messages of openraft do not use it: they are answered in order, and openraft itself matches them.
 //!
-//! This module knows nothing of what is asked, of who leads, or of how connections are made.
+//! This module does not know the meaning of messages, the leader, or how connections are made.
 
 mod multiplexer;
 mod node_calls;
 mod server;
 
-pub use multiplexer::{Limits, Lost, Multiplexer, OnSend, Resend, Waiting, describe, next_answer};
+pub use multiplexer::{CallError, Limits, Multiplexer, OnSend, PendingCall, Resend, describe, next_answer};
 pub use node_calls::{NodeCalls, NodeLimits};
 pub use server::{Admission, AnswerStream, answer_calls};
 
@@ -21,11 +20,11 @@ use crate::messages::{
     CallRequest, CallResponse, GetChunkRequest, GetChunkResponse, PutChunkRequest, PutChunkResponse,
 };
 
-/// A message that carries the number of its call.
+/// A message that carries a call id.
 pub trait Numbered {
-    /// The number; 0: none yet.
+    /// Returns the call id; 0 means none.
     fn call_id(&self) -> u64;
-    /// Replaces the number.
+    /// Sets the call id.
     fn set_call_id(&mut self, call_id: u64);
 }
 

@@ -1,21 +1,19 @@
-//! The side that asks: many calls at once over one bidirectional stream, answered in any order.
+//! The client side: many concurrent calls over one bidirectional stream, answered in any order.
 //!
 //! Contract:
-//! - **Answers.** A call ends once: with its answer, or with the reason why there is none ([`Lost`]).
-//! - **Order.** Calls enter a stream in the order in which they were submitted, on the first stream and on every later
-//!   one. Answers come in any order.
-//! - **A stream that ends.** [`Multiplexer::detach`] ends the calls that were sent over [`Limits::streams_max`]
-//!   streams. The others are sent over the next stream. So a request may arrive several times; with
-//!   [`Limits::resend`] also on one stream. It must be one that does no harm then.
-//! - **Cancellation.** A dropped [`Waiting`] withdraws its call: it is not sent again. If it is on a stream, what it
-//!   holds (`H`, for example a permit) is given back with its answer or with the end of the stream, because until then
-//!   its bytes may be in a queue.
+//! - **Answers.** A call ends once: with its answer or with a [`CallError`].
+//! - **Order.** Calls enter each stream in the order of submission. Answers come in any order.
+//! - **End of a stream.** [`Multiplexer::detach`] ends the calls that were sent over [`Limits::streams_max`] streams.
+//!   The others are sent over the next stream. A request may therefore arrive several times, with [`Limits::resend`]
+//!   also on one stream, so it must be idempotent.
+//! - **Cancellation.** Dropping a [`PendingCall`] withdraws the call: it is not sent again. If it was sent on the
+//!   current stream, what it holds (`H`, for example a permit) is released with its answer or with the end of the
+//!   stream, because until then its bytes may be in a queue.
 //! - **Backpressure.** [`Multiplexer::submit`] never waits. The callers bound the number of calls. The queue to the
-//!   stream has a bound of its own; a call that does not fit is sent by [`Multiplexer::resend_due`], or ends as
-//!   [`Lost::QueueFull`] where nothing is sent again.
+//!   stream has a separate bound; a call that does not fit is sent by [`Multiplexer::resend_due`], or ends as
+//!   [`CallError::QueueFull`] if nothing is resent.
 //!
-//! One call costs one entry in the queue to the stream and one oneshot channel; no task. The lock is never held across
-//! an await.
+//! A call costs one queue entry and one oneshot channel, and no task. The lock is never held across an await.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -32,31 +30,31 @@ use super::Numbered;
 
 /// Why a call has no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Lost {
-    /// There is no connection, or it broke.
+pub enum CallError {
+    /// The connection could not be made, or it broke; with the reason.
     #[error("{0}")]
     Failed(Arc<str>),
-    /// The node ended the stream.
+    /// The node ended the stream without an error.
     #[error("the node ended the stream")]
     Ended,
-    /// Calls waited for this time and none was answered.
+    /// No call was answered in this time although some were outstanding.
     #[error("no answer in {} ms", .0.as_millis())]
-    Silent(Duration),
-    /// The queue to the stream has no room.
-    #[error("too many requests wait for the connection")]
+    Timeout(Duration),
+    /// The queue to the stream is full.
+    #[error("the queue of requests to the node is full")]
     QueueFull,
     /// The multiplexer is closed.
     #[error("the connection is closed")]
     Closed,
 }
 
-impl From<&Status> for Lost {
-    fn from(status: &Status) -> Lost {
-        Lost::Failed(describe(status).into())
+impl From<&Status> for CallError {
+    fn from(status: &Status) -> CallError {
+        CallError::Failed(describe(status).into())
     }
 }
 
-/// What a status says, with the reason beneath it: "transport error" alone does not help.
+/// Returns the message of `status` with the messages of its sources, which name the cause of a "transport error".
 pub fn describe(status: &Status) -> String {
     let mut text = status.message().to_string();
     let mut source = std::error::Error::source(status);
@@ -70,82 +68,82 @@ pub fn describe(status: &Status) -> String {
     text
 }
 
-/// The next answer of a stream.
+/// Returns the next answer of a stream.
 ///
 /// # Errors
-/// Why the stream ended.
+/// The error with which the stream ended.
 pub async fn next_answer<R>(
     answers: &mut (impl Stream<Item = Result<R, Status>> + Unpin),
-) -> Result<R, Lost> {
+) -> Result<R, CallError> {
     match answers.next().await {
-        Some(answer) => answer.map_err(|status| Lost::from(&status)),
-        None => Err(Lost::Ended),
+        Some(answer) => answer.map_err(|status| CallError::from(&status)),
+        None => Err(CallError::Ended),
     }
 }
 
-/// When a call is sent again on the same stream.
+/// When a call without an answer is sent again on the same stream.
 #[derive(Clone, Copy, Debug)]
 pub struct Resend {
-    /// After this time without an answer. It doubles with each sending on one stream.
+    /// Time after which a call is first sent again. It doubles with each sending on one stream.
     pub after: Duration,
-    /// Until it is this long.
+    /// Upper bound of that time.
     pub after_max: Duration,
 }
 
 /// Bounds of a [`Multiplexer`].
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Requests in the queue to the stream.
+    /// Most requests in the queue to the stream.
     pub queue_max: usize,
-    /// Streams over which one call is sent.
+    /// Most streams over which one call is sent.
     pub streams_max: u32,
-    /// `None`: a call is sent once on each stream.
+    /// When a call is sent again on one stream; `None` means never.
     pub resend: Option<Resend>,
 }
 
-/// Completes requests of type `Q` when they are sent; `H` is what their calls hold.
+/// Completes requests of type `Q` just before they are sent. `H` is the type of what calls hold.
 pub trait OnSend<Q, H>: Send {
-    /// What comes next is sent over a new stream.
+    /// Called when a new stream begins; later requests are sent over it.
     fn begin_stream(&mut self) {}
 
-    /// `request` is about to be sent; `is_first`: for the first time on this stream.
+    /// Called before `request` is sent; `is_first` is true for the first time on this stream.
     fn prepare(&mut self, request: &mut Q, held: &mut H, is_first: bool) {
         let _ = (request, held, is_first);
     }
 }
 
-/// Requests are sent as they are.
+/// Sends requests unchanged.
 impl<Q, H> OnSend<Q, H> for () {}
 
-/// Calls with requests `Q` and answers `A`; see the module. Each holds an `H` as long as it is outstanding; `S`
-/// completes requests when they are sent.
+/// Concurrent calls with requests `Q` and answers `A`. Each call holds an `H` while it is outstanding; `S` completes
+/// requests just before they are sent. The module documentation has the contract.
 pub struct Multiplexer<Q, A, H = (), S = ()> {
     limits: Limits,
     state: Mutex<State<Q, A, H, S>>,
-    /// Calls are outstanding and there is no stream.
-    wanted: Notify,
+    /// Notified when a call is submitted while there is no stream.
+    stream_needed: Notify,
 }
 
 struct State<Q, A, H, S> {
     next_call_id: u64,
-    /// In the order of submission.
+    /// By call id, which is the order of submission.
     outstanding: BTreeMap<u64, Call<Q, A, H>>,
-    /// Into the current stream.
+    /// Queue to the current stream.
     outbound: Option<mpsc::Sender<Q>>,
-    /// On the current stream; at first when it began.
+    /// Time of the last answer on the current stream; before the first one, when the stream began.
     last_answer: Instant,
     on_send: S,
     closed: bool,
 }
 
 struct Call<Q, A, H> {
-    /// `None`: withdrawn.
+    /// `None` after the call was withdrawn.
     request: Option<Q>,
-    answer: oneshot::Sender<Result<(A, u32), Lost>>,
+    answer: oneshot::Sender<Result<(A, u32), CallError>>,
     held: H,
     submitted_at: Instant,
-    /// Since when it waits on the current stream.
-    waits_since: Instant,
+    /// Start of the wait on the current stream.
+    waiting_since: Instant,
     last_sent_at: Instant,
     resend_after: Duration,
     sends: u32,
@@ -155,7 +153,7 @@ struct Call<Q, A, H> {
 
 impl<Q: Clone, A, H> Call<Q, A, H> {
     fn begin_stream(&mut self, now: Instant, resend_after: Duration) {
-        self.waits_since = now;
+        self.waiting_since = now;
         self.resend_after = resend_after;
         self.is_on_stream = false;
     }
@@ -170,9 +168,9 @@ impl<Q: Clone, A, H> Call<Q, A, H> {
         let Some(request) = &mut self.request else {
             return Ok(());
         };
-        let place = outbound.try_reserve()?;
+        let slot = outbound.try_reserve()?;
         on_send.prepare(request, &mut self.held, !self.is_on_stream);
-        place.send(request.clone());
+        slot.send(request.clone());
         self.sends = self.sends.saturating_add(1);
         if !self.is_on_stream {
             self.is_on_stream = true;
@@ -182,29 +180,29 @@ impl<Q: Clone, A, H> Call<Q, A, H> {
     }
 }
 
-/// A submitted call. Dropping it withdraws the call.
-pub struct Waiting<'a, Q, A, H, S> {
+/// A call that was submitted. Dropping it withdraws the call.
+pub struct PendingCall<'a, Q, A, H, S> {
     multiplexer: &'a Multiplexer<Q, A, H, S>,
     call_id: u64,
-    answer: oneshot::Receiver<Result<(A, u32), Lost>>,
-    is_over: bool,
+    answer: oneshot::Receiver<Result<(A, u32), CallError>>,
+    is_ended: bool,
 }
 
-impl<Q, A, H, S> Waiting<'_, Q, A, H, S> {
-    /// The answer, and how often the request was sent for it.
+impl<Q, A, H, S> PendingCall<'_, Q, A, H, S> {
+    /// Waits for the answer; returns it with the number of times the request was sent.
     ///
     /// # Errors
-    /// Why there is none. The request may have arrived all the same, except with [`Lost::QueueFull`].
-    pub async fn answer(mut self) -> Result<(A, u32), Lost> {
+    /// A [`CallError`]. The request may have arrived all the same, except after [`CallError::QueueFull`].
+    pub async fn answer(mut self) -> Result<(A, u32), CallError> {
         let answer = (&mut self.answer).await;
-        self.is_over = true;
-        answer.unwrap_or(Err(Lost::Closed))
+        self.is_ended = true;
+        answer.unwrap_or(Err(CallError::Closed))
     }
 }
 
-impl<Q, A, H, S> Drop for Waiting<'_, Q, A, H, S> {
+impl<Q, A, H, S> Drop for PendingCall<'_, Q, A, H, S> {
     fn drop(&mut self) {
-        if !self.is_over {
+        if !self.is_ended {
             self.multiplexer.withdraw(self.call_id);
         }
     }
@@ -228,7 +226,7 @@ where
     Q: Numbered + Clone,
     S: OnSend<Q, H>,
 {
-    /// Without a stream.
+    /// Creates a multiplexer without a stream.
     pub fn new(limits: Limits, on_send: S) -> Multiplexer<Q, A, H, S> {
         Multiplexer {
             limits,
@@ -240,24 +238,25 @@ where
                 on_send,
                 closed: false,
             }),
-            wanted: Notify::new(),
+            stream_needed: Notify::new(),
         }
     }
 
-    /// Sends `request` at once if there is a stream, or else over the next one.
-    pub fn submit(&self, mut request: Q, held: H) -> Waiting<'_, Q, A, H, S> {
+    /// Submits `request`: it is sent at once if there is a stream, otherwise over the next one. `held` is kept until
+    /// the call ends.
+    pub fn submit(&self, mut request: Q, held: H) -> PendingCall<'_, Q, A, H, S> {
         let (sender, receiver) = oneshot::channel();
         let mut state = self.state.lock();
         let call_id = state.next_call_id;
         state.next_call_id += 1;
-        let waiting = Waiting {
+        let waiting = PendingCall {
             multiplexer: self,
             call_id,
             answer: receiver,
-            is_over: false,
+            is_ended: false,
         };
         if state.closed {
-            // Nothing is released under the lock, and dropping the sender ends the call.
+            // `held` is dropped outside the lock. Dropping the sender ends the call.
             drop(state);
             return waiting;
         }
@@ -268,7 +267,7 @@ where
             answer: sender,
             held,
             submitted_at: now,
-            waits_since: now,
+            waiting_since: now,
             last_sent_at: now,
             resend_after: self.resend_after(),
             sends: 0,
@@ -281,28 +280,28 @@ where
         let sent = match outbound {
             Some(outbound) => call.send(outbound, on_send, now),
             None => {
-                self.wanted.notify_one();
+                self.stream_needed.notify_one();
                 Ok(())
             }
         };
         if self.has_no_room(&sent) {
             drop(state);
-            end([call], &Lost::QueueFull);
+            end([call], &CallError::QueueFull);
         } else {
             state.outstanding.insert(call_id, call);
         }
         waiting
     }
 
-    /// Returns when calls are outstanding: a stream is to be attached then.
-    pub async fn wanted(&self) {
+    /// Returns as soon as a call is outstanding, so that a stream is needed.
+    pub async fn calls_outstanding(&self) {
         while self.state.lock().outstanding.is_empty() {
-            self.wanted.notified().await;
+            self.stream_needed.notified().await;
         }
     }
 
-    /// A new stream: everything outstanding is in it, in the order of submission, and later calls follow. Ends when it
-    /// is detached.
+    /// Begins a stream and returns its requests: all outstanding calls in the order of submission, then later calls.
+    /// It ends with [`Multiplexer::detach`].
     pub fn attach(&self) -> ReceiverStream<Q> {
         let (outbound, requests) = mpsc::channel(self.limits.queue_max);
         let mut state = self.state.lock();
@@ -311,7 +310,7 @@ where
             outstanding, on_send, ..
         } = &mut *state;
         on_send.begin_stream();
-        let surplus: Vec<_> = outstanding
+        let rejected: Vec<_> = outstanding
             .extract_if(.., |_, call| {
                 call.begin_stream(now, self.resend_after());
                 let sent = call.send(&outbound, on_send, now);
@@ -321,18 +320,18 @@ where
         state.last_answer = now;
         state.outbound = Some(outbound).filter(|_| !state.closed);
         drop(state);
-        end(surplus.into_iter().map(|(_, call)| call), &Lost::QueueFull);
+        end(rejected.into_iter().map(|(_, call)| call), &CallError::QueueFull);
         ReceiverStream::new(requests)
     }
 
-    /// The node has accepted the stream: silence counts from now.
+    /// Notes that the node accepted the stream: silence is measured from now.
     pub fn opened(&self) {
         self.state.lock().last_answer = Instant::now();
     }
 
-    /// The stream is over: calls that may not be sent over another one end as `lost`. Answers since when the oldest of
-    /// the others waits.
-    pub fn detach(&self, lost: &Lost) -> Option<Instant> {
+    /// Ends the stream. Calls that reached [`Limits::streams_max`] end as `error`. Returns when the oldest remaining
+    /// call was submitted.
+    pub fn detach(&self, error: &CallError) -> Option<Instant> {
         let mut state = self.state.lock();
         state.outbound = None;
         let is_over =
@@ -349,39 +348,40 @@ where
             .first_key_value()
             .map(|(_, call)| call.submitted_at);
         drop(state);
-        end(over.into_iter().map(|(_, call)| call), lost);
+        end(over.into_iter().map(|(_, call)| call), error);
         waiting_since
     }
 
-    /// The stream is over, and every call ends as `lost`.
-    pub fn end_all(&self, lost: &Lost) {
+    /// Ends the stream and all calls as `error`.
+    pub fn end_all(&self, error: &CallError) {
         let mut state = self.state.lock();
         state.outbound = None;
         let over = std::mem::take(&mut state.outstanding);
         drop(state);
-        end(over.into_values(), lost);
+        end(over.into_values(), error);
     }
 
-    /// Nothing is sent from now on: all calls, also later ones, end as [`Lost::Closed`].
+    /// Ends all calls, including later ones, as [`CallError::Closed`]; nothing more is sent.
     pub fn close(&self) {
         self.state.lock().closed = true;
-        self.end_all(&Lost::Closed);
+        self.end_all(&CallError::Closed);
     }
 
-    /// Ends a call with its answer. One that is not outstanding is passed over.
+    /// Ends a call with its answer. An unknown `call_id` is ignored.
     pub fn answer(&self, call_id: u64, answer: A) {
         let mut state = self.state.lock();
         state.last_answer = Instant::now();
         let call = state.outstanding.remove(&call_id);
         drop(state);
         if let Some(call) = call {
-            // The caller may have gone.
+            // Fails if the caller dropped the call, which is no error.
             let _ = call.answer.send(Ok((answer, call.sends)));
         }
     }
 
-    /// An answer to a call has come that may not end it: what the call holds, if it is outstanding.
-    pub fn heard(&self, call_id: u64) -> Option<H>
+    /// Notes that an answer to a call arrived, without ending the call. Returns a copy of what the call holds, if it
+    /// is outstanding.
+    pub fn note_answer(&self, call_id: u64) -> Option<H>
     where
         H: Clone,
     {
@@ -390,7 +390,7 @@ where
         state.outstanding.get(&call_id).map(|call| call.held.clone())
     }
 
-    /// Sends again what has waited long enough for its answer on the current stream.
+    /// Resends the calls whose resend time on the current stream has passed.
     pub fn resend_due(&self) {
         let Some(resend) = self.limits.resend else {
             return;
@@ -408,35 +408,36 @@ where
         };
         for call in outstanding.values_mut() {
             if now.duration_since(call.last_sent_at) >= call.resend_after {
-                // What does not fit now comes with a later turn.
+                // A call that does not fit into the queue is sent by a later invocation.
                 let _ = call.send(outbound, on_send, now);
                 call.resend_after = (2 * call.resend_after).min(resend.after_max);
             }
         }
     }
 
-    /// Since when calls wait without any answer on the current stream; `None`: none waits.
+    /// Start of the current silence: calls are outstanding and no answer has arrived since. `None` if no call is
+    /// outstanding.
     pub fn silent_since(&self) -> Option<Instant> {
         let state = self.state.lock();
         let (_, oldest) = state.outstanding.first_key_value()?;
-        Some(oldest.waits_since.max(state.last_answer))
+        Some(oldest.waiting_since.max(state.last_answer))
     }
 
     fn resend_after(&self) -> Duration {
         self.limits.resend.map_or(Duration::MAX, |resend| resend.after)
     }
 
-    /// Whether a call is to end because the queue is full. One that meets a queue whose reader is gone waits: the end
+    /// Whether a call must end because the queue is full. If the reader of the queue is gone, the call waits: the end
     /// of the stream is about to be noticed.
     fn has_no_room(&self, sent: &Result<(), TrySendError<()>>) -> bool {
         matches!(sent, Err(TrySendError::Full(()))) && self.limits.resend.is_none()
     }
 }
 
-fn end<Q, A, H>(calls: impl IntoIterator<Item = Call<Q, A, H>>, lost: &Lost) {
+fn end<Q, A, H>(calls: impl IntoIterator<Item = Call<Q, A, H>>, error: &CallError) {
     for call in calls {
         // The caller may have gone.
-        let _ = call.answer.send(Err(lost.clone()));
+        let _ = call.answer.send(Err(error.clone()));
     }
 }
 

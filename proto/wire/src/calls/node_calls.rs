@@ -1,9 +1,9 @@
-//! The calls of one kind to one node, over one stream after another.
+//! The calls of one kind to one node, over consecutive streams.
 //!
-//! Owes: a stream is opened with the first call, and after the end of one with the next call, not before
-//! [`NodeLimits::pause`] has passed. A stream on which calls wait and no answer comes for
-//! [`NodeLimits::silence_max`], opening included, is given up, and its calls end as [`Lost::Silent`]: they are not
-//! sent over another one.
+//! A stream is opened for the first call. After a stream ends, the next call opens another, not before
+//! [`NodeLimits::pause`] has passed. If calls are outstanding and no answer arrives for [`NodeLimits::silence_max`]
+//! (including the time to open the stream), the stream is closed and its calls end as [`CallError::Timeout`]; they are
+//! not sent over another stream.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,22 +14,23 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status};
 
 use super::Numbered;
-use super::multiplexer::{Limits, Lost, Multiplexer, next_answer};
+use super::multiplexer::{CallError, Limits, Multiplexer, next_answer};
 
 /// Bounds of [`NodeCalls`].
 #[derive(Clone, Copy, Debug)]
 pub struct NodeLimits {
-    /// Requests in the queue to the stream.
+    /// Most requests in the queue to the stream.
     pub queue_max: usize,
-    /// Streams over which one call is sent.
+    /// Most streams over which one call is sent.
     pub streams_max: u32,
-    /// A node that answers nothing for this time while calls wait is taken to be lost.
+    /// Time without an answer, while calls are outstanding, after which the node is considered unreachable.
     pub silence_max: Duration,
-    /// Between the end of a stream and the next: a node that is down is not asked in a tight loop.
+    /// Time between the end of a stream and the start of the next, so that a node that is down is not called in a
+    /// tight loop.
     pub pause: Duration,
 }
 
-/// See the module. Dropping it ends the stream.
+/// The calls of one kind to one node. Dropping it ends the stream.
 pub struct NodeCalls<Q, R, H = ()> {
     calls: Arc<Multiplexer<Q, R, H>>,
     driver: AbortHandle,
@@ -41,8 +42,8 @@ where
     R: Numbered + Send + 'static,
     H: Send + 'static,
 {
-    /// Calls over the streams that `open` opens for their requests. Needs a tokio runtime, which then carries the
-    /// task that reads the answers.
+    /// Creates the calls; `open` opens a stream for the given requests. Must be called in a tokio runtime, which runs
+    /// the task that reads the answers.
     pub fn new<Open, Opening, Answers>(limits: NodeLimits, open: Open) -> NodeCalls<Q, R, H>
     where
         Open: Fn(ReceiverStream<Q>) -> Opening + Send + Sync + 'static,
@@ -55,19 +56,19 @@ where
             resend: None,
         };
         let calls = Arc::new(Multiplexer::new(multiplexer, ()));
-        let driven = Arc::clone(&calls);
+        let task_calls = Arc::clone(&calls);
         let driver = tokio::spawn(async move {
             loop {
-                driven.wanted().await;
-                let opening = open(driven.attach());
-                let lost = tokio::select! {
-                    lost = hand_out(opening, &driven) => lost,
-                    () = silence(&driven, limits.silence_max) => Lost::Silent(limits.silence_max),
+                task_calls.calls_outstanding().await;
+                let opening = open(task_calls.attach());
+                let error = tokio::select! {
+                    error = deliver_answers(opening, &task_calls) => error,
+                    () = wait_for_silence(&task_calls, limits.silence_max) => CallError::Timeout(limits.silence_max),
                 };
-                tracing::debug!(reason = %lost, "a stream of calls to a node ended");
-                match lost {
-                    Lost::Silent(_) => driven.end_all(&lost),
-                    _ => drop(driven.detach(&lost)),
+                tracing::debug!(reason = %error, "a stream of calls to a node ended");
+                match error {
+                    CallError::Timeout(_) => task_calls.end_all(&error),
+                    _ => drop(task_calls.detach(&error)),
                 }
                 tokio::time::sleep(limits.pause).await;
             }
@@ -78,11 +79,11 @@ where
         }
     }
 
-    /// Asks the node; the call has `held` until it is over.
+    /// Sends `request` and returns the answer; `held` is kept until the call ends.
     ///
     /// # Errors
-    /// Why there is no answer.
-    pub async fn call(&self, request: Q, held: H) -> Result<R, Lost> {
+    /// A [`CallError`].
+    pub async fn call(&self, request: Q, held: H) -> Result<R, CallError> {
         let answer = self.calls.submit(request, held).answer().await;
         answer.map(|(answer, _)| answer)
     }
@@ -94,29 +95,29 @@ impl<Q, R, H> Drop for NodeCalls<Q, R, H> {
     }
 }
 
-/// Hands out answers until the stream ends; returns why it did.
-async fn hand_out<Q, R, H>(
+/// Delivers answers until the stream ends; returns why it ended.
+async fn deliver_answers<Q, R, H>(
     opening: impl Future<Output = Result<Response<impl Stream<Item = Result<R, Status>> + Unpin>, Status>>,
     calls: &Multiplexer<Q, R, H>,
-) -> Lost
+) -> CallError
 where
     Q: Numbered + Clone,
     R: Numbered,
 {
     let mut answers = match opening.await {
         Ok(response) => response.into_inner(),
-        Err(status) => return Lost::from(&status),
+        Err(status) => return CallError::from(&status),
     };
     loop {
         match next_answer(&mut answers).await {
             Ok(answer) => calls.answer(answer.call_id(), answer),
-            Err(lost) => return lost,
+            Err(error) => return error,
         }
     }
 }
 
-/// Returns when calls have waited for `max` without any answer.
-async fn silence<Q: Numbered + Clone, R, H>(calls: &Multiplexer<Q, R, H>, max: Duration) {
+/// Returns when calls have been outstanding for `max` without an answer.
+async fn wait_for_silence<Q: Numbered + Clone, R, H>(calls: &Multiplexer<Q, R, H>, max: Duration) {
     loop {
         let deadline = calls.silent_since().unwrap_or_else(Instant::now) + max;
         if deadline <= Instant::now() {

@@ -1,15 +1,15 @@
-//! The side that answers: a stream of requests, each answered when it is done.
+//! The server side: a stream of requests, each answered when it is done.
 //!
 //! Contract:
-//! - At most `at_once_max` requests are in work, and as many answers wait to be sent. Further requests stay in the
-//!   stream's flow-control window, so that a client cannot fill memory.
-//! - `answer` is called in the order of the requests; what it returns is polled where the stream is read, so it must
-//!   leave work of more than some 100 µs to other threads. The answer gets the number of its request.
-//! - A request that was let in is carried out, also when the client has gone. One that still waits for its admission
-//!   then is dropped.
+//! - At most `at_once_max` requests are processed concurrently, and at most that number of answers wait to be sent.
+//!   Further requests stay in the flow-control window of the stream, so a client cannot fill memory.
+//! - `answer` is called in the order of the requests; the future that it returns is polled by the task that reads the
+//!   stream, so it moves work of more than some 100 µs to other threads. The answer gets the call id of its request.
+//! - An admitted request is processed even if the client disconnects. A request that waits for admission at that time
+//!   is dropped.
 //!
-//! One stream costs one task, one call an entry in the queue of answers. A task for each call would cost every call one
-//! hand-over more. A panic in one call ends the stream; the client sends its calls again.
+//! A stream costs one task, a call one entry in the queue of answers: a task for each call would add a hand-over to
+//! every call. A panic in a call ends the stream, and the client sends its calls again.
 
 use std::pin::{Pin, pin};
 
@@ -21,26 +21,27 @@ use tonic::Status;
 
 use super::Numbered;
 
-/// What the services name a stream of answers.
+/// The type of the streams of answers that the services return.
 pub type AnswerStream<A> = Pin<Box<dyn Stream<Item = Result<A, Status>> + Send>>;
 
-/// What lets a request in.
+/// Admission control: decides when a request may be processed.
 pub trait Admission<Q>: Send + Sync + 'static {
-    /// What a request holds until its answer has been sent.
+    /// Held from the admission of a request until its answer has been sent.
     type Held: Send + 'static;
 
-    /// Waits until `request` may be worked on.
+    /// Waits until `request` may be processed.
     fn admit(&self, request: &Q) -> impl Future<Output = Self::Held> + Send;
 }
 
-/// Every request is let in.
+/// Admits every request at once.
 impl<Q: Sync> Admission<Q> for () {
     type Held = ();
 
     async fn admit(&self, _request: &Q) {}
 }
 
-/// Answers each request of a stream by `answer`, at most `at_once_max` at a time.
+/// Answers each request of a stream with `answer`, at most `at_once_max` at a time. The module documentation has the
+/// contract.
 pub fn answer_calls<Q, A, F, Fut>(
     requests: impl Stream<Item = Result<Q, Status>> + Send + Unpin + 'static,
     at_once_max: usize,
@@ -62,7 +63,7 @@ where
             tokio::select! {
                 biased;
                 Some(()) = in_work.next() => {}
-                // The client has gone: what waits for its admission need not be done.
+                // The client has disconnected, so a request that waits for admission need not be processed.
                 () = sender.closed(), if more => more = false,
                 next = admitted.next(), if more && in_work.len() < at_once_max => match next {
                     Some((request, held)) => {
@@ -71,7 +72,7 @@ where
                         in_work.push(async move {
                             let mut answer = answer.await;
                             answer.set_call_id(call_id);
-                            // A client that went away asks again elsewhere; what it asked for is done all the same.
+                            // Fails if the client disconnected; it sends the call to another node.
                             let _ = sender.send((answer, held)).await;
                         });
                     }
@@ -83,7 +84,7 @@ where
     ReceiverStream::new(answers).map(|(answer, _held)| Ok(answer))
 }
 
-/// The requests, each as soon as it is let in, with what it holds. Ends where the stream of requests ends or breaks.
+/// Yields each request after its admission, with what the admission holds. Ends where `requests` ends or fails.
 fn admitted<Q, L: Admission<Q>>(
     requests: impl Stream<Item = Result<Q, Status>> + Unpin,
     admission: L,

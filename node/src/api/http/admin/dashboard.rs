@@ -1,5 +1,4 @@
-//! `/`: the page that people look at. All of it is in one file beside this one; it asks this node's own endpoints and
-//! nobody else.
+//! `/`: the dashboard, a single HTML file that only uses the endpoints of this node.
 
 use std::sync::Arc;
 
@@ -11,7 +10,7 @@ use axum::routing::get;
 use crate::node::Node;
 
 const PAGE: &str = include_str!("dashboard.html");
-/// Whatever a file's name says, the page loads and runs nothing but itself.
+/// The page loads and runs nothing but itself, even if a file name contains markup.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
                       img-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'";
 
@@ -19,12 +18,12 @@ pub(super) fn routes() -> Router<Arc<Node>> {
     Router::new().route("/", get(page))
 }
 
-/// The dashboard.
+/// Returns the dashboard.
 #[utoipa::path(
     get,
     path = "/",
     tag = "node",
-    responses((status = 200, description = "A page for people", content_type = "text/html", body = String))
+    responses((status = 200, description = "An HTML page", content_type = "text/html", body = String))
 )]
 pub(super) async fn page() -> impl IntoResponse {
     (

@@ -1,5 +1,5 @@
-//! `/health/status`: who answers whom, and whose clock is right. `/healthz` and `/readyz`: the same for machines, which
-//! look at the status code alone.
+//! `/health/status`: reachability and clocks of the nodes. `/healthz` and `/readyz`: liveness and readiness, for
+//! systems that only evaluate the status code.
 
 use std::sync::Arc;
 
@@ -24,54 +24,56 @@ pub(super) fn routes() -> Router<Arc<Node>> {
         .route("/readyz", get(ready))
 }
 
-/// What `GET /healthz` answers, as long as the process serves.
+/// The response to `GET /healthz` while the process serves requests.
 #[derive(Clone, Copy, Debug, Serialize, utoipa::ToSchema)]
 pub(super) struct Alive {
-    /// Always true.
+    /// Always true while the process serves requests.
     alive: bool,
 }
 
-/// What `GET /readyz` answers when the node is ready.
+/// The response to `GET /readyz` if the node is ready.
 #[derive(Clone, Copy, Debug, Serialize, utoipa::ToSchema)]
 pub(super) struct Ready {
-    /// Always true; a node that is not ready answers 503 with a `message` that says why.
+    /// Always true; a node that is not ready answers 503 with the reason in `message`.
     ready: bool,
 }
 
-/// Who answers whom and how fast, and whose clock is right; what is wrong, in words.
+/// Returns reachability, response times and clocks of the nodes, with a list of problems.
 #[utoipa::path(
     get,
     path = "/health/status",
     tag = "node",
     responses(
-        (status = 200, description = "As this node sees it, and as all see it", body = HealthReport),
-        (status = 503, description = "The node has not begun", body = ErrorBody),
+        (status = 200, description = "The view of this node, and the combined view of all nodes", body = HealthReport),
+        (status = 503, description = "The node is still starting", body = ErrorBody),
     )
 )]
 pub(super) async fn status(State(node): State<Arc<Node>>) -> Result<Json<HealthReport>, ApiError> {
     Ok(Json(parts(&node)?.health.report()))
 }
 
-/// Whether the process serves.
+/// Returns whether the process serves requests.
 #[utoipa::path(
     get,
     path = "/healthz",
     tag = "node",
-    responses((status = 200, description = "It does", body = Alive))
+    responses((status = 200, description = "It serves requests", body = Alive))
 )]
 pub(super) async fn alive() -> Json<Alive> {
     Json(Alive { alive: true })
 }
 
-/// Whether this node can serve reads and writes now: 200, or 503 with the reason. Not what was so a while ago: the leader
-/// is asked, and asks a quorum, within 2 s.
+/// Returns whether this node can serve reads and writes now.
+///
+/// 200, or 503 with the reason. The leader is asked for each request, and confirms its leadership with a quorum,
+/// within 2 s.
 #[utoipa::path(
     get,
     path = "/readyz",
     tag = "node",
     responses(
-        (status = 200, description = "It can", body = Ready),
-        (status = 503, description = "It cannot, and why", body = ErrorBody),
+        (status = 200, description = "It is ready", body = Ready),
+        (status = 503, description = "It is not ready, with the reason", body = ErrorBody),
     )
 )]
 pub(super) async fn ready(
@@ -81,7 +83,7 @@ pub(super) async fn ready(
     match readiness(&node, &client).await {
         Ok(()) => (StatusCode::OK, Json(Ready { ready: true })).into_response(),
         Err(reason) => ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", reason)
-            .hint("GET /health/status tells who answers whom")
+            .hint("GET /health/status shows which nodes reach each other")
             .into_response(),
     }
 }
@@ -91,13 +93,14 @@ async fn readiness(node: &Node, client: &watch::Receiver<ClientHandle>) -> Resul
     parts.health.can_serve().await?;
     if !parts.space.quorum_has_room() {
         return Err(
-            "fewer than a quorum of nodes have room on their disks: nothing can be written".to_string(),
+            "the disks of too many nodes are full: no quorum has free space, so nothing can be written"
+                .to_string(),
         );
     }
     match &*client.borrow() {
         ClientHandle::Ready(_) => Ok(()),
         ClientHandle::Connecting { reason } => {
-            Err(format!("this node has no session of its own yet: {reason}"))
+            Err(format!("this node has no session with the cluster yet: {reason}"))
         }
     }
 }

@@ -1,8 +1,8 @@
-//! `/replicate/…` and `/delete-content/…`: for the nodes and their operators, who know the cluster's secret.
+//! `/replicate/…` and `/delete-content/…`: for nodes and operators that have the secret of the cluster.
 //!
-//! Neither can change what a file holds: a copy is taken only of a chunk that the metadata names, and only if it has
-//! the digest named there; content goes only if no file names it and none ever will. Whoever does not know the secret,
-//! or asks a node that was given none, is refused before anything else is looked at.
+//! Neither can change the content of a file: a copy is only stored for a chunk that files refer to, and only with the
+//! digest in the metadata; content is only deleted if no file refers to it or ever will. A request without the secret,
+//! or to a node without one, is refused before anything else is checked.
 
 use std::sync::Arc;
 
@@ -23,29 +23,29 @@ use super::parts;
 use crate::api::http::files::error::{ApiError, ErrorBody};
 use crate::integrity::sweep::DeleteError;
 use crate::node::Node;
-use crate::replication::recovery::{OfferError, Offered};
+use crate::replication::recovery::{OfferError, OfferOutcome};
 use crate::transport::ClusterSecret;
 
-/// The header with the SHA-256 of the body, in hexadecimal.
+/// Header with the SHA-256 of the body, in hexadecimal.
 const SHA256_HEADER: &str = "x-content-sha256";
 
-/// What became of a copy that was offered.
+/// The response to an uploaded copy.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 pub(super) struct Replicated {
-    /// The chunk.
+    /// Id of the chunk.
     chunk: String,
-    /// Its bytes.
+    /// Its length, in bytes.
     bytes: u64,
-    /// Whether it was missing here; else nothing was done.
+    /// Whether the chunk was missing and is now stored; `false` if it was already held.
     stored: bool,
 }
 
-/// What became of content that was to be deleted.
+/// The response to a deletion.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 pub(super) struct Deleted {
-    /// The chunk.
+    /// Id of the chunk.
     chunk: String,
-    /// Bytes of disk given back at once; the rest comes back with the segment.
+    /// Bytes of disk freed at once; the rest is freed with the segment.
     freed_bytes: u64,
 }
 
@@ -68,7 +68,7 @@ async fn require_secret(
         return Err(ApiError::new(
             StatusCode::FORBIDDEN,
             "no_secret_configured",
-            "this node was given no secret, so nobody can show that they know it",
+            "this node has no secret, so the request cannot be authenticated",
         )
         .hint("start the nodes with the same --secret-file"));
     };
@@ -79,19 +79,19 @@ async fn require_secret(
         Some(_) => Err(ApiError::new(
             StatusCode::FORBIDDEN,
             "wrong_secret",
-            "this is not the cluster's secret",
+            "the secret is not that of the cluster",
         )),
         None => Err(ApiError::new(
             StatusCode::UNAUTHORIZED,
             "secret_required",
-            "this is for who knows the cluster's secret",
+            "this endpoint requires the secret of the cluster",
         )
         .header(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"))
-        .hint("send what is in --secret-file as Authorization: Bearer …")),
+        .hint("send the content of --secret-file as Authorization: Bearer …")),
     }
 }
 
-/// Takes a copy of a chunk that files name and that is missing here.
+/// Stores a copy of a chunk that files refer to, if it is missing on this node.
 #[utoipa::path(
     post,
     path = "/replicate/{name}",
@@ -102,15 +102,15 @@ async fn require_secret(
     ),
     request_body(content = Vec<u8>, content_type = "application/octet-stream"),
     responses(
-        (status = 200, description = "It was here", body = Replicated),
-        (status = 201, description = "It is stored", body = Replicated),
-        (status = 400, description = "No chunk's name, or the digest differs", body = ErrorBody),
-        (status = 401, description = "No secret was shown", body = ErrorBody),
-        (status = 403, description = "It is not the cluster's secret, or there is none", body = ErrorBody),
-        (status = 404, description = "No file names it", body = ErrorBody),
+        (status = 200, description = "The chunk was already held", body = Replicated),
+        (status = 201, description = "The chunk is stored", body = Replicated),
+        (status = 400, description = "The name is invalid, or the digest differs", body = ErrorBody),
+        (status = 401, description = "The secret is missing", body = ErrorBody),
+        (status = 403, description = "The secret is wrong, or the node has none", body = ErrorBody),
+        (status = 404, description = "No file refers to the chunk", body = ErrorBody),
         (status = 409, description = "The chunk has other content", body = ErrorBody),
-        (status = 413, description = "Longer than a chunk", body = ErrorBody),
-        (status = 503, description = "The node has not begun", body = ErrorBody),
+        (status = 413, description = "The body is larger than a chunk", body = ErrorBody),
+        (status = 503, description = "The node is still starting", body = ErrorBody),
         (status = 507, description = "The disk is full", body = ErrorBody),
     )
 )]
@@ -127,19 +127,24 @@ pub(super) async fn replicate(
         .get(SHA256_HEADER)
         .and_then(|value| Sha256::from_hex(value.as_bytes()))
         .ok_or_else(|| {
-            ApiError::bad_request("no_digest", format!("the header {SHA256_HEADER} has no SHA-256"))
-                .hint("64 hexadecimal digits, as sha256sum prints them")
+            ApiError::bad_request(
+                "no_digest",
+                format!("the header {SHA256_HEADER} is missing or is not a SHA-256"),
+            )
+            .hint("64 hexadecimal digits, as sha256sum prints them")
         })?;
     let bytes = payload.len() as u64;
     let offered = parts(&node)?.recovery.offer(id, sha256, payload).await;
     let (status, stored) = match offered {
-        Ok(Offered::Stored) => (StatusCode::CREATED, true),
-        Ok(Offered::Held) => (StatusCode::OK, false),
+        Ok(OfferOutcome::Stored) => (StatusCode::CREATED, true),
+        Ok(OfferOutcome::AlreadyHeld) => (StatusCode::OK, false),
         Err(OfferError::NotNamed) => return Err(unknown(id)),
-        Err(error @ OfferError::Digest) => {
+        Err(error @ OfferError::WrongDigest) => {
             return Err(ApiError::bad_request("digest_differs", error.to_string()));
         }
-        Err(error @ OfferError::Other) => return Err(ApiError::conflict("other_content", error.to_string())),
+        Err(error @ OfferError::OtherContent) => {
+            return Err(ApiError::conflict("other_content", error.to_string()));
+        }
         Err(OfferError::NoSpace) => return Err(quorumfs_proto::FsError::NoSpace.into()),
         Err(OfferError::Failed(reason)) => return Err(ApiError::unavailable(reason)),
     };
@@ -147,20 +152,20 @@ pub(super) async fn replicate(
     Ok((status, Json(Replicated { chunk, bytes, stored })))
 }
 
-/// Drops this node's copy of a chunk that no file names and none can name any more.
+/// Deletes this node's copy of a chunk that no file refers to or ever will.
 #[utoipa::path(
     post,
     path = "/delete-content/{name}",
     tag = "internal",
     params(("name" = String, Path, description = "The chunk, as /repair/verify prints it")),
     responses(
-        (status = 200, description = "It is gone from this node", body = Deleted),
-        (status = 400, description = "No chunk's name", body = ErrorBody),
-        (status = 401, description = "No secret was shown", body = ErrorBody),
-        (status = 403, description = "It is not the cluster's secret, or there is none", body = ErrorBody),
-        (status = 404, description = "It is not here", body = ErrorBody),
-        (status = 409, description = "Files name it, or may still come to", body = ErrorBody),
-        (status = 503, description = "The node has not begun", body = ErrorBody),
+        (status = 200, description = "The copy is deleted", body = Deleted),
+        (status = 400, description = "The name is invalid", body = ErrorBody),
+        (status = 401, description = "The secret is missing", body = ErrorBody),
+        (status = 403, description = "The secret is wrong, or the node has none", body = ErrorBody),
+        (status = 404, description = "This node has no copy", body = ErrorBody),
+        (status = 409, description = "Files refer to the chunk, or may still do so", body = ErrorBody),
+        (status = 503, description = "The node is still starting", body = ErrorBody),
     )
 )]
 pub(super) async fn delete_content(
@@ -177,7 +182,7 @@ pub(super) async fn delete_content(
         Err(DeleteError::NotHeld) => Err(unknown(id)),
         Err(error @ (DeleteError::Referenced | DeleteError::MayBeNamed)) => {
             Err(ApiError::conflict("referenced", error.to_string())
-                .hint("delete the files that name it; its content then goes by itself"))
+                .hint("delete the files that refer to it; the content is then freed automatically"))
         }
         Err(DeleteError::Unavailable(reason)) => Err(ApiError::unavailable(reason)),
     }
@@ -187,11 +192,11 @@ fn unknown(id: ChunkId) -> ApiError {
     ApiError::new(
         StatusCode::NOT_FOUND,
         "no_such_chunk",
-        format!("there is no chunk {id}"),
+        format!("chunk {id} does not exist"),
     )
 }
 
-/// From the form in which logs and `/repair/verify` print it.
+/// Parses a chunk id in the form that logs and `/repair/verify` print.
 fn chunk_id(name: &str) -> Result<ChunkId, ApiError> {
     let parsed = name.split_once('.').and_then(|(session, counter)| {
         Some(ChunkId {
@@ -199,9 +204,9 @@ fn chunk_id(name: &str) -> Result<ChunkId, ApiError> {
             counter: counter.parse().ok()?,
         })
     });
-    // Only the one form that is printed: `+1` and capital letters are not it.
+    // Only the printed form is accepted, without `+` or capital letters.
     parsed.filter(|id| id.to_string() == name).ok_or_else(|| {
-        ApiError::bad_request("invalid_chunk", format!("{name:?} names no chunk"))
+        ApiError::bad_request("invalid_chunk", format!("'{name}' is not a chunk id"))
             .hint("16 hexadecimal digits, a dot and a number, as /repair/verify prints them")
     })
 }

@@ -1,6 +1,6 @@
-//! `/membership`: who belongs to the cluster and on how many content is kept; takes nodes in and out.
+//! `/membership`: the members of the cluster and the number of copies of content; adds and removes nodes.
 //!
-//! Any node takes a change and passes it to the leader, after a change of leader to the next.
+//! Any node accepts a change and forwards it to the leader; after a change of leader, to the new one.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -24,70 +24,70 @@ use crate::config::is_host_and_port;
 use crate::node::Node;
 use crate::transport::{Peer, Purpose};
 
-/// How long a change may take: those that remain may have to fetch content first.
+/// Time limit of a change: the remaining nodes may have to fetch content first.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(150);
-/// Between two tries while leadership moves.
+/// Delay between attempts while leadership changes.
 const RETRY_INTERVAL: Duration = Duration::from_millis(300);
-/// As many as there may be members.
+/// The largest possible number of members.
 const REPLICAS_MAX: u8 = 9;
-/// How long a change is tried while no leader takes it.
+/// Time for which a change is attempted while there is no leader.
 const LEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// One member.
+/// A member of the cluster.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 pub(super) struct MemberView {
     /// Its number in the cluster.
     slot: u16,
     /// The random id of its data folder, in hexadecimal.
     incarnation: String,
-    /// Where nodes and mounts reach it.
+    /// The `host:port` of its gRPC service, for nodes and mounts.
     grpc_address: String,
-    /// Where it serves HTTP.
+    /// The `host:port` of its HTTP service.
     http_address: String,
-    /// Whether it votes; one that does not is on its way to.
+    /// Whether it is a voter; a learner becomes one later.
     voter: bool,
-    /// By how many log entries it is behind; null where this node does not lead.
+    /// Number of log entries that it lags behind; null if this node is not the leader.
     behind_entries: Option<u64>,
 }
 
-/// All members.
+/// The members of the cluster and the number of copies.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 pub(super) struct MembershipView {
-    /// By slot.
+    /// The members, by slot.
     members: Vec<MemberView>,
-    /// How many of the voters may fail at once.
+    /// Number of voters that may fail at the same time.
     failures_tolerated: usize,
-    /// On how many nodes each chunk is to be kept, where there are so many.
+    /// Configured number of copies of each chunk.
     replicas: u8,
-    /// On how many nodes each chunk is kept: `replicas`, but a majority of the voters at the least.
+    /// Actual number of copies of each chunk: `replicas`, but at least a majority of the voters and at most all.
     copies: usize,
-    /// Why a removal that was asked for is not done yet; null where there is none, and, but in the answer to who asked for
-    /// it, where this node does not lead.
+    /// Why a requested removal is not complete; null if there is none. Only the leader knows it, and the response to
+    /// the request itself.
     removal: Option<String>,
 }
 
-/// Whom to take in.
+/// The node to add.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Addition {
-    /// `HOST:PORT` of the gRPC service of a node that waits to belong to a cluster.
+pub(super) struct AddRequest {
+    /// `HOST:PORT` of the gRPC service of a node that waits for membership.
     grpc_address: String,
 }
 
-/// On how many nodes to keep content.
+/// The number of copies to configure.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct ReplicasWanted {
-    /// 1 to 9; a majority of the voters is kept at the least.
+pub(super) struct ReplicasRequest {
+    /// 1 to 9; the number of copies is at least a majority of the voters.
     #[schema(minimum = 1, maximum = 9)]
     replicas: u8,
 }
 
-/// Whom to take out.
+/// The members to remove.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Removal {
-    /// Their numbers in the cluster; together, in one change.
+pub(super) struct RemoveRequest {
+    /// Their slots; they are removed in one change.
     slots: BTreeSet<u16>,
 }
 
@@ -99,14 +99,14 @@ pub(super) fn routes() -> Router<Arc<Node>> {
         .route("/membership/replicas", post(set_replicas))
 }
 
-/// Who belongs to the cluster.
+/// Returns the members of the cluster.
 #[utoipa::path(
     get,
     path = "/membership",
     tag = "membership",
     responses(
         (status = 200, description = "All members, by slot", body = MembershipView),
-        (status = 503, description = "The node has not begun", body = ErrorBody),
+        (status = 503, description = "The node is still starting", body = ErrorBody),
     )
 )]
 pub(super) async fn show(State(node): State<Arc<Node>>) -> Result<Json<MembershipView>, ApiError> {
@@ -139,32 +139,33 @@ fn view(node: &Node) -> Result<MembershipView, ApiError> {
     })
 }
 
-/// Takes in a node that waits to belong to a cluster.
+/// Adds a node that waits for membership.
 ///
-/// It becomes a voter by itself when it has everything, and when with it the number of voters stays odd.
+/// The node becomes a learner. It is promoted to voter when it has all content, if the number of voters is odd with
+/// it.
 #[utoipa::path(
     post,
     path = "/membership/add",
     tag = "membership",
-    request_body = Addition,
+    request_body = AddRequest,
     responses(
-        (status = 202, description = "It is a learner", body = MembershipView),
-        (status = 400, description = "No JSON object as it must be", body = ErrorBody),
-        (status = 409, description = "It must not be", body = ErrorBody),
-        (status = 413, description = "The body is too long", body = ErrorBody),
+        (status = 202, description = "The node is a learner now", body = MembershipView),
+        (status = 400, description = "The body is invalid", body = ErrorBody),
+        (status = 409, description = "The change is not allowed", body = ErrorBody),
+        (status = 413, description = "The body is too large", body = ErrorBody),
         (status = 422, description = "No node answers at the address", body = ErrorBody),
-        (status = 503, description = "No leader", body = ErrorBody),
+        (status = 503, description = "There is no leader", body = ErrorBody),
     )
 )]
 pub(super) async fn add(
     State(node): State<Arc<Node>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<MembershipView>), ApiError> {
-    let Addition { grpc_address } = json_body(body, r#"{"grpc_address": "HOST:PORT"}"#)?;
+    let AddRequest { grpc_address } = json_body(body, r#"{"grpc_address": "HOST:PORT"}"#)?;
     if !is_host_and_port(&grpc_address) {
         return Err(ApiError::bad_request(
             "invalid_address",
-            format!("grpc_address {grpc_address:?} is not HOST:PORT, as in 127.0.0.1:3030"),
+            format!("grpc_address '{grpc_address}' is not of the form HOST:PORT, as in 127.0.0.1:3030"),
         ));
     }
     let ask = |mut leader: Peer| {
@@ -176,65 +177,68 @@ pub(super) async fn add(
             Ok((!answer.not_leader).then_some(()))
         }
     };
-    of_the_leader(&node, ask).await?;
+    call_leader(&node, ask).await?;
     Ok((StatusCode::ACCEPTED, Json(view(&node)?)))
 }
 
-/// Takes members out, together.
+/// Removes members in one change.
 ///
-/// Those that remain fetch what they will have to hold; then the others leave and may be stopped. 200: they are out, and
-/// where `removal` is not null those that remain still fetch what was written at the last moment (keep the folders of those
-/// that left until it is done). 202: that takes longer than the request waits. The leader goes on by itself, as long as it
-/// leads; ask again to see how far it is, and after a change of leader for it to go on. Another removal takes its place, and
-/// `/membership/add` of one of them ends it.
+/// The remaining nodes first fetch what they will have to hold; then the members are removed and may be stopped.
+///
+/// - 200: they are removed. If `removal` is not null, the remaining nodes still fetch the latest writes; keep the data
+///   folders of the removed nodes until it is null.
+/// - 202: the removal takes longer than the request waits. The leader continues it while it leads. Repeat the request
+///   to see the progress, and to resume it after a change of leader.
+///
+/// Another removal replaces a pending one, and `/membership/add` of one of its nodes cancels it.
 #[utoipa::path(
     post,
     path = "/membership/remove",
     tag = "membership",
-    request_body = Removal,
+    request_body = RemoveRequest,
     responses(
-        (status = 200, description = "They are out", body = MembershipView),
-        (status = 202, description = "They leave when those that remain hold everything", body = MembershipView),
-        (status = 400, description = "No JSON object as it must be", body = ErrorBody),
-        (status = 409, description = "It must not be", body = ErrorBody),
-        (status = 413, description = "The body is too long", body = ErrorBody),
-        (status = 503, description = "No leader", body = ErrorBody),
+        (status = 200, description = "They are removed", body = MembershipView),
+        (status = 202, description = "They are removed when the remaining nodes hold everything", body = MembershipView),
+        (status = 400, description = "The body is invalid", body = ErrorBody),
+        (status = 409, description = "The change is not allowed", body = ErrorBody),
+        (status = 413, description = "The body is too large", body = ErrorBody),
+        (status = 503, description = "There is no leader", body = ErrorBody),
     )
 )]
 pub(super) async fn remove(
     State(node): State<Arc<Node>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<MembershipView>), ApiError> {
-    let Removal { slots } = json_body(body, r#"{"slots": [4, 5]}"#)?;
+    let RemoveRequest { slots } = json_body(body, r#"{"slots": [4, 5]}"#)?;
     if slots.is_empty() {
         return Err(ApiError::bad_request(
             "no_slots",
-            "slots is empty: name at least one",
+            "slots is empty; give at least one",
         ));
     }
-    // A leader that was asked and did not say no may have done it, whatever became of its answer.
-    let asked_before = AtomicBool::new(false);
+    // A leader that did not refuse may have applied the change even if its answer was lost.
+    let may_have_been_applied = AtomicBool::new(false);
     let ask = |mut leader: Peer| {
         let request = wire::RemoveMembersRequest {
             slots: slots.iter().map(|slot| u32::from(*slot)).collect(),
-            repeated_request: asked_before.load(Ordering::Relaxed),
+            repeated_request: may_have_been_applied.load(Ordering::Relaxed),
         };
-        let asked_before = &asked_before;
+        let may_have_been_applied = &may_have_been_applied;
         async move {
             let began = Instant::now();
             let answer = leader
                 .remove_members(request)
                 .await
                 .map(|answer| answer.into_inner());
-            // Who does not lead says so at once, and has done nothing.
+            // A node that is not the leader refuses at once and has changed nothing.
             if answer.is_err() || began.elapsed() > RETRY_INTERVAL {
-                asked_before.store(true, Ordering::Relaxed);
+                may_have_been_applied.store(true, Ordering::Relaxed);
             }
             let answer = answer?;
             Ok((!answer.not_leader).then_some((answer.pending, answer.out)))
         }
     };
-    let (pending, out) = of_the_leader(&node, ask).await?;
+    let (pending, out) = call_leader(&node, ask).await?;
     let mut view = view(&node)?;
     let status = match (pending.is_empty(), out) {
         (true, _) => {
@@ -242,12 +246,12 @@ pub(super) async fn remove(
             StatusCode::OK
         }
         (false, true) => {
-            view.removal = Some(format!("they are out; {pending}"));
+            view.removal = Some(format!("the members are removed; {pending}"));
             StatusCode::OK
         }
         (false, false) => {
             view.removal = Some(format!(
-                "{pending}. The leader goes on by itself; should another lead before it is done, ask again"
+                "{pending}. The leader continues; after a change of leader, repeat the request"
             ));
             StatusCode::ACCEPTED
         }
@@ -255,26 +259,26 @@ pub(super) async fn remove(
     Ok((status, Json(view)))
 }
 
-/// Sets on how many nodes each chunk is kept.
+/// Sets the number of copies of each chunk.
 ///
-/// Copies are made, or let go where others have them, after it is answered; `/recovery/status` tells how far that is.
+/// Copies are created or deleted after the response; `/recovery/status` shows the progress.
 #[utoipa::path(
     post,
     path = "/membership/replicas",
     tag = "membership",
-    request_body = ReplicasWanted,
+    request_body = ReplicasRequest,
     responses(
-        (status = 200, description = "It is so from now on", body = MembershipView),
-        (status = 400, description = "No JSON object as it must be", body = ErrorBody),
-        (status = 413, description = "The body is too long", body = ErrorBody),
-        (status = 503, description = "No leader", body = ErrorBody),
+        (status = 200, description = "The number is set", body = MembershipView),
+        (status = 400, description = "The body is invalid", body = ErrorBody),
+        (status = 413, description = "The body is too large", body = ErrorBody),
+        (status = 503, description = "There is no leader", body = ErrorBody),
     )
 )]
 pub(super) async fn set_replicas(
     State(node): State<Arc<Node>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<MembershipView>, ApiError> {
-    let ReplicasWanted { replicas } = json_body(body, r#"{"replicas": 3}"#)?;
+    let ReplicasRequest { replicas } = json_body(body, r#"{"replicas": 3}"#)?;
     if !(1..=REPLICAS_MAX).contains(&replicas) {
         return Err(ApiError::bad_request(
             "replicas_out_of_bounds",
@@ -290,54 +294,59 @@ pub(super) async fn set_replicas(
             Ok((!answer.not_leader).then_some(()))
         }
     };
-    of_the_leader(&node, ask).await?;
-    // The leader has applied it; this node shows it as soon as it has.
+    call_leader(&node, ask).await?;
+    // The leader has applied the change; this node shows it as soon as it has applied it too.
     let parts = parts(&node)?;
-    let give_up = Instant::now() + LEADER_TIMEOUT;
-    while parts.placement.replicas() != replicas && Instant::now() < give_up {
+    let deadline = Instant::now() + LEADER_TIMEOUT;
+    while parts.placement.replicas() != replicas && Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     view(&node).map(Json)
 }
 
-/// Asks whoever leads, until one who does has answered. `ask` answers nothing where it asked the wrong one.
-pub(super) async fn of_the_leader<Answer, Ask, Asking>(node: &Node, ask: Ask) -> Result<Answer, ApiError>
+/// Calls the leader, until one has answered. `ask` returns `None` if it asked a node that is not the leader.
+///
+/// # Errors
+/// 409 if the leader refuses the change, 422 if it finds no node at an address, 503 if no leader answers in time.
+pub(super) async fn call_leader<Answer, Ask, Asking>(node: &Node, ask: Ask) -> Result<Answer, ApiError>
 where
     Ask: Fn(Peer) -> Asking,
     Asking: Future<Output = Result<Option<Answer>, tonic::Status>>,
 {
     let parts = parts(node)?;
-    let mut give_up = Instant::now() + LEADER_TIMEOUT;
-    let give_up_at_last = Instant::now() + CHANGE_TIMEOUT;
+    let mut deadline = Instant::now() + LEADER_TIMEOUT;
+    let deadline_max = Instant::now() + CHANGE_TIMEOUT;
     let mut reason = "no leader is known".to_string();
-    while Instant::now() < give_up {
+    while Instant::now() < deadline {
         let leader: Option<Member> = parts.consensus.leader();
         let peer = leader.map(|leader| parts.membership_changes.peer_of(&leader, Purpose::Control));
         let asked = Instant::now();
         match peer {
             None => {}
             Some(Err(error)) => reason = error,
-            Some(Ok(peer)) => match tokio::time::timeout(CHANGE_TIMEOUT, ask(peer)).await {
-                Ok(Ok(Some(answer))) => return Ok(answer),
-                Ok(Ok(None)) => {
-                    reason = "leadership is moving".to_string();
-                    // As long as one was at it, it was not looked for.
-                    give_up = give_up_at_last.min(give_up + asked.elapsed());
-                }
-                Ok(Err(status)) if status.code() == Code::FailedPrecondition => {
-                    return Err(ApiError::conflict("membership_refused", status.message()));
-                }
-                Ok(Err(status)) if status.code() == Code::NotFound => {
-                    return Err(ApiError::new(
+            Some(Ok(peer)) => {
+                match tokio::time::timeout(CHANGE_TIMEOUT, ask(peer)).await {
+                    Ok(Ok(Some(answer))) => return Ok(answer),
+                    Ok(Ok(None)) => {
+                        reason = "leadership is changing".to_string();
+                        // The time in which a node processed the request does not count as time without a leader.
+                        deadline = deadline_max.min(deadline + asked.elapsed());
+                    }
+                    Ok(Err(status)) if status.code() == Code::FailedPrecondition => {
+                        return Err(ApiError::conflict("membership_refused", status.message()));
+                    }
+                    Ok(Err(status)) if status.code() == Code::NotFound => {
+                        return Err(ApiError::new(
                         StatusCode::UNPROCESSABLE_ENTITY,
                         "no_node_there",
                         status.message(),
                     )
-                    .hint("start it with --join and the address of a member, and name its gRPC address"));
+                    .hint("start the node with --join and the address of a member, and give its gRPC address"));
+                    }
+                    Ok(Err(status)) => reason = status.message().to_string(),
+                    Err(_) => return Err(ApiError::unavailable("the leader did not answer in time")),
                 }
-                Ok(Err(status)) => reason = status.message().to_string(),
-                Err(_) => return Err(ApiError::unavailable("the leader did not answer in time")),
-            },
+            }
         }
         tokio::time::sleep(RETRY_INTERVAL).await;
     }

@@ -1,4 +1,4 @@
-//! `/metrics` and `/metrics/tradeoffs`: what this node counted, and what follows from it.
+//! `/metrics` and `/metrics/tradeoffs`: the counters of this node, and an analysis of them.
 
 use std::sync::Arc;
 
@@ -29,12 +29,12 @@ pub(super) fn routes() -> Router<Arc<Node>> {
 
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
-pub(super) struct FormatAsked {
-    /// `json` or `prometheus`; stronger than the `Accept` header.
+pub(super) struct FormatQuery {
+    /// `json` or `prometheus`; takes precedence over the `Accept` header.
     format: Option<String>,
 }
 
-/// How metrics are written.
+/// The format of the metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Format {
     Json,
@@ -42,13 +42,13 @@ enum Format {
 }
 
 impl Format {
-    /// What is asked for; JSON where nothing is.
-    fn wanted(asked: &FormatAsked, headers: &HeaderMap) -> Result<Format, ApiError> {
+    /// Returns the requested format, JSON by default.
+    fn select(asked: &FormatQuery, headers: &HeaderMap) -> Result<Format, ApiError> {
         match asked.format.as_deref() {
             Some("json") => return Ok(Format::Json),
             Some("prometheus") => return Ok(Format::Prometheus),
             Some(other) => {
-                let message = format!("format '{other}' is not known");
+                let message = format!("format '{other}' is unknown");
                 return Err(ApiError::bad_request("invalid_parameter", message)
                     .hint("format=json or format=prometheus"));
             }
@@ -58,7 +58,7 @@ impl Format {
         let ranges = accepted
             .filter_map(|value| value.to_str().ok())
             .flat_map(|value| value.split(','));
-        // In the order they are named: who wants both has put the better one first, as scrapers do.
+        // The first known type wins: clients that accept several list the preferred one first, as scrapers do.
         for range in ranges {
             match range.split(';').next().unwrap_or_default().trim() {
                 "application/json" => return Ok(Format::Json),
@@ -70,33 +70,33 @@ impl Format {
     }
 }
 
-/// What this node counted since it started.
+/// Returns the counters of this node since it started.
 ///
-/// The leader counts what clients ask of the cluster; the other nodes only what came to them. Prometheus' text
-/// (exposition format 0.0.4) where the `Accept` header names `text/plain` or OpenMetrics, or with
-/// `?format=prometheus`; else JSON.
+/// The leader counts the calls of all clients; other nodes count only requests that they received themselves. The
+/// format is JSON, or the Prometheus text format 0.0.4 if the `Accept` header names `text/plain` or OpenMetrics, or
+/// with `?format=prometheus`.
 #[utoipa::path(
     get,
     path = "/metrics",
     tag = "metrics",
-    params(FormatAsked),
+    params(FormatQuery),
     responses(
         (status = 200, description = "Counts, rates and latencies", content(
             (MetricsReport = "application/json"),
             (String = "text/plain"),
         )),
-        (status = 400, description = "No such format", body = ErrorBody),
-        (status = 503, description = "The node has not begun", body = ErrorBody),
+        (status = 400, description = "The format is unknown", body = ErrorBody),
+        (status = 503, description = "The node is still starting", body = ErrorBody),
     )
 )]
 pub(super) async fn metrics(
     State(node): State<Arc<Node>>,
-    asked: Result<Query<FormatAsked>, axum::extract::rejection::QueryRejection>,
+    asked: Result<Query<FormatQuery>, axum::extract::rejection::QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let Query(asked) =
         asked.map_err(|error| ApiError::bad_request("invalid_parameter", error.body_text()))?;
-    let format = Format::wanted(&asked, &headers)?;
+    let format = Format::select(&asked, &headers)?;
     let sources = sources(&node, parts(&node)?);
     let mut response = match format {
         Format::Json => Json(MetricsReport::gather(node.metrics(), sources)).into_response(),
@@ -112,17 +112,18 @@ pub(super) async fn metrics(
     Ok(response)
 }
 
-/// What the present setting gives and costs, what others would, and what to change.
+/// Returns an analysis of the number of copies: benefits and costs of the current setting and of others, and
+/// recommendations.
 ///
-/// Made of what this node measured since it started: ask the leader. Each figure says whether it was measured or
-/// estimated, and from what.
+/// It is based on the measurements of this node since it started, so ask the leader. Each figure says whether it was
+/// measured or estimated, and from what.
 #[utoipa::path(
     get,
     path = "/metrics/tradeoffs",
     tag = "metrics",
     responses(
         (status = 200, description = "The analysis", body = Tradeoffs),
-        (status = 503, description = "The node has not begun", body = ErrorBody),
+        (status = 503, description = "The node is still starting", body = ErrorBody),
     )
 )]
 pub(super) async fn tradeoffs(State(node): State<Arc<Node>>) -> Result<Json<Tradeoffs>, ApiError> {
@@ -157,8 +158,8 @@ fn inputs(metrics: &Metrics, parts: &Parts) -> Inputs {
         log_flushes: measured.flush_times,
         content_flushes: parts.content.flush_times(),
         to_quorum: counted.to_quorum.snapshot().durations,
-        metadata_reads: together(metrics, &questions),
-        content_reads: together(metrics, &[OperationKind::Read]),
+        metadata_reads: merged_durations(metrics, &questions),
+        content_reads: merged_durations(metrics, &[OperationKind::Read]),
         brought_bytes: counted.to_quorum.bytes(),
         copied_bytes: own.bytes + peer.bytes,
         own_copies: own.durations,
@@ -167,8 +168,8 @@ fn inputs(metrics: &Metrics, parts: &Parts) -> Inputs {
     }
 }
 
-/// Durations of these kinds, of all origins.
-fn together(metrics: &Metrics, kinds: &[OperationKind]) -> Snapshot {
+/// Returns the durations of all operations of these kinds, of all origins.
+fn merged_durations(metrics: &Metrics, kinds: &[OperationKind]) -> Snapshot {
     let counters = Origin::ALL
         .into_iter()
         .flat_map(|origin| kinds.iter().map(move |kind| metrics.operation(origin, *kind)));
@@ -186,10 +187,10 @@ mod tests {
         for value in accept {
             headers.append(ACCEPT, HeaderValue::from_static(value));
         }
-        let asked = FormatAsked {
+        let asked = FormatQuery {
             format: format.map(str::to_string),
         };
-        Format::wanted(&asked, &headers).ok()
+        Format::select(&asked, &headers).ok()
     }
 
     #[test]
@@ -201,7 +202,7 @@ mod tests {
             Some(Format::Json)
         );
         assert_eq!(wanted(None, &["text/plain"]), Some(Format::Prometheus));
-        // Prometheus itself.
+        // The header that Prometheus sends.
         let scraper =
             "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.4,*/*;q=0.1";
         assert_eq!(wanted(None, &[scraper]), Some(Format::Prometheus));

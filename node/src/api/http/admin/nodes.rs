@@ -1,4 +1,4 @@
-//! `/nodes`: every member as it says itself that it is, for who wants to see all at once. Asked when it is asked.
+//! `/nodes`: the status of every member, requested from all members for each call.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,52 +15,52 @@ use crate::api::http::files::error::{ApiError, ErrorBody};
 use crate::node::{Node, Parts};
 use crate::transport::Purpose;
 
-/// How long a node may take to answer.
+/// Time limit for the answer of a node.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// One member.
+/// A member and its report.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 pub(super) struct NodeView {
     /// Its number in the cluster.
     slot: u16,
-    /// Where it serves HTTP.
+    /// The `host:port` of its HTTP service.
     http_address: String,
-    /// Whether it votes.
+    /// Whether it is a voter.
     voter: bool,
-    /// Whether the node that was asked takes it for the leader.
+    /// Whether the asked node considers it the leader.
     leader: bool,
-    /// What it says; null where it does not answer.
-    says: Option<NodeSays>,
-    /// Why it says nothing.
+    /// Its own report; null if it did not answer.
+    says: Option<NodeReport>,
+    /// Why there is no report.
     problem: Option<String>,
 }
 
-/// What a node says of itself.
+/// The report of a node about itself.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
-pub(super) struct NodeSays {
-    /// Bytes that its disk can hold.
+pub(super) struct NodeReport {
+    /// Capacity of its disk, in bytes.
     capacity_bytes: u64,
-    /// Bytes of it that content may still take.
+    /// Bytes available for content.
     available_bytes: u64,
-    /// Whether it takes more.
+    /// Whether it accepts content and log entries.
     has_room: bool,
     /// Chunks of content on its disk.
     chunks_held: u64,
-    /// Bytes of them.
+    /// Sum of their lengths, in bytes.
     chunk_bytes_held: u64,
     /// Chunks that it should hold and does not.
     chunks_missing: u64,
-    /// Up to where it has applied the log.
+    /// Index of its last applied log entry.
     applied_index: u64,
-    /// Operations on files per second that came to it, over the last ten seconds.
+    /// File operations per second through it, averaged over the last ten seconds.
     operations_per_s: f64,
-    /// Bytes read from it.
+    /// Bytes read from it per second.
     read_bytes_per_s: f64,
-    /// Bytes put into files through it.
+    /// Bytes written to files through it per second.
     written_bytes_per_s: f64,
-    /// Half of the commands decided through it then took no longer, in microseconds; 0 where there was none.
+    /// Median commit latency of commands through it in that time, in microseconds; 0 if there were none.
     commit_p50_us: u64,
-    /// 99 in a hundred of them.
+    /// 99th percentile of the commit latency, in microseconds.
     commit_p99_us: u64,
 }
 
@@ -68,14 +68,14 @@ pub(super) fn routes() -> Router<Arc<Node>> {
     Router::new().route("/nodes", get(nodes))
 }
 
-/// Every member as it says itself that it is.
+/// Returns the status of every member.
 #[utoipa::path(
     get,
     path = "/nodes",
     tag = "membership",
     responses(
         (status = 200, description = "All members, by slot", body = Vec<NodeView>),
-        (status = 503, description = "The node has not begun", body = ErrorBody),
+        (status = 503, description = "The node is still starting", body = ErrorBody),
     )
 )]
 pub(super) async fn nodes(State(node): State<Arc<Node>>) -> Result<Json<Vec<NodeView>>, ApiError> {
@@ -88,10 +88,11 @@ pub(super) async fn nodes(State(node): State<Arc<Node>>) -> Result<Json<Vec<Node
         let (voter, leader) = (voters.contains(&member.id), leader == Some(member.id));
         async move {
             let asked = tokio::time::timeout(ANSWER_TIMEOUT, ask(parts, &member)).await;
-            let (says, problem) = match asked.unwrap_or_else(|_| Err("it does not answer".to_string())) {
-                Ok(says) => (Some(says), None),
-                Err(problem) => (None, Some(problem)),
-            };
+            let (says, problem) =
+                match asked.unwrap_or_else(|_| Err(format!("no answer in {} s", ANSWER_TIMEOUT.as_secs()))) {
+                    Ok(says) => (Some(says), None),
+                    Err(problem) => (None, Some(problem)),
+                };
             NodeView {
                 slot: member.id.slot,
                 http_address: member.addresses.http,
@@ -105,13 +106,13 @@ pub(super) async fn nodes(State(node): State<Arc<Node>>) -> Result<Json<Vec<Node
     Ok(Json(futures::future::join_all(asked).await))
 }
 
-async fn ask(parts: &Parts, member: &Member) -> Result<NodeSays, String> {
+async fn ask(parts: &Parts, member: &Member) -> Result<NodeReport, String> {
     let mut peer = parts.membership_changes.peer_of(member, Purpose::Control)?;
     let answer = peer.node_status(wire::NodeStatusRequest {}).await;
     let status = answer
         .map_err(|status| status.message().to_string())?
         .into_inner();
-    Ok(NodeSays {
+    Ok(NodeReport {
         capacity_bytes: status.capacity_bytes,
         available_bytes: status.available_bytes,
         has_room: status.has_room,

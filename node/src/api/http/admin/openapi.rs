@@ -1,7 +1,7 @@
-//! `/openapi.json`: the description of every endpoint, generated from the code that serves it.
+//! `/openapi.json`: the description of all endpoints, generated from their code.
 //!
-//! A handler is described by the `#[utoipa::path]` above it and listed in [`Document`]; a test compares the document
-//! with the routes of the code.
+//! A handler is described by its `#[utoipa::path]` and listed in [`Document`]; a test compares the document with the
+//! routes in the code.
 
 use std::sync::Arc;
 
@@ -11,16 +11,16 @@ use utoipa::OpenApi;
 use utoipa::openapi::PathItem;
 use utoipa::openapi::path::Operation;
 
-use crate::api::http::files::described::Described;
 use crate::api::http::files::error::ErrorBody;
+use crate::api::http::files::openapi::FilesDocument;
 use crate::node::Node;
 
 #[derive(OpenApi)]
 #[openapi(
     info(
         title = "QuorumFS",
-        description = "Files of a QuorumFS cluster over HTTP, and what its nodes tell about themselves. Any node takes \
-                       any request about files. Errors are JSON with a code, a message and a hint."
+        description = "Access to the files of a QuorumFS cluster, and administration of its nodes. Any node serves any \
+                       request about files. Errors are JSON with a code, a message and a hint."
     ),
     paths(
         super::dashboard::page,
@@ -47,11 +47,11 @@ use crate::node::Node;
     components(schemas(ErrorBody)),
     tags(
         (name = "files", description = "Files and directories"),
-        (name = "node", description = "How this node is"),
-        (name = "membership", description = "Who belongs to the cluster"),
-        (name = "healing", description = "What is missing or damaged, and what is done about it"),
-        (name = "internal", description = "For who knows the cluster's secret"),
-        (name = "metrics", description = "What this node does, and how well"),
+        (name = "node", description = "Status of this node"),
+        (name = "membership", description = "Members of the cluster"),
+        (name = "healing", description = "Missing and damaged content, and its repair"),
+        (name = "internal", description = "Endpoints that require the secret of the cluster"),
+        (name = "metrics", description = "Counters, rates and latencies of this node"),
     )
 )]
 struct Document;
@@ -60,7 +60,7 @@ pub(super) fn routes() -> Router<Arc<Node>> {
     Router::new().route("/openapi.json", get(openapi))
 }
 
-/// This document.
+/// Returns this document.
 #[utoipa::path(
     get,
     path = "/openapi.json",
@@ -71,12 +71,12 @@ async fn openapi() -> Json<utoipa::openapi::OpenApi> {
     Json(document())
 }
 
-/// All of it.
+/// Returns the complete document.
 fn document() -> utoipa::openapi::OpenApi {
     let mut document = Document::openapi();
-    document.merge(Described::openapi());
+    document.merge(FilesDocument::openapi());
     let paths = &mut document.paths.paths;
-    // One handler answers under both; a path of a document has one description for each method.
+    // Both paths have the same handler for reads, but a handler is described under one path only.
     let read = paths.get("/download/{path}").cloned();
     if let (Some(read), Some(upload)) = (read, paths.get_mut("/upload/{path}")) {
         upload.get = read.get;
@@ -92,7 +92,7 @@ fn document() -> utoipa::openapi::OpenApi {
     document
 }
 
-/// The methods of a path that there are.
+/// Returns the existing operations of a path, with their methods.
 fn operations(item: &mut PathItem) -> impl Iterator<Item = (&'static str, &mut Operation)> {
     let all = [
         ("get", &mut item.get),
@@ -111,7 +111,7 @@ mod tests {
     use std::collections::{BTreeMap, BTreeSet};
     use std::path::Path;
 
-    /// Without a path after them, these only say that one is missing.
+    /// Routes without a path, which only report that it is missing.
     const BARE: [&str; 4] = ["/upload", "/upload/", "/download", "/download/"];
 
     /// The literal first arguments of `.route(` in the sources below `folder`, tests left out.

@@ -1,4 +1,4 @@
-//! `/recovery/…`: what of the content is missing on this node, and how far it is with fetching it.
+//! `/recovery/…`: missing content of this node, and the progress of fetching it.
 
 use std::sync::Arc;
 
@@ -18,30 +18,30 @@ pub(super) fn routes() -> Router<Arc<Node>> {
         .route("/recovery/sync", post(sync))
 }
 
-/// How much content this node lacks, and how fast it comes.
+/// Returns the missing content of this node and the progress of recovery.
 ///
-/// Everything that was applied before is accounted for.
+/// Everything applied before the request is included.
 #[utoipa::path(
     get,
     path = "/recovery/status",
     tag = "healing",
     responses(
-        (status = 200, description = "What is held and what is missing", body = RecoveryStatus),
-        (status = 503, description = "The node has not begun", body = ErrorBody),
+        (status = 200, description = "Held and missing content", body = RecoveryStatus),
+        (status = 503, description = "The node is still starting", body = ErrorBody),
     )
 )]
 pub(super) async fn status(State(node): State<Arc<Node>>) -> Result<Json<RecoveryStatus>, ApiError> {
     Ok(Json(parts(&node)?.recovery.status_now().await))
 }
 
-/// Begins a pass over everything that is named, unless one is under way.
+/// Starts a pass over all referenced chunks, unless one is running.
 #[utoipa::path(
     post,
     path = "/recovery/sync",
     tag = "healing",
     responses(
-        (status = 202, description = "What was begun, or is under way already", body = SyncReport),
-        (status = 503, description = "The node has not begun", body = ErrorBody),
+        (status = 202, description = "A pass has started, or was already running", body = SyncReport),
+        (status = 503, description = "The node is still starting", body = ErrorBody),
     )
 )]
 pub(super) async fn sync(State(node): State<Arc<Node>>) -> Result<(StatusCode, Json<SyncReport>), ApiError> {

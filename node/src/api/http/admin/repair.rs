@@ -1,4 +1,4 @@
-//! `/repair/…`: what was verified and found bad on this node, and verifying one file on all.
+//! `/repair/…`: results of the scrub on this node, verification of a file on all nodes, and comparison of metadata.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use quorumfs_proto::{FsError, Name};
 use quorumfs_wire as wire;
 use serde::Deserialize;
 
-use super::membership::of_the_leader;
+use super::membership::call_leader;
 use super::{json_body, parts};
 use crate::api::http::files::error::{ApiError, ErrorBody};
 use crate::integrity::audit::AuditReport;
@@ -24,13 +24,13 @@ use crate::transport::Peer;
 /// Most bytes of a path (PATH_MAX of Linux).
 const PATH_BYTES_MAX: usize = 4096;
 
-/// What is to be verified.
+/// The file to verify.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 struct VerifyRequest {
-    /// The file's path from the root, names with `/` between them; a `/` in front is allowed.
+    /// Path of the file from the root, with `/` between names; a leading `/` is allowed.
     file_path: String,
-    /// From which offset of the file on; 0 if not said.
+    /// Offset in the file from which to verify, in bytes; 0 by default.
     #[serde(default)]
     from: u64,
 }
@@ -42,14 +42,14 @@ pub(super) fn routes() -> Router<Arc<Node>> {
         .route("/repair/audit", get(audit).post(begin_audit))
 }
 
-/// What was verified on this node, what was found, and how far the scrub is.
+/// Returns the progress and the results of the scrub on this node.
 #[utoipa::path(
     get,
     path = "/repair/status",
     tag = "healing",
     responses(
-        (status = 200, description = "What the scrub did and found", body = RepairStatus),
-        (status = 503, description = "The node has not begun", body = ErrorBody),
+        (status = 200, description = "Progress and results of the scrub", body = RepairStatus),
+        (status = 503, description = "The node is still starting", body = ErrorBody),
     )
 )]
 pub(super) async fn status(State(node): State<Arc<Node>>) -> Result<Json<RepairStatus>, ApiError> {
@@ -60,30 +60,30 @@ pub(super) async fn status(State(node): State<Arc<Node>>) -> Result<Json<RepairS
         .map_err(|panicked| ApiError::internal(panicked.to_string()))
 }
 
-/// How this node's metadata compared with the others' when that was last asked.
+/// Returns the result of the last comparison of this node's metadata with the other nodes'.
 #[utoipa::path(
     get,
     path = "/repair/audit",
     tag = "healing",
     responses(
         (status = 200, description = "The last comparison; null before the first", body = Option<AuditReport>),
-        (status = 503, description = "The node has not begun", body = ErrorBody),
+        (status = 503, description = "The node is still starting", body = ErrorBody),
     )
 )]
 pub(super) async fn audit(State(node): State<Arc<Node>>) -> Result<Json<Option<AuditReport>>, ApiError> {
     Ok(Json(parts(&node)?.auditor.report()))
 }
 
-/// Has all nodes compare their metadata.
+/// Starts a comparison of the metadata of all nodes.
 ///
-/// One that a majority contradicts makes its own anew.
+/// A node whose metadata differs from that of a majority rebuilds it.
 #[utoipa::path(
     post,
     path = "/repair/audit",
     tag = "healing",
     responses(
-        (status = 202, description = "They do; GET tells what came of it"),
-        (status = 503, description = "No leader, or not all members can", body = ErrorBody),
+        (status = 202, description = "The comparison has started; GET returns its result"),
+        (status = 503, description = "There is no leader, or not all members support it", body = ErrorBody),
     )
 )]
 pub(super) async fn begin_audit(State(node): State<Arc<Node>>) -> Result<StatusCode, ApiError> {
@@ -91,23 +91,23 @@ pub(super) async fn begin_audit(State(node): State<Arc<Node>>) -> Result<StatusC
         let answer = leader.begin_audit(wire::BeginAuditRequest {}).await?.into_inner();
         Ok((!answer.not_leader).then_some(()))
     };
-    of_the_leader(&node, ask).await?;
+    call_leader(&node, ask).await?;
     Ok(StatusCode::ACCEPTED)
 }
 
-/// Has every node read its copies of a file from disk, repairs what is bad, and tells both.
+/// Verifies a file: every node reads its copies from disk, and bad copies are repaired.
 #[utoipa::path(
     post,
     path = "/repair/verify",
     tag = "healing",
     request_body = VerifyRequest,
     responses(
-        (status = 200, description = "Each node's verdict on each chunk, and what was repaired", body = FileVerdict),
-        (status = 400, description = "No JSON object as it must be, or no path", body = ErrorBody),
-        (status = 404, description = "There is no such file", body = ErrorBody),
-        (status = 409, description = "It is no regular file", body = ErrorBody),
-        (status = 413, description = "The body is too long", body = ErrorBody),
-        (status = 503, description = "The node has not begun, or the metadata cannot be read", body = ErrorBody),
+        (status = 200, description = "The result of each node for each chunk, and the repairs", body = FileVerdict),
+        (status = 400, description = "The body or the path is invalid", body = ErrorBody),
+        (status = 404, description = "The file does not exist", body = ErrorBody),
+        (status = 409, description = "It is not a regular file", body = ErrorBody),
+        (status = 413, description = "The body is too large", body = ErrorBody),
+        (status = 503, description = "The node is still starting, or cannot read the metadata", body = ErrorBody),
     )
 )]
 pub(super) async fn verify(
@@ -124,18 +124,19 @@ pub(super) async fn verify(
         VerifyError::Verdict(FsError::NotFound | FsError::Stale) => ApiError::new(
             StatusCode::NOT_FOUND,
             "not_found",
-            format!("there is no file {:?}", asked.file_path),
+            format!("'{}' does not exist", asked.file_path),
         ),
-        VerifyError::Verdict(FsError::InvalidArgument) => {
-            ApiError::conflict("not_a_file", format!("{:?} is no regular file", asked.file_path))
-        }
+        VerifyError::Verdict(FsError::InvalidArgument) => ApiError::conflict(
+            "not_a_file",
+            format!("'{}' is not a regular file", asked.file_path),
+        ),
         VerifyError::Verdict(verdict) => verdict.into(),
         VerifyError::Fault(fault) => ApiError::unavailable(fault.to_string()),
         VerifyError::Internal(reason) => ApiError::internal(reason),
     })
 }
 
-/// The names of a path. Nothing is resolved: `.` and `..` are refused.
+/// Splits a path into names. Nothing is resolved: `.` and `..` are refused.
 fn names(path: &str) -> Result<Vec<Name>, ApiError> {
     let invalid = |reason: String| {
         ApiError::bad_request("invalid_path", reason)
@@ -148,7 +149,7 @@ fn names(path: &str) -> Result<Vec<Name>, ApiError> {
     path.split('/')
         .map(|name| {
             let checked = Name::new(name.as_bytes().to_vec());
-            checked.map_err(|error| invalid(format!("{name:?} is not a name: {error}")))
+            checked.map_err(|error| invalid(format!("'{name}' is not a valid name: {error}")))
         })
         .collect()
 }

@@ -1,9 +1,10 @@
-//! What is known of one connection's client: when it last took or sent a byte, and whether it has a request under way.
+//! The activity of the client of one connection: when it last read or sent a byte, and whether it has a request in
+//! progress.
 //!
-//! Whether a client reads is not seen by writing alone: the kernel buffers megabytes, and lets the next bytes in only when a
-//! third of them have gone. So the bytes that the client has not acknowledged yet are asked for (SIOCOUTQ, tcp(7)).
+//! Writes alone do not show whether a client reads: the kernel buffers megabytes, and accepts more only after a third
+//! of them was sent. So the number of bytes that the client has not acknowledged is queried (SIOCOUTQ, tcp(7)).
 //!
-//! Knows nothing of HTTP.
+//! Does not know HTTP.
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::{AsRawFd as _, RawFd};
@@ -17,7 +18,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-/// Whom limits are counted for: an IPv4 address, or the /64 network of an IPv6 address, all of which one machine may have.
+/// The client to which limits apply: an IPv4 address, or the /64 network of an IPv6 address, which usually belongs to
+/// one machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ClientAddress(IpAddr);
 
@@ -31,87 +33,89 @@ impl From<IpAddr> for ClientAddress {
     }
 }
 
-/// No descriptor: the connection is closed.
+/// The value of [`Activity::descriptor`] after the connection was closed.
 const CLOSED: RawFd = -1;
 
-/// What one connection does. Times are milliseconds since it began.
+/// The activity of one connection. Times are in milliseconds since it began.
 #[derive(Debug)]
 pub struct Activity {
     address: ClientAddress,
     began: Instant,
     requests: AtomicU32,
-    /// When the last request ended; at first, when the connection began.
-    quiet_since_ms: AtomicU64,
-    /// When the client last sent a byte or acknowledged one.
-    moved_at_ms: AtomicU64,
+    /// End of the last request; before the first, the start of the connection.
+    idle_since_ms: AtomicU64,
+    /// Time at which the client last sent or acknowledged a byte.
+    progress_at_ms: AtomicU64,
     written_bytes: AtomicU64,
     acknowledged_bytes: AtomicU64,
-    /// Whether there are bytes that the client has not acknowledged.
-    owed: AtomicBool,
+    /// Whether some bytes are not acknowledged.
+    has_unacknowledged: AtomicBool,
     descriptor: AtomicI32,
 }
 
 impl Activity {
-    /// Of a connection that begins now.
+    /// Creates the activity of a connection that begins now.
     pub fn new(address: ClientAddress) -> Activity {
         Activity {
             address,
             began: Instant::now(),
             requests: AtomicU32::new(0),
-            quiet_since_ms: AtomicU64::new(0),
-            moved_at_ms: AtomicU64::new(0),
+            idle_since_ms: AtomicU64::new(0),
+            progress_at_ms: AtomicU64::new(0),
             written_bytes: AtomicU64::new(0),
             acknowledged_bytes: AtomicU64::new(0),
-            owed: AtomicBool::new(false),
+            has_unacknowledged: AtomicBool::new(false),
             descriptor: AtomicI32::new(CLOSED),
         }
     }
 
-    /// Where the client is.
+    /// Returns the address of the client.
     pub fn address(&self) -> ClientAddress {
         self.address
     }
 
-    /// A request has begun; it ends when the guard is dropped.
+    /// Notes the start of a request; it ends when the guard is dropped.
     pub fn request(self: &Arc<Activity>) -> RequestGuard {
         self.requests.fetch_add(1, Ordering::Relaxed);
         RequestGuard(Arc::clone(self))
     }
 
-    /// How long nothing has been asked and nothing has been left to send; `None` while something is.
+    /// Returns the time since the last request ended; `None` while a request is in progress or bytes are not
+    /// acknowledged.
     pub fn idle(&self) -> Option<Duration> {
-        let busy = self.requests.load(Ordering::Relaxed) > 0 || self.owed.load(Ordering::Relaxed);
-        (!busy).then(|| self.since(&self.quiet_since_ms))
+        let busy =
+            self.requests.load(Ordering::Relaxed) > 0 || self.has_unacknowledged.load(Ordering::Relaxed);
+        (!busy).then(|| self.since(&self.idle_since_ms))
     }
 
-    /// How long the client has taken nothing of what was sent to it; zero if all was taken.
+    /// Returns the time for which the client has acknowledged nothing; zero if nothing is outstanding.
     pub fn stalled(&self) -> Duration {
-        match self.owed.load(Ordering::Relaxed) {
-            true => self.since_moved(),
+        match self.has_unacknowledged.load(Ordering::Relaxed) {
+            true => self.since_progress(),
             false => Duration::ZERO,
         }
     }
 
-    /// How long ago the client last sent or took a byte.
-    pub fn since_moved(&self) -> Duration {
-        self.since(&self.moved_at_ms)
+    /// Returns the time since the client last sent or acknowledged a byte.
+    pub fn since_progress(&self) -> Duration {
+        self.since(&self.progress_at_ms)
     }
 
-    /// Asks the kernel what the client has taken meanwhile. Called now and then by the connection's task.
-    pub fn look(&self) {
+    /// Queries the kernel for acknowledged bytes. Called periodically by the task of the connection.
+    pub fn update(&self) {
         let queued = match self.descriptor.load(Ordering::Relaxed) {
             CLOSED => 0,
             descriptor => unacknowledged_bytes(descriptor),
         };
         let acknowledged = self.written_bytes.load(Ordering::Relaxed).saturating_sub(queued);
         if self.acknowledged_bytes.swap(acknowledged, Ordering::Relaxed) < acknowledged {
-            self.moved();
+            self.note_progress();
         }
-        self.owed.store(queued > 0, Ordering::Relaxed);
+        self.has_unacknowledged.store(queued > 0, Ordering::Relaxed);
     }
 
-    fn moved(&self) {
-        self.moved_at_ms.store(self.now_ms(), Ordering::Relaxed);
+    fn note_progress(&self) {
+        self.progress_at_ms.store(self.now_ms(), Ordering::Relaxed);
     }
 
     fn since(&self, at_ms: &AtomicU64) -> Duration {
@@ -123,19 +127,20 @@ impl Activity {
     }
 }
 
-/// A request under way.
+/// A request in progress.
 #[derive(Debug)]
 pub struct RequestGuard(Arc<Activity>);
 
 impl Drop for RequestGuard {
     fn drop(&mut self) {
-        // Before the request is taken off, so that the connection is never seen idle since long ago.
-        self.0.quiet_since_ms.store(self.0.now_ms(), Ordering::Relaxed);
+        // Stored before the count is reduced, so that the connection never appears to have been idle for a long time.
+        self.0.idle_since_ms.store(self.0.now_ms(), Ordering::Relaxed);
         self.0.requests.fetch_sub(1, Ordering::Release);
     }
 }
 
-/// What lies in the kernel for the client and was not acknowledged; none where the kernel does not say.
+/// Returns the number of bytes that the kernel holds for the client and that are not acknowledged; 0 if the query
+/// fails.
 fn unacknowledged_bytes(descriptor: RawFd) -> u64 {
     let mut bytes: libc::c_int = 0;
     // SAFETY: TIOCOUTQ (SIOCOUTQ on a socket) writes one int, to `bytes`. The descriptor is open: `Metered` takes it back
@@ -148,7 +153,7 @@ fn unacknowledged_bytes(descriptor: RawFd) -> u64 {
     }
 }
 
-/// A connection whose bytes are counted.
+/// A stream whose bytes are counted in an [`Activity`].
 #[derive(Debug)]
 pub struct Metered {
     stream: TcpStream,
@@ -156,20 +161,20 @@ pub struct Metered {
 }
 
 impl Metered {
-    /// `stream`, counted in `activity`.
+    /// Wraps `stream`; its bytes are counted in `activity`.
     pub fn new(stream: TcpStream, activity: Arc<Activity>) -> Metered {
         activity.descriptor.store(stream.as_raw_fd(), Ordering::Relaxed);
         Metered { stream, activity }
     }
 
-    fn wrote(&self, polled: &Poll<std::io::Result<usize>>) {
+    fn note_write(&self, polled: &Poll<std::io::Result<usize>>) {
         if let Poll::Ready(Ok(bytes)) = polled {
             self.activity
                 .written_bytes
                 .fetch_add(*bytes as u64, Ordering::Relaxed);
-            // Until the kernel is asked: as if all of it had yet to go.
-            if !self.activity.owed.swap(true, Ordering::Relaxed) {
-                self.activity.moved();
+            // Until the next query, all written bytes count as not acknowledged.
+            if !self.activity.has_unacknowledged.swap(true, Ordering::Relaxed) {
+                self.activity.note_progress();
             }
         }
     }
@@ -190,7 +195,7 @@ impl AsyncRead for Metered {
         let before = buffer.filled().len();
         let polled = Pin::new(&mut self.stream).poll_read(context, buffer);
         if buffer.filled().len() > before {
-            self.activity.moved();
+            self.activity.note_progress();
         }
         polled
     }
@@ -203,7 +208,7 @@ impl AsyncWrite for Metered {
         bytes: &[u8],
     ) -> Poll<std::io::Result<usize>> {
         let polled = Pin::new(&mut self.stream).poll_write(context, bytes);
-        self.wrote(&polled);
+        self.note_write(&polled);
         polled
     }
 
@@ -213,7 +218,7 @@ impl AsyncWrite for Metered {
         slices: &[std::io::IoSlice<'_>],
     ) -> Poll<std::io::Result<usize>> {
         let polled = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
-        self.wrote(&polled);
+        self.note_write(&polled);
         polled
     }
 
@@ -254,7 +259,7 @@ mod tests {
         std::thread::sleep(PAUSE);
         let ended = Instant::now();
         drop(request);
-        let idle = activity.idle().expect("it has no request");
+        let idle = activity.idle().expect("no request is in progress");
         assert!(idle <= ended.elapsed() + Duration::from_millis(1), "{idle:?}");
     }
 }

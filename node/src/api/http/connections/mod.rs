@@ -1,21 +1,22 @@
-//! Serves HTTP connections, so that clients which neither read nor speak hold up nobody.
+//! Serves HTTP connections, such that clients which neither send nor read do not block others.
 //!
-//! - There are as many places as the process can well have open ([`places`]), of which one client has a half at most. When
-//!   they are taken, the connection that has been idle longest is closed for the one that comes.
-//! - Who has no request under way for [`Patience::let_go_after`], not even a whole head of one, is let go of; so is who takes
-//!   nothing of an answer for that long. A client is waited for, for as long as it takes, while the node is at work.
-//! - Over HTTP/2 the same holds for each answer by itself ([`pace`]).
+//! - The number of connections is bounded in total and for each client ([`slots`]). When the bound is reached, a new
+//!   connection replaces the one that has been idle longest.
+//! - A connection without a request in progress is closed after [`ClientTimeouts::close_after`], even if part of a
+//!   request head has arrived; so is one whose client reads nothing of a response for this time. While the node
+//!   processes a request, the connection stays open.
+//! - On HTTP/2 the same applies to each response separately ([`progress`]).
 //!
-//! Knows nothing of what is served.
+//! Does not know what is served.
 
 mod activity;
-mod pace;
-mod places;
+mod progress;
+mod slots;
 #[cfg(test)]
 mod tests;
 
 pub use activity::{Activity, ClientAddress};
-pub use pace::{Pace, Patience, paced};
+pub use progress::{ClientProgress, ClientTimeouts, monitored_body};
 
 use std::convert::Infallible;
 use std::io::Write as _;
@@ -41,33 +42,33 @@ use tokio::task::JoinSet;
 use tower::Service as _;
 
 use activity::{Metered, RequestGuard};
-use places::{ConnectionSlot, ConnectionSlots};
+use slots::{ConnectionSlot, ConnectionSlots};
 
-/// Requests under way in one HTTP/2 connection.
+/// Most concurrent requests of an HTTP/2 connection.
 const STREAMS_MAX: u32 = 32;
-/// What the HTTP library holds of one HTTP/1 connection, each way.
+/// Most bytes that the HTTP library buffers for an HTTP/1 connection in each direction.
 const BUFFER_BYTES_MAX: usize = 128 << 10;
-/// Answers up to this size are handed to an HTTP/2 connection whole; it has a window of 64 KiB for them.
-const UNPACED_BYTES_MAX: u64 = 16 << 10;
-/// How many times within its patience a connection looks at its client.
-const LOOKS_PER_PATIENCE: u32 = 15;
-/// After an accept that failed because the process has no more files.
+/// Responses up to this size are passed to an HTTP/2 connection at once; its window is 64 KiB.
+const UNMONITORED_BYTES_MAX: u64 = 16 << 10;
+/// Number of checks of a client within its time-out.
+const CHECKS_PER_TIMEOUT: u32 = 15;
+/// Delay after a failed accept, for example without free file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
 
-/// What a client is told that has its share of connections, all of them in use.
+/// The response to a client whose connections are all in use, at the limit.
 const REFUSAL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 2\r\n\
-    content-type: application/json\r\ncontent-length: 118\r\n\r\n\
-    {\"code\":\"unavailable\",\"message\":\"this client has as many connections in use as it may\",\"hint\":\"use fewer, or wait\"}   ";
+    content-type: application/json\r\ncontent-length: 138\r\n\r\n\
+    {\"code\":\"unavailable\",\"message\":\"all connections that this client may have are in use\",\"hint\":\"use fewer connections, or try again later\"}";
 
-/// How many connections there may be, and how long they are waited for.
+/// Limits of connections and time-outs of clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// In all. Each takes a file descriptor, and the content store and the log need theirs.
+    /// Most connections in total. Each needs a file descriptor, and so do the content store and the log.
     pub connections_max: usize,
-    /// From one address.
+    /// Most connections from one client.
     pub per_client_max: usize,
-    /// With clients that do nothing.
-    pub patience: Patience,
+    /// Time-outs of clients that do nothing.
+    pub timeouts: ClientTimeouts,
 }
 
 impl Default for Limits {
@@ -75,17 +76,17 @@ impl Default for Limits {
         Limits {
             connections_max: 1024,
             per_client_max: 512,
-            patience: Patience::default(),
+            timeouts: ClientTimeouts::default(),
         }
     }
 }
 
-/// Serves `router` on `listener` until `stop` is done and the requests under way then have ended.
+/// Serves `router` on `listener` until `stop` completes and the requests in progress at that time have ended.
 pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: impl Future<Output = ()>) {
-    let places = ConnectionSlots::new(
+    let slots = ConnectionSlots::new(
         limits.connections_max,
         limits.per_client_max,
-        limits.patience.yields_after,
+        limits.timeouts.preempt_after,
     );
     let (stopping, stopped) = watch::channel(false);
     let mut connections = JoinSet::new();
@@ -97,15 +98,15 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: 
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok((stream, address)) => match places.admit(address.ip()) {
-                Some(place) => {
+            Ok((stream, address)) => match slots.admit(address.ip()) {
+                Some(slot) => {
                     let serving =
-                        serve_connection(stream, place, router.clone(), limits.patience, stopped.clone());
+                        serve_connection(stream, slot, router.clone(), limits.timeouts, stopped.clone());
                     connections.spawn(serving);
                 }
                 None => refuse(stream),
             },
-            Err(error) if is_of_the_connection(&error) => {}
+            Err(error) if is_connection_error(&error) => {}
             Err(error) => {
                 tracing::warn!(%error, "cannot accept HTTP connections");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -117,8 +118,8 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: 
     while connections.join_next().await.is_some() {}
 }
 
-/// Whether accepting failed because the client was gone already (accept(2)).
-fn is_of_the_connection(error: &std::io::Error) -> bool {
+/// Whether accept(2) failed because of the connection itself, for example because the client has disconnected.
+fn is_connection_error(error: &std::io::Error) -> bool {
     use std::io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     matches!(
         error.kind(),
@@ -126,7 +127,7 @@ fn is_of_the_connection(error: &std::io::Error) -> bool {
     )
 }
 
-/// Says why and closes. A client whose network does not take it at once is not told.
+/// Sends [`REFUSAL`] and closes the connection. The send does not block; if it fails, the client gets no response.
 fn refuse(stream: TcpStream) {
     if let Ok(mut stream) = stream.into_std() {
         let _ = stream.write_all(REFUSAL);
@@ -135,14 +136,14 @@ fn refuse(stream: TcpStream) {
 
 async fn serve_connection(
     stream: TcpStream,
-    place: ConnectionSlot,
+    slot: ConnectionSlot,
     router: Router,
-    patience: Patience,
+    timeouts: ClientTimeouts,
     mut stopped: watch::Receiver<bool>,
 ) {
-    // Without it the end of an answer waits for the client's acknowledgement. Where it cannot be set, it does.
+    // Without TCP_NODELAY the end of a response may wait for the client's acknowledgement. A failure only costs time.
     let _ = stream.set_nodelay(true);
-    let activity = &place.activity;
+    let activity = &slot.activity;
     let service = {
         let activity = Arc::clone(activity);
         service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
@@ -150,7 +151,7 @@ async fn serve_connection(
                 request.map(Body::new),
                 router.clone(),
                 Arc::clone(&activity),
-                patience,
+                timeouts,
             )
         })
     };
@@ -158,63 +159,66 @@ async fn serve_connection(
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(patience.let_go_after)
+        .header_read_timeout(timeouts.close_after)
         .max_buf_size(BUFFER_BYTES_MAX);
     builder
         .http2()
         .timer(TokioTimer::new())
-        .keep_alive_interval(patience.let_go_after)
-        .keep_alive_timeout(patience.let_go_after)
+        .keep_alive_interval(timeouts.close_after)
+        .keep_alive_timeout(timeouts.close_after)
         .max_concurrent_streams(STREAMS_MAX);
     let metered = Metered::new(stream, Arc::clone(activity));
     let connection = builder.serve_connection(TokioIo::new(metered), service);
     tokio::pin!(connection);
-    let mut looks = tokio::time::interval(patience.let_go_after / LOOKS_PER_PATIENCE);
-    let mut told_to_end = false;
+    let mut checks = tokio::time::interval(timeouts.close_after / CHECKS_PER_TIMEOUT);
+    let mut is_shutting_down = false;
     loop {
         let is_stopping = tokio::select! {
-            // How it ended matters to the client alone.
+            // The result of the connection is irrelevant to the server.
             _ = &mut connection => break,
-            () = place.leave.cancelled() => break,
-            stopping = stopped.wait_for(|stopped| *stopped), if !told_to_end => stopping.is_ok(),
-            _ = looks.tick() => false,
+            () = slot.evicted.cancelled() => break,
+            stopping = stopped.wait_for(|stopped| *stopped), if !is_shutting_down => stopping.is_ok(),
+            _ = checks.tick() => false,
         };
-        activity.look();
-        let is_idle = activity.idle().is_some_and(|idle| idle >= patience.let_go_after);
-        if activity.stalled() >= patience.let_go_after || (is_idle && told_to_end) {
-            tracing::debug!(is_idle, "an HTTP client is let go of");
+        activity.update();
+        let is_idle = activity.idle().is_some_and(|idle| idle >= timeouts.close_after);
+        if activity.stalled() >= timeouts.close_after || (is_idle && is_shutting_down) {
+            tracing::debug!(
+                is_idle,
+                "closing the connection of an HTTP client that does nothing"
+            );
             break;
         }
         if is_idle || is_stopping {
-            // Over HTTP/2 a client that asks at this very moment is told that it was not heard.
+            // On HTTP/2 a request that arrives at this moment is refused explicitly, so the client can retry it.
             connection.as_mut().graceful_shutdown();
-            told_to_end = true;
+            is_shutting_down = true;
         }
     }
 }
 
-/// Has `router` answer `request`, which is under way until its answer is handed over.
+/// Lets `router` answer `request`, which is in progress until its response is delivered.
 async fn answer(
     mut request: Request,
     mut router: Router,
     activity: Arc<Activity>,
-    patience: Patience,
+    timeouts: ClientTimeouts,
 ) -> Result<Response, Infallible> {
     let guard = activity.request();
     request.extensions_mut().insert(activity);
     let is_shared = request.version() == Version::HTTP_2;
-    let pace = is_shared.then(|| Pace::of(&request, patience));
+    let progress = is_shared.then(|| ClientProgress::of(&request, timeouts));
     let response = router.call(request).await?;
-    Ok(match pace {
-        Some(pace) => held(at_its_pace(response, pace), guard),
-        None => held(response, guard),
+    Ok(match progress {
+        Some(progress) => with_guard(monitored(response, progress), guard),
+        None => with_guard(response, guard),
     })
 }
 
-/// `response` with a body that is given up when the client does not take it.
-fn at_its_pace(mut response: Response, pace: Arc<Pace>) -> Response {
+/// Wraps the body of `response`, so that it ends with an error if the client does not read it.
+fn monitored(mut response: Response, progress: Arc<ClientProgress>) -> Response {
     let size = response.body().size_hint();
-    if size.upper().is_some_and(|bytes| bytes <= UNPACED_BYTES_MAX) {
+    if size.upper().is_some_and(|bytes| bytes <= UNMONITORED_BYTES_MAX) {
         return response;
     }
     if let Some(bytes) = size.exact() {
@@ -223,20 +227,20 @@ fn at_its_pace(mut response: Response, pace: Arc<Pace>) -> Response {
             .entry(CONTENT_LENGTH)
             .or_insert_with(|| HeaderValue::from(bytes));
     }
-    response.map(|body| paced(body.into_data_stream(), pace))
+    response.map(|body| monitored_body(body.into_data_stream(), progress))
 }
 
-fn held(response: Response, guard: RequestGuard) -> Response {
-    response.map(|body| Body::new(HeldBody { body, _guard: guard }))
+fn with_guard(response: Response, guard: RequestGuard) -> Response {
+    response.map(|body| Body::new(GuardedBody { body, _guard: guard }))
 }
 
-/// The body of an answer; its request is under way for as long as it is there.
-struct HeldBody {
+/// The body of a response; its request is in progress until the body is dropped.
+struct GuardedBody {
     body: Body,
     _guard: RequestGuard,
 }
 
-impl HttpBody for HeldBody {
+impl HttpBody for GuardedBody {
     type Data = Bytes;
     type Error = axum::Error;
 

@@ -1,4 +1,4 @@
-//! Clients that neither read nor speak, over real connections.
+//! Clients that neither read nor send, over real connections.
 
 use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
@@ -11,9 +11,9 @@ use http_body_util::{BodyExt as _, Empty};
 
 use super::*;
 
-const PATIENCE: Patience = Patience {
-    let_go_after: Duration::from_millis(600),
-    yields_after: Duration::from_millis(100),
+const TIMEOUTS: ClientTimeouts = ClientTimeouts {
+    close_after: Duration::from_millis(600),
+    preempt_after: Duration::from_millis(100),
 };
 /// What the test server serves.
 const SMALL: &str = "/small";
@@ -21,7 +21,7 @@ const LARGE: &str = "/large";
 const SLOW: &str = "/slow";
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// Counts what is there.
+/// Counts existing requests.
 #[derive(Clone, Default)]
 struct Counter(Arc<AtomicUsize>);
 
@@ -54,11 +54,11 @@ impl Drop for Counted {
 
 struct TestServer {
     address: SocketAddr,
-    /// Bodies under way.
+    /// Bodies in progress.
     bodies: Counter,
 }
 
-/// Serves `/small`, the endless `/large`, and `/slow`, which takes longer than clients are waited for.
+/// Serves `/small`, the endless `/large`, and `/slow`, which takes longer than the time-out of clients.
 async fn serve_with(limits: Limits) -> TestServer {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -69,7 +69,7 @@ async fn serve_with(limits: Limits) -> TestServer {
         .route(
             SLOW,
             post(|| async {
-                tokio::time::sleep(PATIENCE.let_go_after * 3).await;
+                tokio::time::sleep(TIMEOUTS.close_after * 3).await;
                 "done"
             }),
         )
@@ -92,7 +92,7 @@ fn limits(connections_max: usize) -> Limits {
     Limits {
         connections_max,
         per_client_max: connections_max,
-        patience: PATIENCE,
+        timeouts: TIMEOUTS,
     }
 }
 
@@ -109,7 +109,7 @@ impl TestServer {
         stream
     }
 
-    /// What the server says before it closes.
+    /// Reads the response until the server closes the connection.
     async fn all_that_comes(&self, text: &'static str) -> (String, Duration) {
         let mut stream = self.sends(text);
         let began = Instant::now();
@@ -128,7 +128,7 @@ impl TestServer {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_says_nothing_or_half_of_something_is_let_go_of() {
+async fn a_client_that_sends_nothing_or_half_a_head_is_closed() {
     let server = serve_with(limits(100)).await;
     for said in [
         "",
@@ -139,16 +139,16 @@ async fn who_says_nothing_or_half_of_something_is_let_go_of() {
         let (_, took) = server.all_that_comes(said).await;
         assert!(took < LIMIT, "{said:?}");
     }
-    // One that asks once is answered, and let go of later.
+    // A client with one request is answered, and its connection closed later.
     let (answer, took) = server
         .all_that_comes("GET /small HTTP/1.1\r\nhost: x\r\n\r\n")
         .await;
     assert!(answer.ends_with("hello"), "{answer}");
-    assert!(took >= PATIENCE.let_go_after / 2, "{took:?}");
+    assert!(took >= TIMEOUTS.close_after / 2, "{took:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_waits_for_the_node_is_not_let_go_of() {
+async fn a_client_that_waits_for_the_node_is_not_closed() {
     let server = serve_with(limits(100)).await;
     let asked = "POST /slow HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
     let (answer, _) = server.all_that_comes(asked).await;
@@ -156,7 +156,7 @@ async fn who_waits_for_the_node_is_not_let_go_of() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_does_not_read_is_let_go_of_and_who_reads_slowly_is_not() {
+async fn a_client_that_does_not_read_is_closed_and_a_slow_one_is_not() {
     let server = serve_with(limits(100)).await;
     let ask = "GET /large HTTP/1.1\r\nhost: x\r\n\r\n";
     let mut slow = server.sends(ask);
@@ -164,8 +164,8 @@ async fn who_does_not_read_is_let_go_of_and_who_reads_slowly_is_not() {
     let read = tokio::task::spawn_blocking(move || {
         let mut buffer = vec![0; 128 << 10];
         let began = Instant::now();
-        // Little enough for the server to be stopped by it, often enough to be seen.
-        while began.elapsed() < PATIENCE.let_go_after * 5 {
+        // Slow enough to fill the buffers of the server, fast enough to be noticed.
+        while began.elapsed() < TIMEOUTS.close_after * 5 {
             slow.read_exact(&mut buffer).expect("a slow reader is served");
             std::thread::sleep(Duration::from_millis(60));
         }
@@ -179,13 +179,13 @@ async fn who_does_not_read_is_let_go_of_and_who_reads_slowly_is_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_place_is_made_for_who_comes_when_all_are_idle() {
-    let patient = Patience {
-        let_go_after: Duration::from_secs(600),
-        ..PATIENCE
+async fn an_idle_connection_is_evicted_for_a_new_one() {
+    let long = ClientTimeouts {
+        close_after: Duration::from_secs(600),
+        ..TIMEOUTS
     };
     let server = serve_with(Limits {
-        patience: patient,
+        timeouts: long,
         ..limits(8)
     })
     .await;
@@ -205,11 +205,11 @@ async fn a_place_is_made_for_who_comes_when_all_are_idle() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_has_all_its_places_in_use_is_told_so() {
+async fn a_client_at_its_limit_gets_a_503() {
     let server = serve_with(limits(3)).await;
     let slow = "POST /slow HTTP/1.1\r\nhost: x\r\n\r\n";
     let _busy: Vec<_> = (0..3).map(|_| server.sends(slow)).collect();
-    tokio::time::sleep(PATIENCE.let_go_after / 2).await;
+    tokio::time::sleep(TIMEOUTS.close_after / 2).await;
     let (answer, _) = server.all_that_comes("").await;
     let (head, body) = answer.split_once("\r\n\r\n").expect("an answer");
     assert!(head.starts_with("HTTP/1.1 503 "), "{head}");
@@ -222,7 +222,7 @@ async fn who_has_all_its_places_in_use_is_told_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_is_not_read_is_given_up_and_the_others_of_its_connection_go_on() {
+async fn an_unread_stream_times_out_and_others_of_its_connection_continue() {
     let server = serve_with(limits(100)).await;
     let stream = TcpStream::connect(server.address).await.unwrap();
     let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
@@ -241,7 +241,7 @@ async fn a_stream_that_is_not_read_is_given_up_and_the_others_of_its_connection_
             "hello",
             "the connection lives on"
         );
-        tokio::time::sleep(PATIENCE.let_go_after / 10).await;
+        tokio::time::sleep(TIMEOUTS.close_after / 10).await;
     }
     server.bodies.falls_to(0).await;
     assert!(
@@ -251,7 +251,7 @@ async fn a_stream_that_is_not_read_is_given_up_and_the_others_of_its_connection_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_stops_ends_what_it_began() {
+async fn a_stopping_server_completes_its_requests() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let slow = || async {

@@ -1,10 +1,10 @@
-//! The filesystem on behalf of HTTP requests: bounded in time.
+//! Access to the filesystem for HTTP requests, with a time limit.
 //!
-//! A mount waits for as long as there is no leader (P6); an HTTP client wants to be told. A call that its request does not
-//! wait for any more is run to its end in the background, so that nothing is left half done: what only waits in it is given
-//! up, and a change that was sent is voided, or its verdict awaited, before any later one is sent.
+//! A mount waits while there is no leader (P6); an HTTP client needs an answer. A call whose request no longer waits
+//! runs to its end in the background, so that nothing is left half done: pure waits in it are aborted, and a mutation
+//! that was sent is voided, or its verdict awaited, before a later one is sent.
 //!
-//! Knows nothing of HTTP.
+//! Does not know HTTP.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use super::StatusSource;
 use super::error::{ApiError, CallError};
 use crate::tasks::ToEnd;
 
-/// The filesystem, as one request sees it.
+/// The filesystem as used by one request.
 #[derive(Clone)]
 pub(super) struct Access {
     pub(super) filesystem: Arc<Filesystem<Client>>,
@@ -30,7 +30,7 @@ pub(super) struct Access {
 }
 
 impl Access {
-    /// Makes a call and waits for it no longer than the request's time-out.
+    /// Makes a call and waits for it, at most for the time-out of the request.
     pub(super) async fn call<T, Work>(
         &self,
         call: impl FnOnce(Arc<Filesystem<Client>>) -> Work,
@@ -44,12 +44,12 @@ impl Access {
             Box::pin(async move { in_vain(Pin::new(&mut call)).await })
         });
         match tokio::time::timeout(self.timeout, call).await {
-            Ok(Err(FsError::TimedOut)) | Err(_) => Err(CallError::Unavailable(self.why_unavailable())),
+            Ok(Err(FsError::TimedOut)) | Err(_) => Err(CallError::Unavailable(self.unavailable_reason())),
             Ok(result) => result.map_err(CallError::Verdict),
         }
     }
 
-    /// As [`Access::call`], of what changes something.
+    /// Like [`Access::call`], for a call that changes the filesystem.
     pub(super) async fn change<T, Work>(
         &self,
         call: impl FnOnce(Arc<Filesystem<Client>>) -> Work,
@@ -59,21 +59,21 @@ impl Access {
         T: 'static,
     {
         match self.call(call).await {
-            // The session ended under way, so the cluster cannot be asked any more.
+            // The session ended during the call, so the cluster cannot report the outcome.
             Err(CallError::Verdict(FsError::Io)) => Err(CallError::Unavailable(
-                "this node's session with the cluster ended meanwhile; it is not known whether the change took effect"
+                "the session of this node ended during the request; it is unknown whether the change took effect"
                     .to_string(),
             )),
             result => result,
         }
     }
 
-    /// What the node's status says, or at least what was seen.
-    fn why_unavailable(&self) -> String {
+    /// Returns the reason in the status of the node, or else the time-out.
+    fn unavailable_reason(&self) -> String {
         let status = (self.status)();
         match status.get("reason").and_then(|reason| reason.as_str()) {
             Some(reason) if !reason.is_empty() => reason.to_string(),
-            _ => format!("no quorum answered within {} ms", self.timeout.as_millis()),
+            _ => format!("no quorum answered in {} ms", self.timeout.as_millis()),
         }
     }
 
@@ -88,7 +88,7 @@ impl Access {
             .await
     }
 
-    /// What lies at `path` from the root; symbolic links are not followed.
+    /// Returns the attributes of the inode at `path` from the root; symbolic links are not followed.
     pub(super) async fn resolve(&self, path: &[Name]) -> Result<Attributes, CallError> {
         let path = path.to_vec();
         self.call(|filesystem| async move { filesystem.resolve(&path).await })
@@ -101,7 +101,7 @@ impl Access {
             .map(|target| target.as_bytes().to_vec())
     }
 
-    /// Entries with their attributes.
+    /// Returns entries with their attributes, after the cookie `after`.
     pub(super) async fn list_directory(
         &self,
         inode: InodeNumber,
@@ -112,7 +112,7 @@ impl Access {
     }
 }
 
-/// A file that is open. Dropped, it is closed, and what was not committed of it is given up.
+/// An open file. Dropping it closes the file and discards writes that were not committed.
 pub(super) struct OpenFile {
     filesystem: Arc<Filesystem<Client>>,
     pub(super) handle: Handle,
@@ -123,12 +123,12 @@ impl OpenFile {
         OpenFile { filesystem, handle }
     }
 
-    /// Why bytes that were written to it are lost, if they are.
+    /// Returns why written bytes were lost, if they were.
     pub(super) fn failure(&self) -> Result<(), FsError> {
         self.filesystem.failure(self.handle)
     }
 
-    /// What was told of it last.
+    /// Returns the last known attributes.
     pub(super) fn attributes(&self) -> Result<Attributes, FsError> {
         self.filesystem.attributes_at_hand(self.handle)
     }
@@ -140,14 +140,14 @@ impl Drop for OpenFile {
             let (filesystem, handle) = (Arc::clone(&self.filesystem), self.handle);
             runtime.spawn(async move {
                 if let Err(error) = filesystem.discard(handle).await {
-                    tracing::error!(%error, "close a file of an HTTP request");
+                    tracing::error!(%error, "cannot close a file of an HTTP request");
                 }
             });
         }
     }
 }
 
-/// Keeps a verdict where the caller has words of its own for it.
+/// Separates verdicts, which the caller handles, from unavailability.
 pub(super) fn verdict<T>(result: Result<T, CallError>) -> Result<Result<T, FsError>, ApiError> {
     match result {
         Ok(value) => Ok(Ok(value)),

@@ -1,8 +1,8 @@
-//! Entity tags, and the preconditions of RFC 9110 section 13 on reads.
+//! Entity tags, and the preconditions of RFC 9110, section 13, for reads.
 //!
-//! The tag of a file is its inode and content version: equal versions mean equal bytes, so it is a strong one. A
-//! file replaced by an upload is another inode, so an old tag never comes back. The `headers` crate parses and compares
-//! tags; a condition that it cannot parse is ignored, except `If-Range`, which then asks for the whole file.
+//! The tag of a file consists of its inode and content version: equal versions have equal bytes, so it is a strong
+//! tag. A file that replaces another has a new inode, so a tag is never reused. The `headers` crate parses and
+//! compares tags. A condition that it cannot parse is ignored, except `If-Range`, which then selects the whole file.
 
 use std::time::SystemTime;
 
@@ -14,15 +14,15 @@ use quorumfs_proto::{Attributes, Timestamp};
 use super::range::{self, Selected};
 use super::times;
 
-/// The entity tag of a file's content.
+/// Returns the entity tag of the content of a file.
 pub(super) fn etag(attributes: &Attributes) -> String {
     format!("\"{:x}-{:x}\"", attributes.inode.0, attributes.content_version)
 }
 
-/// What a GET or HEAD is answered with.
+/// The result of the preconditions of a GET or HEAD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// Content, all or a part.
+    /// Serve the content or a part of it.
     Serve(Selected),
     /// 304.
     NotModified,
@@ -30,12 +30,12 @@ pub(super) enum Verdict {
     PreconditionFailed,
 }
 
-/// Evaluates the preconditions and the range, in the RFC's order.
+/// Evaluates the preconditions and the range in the order of RFC 9110, section 13.2.2.
 pub(super) fn evaluate(headers: &HeaderMap, attributes: &Attributes) -> Verdict {
     let tag: ETag = etag(attributes)
         .parse()
         .expect("hexadecimal digits and a dash between quotes are an entity tag");
-    // Compared as our own type: a file's time may lie outside what an HTTP date can name.
+    // Compared as `Timestamp`, because the time of a file may be outside the range of HTTP dates.
     let modified_after = |limit: SystemTime| times::whole_seconds(attributes.mtime) > Timestamp::from(limit);
     let is_as_demanded = match headers.typed_get::<IfMatch>() {
         Some(listed) => listed.precondition_passes(&tag),
@@ -62,8 +62,8 @@ fn date<Condition: headers::Header + Into<SystemTime>>(headers: &HeaderMap) -> O
     headers.typed_get::<Condition>().map(Into::into)
 }
 
-/// `If-Range`: the part only if the client's other part is of this very content, which the tag alone says for sure
-/// (two changes can share a date); with a date the answer is the whole file.
+/// Whether the range applies under `If-Range`. Only an equal tag proves that the client has parts of the same content,
+/// because two changes can have the same date; with a date, the whole file is served.
 fn range_applies(headers: &HeaderMap, tag: &ETag) -> bool {
     match headers.typed_try_get::<IfRange>() {
         Ok(None) => true,
@@ -72,8 +72,8 @@ fn range_applies(headers: &HeaderMap, tag: &ETag) -> bool {
     }
 }
 
-/// Whether `If-None-Match: *` is asked: only if nothing is there. A `*` that is sent twice still counts, which the
-/// typed header would take for a list of two broken tags.
+/// Whether the request has `If-None-Match: *`, which stores a file only if the path does not exist. A repeated `*`
+/// counts too; the typed header would parse it as two invalid tags.
 pub(super) fn wants_absent(headers: &HeaderMap) -> bool {
     headers
         .get_all(IF_NONE_MATCH)
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn an_upload_that_must_not_replace_says_so() {
+    fn an_upload_that_must_not_replace_is_recognised() {
         let headers = |values: &[&'static str]| -> HeaderMap {
             let values = values.iter().map(|value| HeaderValue::from_static(value));
             values.map(|value| (IF_NONE_MATCH, value)).collect()

@@ -9,26 +9,26 @@ use quorumfs_proto::{FileKind, FsError};
 use super::Service;
 use super::access::verdict;
 use super::error::{ApiError, ErrorBody};
+use super::locate::{self, display_names};
 use super::path::{FilePath, encode_path};
-use super::places::{self, shown};
 use super::upload::refuse_if_match;
 
-/// How often the path is looked at again because what lies there changed its kind meanwhile.
+/// Attempts if the kind of the inode at the path changes meanwhile.
 const ATTEMPTS_MAX: usize = 8;
 
-/// Remove a file, a link or an empty directory.
+/// Removes a file, a link or an empty directory.
 #[utoipa::path(
     delete,
     path = "/upload/{path}",
     tag = "files",
-    params(("path" = String, Path, description = "Names, percent-encoded, with slashes between them")),
+    params(("path" = String, Path, description = "The path: percent-encoded names, separated by slashes")),
     responses(
-        (status = 204, description = "It is gone"),
-        (status = 400, description = "A path that cannot be", body = ErrorBody),
-        (status = 404, description = "Nothing has the name", body = ErrorBody),
-        (status = 409, description = "A directory that is not empty, or a link on the way", body = ErrorBody),
-        (status = 501, description = "If-Match is not supported here", body = ErrorBody),
-        (status = 503, description = "No quorum in time", body = ErrorBody),
+        (status = 204, description = "It is removed"),
+        (status = 400, description = "The path is invalid", body = ErrorBody),
+        (status = 404, description = "The path does not exist", body = ErrorBody),
+        (status = 409, description = "The directory is not empty, or the path contains a link", body = ErrorBody),
+        (status = 501, description = "If-Match is not supported for changes", body = ErrorBody),
+        (status = 503, description = "No quorum answered in time", body = ErrorBody),
     )
 )]
 pub(super) async fn delete(
@@ -41,7 +41,7 @@ pub(super) async fn delete(
     let access = service.access().await?;
     let (parents, name) = path.split();
     for _ in 0..ATTEMPTS_MAX {
-        let found = places::find(&access, &path).await?;
+        let found = locate::find_entry(&access, &path).await?;
         let parent = access.resolve(parents).await?.inode;
         let name = name.clone();
         let removed = access.change(|filesystem| async move {
@@ -57,15 +57,13 @@ pub(super) async fn delete(
             Err(other) => return Err(other.into()),
         }
     }
-    Err(ApiError::unavailable(
-        "the path changed each time it was looked at",
-    ))
+    Err(ApiError::unavailable("the path changed during each attempt"))
 }
 
 fn not_empty(path: &FilePath) -> ApiError {
     let prefix = encode_path(&path.to_bytes());
-    let message = format!("the directory '{}' is not empty", shown(path.names()));
+    let message = format!("the directory '{}' is not empty", display_names(path.names()));
     ApiError::conflict("directory_not_empty", message).hint(format!(
-        "an empty directory can be deleted; GET /files?prefix={prefix}/&kind=all lists what is in it"
+        "only an empty directory can be deleted; GET /files?prefix={prefix}/&kind=all lists its entries"
     ))
 }

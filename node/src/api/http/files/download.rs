@@ -1,4 +1,4 @@
-//! `GET` and `HEAD` of `/download/{path}` and `/upload/{path}`: decodes the request, decides what is served, streams it.
+//! `GET` and `HEAD` of `/download/{path}` and `/upload/{path}`: decodes the request, selects the content, streams it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,39 +18,40 @@ use super::access::{Access, OpenFile, verdict};
 use super::conditional::{self, Verdict};
 use super::content::Content;
 use super::error::{ApiError, ErrorBody};
+use super::locate;
 use super::path::FilePath;
-use super::places;
 use super::range::Selected;
 use super::times;
 use super::{SMALL_BYTES_MAX, Service};
-use crate::api::http::connections::{Pace, paced};
+use crate::api::http::connections::{ClientProgress, monitored_body};
 
-/// How often a file is looked at again that changed or vanished between two questions about it.
-const LOOKS_MAX: usize = 20;
-const LOOK_PAUSE_MS: u64 = 5;
+/// Attempts if a file changes or disappears between two calls about it.
+const ATTEMPTS_MAX: usize = 20;
+const ATTEMPT_PAUSE_MS: u64 = 5;
 
-/// A file, or a part of it.
+/// Returns a file, or a part of it.
 ///
-/// One version of it, the one of its `ETag`; or the connection breaks off. `/upload/{path}` answers the same.
+/// The response has one version of the file, that of its `ETag`, or the connection is aborted. `/upload/{path}`
+/// returns the same.
 #[utoipa::path(
     method(get, head),
     path = "/download/{path}",
     tag = "files",
     params(
-        ("path" = String, Path, description = "Names, percent-encoded, with slashes between them"),
+        ("path" = String, Path, description = "The path: percent-encoded names, separated by slashes"),
         ("Range" = Option<String>, Header, description = "One range of bytes"),
-        ("If-None-Match" = Option<String>, Header, description = "ETags that are known"),
+        ("If-None-Match" = Option<String>, Header, description = "ETags that the client has"),
     ),
     responses(
-        (status = 200, description = "All of it", body = Vec<u8>, content_type = "application/octet-stream"),
-        (status = 206, description = "The range", body = Vec<u8>, content_type = "application/octet-stream"),
-        (status = 304, description = "It has not changed"),
-        (status = 400, description = "A path or header that cannot be", body = ErrorBody),
-        (status = 404, description = "Nothing has the name", body = ErrorBody),
-        (status = 409, description = "It is not a file", body = ErrorBody),
-        (status = 412, description = "It is another version", body = ErrorBody),
-        (status = 416, description = "The range lies outside", body = ErrorBody),
-        (status = 503, description = "No quorum in time", body = ErrorBody),
+        (status = 200, description = "The whole file", body = Vec<u8>, content_type = "application/octet-stream"),
+        (status = 206, description = "The requested range", body = Vec<u8>, content_type = "application/octet-stream"),
+        (status = 304, description = "The file has not changed"),
+        (status = 400, description = "The path or a header is invalid", body = ErrorBody),
+        (status = 404, description = "The path does not exist", body = ErrorBody),
+        (status = 409, description = "It is not a regular file", body = ErrorBody),
+        (status = 412, description = "The file has a different version", body = ErrorBody),
+        (status = 416, description = "The range is outside the file", body = ErrorBody),
+        (status = 503, description = "No quorum answered in time", body = ErrorBody),
     )
 )]
 pub(super) async fn download(
@@ -58,17 +59,17 @@ pub(super) async fn download(
     request: Request,
 ) -> Result<Response, ApiError> {
     let path = FilePath::from_url(super::path_of(request.uri()))?;
-    let pace = Pace::of(&request, service.patience);
+    let progress = ClientProgress::of(&request, service.timeouts);
     let (method, mut headers) = (request.method().clone(), request.headers().clone());
     drop(request);
     if method == Method::HEAD {
-        // Only a GET has ranges (RFC 9110 section 14.2).
+        // Ranges are defined for GET only (RFC 9110, section 14.2).
         headers.remove(RANGE);
     }
     let access = service.access().await?;
-    for _ in 0..LOOKS_MAX {
+    for _ in 0..ATTEMPTS_MAX {
         let Some((file, attributes)) = open(&access, &path).await? else {
-            tokio::time::sleep(Duration::from_millis(LOOK_PAUSE_MS)).await;
+            tokio::time::sleep(Duration::from_millis(ATTEMPT_PAUSE_MS)).await;
             continue;
         };
         let selected = match conditional::evaluate(&headers, &attributes) {
@@ -86,28 +87,28 @@ pub(super) async fn download(
             Body::empty()
         } else {
             let is_small = end - start <= SMALL_BYTES_MAX as u64;
-            let turns = if is_small {
+            let limiter = if is_small {
                 &service.small_downloads
             } else {
                 &service.downloads
             };
-            let turn = service.turn(turns, &pace).await?;
+            let permit = service.permit(limiter, &progress).await?;
             let content = Content {
                 access: access.clone(),
                 file,
                 version: attributes.content_version,
                 range: start..end,
-                turn,
+                permit,
             };
             if is_small {
-                // Before the client is sent a byte, so that no turn waits for it.
+                // Read before the response begins, so that the permit does not depend on the client.
                 let Some(bytes) = content.whole().await? else {
-                    tokio::time::sleep(Duration::from_millis(LOOK_PAUSE_MS)).await;
+                    tokio::time::sleep(Duration::from_millis(ATTEMPT_PAUSE_MS)).await;
                     continue;
                 };
                 Body::from(bytes)
             } else {
-                paced(content.stream(), Arc::clone(&pace))
+                monitored_body(content.stream(), Arc::clone(&progress))
             }
         };
         let mut response = Response::new(body);
@@ -119,15 +120,13 @@ pub(super) async fn download(
         }
         return Ok(response);
     }
-    Err(ApiError::unavailable(
-        "the file changed each time it was looked at",
-    ))
+    Err(ApiError::unavailable("the file changed during each attempt"))
 }
 
-/// Finds the file and opens it; `None` if it was removed meanwhile.
+/// Finds and opens the file; `None` if it was removed meanwhile.
 async fn open(access: &Access, path: &FilePath) -> Result<Option<(OpenFile, Attributes)>, ApiError> {
-    let found = places::find(access, path).await?;
-    if let Some(refusal) = places::refuse_unless_file(access, path.names(), &found).await {
+    let found = locate::find_entry(access, path).await?;
+    if let Some(refusal) = locate::refuse_unless_file(access, path.names(), &found).await {
         return Err(refusal);
     }
     let opened = access.call(|filesystem| async move {
@@ -154,15 +153,15 @@ fn describe(headers: &mut HeaderMap, path: &FilePath, attributes: &Attributes, s
     let name = String::from_utf8_lossy(name.as_bytes());
     let media_type = mime_guess::from_path(name.as_ref()).first_or_octet_stream();
     headers.insert(CONTENT_TYPE, ascii(media_type.to_string()));
-    // The type is a guess from the name; a browser must not make a page of what is not called one.
+    // The type is guessed from the name; browsers must not guess another one from the content.
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    // Nor run what somebody stored here as if it were a page of this node, which may command the cluster.
+    // A stored page must not run scripts in the origin of this node, whose endpoints can change the cluster.
     if may_have_scripts(&media_type) {
         headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static("sandbox"));
     }
 }
 
-/// Whether a browser would run scripts in it: web pages, and XML with SVG among it.
+/// Whether a browser may run scripts in this type: HTML, and XML including SVG.
 fn may_have_scripts(media_type: &mime_guess::Mime) -> bool {
     let subtype = media_type.subtype();
     subtype == "html" || subtype == "xml" || media_type.suffix().is_some_and(|suffix| suffix == "xml")
@@ -183,13 +182,13 @@ fn empty(status: StatusCode, attributes: &Attributes) -> Response {
 }
 
 fn precondition_failed(attributes: &Attributes) -> ApiError {
-    let message = format!("the file's ETag is {} now", conditional::etag(attributes));
+    let message = format!("the ETag of the file is {}", conditional::etag(attributes));
     ApiError::new(StatusCode::PRECONDITION_FAILED, "precondition_failed", message)
         .header(ETAG, ascii(conditional::etag(attributes)))
 }
 
 fn unsatisfiable(size: u64) -> ApiError {
-    let message = format!("the range begins behind the end of the file, which has {size} bytes");
+    let message = format!("the range begins after the end of the file, which has {size} bytes");
     ApiError::new(
         StatusCode::RANGE_NOT_SATISFIABLE,
         "range_not_satisfiable",

@@ -1,7 +1,7 @@
-//! What a request is told when it fails: a status and a JSON body `{code, message, hint}`.
+//! The response to a failed request: a status and a JSON body `{code, message, hint}`.
 //!
-//! `code` is for programs and never changes its meaning; `message` says what is wrong with this request; `hint` says
-//! what to do about it, where there is something (else it is null).
+//! `code` is for programs and never changes its meaning. `message` describes the problem of this request. `hint` says
+//! what to do, or is null.
 
 use axum::Json;
 use axum::http::StatusCode;
@@ -11,7 +11,7 @@ use quorumfs_proto::FsError;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-/// After how long a client that was told 503 should try again: an election and its calls are over by then.
+/// Value of `Retry-After` of a 503, in seconds: an election and its calls are complete by then.
 const RETRY_AFTER_S: u64 = 2;
 
 /// Why a request failed.
@@ -49,10 +49,10 @@ impl ApiError {
         self
     }
 
-    /// 503: nobody can decide now, and why.
+    /// Creates a 503: no decision is possible now, because of `reason`.
     pub(in crate::api) fn unavailable(reason: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", reason)
-            .hint("try again; GET /status of this node tells whether it can write, and if not why")
+            .hint("try again later; GET /status of this node shows whether it can write and why not")
             .header(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S))
     }
 
@@ -64,22 +64,22 @@ impl ApiError {
         ApiError::new(StatusCode::CONFLICT, code, message)
     }
 
-    /// 500: this program's own fault.
+    /// Creates a 500: a fault of this program.
     pub(in crate::api) fn internal(message: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
-            .hint("this is a fault of the node; its log says more")
+            .hint("this is a fault of the node; see its log")
     }
 }
 
-/// What every failed request is answered with.
+/// The body of the response to a failed request.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub(in crate::api) struct ErrorBody {
-    /// For programs: it never changes its meaning.
+    /// The kind of failure, for programs; never changes its meaning.
     #[schema(example = "not_found")]
     code: &'static str,
-    /// What is wrong with this request, for people.
+    /// The problem of this request, for people.
     message: String,
-    /// What to do about it, where there is something.
+    /// What to do, if anything.
     hint: Option<String>,
 }
 
@@ -99,13 +99,13 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// How a call to the cluster ended without a result.
+/// Why a call to the cluster has no result.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(in crate::api) enum CallError {
-    /// The cluster decided: no.
+    /// The cluster refused it.
     #[error("{0}")]
     Verdict(FsError),
-    /// Nobody decided in time; why.
+    /// There was no decision in time; with the reason.
     #[error("{0}")]
     Unavailable(String),
 }
@@ -139,10 +139,10 @@ impl From<FsError> for ApiError {
             }
             FsError::NotSupported => (StatusCode::NOT_IMPLEMENTED, "not_supported"),
             FsError::TimedOut => return ApiError::unavailable(error.to_string()),
-            // The inode or chunk is gone although this node wanted it kept: its session lapsed, or the file changed
-            // more often than we were willing to look.
+            // The inode or chunk no longer exists although this node had it open: the session of the node was lost, or
+            // the file changed during each attempt.
             FsError::Stale | FsError::ChunkDead => {
-                return ApiError::unavailable("what the request was about was changed or removed meanwhile");
+                return ApiError::unavailable("the file was changed or removed during the request");
             }
             FsError::NoAttribute | FsError::Io => (StatusCode::INTERNAL_SERVER_ERROR, "io_error"),
         };

@@ -1,4 +1,4 @@
-//! `GET /files`: decodes the question, walks the tree, encodes a page.
+//! `GET /files`: decodes the parameters, walks the tree, encodes a page.
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -19,92 +19,92 @@ use super::Service;
 use super::access::{Access, verdict};
 use super::conditional::etag;
 use super::error::{ApiError, ErrorBody};
+use super::locate::kind_name;
 use super::path::{ListPrefix, display, encode_path, joined, percent_decoded};
-use super::places::kind_name;
 use super::times::rfc3339;
-use super::walk::{Depth, Found, Step, Walk};
-use crate::api::http::connections::Pace;
+use super::walk::{Depth, Step, Walk, WalkEntry};
+use crate::api::http::connections::ClientProgress;
 
 const LIMIT_DEFAULT: usize = 1000;
 const LIMIT_MAX: usize = 10_000;
 
-/// Where the next page begins: the last path seen, percent-encoded.
+/// Start of the next page: the last path seen, percent-encoded.
 const NEXT_AFTER: HeaderName = HeaderName::from_static("x-next-after");
 
 /// One entry of a listing.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct FileEntry {
-    /// Its path from the root, without a slash in front; what is not UTF-8 is replaced.
+    /// Its path from the root, without a leading slash; bytes that are not UTF-8 are replaced.
     path: String,
-    /// `file`, `directory`, `symlink`, …
+    /// `file`, `directory`, `symlink`, `fifo`, `socket`, `character_device` or `block_device`.
     kind: &'static str,
     /// Its length in bytes.
     size: u64,
-    /// When its content last changed (RFC 3339).
+    /// Time of the last change of its content (RFC 3339).
     mtime: String,
-    /// The twelve bits of its mode, in octal.
+    /// The twelve permission bits of its mode, in octal.
     mode: String,
-    /// Its owner.
+    /// User id of its owner.
     uid: u32,
-    /// Its group.
+    /// Its group id.
     gid: u32,
-    /// How many names it has.
+    /// Number of its hard links.
     links: u32,
-    /// Its number.
+    /// Its inode number.
     inode: u64,
-    /// Of this version, for files.
+    /// Entity tag of its content; only for files.
     #[serde(skip_serializing_if = "Option::is_none")]
     etag: Option<String>,
-    /// Its path, percent-encoded, where it is not UTF-8.
+    /// Its path, percent-encoded; only if the path is not UTF-8.
     #[serde(skip_serializing_if = "Option::is_none")]
     path_encoded: Option<String>,
 }
 
-/// List files, sorted by their paths.
+/// Lists files, sorted by their paths.
 ///
-/// There is a next page if, and only if, there is a `Link` header with `rel="next"`.
+/// There is a next page if and only if the response has a `Link` header with `rel="next"`.
 #[utoipa::path(
     get,
     path = "/files",
     tag = "files",
     params(
-        ("prefix" = Option<String>, Query, description = "Any beginning of a path"),
-        ("limit" = Option<u32>, Query, description = "1 to 10,000; 1,000 unless said", minimum = 1, maximum = 10_000),
+        ("prefix" = Option<String>, Query, description = "The beginning of the paths to list"),
+        ("limit" = Option<u32>, Query, description = "Most entries of the page; 1,000 by default", minimum = 1, maximum = 10_000),
         ("after" = Option<String>, Query, description = "Only paths after this one"),
-        ("recursive" = Option<bool>, Query, description = "Whether directories are gone into; they are unless said"),
-        ("kind" = Option<String>, Query, description = "`all`, or some of `file,directory,symlink,…`"),
+        ("recursive" = Option<bool>, Query, description = "Whether to list subdirectories; true by default"),
+        ("kind" = Option<String>, Query, description = "`all`, or a list of `file,directory,symlink,…`"),
     ),
     responses(
-        (status = 200, description = "A page", body = Vec<FileEntry>, headers(
-            ("Link" = Option<String>, description = "The next page"),
-            ("X-Next-After" = Option<String>, description = "Its `after`"),
+        (status = 200, description = "A page of entries", body = Vec<FileEntry>, headers(
+            ("Link" = Option<String>, description = "URL of the next page"),
+            ("X-Next-After" = Option<String>, description = "Value of `after` for the next page"),
         )),
-        (status = 400, description = "A parameter that cannot be", body = ErrorBody),
-        (status = 503, description = "No quorum in time", body = ErrorBody),
+        (status = 400, description = "A parameter is invalid", body = ErrorBody),
+        (status = 503, description = "No quorum answered in time", body = ErrorBody),
     )
 )]
 pub(super) async fn list(
     State(service): State<Arc<Service>>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let question = Question::from_query(request.uri().query().unwrap_or_default())?;
-    let pace = Pace::of(&request, service.patience);
+    let parameters = ListParameters::from_query(request.uri().query().unwrap_or_default())?;
+    let progress = ClientProgress::of(&request, service.timeouts);
     drop(request);
     let access = service.access().await?;
-    let turn = service.turn(&service.lists, &pace).await?;
-    let Some(directory) = find_directory(&access, &question.prefix).await? else {
+    let permit = service.permit(&service.lists, &progress).await?;
+    let Some(directory) = find_directory(&access, &parameters.prefix).await? else {
         return Ok(Json(json!([])).into_response());
     };
-    let mut path = joined(&question.prefix.directory);
+    let mut path = joined(&parameters.prefix.directory);
     if !path.is_empty() {
         path.push(b'/');
     }
     let mut walk = Walk::new(
         &access,
         (directory, path),
-        question.prefix.partial.to_vec(),
-        question.after.clone(),
-        question.depth,
+        parameters.prefix.partial.to_vec(),
+        parameters.after.clone(),
+        parameters.depth,
         Instant::now() + service.request_timeout,
     );
     let mut page: Vec<FileEntry> = Vec::new();
@@ -113,10 +113,10 @@ pub(super) async fn list(
         match walk.next().await? {
             Step::End => break None,
             Step::Paused { at } => break Some(at),
-            Step::Entry(found) if !question.wants(found.attributes.kind) => {}
-            Step::Entry(_) if page.len() == question.limit => break Some(last),
+            Step::Entry(found) if !parameters.includes(found.attributes.kind) => {}
+            Step::Entry(_) if page.len() == parameters.limit => break Some(last),
             Step::Entry(found) => {
-                page.push(described(&found));
+                page.push(file_entry(&found));
                 last = found.path;
             }
         }
@@ -124,23 +124,27 @@ pub(super) async fn list(
     let mut headers = HeaderMap::new();
     if let Some(after) = next {
         let after = encode_path(&after);
-        let link = format!("<{}>; rel=\"next\"", question.next_page(&after));
-        let value = |text: String| HeaderValue::try_from(text).map_err(|_| ApiError::internal("next page"));
+        let link = format!("<{}>; rel=\"next\"", parameters.next_page(&after));
+        let value = |text: String| {
+            HeaderValue::try_from(text)
+                .map_err(|_| ApiError::internal("cannot encode the link to the next page"))
+        };
         headers.insert(LINK, value(link)?);
         headers.insert(NEXT_AFTER, value(after)?);
     }
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    // Ten thousand entries take longer to encode than other requests should wait for.
+    // Encoding of ten thousand entries takes too long for a runtime thread.
     let encoding = tokio::task::spawn_blocking(move || serde_json::to_vec(&page));
     let encoded = encoding.await.map_err(|failed| failed.to_string());
-    drop(turn);
+    drop(permit);
     match encoded.and_then(|encoded| encoded.map_err(|failed| failed.to_string())) {
         Ok(page) => Ok((StatusCode::OK, headers, page).into_response()),
-        Err(failed) => Err(ApiError::internal(format!("encode a page: {failed}"))),
+        Err(failed) => Err(ApiError::internal(format!("cannot encode a page: {failed}"))),
     }
 }
 
-/// The directory that the whole components of a prefix name; nothing can begin with them if there is none.
+/// Returns the directory of the complete components of a prefix; `None` if it does not exist, so no path has the
+/// prefix.
 async fn find_directory(access: &Access, prefix: &ListPrefix) -> Result<Option<InodeNumber>, ApiError> {
     match verdict(access.resolve(&prefix.directory).await)? {
         Ok(found) if found.kind == FileKind::Directory => Ok(Some(found.inode)),
@@ -149,7 +153,7 @@ async fn find_directory(access: &Access, prefix: &ListPrefix) -> Result<Option<I
     }
 }
 
-fn described(found: &Found) -> FileEntry {
+fn file_entry(found: &WalkEntry) -> FileEntry {
     let attributes = &found.attributes;
     FileEntry {
         path: display(&found.path).to_string(),
@@ -168,16 +172,16 @@ fn described(found: &Found) -> FileEntry {
     }
 }
 
-/// What is to be listed.
+/// The parameters of a listing.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Question {
+struct ListParameters {
     prefix: ListPrefix,
-    /// As it was given, for the link to the next page.
+    /// The prefix as given, for the link to the next page.
     prefix_bytes: Vec<u8>,
     after: Vec<u8>,
     limit: usize,
     depth: Depth,
-    /// As they were given; `None`: the default.
+    /// The kinds as given; `None` means the default.
     kinds: Option<Vec<Kind>>,
 }
 
@@ -216,9 +220,9 @@ impl Kind {
     }
 }
 
-impl Question {
-    fn from_query(query: &str) -> Result<Question, ApiError> {
-        let mut question = Question {
+impl ListParameters {
+    fn from_query(query: &str) -> Result<ListParameters, ApiError> {
+        let mut parameters = ListParameters {
             prefix: ListPrefix::from_bytes(b"")?,
             prefix_bytes: Vec::new(),
             after: Vec::new(),
@@ -228,43 +232,43 @@ impl Question {
         };
         for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
             let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
-            // Forms write a space as '+'.
+            // HTML forms encode a space as '+'.
             let value = percent_decoded(&value.replace('+', "%20"))?;
             let text = String::from_utf8_lossy(&value);
             match name {
                 "prefix" => {
-                    question.prefix = ListPrefix::from_bytes(&value)?;
-                    question.prefix_bytes = value;
+                    parameters.prefix = ListPrefix::from_bytes(&value)?;
+                    parameters.prefix_bytes = value;
                 }
-                "after" => question.after = value.strip_prefix(b"/").unwrap_or(&value).to_vec(),
+                "after" => parameters.after = value.strip_prefix(b"/").unwrap_or(&value).to_vec(),
                 "limit" => match text.parse() {
-                    Ok(limit) if (1..=LIMIT_MAX).contains(&limit) => question.limit = limit,
+                    Ok(limit) if (1..=LIMIT_MAX).contains(&limit) => parameters.limit = limit,
                     _ => return Err(invalid(format!("limit must be 1 to {LIMIT_MAX}, not '{text}'"))),
                 },
                 "recursive" => match text.as_ref() {
-                    "true" | "1" | "" => question.depth = Depth::Tree,
-                    "false" | "0" => question.depth = Depth::Level,
+                    "true" | "1" | "" => parameters.depth = Depth::Tree,
+                    "false" | "0" => parameters.depth = Depth::Level,
                     _ => return Err(invalid(format!("recursive must be true or false, not '{text}'"))),
                 },
                 "kind" => {
                     let kinds: Option<Vec<Kind>> = text.split(',').map(Kind::named).collect();
-                    let unknown = || invalid(format!("kind '{text}' is not known"));
-                    question.kinds = Some(kinds.ok_or_else(unknown)?);
+                    let unknown = || invalid(format!("kind '{text}' is unknown"));
+                    parameters.kinds = Some(kinds.ok_or_else(unknown)?);
                 }
-                _ => return Err(invalid(format!("there is no parameter '{name}'"))),
+                _ => return Err(invalid(format!("unknown parameter '{name}'"))),
             }
         }
-        Ok(question)
+        Ok(parameters)
     }
 
-    fn wants(&self, kind: FileKind) -> bool {
+    fn includes(&self, kind: FileKind) -> bool {
         match &self.kinds {
             Some(kinds) => kinds
                 .iter()
                 .any(|&wanted| wanted == Kind::All || wanted == Kind::One(kind)),
             None => match self.depth {
                 Depth::Tree => matches!(kind, FileKind::File | FileKind::Symlink),
-                // Who looks at one directory wants to see where it goes on.
+                // A listing of one directory includes its subdirectories.
                 Depth::Level => true,
             },
         }
@@ -302,22 +306,22 @@ mod tests {
     #[test]
     fn the_next_page_asks_the_same_question() {
         let query = "prefix=d%C3%A9+s/%ff&limit=7&recursive=false&kind=file,directory&after=x";
-        let question = Question::from_query(query).unwrap();
-        assert_eq!(question.prefix_bytes, b"d\xc3\xa9 s/\xff");
-        let url = question.next_page("d%C3%A9%20s/%FFz");
-        let next = Question::from_query(url.strip_prefix("/files?").unwrap()).unwrap();
+        let parameters = ListParameters::from_query(query).unwrap();
+        assert_eq!(parameters.prefix_bytes, b"d\xc3\xa9 s/\xff");
+        let url = parameters.next_page("d%C3%A9%20s/%FFz");
+        let next = ListParameters::from_query(url.strip_prefix("/files?").unwrap()).unwrap();
         assert_eq!(next.after, b"d\xc3\xa9 s/\xffz");
         assert_eq!(
-            Question {
-                after: question.after.clone(),
+            ListParameters {
+                after: parameters.after.clone(),
                 ..next
             },
-            question
+            parameters
         );
     }
 
     #[test]
-    fn what_is_not_understood_is_refused() {
+    fn unknown_parameters_are_refused() {
         for query in [
             "limit=0",
             "limit=10001",
@@ -330,20 +334,22 @@ mod tests {
             "prefix=a/../b",
             "prefix=a%00",
         ] {
-            let error = Question::from_query(query).unwrap_err();
+            let error = ListParameters::from_query(query).unwrap_err();
             assert_eq!(error.status.as_u16(), 400, "{query}");
         }
     }
 
     #[test]
-    fn a_tree_lists_files_and_links_a_level_everything() {
-        let tree = Question::from_query("").unwrap();
+    fn a_recursive_listing_has_files_and_links_and_a_flat_one_everything() {
+        let tree = ListParameters::from_query("").unwrap();
         assert!(
-            tree.wants(FileKind::File) && tree.wants(FileKind::Symlink) && !tree.wants(FileKind::Directory)
+            tree.includes(FileKind::File)
+                && tree.includes(FileKind::Symlink)
+                && !tree.includes(FileKind::Directory)
         );
-        let level = Question::from_query("recursive=false").unwrap();
-        assert!(level.wants(FileKind::Directory));
-        let asked = Question::from_query("kind=directory").unwrap();
-        assert!(asked.wants(FileKind::Directory) && !asked.wants(FileKind::File));
+        let level = ListParameters::from_query("recursive=false").unwrap();
+        assert!(level.includes(FileKind::Directory));
+        let asked = ListParameters::from_query("kind=directory").unwrap();
+        assert!(asked.includes(FileKind::Directory) && !asked.includes(FileKind::File));
     }
 }

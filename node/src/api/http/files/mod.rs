@@ -1,62 +1,65 @@
 //! The REST interface: files over HTTP, on every node.
 //!
-//! It is an edge of [`quorumfs_fs::Filesystem`], as a mount is, under the node's own session. So any node takes any
-//! request, and what REST writes is in the mounts, and the other way round. This module knows HTTP and paths; it knows
-//! nothing of commands, chunks, consensus or peers.
+//! Like a mount, it uses [`quorumfs_fs::Filesystem`], with the session of the node. So any node serves any request,
+//! and files written over REST are visible in the mounts and vice versa. This module knows HTTP and paths; it does not
+//! know commands, chunks, consensus or peers.
 //!
-//! | request | does |
+//! | request | effect |
 //! |---|---|
-//! | `POST`, `PUT /upload/{path}` | stores the body as the file: 201 |
-//! | `GET`, `HEAD /download/{path}`, `/upload/{path}` | the file: 200, a part of it: 206, nothing new: 304 |
-//! | `DELETE /upload/{path}` | removes a file, a link, an empty directory: 204 |
+//! | `POST`, `PUT /upload/{path}` | stores the body as a file: 201 |
+//! | `GET`, `HEAD /download/{path}`, `/upload/{path}` | returns the file: 200, a part of it: 206, not modified: 304 |
+//! | `DELETE /upload/{path}` | removes a file, a link or an empty directory: 204 |
 //! | `GET /files` | lists files: 200 and a JSON array |
-//! | `GET /recovery/status` | how much content this node lacks, counted now: 200 and a JSON object |
-//! | `GET /health/status`, `/healthz`, `/readyz` | who answers whom; whether it lives, and can serve now: 200 or 503 |
-//! | `GET /status` | what the node says of itself: 200 and a JSON object, with a quorum or without |
+//! | `GET /recovery/status` | missing content of this node: 200 and a JSON object |
+//! | `GET /health/status`, `/healthz`, `/readyz` | reachability of nodes; liveness; readiness: 200 or 503 |
+//! | `GET /status` | status of this node, with or without a quorum: 200 and a JSON object |
 //!
-//! What users can rely on:
+//! Guarantees:
 //!
-//! - **Paths** are the bytes between the slashes, percent-decoded, taken as they are: an empty component, `.`, `..`, NUL,
-//!   an encoded slash, a name over 255 bytes, a path over 4,096 bytes are 400.
-//! - **An upload** appears at once and whole, or not at all. It replaces a file (its readers keep the old one) and keeps
-//!   the replaced file's owner and permissions, without set-id bits; a new file is 0644 and belongs to whom the directory
-//!   belongs to. Missing directories are made (0755). A directory, a link or a device at the path is 409, as is
-//!   anything but a directory on the way. `If-None-Match: *` stores only where nothing is (412). `Idempotency-Key` (per
-//!   node, in memory) answers a repeated upload as the first. After a 503 the outcome may be unknown; to repeat an
-//!   upload is always safe.
-//! - **A download** is one version of the file, the one of its `ETag`; if the file is written in place so that this
-//!   version cannot be finished, the connection breaks off: never a mix. One range or suffix range per request.
-//! - **Symbolic links** are listed and deleted, but not followed: where one points depends on where a tree is mounted.
-//!   On the way or at the end of a path one is 409 with its target.
-//! - **Deleting** a directory that is not empty is 409; there is no recursive delete.
-//! - **`GET /files`**: `prefix` (any beginning of a path), `limit` (1,000; at most 10,000), `after`, `recursive` (true),
-//!   `kind` (of a tree `file,symlink`; of a level `all`). Sorted by the bytes of the paths. There is a next page if, and
-//!   only if, there is a `Link: …; rel="next"` header (`X-Next-After` has its cursor). A page can be shorter than the limit when the
-//!   walk took as long as a request may. Paths that are not UTF-8 have a `path_encoded` too.
-//! - **Failures** are JSON `{code, message, hint}`. When no quorum answers within the time-out it is 503 with the reason
-//!   and `Retry-After`.
-//! - **Bounds**: all uploads together hold at most 176 MiB, all downloads 144 MiB. Requests above the number that this allows wait for their turn, at most as long as the time-out (503). One client has three
-//!   quarters of the turns at most. Who neither sends nor takes a byte for 3 s gives way to requests that wait, and is let go
-//!   of after 30 s. Files and uploads of at most 64 KiB have turns of their own, which they hold only while the node is at work.
+//! - **Paths** are bytes between slashes, percent-decoded and not normalised. An empty component, `.`, `..`, NUL, an
+//!   encoded slash, a name over 255 bytes or a path over 4,096 bytes is 400.
+//! - **An upload** is atomic: the file appears complete or not at all. It replaces a file (open readers keep the old
+//!   one) and keeps its owner and permissions, without set-id bits. A new file has mode 0644 and the owner of the
+//!   directory. Missing directories are created (0755). A directory, link or device at the path is 409, and so is
+//!   anything but a directory on the way. `If-None-Match: *` stores the file only if the path does not exist (412).
+//!   `Idempotency-Key` (per node, in memory) answers a repeated upload like the first. After a 503 the outcome may be
+//!   unknown; repeating an upload is always safe.
+//! - **A download** is one version of the file, that of its `ETag`. If the file is written in place and the version
+//!   cannot be completed, the connection is aborted; versions are never mixed. A request may have one range or suffix
+//!   range.
+//! - **Symbolic links** are listed and deleted, but not followed, because the meaning of a target depends on the mount
+//!   point. A link in a path or at its end is 409 with its target.
+//! - **Deletion** of a directory that is not empty is 409; there is no recursive deletion.
+//! - **`GET /files`**: `prefix` (the beginning of a path), `limit` (1,000; at most 10,000), `after`, `recursive`
+//!   (true), `kind` (`file,symlink` if recursive, `all` otherwise). The entries are sorted by the bytes of their
+//!   paths. There is a next page if and only if the response has a `Link: …; rel="next"` header (`X-Next-After` has
+//!   its cursor). A page may be shorter than the limit if the walk took as long as a request may. Paths that are not
+//!   UTF-8 also have a `path_encoded`.
+//! - **Failures** are JSON `{code, message, hint}`. If no quorum answers in time, it is 503 with the reason and
+//!   `Retry-After`.
+//! - **Bounds**: all uploads together hold at most 176 MiB, all downloads 144 MiB. Requests beyond the corresponding
+//!   number wait, at most as long as the time-out (503). One client has at most three quarters of the permits. A
+//!   client that sends and reads nothing for 3 s loses its permit to waiting requests, and is disconnected after 30 s.
+//!   Files and uploads of at most 64 KiB have separate permits, which they hold only while the node processes them.
 
 mod access;
 mod conditional;
 mod content;
 mod delete;
-pub(in crate::api) mod described;
 mod download;
 pub(in crate::api) mod error;
 mod idempotency;
-mod incoming;
+mod limiter;
 mod list;
+mod locate;
+pub(in crate::api) mod openapi;
 mod origin;
 mod path;
-mod places;
 mod range;
 mod store;
 mod times;
-mod turns;
 mod upload;
+mod upload_body;
 mod walk;
 
 #[cfg(test)]
@@ -79,35 +82,35 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use access::Access;
 use error::ApiError;
-use idempotency::Idempotency;
+use idempotency::IdempotencyCache;
+use limiter::{RequestLimiter, RequestPermit};
 use store::Stored;
-use turns::{Turn, Turns};
 
-use super::connections::{Pace, Patience};
+use super::connections::{ClientProgress, ClientTimeouts};
 use super::status::{StatusClient, StatusReport};
 
-/// How long a request waits for a quorum, unless told otherwise.
+/// Default time for which a request waits for a quorum.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Uploads under way at once; each holds a chunk that fills.
+/// Most concurrent uploads; each holds one chunk that is being filled.
 const UPLOADS_MAX: usize = 64;
-/// Bytes on their way to the cluster, of all uploads.
+/// Most bytes of all uploads that are being stored in the cluster.
 const DIRTY_BYTES_MAX: u64 = 48 << 20;
-/// Downloads under way at once; each holds a chunk that is sent.
+/// Most concurrent downloads; each holds one chunk that is being sent.
 const DOWNLOADS_MAX: usize = 64;
-/// Chunks that are kept, among them what was fetched ahead of all downloads.
+/// Size of the chunk cache, including the readahead of all downloads.
 const CACHE_BYTES: u64 = 64 << 20;
-/// Files and uploads of at most so many bytes are small: each connection may hold as many beside the turns.
+/// Largest size of small files and uploads; each connection may hold as many bytes without a permit.
 const SMALL_BYTES_MAX: usize = 64 << 10;
-/// Small files that are fetched at once, and small uploads that are stored: 8 MiB each.
+/// Most concurrent downloads of small files, and most concurrent small uploads: 8 MiB each.
 const SMALL_MAX: usize = 128;
-/// Listings under way at once; each holds up to 20 MiB of entries and its page.
-const LISTS_MAX: usize = 4;
+/// Most concurrent listings; each holds up to 20 MiB of entries and its page.
+const LISTINGS_MAX: usize = 4;
 
-/// What the node says of itself.
+/// Returns the status of the node as a JSON object.
 pub type StatusSource = Arc<dyn Fn() -> Value + Send + Sync>;
 
-/// How the filesystem of a node behaves.
+/// Returns the options of the filesystem of a node.
 pub fn filesystem_options() -> FsOptions {
     FsOptions {
         cache_bytes: CACHE_BYTES,
@@ -116,48 +119,48 @@ pub fn filesystem_options() -> FsOptions {
     }
 }
 
-/// The node's own filesystem over the cluster, which it has only when the cluster is there.
+/// The node's filesystem, which exists after the node has connected to its cluster.
 #[derive(Clone)]
 pub enum ClientHandle {
-    /// Not yet.
+    /// The node is not connected yet.
     Connecting {
-        /// Why not, in words.
+        /// Why the node is not connected.
         reason: String,
     },
-    /// Here it is.
+    /// The filesystem is available.
     Ready(Arc<Filesystem<Client>>),
 }
 
-/// What the REST interface is built on.
+/// The dependencies of the REST interface.
 #[derive(Clone)]
 pub struct RestState {
-    /// The node's own filesystem over the cluster.
+    /// The node's filesystem.
     pub client: watch::Receiver<ClientHandle>,
-    /// For `GET /status`: a JSON object. Its `reason` is also what a 503 says.
+    /// The status for `GET /status`; its `reason` is also the message of a 503.
     pub status: StatusSource,
-    /// Routes that others serve; errors and panics there are answered as here.
+    /// Further routes; their errors and panics are answered as here.
     pub admin: Router,
-    /// How long a request waits for a quorum ([`REQUEST_TIMEOUT`]).
+    /// Time for which a request waits for a quorum ([`REQUEST_TIMEOUT`]).
     pub request_timeout: Duration,
-    /// How long clients that neither send nor take anything are waited for.
-    pub patience: Patience,
+    /// Time-outs of clients that send and read nothing.
+    pub timeouts: ClientTimeouts,
 }
 
-/// The routes of the REST interface. Needs a runtime around it.
+/// Returns the routes of the REST interface. Must be called in a tokio runtime.
 pub fn router(state: RestState) -> Router {
     let service = Arc::new(Service {
         client: state.client,
         status: state.status,
         request_timeout: state.request_timeout,
-        patience: state.patience,
-        answers: Arc::new(Idempotency::new()),
-        uploads: Turns::new("uploads", UPLOADS_MAX),
-        small_uploads: Turns::new("small uploads", SMALL_MAX),
-        downloads: Turns::new("downloads", DOWNLOADS_MAX),
-        small_downloads: Turns::new("small downloads", SMALL_MAX),
-        lists: Turns::new("lists", LISTS_MAX),
+        timeouts: state.timeouts,
+        answers: Arc::new(IdempotencyCache::new()),
+        uploads: RequestLimiter::new("uploads", UPLOADS_MAX),
+        small_uploads: RequestLimiter::new("small uploads", SMALL_MAX),
+        downloads: RequestLimiter::new("downloads", DOWNLOADS_MAX),
+        small_downloads: RequestLimiter::new("small downloads", SMALL_MAX),
+        lists: RequestLimiter::new("listings", LISTINGS_MAX),
     });
-    // `get` answers HEAD too. The bare forms are there to say what is missing rather than 404.
+    // `get` also answers HEAD. The routes without a path report that it is missing instead of 404.
     let file = get(download::download)
         .post(upload::upload)
         .put(upload::upload)
@@ -177,26 +180,26 @@ pub fn router(state: RestState) -> Router {
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::disable())
-        .layer(axum::middleware::from_fn(origin::refuse_other_sites))
+        .layer(axum::middleware::from_fn(origin::reject_cross_site))
         .layer(CatchPanicLayer::custom(panicked))
 }
 
-/// What all requests share.
+/// The state that all requests share.
 struct Service {
     client: watch::Receiver<ClientHandle>,
     status: StatusSource,
     request_timeout: Duration,
-    patience: Patience,
-    answers: Arc<Idempotency<Stored>>,
-    uploads: Arc<Turns>,
-    small_uploads: Arc<Turns>,
-    downloads: Arc<Turns>,
-    small_downloads: Arc<Turns>,
-    lists: Arc<Turns>,
+    timeouts: ClientTimeouts,
+    answers: Arc<IdempotencyCache<Stored>>,
+    uploads: Arc<RequestLimiter>,
+    small_uploads: Arc<RequestLimiter>,
+    downloads: Arc<RequestLimiter>,
+    small_downloads: Arc<RequestLimiter>,
+    lists: Arc<RequestLimiter>,
 }
 
 impl Service {
-    /// The filesystem; 503 where there is none in time.
+    /// Returns the filesystem; 503 if the node does not connect in time.
     async fn access(&self) -> Result<Access, ApiError> {
         let mut client = self.client.clone();
         let ready = client.wait_for(|handle| matches!(handle, ClientHandle::Ready(_)));
@@ -215,21 +218,25 @@ impl Service {
         })
     }
 
-    /// Waits for a turn.
-    async fn turn(&self, of: &Arc<Turns>, pace: &Arc<Pace>) -> Result<Turn, ApiError> {
-        of.take(pace, self.request_timeout).await
+    /// Waits for a permit of `limiter`.
+    async fn permit(
+        &self,
+        limiter: &Arc<RequestLimiter>,
+        progress: &Arc<ClientProgress>,
+    ) -> Result<RequestPermit, ApiError> {
+        limiter.acquire(progress, self.request_timeout).await
     }
 }
 
-/// The path after the first segment of a request's URL, percent-encoded as it came.
+/// Returns the path after the first segment of a URL, percent-encoded.
 fn path_of(uri: &Uri) -> &str {
     let path = uri.path().strip_prefix('/').unwrap_or(uri.path());
     path.split_once('/').map_or("", |(_, path)| path)
 }
 
-/// What the node says of itself.
+/// Returns the status of this node.
 ///
-/// Who it is, who leads, whether it can write and if not why; with a quorum or without.
+/// Its identity, the leader, and whether it can write or why not; with or without a quorum.
 #[utoipa::path(
     get,
     path = "/status",
@@ -247,15 +254,15 @@ async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
 }
 
 async fn not_found(uri: Uri) -> ApiError {
-    let message = format!("there is nothing at {}", uri.path());
+    let message = format!("there is no endpoint {}", uri.path());
     ApiError::new(StatusCode::NOT_FOUND, "no_such_endpoint", message)
         .hint("/upload/PATH, /download/PATH, /files, /status")
 }
 
 async fn method_not_allowed(method: Method, request: Request) -> ApiError {
-    let message = format!("{} does not take {method}", request.uri().path());
+    let message = format!("{} does not support {method}", request.uri().path());
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
-        .hint("the Allow header lists what it takes")
+        .hint("the Allow header lists the supported methods")
 }
 
 fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {

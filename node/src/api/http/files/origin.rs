@@ -1,11 +1,11 @@
-//! Which requests of a browser are carried out: those of this node's own pages.
+//! Protection against cross-site requests of browsers.
 //!
-//! A page from anywhere that an administrator looks at can send requests to this node, some of them without asking
-//! first (a POST of text, to take one). A browser says where such a request comes from; curl and other programs say
-//! nothing, and are not meant. The rules are those of Go's `http.CrossOriginProtection`: `Sec-Fetch-Site` where there is
-//! one, else `Origin` against `Host`; nothing is asked of GET and HEAD, which change nothing.
+//! A page of another site that an administrator visits can send requests to this node, some without a preflight (for
+//! example, a POST of text). A browser declares the origin of such a request; other programs do not, and are not
+//! affected. The rules are those of Go's `http.CrossOriginProtection`: `Sec-Fetch-Site` if present, otherwise `Origin`
+//! compared with `Host`; GET and HEAD are allowed because they change nothing.
 //!
-//! Knows nothing of what is asked for.
+//! Does not know the meaning of requests.
 
 use axum::extract::Request;
 use axum::http::header::{HOST, ORIGIN};
@@ -15,26 +15,26 @@ use axum::response::{IntoResponse as _, Response};
 
 use super::error::ApiError;
 
-/// Refuses what the page of another site asks a browser to change.
-pub(super) async fn refuse_other_sites(request: Request, next: Next) -> Response {
-    if is_of_another_site(request.method(), request.headers()) {
+/// Refuses requests of pages of other sites that could change something.
+pub(super) async fn reject_cross_site(request: Request, next: Next) -> Response {
+    if is_cross_site(request.method(), request.headers()) {
         return ApiError::new(
             StatusCode::FORBIDDEN,
             "cross_site",
-            "a page of another site may not change anything here",
+            "pages of other sites may not send this request",
         )
-        .hint("send it from this node's own page, or with a program that is no browser")
+        .hint("send it from the dashboard of this node, or with a program that is not a browser")
         .into_response();
     }
     next.run(request).await
 }
 
-fn is_of_another_site(method: &Method, headers: &HeaderMap) -> bool {
+fn is_cross_site(method: &Method, headers: &HeaderMap) -> bool {
     if matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS) {
         return false;
     }
     if let Some(site) = headers.get("sec-fetch-site") {
-        // "none": the person typed it.
+        // "none": the user entered the URL.
         return site != "same-origin" && site != "none";
     }
     let Some(origin) = headers.get(ORIGIN) else {
@@ -55,7 +55,7 @@ mod tests {
             .iter()
             .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
             .collect();
-        is_of_another_site(&method, &headers)
+        is_cross_site(&method, &headers)
     }
 
     #[test]

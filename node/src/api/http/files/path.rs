@@ -1,7 +1,7 @@
-//! Paths in URLs: from percent-encoded bytes to names that are valid by construction, and back.
+//! Paths in URLs: conversion from percent-encoded bytes to validated names, and back.
 //!
-//! A path is bytes, not UTF-8. Nothing is normalised: what a browser would fold away (`..`, `//`) is refused with the
-//! reason, so that no request means another file than it says.
+//! A path is bytes, not UTF-8. Nothing is normalised: components that a browser would resolve (`..`, `//`) are
+//! refused, so that a request never names another file than it seems to.
 
 use axum::http::StatusCode;
 use bytes::Bytes;
@@ -14,23 +14,23 @@ use super::error::ApiError;
 /// Most bytes of a whole path, decoded (PATH_MAX of Linux).
 pub(super) const PATH_BYTES_MAX: usize = 4096;
 
-/// Percent-encoded in a component: everything but the unreserved characters of RFC 3986.
+/// Bytes that are percent-encoded in a component: all but the unreserved characters of RFC 3986, section 2.3.
 const COMPONENT: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'-')
     .remove(b'.')
     .remove(b'_')
     .remove(b'~');
-/// As [`COMPONENT`], with the separator left as it is.
+/// Like [`COMPONENT`], without the separator.
 const PATH: &AsciiSet = &COMPONENT.remove(b'/');
 
-/// Why bytes are not a path.
+/// Why a path is invalid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum PathError {
     #[error("the path is empty")]
     Empty,
     #[error("the path has an empty component (a leading, doubled or trailing '/')")]
     EmptyComponent,
-    #[error("the path has a component '{0}'; paths are taken as they are, nothing is resolved")]
+    #[error("the path has a component '{0}'; paths are not resolved")]
     Dots(&'static str),
     #[error("the path contains a NUL byte")]
     Nul,
@@ -52,14 +52,14 @@ impl From<PathError> for ApiError {
     }
 }
 
-/// Where a file lies: one name at least.
+/// The path of a file, with at least one name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct FilePath {
     names: Vec<Name>,
 }
 
 impl FilePath {
-    /// From the part of a URL after `/upload/` or `/download/`.
+    /// Parses the part of a URL after `/upload/` or `/download/`.
     pub(super) fn from_url(encoded: &str) -> Result<FilePath, PathError> {
         if encoded.is_empty() {
             return Err(PathError::Empty);
@@ -78,12 +78,12 @@ impl FilePath {
         Ok(path)
     }
 
-    /// All names, outermost first.
+    /// Returns all names, starting at the root.
     pub(super) fn names(&self) -> &[Name] {
         &self.names
     }
 
-    /// The names of the directory it lies in, and its own.
+    /// Returns the names of the parent directory and the last name.
     pub(super) fn split(&self) -> (&[Name], &Name) {
         let (last, parents) = self.names.split_last().expect("a path has one name at least");
         (parents, last)
@@ -93,39 +93,39 @@ impl FilePath {
         joined(&self.names)
     }
 
-    /// For a URL.
+    /// Returns the path for a URL.
     pub(super) fn encoded(&self) -> String {
         encode_path(&self.to_bytes())
     }
 }
 
-/// Names with `/` between them.
+/// Joins names with `/`.
 pub(super) fn joined(names: &[Name]) -> Vec<u8> {
     let names: Vec<&[u8]> = names.iter().map(Name::as_bytes).collect();
     names.join(&b'/')
 }
 
-/// Percent-encodes a path, leaving its separators.
+/// Percent-encodes a path, except its separators.
 pub(super) fn encode_path(path: &[u8]) -> String {
     percent_encode(path, PATH).to_string()
 }
 
-/// For people: what is not UTF-8 is replaced.
+/// Converts a path to text; bytes that are not UTF-8 are replaced.
 pub(super) fn display(path: &[u8]) -> String {
     String::from_utf8_lossy(path).into_owned()
 }
 
-/// Which part of the tree a listing is about: every path that begins with `directory` and `partial`.
+/// The prefix of a listing: all paths that begin with `directory` and `partial`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ListPrefix {
-    /// Components that are given whole.
+    /// The complete components.
     pub(super) directory: Vec<Name>,
-    /// How the next one begins; maybe empty.
+    /// The beginning of the next component; may be empty.
     pub(super) partial: Bytes,
 }
 
 impl ListPrefix {
-    /// From decoded bytes. One leading `/` is taken for the root.
+    /// Parses decoded bytes. One leading `/` is ignored.
     pub(super) fn from_bytes(prefix: &[u8]) -> Result<ListPrefix, PathError> {
         if prefix.len() > PATH_BYTES_MAX {
             return Err(PathError::TooLong);
@@ -147,7 +147,7 @@ impl ListPrefix {
     }
 }
 
-/// Decodes `%xx`; what only looks like it is refused, not passed through.
+/// Decodes `%xx`; an invalid escape is an error.
 pub(super) fn percent_decoded(text: &str) -> Result<Vec<u8>, PathError> {
     let bytes = text.as_bytes();
     let escaped = |at: usize| {

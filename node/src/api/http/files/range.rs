@@ -1,28 +1,29 @@
-//! The `Range` header (RFC 9110 section 14): which bytes of a file a request wants.
+//! The `Range` header (RFC 9110, section 14): the requested bytes of a file.
 //!
-//! One range is served as 206. Several at once, another unit and what cannot be parsed are answered with the whole
-//! file, as the RFC allows.
+//! One range is served as 206. Several ranges, other units and values that cannot be parsed are answered with the
+//! whole file, as the RFC allows.
 //!
-//! Not parsed by a crate: `headers` 0.4 finds a suffix longer than the file unsatisfiable and refuses `BYTES=`,
-//! `http-range-header` refuses leading zeros too, and both refuse positions beyond 64 bits; RFC 9110 serves all of these.
+//! No crate is used: `headers` 0.4 treats a suffix longer than the file as unsatisfiable and refuses `BYTES=`,
+//! `http-range-header` also refuses leading zeros, and both refuse positions beyond 64 bits; RFC 9110 allows all of
+//! these.
 
-/// Which bytes are served.
+/// The selected bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Selected {
-    /// All: 200.
+    /// The whole file: 200.
     Whole,
-    /// From `start` to `end` (exclusive), never empty: 206.
+    /// The bytes from `start` to `end` (exclusive), never empty: 206.
     Part {
-        /// First byte.
+        /// Offset of the first byte.
         start: u64,
-        /// After the last.
+        /// Offset after the last byte.
         end: u64,
     },
-    /// None of those asked for exist: 416.
+    /// The range is outside the file: 416.
     Unsatisfiable,
 }
 
-/// What `header` asks of a file of `size_bytes`.
+/// Selects the bytes of a file of `size_bytes` that `header` requests.
 pub(super) fn select(header: &str, size_bytes: u64) -> Selected {
     let Some((unit, ranges)) = header.split_once('=') else {
         return Selected::Whole;
@@ -46,7 +47,7 @@ pub(super) fn select(header: &str, size_bytes: u64) -> Selected {
             Selected::Part { start, end }
         }
         (Some(Position::Open), Some(Position::At(0))) => Selected::Unsatisfiable,
-        // The last bytes of an empty file are all of it, and a 206 cannot say so.
+        // A suffix of an empty file is the whole file, which a 206 cannot express.
         (Some(Position::Open), Some(Position::At(_))) if size_bytes == 0 => Selected::Whole,
         (Some(Position::Open), Some(Position::At(suffix))) => Selected::Part {
             start: size_bytes.saturating_sub(suffix),
@@ -68,7 +69,7 @@ fn position(text: &str) -> Option<Position> {
     if !text.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;
     }
-    // More digits than a u64 has lie behind the end of every file.
+    // A position that does not fit into a u64 is after the end of every file.
     Some(Position::At(text.parse().unwrap_or(u64::MAX)))
 }
 

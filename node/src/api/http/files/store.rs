@@ -1,8 +1,8 @@
-//! An upload's way into the filesystem: content first, the name last.
+//! Storing of uploads: content first, the name last.
 //!
-//! A body of at most one chunk is stored in one command. A larger one is written to a file without a name while it arrives;
-//! the name comes with the last of its bytes. Either way the directories that are missing are made, and what had the name
-//! before is replaced, in the same step. When an upload fails, its file is closed without a name, and so it is gone.
+//! A body of at most one chunk is stored with one command. A larger one is written to an unnamed file while it
+//! arrives, which is linked after its last byte. In both cases the same command creates missing directories and
+//! replaces an existing file. If an upload fails, its unnamed file is closed and thereby removed.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,65 +16,65 @@ use quorumfs_proto::{FileKind, FsError, InodeNumber, Name, Sha256};
 
 use super::access::{Access, OpenFile, verdict};
 use super::error::{ApiError, CallError};
-use super::incoming::Incoming;
+use super::locate::{self, Directory, display_names};
 use super::path::FilePath;
-use super::places::{self, Directory, shown};
+use super::upload_body::UploadBody;
 use super::{SMALL_BYTES_MAX, Service};
-use crate::api::http::connections::Pace;
+use crate::api::http::connections::ClientProgress;
 
-/// How often the name is given anew because the directories on the way changed meanwhile.
+/// Attempts to link a file if the directories of its path change meanwhile.
 const LINK_ATTEMPTS_MAX: usize = 20;
 
-/// A body that took longer than this to arrive is given a place that is looked up again.
-const PLACE_AGE_MAX: Duration = Duration::from_millis(100);
+/// Age after which the target of an upload is resolved again, because it may have changed.
+const TARGET_AGE_MAX: Duration = Duration::from_millis(100);
 
 const FILE_MODE: u16 = 0o644;
 const DIRECTORY_MODE: u16 = 0o755;
-/// Of a file that is replaced the permissions are kept, but what lends privileges is not: the bytes are new.
+/// Mode bits that are kept from a replaced file: permissions, but not set-id bits, because the content is new.
 const KEPT_MODE_BITS: u16 = 0o777;
 
 /// Whether an upload may replace a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Replace {
-    /// It may.
+    /// An existing file is replaced.
     Allowed,
-    /// 412 if anything has the name (`If-None-Match: *`).
+    /// 412 if the path exists (`If-None-Match: *`).
     Never,
 }
 
-/// An upload that may begin.
+/// An upload that was accepted.
 pub(super) struct Upload {
     pub(super) access: Access,
-    /// Whose turns it shares with the node's other requests.
+    /// The limiters that it shares with other requests.
     pub(super) service: Arc<Service>,
-    /// How fast the body comes.
-    pub(super) pace: Arc<Pace>,
+    /// The progress of the client.
+    pub(super) progress: Arc<ClientProgress>,
     pub(super) path: FilePath,
     pub(super) replace: Replace,
     pub(super) announced_bytes: Option<u64>,
 }
 
-/// What was stored.
+/// A stored file.
 #[derive(Clone, Debug)]
 pub(super) struct Stored {
     pub(super) attributes: Attributes,
-    /// Where it cost nothing: of files of one chunk.
+    /// SHA-256 of the content; only for files of at most one chunk, where it is known anyway.
     pub(super) sha256: Option<Sha256>,
 }
 
-/// Where the name will be, and what the file will be.
-struct Place {
-    /// The deepest directory that is there.
+/// The target of an upload: where the name is created, and the attributes of the file.
+struct Target {
+    /// The deepest existing directory.
     directory: InodeNumber,
-    /// Directories to be made below it.
+    /// Directories to create below it.
     missing: Vec<Name>,
-    /// Of the file it replaces, else of the directory it comes into.
+    /// Owner of the replaced file, or otherwise of the directory.
     uid: u32,
     gid: u32,
     mode: u16,
 }
 
-impl Place {
+impl Target {
     fn new_file(&self) -> NewFile {
         NewFile {
             mode: self.mode,
@@ -85,34 +85,35 @@ impl Place {
 }
 
 impl Upload {
-    /// Stores `body`.
+    /// Stores `body` and returns the file.
     pub(super) async fn run(self, body: Body) -> Result<Stored, ApiError> {
-        // Before the first byte is asked for: a client that waits for "100 Continue" is spared sending the body.
-        let place = self.place().await?;
+        // Resolved before the first byte is read: a client that waits for "100 Continue" does not send the body in
+        // vain.
+        let target = self.resolve_target().await?;
         let began = Instant::now();
-        let mut incoming = Incoming::new(body, self.announced_bytes, Arc::clone(&self.pace));
-        // What is small is here before it takes a turn, so that no turn waits for a client that sends nothing.
-        let turns = if incoming.fits_in(SMALL_BYTES_MAX).await? {
+        let mut body = UploadBody::new(body, self.announced_bytes, Arc::clone(&self.progress));
+        // A small body is received before it needs a permit, so that no permit waits for an inactive client.
+        let limiter = if body.fits_in(SMALL_BYTES_MAX).await? {
             &self.service.small_uploads
         } else {
             &self.service.uploads
         };
-        let _turn = self.service.turn(turns, &self.pace).await?;
-        let first = incoming.next_chunk().await?;
-        if incoming.has_more().await? {
-            let attributes = self.store_large(place, first, incoming).await?;
+        let _permit = self.service.permit(limiter, &self.progress).await?;
+        let first = body.next_chunk().await?;
+        if body.has_more().await? {
+            let attributes = self.store_large(target, first, body).await?;
             return Ok(Stored {
                 attributes,
                 sha256: None,
             });
         }
-        let place = match began.elapsed() {
-            elapsed if elapsed > PLACE_AGE_MAX => self.place().await?,
-            _ => place,
+        let target = match began.elapsed() {
+            elapsed if elapsed > TARGET_AGE_MAX => self.resolve_target().await?,
+            _ => target,
         };
         let stored = self
-            .give_name(place, None, |place, destination| {
-                let (new, content) = (place.new_file(), first.clone());
+            .link_with_retry(target, None, |target, destination| {
+                let (new, content) = (target.new_file(), first.clone());
                 self.access.change(move |filesystem| async move {
                     filesystem.store(new, content, destination).await
                 })
@@ -126,11 +127,11 @@ impl Upload {
 
     async fn store_large(
         &self,
-        place: Place,
+        target: Target,
         first: Bytes,
-        mut incoming: Incoming,
+        mut body: UploadBody,
     ) -> Result<Attributes, ApiError> {
-        let new = place.new_file();
+        let new = target.new_file();
         let file = self
             .access
             .change(|filesystem| async move {
@@ -151,39 +152,42 @@ impl Upload {
                     written.await
                 })
                 .await?;
-            not_lost(&file)?;
-            chunk = incoming.next_chunk().await?;
+            check_written(&file)?;
+            chunk = body.next_chunk().await?;
         }
-        // Since the body began the path may lead elsewhere, and the file that is replaced may be another one.
-        let place = self.place().await?;
-        self.give_name(place, Some(&file), |place, destination| {
-            let new = place.new_file();
+        // The path and the replaced file may have changed since the upload began.
+        let target = self.resolve_target().await?;
+        self.link_with_retry(target, Some(&file), |target, destination| {
+            let new = target.new_file();
             self.access
                 .change(move |filesystem| async move { filesystem.link_into(handle, new, destination).await })
         })
         .await
     }
 
-    /// Checks the path and says where the name will be.
-    async fn place(&self) -> Result<Place, ApiError> {
+    /// Checks the path and returns the target.
+    async fn resolve_target(&self) -> Result<Target, ApiError> {
         let (parents, _) = self.path.split();
         let (directory, existing) = tokio::join!(
-            places::locate_directory(&self.access, parents),
+            locate::locate_directory(&self.access, parents),
             self.access.resolve(self.path.names()),
         );
         let (directory, missing) = match directory? {
             Directory::Found(directory) => (directory, Vec::new()),
             Directory::Missing { nearest, existing } => (nearest, parents[existing..].to_vec()),
             Directory::Blocked { by, at } if by.kind == FileKind::Symlink => {
-                return Err(places::is_symlink(&self.access, &parents[..=at], &by).await);
+                return Err(locate::is_symlink(&self.access, &parents[..=at], &by).await);
             }
             Directory::Blocked { by, at } => {
-                let kind = places::kind_name(by.kind);
-                let message = format!("'{}' is a {kind}, not a directory", shown(&parents[..=at]));
+                let kind = locate::kind_name(by.kind);
+                let message = format!(
+                    "'{}' is a {kind}, not a directory",
+                    display_names(&parents[..=at])
+                );
                 return Err(ApiError::conflict("not_a_directory", message));
             }
         };
-        let mut place = Place {
+        let mut target = Target {
             directory: directory.inode,
             missing,
             uid: directory.uid,
@@ -194,33 +198,33 @@ impl Upload {
             Ok(_) if self.replace == Replace::Never => return Err(exists(&self.path)),
             Ok(found) => {
                 if let Some(refusal) =
-                    places::refuse_unless_file(&self.access, self.path.names(), &found).await
+                    locate::refuse_unless_file(&self.access, self.path.names(), &found).await
                 {
                     return Err(refusal);
                 }
-                (place.uid, place.gid) = (found.uid, found.gid);
-                place.mode = found.mode & KEPT_MODE_BITS;
+                (target.uid, target.gid) = (found.uid, found.gid);
+                target.mode = found.mode & KEPT_MODE_BITS;
             }
             Err(FsError::NotFound | FsError::NotDirectory | FsError::Stale) => {}
             Err(other) => return Err(other.into()),
         }
-        Ok(place)
+        Ok(target)
     }
 
-    /// Gives the name as `give` does, again for as long as the directories on the way change under it. `file` is what was
-    /// written to before.
-    async fn give_name<T, Giving>(
+    /// Links the file with `link`, and retries while the directories of the path change. `file` is the unnamed file,
+    /// if any.
+    async fn link_with_retry<T, Linking>(
         &self,
-        mut place: Place,
+        mut target: Target,
         file: Option<&OpenFile>,
-        give: impl Fn(&Place, Destination) -> Giving,
+        link: impl Fn(&Target, Destination) -> Linking,
     ) -> Result<T, ApiError>
     where
-        Giving: Future<Output = Result<T, CallError>>,
+        Linking: Future<Output = Result<T, CallError>>,
     {
         for _ in 0..LINK_ATTEMPTS_MAX {
-            match verdict(give(&place, self.destination(&place)).await)? {
-                Ok(given) => return Ok(given),
+            match verdict(link(&target, self.destination(&target)).await)? {
+                Ok(linked) => return Ok(linked),
                 Err(
                     FsError::NotFound
                     | FsError::Exists
@@ -229,26 +233,26 @@ impl Upload {
                     | FsError::NotEmpty
                     | FsError::Stale,
                 ) => {
-                    file.map_or(Ok(()), not_lost)?;
-                    place = self.place().await?;
+                    file.map_or(Ok(()), check_written)?;
+                    target = self.resolve_target().await?;
                 }
                 Err(other) => return Err(other.into()),
             }
         }
         Err(ApiError::unavailable(format!(
-            "the directories of '{}' or the upload's session changed again and again",
-            shown(self.path.names())
+            "the directories of '{}' or the session of this node changed during each attempt",
+            display_names(self.path.names())
         )))
     }
 
-    fn destination(&self, place: &Place) -> Destination {
+    fn destination(&self, target: &Target) -> Destination {
         let (_, name) = self.path.split();
         Destination {
-            directory: place.directory,
-            missing: place.missing.clone(),
+            directory: target.directory,
+            missing: target.missing.clone(),
             new_directory: NewFile {
                 mode: DIRECTORY_MODE,
-                ..place.new_file()
+                ..target.new_file()
             },
             name: name.clone(),
             existing: match self.replace {
@@ -259,17 +263,17 @@ impl Upload {
     }
 }
 
-/// Whether all that was written to an upload's file is there.
-fn not_lost(file: &OpenFile) -> Result<(), ApiError> {
+/// Returns an error if written bytes were lost.
+fn check_written(file: &OpenFile) -> Result<(), ApiError> {
     file.failure().map_err(|failure| match failure {
-        // The file has no name: that it is not there means that the session lapsed.
+        // The file has no name, so if it does not exist, the session was lost.
         FsError::NotFound => FsError::Stale.into(),
         other => other.into(),
     })
 }
 
 fn exists(path: &FilePath) -> ApiError {
-    let message = format!("'{}' exists", shown(path.names()));
+    let message = format!("'{}' already exists", display_names(path.names()));
     ApiError::new(axum::http::StatusCode::PRECONDITION_FAILED, "exists", message)
-        .hint("If-None-Match: * asks to store only what is not there; without it the file is replaced")
+        .hint("with If-None-Match: * an existing file is not replaced; omit the header to replace it")
 }

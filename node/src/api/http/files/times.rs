@@ -1,18 +1,18 @@
-//! Timestamps as HTTP and JSON write them.
+//! Timestamps in HTTP headers and JSON.
 //!
-//! Programs can set any time; what the formats cannot hold is left out (HTTP) or written with the year it is (JSON).
+//! Programs can set any time. A time that HTTP cannot express is omitted; JSON contains any year.
 //!
-//! The calendar is our own because a file's time is any 64-bit number of seconds, and `jiff` ends a day before the year
-//! 10000. `httpdate`, which is in every HTTP server here anyway, writes what HTTP can name.
+//! The calendar is implemented here because the time of a file is any 64-bit number of seconds, and `jiff` ends a day
+//! before the year 10000. `httpdate`, a dependency of every HTTP server, formats HTTP dates.
 
 use std::time::SystemTime;
 
 use quorumfs_proto::Timestamp;
 
-/// The first second that an HTTP date cannot name: the year 10000.
+/// The first second that an HTTP date cannot express: the year 10000.
 const HTTP_DATE_END_S: i64 = 253_402_300_800;
 
-/// As in `Last-Modified`, in whole seconds; `None` before 1970 and after the year 9999.
+/// Formats a time for `Last-Modified`, in whole seconds; `None` before 1970 and after the year 9999.
 pub(super) fn http_date(time: Timestamp) -> Option<String> {
     let whole = whole_seconds(time);
     (0..HTTP_DATE_END_S)
@@ -20,7 +20,7 @@ pub(super) fn http_date(time: Timestamp) -> Option<String> {
         .then(|| httpdate::fmt_http_date(SystemTime::from(whole)))
 }
 
-/// Without the part that HTTP dates do not show.
+/// Removes the fraction of a second, which HTTP dates do not have.
 pub(super) fn whole_seconds(time: Timestamp) -> Timestamp {
     Timestamp {
         seconds: time.seconds,
@@ -28,7 +28,7 @@ pub(super) fn whole_seconds(time: Timestamp) -> Timestamp {
     }
 }
 
-/// RFC 3339 in UTC with nanoseconds, such as `2026-11-05T12:34:56.000000789Z`.
+/// Formats a time according to RFC 3339, in UTC with nanoseconds, such as `2026-11-05T12:34:56.000000789Z`.
 pub(super) fn rfc3339(time: Timestamp) -> String {
     let (days, second_of_day) = (time.seconds.div_euclid(86_400), time.seconds.rem_euclid(86_400));
     let (year, month, day) = civil_from_days(i128::from(days));
@@ -41,8 +41,9 @@ pub(super) fn rfc3339(time: Timestamp) -> String {
     )
 }
 
-/// The date `days` after 1970-01-01 in the proleptic Gregorian calendar: Howard Hinnant's `civil_from_days`
-/// (<https://howardhinnant.github.io/date_algorithms.html>). Years run from March here, so that the leap day is last.
+/// Returns the date (year, month, day) `days` after 1970-01-01 in the proleptic Gregorian calendar: Howard Hinnant's
+/// `civil_from_days` (<https://howardhinnant.github.io/date_algorithms.html>). Years start in March here, so that the
+/// leap day is last.
 fn civil_from_days(days: i128) -> (i128, i128, i128) {
     let days = days + 719_468;
     let era = days.div_euclid(146_097);

@@ -1,4 +1,4 @@
-//! `POST` and `PUT /upload/{path}`: decodes the request, has it stored, encodes the answer.
+//! `POST` and `PUT /upload/{path}`: decodes the request, stores the body, encodes the response.
 
 use std::sync::Arc;
 
@@ -16,60 +16,60 @@ use utoipa::ToSchema;
 use super::Service;
 use super::conditional;
 use super::error::{ApiError, ErrorBody};
-use super::idempotency::{KEY_BYTES_MAX, Lookup, Subject, UnderWay};
+use super::idempotency::{KEY_BYTES_MAX, Lookup, PendingUpload, Subject};
 use super::path::{FilePath, display};
 use super::store::{Replace, Stored, Upload};
-use crate::api::http::connections::Pace;
+use crate::api::http::connections::ClientProgress;
 
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
-/// Says that the answer is the one that the first upload with this key got.
+/// Marks a response as that of the first upload with the key.
 const IDEMPOTENCY_REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 
-/// What was stored.
+/// A stored file.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct StoredFile {
-    /// Its path from the root, without a slash in front; what is not UTF-8 is replaced.
+    /// Its path from the root, without a leading slash; bytes that are not UTF-8 are replaced.
     path: String,
     /// Its length in bytes.
     size: u64,
-    /// Its number.
+    /// Its inode number.
     inode: u64,
-    /// Of this version.
+    /// Entity tag of its content.
     etag: String,
-    /// Of its bytes, in hexadecimal, where it was computed on the way.
+    /// SHA-256 of its content, in hexadecimal; only for files of at most one chunk.
     #[serde(skip_serializing_if = "Option::is_none")]
     sha256: Option<String>,
-    /// Its path, percent-encoded, where it is not UTF-8.
+    /// Its path, percent-encoded; only if the path is not UTF-8.
     #[serde(skip_serializing_if = "Option::is_none")]
     path_encoded: Option<String>,
 }
 
-/// Store the body as a file.
+/// Stores the body as a file.
 ///
-/// It appears at once and whole, or not at all; missing directories are made; a file of that name is replaced.
+/// The file appears complete or not at all. Missing directories are created; an existing file is replaced.
 #[utoipa::path(
     method(post, put),
     path = "/upload/{path}",
     tag = "files",
     params(
-        ("path" = String, Path, description = "Names, percent-encoded, with slashes between them"),
-        ("If-None-Match" = Option<String>, Header, description = "`*`: only if nothing has the name"),
-        ("Idempotency-Key" = Option<String>, Header, description = "Answers an upload that is repeated at the same node as the first; a node that starts anew has forgotten it (If-None-Match: * has not)"),
+        ("path" = String, Path, description = "The path: percent-encoded names, separated by slashes"),
+        ("If-None-Match" = Option<String>, Header, description = "`*`: store only if the path does not exist"),
+        ("Idempotency-Key" = Option<String>, Header, description = "A repeated upload with the same key at the same node gets the response of the first; keys are lost when the node restarts (If-None-Match: * is not affected)"),
     ),
-    request_body(content = Vec<u8>, content_type = "application/octet-stream", description = "The file's bytes"),
+    request_body(content = Vec<u8>, content_type = "application/octet-stream", description = "The content of the file"),
     responses(
-        (status = 201, description = "Stored on a quorum", body = StoredFile, headers(
-            ("ETag" = String, description = "Of this version"),
-            ("Location" = String, description = "Where to download it"),
+        (status = 201, description = "The file is stored on a quorum", body = StoredFile, headers(
+            ("ETag" = String, description = "Entity tag of the content"),
+            ("Location" = String, description = "Path for downloads"),
         )),
-        (status = 400, description = "A path or header that cannot be", body = ErrorBody),
-        (status = 409, description = "Something is in the way", body = ErrorBody),
-        (status = 412, description = "Something has the name", body = ErrorBody),
-        (status = 413, description = "Larger than a file can be", body = ErrorBody),
-        (status = 415, description = "A multipart form", body = ErrorBody),
-        (status = 422, description = "The key was used for another upload", body = ErrorBody),
-        (status = 501, description = "If-Match is not supported here", body = ErrorBody),
-        (status = 503, description = "No quorum in time", body = ErrorBody),
+        (status = 400, description = "The path or a header is invalid", body = ErrorBody),
+        (status = 409, description = "The path is not a file, or contains something other than directories", body = ErrorBody),
+        (status = 412, description = "The path exists", body = ErrorBody),
+        (status = 413, description = "The body is larger than a file can be", body = ErrorBody),
+        (status = 415, description = "The body is a multipart form", body = ErrorBody),
+        (status = 422, description = "The key was used for a different upload", body = ErrorBody),
+        (status = 501, description = "If-Match is not supported for changes", body = ErrorBody),
+        (status = 503, description = "No quorum answered in time", body = ErrorBody),
         (status = 507, description = "The disks are full", body = ErrorBody),
     )
 )]
@@ -78,7 +78,7 @@ pub(super) async fn upload(
     request: Request,
 ) -> Result<Response, ApiError> {
     let path = FilePath::from_url(super::path_of(request.uri()))?;
-    let pace = Pace::of(&request, service.patience);
+    let progress = ClientProgress::of(&request, service.timeouts);
     let (head, body) = request.into_parts();
     let headers = head.headers;
     refuse_unsupported(&headers)?;
@@ -90,10 +90,10 @@ pub(super) async fn upload(
         path: path.to_bytes(),
         size_bytes: announced_bytes,
     };
-    let under_way = match key.map(|key| service.answers.begin(&key, subject)).transpose()? {
+    let pending = match key.map(|key| service.answers.begin(&key, subject)).transpose()? {
         None => None,
-        Some(Lookup::Fresh(under_way)) => Some(under_way),
-        Some(Lookup::Known(stored)) => {
+        Some(Lookup::New(pending)) => Some(pending),
+        Some(Lookup::Done(stored)) => {
             let mut response = created(&path, &stored);
             response
                 .headers_mut()
@@ -104,7 +104,7 @@ pub(super) async fn upload(
     let upload = Upload {
         access,
         service: Arc::clone(&service),
-        pace,
+        progress,
         path: path.clone(),
         replace: if conditional::wants_absent(&headers) {
             Replace::Never
@@ -113,18 +113,18 @@ pub(super) async fn upload(
         },
         announced_bytes,
     };
-    // In a task of its own: when the client goes away, the server drops this handler in the middle of whatever it
-    // waits for. The task then sees the body break off and cleans up in order.
+    // A separate task: if the client disconnects, the server drops this handler at any await. The task then sees the
+    // body end and cleans up.
     let task = tokio::spawn(async move {
         let stored = upload.run(body).await?;
-        if let Some(under_way) = under_way {
-            UnderWay::answered(under_way, stored.clone());
+        if let Some(pending) = pending {
+            PendingUpload::complete(pending, stored.clone());
         }
         Ok::<Stored, ApiError>(stored)
     });
     let stored = task
         .await
-        .map_err(|error| ApiError::internal(format!("upload: {error}")))??;
+        .map_err(|error| ApiError::internal(format!("an upload failed: {error}")))??;
     Ok(created(&path, &stored))
 }
 
@@ -143,7 +143,7 @@ fn created(path: &FilePath, stored: &Stored) -> Response {
     (StatusCode::CREATED, headers, Json(body)).into_response()
 }
 
-/// What would be stored as something else than its sender means.
+/// Refuses requests whose body would be stored differently than the client expects.
 fn refuse_unsupported(headers: &HeaderMap) -> Result<(), ApiError> {
     let media_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
     if media_type.is_some_and(|media_type| {
@@ -155,20 +155,21 @@ fn refuse_unsupported(headers: &HeaderMap) -> Result<(), ApiError> {
         return Err(ApiError::new(
             StatusCode::UNSUPPORTED_MEDIA_TYPE,
             "multipart",
-            "a multipart form is not taken: the body must be the bytes of the file",
+            "multipart forms are not supported: the body must be the content of the file",
         )
         .hint("with curl: -T FILE, or --data-binary @FILE, instead of -F"));
     }
     if headers.contains_key(CONTENT_RANGE) {
         return Err(ApiError::bad_request(
             "partial_upload",
-            "Content-Range is not taken: an upload is the whole file",
+            "Content-Range is not supported: an upload is a whole file",
         ));
     }
     refuse_if_match(headers)
 }
 
-/// The cluster has no compare-and-set for names, and a check that another writer can slip past is worse than none.
+/// Refuses `If-Match`: the cluster has no compare-and-set for names, and a check that a concurrent writer can bypass
+/// would be misleading.
 pub(super) fn refuse_if_match(headers: &HeaderMap) -> Result<(), ApiError> {
     if headers.contains_key(IF_MATCH) {
         return Err(ApiError::new(

@@ -1,13 +1,13 @@
-//! Walks a tree in the byte order of its paths, from any path on, with bounded memory.
+//! Walks a tree in the byte order of its paths, starting after any path, with bounded memory.
 //!
-//! The cluster lists a directory in the order of its cookies, which is no order of names. So a directory is read
-//! whole, of which the smallest entries after the last one given out are kept, up to a bound; when those are used up
-//! and there are more, it is read again. A directory of 100,000 entries is read a few times for a page of 10,000.
+//! The cluster lists a directory in the order of its cookies, not of its names. So a directory is read completely, and
+//! the smallest entries after the last returned one are kept, up to a bound; when they are used up and there are more,
+//! the directory is read again. A directory of 100,000 entries is read a few times for a page of 10,000.
 //!
-//! The order is that of whole paths as bytes: `a.txt` comes before `a/x`, because `.` is less than `/`. For that a
-//! directory has two places among its siblings: its entry at `name`, what is below it at `name/`.
+//! The order is that of whole paths as bytes: `a.txt` precedes `a/x`, because `.` is less than `/`. So a directory has
+//! two positions among its siblings: its entry at `name`, and its contents at `name/`.
 //!
-//! Entries that come and go during the walk are listed or not; each other one exactly once.
+//! Entries that are created or removed during the walk may be listed or not; every other entry is listed exactly once.
 
 use std::collections::{BinaryHeap, VecDeque};
 use std::time::Instant;
@@ -18,25 +18,26 @@ use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber};
 use super::access::{Access, verdict};
 use super::error::ApiError;
 
-/// Most entries of one directory kept at a time (about 5 MiB).
+/// Most entries of one directory that are kept (about 5 MiB).
 const LEVEL_ITEMS_MAX: usize = 16 << 10;
 
-/// Most entries kept of all directories on the way down; above it outer ones are forgotten and read again later.
+/// Most entries of all open directories that are kept; beyond it those of outer directories are dropped and read again
+/// later.
 const ITEMS_MAX: usize = 4 * LEVEL_ITEMS_MAX;
 
-/// Whether a walk goes into directories.
+/// Whether a walk includes subdirectories.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Depth {
-    /// Only the one it begins in.
+    /// Only the start directory.
     Level,
-    /// All.
+    /// All subdirectories.
     Tree,
 }
 
-/// What a walk comes upon.
+/// An entry found by a walk.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Found {
-    /// From the root of the filesystem, without a leading `/`.
+pub(super) struct WalkEntry {
+    /// The path from the root of the filesystem, without a leading `/`.
     pub(super) path: Vec<u8>,
     pub(super) attributes: Attributes,
 }
@@ -45,19 +46,20 @@ pub(super) struct Found {
 #[derive(Debug)]
 pub(super) enum Step {
     /// An entry.
-    Entry(Found),
-    /// The time is up; a walk that begins after this path goes on from here.
+    Entry(WalkEntry),
+    /// The time limit is reached; a walk that starts after this path continues here.
     Paused {
-        /// Not necessarily that of an entry.
+        /// A path, not necessarily of an entry.
         at: Vec<u8>,
     },
-    /// There is no more.
+    /// There are no more entries.
     End,
 }
 
-/// Where a directory is read by name; the walk is tested without a cluster.
+/// Access to directories, so that the walk can be tested without a cluster.
 pub(super) trait Directories {
-    /// All entries, in any order and maybe in several answers; `None` if there is no such directory (any more).
+    /// Returns a page of entries after the cookie `after`, and whether it is the last; `None` if the directory does
+    /// not exist (any more).
     async fn page(
         &self,
         directory: InodeNumber,
@@ -79,13 +81,13 @@ impl Directories for Access {
     }
 }
 
-/// A walk under way.
+/// A walk in progress.
 pub(super) struct Walk<'a, D> {
     directories: &'a D,
     depth: Depth,
-    /// Only what begins so, in the directory that the walk begins in.
+    /// In the start directory, only names with this prefix are listed.
     partial: Vec<u8>,
-    /// The path after which it began.
+    /// The path after which the walk starts.
     after: Vec<u8>,
     deadline: Instant,
     levels: Vec<Level>,
@@ -93,27 +95,27 @@ pub(super) struct Walk<'a, D> {
 
 struct Level {
     inode: InodeNumber,
-    /// Its path with a `/` at the end; empty for the root.
+    /// Its path with a trailing `/`; empty for the root.
     path: Vec<u8>,
     from: Bound,
-    /// What comes next, in order.
+    /// The next items, in order.
     pending: VecDeque<Item>,
-    /// Whether nothing comes after `pending`.
+    /// Whether there are no items after `pending`.
     complete: bool,
 }
 
-/// Where a directory's items begin.
+/// The lower bound of the items of a directory.
 enum Bound {
     Start,
-    /// After the path with this rest below the directory; so what is below `a/` is among them when the rest is `a/x`.
+    /// After the path with this rest below the directory; with the rest `a/x`, the contents of `a/` are included.
     After(Vec<u8>),
     /// After the item with this key.
     Past(Vec<u8>),
 }
 
-/// An entry, or what is below a directory.
+/// An entry, or the contents of a directory.
 struct Item {
-    /// The name; with a `/` at the end for what is below.
+    /// The name; with a trailing `/` for the contents.
     key: Vec<u8>,
     attributes: Attributes,
 }
@@ -142,7 +144,7 @@ impl Ord for Item {
 }
 
 impl Bound {
-    fn admits(&self, key: &[u8]) -> bool {
+    fn includes(&self, key: &[u8]) -> bool {
         match self {
             Bound::Start => true,
             Bound::After(rest) => key > rest.as_slice() || (key.ends_with(b"/") && rest.starts_with(key)),
@@ -152,8 +154,8 @@ impl Bound {
 }
 
 impl<'a, D: Directories> Walk<'a, D> {
-    /// Of the directory `inode` at `path` (with a `/` at the end, or empty): what begins with `partial` there and comes
-    /// after the path `after` (empty: everything).
+    /// Starts a walk of the directory `inode` at `path` (with a trailing `/`, or empty). It lists paths that begin
+    /// with `partial` there and come after `after` (all if it is empty), until `deadline`.
     pub(super) fn new(
         directories: &'a D,
         (inode, path): (InodeNumber, Vec<u8>),
@@ -162,7 +164,7 @@ impl<'a, D: Directories> Walk<'a, D> {
         depth: Depth,
         deadline: Instant,
     ) -> Walk<'a, D> {
-        // All paths of the directory begin with its own; a path behind all of those leaves nothing.
+        // If `after` is behind all paths of the directory, nothing is left.
         let nothing_left = after > path && !after.starts_with(&path);
         let mut walk = Walk {
             directories,
@@ -192,7 +194,7 @@ impl<'a, D: Directories> Walk<'a, D> {
         });
     }
 
-    /// The next entry.
+    /// Returns the next step.
     pub(super) async fn next(&mut self) -> Result<Step, ApiError> {
         loop {
             let outermost = self.levels.len() == 1;
@@ -205,7 +207,7 @@ impl<'a, D: Directories> Walk<'a, D> {
                 } else {
                     let partial = if outermost { self.partial.as_slice() } else { b"" };
                     level.fill(self.directories, partial, self.depth).await?;
-                    self.forget_outer_levels();
+                    self.evict_outer_levels();
                 }
                 continue;
             };
@@ -213,13 +215,12 @@ impl<'a, D: Directories> Walk<'a, D> {
             path.extend_from_slice(&item.key);
             level.from = Bound::Past(item.key.clone());
             if !item.is_subtree() {
-                return Ok(Step::Entry(Found {
+                return Ok(Step::Entry(WalkEntry {
                     path,
                     attributes: item.attributes,
                 }));
             }
-            // Only a path that is further than where the walk began is progress: else the next walk would begin at
-            // the same place.
+            // Pauses only after the start path, otherwise the next walk would start at the same path.
             let progress = path > self.after;
             if progress && Instant::now() >= self.deadline {
                 return Ok(Step::Paused { at: path });
@@ -228,7 +229,7 @@ impl<'a, D: Directories> Walk<'a, D> {
         }
     }
 
-    fn forget_outer_levels(&mut self) {
+    fn evict_outer_levels(&mut self) {
         let mut held: usize = self.levels.iter().map(|level| level.pending.len()).sum();
         let innermost = self.levels.len().saturating_sub(1);
         for level in &mut self.levels[..innermost] {
@@ -252,15 +253,15 @@ impl Level {
         partial: &[u8],
         depth: Depth,
     ) -> Result<(), ApiError> {
-        // The greatest on top, so that it makes room for a lesser one.
+        // A max-heap: the greatest item is replaced by a smaller one.
         let mut smallest: BinaryHeap<Item> = BinaryHeap::new();
-        let mut left_out = false;
+        let mut is_truncated = false;
         let mut keep = |key: Vec<u8>, attributes: &Attributes| {
-            if !self.from.admits(&key) {
+            if !self.from.includes(&key) {
                 return;
             }
             if smallest.len() >= LEVEL_ITEMS_MAX {
-                left_out = true;
+                is_truncated = true;
                 if smallest.peek().is_some_and(|greatest| greatest.key <= key) {
                     return;
                 }
@@ -274,9 +275,7 @@ impl Level {
             let last = entries.last().map(|entry| entry.cookie);
             for entry in entries {
                 let Some(attributes) = &entry.attributes else {
-                    return Err(ApiError::internal(
-                        "a listing lacks the attributes that were asked for",
-                    ));
+                    return Err(ApiError::internal("a directory listing has no attributes"));
                 };
                 let name = entry.name.as_bytes();
                 if !name.starts_with(partial) {
@@ -293,7 +292,7 @@ impl Level {
             }
         }
         self.pending = smallest.into_sorted_vec().into();
-        self.complete = !left_out;
+        self.complete = !is_truncated;
         Ok(())
     }
 }
@@ -421,9 +420,9 @@ mod tests {
             let mut walk = Walk::new(tree, root, partial.to_vec(), after.clone(), depth, deadline);
             for _ in 0..limit {
                 match walk.next().await.unwrap() {
-                    Step::Entry(found) => {
-                        after = found.path.clone();
-                        listed.push(found.path);
+                    Step::Entry(entry) => {
+                        after = entry.path.clone();
+                        listed.push(entry.path);
                     }
                     Step::Paused { at } => {
                         assert!(at > after, "a pause that makes no progress never ends");
@@ -478,8 +477,8 @@ mod tests {
                 let root = (InodeNumber::ROOT, Vec::new());
                 let mut walk = Walk::new(&tree, root, Vec::new(), after.clone(), Depth::Tree, soon());
                 let mut listed = Vec::new();
-                while let Step::Entry(found) = run(walk.next()).unwrap() {
-                    listed.push(found.path);
+                while let Step::Entry(entry) = run(walk.next()).unwrap() {
+                    listed.push(entry.path);
                 }
                 let expected: Vec<_> = expected.iter().filter(|path| **path > after).cloned().collect();
                 prop_assert_eq!(listed, expected);
@@ -523,11 +522,11 @@ mod tests {
             let root = (InodeNumber::ROOT, Vec::new());
             let mut walk = Walk::new(&tree, root, Vec::new(), Vec::new(), Depth::Tree, soon());
             let mut files = Vec::new();
-            while let Step::Entry(found) = walk.next().await.unwrap() {
+            while let Step::Entry(entry) = walk.next().await.unwrap() {
                 let held: usize = walk.levels.iter().map(|level| level.pending.len()).sum();
                 assert!(held <= ITEMS_MAX, "{held} entries held");
-                if found.attributes.kind == FileKind::File {
-                    files.push(found.path);
+                if entry.attributes.kind == FileKind::File {
+                    files.push(entry.path);
                 }
             }
             assert!(files.iter().eq(&paths), "{} of {}", files.len(), paths.len());

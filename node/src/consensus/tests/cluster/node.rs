@@ -74,7 +74,7 @@ impl Peer for Service {
 
     async fn install_snapshot(
         &self,
-        request: Request<Streaming<SnapshotPiece>>,
+        request: Request<Streaming<SnapshotPart>>,
     ) -> Result<Response<RaftMessage>, Status> {
         let answer = self.1.install_snapshot(request.into_inner()).await;
         answer.map(Response::new)

@@ -1,4 +1,4 @@
-//! The contract of the multiplexer, one test for each clause. The stream is what the test makes of it.
+//! The contract of the multiplexer, one test for each clause. The test controls the stream.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,15 +27,15 @@ fn request(offset: u32) -> GetChunkRequest {
     }
 }
 
-/// Submits a call that does not matter what it holds.
-fn submit<S>(calls: &Calls<S>, offset: u32) -> Waiting<'_, GetChunkRequest, &'static str, Arc<()>, S>
+/// Submits a call that holds an arbitrary value.
+fn submit<S>(calls: &Calls<S>, offset: u32) -> PendingCall<'_, GetChunkRequest, &'static str, Arc<()>, S>
 where
     S: OnSend<GetChunkRequest, Arc<()>>,
 {
     calls.submit(request(offset), Arc::default())
 }
 
-/// Offset and number of the requests that lie in `stream`.
+/// Returns offset and call id of the requests in `stream`.
 fn queued(stream: &mut ReceiverStream<GetChunkRequest>) -> Vec<(u32, u64)> {
     let mut found = Vec::new();
     while let Ok(request) = stream.as_mut().try_recv() {
@@ -66,13 +66,13 @@ async fn answers_come_in_any_order_and_each_ends_its_own_call() {
 async fn calls_wait_for_a_stream_and_enter_every_stream_in_the_order_of_submission() {
     let calls = calls(LIMITS);
     let waiting: Vec<_> = (0..3).map(|offset| submit(&calls, offset)).collect();
-    calls.wanted().await;
+    calls.calls_outstanding().await;
     let mut first = calls.attach();
     let later = submit(&calls, 3);
     let sent = queued(&mut first);
     assert_eq!(sent, [(0, 1), (1, 2), (2, 3), (3, 4)]);
     calls.answer(2, "one");
-    calls.detach(&Lost::Ended);
+    calls.detach(&CallError::Ended);
     assert_eq!(first.next().await, None, "the requests of a stream end with it");
     let mut second = calls.attach();
     assert_eq!(queued(&mut second), [(0, 1), (2, 3), (3, 4)]);
@@ -92,20 +92,23 @@ async fn a_call_ends_with_the_last_stream_that_it_may_use() {
     let calls = calls(LIMITS);
     let _first = calls.attach();
     let old = submit(&calls, 1);
-    calls.detach(&Lost::Ended);
+    calls.detach(&CallError::Ended);
     let between = submit(&calls, 2);
     let _second = calls.attach();
-    let lost = Lost::Failed("reset".into());
+    let lost = CallError::Failed("reset".into());
     assert!(calls.detach(&lost).is_some(), "one call may still be sent");
     assert_eq!(old.answer().await, Err(lost));
     let mut third = calls.attach();
     assert_eq!(queued(&mut third), [(2, 2)]);
-    calls.end_all(&Lost::Silent(Duration::from_secs(1)));
-    assert_eq!(between.answer().await, Err(Lost::Silent(Duration::from_secs(1))));
+    calls.end_all(&CallError::Timeout(Duration::from_secs(1)));
+    assert_eq!(
+        between.answer().await,
+        Err(CallError::Timeout(Duration::from_secs(1)))
+    );
 }
 
 #[tokio::test]
-async fn what_a_withdrawn_call_holds_is_given_back_with_its_answer_or_its_stream() {
+async fn what_a_withdrawn_call_holds_is_released_with_its_answer_or_its_stream() {
     let calls = calls(LIMITS);
     let held = Arc::new(());
     drop(calls.submit(request(1), held.clone()));
@@ -118,7 +121,7 @@ async fn what_a_withdrawn_call_holds_is_given_back_with_its_answer_or_its_stream
     assert_eq!(queued(&mut stream), [(2, 2), (3, 3)]);
     calls.answer(2, "too late");
     assert_eq!(Arc::strong_count(&held), 2);
-    assert_eq!(calls.detach(&Lost::Ended), None);
+    assert_eq!(calls.detach(&CallError::Ended), None);
     assert_eq!(Arc::strong_count(&held), 1);
     assert_eq!(queued(&mut calls.attach()), [], "it is not sent again");
 }
@@ -131,13 +134,13 @@ async fn a_full_queue_ends_a_call_that_is_sent_once() {
     });
     let _stream = calls.attach();
     let first = submit(&calls, 1);
-    assert_eq!(submit(&calls, 2).answer().await, Err(Lost::QueueFull));
+    assert_eq!(submit(&calls, 2).answer().await, Err(CallError::QueueFull));
     calls.answer(1, "one");
     assert_eq!(first.answer().await, Ok(("one", 1)));
 }
 
 #[tokio::test]
-async fn a_call_is_sent_again_on_the_same_stream_after_ever_longer_pauses() {
+async fn a_call_is_resent_on_the_same_stream_with_growing_delays() {
     let ms = Duration::from_millis;
     let calls = calls(Limits {
         queue_max: 1,
@@ -156,7 +159,7 @@ async fn a_call_is_sent_again_on_the_same_stream_after_ever_longer_pauses() {
     assert_eq!(queued(&mut stream), [(1, 1)]);
     calls.answer(1, "one");
     assert_eq!(first.answer().await, Ok(("one", 2)));
-    // The second waits twice as long after a turn without a place for it.
+    // The second waits twice as long after an attempt with a full queue.
     tokio::time::sleep(ms(45)).await;
     calls.resend_due();
     assert_eq!(queued(&mut stream), [(2, 2)]);
@@ -206,7 +209,7 @@ async fn requests_are_completed_when_they_are_sent() {
     let _waiting = (submit(&calls, 1), submit(&calls, 2));
     assert_eq!(first.next().await.unwrap().length, 1);
     assert_eq!(first.next().await.unwrap().length, 2);
-    calls.detach(&Lost::Ended);
+    calls.detach(&CallError::Ended);
     let mut second = calls.attach();
     assert_eq!(
         second.next().await.unwrap().length,
@@ -220,7 +223,7 @@ async fn nothing_waits_for_a_closed_multiplexer() {
     let calls = calls(LIMITS);
     let waiting = submit(&calls, 1);
     calls.close();
-    assert_eq!(waiting.answer().await, Err(Lost::Closed));
-    assert_eq!(submit(&calls, 2).answer().await, Err(Lost::Closed));
+    assert_eq!(waiting.answer().await, Err(CallError::Closed));
+    assert_eq!(submit(&calls, 2).answer().await, Err(CallError::Closed));
     assert_eq!(calls.attach().next().await, None);
 }

@@ -1,4 +1,4 @@
-//! Both sides together, without a network: the streams of requests go straight to [`answer_calls`].
+//! Client and server side together, without a network: the requests are passed to [`answer_calls`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -34,7 +34,7 @@ fn response(offset: u32) -> GetChunkResponse {
     }
 }
 
-/// Calls to a node whose stream number `n` (from 1) is what `answers` makes of it.
+/// Calls to a node whose stream number `n` (starting at 1) is `answers(n)`.
 fn node(
     answers: impl Fn(usize, ReceiverStream<GetChunkRequest>) -> Result<Answers, Status> + Send + Sync + 'static,
 ) -> (Calls, Arc<AtomicUsize>) {
@@ -48,7 +48,7 @@ fn node(
     (calls, streams)
 }
 
-/// Answers with the offset asked for, the later ones first.
+/// Answers with the requested offset, later requests first.
 fn serve(requests: ReceiverStream<GetChunkRequest>) -> Answers {
     let answer = |request: GetChunkRequest| async move {
         tokio::time::sleep(Duration::from_millis(u64::from(20 - request.offset))).await;
@@ -77,19 +77,19 @@ async fn a_call_whose_stream_ended_is_sent_over_one_more() {
 
     let (calls, streams) = node(|_, _| Err(Status::unavailable("down")));
     let lost = calls.call(request(5), ()).await.unwrap_err();
-    assert_eq!(lost, Lost::Failed("down".into()));
+    assert_eq!(lost, CallError::Failed("down".into()));
     assert_eq!(streams.load(Ordering::Relaxed), 2);
 }
 
 #[tokio::test]
-async fn a_silent_node_is_given_up_and_asked_again_by_the_next_call() {
+async fn a_silent_node_times_out_and_is_called_again() {
     let (calls, streams) = node(|number, requests| match number {
         1 => Ok(Box::pin(tokio_stream::pending())),
         _ => Ok(serve(requests)),
     });
     let began = Instant::now();
     let lost = calls.call(request(5), ()).await.unwrap_err();
-    assert_eq!(lost, Lost::Silent(LIMITS.silence_max));
+    assert_eq!(lost, CallError::Timeout(LIMITS.silence_max));
     assert!(began.elapsed() >= LIMITS.silence_max);
     assert_eq!(
         streams.load(Ordering::Relaxed),
@@ -114,7 +114,7 @@ async fn the_stream_ends_with_the_calls() {
     assert_eq!(ended.recv().await, None);
 }
 
-/// Lets in as many requests as there are permits.
+/// Admits as many requests as there are permits.
 struct Permits(Arc<Semaphore>);
 
 impl Admission<GetChunkRequest> for Permits {
@@ -143,7 +143,7 @@ async fn a_request_holds_its_admission_until_its_answer_is_taken() {
 }
 
 #[tokio::test]
-async fn only_so_many_requests_are_in_work() {
+async fn concurrent_requests_are_bounded() {
     let in_work = Arc::new(AtomicUsize::new(0));
     let requests = tokio_stream::iter((0..50).map(|offset| Ok(request(offset))));
     let answers = answer_calls(requests, 4, (), move |request: GetChunkRequest| {

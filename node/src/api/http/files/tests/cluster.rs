@@ -1,5 +1,5 @@
-//! A cluster in the test's own process: the real metadata state machine and a map of chunks behind the real gRPC
-//! service, with faults to order. The real client talks to it, so what is tested is the REST interface as it is.
+//! A cluster in the test process: the real metadata state machine and a map of chunks behind the real gRPC service,
+//! with configurable faults. The real client connects to it, so the complete REST interface is tested.
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -34,29 +34,29 @@ use quorumfs_metadata::{
     ApplyResult, Failure, LogBody, LogCommand, MetadataOptions, MetadataStore, Position,
 };
 
-/// Why a test's cluster says that it cannot decide.
+/// The reason that a test cluster without a quorum reports.
 pub(super) const REASON: &str = "2 of 3 nodes are on holiday";
 
-/// The cluster. Dropped: its server ends.
+/// A test cluster; its server ends when it is dropped.
 pub(super) struct TestCluster {
     pub(super) state: Arc<State>,
     _server: AbortOnDropHandle<()>,
     _directory: tempfile::TempDir,
 }
 
-/// What the service works on, and the faults it is ordered to have.
+/// The state of the service and its faults.
 pub(super) struct State {
     member: Member,
     metadata: MetadataStore,
     index: Mutex<u64>,
     pub(super) chunks: Mutex<HashMap<ChunkId, Bytes>>,
-    /// Nobody leads: calls and puts are refused.
+    /// There is no leader: calls and puts are refused.
     pub(super) leaderless: AtomicBool,
-    /// Chunks and commands that bring content are refused.
+    /// Chunks and commands with content are refused.
     pub(super) full: AtomicBool,
-    /// Mutations applied.
+    /// Number of applied mutations.
     pub(super) mutations: AtomicU64,
-    /// Each get of a chunk takes a permit for good.
+    /// Each get of a chunk consumes a permit.
     pub(super) gets: Semaphore,
 }
 
@@ -114,7 +114,7 @@ impl TestCluster {
 }
 
 impl State {
-    /// Inodes there are, the root included.
+    /// Returns the number of inodes, including the root.
     pub(super) fn inodes(&self) -> u64 {
         self.metadata.view().unwrap().inode_count()
     }
@@ -127,7 +127,7 @@ impl State {
         flag.store(to, Ordering::SeqCst);
     }
 
-    /// Waits until `condition` holds, for as long as two keep-alives take.
+    /// Waits until `condition` holds, at most for two keep-alive intervals.
     pub(super) async fn until(&self, what: &str, condition: impl Fn(&State) -> bool) {
         for _ in 0..600 {
             if condition(self) {
@@ -141,7 +141,7 @@ impl State {
     fn apply(&self, body: LogBody) -> ApplyResult {
         let mut index = self.index.lock();
         let result = self.apply_one(&mut index, body);
-        // As a leader would, until nothing is left to do.
+        // Reclaims like a leader, until nothing is left.
         loop {
             let view = self.metadata.view().unwrap();
             let Some(inode) = view.reclaimable(1).unwrap().pop() else {
@@ -273,7 +273,7 @@ struct Service(Arc<State>);
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// So many requests of one stream are worked on at once.
+/// Most concurrent requests of one stream.
 const CONCURRENT: usize = 64;
 
 #[tonic::async_trait]

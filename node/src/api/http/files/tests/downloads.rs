@@ -47,7 +47,7 @@ async fn head_describes_without_content() {
         assert_eq!(reply.header("content-type"), "text/html");
         assert_eq!(reply.header("x-content-type-options"), "nosniff");
         assert!(reply.header("last-modified").ends_with(" GMT"));
-        // Only a GET has ranges (RFC 9110 section 14.2).
+        // Ranges are defined for GET only (RFC 9110, section 14.2).
         for range in ["bytes=0-9", "bytes=100000-"] {
             let reply = rest.ask("HEAD", uri, &[("range", range)], "").await;
             assert_eq!(
@@ -64,7 +64,7 @@ async fn head_describes_without_content() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tag_spares_what_is_known() {
+async fn a_known_tag_saves_the_transfer() {
     let rest = Rest::start().await;
     let tag = rest.put("f", "v1").await.header("etag").to_string();
     let known = [("if-none-match", tag.as_str())];
@@ -99,7 +99,7 @@ async fn holes_are_zeros() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_not_a_file_says_so() {
+async fn other_kinds_than_files_are_refused() {
     let rest = Rest::start().await;
     rest.put("d/f", "x").await;
     rest.link_to("link", "d/f").await;
@@ -124,7 +124,7 @@ async fn what_is_not_a_file_says_so() {
     );
 }
 
-/// Begins a download of a file of 20 MB and lets only the chunks be fetched that are fetched ahead at once: they ask in
+/// Starts a download of a file of 20 MB and allows only the chunks of the readahead to be fetched, which may arrive in
 /// any order.
 async fn begun(rest: &Rest) -> (Body, Vec<u8>) {
     let content = bytes(20_000_000);
@@ -140,12 +140,12 @@ async fn begun(rest: &Rest) -> (Body, Vec<u8>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_download_goes_on_when_the_file_is_replaced_and_deleted() {
+async fn a_download_continues_when_the_file_is_replaced_and_deleted() {
     let rest = Rest::start().await;
     let (body, expected) = begun(&rest).await;
     rest.put("big", "other").await;
     assert_eq!(rest.ask("DELETE", "/upload/big", &[], "").await.status, 204);
-    // Longer than a keep-alive: the node must say that it still has the file open.
+    // Longer than a keep-alive interval: the node must report that the file is open.
     tokio::time::sleep(Duration::from_millis(6_000)).await;
     rest.state().gets.add_permits(1000);
     let rest_of_it = to_bytes(body, usize::MAX).await.unwrap();
@@ -158,11 +158,11 @@ async fn a_download_goes_on_when_the_file_is_replaced_and_deleted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_download_of_a_file_that_is_overwritten_breaks_off_rather_than_mix() {
+async fn a_download_of_an_overwritten_file_is_aborted_and_never_mixed() {
     let rest = Rest::start().await;
     let (body, _) = begun(&rest).await;
     let inode = rest.get("/files").await.json()[0]["inode"].as_u64().unwrap();
-    // Takes whole chunks of the old version away.
+    // Removes whole chunks of the old version.
     for chunk in 0..19 * 32 {
         rest.write(inode, chunk * (32 << 10), &[0xAA; 32 << 10]).await;
     }
@@ -181,7 +181,7 @@ async fn a_download_of_a_file_that_is_overwritten_breaks_off_rather_than_mix() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_goes_away_leaves_nothing_open() {
+async fn a_client_that_disconnects_leaves_no_open_file() {
     let rest = Rest::start().await;
     let (body, _) = begun(&rest).await;
     drop(body);

@@ -1,4 +1,4 @@
-//! What happens without a quorum, without space, without a client; and requests as they come from the wire.
+//! Requests without a quorum, space or client, and raw requests on a socket.
 
 use std::time::Instant;
 
@@ -7,7 +7,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::cluster::REASON;
 use super::*;
-use crate::api::http::connections::{self, Limits, Patience};
+use crate::api::http::connections::{self, ClientTimeouts, Limits};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_quorum_everything_is_503_in_time_and_works_again_after() {
@@ -89,12 +89,12 @@ async fn a_full_cluster_is_507_and_still_deletes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn before_there_is_a_client_the_reason_is_said() {
+async fn without_a_client_the_reason_is_reported() {
     let (sender, client) = watch::channel(ClientHandle::Connecting {
         reason: REASON.to_string(),
     });
     let router = router(RestState {
-        patience: Patience::default(),
+        timeouts: ClientTimeouts::default(),
         client,
         admin: Router::new(),
         status: Arc::new(|| json!({ "writable": false, "reason": REASON })),
@@ -171,7 +171,7 @@ async fn paths_are_refused_as_they_come_from_the_wire() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_goes_away_in_the_middle_of_an_upload_leaves_nothing() {
+async fn a_client_that_disconnects_during_an_upload_leaves_no_file() {
     let rest = Rest::start().await;
     let address = served(&rest).await;
     for framing in ["Content-Length: 9000000", "Transfer-Encoding: chunked"] {
@@ -194,12 +194,12 @@ async fn a_client_that_goes_away_in_the_middle_of_an_upload_leaves_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upload_that_stalls_is_given_up_and_leaves_nothing() {
-    let impatient = Patience {
-        let_go_after: Duration::from_secs(3),
-        yields_after: Duration::from_millis(100),
+async fn a_stalled_upload_times_out_and_leaves_no_file() {
+    let short = ClientTimeouts {
+        close_after: Duration::from_secs(3),
+        preempt_after: Duration::from_millis(100),
     };
-    let rest = Rest::with(Duration::from_secs(10), impatient).await;
+    let rest = Rest::with(Duration::from_secs(10), short).await;
     let address = served(&rest).await;
     let mut stream = TcpStream::connect(address).await.unwrap();
     let head = "PUT /upload/d/f HTTP/1.1\r\nHost: n\r\nContent-Length: 9000000\r\n\r\n";
@@ -212,18 +212,18 @@ async fn an_upload_that_stalls_is_given_up_and_leaves_nothing() {
         .until("nothing is left", |state| state.inodes() == 1)
         .await;
     let mut answer = String::new();
-    // The connection may be reset, for there is more to come.
+    // The connection may be reset, because more bytes were to come.
     let _ = stream.read_to_string(&mut answer).await;
     assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn downloads_that_stall_give_way_and_small_files_need_no_turn() {
-    let impatient = Patience {
-        let_go_after: Duration::from_secs(600),
-        yields_after: Duration::from_millis(100),
+async fn stalled_downloads_are_preempted_and_small_files_need_no_permit() {
+    let short = ClientTimeouts {
+        close_after: Duration::from_secs(600),
+        preempt_after: Duration::from_millis(100),
     };
-    let rest = Rest::with(Duration::from_secs(10), impatient).await;
+    let rest = Rest::with(Duration::from_secs(10), short).await;
     let address = served(&rest).await;
     rest.put("large", bytes(12 << 20)).await;
     rest.put("small", "hello").await;

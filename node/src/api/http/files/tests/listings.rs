@@ -1,4 +1,4 @@
-//! Listings.
+//! Listings of files.
 
 use super::*;
 

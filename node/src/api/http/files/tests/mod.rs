@@ -1,4 +1,4 @@
-//! The REST interface as a whole, over a cluster in this process.
+//! The complete REST interface with a cluster in the test process.
 
 mod cluster;
 mod downloads;
@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use tower::ServiceExt as _;
 
 use super::{ClientHandle, Filesystem, RestState, filesystem_options, router};
-use crate::api::http::connections::Patience;
+use crate::api::http::connections::ClientTimeouts;
 use cluster::{State, TestCluster};
 
 /// A node's REST interface and the cluster behind it.
@@ -50,7 +50,7 @@ impl Reply {
         value.map_or("", |value| value.to_str().unwrap())
     }
 
-    /// Status and `code` of a failure, after a look at its form.
+    /// Returns status and `code` of a failure, after a check of its format.
     fn failure(&self) -> (u16, String) {
         let body = self.json();
         assert!(!body["message"].as_str().unwrap().is_empty());
@@ -65,16 +65,16 @@ impl Rest {
     }
 
     async fn with_timeout(request_timeout: Duration) -> Rest {
-        Rest::with(request_timeout, Patience::default()).await
+        Rest::with(request_timeout, ClientTimeouts::default()).await
     }
 
-    async fn with(request_timeout: Duration, patience: Patience) -> Rest {
+    async fn with(request_timeout: Duration, timeouts: ClientTimeouts) -> Rest {
         let cluster = TestCluster::start().await;
         let client = cluster.client().await;
         let (handle, receiver) = watch::channel(ready(&client));
         Rest {
             router: router(RestState {
-                patience,
+                timeouts,
                 client: receiver,
                 admin: Router::new(),
                 status: Arc::new(|| json!({ "writable": true, "node": 1 })),
@@ -113,7 +113,7 @@ impl Rest {
         reply
     }
 
-    /// Does what a mount would do.
+    /// Changes the filesystem like a mount.
     async fn make(&self, parent: InodeNumber, name: &str, kind: NewKind) -> InodeNumber {
         let create = Operation::Create {
             parent: Target::Inode(parent),
@@ -138,7 +138,7 @@ impl Rest {
         self.make(InodeNumber::ROOT, name, NewKind::Symlink(target)).await
     }
 
-    /// Writes into a file in place, as a mount does.
+    /// Writes to a file in place, like a mount.
     async fn write(&self, inode: u64, offset: u64, payload: &[u8]) {
         let chunk = self.client.new_chunk(Bytes::copy_from_slice(payload));
         let piece = Extent {
@@ -160,7 +160,7 @@ impl Rest {
     }
 }
 
-/// What a node serves REST from.
+/// Creates the filesystem of a node.
 fn ready(client: &Client) -> ClientHandle {
     ClientHandle::Ready(Filesystem::new(client.clone(), filesystem_options()))
 }
@@ -174,14 +174,14 @@ async fn read(response: Response<Body>) -> Reply {
     }
 }
 
-/// Bytes that repeat nowhere near a chunk's length.
+/// Returns bytes whose period is unrelated to the length of a chunk.
 fn bytes(length: usize) -> Vec<u8> {
     (0..length as u64)
         .map(|i| (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as u8)
         .collect()
 }
 
-/// A body in frames of `frame_bytes`, without a length.
+/// Returns a body in frames of `frame_bytes`, without a length.
 fn streamed(bytes: &[u8], frame_bytes: usize) -> Body {
     let frames: Vec<Result<Bytes, std::io::Error>> = bytes
         .chunks(frame_bytes)
@@ -191,7 +191,7 @@ fn streamed(bytes: &[u8], frame_bytes: usize) -> Body {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn status_is_the_nodes_own_and_tells_of_the_client() {
+async fn status_includes_the_client() {
     let rest = Rest::start().await;
     let reply = rest.get("/status").await;
     assert_eq!(reply.status, 200);
@@ -200,7 +200,7 @@ async fn status_is_the_nodes_own_and_tells_of_the_client() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_not_there_or_not_allowed_is_said_in_json() {
+async fn errors_are_json() {
     let rest = Rest::start().await;
     assert_eq!(
         rest.get("/nowhere").await.failure(),

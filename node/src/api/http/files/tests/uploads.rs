@@ -8,7 +8,7 @@ use quorumfs_proto::Sha256;
 use super::*;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn files_of_all_sizes_come_back_as_they_went() {
+async fn files_of_all_sizes_are_returned_unchanged() {
     let rest = Rest::start().await;
     for size in [
         0,
@@ -56,7 +56,7 @@ async fn a_small_upload_is_one_command_with_its_directories() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn very_deep_directories_are_made() {
+async fn very_deep_directories_are_created() {
     let rest = Rest::start().await;
     let path = vec!["d"; 1000].join("/");
     rest.put(&path, "deep").await;
@@ -93,7 +93,7 @@ async fn an_upload_replaces_a_file_and_keeps_its_permissions() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_not_a_file_is_not_replaced_nor_gone_through() {
+async fn only_files_are_replaced_and_only_directories_traversed() {
     let rest = Rest::start().await;
     rest.put("dir/file", "x").await;
     rest.link_to("link", "/etc/passwd").await;
@@ -130,7 +130,7 @@ async fn if_none_match_stores_only_what_is_not_there() {
         (412, "exists".into())
     );
     assert_eq!(rest.get("/upload/a").await.body, "first");
-    // Many at once: one wins.
+    // Several concurrent uploads: one succeeds.
     let attempts = (0..20).map(|n| {
         let (rest, absent) = (&rest, &absent);
         async move {
@@ -171,7 +171,7 @@ async fn uploads_to_one_path_at_once_leave_one_whole_file() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_that_breaks_off_leaves_nothing() {
+async fn an_incomplete_body_leaves_no_file() {
     let rest = Rest::start().await;
     let content = bytes(5_000_000);
     let frames: Vec<_> = content
@@ -227,7 +227,7 @@ async fn a_repeated_upload_is_answered_as_the_first() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_would_be_stored_as_something_else_is_refused() {
+async fn unsupported_uploads_are_refused() {
     let rest = Rest::start().await;
     for (header, failure) in [
         (

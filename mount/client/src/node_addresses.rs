@@ -1,7 +1,7 @@
-//! Where the nodes of the cluster are reached.
+//! The addresses of the nodes of the cluster.
 //!
-//! Invariants: holds what the user gave and what the nodes told last, at most [`ADDRESSES_MAX`]; one address for each
-//! node; nothing that a node of another cluster says is believed.
+//! Invariants: contains the configured addresses and the latest members that a node reported, at most
+//! [`ADDRESSES_MAX`]; one address for each node; answers of nodes of another cluster are ignored.
 //!
 //! Pure: no sockets, no clock.
 
@@ -11,29 +11,29 @@ use std::collections::hash_map::Entry;
 use quorumfs_proto::{ClusterId, Member, NodeId};
 use quorumfs_wire::DiscoverResponse;
 
-/// A cluster has at most seven voters and few learners; more addresses than this are not asked.
+/// Most addresses that are used. A cluster has at most seven voters and few learners.
 const ADDRESSES_MAX: usize = 64;
 
-/// Where nodes are reached.
+/// The addresses at which nodes are reached.
 #[derive(Debug)]
-pub(crate) struct AddressBook {
+pub(crate) struct NodeAddresses {
     configured: Vec<String>,
     cluster: Option<ClusterId>,
     members: Vec<Member>,
-    /// An address at which a node has answered; it may differ from the one it is known by within the cluster.
+    /// The address at which a node last answered; it may differ from the address of the node in the cluster.
     reached: HashMap<NodeId, String>,
 }
 
-impl AddressBook {
-    /// What the user gave, in that order.
-    pub(crate) fn new(addresses: Vec<String>) -> AddressBook {
+impl NodeAddresses {
+    /// Creates the list from the configured addresses, in this order, without duplicates.
+    pub(crate) fn new(addresses: Vec<String>) -> NodeAddresses {
         let mut configured: Vec<String> = Vec::with_capacity(addresses.len());
         for address in addresses {
             if !configured.contains(&address) {
                 configured.push(address);
             }
         }
-        AddressBook {
+        NodeAddresses {
             configured,
             cluster: None,
             members: Vec::new(),
@@ -41,12 +41,12 @@ impl AddressBook {
         }
     }
 
-    /// Which cluster answers; `None` before any of its nodes has.
+    /// Returns the id of the cluster; `None` before one of its nodes has answered.
     pub(crate) fn cluster(&self) -> Option<ClusterId> {
         self.cluster
     }
 
-    /// Every address worth asking, each once, the user's first.
+    /// Returns all known addresses without duplicates, the configured ones first.
     pub(crate) fn addresses(&self) -> Vec<String> {
         let mut addresses = self.configured.clone();
         for member in &self.members {
@@ -59,7 +59,7 @@ impl AddressBook {
         addresses
     }
 
-    /// Where `member` is reached: where it was, or else where the cluster says.
+    /// Returns the address at which `member` last answered, or its address in the cluster.
     pub(crate) fn address_of(&self, member: &Member) -> String {
         let known = self.reached.get(&member.id);
         known.unwrap_or(&member.addresses.grpc).clone()
@@ -76,32 +76,36 @@ impl AddressBook {
         })
     }
 
-    pub(crate) fn nodes(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         match self.members.len() {
             0 => self.configured.len(),
             known => known,
         }
     }
 
-    /// Nothing answers at `address`: the cluster may know a better one.
-    pub(crate) fn lost(&mut self, address: &str) {
+    /// Forgets that a node answered at `address`, because nothing answers there now.
+    pub(crate) fn mark_unreachable(&mut self, address: &str) {
         self.reached.retain(|_, at| at != address);
     }
 
-    /// Takes note of what a node said; who it is and whom it follows.
+    /// Updates the addresses from the answer of the node at `address`. Returns the node and the leader that it
+    /// reports.
+    ///
+    /// # Errors
+    /// Why the answer is not used.
     pub(crate) fn learn(
         &mut self,
         address: &str,
         answer: DiscoverResponse,
     ) -> Result<(NodeId, Option<Member>), String> {
         if answer.cluster_id.is_empty() {
-            return Err(String::from("answers, but its cluster has not been made yet"));
+            return Err(String::from("the node belongs to no cluster yet"));
         }
         let cluster = ClusterId::from_bytes(&answer.cluster_id)
-            .ok_or_else(|| String::from("answers with a malformed cluster id"))?;
+            .ok_or_else(|| String::from("the node answered with a malformed cluster id"))?;
         let node = answer
             .node
-            .ok_or_else(|| String::from("does not say who it is"))?;
+            .ok_or_else(|| String::from("the node answered without its identity"))?;
         let node = Member::try_from(node).map_err(|error| error.to_string())?;
         let leader = answer
             .leader
@@ -118,13 +122,16 @@ impl AddressBook {
         match self.cluster {
             None => self.cluster = Some(cluster),
             Some(ours) if ours != cluster => {
-                return Err(format!("belongs to another cluster ({cluster}, not {ours})"));
+                return Err(format!(
+                    "the node belongs to another cluster ({cluster}, not {ours})"
+                ));
             }
             Some(_) => {}
         }
-        // An old address may by now belong to another node.
+        // The address may have belonged to another node before.
         self.reached.retain(|id, at| at != address || *id == node.id);
-        // One address for each node, the user's before others, so that nobody moves between two names of one node.
+        // One address for each node, a configured one if possible, so that the client does not switch between two
+        // addresses of a node.
         let better = self.configured.iter().any(|configured| configured == address);
         match self.reached.entry(node.id) {
             Entry::Occupied(mut known) if better => drop(known.insert(address.to_string())),
@@ -167,49 +174,49 @@ mod tests {
     #[test]
     fn members_are_learned_and_each_has_one_address() {
         let given = ["alias:3030", "alias:3030", "node2:3030"];
-        let mut book = AddressBook::new(given.map(String::from).to_vec());
-        assert_eq!(book.addresses(), ["alias:3030", "node2:3030"]);
-        assert_eq!(book.nodes(), 2);
-        let (node, leader) = book.learn("alias:3030", answer(1, 1, &[1, 2, 3])).unwrap();
+        let mut nodes = NodeAddresses::new(given.map(String::from).to_vec());
+        assert_eq!(nodes.addresses(), ["alias:3030", "node2:3030"]);
+        assert_eq!(nodes.count(), 2);
+        let (node, leader) = nodes.learn("alias:3030", answer(1, 1, &[1, 2, 3])).unwrap();
         assert_eq!((node, leader), (member(1).id, Some(member(1))));
-        // Node 1 is the alias.
-        assert_eq!(book.addresses(), ["alias:3030", "node2:3030", "node3:3030"]);
-        assert_eq!(book.nodes(), 3);
-        assert_eq!(book.address_of(&member(1)), "alias:3030");
-        assert_eq!(book.member_at("node1:3030"), Some(&member(1)));
-        // Another name of a node that the user named is not preferred.
-        book.learn("node1:3030", answer(1, 1, &[1, 2, 3])).unwrap();
-        assert_eq!(book.address_of(&member(1)), "alias:3030");
-        // The alias is gone; the cluster's own name remains.
-        book.lost("alias:3030");
-        assert_eq!(book.address_of(&member(1)), "node1:3030");
+        // The alias is an address of node 1.
+        assert_eq!(nodes.addresses(), ["alias:3030", "node2:3030", "node3:3030"]);
+        assert_eq!(nodes.count(), 3);
+        assert_eq!(nodes.address_of(&member(1)), "alias:3030");
+        assert_eq!(nodes.member_at("node1:3030"), Some(&member(1)));
+        // An address from the cluster does not replace a configured one.
+        nodes.learn("node1:3030", answer(1, 1, &[1, 2, 3])).unwrap();
+        assert_eq!(nodes.address_of(&member(1)), "alias:3030");
+        // After the alias fails, the address from the cluster is used.
+        nodes.mark_unreachable("alias:3030");
+        assert_eq!(nodes.address_of(&member(1)), "node1:3030");
         // Node 3 has left the cluster.
-        book.learn("node2:3030", answer(1, 2, &[1, 2])).unwrap();
-        assert!(!book.addresses().contains(&String::from("node3:3030")));
+        nodes.learn("node2:3030", answer(1, 2, &[1, 2])).unwrap();
+        assert!(!nodes.addresses().contains(&String::from("node3:3030")));
     }
 
     #[test]
-    fn an_address_that_changes_hands_names_the_new_node() {
-        let mut book = AddressBook::new(vec![String::from("a:1")]);
-        book.learn("a:1", answer(1, 1, &[1, 2])).unwrap();
-        book.learn("a:1", answer(1, 2, &[1, 2])).unwrap();
-        assert_eq!(book.address_of(&member(2)), "a:1");
-        assert_eq!(book.address_of(&member(1)), "node1:3030");
+    fn an_address_that_was_reassigned_names_the_new_node() {
+        let mut nodes = NodeAddresses::new(vec![String::from("a:1")]);
+        nodes.learn("a:1", answer(1, 1, &[1, 2])).unwrap();
+        nodes.learn("a:1", answer(1, 2, &[1, 2])).unwrap();
+        assert_eq!(nodes.address_of(&member(2)), "a:1");
+        assert_eq!(nodes.address_of(&member(1)), "node1:3030");
     }
 
     #[test]
-    fn another_cluster_and_no_cluster_are_not_believed() {
-        let mut book = AddressBook::new(vec![String::from("a:1")]);
+    fn answers_of_another_or_no_cluster_are_refused() {
+        let mut nodes = NodeAddresses::new(vec![String::from("a:1")]);
         let unmade = DiscoverResponse {
             cluster_id: Default::default(),
             ..answer(1, 1, &[1])
         };
-        assert!(book.learn("a:1", unmade).is_err());
-        assert_eq!(book.cluster(), None);
-        book.learn("a:1", answer(1, 1, &[1])).unwrap();
-        let error = book.learn("b:1", answer(2, 2, &[2])).unwrap_err();
+        assert!(nodes.learn("a:1", unmade).is_err());
+        assert_eq!(nodes.cluster(), None);
+        nodes.learn("a:1", answer(1, 1, &[1])).unwrap();
+        let error = nodes.learn("b:1", answer(2, 2, &[2])).unwrap_err();
         assert!(error.contains("another cluster"), "{error}");
-        assert_eq!(book.addresses(), ["a:1"]);
-        assert_eq!(book.cluster(), Some(ClusterId([1; 16])));
+        assert_eq!(nodes.addresses(), ["a:1"]);
+        assert_eq!(nodes.cluster(), Some(ClusterId([1; 16])));
     }
 }

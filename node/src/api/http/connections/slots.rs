@@ -1,8 +1,8 @@
-//! How many connections there may be, in all and for each client, and which one has to go for a new one.
+//! Limits the number of connections, in total and for each client, and selects the connection to evict for a new one.
 //!
-//! When the places are taken, the connection that has been idle longest is closed for the one that comes; where none is idle,
-//! one whose client does not read. A client at its own limit makes room among its own; at the limit of all, those with the
-//! most connections do.
+//! At a limit, the connection that has been idle longest is evicted; without idle ones, one whose client does not
+//! read. At the limit of a client, one of its own connections is evicted; at the total limit, one of the client with
+//! most connections.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -14,14 +14,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::activity::{Activity, ClientAddress};
 
-/// The places.
+/// The connections of a server.
 #[derive(Debug)]
 pub struct ConnectionSlots {
     connections_max: usize,
     per_client_max: usize,
-    /// From when on a connection whose client does not read gives way.
-    yields_after: Duration,
-    // Locked for one look at all connections at most.
+    /// Time without reading after which a connection may be evicted.
+    preempt_after: Duration,
+    // Locked at most for one iteration over all connections.
     taken: Mutex<Taken>,
 }
 
@@ -35,62 +35,62 @@ struct Taken {
 #[derive(Debug)]
 struct Connection {
     activity: Arc<Activity>,
-    leave: CancellationToken,
+    evicted: CancellationToken,
 }
 
-/// A connection's place; free again when this is dropped.
+/// A slot of a connection; released when it is dropped.
 #[derive(Debug)]
 pub struct ConnectionSlot {
-    places: Arc<ConnectionSlots>,
+    slots: Arc<ConnectionSlots>,
     number: u64,
-    /// What its client does.
+    /// The activity of the client.
     pub activity: Arc<Activity>,
-    /// Cancelled when the place was given to another: the connection is to be closed.
-    pub leave: CancellationToken,
+    /// Cancelled when the slot was given to another connection: this one is to be closed.
+    pub evicted: CancellationToken,
 }
 
 impl ConnectionSlots {
-    /// `connections_max` places, of which one client has `per_client_max` at most.
+    /// Creates `connections_max` slots, at most `per_client_max` of them for one client.
     pub fn new(
         connections_max: usize,
         per_client_max: usize,
-        yields_after: Duration,
+        preempt_after: Duration,
     ) -> Arc<ConnectionSlots> {
         Arc::new(ConnectionSlots {
             connections_max,
             per_client_max,
-            yields_after,
+            preempt_after,
             taken: Mutex::default(),
         })
     }
 
-    /// A place for a connection from `address`; `None` where all are taken by connections that are in use.
+    /// Returns a slot for a connection from `address`; `None` if all connections that could be evicted are in use.
     pub fn admit(self: &Arc<ConnectionSlots>, address: IpAddr) -> Option<ConnectionSlot> {
         let address = ClientAddress::from(address);
         let mut taken = self.taken.lock();
         let own = taken.per_client.get(&address).copied().unwrap_or(0);
         if own >= self.per_client_max || taken.connections.len() >= self.connections_max {
-            let among = (own >= self.per_client_max).then_some(address);
-            let victim = taken.expendable(among, self.yields_after)?;
+            let client = (own >= self.per_client_max).then_some(address);
+            let victim = taken.eviction_candidate(client, self.preempt_after)?;
             if let Some(connection) = taken.remove(victim) {
-                connection.leave.cancel();
+                connection.evicted.cancel();
             }
         }
         let number = taken.next;
         taken.next += 1;
         let activity = Arc::new(Activity::new(address));
-        let leave = CancellationToken::new();
+        let evicted = CancellationToken::new();
         let connection = Connection {
             activity: Arc::clone(&activity),
-            leave: leave.clone(),
+            evicted: evicted.clone(),
         };
         taken.connections.insert(number, connection);
         *taken.per_client.entry(address).or_insert(0) += 1;
         Some(ConnectionSlot {
-            places: Arc::clone(self),
+            slots: Arc::clone(self),
             number,
             activity,
-            leave,
+            evicted,
         })
     }
 
@@ -101,12 +101,12 @@ impl ConnectionSlots {
 }
 
 impl Taken {
-    /// Which connection can go: of `among`'s, if that is given.
-    fn expendable(&self, among: Option<ClientAddress>, yields_after: Duration) -> Option<u64> {
+    /// Returns the connection to evict, among those of `client` if it is given.
+    fn eviction_candidate(&self, client: Option<ClientAddress>, preempt_after: Duration) -> Option<u64> {
         let candidates = self
             .connections
             .iter()
-            .filter(|(_, connection)| among.is_none_or(|client| client == connection.activity.address()));
+            .filter(|(_, connection)| client.is_none_or(|client| client == connection.activity.address()));
         candidates
             .filter_map(|(number, connection)| {
                 let (is_idle, unused) = match connection.activity.idle() {
@@ -114,7 +114,7 @@ impl Taken {
                     None => (false, connection.activity.stalled()),
                 };
                 let of_client = self.per_client.get(&connection.activity.address());
-                (is_idle || unused >= yields_after).then_some((is_idle, of_client, unused, *number))
+                (is_idle || unused >= preempt_after).then_some((is_idle, of_client, unused, *number))
             })
             .max_by_key(|(is_idle, of_client, unused, number)| {
                 (*is_idle, *of_client, *unused, std::cmp::Reverse(*number))
@@ -137,7 +137,7 @@ impl Taken {
 
 impl Drop for ConnectionSlot {
     fn drop(&mut self) {
-        self.places.taken.lock().remove(self.number);
+        self.slots.taken.lock().remove(self.number);
     }
 }
 
@@ -147,52 +147,52 @@ mod tests {
 
     const A: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1));
     const B: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2));
-    const YIELDS_AFTER: Duration = Duration::from_millis(10);
+    const PREEMPT_AFTER: Duration = Duration::from_millis(10);
     const PAUSE: Duration = Duration::from_millis(20);
 
     #[test]
     fn a_client_at_its_limit_loses_its_own_connection_that_is_idle_longest() {
-        let places = ConnectionSlots::new(10, 2, YIELDS_AFTER);
-        let other = places.admit(B).unwrap();
+        let slots = ConnectionSlots::new(10, 2, PREEMPT_AFTER);
+        let other = slots.admit(B).unwrap();
         std::thread::sleep(PAUSE);
-        let first = places.admit(A).unwrap();
+        let first = slots.admit(A).unwrap();
         std::thread::sleep(PAUSE);
-        let second = places.admit(A).unwrap();
+        let second = slots.admit(A).unwrap();
         std::thread::sleep(PAUSE);
         drop(first.activity.request());
-        let third = places.admit(A).unwrap();
+        let third = slots.admit(A).unwrap();
         assert!(
-            second.leave.is_cancelled(),
-            "it is idle longer than the first now"
+            second.evicted.is_cancelled(),
+            "it has been idle longer than the first"
         );
-        assert!(!first.leave.is_cancelled() && !other.leave.is_cancelled());
-        assert_eq!(places.taken(), 3);
+        assert!(!first.evicted.is_cancelled() && !other.evicted.is_cancelled());
+        assert_eq!(slots.taken(), 3);
         drop((first, second, third, other));
-        assert_eq!(places.taken(), 0);
-        assert!(places.taken.lock().per_client.is_empty());
+        assert_eq!(slots.taken(), 0);
+        assert!(slots.taken.lock().per_client.is_empty());
     }
 
     #[test]
-    fn at_the_limit_of_all_those_who_have_most_make_room() {
-        let places = ConnectionSlots::new(3, 3, YIELDS_AFTER);
-        let old = places.admit(B).unwrap();
+    fn at_the_total_limit_the_client_with_most_connections_is_evicted() {
+        let slots = ConnectionSlots::new(3, 3, PREEMPT_AFTER);
+        let old = slots.admit(B).unwrap();
         std::thread::sleep(PAUSE);
-        let (first, _second) = (places.admit(A).unwrap(), places.admit(A).unwrap());
-        let _new = places.admit(B).unwrap();
-        assert!(first.leave.is_cancelled() && !old.leave.is_cancelled());
+        let (first, _second) = (slots.admit(A).unwrap(), slots.admit(A).unwrap());
+        let _new = slots.admit(B).unwrap();
+        assert!(first.evicted.is_cancelled() && !old.evicted.is_cancelled());
     }
 
     #[test]
-    fn what_is_in_use_is_not_closed() {
-        let places = ConnectionSlots::new(2, 2, YIELDS_AFTER);
-        let taken = [places.admit(A).unwrap(), places.admit(A).unwrap()];
-        let requests = taken.each_ref().map(|place| place.activity.request());
+    fn connections_in_use_are_not_evicted() {
+        let slots = ConnectionSlots::new(2, 2, PREEMPT_AFTER);
+        let taken = [slots.admit(A).unwrap(), slots.admit(A).unwrap()];
+        let requests = taken.each_ref().map(|slot| slot.activity.request());
         std::thread::sleep(PAUSE);
         assert!(
-            places.admit(A).is_none() && places.admit(B).is_none(),
-            "the node is still at work on them"
+            slots.admit(A).is_none() && slots.admit(B).is_none(),
+            "the node is processing their requests"
         );
         drop(requests);
-        assert!(places.admit(B).is_some());
+        assert!(slots.admit(B).is_some());
     }
 }

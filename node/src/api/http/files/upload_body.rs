@@ -1,4 +1,4 @@
-//! The body of an upload, cut into chunks as it arrives. Holds less than two chunks' bytes.
+//! The body of an upload, split into chunks as it arrives. Holds less than the bytes of two chunks.
 
 use std::sync::Arc;
 
@@ -9,88 +9,91 @@ use futures::StreamExt as _;
 use quorumfs_proto::limits::{CHUNK_BYTES_MAX, FILE_BYTES_MAX};
 
 use super::error::ApiError;
-use crate::api::http::connections::Pace;
+use crate::api::http::connections::ClientProgress;
 
-/// What has come and what is still to come.
-pub(super) struct Incoming {
+/// The received and the remaining bytes of an upload.
+pub(super) struct UploadBody {
     stream: BodyDataStream,
-    /// As the client announced it.
+    /// The value of `Content-Length`.
     announced_bytes: Option<u64>,
     received_bytes: u64,
-    /// Received and not yet handed on.
-    waiting: Bytes,
-    ended: bool,
-    pace: Arc<Pace>,
+    /// Received bytes that were not returned yet.
+    buffered: Bytes,
+    is_ended: bool,
+    progress: Arc<ClientProgress>,
 }
 
-impl Incoming {
-    pub(super) fn new(body: Body, announced_bytes: Option<u64>, pace: Arc<Pace>) -> Incoming {
-        Incoming {
+impl UploadBody {
+    pub(super) fn new(body: Body, announced_bytes: Option<u64>, progress: Arc<ClientProgress>) -> UploadBody {
+        UploadBody {
             stream: body.into_data_stream(),
             announced_bytes,
             received_bytes: 0,
-            waiting: Bytes::new(),
-            ended: false,
-            pace,
+            buffered: Bytes::new(),
+            is_ended: false,
+            progress,
         }
     }
 
-    /// Whether all of it has at most `bytes_max` bytes; waits until that is known.
+    /// Returns whether the body has at most `bytes_max` bytes; waits until this is known.
     pub(super) async fn fits_in(&mut self, bytes_max: usize) -> Result<bool, ApiError> {
-        let mut begun = BytesMut::new();
-        while begun.len() <= bytes_max && self.has_more().await? {
-            begun.extend_from_slice(&std::mem::take(&mut self.waiting));
+        let mut first = BytesMut::new();
+        while first.len() <= bytes_max && self.has_more().await? {
+            first.extend_from_slice(&std::mem::take(&mut self.buffered));
         }
-        self.waiting = begun.freeze();
-        Ok(self.waiting.len() <= bytes_max)
+        self.buffered = first.freeze();
+        Ok(self.buffered.len() <= bytes_max)
     }
 
-    /// The next bytes: a whole chunk, or what is left; empty at the end. Fails where the body breaks off, or is
-    /// longer or shorter than announced.
+    /// Returns the next bytes: a whole chunk, or the rest; empty at the end.
+    ///
+    /// # Errors
+    /// 400 if the body ends early or has another length than announced, 408 if nothing arrives in time, 413 if it is
+    /// larger than a file can be.
     pub(super) async fn next_chunk(&mut self) -> Result<Bytes, ApiError> {
-        const WANTED: usize = CHUNK_BYTES_MAX as usize;
+        const CHUNK_BYTES: usize = CHUNK_BYTES_MAX as usize;
         let mut chunk = BytesMut::new();
-        while chunk.len() < WANTED && self.has_more().await? {
+        while chunk.len() < CHUNK_BYTES && self.has_more().await? {
             if chunk.is_empty() {
                 let left = self.announced_bytes.map(|bytes| bytes - self.received_bytes);
-                let expected = left.map_or(WANTED, |left| usize::try_from(left).unwrap_or(WANTED));
-                chunk.reserve(expected.saturating_add(self.waiting.len()).min(WANTED));
+                let expected = left.map_or(CHUNK_BYTES, |left| usize::try_from(left).unwrap_or(CHUNK_BYTES));
+                chunk.reserve(expected.saturating_add(self.buffered.len()).min(CHUNK_BYTES));
             }
             let part = self
-                .waiting
-                .split_to(self.waiting.len().min(WANTED - chunk.len()));
+                .buffered
+                .split_to(self.buffered.len().min(CHUNK_BYTES - chunk.len()));
             chunk.extend_from_slice(&part);
         }
         Ok(chunk.freeze())
     }
 
-    /// Whether there is another byte; waits for it.
+    /// Returns whether there is another byte; waits for it.
     pub(super) async fn has_more(&mut self) -> Result<bool, ApiError> {
-        while self.waiting.is_empty() && !self.ended {
-            match self.pace.client_does(self.stream.next()).await {
-                Some(Some(Ok(bytes))) => self.received(bytes)?,
+        while self.buffered.is_empty() && !self.is_ended {
+            match self.progress.wait_for_client(self.stream.next()).await {
+                Some(Some(Ok(bytes))) => self.receive(bytes)?,
                 Some(Some(Err(error))) => {
                     return Err(ApiError::bad_request(
                         "incomplete_body",
-                        format!("the body broke off: {error}"),
+                        format!("the body ended early: {error}"),
                     )
                     .hint("nothing was stored"));
                 }
-                Some(None) => self.finished()?,
+                Some(None) => self.finish()?,
                 None => {
                     return Err(ApiError::new(
                         StatusCode::REQUEST_TIMEOUT,
                         "body_timeout",
-                        "no byte of the body came for too long",
+                        "no byte of the body arrived in time",
                     )
                     .hint("nothing was stored"));
                 }
             }
         }
-        Ok(!self.waiting.is_empty())
+        Ok(!self.buffered.is_empty())
     }
 
-    fn received(&mut self, bytes: Bytes) -> Result<(), ApiError> {
+    fn receive(&mut self, bytes: Bytes) -> Result<(), ApiError> {
         self.received_bytes += bytes.len() as u64;
         if self.received_bytes > FILE_BYTES_MAX {
             return Err(quorumfs_proto::FsError::FileTooLarge.into());
@@ -101,12 +104,12 @@ impl Incoming {
         {
             return Err(self.mismatch());
         }
-        self.waiting = bytes;
+        self.buffered = bytes;
         Ok(())
     }
 
-    fn finished(&mut self) -> Result<(), ApiError> {
-        self.ended = true;
+    fn finish(&mut self) -> Result<(), ApiError> {
+        self.is_ended = true;
         match self.announced_bytes {
             Some(announced) if announced != self.received_bytes => Err(self.mismatch()),
             _ => Ok(()),
@@ -115,7 +118,7 @@ impl Incoming {
 
     fn mismatch(&self) -> ApiError {
         let message = format!(
-            "Content-Length is {}, but {} bytes came",
+            "Content-Length is {}, but the body has {} bytes",
             self.announced_bytes.unwrap_or_default(),
             self.received_bytes
         );
@@ -126,12 +129,12 @@ impl Incoming {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::http::connections::Patience;
+    use crate::api::http::connections::ClientTimeouts;
     use futures::stream;
     use std::time::Duration;
 
-    fn pace() -> Arc<Pace> {
-        Arc::new(Pace::new(Patience::default(), None, None))
+    fn progress() -> Arc<ClientProgress> {
+        Arc::new(ClientProgress::new(ClientTimeouts::default(), None, None))
     }
 
     fn body(frames: Vec<Vec<u8>>) -> Body {
@@ -143,11 +146,11 @@ mod tests {
         let bytes: Vec<u8> = (0..2_500_000u32).map(|i| (i / 7) as u8).collect();
         for frame_bytes in [1000, 65_536, 1_500_000, 2_500_000] {
             let frames = bytes.chunks(frame_bytes).map(<[u8]>::to_vec).collect();
-            let mut incoming = Incoming::new(body(frames), Some(bytes.len() as u64), pace());
+            let mut body = UploadBody::new(body(frames), Some(bytes.len() as u64), progress());
             let mut got = Vec::new();
             let mut sizes = Vec::new();
-            while incoming.has_more().await.unwrap() {
-                let chunk = incoming.next_chunk().await.unwrap();
+            while body.has_more().await.unwrap() {
+                let chunk = body.next_chunk().await.unwrap();
                 sizes.push(chunk.len());
                 got.extend_from_slice(&chunk);
             }
@@ -158,33 +161,33 @@ mod tests {
 
     #[tokio::test]
     async fn an_empty_body_is_no_chunk() {
-        let mut incoming = Incoming::new(body(vec![vec![], vec![]]), Some(0), pace());
-        assert!(!incoming.has_more().await.unwrap());
-        assert!(incoming.next_chunk().await.unwrap().is_empty());
+        let mut body = UploadBody::new(body(vec![vec![], vec![]]), Some(0), progress());
+        assert!(!body.has_more().await.unwrap());
+        assert!(body.next_chunk().await.unwrap().is_empty());
     }
 
     #[tokio::test]
     async fn a_body_of_another_length_than_announced_is_refused() {
         for (announced, sent) in [(10, 9), (10, 11), (0, 1), (1, 0)] {
-            let mut incoming = Incoming::new(body(vec![vec![1; sent]]), Some(announced), pace());
-            let error = incoming.next_chunk().await.unwrap_err();
+            let mut body = UploadBody::new(body(vec![vec![1; sent]]), Some(announced), progress());
+            let error = body.next_chunk().await.unwrap_err();
             assert_eq!((error.status.as_u16(), error.code), (400, "length_mismatch"));
         }
     }
 
     #[tokio::test]
-    async fn a_silent_client_is_given_up_on() {
-        let impatient = Arc::new(Pace::new(
-            Patience {
-                let_go_after: Duration::from_millis(20),
-                ..Patience::default()
+    async fn a_silent_client_times_out() {
+        let short = Arc::new(ClientProgress::new(
+            ClientTimeouts {
+                close_after: Duration::from_millis(20),
+                ..ClientTimeouts::default()
             },
             None,
             None,
         ));
         let silent = Body::from_stream(stream::pending::<Result<Bytes, std::io::Error>>());
-        let mut incoming = Incoming::new(silent, None, impatient);
-        let error = incoming.next_chunk().await.unwrap_err();
+        let mut body = UploadBody::new(silent, None, short);
+        let error = body.next_chunk().await.unwrap_err();
         assert_eq!(error.status, StatusCode::REQUEST_TIMEOUT);
     }
 }

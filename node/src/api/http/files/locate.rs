@@ -1,7 +1,7 @@
-//! Finds what lies at a path, and says in words why nothing does.
+//! Resolves paths, and explains why one does not exist.
 //!
-//! Symbolic links are never followed: where one points depends on where the tree is mounted, which HTTP does not
-//! know, and an absolute one points out of it.
+//! Symbolic links are never followed: the meaning of a target depends on the mount point, which HTTP does not know,
+//! and an absolute target is outside the tree.
 
 use axum::http::StatusCode;
 use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber, Name};
@@ -10,35 +10,35 @@ use super::access::{Access, verdict};
 use super::error::ApiError;
 use super::path::{FilePath, display, encode_path, joined};
 
-/// What is known of a directory that a path names.
+/// The result of resolving the path of a directory.
 #[derive(Debug)]
 pub(super) enum Directory {
-    /// It is there.
+    /// The directory exists.
     Found(Attributes),
-    /// Only the first `existing` of its names are there; `nearest` is what they name.
+    /// Only the first `existing` names exist; `nearest` is the directory that they name.
     Missing {
-        /// The deepest directory that is there.
+        /// The deepest existing directory.
         nearest: Attributes,
-        /// How many names lead to it.
+        /// The number of names that lead to it.
         existing: usize,
     },
-    /// The name at this index is there and is no directory.
+    /// The name at this index exists and is not a directory.
     Blocked {
-        /// What it is.
+        /// The attributes of what it names.
         by: Attributes,
         /// Its index among the names.
         at: usize,
     },
 }
 
-/// Looks for the directory `names`.
+/// Resolves the directory `names`.
 pub(super) async fn locate_directory(access: &Access, names: &[Name]) -> Result<Directory, ApiError> {
     match verdict(access.resolve(names).await)? {
         Ok(found) if found.kind == FileKind::Directory => return Ok(Directory::Found(found)),
         Ok(_) | Err(FsError::NotFound | FsError::NotDirectory | FsError::Stale) => {}
         Err(other) => return Err(other.into()),
     }
-    // Something is in the way: go step by step to see what.
+    // The path does not resolve to a directory: find out where it ends.
     let mut nearest = access.attributes(InodeNumber::ROOT).await?;
     for (at, name) in names.iter().enumerate() {
         match verdict(access.lookup(nearest.inode, name).await)? {
@@ -56,8 +56,8 @@ pub(super) async fn locate_directory(access: &Access, names: &[Name]) -> Result<
     Ok(Directory::Found(nearest))
 }
 
-/// What lies at `path`; where nothing does, 404 that names the first component that is not there.
-pub(super) async fn find(access: &Access, path: &FilePath) -> Result<Attributes, ApiError> {
+/// Returns the attributes of the inode at `path`; otherwise a 404 that names the first missing component.
+pub(super) async fn find_entry(access: &Access, path: &FilePath) -> Result<Attributes, ApiError> {
     match verdict(access.resolve(path.names()).await)? {
         Ok(found) => return Ok(found),
         Err(FsError::NotFound | FsError::NotDirectory | FsError::Stale) => {}
@@ -69,19 +69,22 @@ pub(super) async fn find(access: &Access, path: &FilePath) -> Result<Attributes,
             return Err(is_symlink(access, &parents[..=at], &by).await);
         }
         Directory::Blocked { at, .. } => {
-            format!("'{}' is not a directory", shown(&parents[..=at]))
+            format!("'{}' is not a directory", display_names(&parents[..=at]))
         }
         Directory::Missing { existing, .. } => {
-            format!("the directory '{}' does not exist", shown(&parents[..=existing]))
+            format!(
+                "the directory '{}' does not exist",
+                display_names(&parents[..=existing])
+            )
         }
-        Directory::Found(_) => "no such file".to_string(),
+        Directory::Found(_) => "the file does not exist".to_string(),
     };
-    let message = format!("nothing at '{}': {why}", shown(path.names()));
+    let message = format!("'{}' does not exist: {why}", display_names(path.names()));
     Err(ApiError::new(StatusCode::NOT_FOUND, "not_found", message)
-        .hint("GET /files?prefix=… lists what there is"))
+        .hint("GET /files?prefix=… lists existing files"))
 }
 
-/// 409: the path `names` is a symbolic link.
+/// Creates a 409: the path `names` is a symbolic link.
 pub(super) async fn is_symlink(access: &Access, names: &[Name], link: &Attributes) -> ApiError {
     let target = match access.read_link(link.inode).await {
         Ok(target) => format!(" to '{}'", display(&target)),
@@ -89,19 +92,19 @@ pub(super) async fn is_symlink(access: &Access, names: &[Name], link: &Attribute
     };
     ApiError::conflict(
         "symbolic_link",
-        format!("'{}' is a symbolic link{target}", shown(names)),
+        format!("'{}' is a symbolic link{target}", display_names(names)),
     )
     .hint("symbolic links are not followed over HTTP; use the path of the file itself (DELETE removes the link)")
 }
 
-/// 409: the path `names` is a directory, where a file is wanted.
+/// Creates a 409: the path `names` is a directory, but a file is required.
 pub(super) fn is_directory(names: &[Name]) -> ApiError {
     let path = joined(names);
     ApiError::conflict("is_a_directory", format!("'{}' is a directory", display(&path)))
         .hint(format!("GET /files?prefix={}/ lists it", encode_path(&path)))
 }
 
-/// 409 for what has no content that HTTP could carry; `None` for a regular file.
+/// Returns a 409 if the inode has no content to transfer; `None` for a regular file.
 pub(super) async fn refuse_unless_file(
     access: &Access,
     names: &[Name],
@@ -112,13 +115,17 @@ pub(super) async fn refuse_unless_file(
         FileKind::Directory => Some(is_directory(names)),
         FileKind::Symlink => Some(is_symlink(access, names, found).await),
         FileKind::Fifo | FileKind::Socket | FileKind::CharacterDevice | FileKind::BlockDevice => {
-            let message = format!("'{}' is a {}, not a file", shown(names), kind_name(found.kind));
+            let message = format!(
+                "'{}' is a {}, not a file",
+                display_names(names),
+                kind_name(found.kind)
+            );
             Some(ApiError::conflict("not_a_file", message))
         }
     }
 }
 
-/// A kind as listings and messages name it.
+/// Returns the name of a kind in listings and messages.
 pub(super) fn kind_name(kind: FileKind) -> &'static str {
     match kind {
         FileKind::File => "file",
@@ -131,6 +138,6 @@ pub(super) fn kind_name(kind: FileKind) -> &'static str {
     }
 }
 
-pub(super) fn shown(names: &[Name]) -> String {
+pub(super) fn display_names(names: &[Name]) -> String {
     display(&joined(names))
 }

@@ -1,9 +1,9 @@
-//! Content that came inside commands and found this node's disk full: its log alone has it, cannot be purged beyond it,
-//! and on a full disk would grow until it takes nothing any more.
+//! Release of content that only the log holds. Inline content of a command that did not fit on the full disk of this
+//! node exists only in its log, which then cannot be purged and would grow until the node accepts nothing any more.
 //!
-//! By its log the node is one of the f + 1 voters that hold such a chunk. It may let go of it only once f + 1 others have
-//! it on disk (a majority of each active configuration without this node), and then it does not say that it holds it:
-//! the chunk is missing here, and fetched from the others when there is room.
+//! With its log the node counts as one of the f + 1 voters that hold such a chunk. It may release the chunk only when
+//! f + 1 other voters have it on disk (a majority of each active configuration without this node), and then no longer
+//! reports it as held: the chunk is missing here, and is fetched when there is space.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -16,15 +16,15 @@ use tracing::{debug, info};
 use super::Recovery;
 use crate::replication::peers::HELD_IDS_MAX;
 
-/// How often the others are asked while the log is held up.
+/// Interval at which other nodes are asked while content is held by the log.
 const ASK_INTERVAL_MS: u64 = 1_000;
-/// Chunks asked about in one question.
+/// Chunks in one query.
 const BATCH_CHUNKS: usize = 4096;
 const _: () = assert!(BATCH_CHUNKS <= HELD_IDS_MAX);
 
 impl Recovery {
-    /// Relieves the log of what others hold, for ever.
-    pub(super) async fn run_relieving_the_log(self: Arc<Self>) {
+    /// Releases content from the log when enough other nodes hold it; never returns.
+    pub(super) async fn run_log_release(self: Arc<Self>) {
         loop {
             tokio::time::sleep(Duration::from_millis(ASK_INTERVAL_MS)).await;
             let mut after = None;
@@ -41,16 +41,16 @@ impl Recovery {
             if released > 0 {
                 info!(
                     chunks = released,
-                    "the disk is full: content that others hold was let go from the log"
+                    "the disk is full; content that other nodes hold was released from the log"
                 );
             }
         }
     }
 
-    /// Those of `ids` that a majority of each active configuration has on disk without this node.
+    /// Returns those of `ids` that a majority of each active configuration has on disk, without this node.
     async fn held_by_enough_others(&self, ids: &[ChunkId]) -> Vec<ChunkId> {
         let own = self.consensus.id();
-        // Taken before the question: who is made a voter meanwhile is asked the next time.
+        // Read before the query: a voter that is added meanwhile is asked the next time.
         let voter_sets = self.consensus.voter_sets();
         let members = self.consensus.members().into_iter();
         let asking = members
@@ -59,7 +59,7 @@ impl Recovery {
                 match self.peers.held(&member, ids).await {
                     Ok(held) => Some((member.id, held)),
                     Err(error) => {
-                        debug!(%error, "a node does not say what it holds");
+                        debug!(%error, "a node did not report which chunks it holds");
                         None
                     }
                 }
