@@ -57,6 +57,7 @@ use quorumfs_proto::query::{Space, TypedQuery};
 use quorumfs_proto::statistics::CacheStatistics;
 use quorumfs_proto::{Attributes, Command, FsError, InodeNumber, Operation, Outcome, Query};
 use tokio::sync::Semaphore;
+use tokio::time::{Interval, MissedTickBehavior};
 
 pub use self::directory::DirectoryItem;
 pub use self::leased::Leased;
@@ -87,6 +88,9 @@ const READAHEAD_FETCHES_MAX: usize = 16;
 
 /// Files that are committed at the same time when everything is.
 const COMMITS_AT_ONCE_MAX: usize = 16;
+
+/// Shortest period of the background tasks.
+const TICK_MS_MIN: u64 = 10;
 
 /// When an acknowledged call is durable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -235,16 +239,11 @@ impl<C: Cluster> Filesystem<C> {
         verdicts.into_iter().collect()
     }
 
-    /// Commits what has been dirty for too long, until the filesystem is gone.
+    /// Commits files that have been dirty for longer than [`FsOptions::dirty_age_ms`]. Returns when the filesystem is
+    /// dropped.
     pub async fn write_back_old(filesystem: Weak<Filesystem<C>>) {
-        let Some(mut tick) = filesystem.upgrade().map(|filesystem| filesystem.ticks()) else {
-            return;
-        };
-        loop {
-            tick.tick().await;
-            let Some(filesystem) = filesystem.upgrade() else {
-                return;
-            };
+        let Some(mut ticks) = Ticks::new(filesystem) else { return };
+        while let Some(filesystem) = ticks.next().await {
             let dirty_age = Duration::from_millis(filesystem.options.dirty_age_ms);
             for node in filesystem.dirty.nodes() {
                 let dirty_since = node.state.lock().dirty_since;
@@ -255,27 +254,14 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// Releases what was unlinked and is not in use any more, until the filesystem is gone.
+    /// Releases unlinked inodes that are no longer in use. Returns when the filesystem is dropped.
     pub async fn release_removed(filesystem: Weak<Filesystem<C>>) {
-        let Some(mut tick) = filesystem.upgrade().map(|filesystem| filesystem.ticks()) else {
-            return;
-        };
-        loop {
-            tick.tick().await;
-            let Some(filesystem) = filesystem.upgrade() else {
-                return;
-            };
+        let Some(mut ticks) = Ticks::new(filesystem) else { return };
+        while let Some(filesystem) = ticks.next().await {
             if !filesystem.removed.is_empty() {
                 filesystem.release_unlinked().await;
             }
         }
-    }
-
-    fn ticks(&self) -> tokio::time::Interval {
-        let interval = Duration::from_millis((self.options.dirty_age_ms / 4).max(10));
-        let mut ticks = tokio::time::interval(interval);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        ticks
     }
 
     fn writable(&self) -> Result<(), FsError> {
@@ -314,5 +300,29 @@ impl<C: Cluster> Filesystem<C> {
                 node.state.lock().learn(attributes);
             }
         }
+    }
+}
+
+/// The timer of a background task of one filesystem. Holds no strong reference between two ticks, so the task does not
+/// keep the filesystem alive.
+struct Ticks<C: Cluster> {
+    filesystem: Weak<Filesystem<C>>,
+    interval: Interval,
+}
+
+impl<C: Cluster> Ticks<C> {
+    /// Ticks four times within [`FsOptions::dirty_age_ms`]; `None` if the filesystem is dropped.
+    fn new(filesystem: Weak<Filesystem<C>>) -> Option<Ticks<C>> {
+        let dirty_age_ms = filesystem.upgrade()?.options.dirty_age_ms;
+        let period = Duration::from_millis((dirty_age_ms / 4).max(TICK_MS_MIN));
+        let mut interval = tokio::time::interval(period);
+        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Some(Ticks { filesystem, interval })
+    }
+
+    /// Waits for the next tick; `None` if the filesystem is dropped.
+    async fn next(&mut self) -> Option<Arc<Filesystem<C>>> {
+        self.interval.tick().await;
+        self.filesystem.upgrade()
     }
 }
