@@ -105,6 +105,8 @@ impl<C: Cluster> Filesystem<C> {
     ) -> Result<Attributes, FsError> {
         self.writable()?;
         let file = self.used(handle)?;
+        // Before directories are made, which would stay behind.
+        file.failure()?;
         let node = &file.node;
         let destination = self.with_room_in_a_command(destination).await?;
         self.settle_handed_over().await;
