@@ -8,7 +8,7 @@
 //! How long a write(2) is the kernel shows while it waits for an answer; of other calls it is not known.
 //!
 //! Rule: a part that may be a first one ([`may_continue`]) is answered and held back; if the next append fits into one
-//! piece with it, both are one command. It may be a write of its own, which does no harm. A held part is a dirty byte
+//! extent with it, both are one command. It may be a write of its own, which does no harm. A held part is a dirty byte
 //! like any other: it goes before all that was written after it, with the next commit or read of the file or with age,
 //! and its failure is told to the file's handles.
 //!
@@ -39,22 +39,22 @@ const APPEND_RENEWALS_MAX: usize = 3;
 const SECOND_PART_BYTES_MAX: usize = 64 << 10;
 
 /// The most that one command appends.
-const PIECE_BYTES_MAX: usize = CHUNK_BYTES_MAX as usize;
+const APPEND_BYTES_MAX: usize = CHUNK_BYTES_MAX as usize;
 
-/// Whether an append of so many bytes may be the first part of a write of [`PIECE_BYTES_MAX`] or less. `more_bytes`: how much
+/// Whether an append of so many bytes may be the first part of a write of [`APPEND_BYTES_MAX`] or less. `more_bytes`: how much
 /// of it is to come, if that is known.
 fn may_continue(bytes: usize, more_bytes: Option<u64>) -> bool {
     may_be_a_part(bytes)
-        && more_bytes.is_none_or(|more| more > 0 && bytes as u64 + more <= PIECE_BYTES_MAX as u64)
+        && more_bytes.is_none_or(|more| more > 0 && bytes as u64 + more <= APPEND_BYTES_MAX as u64)
 }
 
 /// Whether the kernel may have split a write so that its first part is so long.
 pub fn may_be_a_part(bytes: usize) -> bool {
-    (PIECE_BYTES_MAX - SECOND_PART_BYTES_MAX..PIECE_BYTES_MAX).contains(&bytes)
+    (APPEND_BYTES_MAX - SECOND_PART_BYTES_MAX..APPEND_BYTES_MAX).contains(&bytes)
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// Appends `data`, each [`PIECE_BYTES_MAX`] in one piece.
+    /// Appends `data`, in appends of at most [`APPEND_BYTES_MAX`].
     pub(super) async fn append(
         self: &Arc<Self>,
         node: &OpenInode<C>,
@@ -95,13 +95,13 @@ impl<C: Cluster> Filesystem<C> {
             return Ok(());
         }
         while !data.is_empty() {
-            let part = data.split_to(data.len().min(PIECE_BYTES_MAX));
-            interruptible(self.append_piece(node, part, privileges)).await?;
+            let part = data.split_to(data.len().min(APPEND_BYTES_MAX));
+            interruptible(self.append_once(node, part, privileges)).await?;
         }
         Ok(())
     }
 
-    /// Takes `data` for the second part of what `node` holds back, if it can be that: both fit into one piece, and nothing
+    /// Takes `data` for the second part of what `node` holds back, if it can be that: both fit into one append, and nothing
     /// was written behind the first meanwhile. Else there is none.
     fn continue_held(&self, node: &OpenInode<C>, data: &Bytes, privileges: Privileges) -> bool {
         let mut state = node.state.lock();
@@ -114,7 +114,7 @@ impl<C: Cluster> Filesystem<C> {
             return false;
         }
         held.stage = AppendStage::Closed;
-        let fits = held.bytes() + data.len() <= PIECE_BYTES_MAX;
+        let fits = held.bytes() + data.len() <= APPEND_BYTES_MAX;
         if !fits || buffer_end > committed + held.bytes() as u64 {
             return false;
         }
@@ -150,7 +150,7 @@ impl<C: Cluster> Filesystem<C> {
             true => held.first,
             false => joined(&held.first, &held.second),
         };
-        let appended = self.append_piece(node, data, held.privileges).await;
+        let appended = self.append_once(node, data, held.privileges).await;
         if let Err(error) = appended {
             tracing::warn!(inode = %node.inode, bytes, %error, "appended bytes could not be committed and are given up");
             let mut state = node.state.lock();
@@ -162,7 +162,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// One command; the caller holds the file's turn. Afterwards nothing is held back.
-    async fn append_piece(
+    async fn append_once(
         &self,
         node: &OpenInode<C>,
         data: Bytes,
@@ -180,7 +180,7 @@ impl<C: Cluster> Filesystem<C> {
                 }
                 (chunk.stored(), vec![chunk.clone()])
             };
-            let piece = Extent {
+            let extent = Extent {
                 file_offset: 0,
                 length,
                 chunk: chunk.id(),
@@ -190,7 +190,7 @@ impl<C: Cluster> Filesystem<C> {
                 chunks: vec![named],
                 operations: vec![Operation::Append {
                     inode: Target::Inode(node.inode),
-                    extents: vec![piece],
+                    extents: vec![extent],
                     privileges,
                 }],
             };
@@ -203,11 +203,11 @@ impl<C: Cluster> Filesystem<C> {
                 if let Some(OperationResult::Appended { offset }) = outcome.results.first()
                     && let Some(attributes) = outcome.attributes_of(node.inode)
                 {
-                    let piece = Extent {
+                    let extent = Extent {
                         file_offset: *offset,
-                        ..piece
+                        ..extent
                     };
-                    state.extents.patch(attributes.content_version, &[piece]);
+                    state.extents.patch(attributes.content_version, &[extent]);
                     // With the new size known, the held bytes must not be counted once more.
                     state.learn(attributes);
                     state.appended_last = data.last().map(|byte| LastByte {

@@ -241,14 +241,14 @@ impl<C: Cluster> Filesystem<C> {
     ) -> Result<Outcome, FsError> {
         let mut renewals = Renewals::default();
         loop {
-            let pieces: Vec<Extent> = packs
+            let extents: Vec<Extent> = packs
                 .iter()
                 .zip(&chunks)
-                .flat_map(|(pack, chunk)| pack.pieces(chunk.id()))
+                .flat_map(|(pack, chunk)| pack.extents(chunk.id()))
                 .collect();
             let write = (!packs.is_empty()).then(|| Operation::Write {
                 inode: Target::Inode(node.inode),
-                extents: pieces.clone(),
+                extents: extents.clone(),
                 mtime,
                 privileges,
             });
@@ -264,7 +264,7 @@ impl<C: Cluster> Filesystem<C> {
             };
             match self.cluster.mutate(command, &stored).await {
                 Ok(outcome) => {
-                    self.settle(node, packs, &pieces, &outcome, resizes);
+                    self.settle(node, packs, &extents, &outcome, resizes);
                     return Ok(outcome);
                 }
                 Err(FsError::ChunkDead) if !chunks.is_empty() => {
@@ -329,7 +329,7 @@ impl<C: Cluster> Filesystem<C> {
         &self,
         node: &OpenInode<C>,
         packs: &[Arc<Pack>],
-        pieces: &[Extent],
+        extents: &[Extent],
         outcome: &Outcome,
         resizes: bool,
     ) {
@@ -343,9 +343,9 @@ impl<C: Cluster> Filesystem<C> {
                 if resizes {
                     state.extents.clear();
                 } else if !packs.is_empty() {
-                    state.extents.patch(after, pieces);
+                    state.extents.patch(after, extents);
                 }
-                // Where pieces were named it is this command that made the version, even if another call has told of it.
+                // Where extents were named it is this command that made the version, even if another call has told of it.
                 if !packs.is_empty() || known.is_some_and(|known| known + 1 == after) {
                     self.pages.changed_here(node.inode, after - 1, after);
                 }

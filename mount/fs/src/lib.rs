@@ -242,7 +242,9 @@ impl<C: Cluster> Filesystem<C> {
     /// Commits files that have been dirty for longer than [`FsOptions::dirty_age_ms`]. Returns when the filesystem is
     /// dropped.
     pub async fn write_back_old(filesystem: Weak<Filesystem<C>>) {
-        let Some(mut ticks) = Ticks::new(filesystem) else { return };
+        let Some(mut ticks) = Ticks::new(filesystem) else {
+            return;
+        };
         while let Some(filesystem) = ticks.next().await {
             let dirty_age = Duration::from_millis(filesystem.options.dirty_age_ms);
             for node in filesystem.dirty.nodes() {
@@ -256,7 +258,9 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Releases unlinked inodes that are no longer in use. Returns when the filesystem is dropped.
     pub async fn release_removed(filesystem: Weak<Filesystem<C>>) {
-        let Some(mut ticks) = Ticks::new(filesystem) else { return };
+        let Some(mut ticks) = Ticks::new(filesystem) else {
+            return;
+        };
         while let Some(filesystem) = ticks.next().await {
             if !filesystem.removed.is_empty() {
                 filesystem.release_unlinked().await;

@@ -14,7 +14,7 @@ use crate::caches::page_versions::Dropping;
 use crate::handles::{OpenFile, Scope};
 
 /// Extents that come with an open: all of most files, and no burden for those that are opened for a look at their end.
-const PIECES_AT_OPEN_MAX: u32 = 64;
+const EXTENTS_AT_OPEN_MAX: u32 = 64;
 
 /// A file that was opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,7 +73,7 @@ impl<C: Cluster> Filesystem<C> {
         if flags.truncate {
             self.truncate_at_open(node, flags.privileges).await?;
         } else if flags.read {
-            self.look_up_extents(node, 0, PIECES_AT_OPEN_MAX).await?;
+            self.look_up_extents(node, 0, EXTENTS_AT_OPEN_MAX).await?;
         } else {
             let told = self.ask(Query::attributes(node.inode)).await?;
             node.state.lock().learn(&told);

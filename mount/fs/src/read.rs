@@ -20,7 +20,7 @@ use crate::turn::take_turn;
 use crate::write_buffer::{self, DirtyPart};
 
 /// Extents asked for at once: those of 2 GiB written sequentially, some 40 KiB on the wire.
-const PIECES_AT_ONCE_MAX: u32 = 2048;
+const EXTENTS_PER_QUERY_MAX: u32 = 2048;
 
 /// How often a read looks the extents up again because a chunk was gone, and how long it waits before the last.
 const READ_ATTEMPTS_MAX: u32 = 5;
@@ -44,8 +44,8 @@ struct Snapshot {
     range: Range<u64>,
     /// Oldest first.
     dirty: Vec<DirtyPart>,
-    /// Committed pieces, unless all of the range is written over, and how far the file uses the chunk of each.
-    pieces: Vec<(Extent, u32)>,
+    /// Committed extents, unless all of the range is written over, and how far the file uses the chunk of each.
+    extents: Vec<(Extent, u32)>,
 }
 
 impl<C: Cluster> Filesystem<C> {
@@ -148,10 +148,10 @@ impl<C: Cluster> Filesystem<C> {
                 Err(from) => from,
             };
             let is_current = if overtaken < OVERTAKEN_MAX {
-                self.look_up_extents(node, from, PIECES_AT_ONCE_MAX).await?
+                self.look_up_extents(node, from, EXTENTS_PER_QUERY_MAX).await?
             } else {
                 let _turn = take_turn(node).await?;
-                self.look_up_extents(node, from, PIECES_AT_ONCE_MAX).await?
+                self.look_up_extents(node, from, EXTENTS_PER_QUERY_MAX).await?
             };
             if !is_current {
                 overtaken += 1;
@@ -169,7 +169,7 @@ impl<C: Cluster> Filesystem<C> {
         let query = Query::extents(node.inode, from, FILE_BYTES_MAX, extents_max);
         let ExtentsPage {
             attributes,
-            extents: pieces,
+            extents,
             known_to,
         } = self.ask(query).await.map_err(gone)?;
         if known_to <= from && from < attributes.size {
@@ -189,7 +189,7 @@ impl<C: Cluster> Filesystem<C> {
             } else {
                 known_to
             };
-            state.extents.store(attributes.content_version, from..to, pieces);
+            state.extents.store(attributes.content_version, from..to, extents);
         }
         drop(state);
         self.open.bound_extents(node);
@@ -235,11 +235,14 @@ impl<C: Cluster> Filesystem<C> {
 
     async fn assemble(&self, snapshot: Snapshot, pattern: Pattern) -> Result<Bytes, FsError> {
         let Snapshot {
-            range, dirty, pieces, ..
+            range,
+            dirty,
+            extents,
+            ..
         } = snapshot;
-        let mut fetched = stream::iter(pieces)
-            .filter_map(|(piece, used_to)| {
-                std::future::ready(clip(piece, range.clone()).map(|part| (part, used_to)))
+        let mut fetched = stream::iter(extents)
+            .filter_map(|(extent, used_to)| {
+                std::future::ready(clip(extent, range.clone()).map(|part| (part, used_to)))
             })
             .map(|(part, used_to)| self.fetch(part, used_to, pattern))
             .buffered(FETCHES_AT_ONCE_MAX)
@@ -276,25 +279,28 @@ impl<C: Cluster> Filesystem<C> {
         }
         let (filesystem, node) = (Arc::clone(self), Arc::clone(node));
         tokio::spawn(async move {
-            // One question at most: a file in very many pieces is not worth more ahead of its reader.
+            // One question at most: a file in very many extents is not worth more ahead of its reader.
             let known = snapshot_of(&node.state.lock(), range.clone());
             let known = match known {
                 Ok(snapshot) => Ok(snapshot),
-                Err(from) => match filesystem.look_up_extents(&node, from, PIECES_AT_ONCE_MAX).await {
+                Err(from) => match filesystem
+                    .look_up_extents(&node, from, EXTENTS_PER_QUERY_MAX)
+                    .await
+                {
                     Ok(_) => snapshot_of(&node.state.lock(), range),
                     Err(_) => return,
                 },
             };
             let Ok(snapshot) = known else { return };
-            let fetches = snapshot.pieces.into_iter().map(|(piece, used_to)| {
+            let fetches = snapshot.extents.into_iter().map(|(extent, used_to)| {
                 let filesystem = Arc::clone(&filesystem);
                 async move {
                     let Ok(_permit) = filesystem.readahead_permits.acquire().await else {
                         return;
                     };
-                    let first_byte = Extent { length: 1, ..piece };
+                    let first_byte = Extent { length: 1, ..extent };
                     if let Err(error) = filesystem.fetch(first_byte, used_to, Pattern::Sequential).await {
-                        tracing::debug!(chunk = %piece.chunk, %error, "read ahead");
+                        tracing::debug!(chunk = %extent.chunk, %error, "read ahead");
                     }
                 }
             });
@@ -306,7 +312,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 }
 
-/// A chunk is gone, so the file has changed, or is in other pieces: its extents are forgotten, to be looked up again.
+/// A chunk is gone, so the file has changed, or is in other extents: its extents are forgotten, to be looked up again.
 async fn look_again<Put>(node: &SharedInode<Put>, attempt: u32) {
     tracing::debug!(inode = %node.inode, attempt, "a chunk is gone; extents are looked up again");
     node.state.lock().extents.clear();
@@ -329,19 +335,19 @@ fn snapshot_of<Put>(state: &InodeState<Put>, range: Range<u64>) -> Result<Snapsh
     let end = range.end.min(size.max(state.buffer.end()));
     let range = range.start.min(end)..end;
     let dirty = state.buffer.overlay(range.clone());
-    let pieces = if write_buffer::covers(&dirty, range.clone()) {
+    let extents = if write_buffer::covers(&dirty, range.clone()) {
         Vec::new()
     } else {
         let committed = range.start..range.end.min(size).max(range.start);
-        let pieces = state.extents.lookup(version, committed)?;
-        let used = |piece| (piece, state.extents.reach(&piece));
-        pieces.into_iter().map(used).collect()
+        let extents = state.extents.lookup(version, committed)?;
+        let used = |extent| (extent, state.extents.reach(&extent));
+        extents.into_iter().map(used).collect()
     };
     Ok(Snapshot {
         version,
         range,
         dirty,
-        pieces,
+        extents,
     })
 }
 

@@ -177,7 +177,7 @@ impl<C: Cluster> Filesystem<C> {
             for (pack, chunk) in packs.iter().zip(&chunks) {
                 operations.push(Operation::Write {
                     inode: Target::Created(0),
-                    extents: pack.pieces(chunk.id()).collect(),
+                    extents: pack.extents(chunk.id()).collect(),
                     mtime: None,
                     privileges: Privileges::Keep,
                 });

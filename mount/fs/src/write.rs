@@ -35,8 +35,8 @@ pub enum WritePosition {
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// Writes `data` and answers its length. What goes to the end of the file goes there in one piece (each MiB of it),
-    /// and is committed when this returns unless more of the same piece may follow.
+    /// Writes `data` and answers its length. What goes to the end of the file goes there in one append (each MiB of it),
+    /// and is committed when this returns unless more of the same extent may follow.
     pub async fn write(
         self: &Arc<Self>,
         handle: Handle,

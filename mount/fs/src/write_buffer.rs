@@ -23,7 +23,7 @@ use quorumfs_proto::{ChunkId, Extent};
 /// The grid of a file on which whole chunks are cut.
 pub const CELL_BYTES: u64 = CHUNK_BYTES_MAX as u64;
 
-/// Most ranges in one pack: four such packs fill a command's pieces.
+/// Most ranges in one pack: four such packs fill a command's extents.
 pub const PACK_RANGES_MAX: usize = COMMAND_EXTENTS_MAX / 4;
 
 /// What a range costs beside its bytes (map node, buffer header, its extent), so that many tiny writes count as the
@@ -76,7 +76,7 @@ impl Pack {
     }
 
     /// The extents it makes once its bytes are the chunk `chunk`.
-    pub fn pieces(&self, chunk: ChunkId) -> impl Iterator<Item = Extent> + '_ {
+    pub fn extents(&self, chunk: ChunkId) -> impl Iterator<Item = Extent> + '_ {
         self.ranges.iter().map(move |range| Extent {
             file_offset: range.file_offset,
             length: range.length,
@@ -320,14 +320,14 @@ impl WriteBuffer {
 
     /// The oldest packs up to `last_sequence` that fit one command. They stay until [`WriteBuffer::settle`].
     pub fn front(&self, last_sequence: u64) -> Vec<Arc<Pack>> {
-        let (mut pieces, mut inline_bytes) = (0, 0);
+        let (mut extents, mut inline_bytes) = (0, 0);
         let fits = |pack: &&Arc<Pack>| {
-            pieces += pack.ranges.len();
+            extents += pack.ranges.len();
             if pack.is_inline() {
                 inline_bytes += pack.payload.len();
             }
             pack.sequence <= last_sequence
-                && pieces <= COMMAND_EXTENTS_MAX
+                && extents <= COMMAND_EXTENTS_MAX
                 && inline_bytes <= INLINE_BYTES_MAX as usize
         };
         self.sealed

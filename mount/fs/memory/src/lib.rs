@@ -220,7 +220,7 @@ impl MemoryCluster {
     }
 
     /// The extents of a file.
-    pub fn pieces_of(&self, inode: InodeNumber) -> Vec<Extent> {
+    pub fn extents_of(&self, inode: InodeNumber) -> Vec<Extent> {
         let query = Query::Extents {
             inode,
             from: 0,

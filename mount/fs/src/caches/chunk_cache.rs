@@ -163,7 +163,7 @@ impl ChunkCache {
             if bytes.len() >= in_entry.end {
                 return Ok(bytes.slice(in_entry));
             }
-            // It was fetched for a piece that ends earlier in the same chunk. The next fetch is shared again.
+            // It was fetched for a extent that ends earlier in the same chunk. The next fetch is shared again.
             self.entries.remove_if(&key, |held| held.len() < in_entry.end);
         }
         let bytes = fetch(start, end - start).await?;

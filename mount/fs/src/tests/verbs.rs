@@ -44,9 +44,9 @@ async fn a_large_file_is_put_in_whole_chunks_while_it_is_written() {
         "puts go on in the background"
     );
     close(&fs, handle).await;
-    let pieces = cluster.pieces_of(inode);
-    assert_eq!(pieces.len(), 21);
-    assert!(pieces[..20].iter().all(|piece| u64::from(piece.length) == MIB));
+    let extents = cluster.extents_of(inode);
+    assert_eq!(extents.len(), 21);
+    assert!(extents[..20].iter().all(|extent| u64::from(extent.length) == MIB));
     assert!(cluster.commands.lock().len() <= 6, "many chunks share a command");
     assert!(contents(&mount(&cluster, 2), "large").await == data);
 }
@@ -295,7 +295,7 @@ async fn a_sequential_reader_fetches_each_chunk_once_and_ahead() {
 }
 
 #[tokio::test]
-async fn a_chunk_of_many_pieces_is_not_fetched_for_each() {
+async fn a_chunk_of_many_extents_is_not_fetched_for_each() {
     let cluster = MemoryCluster::new();
     let (fs, reader) = (mount_with(&cluster, 1, ageless()), mount(&cluster, 2));
     let (_, handle) = create(&fs, "database").await;
@@ -309,7 +309,7 @@ async fn a_chunk_of_many_pieces_is_not_fetched_for_each() {
     assert!(contents(&reader, "database").await == data);
     // Once as far as the first answer about extents tells, once whole; and its reader and read-ahead may meet.
     let gets = cluster.gets.load(Ordering::Relaxed);
-    assert!(gets <= 4, "{gets} fetches for 250 pieces of one chunk");
+    assert!(gets <= 4, "{gets} fetches for 250 extents of one chunk");
 }
 
 #[tokio::test]
