@@ -40,7 +40,7 @@ fn write_buffer(criterion: &mut Criterion) {
                 |buffer| {
                     for offset in (0..SEQUENTIAL_BYTES).step_by(write_bytes as usize) {
                         for pack in buffer.write(offset, data.clone()) {
-                            buffer.settle(pack.sequence);
+                            buffer.remove_through(pack.sequence);
                         }
                     }
                 },

@@ -27,12 +27,12 @@ use quorumfs_proto::limits::{CHUNK_BYTES_MAX, INLINE_BYTES_MAX};
 use quorumfs_proto::{Command, FsError, Operation, OperationResult};
 
 use super::{Cluster, Filesystem, FreshContent, OpenInode};
+use crate::commit_lock::lock_commits;
 use crate::handles::{AppendStage, HeldAppend, LastByte, Scope, SharedInode};
 use crate::interrupt::interruptible;
-use crate::turn::take_turn;
 
 /// How often the chunk of one append is drawn anew after the cluster called it dead.
-const APPEND_RENEWALS_MAX: usize = 3;
+const APPEND_CHUNK_ATTEMPTS_MAX: usize = 3;
 
 /// What a write of 1 MiB may lack in its first part: less than two pages of 4 KiB for each of up to eight buffers. Pages
 /// of 64 KiB make it more for several buffers, and the same for one.
@@ -63,23 +63,23 @@ impl<C: Cluster> Filesystem<C> {
         more_bytes: Option<u64>,
     ) -> Result<(), FsError> {
         if self.continue_held(node, &data, privileges) {
-            self.settle_handed_over().await;
+            self.drain_close_queue().await;
             // Not given up with this caller: the first part was acknowledged to another, perhaps.
-            let _turn = node.turn.lock().await;
+            let _lock = node.commit_lock.lock().await;
             return match held_stage(node) {
                 Some(AppendStage::Closed) => self.commit_held_append(node).await,
                 // Somebody else has committed it. If that failed, the file's handles are told.
                 Some(AppendStage::Open) | None => Ok(()),
             };
         }
-        self.settle_handed_over().await;
+        self.drain_close_queue().await;
         let may_continue = may_continue(data.len(), more_bytes);
         if may_continue {
-            interruptible(self.dirty.room(|| self.write_back_all()).map(Ok)).await?;
+            interruptible(self.dirty.wait_for_room(|| self.write_back_all()).map(Ok)).await?;
         }
-        let _turn = take_turn(node).await?;
+        let _lock = lock_commits(node).await?;
         // What other handles wrote before may be what moves the end; if it fails, they are told.
-        let _kept = self.commit_in_turn(node, Scope::Everything).await;
+        let _recorded = self.commit_locked(node, Scope::Everything).await;
         if may_continue {
             let mut state = node.state.lock();
             state.held_append = Some(HeldAppend {
@@ -91,7 +91,7 @@ impl<C: Cluster> Filesystem<C> {
                 more_is_known: more_bytes.is_some(),
             });
             state.dirty_since.get_or_insert_with(Instant::now);
-            self.dirty.account(node, &mut state);
+            self.dirty.update(node, &mut state);
             return Ok(());
         }
         while !data.is_empty() {
@@ -122,7 +122,7 @@ impl<C: Cluster> Filesystem<C> {
         if privileges == Privileges::Drop {
             held.privileges = privileges;
         }
-        self.dirty.account(node, &mut state);
+        self.dirty.update(node, &mut state);
         true
     }
 
@@ -156,7 +156,7 @@ impl<C: Cluster> Filesystem<C> {
             let mut state = node.state.lock();
             state.failures.record(error);
             state.held_append = None;
-            self.dirty.account(node, &mut state);
+            self.dirty.update(node, &mut state);
         }
         appended
     }
@@ -169,7 +169,7 @@ impl<C: Cluster> Filesystem<C> {
         privileges: Privileges,
     ) -> Result<(), FsError> {
         let length = data.len() as u32;
-        for _ in 0..APPEND_RENEWALS_MAX {
+        for _ in 0..APPEND_CHUNK_ATTEMPTS_MAX {
             let chunk = self.cluster.new_chunk(data.clone());
             let (named, stored) = if length <= INLINE_BYTES_MAX {
                 (chunk.inline(), Vec::new())
@@ -217,7 +217,7 @@ impl<C: Cluster> Filesystem<C> {
                     });
                 }
                 if state.held_append.take().is_some() {
-                    self.dirty.account(node, &mut state);
+                    self.dirty.update(node, &mut state);
                 }
             }
             self.learn(&outcome.touched);

@@ -16,34 +16,34 @@ use quorumfs_proto::command::{Privileges, Target};
 use quorumfs_proto::{Command, FsError, NewChunk, Operation, Outcome, SessionId, Timestamp};
 
 use super::{Cluster, Filesystem, FreshContent, OpenInode, Put};
+use crate::commit_lock::{lock_after_append, lock_in_background};
 use crate::handles::{InodeState, Scope};
 use crate::interrupt::{interruptible, still_wanted};
-use crate::turn::{take_turn_after_append, take_turn_in_background};
 use crate::write_buffer::Pack;
 
 /// How often the chunks of one command are drawn and put anew after the cluster called them dead although their session
 /// lives. Chunks of a session that is over do not count: that takes a minute without contact, and is waited out (P6).
-const RENEWALS_MAX: usize = 3;
+const CHUNK_RETRIES_MAX: usize = 3;
 
 /// Adds operations to those of a command, whose results they may refer to by their index.
 pub(super) type AddOperations<'a> = &'a (dyn Fn(&mut Vec<Operation>) + Send + Sync);
 
 /// How often the chunks of one command were drawn anew.
 #[derive(Default)]
-pub(super) struct Renewals {
+pub(super) struct ChunkRetries {
     session: Option<SessionId>,
     in_session: usize,
 }
 
-impl Renewals {
+impl ChunkRetries {
     /// Chunks of `session` are dead. [`FsError::Io`] where new ones would be as well.
-    pub(super) fn another(&mut self, session: SessionId) -> Result<(), FsError> {
+    pub(super) fn record(&mut self, session: SessionId) -> Result<(), FsError> {
         if self.session.replace(session) != Some(session) {
             self.in_session = 0;
         }
         self.in_session += 1;
         match self.in_session {
-            0..=RENEWALS_MAX => Ok(()),
+            0..=CHUNK_RETRIES_MAX => Ok(()),
             _ => Err(FsError::Io),
         }
     }
@@ -52,11 +52,11 @@ impl Renewals {
 impl<C: Cluster> Filesystem<C> {
     /// Commits what was written before the call.
     pub(super) async fn commit(&self, node: &OpenInode<C>, scope: Scope) -> Result<(), FsError> {
-        self.settle_handed_over().await;
+        self.drain_close_queue().await;
         let verdict = {
             // Given up here, what was written waits for the next commit.
-            let _turn = take_turn_after_append(node).await?;
-            self.commit_in_turn(node, scope).await
+            let _lock = lock_after_append(node).await?;
+            self.commit_locked(node, scope).await
         };
         self.open.retire(node);
         verdict
@@ -66,27 +66,27 @@ impl<C: Cluster> Filesystem<C> {
     pub(super) fn commit_in_background(self: &Arc<Self>, node: &OpenInode<C>, scope: Scope) {
         {
             let mut state = node.state.lock();
-            let queued = state.queued;
-            state.queued = queued.max(Some(scope));
+            let queued = state.queued_commit;
+            state.queued_commit = queued.max(Some(scope));
             if queued.is_some() {
                 return;
             }
         }
         let (filesystem, node) = (Arc::clone(self), Arc::clone(node));
         tokio::spawn(async move {
-            filesystem.settle_handed_over().await;
+            filesystem.drain_close_queue().await;
             {
-                let _turn = take_turn_in_background(&node).await;
-                let scope = node.state.lock().queued.take().unwrap_or(scope);
+                let _lock = lock_in_background(&node).await;
+                let scope = node.state.lock().queued_commit.take().unwrap_or(scope);
                 // What fails is kept for the file's handles.
-                let _kept = filesystem.commit_in_turn(&node, scope).await;
+                let _recorded = filesystem.commit_locked(&node, scope).await;
             }
             filesystem.open.retire(&node);
         });
     }
 
     /// As `commit`; the caller holds the file's turn.
-    pub(super) async fn commit_in_turn(&self, node: &OpenInode<C>, scope: Scope) -> Result<(), FsError> {
+    pub(super) async fn commit_locked(&self, node: &OpenInode<C>, scope: Scope) -> Result<(), FsError> {
         let last = self.seal(node, scope);
         self.commit_up_to(node, last).await
     }
@@ -95,11 +95,11 @@ impl<C: Cluster> Filesystem<C> {
     pub(super) async fn commit_up_to(&self, node: &OpenInode<C>, last: u64) -> Result<(), FsError> {
         let mut verdict = self.commit_held_append(node).await;
         loop {
-            let packs = node.state.lock().buffer.front(last);
+            let packs = node.state.lock().buffer.next_batch(last);
             if packs.is_empty() {
                 return verdict;
             }
-            if let Err(error) = self.send_or_lose(node, &packs).await {
+            if let Err(error) = self.send_or_discard(node, &packs).await {
                 verdict = verdict.and(Err(error));
             }
         }
@@ -112,16 +112,16 @@ impl<C: Cluster> Filesystem<C> {
         node: &OpenInode<C>,
         operation: Operation,
     ) -> Result<Outcome, FsError> {
-        self.settle_handed_over().await;
+        self.drain_close_queue().await;
         let outcome = {
-            let _turn = take_turn_after_append(node).await?;
-            self.commit_with_in_turn(node, operation).await
+            let _lock = lock_after_append(node).await?;
+            self.commit_with_locked(node, operation).await
         };
         self.open.retire(node);
         outcome
     }
 
-    async fn commit_with_in_turn(
+    async fn commit_with_locked(
         &self,
         node: &OpenInode<C>,
         operation: Operation,
@@ -129,17 +129,17 @@ impl<C: Cluster> Filesystem<C> {
         let add = |operations: &mut Vec<Operation>| operations.push(operation.clone());
         let last = self.seal(node, Scope::Everything);
         // As below, a failure is kept for the handles.
-        let _kept = self.commit_held_append(node).await;
+        let _recorded = self.commit_held_append(node).await;
         loop {
-            let packs = node.state.lock().buffer.front(last);
+            let packs = node.state.lock().buffer.next_batch(last);
             let is_last = packs.last().is_none_or(|youngest| youngest.sequence == last);
             if !is_last {
                 // A failure is kept for the handles; the operation is not about those bytes.
-                let _kept = self.send_or_lose(node, &packs).await;
+                let _recorded = self.send_or_discard(node, &packs).await;
                 continue;
             }
             if let Err(gone) = still_wanted().await {
-                let _kept = self.send_or_lose(node, &packs).await;
+                let _recorded = self.send_or_discard(node, &packs).await;
                 return Err(gone);
             }
             let sending = self.send(node, &packs, &add);
@@ -149,13 +149,13 @@ impl<C: Cluster> Filesystem<C> {
                 false => sending.await,
             };
             match sent {
-                Err(error) if !packs.is_empty() && is_verdict(error) => {
+                Err(error) if !packs.is_empty() && is_refusal(error) => {
                     // Which of the two was refused? Each alone shows it.
-                    let _kept = self.send_or_lose(node, &packs).await;
+                    let _recorded = self.send_or_discard(node, &packs).await;
                     return self.send(node, &[], &add).await;
                 }
                 Err(error) => {
-                    self.lose(node, &packs, error);
+                    self.discard_failed(node, &packs, error);
                     return Err(error);
                 }
                 Ok(outcome) => return Ok(outcome),
@@ -170,7 +170,7 @@ impl<C: Cluster> Filesystem<C> {
             let packs = state.buffer.seal_all();
             state.dirty_since = None;
             self.start_puts(&mut state, &packs);
-            self.dirty.account(node, &mut state);
+            self.dirty.update(node, &mut state);
         }
         state.buffer.last_sequence()
     }
@@ -191,11 +191,15 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    pub(super) async fn send_or_lose(&self, node: &OpenInode<C>, packs: &[Arc<Pack>]) -> Result<(), FsError> {
+    pub(super) async fn send_or_discard(
+        &self,
+        node: &OpenInode<C>,
+        packs: &[Arc<Pack>],
+    ) -> Result<(), FsError> {
         match self.send(node, packs, &|_| {}).await {
             Ok(_) => Ok(()),
             Err(error) => {
-                self.lose(node, packs, error);
+                self.discard_failed(node, packs, error);
                 Err(error)
             }
         }
@@ -239,7 +243,7 @@ impl<C: Cluster> Filesystem<C> {
         (mtime, privileges): (Option<Timestamp>, Privileges),
         add: AddOperations<'_>,
     ) -> Result<Outcome, FsError> {
-        let mut renewals = Renewals::default();
+        let mut retries = ChunkRetries::default();
         loop {
             let extents: Vec<Extent> = packs
                 .iter()
@@ -264,11 +268,11 @@ impl<C: Cluster> Filesystem<C> {
             };
             match self.cluster.mutate(command, &stored).await {
                 Ok(outcome) => {
-                    self.settle(node, packs, &extents, &outcome, resizes);
+                    self.record_committed(node, packs, &extents, &outcome, resizes);
                     return Ok(outcome);
                 }
                 Err(FsError::ChunkDead) if !chunks.is_empty() => {
-                    chunks = self.renew(packs, &chunks, &mut renewals).await?;
+                    chunks = self.replace_chunks(packs, &chunks, &mut retries).await?;
                 }
                 Err(error) => return Err(error),
             }
@@ -286,7 +290,9 @@ impl<C: Cluster> Filesystem<C> {
             };
             match chunk {
                 // The session it was drawn in is over; the bytes are still here.
-                Err(FsError::ChunkDead) => chunks.push(self.put_anew(pack, &mut Renewals::default()).await?),
+                Err(FsError::ChunkDead) => {
+                    chunks.push(self.put_new_chunk(pack, &mut ChunkRetries::default()).await?)
+                }
                 chunk => chunks.push(chunk?),
             }
         }
@@ -294,38 +300,42 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// The same bytes as new chunks in place of `dead` ones.
-    async fn renew(
+    async fn replace_chunks(
         &self,
         packs: &[Arc<Pack>],
         dead: &[C::Chunk],
-        renewals: &mut Renewals,
+        retries: &mut ChunkRetries,
     ) -> Result<Vec<C::Chunk>, FsError> {
         if let Some(dead) = dead.first() {
-            renewals.another(dead.id().session)?;
+            retries.record(dead.id().session)?;
         }
         let mut chunks = Vec::with_capacity(packs.len());
         for pack in packs {
-            chunks.push(self.put_anew(pack, renewals).await?);
+            chunks.push(self.put_new_chunk(pack, retries).await?);
         }
         Ok(chunks)
     }
 
     /// The bytes of `pack` as a new chunk, put. Sessions may end meanwhile.
-    pub(super) async fn put_anew(&self, pack: &Pack, renewals: &mut Renewals) -> Result<C::Chunk, FsError> {
+    pub(super) async fn put_new_chunk(
+        &self,
+        pack: &Pack,
+        retries: &mut ChunkRetries,
+    ) -> Result<C::Chunk, FsError> {
         loop {
             let chunk = self.cluster.new_chunk(pack.payload.clone());
             if pack.is_inline() {
                 return Ok(chunk);
             }
             match self.cluster.put_chunk(&chunk).await {
-                Err(FsError::ChunkDead) => renewals.another(chunk.id().session)?,
+                Err(FsError::ChunkDead) => retries.record(chunk.id().session)?,
                 put => return put.map(|()| chunk),
             }
         }
     }
 
     /// The cluster knows these bytes now.
-    fn settle(
+    fn record_committed(
         &self,
         node: &OpenInode<C>,
         packs: &[Arc<Pack>],
@@ -335,7 +345,7 @@ impl<C: Cluster> Filesystem<C> {
     ) {
         {
             let mut state = node.state.lock();
-            self.forget_packs(node, &mut state, packs);
+            self.remove_packs(node, &mut state, packs);
             let known = state.view.as_ref().map(|view| view.content_version);
             if let Some(attributes) = outcome.attributes_of(node.inode) {
                 state.learn(attributes);
@@ -356,7 +366,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// These bytes could not be committed: they are gone, and every handle of the file will say so.
-    fn lose(&self, node: &OpenInode<C>, packs: &[Arc<Pack>], error: FsError) {
+    fn discard_failed(&self, node: &OpenInode<C>, packs: &[Arc<Pack>], error: FsError) {
         if packs.is_empty() {
             return;
         }
@@ -364,23 +374,23 @@ impl<C: Cluster> Filesystem<C> {
         tracing::warn!(inode = %node.inode, bytes, %error, "written bytes could not be committed and are given up");
         let mut state = node.state.lock();
         state.failures.record(error);
-        self.forget_packs(node, &mut state, packs);
+        self.remove_packs(node, &mut state, packs);
         drop(state);
         self.pages.forget(node.inode);
     }
 
-    fn forget_packs(&self, node: &OpenInode<C>, state: &mut InodeState<Put<C>>, packs: &[Arc<Pack>]) {
+    fn remove_packs(&self, node: &OpenInode<C>, state: &mut InodeState<Put<C>>, packs: &[Arc<Pack>]) {
         if let Some(youngest) = packs.last() {
-            self.forget_packs_to(node, state, youngest.sequence);
+            self.remove_packs_to(node, state, youngest.sequence);
         }
     }
 
     /// Forgets the packs up to `last`; the caller holds the file's turn.
-    pub(super) fn forget_packs_to(&self, node: &OpenInode<C>, state: &mut InodeState<Put<C>>, last: u64) {
-        state.buffer.settle(last);
+    pub(super) fn remove_packs_to(&self, node: &OpenInode<C>, state: &mut InodeState<Put<C>>, last: u64) {
+        state.buffer.remove_through(last);
         let later: BTreeMap<u64, Put<C>> = state.puts.split_off(&(last + 1));
         state.puts = later;
-        self.dirty.account(node, state);
+        self.dirty.update(node, state);
     }
 }
 
@@ -406,7 +416,7 @@ pub(super) fn name_chunks<C: Cluster>(
 }
 
 /// Whether `error` says that the command was not done because of what it asks.
-fn is_verdict(error: FsError) -> bool {
+fn is_refusal(error: FsError) -> bool {
     !matches!(error, FsError::Io | FsError::TimedOut | FsError::ChunkDead)
 }
 
@@ -415,13 +425,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn chunks_are_drawn_anew_for_every_session_that_ends_and_some_times_in_one() {
-        let mut renewals = Renewals::default();
+    fn chunks_are_replaced_for_every_ended_session_and_a_few_times_in_one() {
+        let mut retries = ChunkRetries::default();
         for session in 1..20 {
-            assert_eq!(renewals.another(SessionId(session)), Ok(()));
+            assert_eq!(retries.record(SessionId(session)), Ok(()));
         }
-        let told: Vec<_> = (0..RENEWALS_MAX)
-            .map(|_| renewals.another(SessionId(19)))
+        let told: Vec<_> = (0..CHUNK_RETRIES_MAX)
+            .map(|_| retries.record(SessionId(19)))
             .collect();
         let (last, before) = told.split_last().unwrap();
         assert!(before.iter().all(Result::is_ok));

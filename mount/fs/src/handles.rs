@@ -80,9 +80,9 @@ pub struct SharedInode<Put> {
     /// Its number.
     pub inode: InodeNumber,
     /// Whoever holds it may send commands about the content of this file: they take effect in the order of writing.
-    pub turn: tokio::sync::Mutex<()>,
+    pub commit_lock: tokio::sync::Mutex<()>,
     /// Whoever holds it drops pages of this file above.
-    pub page_turn: Arc<tokio::sync::Mutex<()>>,
+    pub page_drop_lock: Arc<tokio::sync::Mutex<()>>,
     /// Everything else.
     pub state: Mutex<InodeState<Put>>,
 }
@@ -115,7 +115,7 @@ pub struct InodeState<Put> {
     /// When the oldest unsealed byte was written.
     pub dirty_since: Option<Instant>,
     /// The background commit that is queued.
-    pub queued: Option<Scope>,
+    pub queued_commit: Option<Scope>,
     /// What the buffer counts for in the mount's dirty bytes.
     pub charged_bytes: u64,
     /// Flushes that failed.
@@ -365,8 +365,8 @@ impl<Put> OpenFiles<Put> {
         let entry = tables.inodes.entry(inode).or_insert_with(|| Entry {
             node: Arc::new(SharedInode {
                 inode,
-                turn: tokio::sync::Mutex::new(()),
-                page_turn: Arc::default(),
+                commit_lock: tokio::sync::Mutex::new(()),
+                page_drop_lock: Arc::default(),
                 state: Mutex::new(InodeState {
                     view: None,
                     buffer: WriteBuffer::default(),
@@ -380,7 +380,7 @@ impl<Put> OpenFiles<Put> {
                     privileges: Privileges::Keep,
                     privileges_sent: Privileges::Keep,
                     dirty_since: None,
-                    queued: None,
+                    queued_commit: None,
                     charged_bytes: 0,
                     failures,
                 }),

@@ -16,7 +16,7 @@
 //! in one command (`unnamed`): what uploads over HTTP are made of.
 //!
 //! Rules held here: commands about the content of one file go out one after another, in the order of writing
-//! (`SharedInode::turn`); mtime is that of the write, not of its flush; attributes are never set before the bytes
+//! (`SharedInode::commit_lock`); mtime is that of the write, not of its flush; attributes are never set before the bytes
 //! written earlier; no verdict of the cluster is anticipated.
 //!
 //! Verbs must be run to their end: a caller that goes away half-way spawns them. Where a verb only waits, it can be told
@@ -26,10 +26,11 @@
 mod append;
 mod attributes;
 pub mod caches;
+mod close_queue;
 mod commit;
+mod commit_lock;
 mod directory;
 mod dirty;
-mod handed_over;
 pub mod handles;
 pub mod interrupt;
 mod leased;
@@ -40,7 +41,6 @@ mod pages;
 mod read;
 pub mod readahead;
 mod removed;
-mod turn;
 mod unnamed;
 mod write;
 pub mod write_buffer;
@@ -73,9 +73,9 @@ pub use crate::handles::{Handle, OpenFlags};
 pub use append::may_be_a_part;
 pub use quorumfs_client::{Cluster, FreshContent};
 
+use self::close_queue::CloseQueue;
 use self::directory::OpenDirectories;
 use self::dirty::DirtyBytes;
-use self::handed_over::HandedOver;
 use self::looked_up::LookedUp;
 use self::removed::Removed;
 use crate::caches::chunk_cache::ChunkCache;
@@ -151,7 +151,7 @@ pub struct Filesystem<C: Cluster = quorumfs_client::Client> {
     open: OpenFiles<Put<C>>,
     directories: OpenDirectories,
     dirty: DirtyBytes<Put<C>>,
-    handed_over: HandedOver<Put<C>>,
+    close_queue: CloseQueue<Put<C>>,
     chunks: ChunkCache,
     pages: PageVersions,
     pages_above: OnceLock<Arc<dyn PagesAbove>>,
@@ -178,7 +178,7 @@ impl<C: Cluster> Filesystem<C> {
             open: OpenFiles::default(),
             directories: OpenDirectories::default(),
             dirty: DirtyBytes::new(options.dirty_bytes_max),
-            handed_over: HandedOver::default(),
+            close_queue: CloseQueue::default(),
             chunks: ChunkCache::new(options.cache_bytes),
             pages: PageVersions::default(),
             pages_above: OnceLock::new(),
@@ -288,7 +288,7 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Sends `command`, whose chunks `stored` were put before, and takes note of what it touched.
     async fn mutate_all(&self, command: Command, stored: &[C::Chunk]) -> Result<Outcome, FsError> {
-        self.settle_handed_over().await;
+        self.drain_close_queue().await;
         let outcome = interruptible(self.cluster.mutate(command, stored)).await?;
         self.learn(&outcome.touched);
         Ok(outcome)

@@ -217,7 +217,7 @@ impl<C: Cluster> Filesystem<C> {
             return; // The rename itself will say why.
         };
         if let Some(node) = self.open.find(told.inode) {
-            let _kept = self.commit(&node, Scope::Everything).await;
+            let _recorded = self.commit(&node, Scope::Everything).await;
         }
     }
 

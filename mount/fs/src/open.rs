@@ -229,9 +229,9 @@ impl<C: Cluster> Filesystem<C> {
         match self.options.durability {
             Durability::Close => {
                 // What fails is kept for the file's handles, so for this one too.
-                let _kept = self.commit(&file.node, Scope::Everything).await;
+                let _recorded = self.commit(&file.node, Scope::Everything).await;
             }
-            Durability::Fsync => self.hand_over(&file.node),
+            Durability::Fsync => self.queue_close(&file.node),
         }
         file.take_failure()
     }
@@ -268,7 +268,7 @@ impl<C: Cluster> Filesystem<C> {
     /// Names in this directory are durable when this returns: they were when the calls that made them did, but for
     /// what `durability=fsync` handed over.
     pub async fn fsync_directory(&self, _inode: InodeNumber) -> Result<(), FsError> {
-        self.settle_handed_over().await;
+        self.drain_close_queue().await;
         Ok(())
     }
 }

@@ -100,7 +100,7 @@ impl<C: Cluster> Filesystem<C> {
         seen
     }
 
-    /// Returns when programs may be told that `node` is `size` bytes long. The caller holds neither the file's turn nor
+    /// Returns when programs may be told that `node` is `size` bytes long. The caller holds neither the file's lock nor
     /// anything that a read waits for.
     pub(super) async fn before_telling(&self, node: &OpenInode<C>, size: u64) {
         if !node.state.lock().tail.tell(size) {
@@ -110,7 +110,7 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Drops what is in the way of telling `size`, unless `may_tell` says meanwhile that nothing is.
     async fn drop_and_tell(&self, node: &OpenInode<C>, size: u64, may_tell: fn(&mut PageTail, u64) -> bool) {
-        let turn = Arc::clone(&node.page_turn).lock_owned().await;
+        let lock = Arc::clone(&node.page_drop_lock).lock_owned().await;
         if may_tell(&mut node.state.lock().tail, size) {
             return;
         }
@@ -125,12 +125,12 @@ impl<C: Cluster> Filesystem<C> {
         let last = tokio::time::timeout(limit, self.last_byte(node)).await;
         let last = last.ok().flatten();
         let dropping = Dropping {
-            turn,
+            lock,
             above,
             size,
             extent: Dropped::FromZeros { last },
         };
-        let (_, done) = drop_in_turn::<C>(node, dropping);
+        let (_, done) = spawn_drop::<C>(node, dropping);
         // It fails if the process is about to end, and then nobody is told anything.
         let _ = done.await;
     }
@@ -149,17 +149,17 @@ impl<C: Cluster> Filesystem<C> {
             return node.state.lock().tail.tell_written(end);
         };
         let dropping = async {
-            let turn = Arc::clone(&node.page_turn).lock_owned().await;
+            let lock = Arc::clone(&node.page_drop_lock).lock_owned().await;
             if !node.state.lock().tail.has_zeros_below(end) {
                 return None;
             }
             let dropping = Dropping {
-                turn,
+                lock,
                 above,
                 size: end,
                 extent: Dropped::OnePage,
             };
-            let (dropped, done) = drop_in_turn::<C>(node, dropping);
+            let (dropped, done) = spawn_drop::<C>(node, dropping);
             dropped.await.ok().map(|()| done)
         };
         let limit = Duration::from_millis(WRITTEN_TIMEOUT_MS);
@@ -189,7 +189,7 @@ enum Dropped {
 
 /// A dropping of pages that was decided on.
 struct Dropping {
-    turn: OwnedMutexGuard<()>,
+    lock: OwnedMutexGuard<()>,
     above: Arc<dyn PagesAbove>,
     /// Can be told after it.
     size: u64,
@@ -199,7 +199,7 @@ struct Dropping {
 /// Drops pages of `node`, and waits for those who may have been about to take something from them. What is told is noted in
 /// the step that ends the dropping: nothing is told in between. It is run to its end on a thread that may wait for the
 /// kernel, even if nobody waits for it any more. Answers when the pages are dropped, and when all is done.
-fn drop_in_turn<C: Cluster>(
+fn spawn_drop<C: Cluster>(
     node: &OpenInode<C>,
     dropping: Dropping,
 ) -> (oneshot::Receiver<()>, JoinHandle<()>) {
@@ -207,7 +207,7 @@ fn drop_in_turn<C: Cluster>(
     let (dropped, is_dropped) = oneshot::channel();
     let done = tokio::task::spawn_blocking(move || {
         let Dropping {
-            turn,
+            lock,
             above,
             size,
             extent,
@@ -241,7 +241,7 @@ fn drop_in_turn<C: Cluster>(
                 state.tail.tell_at_once(size);
             }
         }
-        drop(turn);
+        drop(lock);
     });
     (is_dropped, done)
 }

@@ -13,10 +13,10 @@ use quorumfs_proto::{FsError, Query};
 
 use super::{Cluster, Filesystem, Handle, OpenInode, Order, Put, Reader};
 use crate::caches::extent_cache::clip;
+use crate::commit_lock::lock_commits;
 use crate::handles::{InodeState, LastByte, OpenFile, Scope, SharedInode};
 use crate::interrupt::{interruptible, still_wanted};
 use crate::readahead::{Observation, Pattern, ReadaheadLimits};
-use crate::turn::take_turn;
 use crate::write_buffer::{self, DirtyPart};
 
 /// Extents asked for at once: those of 2 GiB written sequentially, some 40 KiB on the wire.
@@ -139,7 +139,7 @@ impl<C: Cluster> Filesystem<C> {
         loop {
             if node.state.lock().held_append.is_some() {
                 // Where it lies is known when it is committed. If that fails, the file's handles are told.
-                let _kept = self.commit(node, Scope::Sealed).await;
+                let _recorded = self.commit(node, Scope::Sealed).await;
                 still_wanted().await?;
                 continue;
             }
@@ -150,7 +150,7 @@ impl<C: Cluster> Filesystem<C> {
             let is_current = if overtaken < OVERTAKEN_MAX {
                 self.look_up_extents(node, from, EXTENTS_PER_QUERY_MAX).await?
             } else {
-                let _turn = take_turn(node).await?;
+                let _lock = lock_commits(node).await?;
                 self.look_up_extents(node, from, EXTENTS_PER_QUERY_MAX).await?
             };
             if !is_current {

@@ -13,12 +13,12 @@ use bytes::Bytes;
 use quorumfs_proto::command::{AttributeChanges, IfExists, NewInode, NewKind, Privileges, Target};
 use quorumfs_proto::{Attributes, Command, FsError, InodeNumber, Name, Operation, OperationResult, Sha256};
 
-use super::commit::{Renewals, name_chunks};
+use super::commit::{ChunkRetries, name_chunks};
 use super::namespace::entry_of;
 use super::{Cluster, Filesystem, FreshContent, Handle, NewFile, OpenFlags};
+use crate::commit_lock::lock_after_append;
 use crate::handles::Scope;
 use crate::interrupt::still_wanted;
-use crate::turn::take_turn_after_append;
 use crate::write_buffer::{Pack, PackRange};
 
 /// Directories made by one command, which has room for 256 operations. Longer paths take several commands.
@@ -109,15 +109,15 @@ impl<C: Cluster> Filesystem<C> {
         file.failure()?;
         let node = &file.node;
         let destination = self.with_room_in_a_command(destination).await?;
-        self.settle_handed_over().await;
+        self.drain_close_queue().await;
         let outcome = {
-            let _turn = take_turn_after_append(node).await?;
+            let _lock = lock_after_append(node).await?;
             let last = self.seal(node, Scope::Everything);
             loop {
                 file.failure()?;
-                let packs = node.state.lock().buffer.front(last);
+                let packs = node.state.lock().buffer.next_batch(last);
                 if packs.last().is_some_and(|youngest| youngest.sequence < last) {
-                    self.send_or_lose(node, &packs).await?;
+                    self.send_or_discard(node, &packs).await?;
                     continue;
                 }
                 let add = |operations: &mut Vec<Operation>| {
@@ -161,11 +161,11 @@ impl<C: Cluster> Filesystem<C> {
             0 => Vec::new(),
             _ => vec![Arc::new(pack)],
         };
-        let mut renewals = Renewals::default();
+        let mut retries = ChunkRetries::default();
         loop {
             let mut chunks = Vec::with_capacity(packs.len());
             for pack in &packs {
-                chunks.push(self.put_anew(pack, &mut renewals).await?);
+                chunks.push(self.put_new_chunk(pack, &mut retries).await?);
             }
             let (named, stored) = name_chunks::<C>(&packs, &chunks);
             let sha256 = named
@@ -193,7 +193,7 @@ impl<C: Cluster> Filesystem<C> {
                     return Ok(Stored { attributes, sha256 });
                 }
                 Err(FsError::ChunkDead) if !chunks.is_empty() => {
-                    renewals.another(chunks[0].id().session)?;
+                    retries.record(chunks[0].id().session)?;
                 }
                 Err(error) => return Err(error),
             }
@@ -210,11 +210,11 @@ impl<C: Cluster> Filesystem<C> {
         let file = self.open.get(handle)?;
         {
             // A commit under way has what it needs until it is answered.
-            let _turn = file.node.turn.lock().await;
+            let _lock = file.node.commit_lock.lock().await;
             let mut state = file.node.state.lock();
             state.buffer.seal_all();
             let last = state.buffer.last_sequence();
-            self.forget_packs_to(&file.node, &mut state, last);
+            self.remove_packs_to(&file.node, &mut state, last);
         }
         self.release(handle).await
     }

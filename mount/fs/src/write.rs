@@ -137,7 +137,7 @@ impl<C: Cluster> Filesystem<C> {
         privileges: Privileges,
         through_pages: Option<Sent>,
     ) -> Result<(), FsError> {
-        interruptible(self.dirty.room(|| self.write_back_all()).map(Ok)).await?;
+        interruptible(self.dirty.wait_for_room(|| self.write_back_all()).map(Ok)).await?;
         let due = {
             let mut state = node.state.lock();
             if let Some(sent) = through_pages {
@@ -152,7 +152,7 @@ impl<C: Cluster> Filesystem<C> {
                 state.privileges = Privileges::Drop;
             }
             self.start_puts(&mut state, &full);
-            self.dirty.account(node, &mut state);
+            self.dirty.update(node, &mut state);
             state.buffer.due()
         };
         match due {

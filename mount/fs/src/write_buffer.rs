@@ -318,8 +318,8 @@ impl WriteBuffer {
         pack
     }
 
-    /// The oldest packs up to `last_sequence` that fit one command. They stay until [`WriteBuffer::settle`].
-    pub fn front(&self, last_sequence: u64) -> Vec<Arc<Pack>> {
+    /// The oldest packs up to `last_sequence` that fit one command. They stay until [`WriteBuffer::remove_through`].
+    pub fn next_batch(&self, last_sequence: u64) -> Vec<Arc<Pack>> {
         let (mut extents, mut inline_bytes) = (0, 0);
         let fits = |pack: &&Arc<Pack>| {
             extents += pack.ranges.len();
@@ -339,7 +339,7 @@ impl WriteBuffer {
     }
 
     /// Forgets the packs up to `last_sequence`: the cluster knows them, or they are lost and reported.
-    pub fn settle(&mut self, last_sequence: u64) {
+    pub fn remove_through(&mut self, last_sequence: u64) {
         while let Some(pack) = self.sealed.pop_front_if(|pack| pack.sequence <= last_sequence) {
             self.sealed_footprint_bytes -= pack.footprint_bytes();
         }

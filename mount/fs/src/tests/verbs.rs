@@ -130,7 +130,7 @@ async fn a_failed_flush_is_told_once_to_each_handle() {
 }
 
 #[tokio::test]
-async fn chunks_that_the_cluster_gave_up_are_made_anew() {
+async fn dead_chunks_are_replaced() {
     let cluster = MemoryCluster::new();
     let fs = mount_with(&cluster, 1, ageless());
     let (_, handle) = create(&fs, "again").await;

@@ -84,7 +84,7 @@ proptest! {
                     buffer.seal_all();
                     let last = buffer.last_sequence();
                     loop {
-                        let batch = buffer.front(last);
+                        let batch = buffer.next_batch(last);
                         let Some(youngest) = batch.last() else { break };
                         for pack in &batch {
                             let mut covered = 0;
@@ -100,7 +100,7 @@ proptest! {
                             }
                             prop_assert_eq!(covered as usize, pack.payload.len());
                         }
-                        buffer.settle(youngest.sequence);
+                        buffer.remove_through(youngest.sequence);
                     }
                     prop_assert!(buffer.is_clean());
                     prop_assert_eq!(buffer.footprint_bytes(), 0);
@@ -167,13 +167,13 @@ fn a_batch_stays_within_what_a_command_may_hold() {
     }
     let mut batches = 0;
     while let Some(last) = buffer
-        .front(buffer.last_sequence())
+        .next_batch(buffer.last_sequence())
         .last()
         .map(|pack| pack.sequence)
     {
-        let batch = buffer.front(buffer.last_sequence());
+        let batch = buffer.next_batch(buffer.last_sequence());
         assert!(batch.iter().map(|pack| pack.ranges.len()).sum::<usize>() <= COMMAND_EXTENTS_MAX);
-        buffer.settle(last);
+        buffer.remove_through(last);
         batches += 1;
     }
     assert_eq!(batches, 3);

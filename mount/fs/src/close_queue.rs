@@ -14,16 +14,16 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::{Cluster, Durability, Filesystem, OpenInode};
+use crate::commit_lock::lock_after_append;
 use crate::handles::{Scope, SharedInode};
 use crate::interrupt::uninterrupted;
-use crate::turn::take_turn_after_append;
 
 /// Closes that returned early. Each has at least one dirty byte, so the bound of those is theirs too.
 #[derive(Debug)]
-pub(super) struct HandedOver<Put> {
+pub(super) struct CloseQueue<Put> {
     queue: Mutex<Queue<Put>>,
     /// Held by whoever commits from the front; taken before any file's turn.
-    turn: tokio::sync::Mutex<()>,
+    drain_lock: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -34,66 +34,66 @@ struct Queue<Put> {
     committed: u64,
 }
 
-impl<Put> Default for HandedOver<Put> {
-    fn default() -> HandedOver<Put> {
-        HandedOver {
+impl<Put> Default for CloseQueue<Put> {
+    fn default() -> CloseQueue<Put> {
+        CloseQueue {
             queue: Mutex::new(Queue {
                 closes: VecDeque::new(),
                 committed: 0,
             }),
-            turn: tokio::sync::Mutex::default(),
+            drain_lock: tokio::sync::Mutex::default(),
         }
     }
 }
 
 impl<Put> Queue<Put> {
-    fn handed_over(&self) -> u64 {
+    fn queued_total(&self) -> u64 {
         self.committed + self.closes.len() as u64
     }
 }
 
 impl<C: Cluster> Filesystem<C> {
     /// A close of `node` returns; what was written goes on its way.
-    pub(super) fn hand_over(self: &Arc<Self>, node: &OpenInode<C>) {
+    pub(super) fn queue_close(self: &Arc<Self>, node: &OpenInode<C>) {
         if node.state.lock().is_clean() {
             return;
         }
         let last = self.seal(node, Scope::Everything);
-        let mut queue = self.handed_over.queue.lock();
+        let mut queue = self.close_queue.queue.lock();
         queue.closes.push_back((Arc::clone(node), last));
         drop(queue);
         let filesystem = Arc::clone(self);
-        tokio::spawn(async move { filesystem.settle_handed_over().await });
+        tokio::spawn(async move { filesystem.drain_close_queue().await });
     }
 
     /// Waits until what was handed over before the call is committed. The caller holds no file's turn. What fails is kept
     /// for the files' handles.
-    pub(super) async fn settle_handed_over(&self) {
+    pub(super) async fn drain_close_queue(&self) {
         if self.options.durability == Durability::Close {
             return;
         }
-        let before = {
-            let queue = self.handed_over.queue.lock();
+        let drained_at = {
+            let queue = self.close_queue.queue.lock();
             if queue.closes.is_empty() {
                 return;
             }
-            queue.handed_over()
+            queue.queued_total()
         };
-        let _turn = self.handed_over.turn.lock().await;
+        let _lock = self.close_queue.drain_lock.lock().await;
         loop {
             let (node, last) = {
-                let queue = self.handed_over.queue.lock();
+                let queue = self.close_queue.queue.lock();
                 match queue.closes.front() {
-                    Some(front) if queue.committed < before => front.clone(),
+                    Some(front) if queue.committed < drained_at => front.clone(),
                     _ => return,
                 }
             };
             // Whoever waits here may be gone, but others wait for the same.
-            if let Ok(_turn) = uninterrupted(take_turn_after_append(&node)).await {
-                let _kept = self.commit_up_to(&node, last).await;
+            if let Ok(_lock) = uninterrupted(lock_after_append(&node)).await {
+                let _recorded = self.commit_up_to(&node, last).await;
             }
             {
-                let mut queue = self.handed_over.queue.lock();
+                let mut queue = self.close_queue.queue.lock();
                 queue.closes.pop_front();
                 queue.committed += 1;
             }

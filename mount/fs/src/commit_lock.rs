@@ -23,29 +23,29 @@ const SECOND_PART_WAIT_KNOWN: Duration = Duration::from_secs(1);
 const SECOND_PART_TICK: Duration = Duration::from_millis(1);
 
 /// Waits for the turn of `node`.
-pub async fn take_turn<Put>(node: &SharedInode<Put>) -> Result<MutexGuard<'_, ()>, FsError> {
-    interruptible(node.turn.lock().map(Ok)).await
+pub async fn lock_commits<Put>(node: &SharedInode<Put>) -> Result<MutexGuard<'_, ()>, FsError> {
+    interruptible(node.commit_lock.lock().map(Ok)).await
 }
 
 /// The file's turn, for a commit: not between the two parts of an append, which would then be two.
-pub async fn take_turn_after_append<Put>(node: &SharedInode<Put>) -> Result<MutexGuard<'_, ()>, FsError> {
-    let turn = take_turn(node).await?;
+pub async fn lock_after_append<Put>(node: &SharedInode<Put>) -> Result<MutexGuard<'_, ()>, FsError> {
+    let lock = lock_commits(node).await?;
     // With the turn, so that there is no other first part then. The second one does not need it.
     while expects_second_part(node, SECOND_PART_WAIT) {
         tokio::time::sleep(SECOND_PART_TICK).await;
     }
-    Ok(turn)
+    Ok(lock)
 }
 
 /// As above, for a commit that nobody waits for. It gives way to whoever does, and to appends that follow one another:
 /// each of these commits what was written before it.
-pub async fn take_turn_in_background<Put>(node: &SharedInode<Put>) -> MutexGuard<'_, ()> {
+pub async fn lock_in_background<Put>(node: &SharedInode<Put>) -> MutexGuard<'_, ()> {
     loop {
-        let turn = node.turn.lock().await;
+        let lock = node.commit_lock.lock().await;
         if !expects_second_part(node, SECOND_PART_WAIT_UNASKED) {
-            return turn;
+            return lock;
         }
-        drop(turn);
+        drop(lock);
         tokio::time::sleep(SECOND_PART_TICK).await;
     }
 }
