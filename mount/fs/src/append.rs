@@ -44,12 +44,12 @@ const APPEND_BYTES_MAX: usize = CHUNK_BYTES_MAX as usize;
 /// Whether an append of so many bytes may be the first part of a write of [`APPEND_BYTES_MAX`] or less. `more_bytes`: how much
 /// of it is to come, if that is known.
 fn may_continue(bytes: usize, more_bytes: Option<u64>) -> bool {
-    may_be_a_part(bytes)
+    may_be_first_part(bytes)
         && more_bytes.is_none_or(|more| more > 0 && bytes as u64 + more <= APPEND_BYTES_MAX as u64)
 }
 
 /// Whether the kernel may have split a write so that its first part is so long.
-pub fn may_be_a_part(bytes: usize) -> bool {
+pub fn may_be_first_part(bytes: usize) -> bool {
     (APPEND_BYTES_MAX - SECOND_PART_BYTES_MAX..APPEND_BYTES_MAX).contains(&bytes)
 }
 
@@ -62,7 +62,7 @@ impl<C: Cluster> Filesystem<C> {
         privileges: Privileges,
         more_bytes: Option<u64>,
     ) -> Result<(), FsError> {
-        if self.continue_held(node, &data, privileges) {
+        if self.join_held_append(node, &data, privileges) {
             self.drain_close_queue().await;
             // Not given up with this caller: the first part was acknowledged to another, perhaps.
             let _lock = node.commit_lock.lock().await;
@@ -88,7 +88,7 @@ impl<C: Cluster> Filesystem<C> {
                 privileges,
                 since: Instant::now(),
                 stage: AppendStage::Open,
-                more_is_known: more_bytes.is_some(),
+                expects_more: more_bytes.is_some(),
             });
             state.dirty_since.get_or_insert_with(Instant::now);
             self.dirty.update(node, &mut state);
@@ -103,7 +103,7 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Takes `data` for the second part of what `node` holds back, if it can be that: both fit into one append, and nothing
     /// was written behind the first meanwhile. Else there is none.
-    fn continue_held(&self, node: &OpenInode<C>, data: &Bytes, privileges: Privileges) -> bool {
+    fn join_held_append(&self, node: &OpenInode<C>, data: &Bytes, privileges: Privileges) -> bool {
         let mut state = node.state.lock();
         let committed = state.view.as_ref().map_or(0, |view| view.size);
         let buffer_end = state.buffer.end();
@@ -127,7 +127,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// An append to `node` is about to be answered: from now on its second part is waited for.
-    pub(super) fn answering_append(&self, node: &OpenInode<C>) {
+    pub(super) fn restart_second_part_wait(&self, node: &OpenInode<C>) {
         let mut state = node.state.lock();
         if let Some(held) = &mut state.held_append {
             held.since = Instant::now();
@@ -209,8 +209,8 @@ impl<C: Cluster> Filesystem<C> {
                     };
                     state.extents.patch(attributes.content_version, &[extent]);
                     // With the new size known, the held bytes must not be counted once more.
-                    state.learn(attributes);
-                    state.appended_last = data.last().map(|byte| LastByte {
+                    state.update_attributes(attributes);
+                    state.last_appended = data.last().map(|byte| LastByte {
                         version: attributes.content_version,
                         at: *offset + u64::from(length) - 1,
                         byte: *byte,
@@ -220,7 +220,7 @@ impl<C: Cluster> Filesystem<C> {
                     self.dirty.update(node, &mut state);
                 }
             }
-            self.learn(&outcome.touched);
+            self.update_open_files(&outcome.touched);
             // The offset that caches above us assumed may be another.
             self.pages.forget(node.inode);
             return Ok(());

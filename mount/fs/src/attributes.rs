@@ -14,8 +14,8 @@ impl<C: Cluster> Filesystem<C> {
         inode: InodeNumber,
         _handle: Option<Handle>,
     ) -> Result<Attributes, FsError> {
-        let told = self.ask(Query::attributes(inode)).await?;
-        Ok(self.present(told).await)
+        let attributes = self.ask(Query::attributes(inode)).await?;
+        Ok(self.present(attributes).await)
     }
 
     /// chmod, chown, truncate, utimens; after everything that was written before, in the same command.

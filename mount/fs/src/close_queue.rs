@@ -97,7 +97,7 @@ impl<C: Cluster> Filesystem<C> {
                 queue.closes.pop_front();
                 queue.committed += 1;
             }
-            self.open.retire(&node);
+            self.open.remove_if_idle(&node);
         }
     }
 }

@@ -58,7 +58,7 @@ impl<C: Cluster> Filesystem<C> {
             let _lock = lock_after_append(node).await?;
             self.commit_locked(node, scope).await
         };
-        self.open.retire(node);
+        self.open.remove_if_idle(node);
         verdict
     }
 
@@ -81,7 +81,7 @@ impl<C: Cluster> Filesystem<C> {
                 // What fails is kept for the file's handles.
                 let _recorded = filesystem.commit_locked(&node, scope).await;
             }
-            filesystem.open.retire(&node);
+            filesystem.open.remove_if_idle(&node);
         });
     }
 
@@ -117,7 +117,7 @@ impl<C: Cluster> Filesystem<C> {
             let _lock = lock_after_append(node).await?;
             self.commit_with_locked(node, operation).await
         };
-        self.open.retire(node);
+        self.open.remove_if_idle(node);
         outcome
     }
 
@@ -348,7 +348,7 @@ impl<C: Cluster> Filesystem<C> {
             self.remove_packs(node, &mut state, packs);
             let known = state.view.as_ref().map(|view| view.content_version);
             if let Some(attributes) = outcome.attributes_of(node.inode) {
-                state.learn(attributes);
+                state.update_attributes(attributes);
                 let after = attributes.content_version;
                 if resizes {
                     state.extents.clear();
@@ -362,7 +362,7 @@ impl<C: Cluster> Filesystem<C> {
             }
         }
         self.open.bound_extents(node);
-        self.learn(&outcome.touched);
+        self.update_open_files(&outcome.touched);
     }
 
     /// These bytes could not be committed: they are gone, and every handle of the file will say so.
@@ -430,10 +430,10 @@ mod tests {
         for session in 1..20 {
             assert_eq!(retries.record(SessionId(session)), Ok(()));
         }
-        let told: Vec<_> = (0..CHUNK_RETRIES_MAX)
+        let results: Vec<_> = (0..CHUNK_RETRIES_MAX)
             .map(|_| retries.record(SessionId(19)))
             .collect();
-        let (last, before) = told.split_last().unwrap();
+        let (last, before) = results.split_last().unwrap();
         assert!(before.iter().all(Result::is_ok));
         assert_eq!(*last, Err(FsError::Io));
     }

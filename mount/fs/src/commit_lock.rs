@@ -56,7 +56,7 @@ fn expects_second_part<Put>(node: &SharedInode<Put>, wait: Duration) -> bool {
     let Some(held) = state.held_append.as_ref() else {
         return false;
     };
-    let wait = match held.more_is_known {
+    let wait = match held.expects_more {
         true => SECOND_PART_WAIT_KNOWN,
         false => wait,
     };

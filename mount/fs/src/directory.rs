@@ -125,8 +125,8 @@ impl OpenDirectories {
 impl<C: Cluster> Filesystem<C> {
     /// Opens a directory for listing.
     pub async fn open_directory(&self, inode: InodeNumber) -> Result<Handle, FsError> {
-        let told = self.ask(Query::attributes(inode)).await?;
-        if told.kind != FileKind::Directory {
+        let attributes = self.ask(Query::attributes(inode)).await?;
+        if attributes.kind != FileKind::Directory {
             return Err(FsError::NotDirectory);
         }
         let directory = OpenDirectory {
@@ -134,7 +134,7 @@ impl<C: Cluster> Filesystem<C> {
             parent: if inode == self.options.root {
                 inode
             } else {
-                told.parent
+                attributes.parent
             },
             page: tokio::sync::Mutex::new(None),
         };

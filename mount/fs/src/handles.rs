@@ -79,9 +79,9 @@ pub enum Scope {
 pub struct SharedInode<Put> {
     /// Its number.
     pub inode: InodeNumber,
-    /// Whoever holds it may send commands about the content of this file: they take effect in the order of writing.
+    /// Whoever use_count it may send commands about the content of this file: they take effect in the order of writing.
     pub commit_lock: tokio::sync::Mutex<()>,
-    /// Whoever holds it drops pages of this file above.
+    /// Whoever use_count it drops pages of this file above.
     pub page_drop_lock: Arc<tokio::sync::Mutex<()>>,
     /// Everything else.
     pub state: Mutex<InodeState<Put>>,
@@ -105,7 +105,7 @@ pub struct InodeState<Put> {
     /// Handles through which programs may write to the pages above.
     pub page_writers: u32,
     /// What this mount appended last.
-    pub appended_last: Option<LastByte>,
+    pub last_appended: Option<LastByte>,
     /// When a program wrote last, while dirty.
     pub mtime: Option<Timestamp>,
     /// Whether the next flush drops privileges.
@@ -147,7 +147,7 @@ pub struct HeldAppend {
     /// Whether more may come.
     pub stage: AppendStage,
     /// Whether a second part is known to come.
-    pub more_is_known: bool,
+    pub expects_more: bool,
 }
 
 /// What may become of a [`HeldAppend`].
@@ -167,7 +167,7 @@ impl HeldAppend {
 }
 
 /// Files that are not open any more whose failures nobody was told. Beyond it the oldest is given up: it was logged.
-const UNTOLD_FILES_MAX: usize = 1024;
+const UNREPORTED_FILES_MAX: usize = 1024;
 
 /// Flushes of one file that failed, told as Linux tells of failed write-back (`errseq_t`): once to each handle that was
 /// open then, and, as long as nobody was told, to the next handle too.
@@ -175,7 +175,7 @@ const UNTOLD_FILES_MAX: usize = 1024;
 pub struct Failures {
     count: u64,
     last: FsError,
-    told: bool,
+    reported: bool,
 }
 
 impl Default for Failures {
@@ -183,7 +183,7 @@ impl Default for Failures {
         Failures {
             count: 0,
             last: FsError::Io,
-            told: true,
+            reported: true,
         }
     }
 }
@@ -193,21 +193,21 @@ impl Failures {
     pub fn record(&mut self, error: FsError) {
         self.count += 1;
         self.last = error;
-        self.told = false;
+        self.reported = false;
     }
 
     /// What a handle that is opened now has seen.
     fn seen_by_new_handle(&self) -> u64 {
-        if self.told { self.count } else { self.count - 1 }
+        if self.reported { self.count } else { self.count - 1 }
     }
 
     /// Tells a handle that has `seen` so many of what came after.
-    fn tell(&mut self, seen: &mut u64) -> Result<(), FsError> {
+    fn report(&mut self, seen: &mut u64) -> Result<(), FsError> {
         if *seen == self.count {
             return Ok(());
         }
         *seen = self.count;
-        self.told = true;
+        self.reported = true;
         Err(self.last)
     }
 }
@@ -228,11 +228,11 @@ impl<Put> InodeState<Put> {
     }
 
     /// Takes what the cluster told, unless it is older than what is known. (Each change moves ctime forward.)
-    pub fn learn(&mut self, told: &Attributes) {
+    pub fn update_attributes(&mut self, newer: &Attributes) {
         let is_older =
-            |view: &Attributes| told.ctime < view.ctime || told.content_version < view.content_version;
+            |view: &Attributes| newer.ctime < view.ctime || newer.content_version < view.content_version;
         if !self.view.as_ref().is_some_and(is_older) {
-            self.view = Some(told.clone());
+            self.view = Some(newer.clone());
         }
     }
 
@@ -296,7 +296,7 @@ impl<Put> OpenFile<Put> {
     /// was told.
     pub fn take_failure(&self) -> Result<(), FsError> {
         let mut state = self.node.state.lock();
-        state.failures.tell(&mut self.failures_seen.lock())
+        state.failures.report(&mut self.failures_seen.lock())
     }
 
     /// The failure that [`OpenFile::take_failure`] would tell, which stays to be told.
@@ -313,7 +313,7 @@ impl<Put> OpenFile<Put> {
 struct Entry<Put> {
     node: Arc<SharedInode<Put>>,
     /// Handles, and opens under way.
-    holds: u32,
+    use_count: u32,
 }
 
 #[derive(Debug)]
@@ -322,13 +322,16 @@ struct Tables<Put> {
     files: HashMap<Handle, Arc<OpenFile<Put>>>,
     last_handle: Handle,
     /// Of files that are in `inodes` no more, oldest first.
-    untold: VecDeque<(InodeNumber, Failures)>,
+    unreported: VecDeque<(InodeNumber, Failures)>,
 }
 
 impl<Put> Tables<Put> {
-    fn take_untold(&mut self, inode: InodeNumber) -> Failures {
-        let at = self.untold.iter().position(|(untold, _)| *untold == inode);
-        let taken = at.and_then(|at| self.untold.remove(at));
+    fn take_unreported(&mut self, inode: InodeNumber) -> Failures {
+        let at = self
+            .unreported
+            .iter()
+            .position(|(unreported, _)| *unreported == inode);
+        let taken = at.and_then(|at| self.unreported.remove(at));
         taken.map_or_else(Failures::default, |(_, failures)| failures)
     }
 }
@@ -347,7 +350,7 @@ impl<Put> Default for OpenFiles<Put> {
                 inodes: HashMap::new(),
                 files: HashMap::new(),
                 last_handle: 0,
-                untold: VecDeque::new(),
+                unreported: VecDeque::new(),
             }),
             extents: ExtentCount::default(),
         }
@@ -356,11 +359,11 @@ impl<Put> Default for OpenFiles<Put> {
 
 impl<Put> OpenFiles<Put> {
     /// Says that `inode` is open here, before it is.
-    pub fn hold(&self, inode: InodeNumber) -> Arc<SharedInode<Put>> {
+    pub fn acquire(&self, inode: InodeNumber) -> Arc<SharedInode<Put>> {
         let mut tables = self.tables.lock();
         let failures = match tables.inodes.contains_key(&inode) {
             true => Failures::default(),
-            false => tables.take_untold(inode),
+            false => tables.take_unreported(inode),
         };
         let entry = tables.inodes.entry(inode).or_insert_with(|| Entry {
             node: Arc::new(SharedInode {
@@ -375,7 +378,7 @@ impl<Put> OpenFiles<Put> {
                     extents: ExtentCache::counted_in(&self.extents),
                     tail: PageTail::default(),
                     page_writers: 0,
-                    appended_last: None,
+                    last_appended: None,
                     mtime: None,
                     privileges: Privileges::Keep,
                     privileges_sent: Privileges::Keep,
@@ -385,33 +388,33 @@ impl<Put> OpenFiles<Put> {
                     failures,
                 }),
             }),
-            holds: 0,
+            use_count: 0,
         });
-        entry.holds += 1;
+        entry.use_count += 1;
         Arc::clone(&entry.node)
     }
 
     /// How many handles and opens under way `inode` has.
-    pub fn holds(&self, inode: InodeNumber) -> u32 {
+    pub fn use_count(&self, inode: InodeNumber) -> u32 {
         self.tables
             .lock()
             .inodes
             .get(&inode)
-            .map_or(0, |entry| entry.holds)
+            .map_or(0, |entry| entry.use_count)
     }
 
     /// Takes a hold back.
-    pub fn let_go(&self, node: &SharedInode<Put>) {
+    pub fn release(&self, node: &SharedInode<Put>) {
         let mut tables = self.tables.lock();
         if let Some(entry) = tables.inodes.get_mut(&node.inode) {
-            entry.holds -= 1;
+            entry.use_count -= 1;
         }
-        drop_if_idle(&mut tables, node.inode);
+        remove_entry_if_idle(&mut tables, node.inode);
     }
 
     /// Forgets `node` if nobody has it open and it is clean.
-    pub fn retire(&self, node: &SharedInode<Put>) {
-        drop_if_idle(&mut self.tables.lock(), node.inode);
+    pub fn remove_if_idle(&self, node: &SharedInode<Put>) {
+        remove_entry_if_idle(&mut self.tables.lock(), node.inode);
     }
 
     /// Makes a hold into a handle.
@@ -445,7 +448,7 @@ impl<Put> OpenFiles<Put> {
             .ok_or(FsError::Stale)
     }
 
-    /// Ends a handle; its hold stays until [`OpenFiles::let_go`].
+    /// Ends a handle; its hold stays until [`OpenFiles::release`].
     pub fn remove(&self, handle: Handle) -> Result<Arc<OpenFile<Put>>, FsError> {
         let file = self.tables.lock().files.remove(&handle).ok_or(FsError::Stale)?;
         file.node.state.lock().page_writers -= u32::from(file.flags.writes_pages());
@@ -461,7 +464,7 @@ impl<Put> OpenFiles<Put> {
             .map(|entry| Arc::clone(&entry.node))
     }
 
-    /// Has files other than `used` forget their extents, if there are too many in memory. The caller holds no file's state.
+    /// Has files other than `used` forget their extents, if there are too many in memory. The caller use_count no file's state.
     pub fn bound_extents(&self, used: &SharedInode<Put>) {
         if !self.extents.is_exceeded() {
             return;
@@ -498,8 +501,8 @@ impl<Put> OpenFiles<Put> {
     }
 }
 
-fn drop_if_idle<Put>(tables: &mut Tables<Put>, inode: InodeNumber) {
-    let is_idle = |entry: &Entry<Put>| entry.holds == 0 && entry.node.state.lock().is_clean();
+fn remove_entry_if_idle<Put>(tables: &mut Tables<Put>, inode: InodeNumber) {
+    let is_idle = |entry: &Entry<Put>| entry.use_count == 0 && entry.node.state.lock().is_clean();
     if !tables.inodes.get(&inode).is_some_and(is_idle) {
         return;
     }
@@ -507,11 +510,11 @@ fn drop_if_idle<Put>(tables: &mut Tables<Put>, inode: InodeNumber) {
         .inodes
         .remove(&inode)
         .map(|entry| entry.node.state.lock().failures);
-    if let Some(failures) = failures.filter(|failures| !failures.told) {
-        if tables.untold.len() == UNTOLD_FILES_MAX {
-            tables.untold.pop_front();
+    if let Some(failures) = failures.filter(|failures| !failures.reported) {
+        if tables.unreported.len() == UNREPORTED_FILES_MAX {
+            tables.unreported.pop_front();
         }
-        tables.untold.push_back((inode, failures));
+        tables.unreported.push_back((inode, failures));
     }
 }
 
@@ -521,20 +524,20 @@ mod tests {
 
     fn files_with_a_failure(inode: InodeNumber) -> OpenFiles<()> {
         let files = OpenFiles::default();
-        let node = files.hold(inode);
+        let node = files.acquire(inode);
         node.state.lock().failures.record(FsError::NoSpace);
-        files.let_go(&node);
+        files.release(&node);
         assert!(files.is_empty());
         files
     }
 
     fn open(files: &OpenFiles<()>, inode: InodeNumber) -> Arc<OpenFile<()>> {
-        let handle = files.add(files.hold(inode), OpenFlags::from(libc::O_RDWR), None);
+        let handle = files.add(files.acquire(inode), OpenFlags::from(libc::O_RDWR), None);
         files.get(handle).unwrap()
     }
 
     #[test]
-    fn a_failure_that_nobody_was_told_is_for_the_next_handles() {
+    fn an_unreported_failure_is_reported_to_the_next_handles() {
         let files = files_with_a_failure(InodeNumber(7));
         let (first, second) = (open(&files, InodeNumber(7)), open(&files, InodeNumber(7)));
         assert_eq!(first.take_failure(), Err(FsError::NoSpace));
@@ -542,7 +545,7 @@ mod tests {
         assert_eq!(
             second.take_failure(),
             Err(FsError::NoSpace),
-            "it was open before anybody was told"
+            "it was open before the failure was reported"
         );
         assert_eq!(open(&files, InodeNumber(7)).take_failure(), Ok(()));
         assert_eq!(
@@ -553,18 +556,18 @@ mod tests {
     }
 
     #[test]
-    fn failures_that_nobody_asks_for_do_not_pile_up() {
+    fn unreported_failures_are_bounded() {
         let files = files_with_a_failure(InodeNumber(1));
-        for inode in 2..=UNTOLD_FILES_MAX as u64 + 1 {
-            let node = files.hold(InodeNumber(inode));
+        for inode in 2..=UNREPORTED_FILES_MAX as u64 + 1 {
+            let node = files.acquire(InodeNumber(inode));
             node.state.lock().failures.record(FsError::Io);
-            files.let_go(&node);
+            files.release(&node);
         }
-        assert_eq!(files.tables.lock().untold.len(), UNTOLD_FILES_MAX);
+        assert_eq!(files.tables.lock().unreported.len(), UNREPORTED_FILES_MAX);
         assert_eq!(
             open(&files, InodeNumber(1)).take_failure(),
             Ok(()),
-            "the oldest is given up"
+            "the oldest is dropped"
         );
         assert_eq!(open(&files, InodeNumber(2)).take_failure(), Err(FsError::Io));
     }

@@ -62,7 +62,7 @@ use tokio::time::{Interval, MissedTickBehavior};
 pub use self::directory::DirectoryItem;
 pub use self::leased::Leased;
 pub use self::looked_up::Caller;
-pub use self::namespace::Moved;
+pub use self::namespace::MovedDirectories;
 pub use self::open::{NewFile, Opened};
 pub use self::pages::PagesAbove;
 pub use self::removed::UsedAbove;
@@ -70,7 +70,7 @@ pub use self::unnamed::{Destination, Stored};
 pub use self::write::WritePosition;
 pub use crate::caches::page_tail::{Order, Reader};
 pub use crate::handles::{Handle, OpenFlags};
-pub use append::may_be_a_part;
+pub use append::may_be_first_part;
 pub use quorumfs_client::{Cluster, FreshContent};
 
 use self::close_queue::CloseQueue;
@@ -165,12 +165,12 @@ impl<C: Cluster> Filesystem<C> {
     /// runtime.
     pub fn new(cluster: C, options: FsOptions) -> Arc<Filesystem<C>> {
         let filesystem = Filesystem::without_tasks(cluster, options);
-        tokio::spawn(Filesystem::write_back_old(Arc::downgrade(&filesystem)));
-        tokio::spawn(Filesystem::release_removed(Arc::downgrade(&filesystem)));
+        tokio::spawn(Filesystem::run_write_back(Arc::downgrade(&filesystem)));
+        tokio::spawn(Filesystem::run_release_unlinked(Arc::downgrade(&filesystem)));
         filesystem
     }
 
-    /// As [`Filesystem::new`], for a caller that runs [`Filesystem::write_back_old`] and [`Filesystem::release_removed`]
+    /// As [`Filesystem::new`], for a caller that runs [`Filesystem::run_write_back`] and [`Filesystem::run_release_unlinked`]
     /// itself.
     pub fn without_tasks(cluster: C, options: FsOptions) -> Arc<Filesystem<C>> {
         let filesystem = Arc::new(Filesystem {
@@ -241,7 +241,7 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Commits files that have been dirty for longer than [`FsOptions::dirty_age_ms`]. Returns when the filesystem is
     /// dropped.
-    pub async fn write_back_old(filesystem: Weak<Filesystem<C>>) {
+    pub async fn run_write_back(filesystem: Weak<Filesystem<C>>) {
         let Some(mut ticks) = Ticks::new(filesystem) else {
             return;
         };
@@ -257,7 +257,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// Releases unlinked inodes that are no longer in use. Returns when the filesystem is dropped.
-    pub async fn release_removed(filesystem: Weak<Filesystem<C>>) {
+    pub async fn run_release_unlinked(filesystem: Weak<Filesystem<C>>) {
         let Some(mut ticks) = Ticks::new(filesystem) else {
             return;
         };
@@ -290,18 +290,18 @@ impl<C: Cluster> Filesystem<C> {
     async fn mutate_all(&self, command: Command, stored: &[C::Chunk]) -> Result<Outcome, FsError> {
         self.drain_close_queue().await;
         let outcome = interruptible(self.cluster.mutate(command, stored)).await?;
-        self.learn(&outcome.touched);
+        self.update_open_files(&outcome.touched);
         Ok(outcome)
     }
 
     /// Takes note of attributes of files that are open here.
-    fn learn(&self, touched: &[Attributes]) {
+    fn update_open_files(&self, touched: &[Attributes]) {
         if self.open.is_empty() {
             return;
         }
         for attributes in touched {
             if let Some(node) = self.open.find(attributes.inode) {
-                node.state.lock().learn(attributes);
+                node.state.lock().update_attributes(attributes);
             }
         }
     }

@@ -16,11 +16,11 @@ use crate::handles::Scope;
 
 /// Directories that a rename moved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Moved {
+pub struct MovedDirectories {
     /// The one that was named.
-    pub there: Option<InodeNumber>,
+    pub renamed: Option<InodeNumber>,
     /// The one it changed places with.
-    pub back: Option<InodeNumber>,
+    pub exchanged: Option<InodeNumber>,
 }
 
 impl<C: Cluster> Filesystem<C> {
@@ -34,27 +34,27 @@ impl<C: Cluster> Filesystem<C> {
             }
             _ => {
                 let name = Name::new(name.to_vec())?;
-                let told = {
+                let attributes = {
                     // Until it is noted what this is about, it is not given up.
                     let _under_way = self.removed.may_hold();
-                    let told = self.ask(Query::lookup(parent, name)).await?;
-                    self.looked_up.add(told.inode);
-                    told
+                    let attributes = self.ask(Query::lookup(parent, name)).await?;
+                    self.looked_up.add(attributes.inode);
+                    attributes
                 };
-                Ok(self.present(told).await)
+                Ok(self.present(attributes).await)
             }
         }
     }
 
     /// What lies at `path` below the mounted directory. Symbolic links on the way are not followed.
     pub async fn resolve(&self, path: &[Name]) -> Result<Attributes, FsError> {
-        let told = {
+        let attributes = {
             let _under_way = self.removed.may_hold();
-            let told = self.ask(Query::resolve(self.options.root, path.to_vec())).await?;
-            self.looked_up.add(told.inode);
-            told
+            let attributes = self.ask(Query::resolve(self.options.root, path.to_vec())).await?;
+            self.looked_up.add(attributes.inode);
+            attributes
         };
-        Ok(self.present(told).await)
+        Ok(self.present(attributes).await)
     }
 
     /// As [`Filesystem::lookup`], for a thread whose creation may have found something just now.
@@ -140,7 +140,7 @@ impl<C: Cluster> Filesystem<C> {
                 held: Held::Open,
             })
             .await?;
-        self.removed_by(&outcome);
+        self.record_removal(&outcome);
         Ok(())
     }
 
@@ -151,7 +151,7 @@ impl<C: Cluster> Filesystem<C> {
         let parent = Target::Inode(parent);
         let _under_way = self.removed.may_hold();
         let outcome = self.mutate(Operation::RemoveDirectory { parent, name }).await?;
-        self.removed_by(&outcome);
+        self.record_removal(&outcome);
         Ok(())
     }
 
@@ -164,7 +164,7 @@ impl<C: Cluster> Filesystem<C> {
         to_parent: InodeNumber,
         to_name: &[u8],
         mode: RenameMode,
-    ) -> Result<Moved, FsError> {
+    ) -> Result<MovedDirectories, FsError> {
         self.writable()?;
         let from_name = Name::new(from_name.to_vec())?;
         let to_name = Name::new(to_name.to_vec())?;
@@ -184,7 +184,7 @@ impl<C: Cluster> Filesystem<C> {
             })
             .await?;
         let Some(OperationResult::Renamed { inode, other }) = outcome.results.first() else {
-            return Ok(Moved::default());
+            return Ok(MovedDirectories::default());
         };
         if let Some(other) = other
             && mode == RenameMode::Replace
@@ -192,15 +192,15 @@ impl<C: Cluster> Filesystem<C> {
                 .attributes_of(*other)
                 .is_none_or(|attributes| attributes.links == 0)
         {
-            self.lost_its_name(*other);
+            self.record_unlinked(*other);
         }
         let directory = |inode: &InodeNumber| {
             let attributes = outcome.attributes_of(*inode)?;
             (attributes.kind == FileKind::Directory).then_some(*inode)
         };
-        Ok(Moved {
-            there: directory(inode),
-            back: other
+        Ok(MovedDirectories {
+            renamed: directory(inode),
+            exchanged: other
                 .as_ref()
                 .filter(|_| mode == RenameMode::Exchange)
                 .and_then(directory),
@@ -213,23 +213,23 @@ impl<C: Cluster> Filesystem<C> {
             return;
         }
         let name = name.clone();
-        let Ok(told) = self.ask(Query::lookup(parent, name)).await else {
+        let Ok(attributes) = self.ask(Query::lookup(parent, name)).await else {
             return; // The rename itself will say why.
         };
-        if let Some(node) = self.open.find(told.inode) {
+        if let Some(node) = self.open.find(attributes.inode) {
             let _recorded = self.commit(&node, Scope::Everything).await;
         }
     }
 
     /// Takes note of what `outcome` of an unlink or a rmdir says is without a name now.
-    fn removed_by(&self, outcome: &Outcome) {
+    fn record_removal(&self, outcome: &Outcome) {
         if let Some(OperationResult::Removed { inode, last: true }) = outcome.results.first() {
-            self.lost_its_name(*inode);
+            self.record_unlinked(*inode);
         }
     }
 
     /// `inode` has no name any more; the cluster keeps it for this mount.
-    fn lost_its_name(&self, inode: InodeNumber) {
+    fn record_unlinked(&self, inode: InodeNumber) {
         // Before the answer goes up, and with it whoever is the last to use it may let go.
         self.removed.add(inode, RemovedBy::ThisMount);
         if let Some(node) = self.open.find(inode)

@@ -58,25 +58,29 @@ impl<C: Cluster> Filesystem<C> {
         if flags.write || flags.truncate {
             self.writable()?;
         }
-        let node = self.open.hold(inode);
-        match self.open_held(&node, flags).await {
+        let node = self.open.acquire(inode);
+        match self.open_acquired(&node, flags).await {
             Ok(dropping) => Ok(self.opened(node, flags, dropping)),
             Err(error) => {
-                self.open.let_go(&node);
+                self.open.release(&node);
                 Err(error)
             }
         }
     }
 
     /// Answers whether caches above must be dropped.
-    async fn open_held(&self, node: &OpenInode<C>, flags: OpenFlags) -> Result<Option<Dropping>, FsError> {
+    async fn open_acquired(
+        &self,
+        node: &OpenInode<C>,
+        flags: OpenFlags,
+    ) -> Result<Option<Dropping>, FsError> {
         if flags.truncate {
             self.truncate_at_open(node, flags.privileges).await?;
         } else if flags.read {
             self.look_up_extents(node, 0, EXTENTS_AT_OPEN_MAX).await?;
         } else {
-            let told = self.ask(Query::attributes(node.inode)).await?;
-            node.state.lock().learn(&told);
+            let attributes = self.ask(Query::attributes(node.inode)).await?;
+            node.state.lock().update_attributes(&attributes);
         }
         let Some(view) = node.state.lock().view.clone() else {
             return Err(FsError::Io);
@@ -88,7 +92,7 @@ impl<C: Cluster> Filesystem<C> {
         }
         // Nobody's name leads there any more; unless it is held here the cluster may already have been told so.
         let may_open = || self.removed.holds(node.inode) || self.looked_up.may_open(node.inode);
-        if view.links == 0 && self.open.holds(node.inode) == 1 && !may_open() {
+        if view.links == 0 && self.open.use_count(node.inode) == 1 && !may_open() {
             return Err(FsError::Stale);
         }
         Ok(self.pages.opened(node.inode, view.content_version))
@@ -125,14 +129,14 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// The attributes of an open file that were told last: those of the open, if nothing was told since.
-    pub fn attributes_at_hand(&self, handle: Handle) -> Result<Attributes, FsError> {
+    pub fn known_attributes(&self, handle: Handle) -> Result<Attributes, FsError> {
         let file = self.open.get(handle)?;
         let attributes = file.node.state.lock().attributes();
         attributes.ok_or(FsError::Stale)
     }
 
     /// The file of a handle that a request came on: so its open has taken place above, whatever it was to drop there.
-    pub(super) fn used(&self, handle: Handle) -> Result<Arc<OpenFile<Put<C>>>, FsError> {
+    pub(super) fn file_of_request(&self, handle: Handle) -> Result<Arc<OpenFile<Put<C>>>, FsError> {
         let file = self.open.get(handle)?;
         if let Some(dropping) = file.dropping.lock().take() {
             self.pages.dropped(file.node.inode, dropping);
@@ -201,16 +205,16 @@ impl<C: Cluster> Filesystem<C> {
             }
         };
         let (attributes, _) = entry_of(&made?)?;
-        let opened = self.opened_new(&attributes, flags);
+        let opened = self.open_created(&attributes, flags);
         Ok((attributes, opened))
     }
 
     /// The handle of a file that a command of this mount has just made.
-    pub(super) fn opened_new(&self, attributes: &Attributes, flags: OpenFlags) -> Opened {
-        let node = self.open.hold(attributes.inode);
+    pub(super) fn open_created(&self, attributes: &Attributes, flags: OpenFlags) -> Opened {
+        let node = self.open.acquire(attributes.inode);
         {
             let mut state = node.state.lock();
-            state.learn(attributes);
+            state.update_attributes(attributes);
             state
                 .extents
                 .store(attributes.content_version, 0..FILE_BYTES_MAX, Vec::new());
@@ -222,7 +226,7 @@ impl<C: Cluster> Filesystem<C> {
     /// A program closes one of its descriptors: what was written is committed (or, by `durability=fsync`, handed
     /// over), and a failure that no fsync reported is.
     pub async fn flush(self: &Arc<Self>, handle: Handle) -> Result<(), FsError> {
-        let file = self.used(handle)?;
+        let file = self.file_of_request(handle)?;
         if !file.flags.write {
             return Ok(());
         }
@@ -239,7 +243,7 @@ impl<C: Cluster> Filesystem<C> {
     /// What was written to the file, by anybody on this mount, is on f + 1 disks when this returns. There is no cheaper
     /// form for data only.
     pub async fn fsync(&self, handle: Handle) -> Result<(), FsError> {
-        let file = self.used(handle)?;
+        let file = self.file_of_request(handle)?;
         let committed = self.commit(&file.node, Scope::Everything).await;
         file.take_failure().and(committed)
     }
@@ -258,8 +262,8 @@ impl<C: Cluster> Filesystem<C> {
             // Written through a mapping after the close.
             self.commit_in_background(&file.node, Scope::Everything);
         }
-        self.open.let_go(&file.node);
-        if is_unlinked && self.open.holds(file.node.inode) == 0 {
+        self.open.release(&file.node);
+        if is_unlinked && self.open.use_count(file.node.inode) == 0 {
             self.removed.add(file.node.inode, RemovedBy::Another);
         }
         Ok(())

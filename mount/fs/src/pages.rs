@@ -59,7 +59,7 @@ impl<C: Cluster> Filesystem<C> {
         };
         let seen = {
             let mut state = node.state.lock();
-            state.learn(&attributes);
+            state.update_attributes(&attributes);
             state.attributes().unwrap_or(attributes)
         };
         if !node.state.lock().tail.tell_attributes(seen.size) {
@@ -94,7 +94,7 @@ impl<C: Cluster> Filesystem<C> {
             return attributes;
         };
         let mut state = node.state.lock();
-        state.learn(&attributes);
+        state.update_attributes(&attributes);
         let mut seen = state.attributes().unwrap_or(attributes);
         tell(&mut state, &mut seen);
         seen

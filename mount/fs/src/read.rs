@@ -58,7 +58,7 @@ impl<C: Cluster> Filesystem<C> {
         order: Order,
         reader: Reader,
     ) -> Result<Bytes, FsError> {
-        let file = self.used(handle)?;
+        let file = self.file_of_request(handle)?;
         if !file.flags.read {
             return Err(FsError::NotPermitted);
         }
@@ -102,7 +102,7 @@ impl<C: Cluster> Filesystem<C> {
         length: u32,
         ahead: ReadaheadLimits,
     ) -> Result<Bytes, FsError> {
-        let file = self.used(handle)?;
+        let file = self.file_of_request(handle)?;
         let range = offset..offset.saturating_add(u64::from(length)).min(FILE_BYTES_MAX);
         let seen = self.observe(&file, offset, length, ahead);
         for attempt in 1..=READ_ATTEMPTS_MAX {
@@ -177,7 +177,7 @@ impl<C: Cluster> Filesystem<C> {
             return Err(FsError::Io);
         }
         let mut state = node.state.lock();
-        state.learn(&attributes);
+        state.update_attributes(&attributes);
         let is_current = state
             .view
             .as_ref()
@@ -214,7 +214,7 @@ impl<C: Cluster> Filesystem<C> {
                     let byte = *held.second.last().or(held.first.last())?;
                     return Some(LastByte { version, at, byte });
                 }
-                if let Some(last) = state.appended_last
+                if let Some(last) = state.last_appended
                     && (last.version, last.at + 1) == newest
                 {
                     return Some(last);

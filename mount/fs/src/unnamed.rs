@@ -87,7 +87,7 @@ impl<C: Cluster> Filesystem<C> {
             inode: new_inode(NewKind::File, new),
         };
         let (attributes, _) = entry_of(&self.mutate(create).await?)?;
-        let opened = self.opened_new(&attributes, OpenFlags::from(libc::O_RDWR));
+        let opened = self.open_created(&attributes, OpenFlags::from(libc::O_RDWR));
         Ok(opened.handle)
     }
 
@@ -104,11 +104,11 @@ impl<C: Cluster> Filesystem<C> {
         destination: Destination,
     ) -> Result<Attributes, FsError> {
         self.writable()?;
-        let file = self.used(handle)?;
+        let file = self.file_of_request(handle)?;
         // Before directories are made, which would stay behind.
         file.failure()?;
         let node = &file.node;
-        let destination = self.with_room_in_a_command(destination).await?;
+        let destination = self.make_excess_directories(destination).await?;
         self.drain_close_queue().await;
         let outcome = {
             let _lock = lock_after_append(node).await?;
@@ -146,7 +146,7 @@ impl<C: Cluster> Filesystem<C> {
         destination: Destination,
     ) -> Result<Stored, FsError> {
         self.writable()?;
-        let destination = self.with_room_in_a_command(destination).await?;
+        let destination = self.make_excess_directories(destination).await?;
         let length = u32::try_from(content.len()).map_err(|_| FsError::FileTooLarge)?;
         let pack = Pack {
             sequence: 0,
@@ -220,7 +220,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// `destination`, with the first of its missing directories made where there are too many of them for one command.
-    async fn with_room_in_a_command(&self, mut destination: Destination) -> Result<Destination, FsError> {
+    async fn make_excess_directories(&self, mut destination: Destination) -> Result<Destination, FsError> {
         while destination.missing.len() > DIRECTORIES_PER_COMMAND_MAX {
             let rest = destination.missing.split_off(DIRECTORIES_PER_COMMAND_MAX);
             let mut operations = Vec::new();

@@ -46,7 +46,7 @@ impl<C: Cluster> Filesystem<C> {
         order: Order,
     ) -> Result<u32, FsError> {
         self.writable()?;
-        let file = self.used(handle)?;
+        let file = self.file_of_request(handle)?;
         if !file.flags.write {
             return Err(FsError::NotPermitted);
         }
@@ -80,7 +80,7 @@ impl<C: Cluster> Filesystem<C> {
         self.before_longer(&file, place, offset + u64::from(length), order)
             .await;
         if matches!(place, WritePosition::End { .. }) {
-            self.answering_append(&file.node);
+            self.restart_second_part_wait(&file.node);
         }
         Ok(length)
     }
@@ -112,7 +112,7 @@ impl<C: Cluster> Filesystem<C> {
         mut data: Bytes,
     ) -> Result<u32, FsError> {
         self.writable()?;
-        let file = self.used(handle)?;
+        let file = self.file_of_request(handle)?;
         let length = u32::try_from(data.len()).map_err(|_| FsError::InvalidArgument)?;
         let size = file
             .node

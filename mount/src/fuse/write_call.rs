@@ -5,13 +5,13 @@
 
 use std::fs;
 
-use quorumfs_fs::{WritePosition, may_be_a_part};
+use quorumfs_fs::{WritePosition, may_be_first_part};
 
 /// Adds to `place`, the position of a request of `bytes`, how many bytes are still to come, if that matters and can be
 /// seen.
 pub(super) async fn with_rest(mut place: WritePosition, thread: u32, bytes: usize) -> WritePosition {
     if let WritePosition::End { more_bytes, .. } = &mut place
-        && may_be_a_part(bytes)
+        && may_be_first_part(bytes)
     {
         // Not on a thread of the runtime: reading that file may block.
         let whole = tokio::task::spawn_blocking(move || bytes_of_write(thread)).await;

@@ -61,8 +61,8 @@ async fn open_client(
             Ok(connected) => {
                 let filesystem = Filesystem::without_tasks(connected.clone(), filesystem_options());
                 let weak = Arc::downgrade(&filesystem);
-                tasks.supervise_until_done("write-back", weak.clone(), Filesystem::write_back_old);
-                tasks.supervise_until_done("release-unlinked", weak, Filesystem::release_removed);
+                tasks.supervise_until_done("write-back", weak.clone(), Filesystem::run_write_back);
+                tasks.supervise_until_done("release-unlinked", weak, Filesystem::run_release_unlinked);
                 client.send_replace(ClientHandle::Ready(filesystem));
                 let keeping = (config.data.clone(), connected);
                 tasks.supervise("session-credential", keeping, |(folder, client)| async move {

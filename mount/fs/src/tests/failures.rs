@@ -6,7 +6,7 @@ use super::support::{ageless, close, create, mount_with, pattern, read_write, wr
 use quorumfs_memory::MemoryCluster;
 
 #[tokio::test]
-async fn a_failure_after_the_last_close_is_told_to_the_next_handle() {
+async fn a_failure_after_the_last_close_is_reported_to_the_next_handle() {
     let cluster = MemoryCluster::new();
     let fs = mount_with(&cluster, 1, ageless());
     let (inode, handle) = create(&fs, "mapped").await;
@@ -25,7 +25,7 @@ async fn a_failure_after_the_last_close_is_told_to_the_next_handle() {
 }
 
 #[tokio::test]
-async fn a_background_failure_is_told_to_a_handle_that_was_opened_after_it() {
+async fn a_background_failure_is_reported_to_a_handle_opened_after_it() {
     let cluster = MemoryCluster::new();
     let fs = mount_with(&cluster, 1, ageless());
     let (inode, first) = create(&fs, "file").await;
@@ -36,5 +36,5 @@ async fn a_background_failure_is_told_to_a_handle_that_was_opened_after_it() {
     assert_eq!(fs.fsync(second).await, Err(FsError::NoSpace));
     assert_eq!(fs.fsync(first).await, Err(FsError::NoSpace));
     let third = fs.open(inode, read_write()).await.unwrap().handle;
-    assert_eq!(fs.fsync(third).await, Ok(()), "others were told");
+    assert_eq!(fs.fsync(third).await, Ok(()), "it was reported before");
 }

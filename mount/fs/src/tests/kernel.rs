@@ -22,11 +22,11 @@ async fn attributes_of_a_listing_are_as_new_as_the_request() {
     let directory = fs.open_directory(ROOT).await.unwrap();
     let detail = EntryDetail::Attributes;
     let first = fs.read_directory(directory, 0, detail, 8 << 10).await.unwrap();
-    let told: Vec<&[u8]> = first.iter().map(|item| item.name.as_ref()).collect();
+    let listed: Vec<&[u8]> = first.iter().map(|item| item.name.as_ref()).collect();
     let (mut removed, mut grown) = (0, 0);
     for (at, handle) in handles.iter().enumerate() {
         let name = format!("{at:03}");
-        if told.contains(&name.as_bytes()) {
+        if listed.contains(&name.as_bytes()) {
             continue;
         }
         if at % 2 == 0 {

@@ -286,8 +286,8 @@ impl World {
                     return;
                 };
                 let fs = &self.mounts[self.mount_for(file, mount)];
-                let told = fs.lookup(ROOT, &spelled(name)).await.unwrap();
-                assert_eq!(told.size, self.files[file].len() as u64);
+                let attributes = fs.lookup(ROOT, &spelled(name)).await.unwrap();
+                assert_eq!(attributes.size, self.files[file].len() as u64);
             }
             Step::Reclaim => self.cluster.reclaim(),
             Step::Pause => tokio::time::sleep(std::time::Duration::from_millis(1)).await,

@@ -178,7 +178,7 @@ async fn a_version_is_read_whole_or_not_at_all() {
     write(&other, writer, 0, &old).await;
     other.fsync(writer).await.unwrap();
     let reader = fs.open(inode, read_write()).await.unwrap().handle;
-    let version = fs.attributes_at_hand(reader).unwrap().content_version;
+    let version = fs.known_attributes(reader).unwrap().content_version;
     let read = async |offset: u64| {
         fs.read_version(reader, version, offset, 1000, ReadaheadLimits::default())
             .await

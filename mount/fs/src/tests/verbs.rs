@@ -79,8 +79,8 @@ async fn attributes_are_set_in_one_command_with_what_was_written_before() {
         mtime: Some(SetTime::At(wanted)),
         ..AttributeChanges::default()
     };
-    let told = fs.set_attributes(inode, Some(handle), changes).await.unwrap();
-    assert_eq!((told.mtime, told.size), (wanted, 7));
+    let attributes = fs.set_attributes(inode, Some(handle), changes).await.unwrap();
+    assert_eq!((attributes.mtime, attributes.size), (wanted, 7));
     let last = cluster.commands.lock().last().cloned().unwrap();
     assert!(
         matches!(
@@ -109,7 +109,7 @@ async fn mtime_is_that_of_the_write_and_is_seen_before_the_flush() {
 }
 
 #[tokio::test]
-async fn a_failed_flush_is_told_once_to_each_handle() {
+async fn a_failed_flush_is_reported_once_to_each_handle() {
     let cluster = MemoryCluster::new();
     let fs = mount_with(&cluster, 1, ageless());
     let (inode, first) = create(&fs, "full").await;
@@ -172,7 +172,7 @@ async fn writers_wait_when_too_much_is_dirty_and_go_on_when_it_is_not() {
 }
 
 #[tokio::test]
-async fn old_dirty_bytes_are_committed_without_being_asked() {
+async fn old_dirty_bytes_are_committed_in_the_background() {
     let cluster = MemoryCluster::new();
     let options = FsOptions {
         dirty_age_ms: 40,
@@ -359,7 +359,7 @@ async fn appends_of_two_mounts_never_overwrite_each_other() {
 }
 
 #[tokio::test]
-async fn a_listing_tells_every_entry_once_from_any_offset() {
+async fn a_listing_returns_every_entry_once_from_any_offset() {
     let cluster = MemoryCluster::new();
     let fs = mount(&cluster, 1);
     for at in 0..2500 {

@@ -130,7 +130,7 @@ impl OpenFile {
 
     /// What was told of it last.
     pub(super) fn attributes(&self) -> Result<Attributes, FsError> {
-        self.filesystem.attributes_at_hand(self.handle)
+        self.filesystem.known_attributes(self.handle)
     }
 }
 
