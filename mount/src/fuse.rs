@@ -496,7 +496,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
 
     fn getxattr(&self, request: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         if inode == INodeNo::ROOT && name == ATTRIBUTE {
-            return self.tell_statistics(size, reply);
+            return self.answer_statistics(size, reply);
         }
         let (inode, name) = (self.cluster_inode(inode), convert::xattr_name(name.as_bytes()));
         self.serve(

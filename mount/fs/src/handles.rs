@@ -18,7 +18,7 @@ use quorumfs_proto::{Attributes, FsError, InodeNumber, Timestamp};
 
 use crate::caches::extent_cache::{ExtentCache, ExtentCount};
 use crate::caches::page_tail::PageTail;
-use crate::caches::page_versions::Dropping;
+use crate::caches::page_versions::DropId;
 use crate::readahead::Readahead;
 use crate::write_buffer::WriteBuffer;
 
@@ -287,7 +287,7 @@ pub struct OpenFile<Put> {
     /// How it is read.
     pub readahead: Mutex<Readahead>,
     /// What its first request shows to have taken place.
-    pub dropping: Mutex<Option<Dropping>>,
+    pub drop_id: Mutex<Option<DropId>>,
     failures_seen: Mutex<u64>,
 }
 
@@ -418,7 +418,7 @@ impl<Put> OpenFiles<Put> {
     }
 
     /// Makes a hold into a handle.
-    pub fn add(&self, node: Arc<SharedInode<Put>>, flags: OpenFlags, dropping: Option<Dropping>) -> Handle {
+    pub fn add(&self, node: Arc<SharedInode<Put>>, flags: OpenFlags, drop_id: Option<DropId>) -> Handle {
         let seen = {
             let mut state = node.state.lock();
             state.page_writers += u32::from(flags.writes_pages());
@@ -431,7 +431,7 @@ impl<Put> OpenFiles<Put> {
             node,
             flags,
             readahead: Mutex::default(),
-            dropping: Mutex::new(dropping),
+            drop_id: Mutex::new(drop_id),
             failures_seen: Mutex::new(seen),
         };
         tables.files.insert(handle, Arc::new(file));

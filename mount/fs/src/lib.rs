@@ -64,8 +64,8 @@ pub use self::leased::Leased;
 pub use self::looked_up::Caller;
 pub use self::namespace::MovedDirectories;
 pub use self::open::{NewFile, Opened};
-pub use self::pages::PagesAbove;
-pub use self::removed::UsedAbove;
+pub use self::pages::PageCache;
+pub use self::removed::InUseCheck;
 pub use self::unnamed::{Destination, Stored};
 pub use self::write::WritePosition;
 pub use crate::caches::page_tail::{Order, Reader};
@@ -154,7 +154,7 @@ pub struct Filesystem<C: Cluster = quorumfs_client::Client> {
     close_queue: CloseQueue<Put<C>>,
     chunks: ChunkCache,
     pages: PageVersions,
-    pages_above: OnceLock<Arc<dyn PagesAbove>>,
+    page_cache: OnceLock<Arc<dyn PageCache>>,
     readahead_permits: Semaphore,
     removed: Removed,
     looked_up: LookedUp,
@@ -181,7 +181,7 @@ impl<C: Cluster> Filesystem<C> {
             close_queue: CloseQueue::default(),
             chunks: ChunkCache::new(options.cache_bytes),
             pages: PageVersions::default(),
-            pages_above: OnceLock::new(),
+            page_cache: OnceLock::new(),
             readahead_permits: Semaphore::new(READAHEAD_FETCHES_MAX),
             removed: Removed::default(),
             looked_up: LookedUp::new(options.looked_up_ms),

@@ -10,7 +10,7 @@ use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber, Name, Operation
 use super::namespace::entry_of;
 use super::removed::RemovedBy;
 use super::{Caller, Cluster, Durability, Filesystem, Handle, OpenFlags, OpenInode, Put};
-use crate::caches::page_versions::Dropping;
+use crate::caches::page_versions::DropId;
 use crate::handles::{OpenFile, Scope};
 
 /// Extents that come with an open: all of most files, and no burden for those that are opened for a look at their end.
@@ -60,7 +60,7 @@ impl<C: Cluster> Filesystem<C> {
         }
         let node = self.open.acquire(inode);
         match self.open_acquired(&node, flags).await {
-            Ok(dropping) => Ok(self.opened(node, flags, dropping)),
+            Ok(drop_id) => Ok(self.opened(node, flags, drop_id)),
             Err(error) => {
                 self.open.release(&node);
                 Err(error)
@@ -69,11 +69,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// Answers whether caches above must be dropped.
-    async fn open_acquired(
-        &self,
-        node: &OpenInode<C>,
-        flags: OpenFlags,
-    ) -> Result<Option<Dropping>, FsError> {
+    async fn open_acquired(&self, node: &OpenInode<C>, flags: OpenFlags) -> Result<Option<DropId>, FsError> {
         if flags.truncate {
             self.truncate_at_open(node, flags.privileges).await?;
         } else if flags.read {
@@ -110,21 +106,21 @@ impl<C: Cluster> Filesystem<C> {
         self.commit_with(node, cut).await.map(|_| ())
     }
 
-    fn opened(&self, node: OpenInode<C>, flags: OpenFlags, dropping: Option<Dropping>) -> Opened {
+    fn opened(&self, node: OpenInode<C>, flags: OpenFlags, drop_id: Option<DropId>) -> Opened {
         {
             let mut state = node.state.lock();
             let size = state.size();
-            state.tail.opened(size);
-            match dropping {
+            state.tail.record_open(size);
+            match drop_id {
                 None if flags.append => {}
-                None => state.tail.kept(size),
-                Some(_) => state.tail.dropped(Instant::now()),
+                None => state.tail.record_kept(size),
+                Some(_) => state.tail.record_drop(Instant::now()),
             }
         }
         Opened {
-            handle: self.open.add(node, flags, dropping),
+            handle: self.open.add(node, flags, drop_id),
             direct_io: flags.append,
-            keep_cache: dropping.is_none(),
+            keep_cache: drop_id.is_none(),
         }
     }
 
@@ -138,9 +134,9 @@ impl<C: Cluster> Filesystem<C> {
     /// The file of a handle that a request came on: so its open has taken place above, whatever it was to drop there.
     pub(super) fn file_of_request(&self, handle: Handle) -> Result<Arc<OpenFile<Put<C>>>, FsError> {
         let file = self.open.get(handle)?;
-        if let Some(dropping) = file.dropping.lock().take() {
-            self.pages.dropped(file.node.inode, dropping);
-            file.node.state.lock().tail.dropped(Instant::now());
+        if let Some(drop_id) = file.drop_id.lock().take() {
+            self.pages.dropped(file.node.inode, drop_id);
+            file.node.state.lock().tail.record_drop(Instant::now());
         }
         Ok(file)
     }

@@ -33,23 +33,23 @@ const LAST_BYTE_TIMEOUT_MS: u64 = 1000;
 /// answer: then there are no zeros in it that a program can see, and nothing to wait for.
 const WRITTEN_TIMEOUT_MS: u64 = 10;
 
-/// Whoever keeps pages of files above. All calls may block until reads under way are answered.
-pub trait PagesAbove: Send + Sync {
+/// Whoever keeps pages of files page_cache. All calls may block until reads under way are answered.
+pub trait PageCache: Send + Sync {
     /// Drops the pages of `inode` from that of the byte `from` on.
     fn drop_from(&self, inode: InodeNumber, from: u64);
     /// Drops the page of `inode` that holds the byte `at`.
-    fn drop_page_of(&self, inode: InodeNumber, at: u64);
+    fn drop_page_at(&self, inode: InodeNumber, at: u64);
     /// Returns when none of `readers`, whose answers are given, goes by a page any more that was dropped before this call.
-    fn until_taken(&self, readers: &[Reader]);
+    fn wait_for_readers(&self, readers: &[Reader]);
     /// Takes `byte`, at `at`, for the last one of `inode`, unless that is longer.
-    fn end_with(&self, inode: InodeNumber, at: u64, byte: u8);
+    fn store_last_byte(&self, inode: InodeNumber, at: u64, byte: u8);
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// Who keeps pages above. Without anybody no answer waits.
-    pub fn set_pages_above(&self, pages: Arc<dyn PagesAbove>) {
+    /// Who keeps pages page_cache. Without anybody no answer waits.
+    pub fn set_page_cache(&self, pages: Arc<dyn PageCache>) {
         // There is one edge for one filesystem, so nobody has said so before.
-        let _ = self.pages_above.set(pages);
+        let _ = self.page_cache.set(pages);
     }
 
     /// `attributes`, newly told by the cluster, as programs of this mount see them. Returns when they may be told.
@@ -62,8 +62,8 @@ impl<C: Cluster> Filesystem<C> {
             state.update_attributes(&attributes);
             state.attributes().unwrap_or(attributes)
         };
-        if !node.state.lock().tail.tell_attributes(seen.size) {
-            self.drop_and_tell(&node, seen.size, PageTail::tell_attributes)
+        if !node.state.lock().tail.try_report_attributes(seen.size) {
+            self.drop_and_report(&node, seen.size, PageTail::try_report_attributes)
                 .await;
         }
         seen
@@ -73,8 +73,8 @@ impl<C: Cluster> Filesystem<C> {
     /// newest would have to wait.
     pub(super) fn present_in_listing(&self, attributes: Attributes) -> Attributes {
         self.present_now(attributes, |state, seen| {
-            if !state.tail.tell_attributes(seen.size) {
-                seen.size = state.tail.told().unwrap_or(seen.size);
+            if !state.tail.try_report_attributes(seen.size) {
+                seen.size = state.tail.reported_size().unwrap_or(seen.size);
             }
         })
     }
@@ -82,13 +82,13 @@ impl<C: Cluster> Filesystem<C> {
     /// As [`Filesystem::present`], for the answer to a change of the size: the kernel drops the pages itself, and holds
     /// back writing until it has the answer, so that dropping them here could wait for ever.
     pub(super) fn present_resized(&self, attributes: Attributes) -> Attributes {
-        self.present_now(attributes, |state, seen| state.tail.tell_at_once(seen.size))
+        self.present_now(attributes, |state, seen| state.tail.report(seen.size))
     }
 
     fn present_now(
         &self,
         attributes: Attributes,
-        tell: impl FnOnce(&mut crate::handles::InodeState<super::Put<C>>, &mut Attributes),
+        report: impl FnOnce(&mut crate::handles::InodeState<super::Put<C>>, &mut Attributes),
     ) -> Attributes {
         let Some(node) = self.open.find(attributes.inode) else {
             return attributes;
@@ -96,91 +96,96 @@ impl<C: Cluster> Filesystem<C> {
         let mut state = node.state.lock();
         state.update_attributes(&attributes);
         let mut seen = state.attributes().unwrap_or(attributes);
-        tell(&mut state, &mut seen);
+        report(&mut state, &mut seen);
         seen
     }
 
     /// Returns when programs may be told that `node` is `size` bytes long. The caller holds neither the file's lock nor
     /// anything that a read waits for.
-    pub(super) async fn before_telling(&self, node: &OpenInode<C>, size: u64) {
-        if !node.state.lock().tail.tell(size) {
-            self.drop_and_tell(node, size, PageTail::tell).await;
+    pub(super) async fn prepare_size(&self, node: &OpenInode<C>, size: u64) {
+        if !node.state.lock().tail.try_report(size) {
+            self.drop_and_report(node, size, PageTail::try_report).await;
         }
     }
 
-    /// Drops what is in the way of telling `size`, unless `may_tell` says meanwhile that nothing is.
-    async fn drop_and_tell(&self, node: &OpenInode<C>, size: u64, may_tell: fn(&mut PageTail, u64) -> bool) {
+    /// Drops what is in the way of telling `size`, unless `try_report` says meanwhile that nothing is.
+    async fn drop_and_report(
+        &self,
+        node: &OpenInode<C>,
+        size: u64,
+        try_report: fn(&mut PageTail, u64) -> bool,
+    ) {
         let lock = Arc::clone(&node.page_drop_lock).lock_owned().await;
-        if may_tell(&mut node.state.lock().tail, size) {
+        if try_report(&mut node.state.lock().tail, size) {
             return;
         }
-        let Some(above) = self.pages_above.get().cloned() else {
+        let Some(page_cache) = self.page_cache.get().cloned() else {
             let mut state = node.state.lock();
-            state.tail.begin(size);
-            state.tail.done(Instant::now());
-            state.tail.tell_at_once(size);
+            state.tail.begin_drop(size);
+            state.tail.end_drop(Instant::now());
+            state.tail.report(size);
             return;
         };
         let limit = Duration::from_millis(LAST_BYTE_TIMEOUT_MS);
         let last = tokio::time::timeout(limit, self.last_byte(node)).await;
         let last = last.ok().flatten();
-        let dropping = Dropping {
+        let page_drop = PageDrop {
             lock,
-            above,
+            page_cache,
             size,
-            extent: Dropped::FromZeros { last },
+            scope: DropScope::FromZeros { last },
         };
-        let (_, done) = spawn_drop::<C>(node, dropping);
+        let (_, done) = spawn_drop::<C>(node, page_drop);
         // It fails if the process is about to end, and then nobody is told anything.
         let _ = done.await;
     }
 
-    /// As [`Filesystem::before_telling`], for the answer to a write through pages up to `end`. Only one page can be in the
+    /// As [`Filesystem::prepare_size`], for the answer to a write through pages up to `end`. Only one page can be in the
     /// way, in which a read ended that was sent after the write; the kernel may hold others of the write until it has
     /// the answer.
-    pub(super) async fn before_telling_written(&self, node: &OpenInode<C>, end: u64) {
+    pub(super) async fn prepare_write_answer(&self, node: &OpenInode<C>, end: u64) {
         {
             let mut state = node.state.lock();
             if !state.tail.has_zeros_below(end) {
-                return state.tail.tell_written(end);
+                return state.tail.report_write(end);
             }
         }
-        let Some(above) = self.pages_above.get().cloned() else {
-            return node.state.lock().tail.tell_written(end);
+        let Some(page_cache) = self.page_cache.get().cloned() else {
+            return node.state.lock().tail.report_write(end);
         };
-        let dropping = async {
+        let page_drop = async {
             let lock = Arc::clone(&node.page_drop_lock).lock_owned().await;
             if !node.state.lock().tail.has_zeros_below(end) {
                 return None;
             }
-            let dropping = Dropping {
+            let page_drop = PageDrop {
                 lock,
-                above,
+                page_cache,
                 size: end,
-                extent: Dropped::OnePage,
+                scope: DropScope::OnePage,
             };
-            let (dropped, done) = spawn_drop::<C>(node, dropping);
+            let (dropped, done) = spawn_drop::<C>(node, page_drop);
             dropped.await.ok().map(|()| done)
         };
         let limit = Duration::from_millis(WRITTEN_TIMEOUT_MS);
-        if let Ok(Some(done)) = tokio::time::timeout(limit, dropping).await {
+        if let Ok(Some(done)) = tokio::time::timeout(limit, page_drop).await {
             let _ = done.await;
         }
-        node.state.lock().tail.tell_written(end);
+        node.state.lock().tail.report_write(end);
     }
 
     /// The bytes of `node` from `from` on were changed beside the pages: returns when these are dropped.
     pub(super) async fn drop_pages(&self, node: &OpenInode<C>, from: u64) {
-        let Some(above) = self.pages_above.get().cloned() else {
+        let Some(page_cache) = self.page_cache.get().cloned() else {
             return;
         };
         let inode = node.inode;
-        let _ = tokio::task::spawn_blocking(move || above.drop_from(inode, from)).await;
+        let _ = tokio::task::spawn_blocking(move || page_cache.drop_from(inode, from)).await;
     }
 }
 
 /// Which pages are dropped.
-enum Dropped {
+enum DropScope {
     /// All from where they may be zero: the size is told then, with the last byte of the file, if that is known.
     FromZeros { last: Option<LastByte> },
     /// The one in which that begins: what is told is for the caller to say.
@@ -188,12 +193,12 @@ enum Dropped {
 }
 
 /// A dropping of pages that was decided on.
-struct Dropping {
+struct PageDrop {
     lock: OwnedMutexGuard<()>,
-    above: Arc<dyn PagesAbove>,
+    page_cache: Arc<dyn PageCache>,
     /// Can be told after it.
     size: u64,
-    extent: Dropped,
+    scope: DropScope,
 }
 
 /// Drops pages of `node`, and waits for those who may have been about to take something from them. What is told is noted in
@@ -201,44 +206,47 @@ struct Dropping {
 /// kernel, even if nobody waits for it any more. Answers when the pages are dropped, and when all is done.
 fn spawn_drop<C: Cluster>(
     node: &OpenInode<C>,
-    dropping: Dropping,
+    page_drop: PageDrop,
 ) -> (oneshot::Receiver<()>, JoinHandle<()>) {
     let node = Arc::clone(node);
     let (dropped, is_dropped) = oneshot::channel();
     let done = tokio::task::spawn_blocking(move || {
-        let Dropping {
+        let PageDrop {
             lock,
-            above,
+            page_cache,
             size,
-            extent,
-        } = dropping;
+            scope,
+        } = page_drop;
         let (from, readers) = {
             let mut state = node.state.lock();
             let newest = state.size().max(size);
-            (state.tail.begin(newest), state.tail.readers(Instant::now()))
+            (
+                state.tail.begin_drop(newest),
+                state.tail.take_readers(Instant::now()),
+            )
         };
-        match extent {
-            Dropped::FromZeros { .. } => above.drop_from(node.inode, from),
-            Dropped::OnePage => above.drop_page_of(node.inode, from),
+        match scope {
+            DropScope::FromZeros { .. } => page_cache.drop_from(node.inode, from),
+            DropScope::OnePage => page_cache.drop_page_at(node.inode, from),
         }
         // Whoever waited for this may have given up.
         let _ = dropped.send(());
-        above.until_taken(&readers);
-        if let Dropped::FromZeros { last: Some(last) } = &extent {
+        page_cache.wait_for_readers(&readers);
+        if let DropScope::FromZeros { last: Some(last) } = &scope {
             let is_newest = {
                 let state = node.state.lock();
                 let is_newest = |view: &Attributes| view.content_version == last.version;
                 state.page_writers == 0 && state.view.as_ref().is_some_and(is_newest)
             };
             if is_newest {
-                above.end_with(node.inode, last.at, last.byte);
+                page_cache.store_last_byte(node.inode, last.at, last.byte);
             }
         }
         {
             let mut state = node.state.lock();
-            state.tail.done(Instant::now());
-            if let Dropped::FromZeros { .. } = extent {
-                state.tail.tell_at_once(size);
+            state.tail.end_drop(Instant::now());
+            if let DropScope::FromZeros { .. } = scope {
+                state.tail.report(size);
             }
         }
         drop(lock);

@@ -77,8 +77,8 @@ impl<C: Cluster> Filesystem<C> {
                         continue;
                     }
                     if !file.flags.append {
-                        state.tail.read_short(end, order);
-                        state.tail.answering(reader, Instant::now());
+                        state.tail.record_short_read(end, order);
+                        state.tail.record_reader(reader, Instant::now());
                     }
                     return Ok(bytes);
                 }

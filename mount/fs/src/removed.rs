@@ -5,7 +5,7 @@
 //!
 //! - What this mount removes it always asks the cluster to keep (`Held::Open`); nothing is judged by what is open when
 //!   the command is sent, for an open may arrive while it is under way.
-//! - It is released a moment later, unless it is open, or whoever is above (`UsedAbove`) still knows the inode. The kernel
+//! - It is released a moment later, unless it is open, or whoever is above (`InUseCheck`) still knows the inode. The kernel
 //!   forgets an inode without a name together with its last user, and cannot come to know it again, as no answer names
 //!   it any more. So it is enough to ask now and then, about these few inodes; lookups need not be counted.
 //! - What another mount removed is held for the files open here, and for as long as an open of what was looked up may be on
@@ -27,7 +27,7 @@ const REMOVED_MAX: usize = 65_536;
 const RELEASES_AT_ONCE_MAX: usize = 1000;
 
 /// Whether anybody above may still use this inode. It may block.
-pub type UsedAbove = dyn Fn(InodeNumber) -> bool + Send + Sync;
+pub type InUseCheck = dyn Fn(InodeNumber) -> bool + Send + Sync;
 
 /// Who took an inode's last name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +41,7 @@ pub(super) enum RemovedBy {
 pub(super) struct Removed {
     inodes: Mutex<Inodes>,
     removals: Mutex<Removals>,
-    used_above: OnceLock<Arc<UsedAbove>>,
+    in_use: OnceLock<Arc<InUseCheck>>,
 }
 
 /// Each in one of both.
@@ -144,9 +144,9 @@ impl Removed {
 
 impl<C: Cluster> Filesystem<C> {
     /// Who is asked whether removed inodes are still in use. Without anybody only open files are.
-    pub fn set_used_above(&self, used_above: Arc<UsedAbove>) {
+    pub fn set_in_use_check(&self, in_use: Arc<InUseCheck>) {
         // There is one edge for one filesystem, so nobody has said so before.
-        let _ = self.removed.used_above.set(used_above);
+        let _ = self.removed.in_use.set(in_use);
     }
 
     /// Those of `inodes`, which have no name, that are not held here: the answer to the cluster's question.
@@ -200,11 +200,11 @@ impl<C: Cluster> Filesystem<C> {
         // removed is known above, except for one who is about to look it up again.
         let by_this_mount = self.looked_up.not_found(&self.open.not_open(&by_this_mount));
         let mut unused = self.looked_up.not_recent(&self.open.not_open(&by_others));
-        match self.removed.used_above.get().cloned() {
+        match self.removed.in_use.get().cloned() {
             None => unused.extend(by_this_mount),
             // Whoever was the last to use an inode waits there until it is gone. A panic releases nothing.
-            Some(used_above) => {
-                let is_unused = move |inode: &InodeNumber| !used_above(*inode);
+            Some(in_use) => {
+                let is_unused = move |inode: &InodeNumber| !in_use(*inode);
                 let asked = tokio::task::spawn_blocking(move || {
                     by_this_mount.into_iter().filter(is_unused).collect::<Vec<_>>()
                 });

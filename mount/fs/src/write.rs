@@ -15,7 +15,7 @@ use quorumfs_proto::command::Privileges;
 use quorumfs_proto::limits::FILE_BYTES_MAX;
 
 use super::{Cluster, Filesystem, Handle, OpenInode, Order, Put};
-use crate::caches::page_tail::Sent;
+use crate::caches::page_tail::PageWrite;
 use crate::handles::{OpenFile, Scope};
 use crate::interrupt::interruptible;
 use crate::write_buffer::Due;
@@ -66,9 +66,11 @@ impl<C: Cluster> Filesystem<C> {
                 self.append(&file.node, data, privileges, more_bytes).await?;
             }
             WritePosition::At(_) => {
-                let at = Instant::now();
-                let through_pages = (!file.flags.append).then_some(Sent { order, at });
-                self.take(&file.node, offset, data, privileges, through_pages)
+                let page_write = (!file.flags.append).then_some(PageWrite {
+                    order,
+                    arrived_at: Instant::now(),
+                });
+                self.take(&file.node, offset, data, privileges, page_write)
                     .await?;
             }
         }
@@ -77,7 +79,7 @@ impl<C: Cluster> Filesystem<C> {
             self.pages.forget(file.node.inode);
             self.drop_pages(&file.node, offset).await;
         }
-        self.before_longer(&file, place, offset + u64::from(length), order)
+        self.prepare_answer(&file, place, offset + u64::from(length), order)
             .await;
         if matches!(place, WritePosition::End { .. }) {
             self.restart_second_part_wait(&file.node);
@@ -86,18 +88,18 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// A write up to `end` is about to be answered: the kernel takes the file for so long then.
-    async fn before_longer(&self, file: &OpenFile<Put<C>>, place: WritePosition, end: u64, order: Order) {
+    async fn prepare_answer(&self, file: &OpenFile<Put<C>>, place: WritePosition, end: u64, order: Order) {
         if file.flags.append {
             // It went by the pages, so nothing above waits for its answer with a page locked.
-            return self.before_telling(&file.node, end).await;
+            return self.prepare_size(&file.node, end).await;
         }
         match place {
-            WritePosition::At(_) => self.before_telling_written(&file.node, end).await,
+            WritePosition::At(_) => self.prepare_write_answer(&file.node, end).await,
             WritePosition::End { offset, .. } => {
                 let mut state = file.node.state.lock();
                 // The pages have it where the kernel thinks the end is.
-                state.tail.read_short(offset, order);
-                state.tail.tell_written(end);
+                state.tail.record_short_read(offset, order);
+                state.tail.report_write(end);
             }
         }
     }
@@ -128,22 +130,22 @@ impl<C: Cluster> Filesystem<C> {
         Ok(length)
     }
 
-    /// Puts `data` into the file's buffer, when there is room. `through_pages`: programs above see it in the file's pages.
+    /// Puts `data` into the file's buffer, when there is room. `page_write`: programs above see it in the file's pages.
     async fn take(
         self: &Arc<Self>,
         node: &OpenInode<C>,
         offset: u64,
         data: Bytes,
         privileges: Privileges,
-        through_pages: Option<Sent>,
+        page_write: Option<PageWrite>,
     ) -> Result<(), FsError> {
         interruptible(self.dirty.wait_for_room(|| self.write_back_all()).map(Ok)).await?;
         let due = {
             let mut state = node.state.lock();
-            if let Some(sent) = through_pages {
+            if let Some(sent) = page_write {
                 let size = state.size();
                 let end = offset + data.len() as u64;
-                state.tail.written(size, offset, end, sent);
+                state.tail.record_write(size, offset, end, sent);
             }
             let full = state.buffer.write(offset, data);
             state.mtime = Some(self.cluster.now());

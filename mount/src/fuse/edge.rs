@@ -112,8 +112,8 @@ impl<C: Cluster> FuseEdge<C> {
             let numbers = places.numbers(plain);
             numbers.into_iter().any(|number| asked.may_know(number))
         };
-        self.filesystem.set_used_above(Arc::new(used));
-        self.filesystem.set_pages_above(notices);
+        self.filesystem.set_in_use_check(Arc::new(used));
+        self.filesystem.set_page_cache(notices);
     }
 
     /// Returns the counters of requests.
@@ -122,7 +122,7 @@ impl<C: Cluster> FuseEdge<C> {
     }
 
     /// Answers a request for [`ATTRIBUTE`](crate::statistics::ATTRIBUTE).
-    pub(super) fn tell_statistics(&self, room_bytes: u32, reply: ReplyXattr) {
+    pub(super) fn answer_statistics(&self, room_bytes: u32, reply: ReplyXattr) {
         let filesystem = &self.filesystem;
         let told = self
             .statistics

@@ -31,7 +31,7 @@ enum Seen {
 }
 
 /// Waits until each of `readers`, which were answered, has run since, or `PATIENCE` is over.
-pub(super) fn until_taken(readers: &[Reader]) {
+pub(super) fn wait_for_readers(readers: &[Reader]) {
     let begin = Instant::now();
     if readers.contains(&Reader(0)) {
         thread::sleep(UNSEEN_PAUSE);
@@ -90,7 +90,7 @@ mod tests {
         let own = Reader(unsafe { libc::gettid() } as u32);
         assert!(matches!(seen(own), Seen::Runnable { ran_ns: Some(_) }));
         let begin = Instant::now();
-        until_taken(&[own, asleep, Reader(u32::MAX)]);
+        wait_for_readers(&[own, asleep, Reader(u32::MAX)]);
         assert!(
             begin.elapsed() < PATIENCE,
             "this thread has slept and run meanwhile"

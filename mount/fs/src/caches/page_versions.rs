@@ -13,14 +13,14 @@ use quorumfs_proto::InodeNumber;
 const FILES_MAX: usize = 32_768;
 
 /// Numbers the opens that drop what is cached above.
-pub type Dropping = u64;
+pub type DropId = u64;
 
 /// What is cached above of one file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Pages {
     version: u64,
     /// The open that first drops what is of another version, as long as nothing shows that it has.
-    dropping: Option<Dropping>,
+    drop_id: Option<DropId>,
 }
 
 /// Versions by file. The lock is held for a look-up.
@@ -32,7 +32,7 @@ pub struct PageVersions {
 #[derive(Debug)]
 struct State {
     files: Cache<InodeNumber, Pages>,
-    last: Dropping,
+    last: DropId,
 }
 
 impl Default for PageVersions {
@@ -49,32 +49,32 @@ impl Default for PageVersions {
 impl PageVersions {
     /// A file was opened at `version`. `None`: pages cached earlier are of that version. Else they must be dropped, and
     /// [`PageVersions::dropped`] is to be told the number once a request shows that they were.
-    pub fn opened(&self, inode: InodeNumber, version: u64) -> Option<Dropping> {
+    pub fn opened(&self, inode: InodeNumber, version: u64) -> Option<DropId> {
         let mut state = self.state.lock();
         if let Some(known) = state.files.get(&inode)
             && known.version == version
         {
-            return known.dropping;
+            return known.drop_id;
         }
         state.last += 1;
-        let dropping = Some(state.last);
-        state.files.insert(inode, Pages { version, dropping });
-        dropping
+        let drop_id = Some(state.last);
+        state.files.insert(inode, Pages { version, drop_id });
+        drop_id
     }
 
     /// A file was made at `version`: nothing of it is cached yet.
     pub fn created(&self, inode: InodeNumber, version: u64) {
-        let dropping = None;
-        let pages = Pages { version, dropping };
+        let drop_id = None;
+        let pages = Pages { version, drop_id };
         self.state.lock().files.insert(inode, pages);
     }
 
     /// The open that was given this number, or another one with it, has taken place above.
-    pub fn dropped(&self, inode: InodeNumber, dropping: Dropping) {
+    pub fn dropped(&self, inode: InodeNumber, drop_id: DropId) {
         if let Some(mut pages) = self.state.lock().files.get_mut(&inode)
-            && pages.dropping == Some(dropping)
+            && pages.drop_id == Some(drop_id)
         {
-            pages.dropping = None;
+            pages.drop_id = None;
         }
     }
 

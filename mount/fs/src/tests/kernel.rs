@@ -6,7 +6,7 @@ use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{FsError, InodeNumber};
 
 use super::support::{ageless, close, create, mount, mount_with, read_write, write};
-use crate::{OpenFlags, Order, PagesAbove, Reader, WritePosition};
+use crate::{OpenFlags, Order, PageCache, Reader, WritePosition};
 use quorumfs_memory::MemoryCluster;
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
@@ -242,20 +242,20 @@ async fn the_pages_of_all_open_directories_are_bounded() {
 #[derive(Default)]
 struct Asked(parking_lot::Mutex<Vec<String>>);
 
-impl PagesAbove for Asked {
+impl PageCache for Asked {
     fn drop_from(&self, _inode: InodeNumber, from: u64) {
         self.0.lock().push(format!("drop from {from}"));
     }
 
-    fn drop_page_of(&self, _inode: InodeNumber, at: u64) {
+    fn drop_page_at(&self, _inode: InodeNumber, at: u64) {
         self.0.lock().push(format!("drop the page of {at}"));
     }
 
-    fn until_taken(&self, readers: &[Reader]) {
+    fn wait_for_readers(&self, readers: &[Reader]) {
         self.0.lock().push(format!("wait for {readers:?}"));
     }
 
-    fn end_with(&self, _inode: InodeNumber, at: u64, byte: u8) {
+    fn store_last_byte(&self, _inode: InodeNumber, at: u64, byte: u8) {
         self.0
             .lock()
             .push(format!("end with {} at {at}", char::from(byte)));
@@ -270,7 +270,7 @@ async fn p3_a_larger_size_is_told_after_readers_of_the_dropped_pages_have_gone_o
         mount_with(&cluster, 2, ageless()),
     );
     let asked = std::sync::Arc::new(Asked::default());
-    fs.set_pages_above(asked.clone());
+    fs.set_page_cache(asked.clone());
     let (inode, handle) = create(&other, "log").await;
     write(&other, handle, 0, b"one").await;
     other.fsync(handle).await.unwrap();

@@ -20,10 +20,10 @@ fn soon() -> FsOptions {
 }
 
 /// What the kernel knows.
-fn known_above(fs: &Arc<Filesystem<Connection>>) -> Arc<Mutex<BTreeSet<InodeNumber>>> {
+fn kernel_inodes(fs: &Arc<Filesystem<Connection>>) -> Arc<Mutex<BTreeSet<InodeNumber>>> {
     let known: Arc<Mutex<BTreeSet<InodeNumber>>> = Arc::default();
     let asked = Arc::clone(&known);
-    fs.set_used_above(Arc::new(move |inode| asked.lock().contains(&inode)));
+    fs.set_in_use_check(Arc::new(move |inode| asked.lock().contains(&inode)));
     known
 }
 
@@ -100,10 +100,10 @@ async fn what_was_kept_to_be_safe_is_released_soon() {
 }
 
 #[tokio::test]
-async fn what_is_used_above_is_kept_and_may_be_opened_again() {
+async fn what_is_in_use_is_kept_and_may_be_opened_again() {
     let cluster = MemoryCluster::new();
     let fs = mount_with(&cluster, 1, soon());
-    let known = known_above(&fs);
+    let known = kernel_inodes(&fs);
     let (inode, handle) = create(&fs, "path").await;
     write(&fs, handle, 0, b"content").await;
     close(&fs, handle).await;
