@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use super::{Cluster, Durability, Filesystem, OpenInode};
 use crate::commit_lock::lock_after_append;
 use crate::handles::{Scope, SharedInode};
-use crate::interrupt::uninterrupted;
+use crate::interrupt::uninterruptible;
 
 /// Closes that returned early. Each has at least one dirty byte, so the bound of those is theirs too.
 #[derive(Debug)]
@@ -89,7 +89,7 @@ impl<C: Cluster> Filesystem<C> {
                 }
             };
             // Whoever waits here may be gone, but others wait for the same.
-            if let Ok(_lock) = uninterrupted(lock_after_append(&node)).await {
+            if let Ok(_lock) = uninterruptible(lock_after_append(&node)).await {
                 let _recorded = self.commit_up_to(&node, last).await;
             }
             {

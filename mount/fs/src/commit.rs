@@ -18,7 +18,7 @@ use quorumfs_proto::{Command, FsError, NewChunk, Operation, Outcome, SessionId, 
 use super::{Cluster, Filesystem, FreshContent, OpenInode, Put};
 use crate::commit_lock::{lock_after_append, lock_in_background};
 use crate::handles::{InodeState, Scope};
-use crate::interrupt::{interruptible, still_wanted};
+use crate::interrupt::{check_interrupted, interruptible};
 use crate::write_buffer::Pack;
 
 /// How often the chunks of one command are drawn and put anew after the cluster called them dead although their session
@@ -138,7 +138,7 @@ impl<C: Cluster> Filesystem<C> {
                 let _recorded = self.send_or_discard(node, &packs).await;
                 continue;
             }
-            if let Err(gone) = still_wanted().await {
+            if let Err(gone) = check_interrupted().await {
                 let _recorded = self.send_or_discard(node, &packs).await;
                 return Err(gone);
             }

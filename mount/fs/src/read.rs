@@ -15,7 +15,7 @@ use super::{Cluster, Filesystem, Handle, OpenInode, Order, Put, Reader};
 use crate::caches::extent_cache::clip;
 use crate::commit_lock::lock_commits;
 use crate::handles::{InodeState, LastByte, OpenFile, Scope, SharedInode};
-use crate::interrupt::{interruptible, still_wanted};
+use crate::interrupt::{check_interrupted, interruptible};
 use crate::readahead::{Observation, Pattern, ReadaheadLimits};
 use crate::write_buffer::{self, DirtyPart};
 
@@ -140,7 +140,7 @@ impl<C: Cluster> Filesystem<C> {
             if node.state.lock().held_append.is_some() {
                 // Where it lies is known when it is committed. If that fails, the file's handles are told.
                 let _recorded = self.commit(node, Scope::Sealed).await;
-                still_wanted().await?;
+                check_interrupted().await?;
                 continue;
             }
             let from = match snapshot_of(&node.state.lock(), range.clone()) {

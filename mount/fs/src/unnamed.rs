@@ -18,7 +18,7 @@ use super::namespace::entry_of;
 use super::{Cluster, Filesystem, FreshContent, Handle, NewFile, OpenFlags};
 use crate::commit_lock::lock_after_append;
 use crate::handles::Scope;
-use crate::interrupt::still_wanted;
+use crate::interrupt::check_interrupted;
 use crate::write_buffer::{Pack, PackRange};
 
 /// Directories made by one command, which has room for 256 operations. Longer paths take several commands.
@@ -131,7 +131,7 @@ impl<C: Cluster> Filesystem<C> {
                     operations.push(Operation::SetAttributes { inode, changes });
                     destination.add_link(operations, inode);
                 };
-                still_wanted().await?;
+                check_interrupted().await?;
                 break self.send(node, &packs, &add).await?;
             }
         };

@@ -21,7 +21,7 @@ use super::payloads::WaitingPayloads;
 use super::places::Place;
 use crate::errno::errno;
 use crate::statistics::{Statistics, Verb, attribute_value};
-use quorumfs_fs::interrupt::{Caller, Callers, Tolerance, in_vain};
+use quorumfs_fs::interrupt::{Caller, Callers, InterruptedBy, run_interrupted};
 use quorumfs_fs::{Cluster, Filesystem, Handle, NewFile, OpenFlags, Opened};
 
 /// A reply that can be an error. Dropped without an answer, it sends EIO.
@@ -92,7 +92,7 @@ impl<C: Cluster> FuseEdge<C> {
                 places: Arc::default(),
                 cache: Arc::new(kept),
             },
-            callers: Callers::watched(),
+            callers: Callers::start(),
             runtime: runtime.clone(),
             statistics: Arc::default(),
             payloads: WaitingPayloads::new(),
@@ -202,7 +202,7 @@ impl<C: Cluster> FuseEdge<C> {
         let statistics = Arc::clone(&self.statistics);
         let caller = Caller {
             thread,
-            tolerance: tolerance(verb),
+            interrupted_by: interrupted_by(verb),
         };
         run(&self.runtime, async move {
             let mut running = std::pin::pin!(running);
@@ -216,7 +216,7 @@ impl<C: Cluster> FuseEdge<C> {
                 None => {
                     reply.refuse(Errno::EINTR);
                     // The caller is gone; a failure is reported like any other.
-                    if let Ok(value) = in_vain(running).await {
+                    if let Ok(value) = run_interrupted(running).await {
                         close(filesystem, value);
                     }
                 }
@@ -274,7 +274,7 @@ impl<C: Cluster> FuseEdge<C> {
 }
 
 /// Returns what may interrupt the callers of `verb`.
-fn tolerance(verb: Verb) -> Tolerance {
+fn interrupted_by(verb: Verb) -> InterruptedBy {
     match verb {
         Verb::Lookup
         | Verb::GetAttributes
@@ -284,7 +284,7 @@ fn tolerance(verb: Verb) -> Tolerance {
         | Verb::ReadDirectory
         | Verb::Space
         | Verb::GetXattr
-        | Verb::ListXattrs => Tolerance::Asking,
+        | Verb::ListXattrs => InterruptedBy::TerminationRequests,
         Verb::SetAttributes
         | Verb::Mknod
         | Verb::Mkdir
@@ -302,7 +302,7 @@ fn tolerance(verb: Verb) -> Tolerance {
         | Verb::ReleaseDirectory
         | Verb::FsyncDirectory
         | Verb::SetXattr
-        | Verb::RemoveXattr => Tolerance::Acting,
+        | Verb::RemoveXattr => InterruptedBy::FatalSignals,
     }
 }
 

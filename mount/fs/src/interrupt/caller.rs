@@ -10,7 +10,7 @@ use std::fs;
 type SignalSet = u64;
 
 /// Signals whose default action does not end the program: they are ignored, stop it or continue it.
-const SPARING: SignalSet = set(&[
+const NON_TERMINATING: SignalSet = set(&[
     libc::SIGCHLD,
     libc::SIGCONT,
     libc::SIGURG,
@@ -23,7 +23,7 @@ const SPARING: SignalSet = set(&[
 
 /// Signals by which a person or a service manager asks a program to end. A handler for one of them wants to run soon.
 /// All others are used for other things too (timers, children, profilers, reloads).
-const REQUESTS_TO_END: SignalSet = set(&[libc::SIGINT, libc::SIGQUIT, libc::SIGTERM]);
+const TERMINATION_REQUESTS: SignalSet = set(&[libc::SIGINT, libc::SIGQUIT, libc::SIGTERM]);
 
 /// PF_EXITING of linux/sched.h.
 const EXITING: u64 = 0x4;
@@ -40,31 +40,31 @@ const fn set(signals: &[i32]) -> SignalSet {
 
 /// What a waiting thread is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Wish {
+pub(super) enum SignalState {
     /// Go on waiting.
-    Wait,
+    None,
     /// It is asked to end, and handles that itself as soon as its call returns.
-    HandleRequest,
+    TerminationRequested,
     /// A pending signal ends it, or it is being killed already.
-    Die,
+    Fatal,
 }
 
 /// What the thread `thread` is to do. One that is gone or cannot be looked at waits.
-pub(super) fn wish(thread: u32) -> Wish {
+pub(super) fn signal_state(thread: u32) -> SignalState {
     let read = |file: &str| fs::read_to_string(format!("/proc/{thread}/{file}")).ok();
     let Some(status) = read("status") else {
-        return Wish::Wait;
+        return SignalState::None;
     };
-    let Some(wish) = wish_of_status(&status) else {
-        return Wish::Wait;
+    let Some(state) = parse_status(&status) else {
+        return SignalState::None;
     };
-    match wish {
-        Wish::Wait
+    match state {
+        SignalState::None
             if !has_address_space(&status) && read("stat").is_some_and(|stat| is_being_killed(&stat)) =>
         {
-            Wish::Die
+            SignalState::Fatal
         }
-        wish => wish,
+        state => state,
     }
 }
 
@@ -74,7 +74,7 @@ fn has_address_space(status: &str) -> bool {
 }
 
 /// What `/proc/TID/status` says about signals.
-fn wish_of_status(status: &str) -> Option<Wish> {
+fn parse_status(status: &str) -> Option<SignalState> {
     let value = |name: &str| {
         let mut lines = status.lines();
         lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::trim))
@@ -82,20 +82,20 @@ fn wish_of_status(status: &str) -> Option<Wish> {
     let signals = |name| SignalSet::from_str_radix(value(name)?, 16).ok();
     let pending = signals("SigPnd")? | signals("ShdPnd")?;
     if pending & set(&[libc::SIGKILL]) != 0 {
-        return Some(Wish::Die);
+        return Some(SignalState::Fatal);
     }
     // What a debugger makes of a signal is not known.
     if value("TracerPid")? != "0" {
-        return Some(Wish::Wait);
+        return Some(SignalState::None);
     }
     let delivered = pending & !signals("SigBlk")? & !signals("SigIgn")?;
     let handled = signals("SigCgt")?;
-    Some(if delivered & !handled & !SPARING != 0 {
-        Wish::Die
-    } else if delivered & handled & REQUESTS_TO_END != 0 {
-        Wish::HandleRequest
+    Some(if delivered & !handled & !NON_TERMINATING != 0 {
+        SignalState::Fatal
+    } else if delivered & handled & TERMINATION_REQUESTS != 0 {
+        SignalState::TerminationRequested
     } else {
-        Wish::Wait
+        SignalState::None
     })
 }
 
@@ -116,67 +116,73 @@ fn is_being_killed(stat: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn status(tracer: u32, sets: [SignalSet; 5]) -> Option<Wish> {
+    fn status(tracer: u32, sets: [SignalSet; 5]) -> Option<SignalState> {
         let [pending, shared, blocked, ignored, handled] = sets;
-        wish_of_status(&format!(
+        parse_status(&format!(
             "Name:\tSigPnd: 1\nState:\tD (disk sleep)\nTracerPid:\t{tracer}\nSigQ:\t1/31\nSigPnd:\t{pending:016x}\n\
              ShdPnd:\t{shared:016x}\nSigBlk:\t{blocked:016x}\nSigIgn:\t{ignored:016x}\nSigCgt:\t{handled:016x}\n"
         ))
     }
 
     #[test]
-    fn only_what_ends_the_program_ends_its_call() {
+    fn only_signals_that_terminate_the_program_interrupt_its_call() {
         const NONE: SignalSet = 0;
         let int = set(&[libc::SIGINT]);
         let kill = set(&[libc::SIGKILL]);
-        assert_eq!(status(0, [NONE; 5]), Some(Wish::Wait));
-        assert_eq!(status(0, [kill, NONE, NONE, NONE, NONE]), Some(Wish::Die));
+        assert_eq!(status(0, [NONE; 5]), Some(SignalState::None));
+        assert_eq!(
+            status(0, [kill, NONE, NONE, NONE, NONE]),
+            Some(SignalState::Fatal)
+        );
         assert_eq!(
             status(7, [NONE, kill, NONE, NONE, NONE]),
-            Some(Wish::Die),
+            Some(SignalState::Fatal),
             "traced"
         );
-        assert_eq!(status(0, [NONE, int, NONE, NONE, NONE]), Some(Wish::Die));
+        assert_eq!(status(0, [NONE, int, NONE, NONE, NONE]), Some(SignalState::Fatal));
         assert_eq!(
             status(7, [NONE, int, NONE, NONE, NONE]),
-            Some(Wish::Wait),
+            Some(SignalState::None),
             "traced"
         );
         assert_eq!(
             status(0, [NONE, int, int, NONE, NONE]),
-            Some(Wish::Wait),
+            Some(SignalState::None),
             "blocked"
         );
         assert_eq!(
             status(0, [NONE, int, NONE, int, NONE]),
-            Some(Wish::Wait),
+            Some(SignalState::None),
             "ignored"
         );
-        assert_eq!(status(0, [int, NONE, NONE, NONE, int]), Some(Wish::HandleRequest));
+        assert_eq!(
+            status(0, [int, NONE, NONE, NONE, int]),
+            Some(SignalState::TerminationRequested)
+        );
         for signal in 1..=64 {
             let signals = set(&[signal]);
             let requests = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
             let handled = status(0, [signals, NONE, NONE, NONE, signals]);
             let expected = match signal {
-                libc::SIGKILL => Wish::Die,
-                signal if requests.contains(&signal) => Wish::HandleRequest,
-                _ => Wish::Wait,
+                libc::SIGKILL => SignalState::Fatal,
+                signal if requests.contains(&signal) => SignalState::TerminationRequested,
+                _ => SignalState::None,
             };
             assert_eq!(handled, Some(expected), "handled {signal}");
         }
         for signal in [libc::SIGALRM, libc::SIGPROF, libc::SIGUSR1, 64] {
             let default = status(0, [set(&[signal]), NONE, NONE, NONE, NONE]);
-            assert_eq!(default, Some(Wish::Die), "default {signal}");
+            assert_eq!(default, Some(SignalState::Fatal), "default {signal}");
         }
         for signal in [libc::SIGCHLD, libc::SIGURG, libc::SIGTSTP, libc::SIGWINCH] {
             let default = status(0, [set(&[signal]), NONE, NONE, NONE, NONE]);
-            assert_eq!(default, Some(Wish::Wait), "default {signal}");
+            assert_eq!(default, Some(SignalState::None), "default {signal}");
         }
-        assert_eq!(wish_of_status("Name:\tkthread\n"), None);
+        assert_eq!(parse_status("Name:\tkthread\n"), None);
     }
 
     #[test]
-    fn a_killed_program_is_told_from_one_that_exits() {
+    fn a_killed_program_is_distinguished_from_one_that_exits() {
         let stat = |flags: u64, exit_code: u64| {
             let middle = ["0"; 42].join(" ");
             format!("7 (a) b) D 1 7 7 0 -1 {flags} {middle} {exit_code}\n")
@@ -189,10 +195,14 @@ mod tests {
     }
 
     #[test]
-    fn this_thread_waits_for_nothing() {
+    fn this_thread_has_no_pending_signals() {
         // SAFETY: gettid touches no memory.
         let own = unsafe { libc::gettid() };
-        assert_eq!(wish(own as u32), Wish::Wait);
-        assert_eq!(wish(u32::MAX), Wish::Wait, "there is no such thread");
+        assert_eq!(signal_state(own as u32), SignalState::None);
+        assert_eq!(
+            signal_state(u32::MAX),
+            SignalState::None,
+            "there is no such thread"
+        );
     }
 }
