@@ -240,7 +240,7 @@ impl<C: Cluster> Filesystem<C> {
                 tracing::error!(%inode, after, "the cluster answered a listing that does not go on and does not end");
                 Err(FsError::Io)
             }
-            // Removed while it was open: it is empty.
+            // Unlinked while it was open: it is empty.
             Err(FsError::NotFound | FsError::Stale) => Ok(Page {
                 after,
                 end: true,
@@ -267,7 +267,7 @@ impl<C: Cluster> Filesystem<C> {
         let attributes = entry.attributes.clone();
         if attributes.is_some() && self.cluster.lease().is_some() {
             // Names are kept above as long as the lease holds: it may be opened without a look-up.
-            self.looked_up.add(entry.inode);
+            self.recent_lookups.add(entry.inode);
         }
         DirectoryItem {
             name: Bytes::from(entry.name.clone()),

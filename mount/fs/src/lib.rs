@@ -34,13 +34,13 @@ mod dirty;
 pub mod handles;
 pub mod interrupt;
 mod leased;
-mod looked_up;
 mod namespace;
 mod open;
 mod pages;
 mod read;
 pub mod readahead;
-mod removed;
+mod recent_lookups;
+mod unlinked;
 mod unnamed;
 mod write;
 pub mod write_buffer;
@@ -61,11 +61,11 @@ use tokio::time::{Interval, MissedTickBehavior};
 
 pub use self::directory::DirectoryItem;
 pub use self::leased::Leased;
-pub use self::looked_up::Caller;
 pub use self::namespace::MovedDirectories;
 pub use self::open::{NewFile, Opened};
 pub use self::pages::PageCache;
-pub use self::removed::InUseCheck;
+pub use self::recent_lookups::ThreadId;
+pub use self::unlinked::InUseCheck;
 pub use self::unnamed::{Destination, Stored};
 pub use self::write::WritePosition;
 pub use crate::caches::page_tail::{Order, Reader};
@@ -76,8 +76,8 @@ pub use quorumfs_client::{Cluster, FreshContent};
 use self::close_queue::CloseQueue;
 use self::directory::OpenDirectories;
 use self::dirty::DirtyBytes;
-use self::looked_up::LookedUp;
-use self::removed::Removed;
+use self::recent_lookups::RecentLookups;
+use self::unlinked::Unlinked;
 use crate::caches::chunk_cache::ChunkCache;
 use crate::caches::page_versions::PageVersions;
 use crate::handles::{OpenFiles, Scope, SharedInode};
@@ -119,7 +119,7 @@ pub struct FsOptions {
     /// How long at least what was looked up can be opened although another mount takes its name meanwhile; twice as long
     /// at most. The kernel sends the open within a second of the look-up (that long it may remember a name), and a moment
     /// more on a busy machine.
-    pub looked_up_ms: u64,
+    pub lookup_grace_ms: u64,
     /// The directory that is mounted; it is its own parent.
     pub root: InodeNumber,
 }
@@ -132,7 +132,7 @@ impl Default for FsOptions {
             cache_bytes: 128 << 20,
             dirty_bytes_max: 64 << 20,
             dirty_age_ms: 1000,
-            looked_up_ms: 2000,
+            lookup_grace_ms: 2000,
             root: InodeNumber::ROOT,
         }
     }
@@ -156,8 +156,8 @@ pub struct Filesystem<C: Cluster = quorumfs_client::Client> {
     pages: PageVersions,
     page_cache: OnceLock<Arc<dyn PageCache>>,
     readahead_permits: Semaphore,
-    removed: Removed,
-    looked_up: LookedUp,
+    unlinked: Unlinked,
+    recent_lookups: RecentLookups,
 }
 
 impl<C: Cluster> Filesystem<C> {
@@ -183,8 +183,8 @@ impl<C: Cluster> Filesystem<C> {
             pages: PageVersions::default(),
             page_cache: OnceLock::new(),
             readahead_permits: Semaphore::new(READAHEAD_FETCHES_MAX),
-            removed: Removed::default(),
-            looked_up: LookedUp::new(options.looked_up_ms),
+            unlinked: Unlinked::default(),
+            recent_lookups: RecentLookups::new(options.lookup_grace_ms),
             options,
         });
         let weak = Arc::downgrade(&filesystem);
@@ -262,7 +262,7 @@ impl<C: Cluster> Filesystem<C> {
             return;
         };
         while let Some(filesystem) = ticks.next().await {
-            if !filesystem.removed.is_empty() {
+            if !filesystem.unlinked.is_empty() {
                 filesystem.release_unlinked().await;
             }
         }

@@ -1,7 +1,7 @@
 //! Names: looking up, making, linking, moving, removing.
 //!
 //! Rule: what loses its last name here is asked to be kept (`Held::Open`), and released a moment later if nobody uses it
-//! (`removed`). The other way round it could be gone under a program that has it open, because what a name names, and
+//! (`unlinked`). The other way round it could be gone under a program that has it open, because what a name names, and
 //! who opens it meanwhile, is only known for sure when the command is done.
 
 use quorumfs_proto::command::{Held, IfExists, NewInode, RenameMode, Target};
@@ -10,8 +10,8 @@ use quorumfs_proto::{
     SymlinkTarget,
 };
 
-use super::removed::RemovedBy;
-use super::{Caller, Cluster, Filesystem};
+use super::unlinked::UnlinkedBy;
+use super::{Cluster, Filesystem, ThreadId};
 use crate::handles::Scope;
 
 /// Directories that a rename moved.
@@ -36,9 +36,9 @@ impl<C: Cluster> Filesystem<C> {
                 let name = Name::new(name.to_vec())?;
                 let attributes = {
                     // Until it is noted what this is about, it is not given up.
-                    let _under_way = self.removed.may_hold();
+                    let _pending = self.unlinked.begin_call();
                     let attributes = self.ask(Query::lookup(parent, name)).await?;
-                    self.looked_up.add(attributes.inode);
+                    self.recent_lookups.add(attributes.inode);
                     attributes
                 };
                 Ok(self.present(attributes).await)
@@ -49,9 +49,9 @@ impl<C: Cluster> Filesystem<C> {
     /// What lies at `path` below the mounted directory. Symbolic links on the way are not followed.
     pub async fn resolve(&self, path: &[Name]) -> Result<Attributes, FsError> {
         let attributes = {
-            let _under_way = self.removed.may_hold();
+            let _pending = self.unlinked.begin_call();
             let attributes = self.ask(Query::resolve(self.options.root, path.to_vec())).await?;
-            self.looked_up.add(attributes.inode);
+            self.recent_lookups.add(attributes.inode);
             attributes
         };
         Ok(self.present(attributes).await)
@@ -60,11 +60,11 @@ impl<C: Cluster> Filesystem<C> {
     /// As [`Filesystem::lookup`], for a thread whose creation may have found something just now.
     pub async fn lookup_for(
         &self,
-        caller: Caller,
+        caller: ThreadId,
         parent: InodeNumber,
         name: &[u8],
     ) -> Result<Attributes, FsError> {
-        match self.looked_up.found_by(caller, parent, name) {
+        match self.recent_lookups.take_existing(caller, parent, name) {
             Some(found) => Ok(self.present(found).await),
             None => self.lookup(parent, name).await,
         }
@@ -94,7 +94,7 @@ impl<C: Cluster> Filesystem<C> {
         };
         let outcome = self.mutate(make).await?;
         let (made, _) = entry_of(&outcome)?;
-        self.looked_up.add(made.inode);
+        self.recent_lookups.add(made.inode);
         Ok(made)
     }
 
@@ -132,7 +132,7 @@ impl<C: Cluster> Filesystem<C> {
     pub async fn unlink(&self, parent: InodeNumber, name: &[u8]) -> Result<(), FsError> {
         self.writable()?;
         let name = Name::new(name.to_vec())?;
-        let _under_way = self.removed.may_hold();
+        let _pending = self.unlinked.begin_call();
         let outcome = self
             .mutate(Operation::Unlink {
                 parent: Target::Inode(parent),
@@ -149,7 +149,7 @@ impl<C: Cluster> Filesystem<C> {
         self.writable()?;
         let name = Name::new(name.to_vec())?;
         let parent = Target::Inode(parent);
-        let _under_way = self.removed.may_hold();
+        let _pending = self.unlinked.begin_call();
         let outcome = self.mutate(Operation::RemoveDirectory { parent, name }).await?;
         self.record_removal(&outcome);
         Ok(())
@@ -172,7 +172,7 @@ impl<C: Cluster> Filesystem<C> {
         if mode == RenameMode::Exchange {
             self.commit_named(to_parent, &to_name).await;
         }
-        let _under_way = self.removed.may_hold();
+        let _pending = self.unlinked.begin_call();
         let outcome = self
             .mutate(Operation::Rename {
                 from_parent: Target::Inode(from_parent),
@@ -231,7 +231,7 @@ impl<C: Cluster> Filesystem<C> {
     /// `inode` has no name any more; the cluster keeps it for this mount.
     fn record_unlinked(&self, inode: InodeNumber) {
         // Before the answer goes up, and with it whoever is the last to use it may let go.
-        self.removed.add(inode, RemovedBy::ThisMount);
+        self.unlinked.add(inode, UnlinkedBy::ThisMount);
         if let Some(node) = self.open.find(inode)
             && let Some(view) = &mut node.state.lock().view
         {

@@ -8,8 +8,8 @@ use quorumfs_proto::limits::FILE_BYTES_MAX;
 use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber, Name, Operation, Query};
 
 use super::namespace::entry_of;
-use super::removed::RemovedBy;
-use super::{Caller, Cluster, Durability, Filesystem, Handle, OpenFlags, OpenInode, Put};
+use super::unlinked::UnlinkedBy;
+use super::{Cluster, Durability, Filesystem, Handle, OpenFlags, OpenInode, Put, ThreadId};
 use crate::caches::page_versions::DropId;
 use crate::handles::{OpenFile, Scope};
 
@@ -45,11 +45,11 @@ impl<C: Cluster> Filesystem<C> {
     /// As [`Filesystem::open`], for a thread whose creation may have found something just now.
     pub async fn open_for(
         &self,
-        caller: Caller,
+        caller: ThreadId,
         inode: InodeNumber,
         flags: OpenFlags,
     ) -> Result<Opened, FsError> {
-        self.looked_up.goes_on(caller);
+        self.recent_lookups.forget_existing(caller);
         self.open(inode, flags).await
     }
 
@@ -87,7 +87,7 @@ impl<C: Cluster> Filesystem<C> {
             _ => return Err(FsError::InvalidArgument),
         }
         // Nobody's name leads there any more; unless it is held here the cluster may already have been told so.
-        let may_open = || self.removed.holds(node.inode) || self.looked_up.may_open(node.inode);
+        let may_open = || self.unlinked.holds(node.inode) || self.recent_lookups.may_open(node.inode);
         if view.links == 0 && self.open.use_count(node.inode) == 1 && !may_open() {
             return Err(FsError::Stale);
         }
@@ -163,14 +163,14 @@ impl<C: Cluster> Filesystem<C> {
     /// here ([`Filesystem::lookup_for`]), and asks for an open.
     pub async fn create_for(
         &self,
-        caller: Caller,
+        caller: ThreadId,
         parent: InodeNumber,
         name: &[u8],
         new: NewFile,
         flags: OpenFlags,
     ) -> Result<(Attributes, Opened), FsError> {
         self.writable()?;
-        self.looked_up.goes_on(caller);
+        self.recent_lookups.forget_existing(caller);
         let create = Operation::Create {
             parent: Target::Inode(parent),
             name: Name::new(name.to_vec())?,
@@ -184,7 +184,7 @@ impl<C: Cluster> Filesystem<C> {
         };
         let mut attempt = 1;
         // Another mount may take the name away before the file is held here.
-        let _under_way = self.removed.may_hold();
+        let _pending = self.unlinked.begin_call();
         let made = loop {
             match self.mutate(create.clone()).await {
                 Err(FsError::Exists) if !flags.exclusive => {}
@@ -192,7 +192,7 @@ impl<C: Cluster> Filesystem<C> {
             }
             match self.lookup(parent, name).await {
                 Ok(found) => {
-                    self.looked_up.found(caller, parent, name, found);
+                    self.recent_lookups.record_existing(caller, parent, name, found);
                     return Err(FsError::Stale);
                 }
                 Err(FsError::NotFound) if attempt < CREATE_ATTEMPTS_MAX => attempt += 1,
@@ -260,7 +260,7 @@ impl<C: Cluster> Filesystem<C> {
         }
         self.open.release(&file.node);
         if is_unlinked && self.open.use_count(file.node.inode) == 0 {
-            self.removed.add(file.node.inode, RemovedBy::Another);
+            self.unlinked.add(file.node.inode, UnlinkedBy::Another);
         }
         Ok(())
     }

@@ -82,7 +82,7 @@ impl<C: Cluster> Filesystem<C> {
     pub async fn create_unnamed(&self, new: NewFile) -> Result<Handle, FsError> {
         self.writable()?;
         // Until it is held here, the cluster is not told that it is not.
-        let _under_way = self.removed.may_hold();
+        let _pending = self.unlinked.begin_call();
         let create = Operation::CreateUnlinked {
             inode: new_inode(NewKind::File, new),
         };

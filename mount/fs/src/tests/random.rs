@@ -149,7 +149,7 @@ impl World {
             dirty_bytes_max: 6 << 20,
             cache_bytes: 8 << 20,
             dirty_age_ms: 20,
-            looked_up_ms: 0,
+            lookup_grace_ms: 0,
             ..FsOptions::default()
         };
         let mounts = [1, 2].map(|session| Filesystem::new(cluster.connect(session), options.clone()));

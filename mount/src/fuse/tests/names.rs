@@ -288,7 +288,7 @@ fn a_removed_working_directory_answers_stat_although_another_mount_moved_it_befo
     let cluster = MemoryCluster::new();
     // The other mount does not cache its look-ups.
     let forgetful = FsOptions {
-        looked_up_ms: 0,
+        lookup_grace_ms: 0,
         ..FsOptions::default()
     };
     let (one, other) = (

@@ -22,17 +22,17 @@ const INODES_MAX: usize = 64 << 10;
 
 /// How long the kernel may take to look a name up again that a creation found: it waits for other changes of the
 /// directory first.
-const FOUND_MS: u64 = 5_000;
+const EXISTING_MS_MAX: u64 = 5_000;
 
 /// Threads that are to look a name up again.
-const FOUND_MAX: usize = 1024;
+const EXISTING_MAX: usize = 1024;
 
 /// The thread that makes a call, as the kernel names it. 0: a thread that cannot be named.
-pub type Caller = u32;
+pub type ThreadId = u32;
 
 /// Inodes of the last seconds.
 #[derive(Debug)]
-struct Recent {
+struct RecentSet {
     newer: HashSet<InodeNumber>,
     older: HashSet<InodeNumber>,
     since: Instant,
@@ -40,9 +40,9 @@ struct Recent {
     kept: Duration,
 }
 
-impl Recent {
-    fn new(kept_ms: u64) -> Recent {
-        Recent {
+impl RecentSet {
+    fn new(kept_ms: u64) -> RecentSet {
+        RecentSet {
             newer: HashSet::new(),
             older: HashSet::new(),
             since: Instant::now(),
@@ -50,7 +50,7 @@ impl Recent {
         }
     }
 
-    fn turn(&mut self, now: Instant) {
+    fn rotate(&mut self, now: Instant) {
         let age = now.saturating_duration_since(self.since);
         if age >= self.kept || self.newer.len() >= INODES_MAX {
             self.older = std::mem::take(&mut self.newer);
@@ -62,12 +62,12 @@ impl Recent {
     }
 
     fn insert(&mut self, inode: InodeNumber, now: Instant) {
-        self.turn(now);
+        self.rotate(now);
         self.newer.insert(inode);
     }
 
     fn contains(&mut self, inode: InodeNumber, now: Instant) -> bool {
-        self.turn(now);
+        self.rotate(now);
         self.newer.contains(&inode) || self.older.contains(&inode)
     }
 
@@ -79,7 +79,7 @@ impl Recent {
 
 /// What a creation found.
 #[derive(Debug)]
-struct Found {
+struct ExistingFile {
     attributes: Attributes,
     /// Under which name, until that is looked up again. From then on the inode may be opened, and nothing else.
     name: Option<(InodeNumber, Vec<u8>)>,
@@ -89,49 +89,49 @@ struct Found {
 
 /// See the module. The lock is held for a look-up.
 #[derive(Debug)]
-pub(super) struct LookedUp {
+pub(super) struct RecentLookups {
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
-    looked_up: Recent,
-    given_up: Recent,
-    found: HashMap<Caller, Found>,
+    looked_up: RecentSet,
+    revoked: RecentSet,
+    existing: HashMap<ThreadId, ExistingFile>,
 }
 
-impl Found {
+impl ExistingFile {
     fn is_named(&self, parent: InodeNumber, name: &[u8]) -> bool {
         let own = self.name.as_ref();
         own.is_some_and(|(own_parent, own_name)| *own_parent == parent && own_name == name)
     }
 
     fn is_young(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.at) < Duration::from_millis(FOUND_MS)
+        now.saturating_duration_since(self.at) < Duration::from_millis(EXISTING_MS_MAX)
     }
 }
 
 impl State {
-    fn is_found(&self, inode: InodeNumber, now: Instant) -> bool {
-        let is_it = |found: &Found| found.attributes.inode == inode && found.is_young(now);
-        self.found.values().any(is_it)
+    fn is_existing(&self, inode: InodeNumber, now: Instant) -> bool {
+        let is_it = |found: &ExistingFile| found.attributes.inode == inode && found.is_young(now);
+        self.existing.values().any(is_it)
     }
 
     /// Whether it was looked up lately and not given up since.
-    fn is_kept(&mut self, inode: InodeNumber, now: Instant) -> bool {
-        let is_recent = self.looked_up.contains(inode, now) || self.is_found(inode, now);
-        is_recent && !self.given_up.contains(inode, now)
+    fn is_recent(&mut self, inode: InodeNumber, now: Instant) -> bool {
+        let is_looked_up = self.looked_up.contains(inode, now) || self.is_existing(inode, now);
+        is_looked_up && !self.revoked.contains(inode, now)
     }
 }
 
-impl LookedUp {
+impl RecentLookups {
     /// Nothing is looked up yet. What is stays for `kept_ms`.
-    pub(super) fn new(kept_ms: u64) -> LookedUp {
-        LookedUp {
+    pub(super) fn new(kept_ms: u64) -> RecentLookups {
+        RecentLookups {
             state: Mutex::new(State {
-                looked_up: Recent::new(kept_ms),
-                given_up: Recent::new(kept_ms.max(FOUND_MS)),
-                found: HashMap::new(),
+                looked_up: RecentSet::new(kept_ms),
+                revoked: RecentSet::new(kept_ms.max(EXISTING_MS_MAX)),
+                existing: HashMap::new(),
             }),
         }
     }
@@ -143,15 +143,15 @@ impl LookedUp {
 
     /// Whether `inode` may be opened although it has no name, and nobody here has it open.
     pub(super) fn may_open(&self, inode: InodeNumber) -> bool {
-        self.state.lock().is_kept(inode, Instant::now())
+        self.state.lock().is_recent(inode, Instant::now())
     }
 
     /// Those of `inodes` that no thread is about to look up again, because its creation found it.
-    pub(super) fn not_found(&self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
+    pub(super) fn without_existing(&self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
         let (state, now) = (self.state.lock(), Instant::now());
         inodes
             .iter()
-            .filter(|inode| !state.is_found(**inode, now))
+            .filter(|inode| !state.is_existing(**inode, now))
             .copied()
             .collect()
     }
@@ -161,46 +161,57 @@ impl LookedUp {
         let (mut state, now) = (self.state.lock(), Instant::now());
         inodes
             .iter()
-            .filter(|inode| !state.is_kept(**inode, now))
+            .filter(|inode| !state.is_recent(**inode, now))
             .copied()
             .collect()
     }
 
     /// From now on `inodes` are not opened any more.
-    pub(super) fn give_up(&self, inodes: &[InodeNumber]) {
+    pub(super) fn revoke(&self, inodes: &[InodeNumber]) {
         let (mut state, now) = (self.state.lock(), Instant::now());
         for inode in inodes {
-            state.given_up.insert(*inode, now);
+            state.revoked.insert(*inode, now);
         }
     }
 
     /// They are after all.
-    pub(super) fn keep(&self, inodes: &[InodeNumber]) {
+    pub(super) fn restore(&self, inodes: &[InodeNumber]) {
         let mut state = self.state.lock();
         for inode in inodes {
-            state.given_up.remove(*inode);
+            state.revoked.remove(*inode);
         }
     }
 
     /// `caller` could not create `name`, because it leads to the inode of `attributes`.
-    pub(super) fn found(&self, caller: Caller, parent: InodeNumber, name: &[u8], attributes: Attributes) {
+    pub(super) fn record_existing(
+        &self,
+        caller: ThreadId,
+        parent: InodeNumber,
+        name: &[u8],
+        attributes: Attributes,
+    ) {
         let (mut state, at) = (self.state.lock(), Instant::now());
         // Few, and most threads never come back for theirs.
-        state.found.retain(|_, found| found.is_young(at));
-        if caller != 0 && state.found.len() < FOUND_MAX {
-            let found = Found {
+        state.existing.retain(|_, found| found.is_young(at));
+        if caller != 0 && state.existing.len() < EXISTING_MAX {
+            let found = ExistingFile {
                 attributes,
                 name: Some((parent, name.to_vec())),
                 at,
             };
-            state.found.insert(caller, found);
+            state.existing.insert(caller, found);
         }
     }
 
     /// What `caller`'s creation of `name` found a moment ago; told once.
-    pub(super) fn found_by(&self, caller: Caller, parent: InodeNumber, name: &[u8]) -> Option<Attributes> {
+    pub(super) fn take_existing(
+        &self,
+        caller: ThreadId,
+        parent: InodeNumber,
+        name: &[u8],
+    ) -> Option<Attributes> {
         let (mut state, now) = (self.state.lock(), Instant::now());
-        let found = state.found.get_mut(&caller)?;
+        let found = state.existing.get_mut(&caller)?;
         if !found.is_named(parent, name) || !found.is_young(now) {
             return None;
         }
@@ -211,10 +222,10 @@ impl LookedUp {
     }
 
     /// `caller` goes on: what its creation found is of no use any more.
-    pub(super) fn goes_on(&self, caller: Caller) {
+    pub(super) fn forget_existing(&self, caller: ThreadId) {
         let mut state = self.state.lock();
-        if !state.found.is_empty() {
-            state.found.remove(&caller);
+        if !state.existing.is_empty() {
+            state.existing.remove(&caller);
         }
     }
 }
@@ -226,8 +237,8 @@ mod tests {
     const KEPT_MS: u64 = 2_000;
 
     #[test]
-    fn what_was_looked_up_is_kept_for_a_while_and_what_was_given_up_is_not_opened() {
-        let mut recent = Recent::new(KEPT_MS);
+    fn a_looked_up_inode_can_be_opened_for_a_while_unless_it_is_revoked() {
+        let mut recent = RecentSet::new(KEPT_MS);
         let (start, inode) = (recent.since, InodeNumber(7));
         let after = |ms| start + Duration::from_millis(ms);
         recent.insert(inode, after(KEPT_MS - 1));
@@ -240,21 +251,21 @@ mod tests {
             "nothing came for long"
         );
 
-        let looked_up = LookedUp::new(KEPT_MS);
+        let looked_up = RecentLookups::new(KEPT_MS);
         assert!(!looked_up.may_open(inode));
         looked_up.add(inode);
         assert!(looked_up.may_open(inode));
         assert!(looked_up.not_recent(&[inode]).is_empty());
-        looked_up.give_up(&[inode]);
+        looked_up.revoke(&[inode]);
         assert!(!looked_up.may_open(inode));
         assert_eq!(looked_up.not_recent(&[inode]), [inode]);
-        looked_up.keep(&[inode]);
+        looked_up.restore(&[inode]);
         assert!(looked_up.may_open(inode));
     }
 
     #[test]
     fn the_inodes_that_are_remembered_are_bounded() {
-        let mut recent = Recent::new(KEPT_MS);
+        let mut recent = RecentSet::new(KEPT_MS);
         let now = recent.since;
         for inode in 0..5 * INODES_MAX as u64 {
             recent.insert(InodeNumber(inode), now);
