@@ -222,7 +222,7 @@ impl<C: Cluster> Filesystem<C> {
             }
             self.update_open_files(&outcome.touched);
             // The offset that caches above us assumed may be another.
-            self.pages.forget(node.inode);
+            self.page_versions.forget(node.inode);
             return Ok(());
         }
         Err(FsError::Io)

@@ -357,7 +357,7 @@ impl<C: Cluster> Filesystem<C> {
                 }
                 // Where extents were named it is this command that made the version, even if another call has told of it.
                 if !packs.is_empty() || known.is_some_and(|known| known + 1 == after) {
-                    self.pages.changed_here(node.inode, after - 1, after);
+                    self.page_versions.changed_here(node.inode, after - 1, after);
                 }
             }
         }
@@ -376,7 +376,7 @@ impl<C: Cluster> Filesystem<C> {
         state.failures.record(error);
         self.remove_packs(node, &mut state, packs);
         drop(state);
-        self.pages.forget(node.inode);
+        self.page_versions.forget(node.inode);
     }
 
     fn remove_packs(&self, node: &OpenInode<C>, state: &mut InodeState<Put<C>>, packs: &[Arc<Pack>]) {

@@ -68,8 +68,8 @@ impl Page {
     /// Where in the page the entries after `cookie` begin, if the page tells what comes next.
     fn position(&self, cookie: u64) -> Option<usize> {
         let at = self.entries.partition_point(|entry| entry.cookie <= cookie);
-        let tells = self.after <= cookie && (at < self.entries.len() || self.end);
-        tells.then_some(at)
+        let covers = self.after <= cookie && (at < self.entries.len() || self.end);
+        covers.then_some(at)
     }
 }
 
@@ -86,30 +86,32 @@ struct OpenDirectory {
 pub(super) struct OpenDirectories {
     table: Mutex<(Handle, HashMap<Handle, Arc<OpenDirectory>>)>,
     /// Handles with a page, the one that got its page last at the end.
-    paged: Mutex<VecDeque<Handle>>,
+    with_page: Mutex<VecDeque<Handle>>,
 }
 
 impl OpenDirectories {
     /// `handle` has a new page; of too many the oldest that nobody reads right now are dropped. The caller holds the
     /// handle's own.
-    fn has_page(&self, handle: Handle) {
-        let mut paged = self.paged.lock();
-        paged.retain(|other| *other != handle);
-        for _ in PAGES_MAX..=paged.len() {
-            let Some(oldest) = paged.pop_front() else { break };
+    fn record_page(&self, handle: Handle) {
+        let mut with_page = self.with_page.lock();
+        with_page.retain(|other| *other != handle);
+        for _ in PAGES_MAX..=with_page.len() {
+            let Some(oldest) = with_page.pop_front() else {
+                break;
+            };
             let directory = self.table.lock().1.get(&oldest).cloned();
             match directory.as_ref().map(|directory| directory.page.try_lock()) {
                 Some(Ok(mut page)) => *page = None,
-                Some(Err(_)) => paged.push_back(oldest),
+                Some(Err(_)) => with_page.push_back(oldest),
                 None => {}
             }
         }
-        paged.push_back(handle);
+        with_page.push_back(handle);
     }
 
     /// `handle` is closed.
     fn close(&self, handle: Handle) -> Option<Arc<OpenDirectory>> {
-        self.paged.lock().retain(|other| *other != handle);
+        self.with_page.lock().retain(|other| *other != handle);
         self.table.lock().1.remove(&handle)
     }
 
@@ -190,7 +192,7 @@ impl<C: Cluster> Filesystem<C> {
             let page = self
                 .directory_page(directory.inode, after, detail, asked_bytes)
                 .await?;
-            self.list(&mut listing, &page.entries);
+            self.add_entries(&mut listing, &page.entries);
             return listing.finish();
         }
         loop {
@@ -201,20 +203,20 @@ impl<C: Cluster> Filesystem<C> {
                 }
                 let fetched = self.directory_page(directory.inode, after, detail, PAGE_BYTES);
                 *names = Some(fetched.await?);
-                self.directories.has_page(handle);
+                self.directories.record_page(handle);
                 continue;
             };
-            let listed = self.list(&mut listing, &page.entries[at..]);
+            let last_cookie = self.add_entries(&mut listing, &page.entries[at..]);
             if listing.is_full || page.end {
                 return listing.finish();
             }
-            after = listed.unwrap_or(after);
+            after = last_cookie.unwrap_or(after);
         }
     }
 
     /// Adds as many of `entries` as fit and answers the cookie of the last. Those of one cookie stay together: the caller
     /// can only go on behind all of them.
-    fn list(&self, listing: &mut Listing, entries: &[DirectoryEntry]) -> Option<u64> {
+    fn add_entries(&self, listing: &mut Listing, entries: &[DirectoryEntry]) -> Option<u64> {
         let groups = entries.chunk_by(|a, b| a.cookie == b.cookie);
         groups
             .take_while(|group| listing.add(group.iter().map(|entry| self.item(entry)).collect()))

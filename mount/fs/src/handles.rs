@@ -375,7 +375,7 @@ impl<Put> OpenFiles<Put> {
                     buffer: WriteBuffer::default(),
                     held_append: None,
                     puts: BTreeMap::new(),
-                    extents: ExtentCache::counted_in(&self.extents),
+                    extents: ExtentCache::with_count(&self.extents),
                     tail: PageTail::default(),
                     page_writers: 0,
                     last_appended: None,

@@ -42,7 +42,7 @@ struct State {
 }
 
 /// What was known of the lease and of this mount's changes when something was sent.
-struct Sent {
+struct LeaseContext {
     lease: Option<LeaseNumber>,
     undecided: u64,
 }
@@ -56,29 +56,29 @@ impl<C: Cluster> Leased<C> {
         }
     }
 
-    fn number(&self) -> Option<LeaseNumber> {
+    fn lease_number(&self) -> Option<LeaseNumber> {
         self.cluster.lease().map(|(_, number)| number)
     }
 
     /// To be asked for before something is sent whose answer is to be learned from.
-    fn sending(&self) -> Sent {
+    fn context(&self) -> LeaseContext {
         // In this order: a change that ends without a verdict in between is counted by one of the two.
         let undecided = self.state.lock().undecided;
         let may_change = self.cluster.has_unsettled_changes();
-        Sent {
-            lease: self.number().filter(|_| !may_change),
+        LeaseContext {
+            lease: self.lease_number().filter(|_| !may_change),
             undecided,
         }
     }
 
     /// The lease under which the answer to what was `sent` may be learned; `state` is this one's own, locked.
-    fn learned_under(&self, sent: &Sent, state: &State) -> Option<LeaseNumber> {
-        let now = self.number().filter(|now| Some(*now) == sent.lease);
-        now.filter(|_| state.undecided == sent.undecided)
+    fn current_lease(&self, context: &LeaseContext, state: &State) -> Option<LeaseNumber> {
+        let now = self.lease_number().filter(|now| Some(*now) == context.lease);
+        now.filter(|_| state.undecided == context.undecided)
     }
 
-    fn known(&self, query: &Query) -> Option<Result<Answer, FsError>> {
-        let number = self.number()?;
+    fn cached_answer(&self, query: &Query) -> Option<Result<Answer, FsError>> {
+        let number = self.lease_number()?;
         let mut state = self.state.lock();
         match query {
             Query::Attributes { inode } => {
@@ -86,8 +86,8 @@ impl<C: Cluster> Leased<C> {
                 Some(Ok(Answer::Attributes(attributes)))
             }
             Query::Lookup { parent, name } => {
-                let lacks = state.view.lacks(number, *parent, name);
-                lacks.then_some(Err(FsError::NotFound))
+                let is_absent = state.view.is_absent(number, *parent, name);
+                is_absent.then_some(Err(FsError::NotFound))
             }
             _ => None,
         }
@@ -98,35 +98,35 @@ impl<C: Cluster> Cluster for Leased<C> {
     type Chunk = C::Chunk;
 
     async fn mutate(&self, command: Command, stored: &[C::Chunk]) -> Result<Outcome, FsError> {
-        let sent = self.sending();
-        let named = names_made(&command);
-        let directories = directories_made(&command);
+        let context = self.context();
+        let names = created_names(&command);
+        let directories = created_directories(&command);
         {
             let mut state = self.state.lock();
             state.sent += 1;
-            for (parent, name) in &named {
-                state.view.may_name(*parent, name);
+            for (parent, name) in &names {
+                state.view.add_name(*parent, name);
             }
-            if names_in_what_it_opens(&command) {
+            if creates_in_created_directory(&command) {
                 state.view = LeaseView::default();
             }
         }
-        let mut under_way = UnderWay {
+        let mut pending = PendingChange {
             leased: self,
             decided: false,
         };
         let result = self.cluster.mutate(command, stored).await;
-        under_way.decided = !matches!(result, Err(FsError::TimedOut | FsError::Io));
-        drop(under_way);
+        pending.decided = !matches!(result, Err(FsError::TimedOut | FsError::Io));
+        drop(pending);
         if let Ok(outcome) = &result {
             let mut state = self.state.lock();
-            match self.learned_under(&sent, &state) {
+            match self.current_lease(&context, &state) {
                 Some(number) => {
-                    state.view.learn(number, &outcome.touched);
+                    state.view.insert(number, &outcome.touched);
                     for at in directories {
                         if let Some(OperationResult::Entry { inode, created: true }) = outcome.results.get(at)
                         {
-                            state.view.made(number, *inode);
+                            state.view.add_empty_directory(number, *inode);
                         }
                     }
                 }
@@ -136,8 +136,8 @@ impl<C: Cluster> Cluster for Leased<C> {
                     for attributes in &outcome.touched {
                         state.view.forget(attributes.inode);
                     }
-                    for (parent, name) in &named {
-                        state.view.may_name(*parent, name);
+                    for (parent, name) in &names {
+                        state.view.add_name(*parent, name);
                     }
                 }
             }
@@ -151,21 +151,21 @@ impl<C: Cluster> Cluster for Leased<C> {
     }
 
     async fn query(&self, query: Query) -> Result<Answer, FsError> {
-        if let Some(known) = self.known(&query) {
+        if let Some(known) = self.cached_answer(&query) {
             return known;
         }
         let changes = {
             let state = self.state.lock();
             (state.sent == state.answered).then_some(state.sent)
         };
-        let sent = self.sending();
+        let context = self.context();
         let answer = self.cluster.query(query).await?;
         let mut state = self.state.lock();
         if changes == Some(state.sent)
-            && let Some(number) = self.learned_under(&sent, &state)
+            && let Some(number) = self.current_lease(&context, &state)
             && let Answer::Attributes(attributes) | Answer::Extents(ExtentsPage { attributes, .. }) = &answer
         {
-            state.view.learn(number, std::slice::from_ref(attributes));
+            state.view.insert(number, std::slice::from_ref(attributes));
         }
         drop(state);
         Ok(answer)
@@ -201,12 +201,12 @@ impl<C: Cluster> Cluster for Leased<C> {
 }
 
 /// A change under way; it is answered when this is dropped, even if nobody waits for it any more.
-struct UnderWay<'a, C> {
+struct PendingChange<'a, C> {
     leased: &'a Leased<C>,
     decided: bool,
 }
 
-impl<C> Drop for UnderWay<'_, C> {
+impl<C> Drop for PendingChange<'_, C> {
     fn drop(&mut self) {
         let mut state = self.leased.state.lock();
         state.answered += 1;
@@ -218,7 +218,7 @@ impl<C> Drop for UnderWay<'_, C> {
 }
 
 /// The names that `command` may make.
-fn names_made(command: &Command) -> BTreeSet<(InodeNumber, Name)> {
+fn created_names(command: &Command) -> BTreeSet<(InodeNumber, Name)> {
     let mut names = BTreeSet::new();
     let mut add = |parent: &Target, name: &Name| {
         if let Target::Inode(parent) = parent {
@@ -251,7 +251,7 @@ fn names_made(command: &Command) -> BTreeSet<(InodeNumber, Name)> {
 
 /// Whether `command` makes names in directories that it creates or, where they exist, opens: which these are is not known
 /// before its outcome.
-fn names_in_what_it_opens(command: &Command) -> bool {
+fn creates_in_created_directory(command: &Command) -> bool {
     command.operations.iter().any(|operation| {
         matches!(
             operation,
@@ -267,7 +267,7 @@ fn names_in_what_it_opens(command: &Command) -> bool {
 }
 
 /// Which operations of `command` make directories that are empty after it.
-fn directories_made(command: &Command) -> Vec<usize> {
+fn created_directories(command: &Command) -> Vec<usize> {
     let makes = |operation: &Operation| matches!(operation, Operation::Create { inode, .. } if inode.kind == NewKind::Directory);
     let is_named_in = |at: usize| {
         let parents = command.operations.iter().filter_map(|operation| match operation {

@@ -87,7 +87,7 @@ use crate::interrupt::interruptible;
 const READAHEAD_FETCHES_MAX: usize = 16;
 
 /// Files that are committed at the same time when everything is.
-const COMMITS_AT_ONCE_MAX: usize = 16;
+const CONCURRENT_COMMITS_MAX: usize = 16;
 
 /// Shortest period of the background tasks.
 const TICK_MS_MIN: u64 = 10;
@@ -153,7 +153,7 @@ pub struct Filesystem<C: Cluster = quorumfs_client::Client> {
     dirty: DirtyBytes<Put<C>>,
     close_queue: CloseQueue<Put<C>>,
     chunks: ChunkCache,
-    pages: PageVersions,
+    page_versions: PageVersions,
     page_cache: OnceLock<Arc<dyn PageCache>>,
     readahead_permits: Semaphore,
     unlinked: Unlinked,
@@ -180,7 +180,7 @@ impl<C: Cluster> Filesystem<C> {
             dirty: DirtyBytes::new(options.dirty_bytes_max),
             close_queue: CloseQueue::default(),
             chunks: ChunkCache::new(options.cache_bytes),
-            pages: PageVersions::default(),
+            page_versions: PageVersions::default(),
             page_cache: OnceLock::new(),
             readahead_permits: Semaphore::new(READAHEAD_FETCHES_MAX),
             unlinked: Unlinked::default(),
@@ -232,7 +232,7 @@ impl<C: Cluster> Filesystem<C> {
     pub async fn flush_all(&self) -> Result<(), FsError> {
         let verdicts = stream::iter(self.dirty.nodes())
             .map(|node| async move { self.commit(&node, Scope::Everything).await })
-            .buffer_unordered(COMMITS_AT_ONCE_MAX)
+            .buffer_unordered(CONCURRENT_COMMITS_MAX)
             .collect::<Vec<_>>()
             .await;
         self.release_unlinked().await;

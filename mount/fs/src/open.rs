@@ -91,7 +91,7 @@ impl<C: Cluster> Filesystem<C> {
         if view.links == 0 && self.open.use_count(node.inode) == 1 && !may_open() {
             return Err(FsError::Stale);
         }
-        Ok(self.pages.opened(node.inode, view.content_version))
+        Ok(self.page_versions.opened(node.inode, view.content_version))
     }
 
     async fn truncate_at_open(&self, node: &OpenInode<C>, privileges: Privileges) -> Result<(), FsError> {
@@ -135,7 +135,7 @@ impl<C: Cluster> Filesystem<C> {
     pub(super) fn file_of_request(&self, handle: Handle) -> Result<Arc<OpenFile<Put<C>>>, FsError> {
         let file = self.open.get(handle)?;
         if let Some(drop_id) = file.drop_id.lock().take() {
-            self.pages.dropped(file.node.inode, drop_id);
+            self.page_versions.dropped(file.node.inode, drop_id);
             file.node.state.lock().tail.record_drop(Instant::now());
         }
         Ok(file)
@@ -215,7 +215,8 @@ impl<C: Cluster> Filesystem<C> {
                 .extents
                 .store(attributes.content_version, 0..FILE_BYTES_MAX, Vec::new());
         }
-        self.pages.created(attributes.inode, attributes.content_version);
+        self.page_versions
+            .created(attributes.inode, attributes.content_version);
         self.opened(node, flags, None)
     }
 

@@ -27,13 +27,13 @@ const READ_ATTEMPTS_MAX: u32 = 5;
 const READ_RETRY_MS: u64 = 50;
 
 /// Lookups that commits of this mount may overtake before a read asks them to wait.
-const OVERTAKEN_MAX: u32 = 3;
+const OUTDATED_LOOKUPS_MAX: u32 = 3;
 
 /// How often a read that ends short is done again because the file has become longer meanwhile.
-const OUTGROWN_MAX: u32 = 100;
+const GROWTH_RETRIES_MAX: u32 = 100;
 
 /// Fetches of one read at once.
-const FETCHES_AT_ONCE_MAX: usize = 16;
+const CONCURRENT_FETCHES_MAX: usize = 16;
 
 /// What a file holds in a range at one moment.
 #[derive(Debug)]
@@ -63,17 +63,17 @@ impl<C: Cluster> Filesystem<C> {
             return Err(FsError::NotPermitted);
         }
         let range = offset..offset.saturating_add(u64::from(length)).min(FILE_BYTES_MAX);
-        let seen = self.observe(&file, offset, length, ReadaheadLimits::default());
-        let (mut attempt, mut outgrown) = (1, 0);
+        let observation = self.observe(&file, offset, length, ReadaheadLimits::default());
+        let (mut attempt, mut growth_retries) = (1, 0);
         while attempt <= READ_ATTEMPTS_MAX {
             let snapshot = self.snapshot(&file.node, range.clone()).await?;
             let end = snapshot.range.end;
-            match interruptible(self.assemble(snapshot, seen.pattern)).await {
+            match interruptible(self.assemble(snapshot, observation.pattern)).await {
                 Ok(bytes) if end < range.end => {
                     let mut state = file.node.state.lock();
                     // A longer file may have been told to whoever would take what is missing for zeros.
-                    if state.size() > end && outgrown < OUTGROWN_MAX {
-                        outgrown += 1;
+                    if state.size() > end && growth_retries < GROWTH_RETRIES_MAX {
+                        growth_retries += 1;
                         continue;
                     }
                     if !file.flags.append {
@@ -83,13 +83,13 @@ impl<C: Cluster> Filesystem<C> {
                     return Ok(bytes);
                 }
                 Err(FsError::Stale) => {
-                    look_again(&file.node, attempt).await;
+                    forget_extents(&file.node, attempt).await;
                     attempt += 1;
                 }
                 other => return other,
             }
         }
-        Err(no_node_has_it(&file.node, offset))
+        Err(missing_chunk(&file.node, offset))
     }
 
     /// Reads `length` bytes at `offset`, fewer only at the end of the file, of the content that has this `version`
@@ -104,18 +104,18 @@ impl<C: Cluster> Filesystem<C> {
     ) -> Result<Bytes, FsError> {
         let file = self.file_of_request(handle)?;
         let range = offset..offset.saturating_add(u64::from(length)).min(FILE_BYTES_MAX);
-        let seen = self.observe(&file, offset, length, ahead);
+        let observation = self.observe(&file, offset, length, ahead);
         for attempt in 1..=READ_ATTEMPTS_MAX {
             let snapshot = self.snapshot(&file.node, range.clone()).await?;
             if snapshot.version != version || !snapshot.dirty.is_empty() {
                 return Err(FsError::Stale);
             }
-            match interruptible(self.assemble(snapshot, seen.pattern)).await {
-                Err(FsError::Stale) => look_again(&file.node, attempt).await,
+            match interruptible(self.assemble(snapshot, observation.pattern)).await {
+                Err(FsError::Stale) => forget_extents(&file.node, attempt).await,
                 other => return other,
             }
         }
-        Err(no_node_has_it(&file.node, offset))
+        Err(missing_chunk(&file.node, offset))
     }
 
     /// Takes note of a read, and fetches what the reader will want next.
@@ -126,16 +126,16 @@ impl<C: Cluster> Filesystem<C> {
         length: u32,
         ahead: ReadaheadLimits,
     ) -> Observation {
-        let seen = file.readahead.lock().observe(offset, u64::from(length), ahead);
-        if !seen.ahead.is_empty() {
-            self.read_ahead(&file.node, seen.ahead.clone());
+        let observation = file.readahead.lock().observe(offset, u64::from(length), ahead);
+        if !observation.ahead.is_empty() {
+            self.read_ahead(&file.node, observation.ahead.clone());
         }
-        seen
+        observation
     }
 
     /// What the file holds in `range`, dirty and committed, without a commit in between.
     async fn snapshot(&self, node: &OpenInode<C>, range: Range<u64>) -> Result<Snapshot, FsError> {
-        let mut overtaken = 0;
+        let mut outdated = 0;
         loop {
             if node.state.lock().held_append.is_some() {
                 // Where it lies is known when it is committed. If that fails, the file's handles are told.
@@ -147,14 +147,14 @@ impl<C: Cluster> Filesystem<C> {
                 Ok(snapshot) => return Ok(snapshot),
                 Err(from) => from,
             };
-            let is_current = if overtaken < OVERTAKEN_MAX {
+            let is_current = if outdated < OUTDATED_LOOKUPS_MAX {
                 self.look_up_extents(node, from, EXTENTS_PER_QUERY_MAX).await?
             } else {
                 let _lock = lock_commits(node).await?;
                 self.look_up_extents(node, from, EXTENTS_PER_QUERY_MAX).await?
             };
             if !is_current {
-                overtaken += 1;
+                outdated += 1;
             }
         }
     }
@@ -171,7 +171,7 @@ impl<C: Cluster> Filesystem<C> {
             attributes,
             extents,
             known_to,
-        } = self.ask(query).await.map_err(gone)?;
+        } = self.ask(query).await.map_err(stale_if_missing)?;
         if known_to <= from && from < attributes.size {
             tracing::error!(inode = %node.inode, from, "the cluster answered extents that do not go on");
             return Err(FsError::Io);
@@ -241,11 +241,11 @@ impl<C: Cluster> Filesystem<C> {
             ..
         } = snapshot;
         let mut fetched = stream::iter(extents)
-            .filter_map(|(extent, used_to)| {
-                std::future::ready(clip(extent, range.clone()).map(|part| (part, used_to)))
+            .filter_map(|(extent, used_end)| {
+                std::future::ready(clip(extent, range.clone()).map(|part| (part, used_end)))
             })
-            .map(|(part, used_to)| self.fetch(part, used_to, pattern))
-            .buffered(FETCHES_AT_ONCE_MAX)
+            .map(|(part, used_end)| self.fetch(part, used_end, pattern))
+            .buffered(CONCURRENT_FETCHES_MAX)
             .try_collect::<Vec<(u64, Bytes)>>()
             .await?;
         let length = (range.end - range.start) as usize;
@@ -261,11 +261,14 @@ impl<C: Cluster> Filesystem<C> {
         Ok(bytes.freeze())
     }
 
-    /// The bytes of `part`, out of a chunk that the file uses up to `used_to`, and their place in the file.
-    async fn fetch(&self, part: Extent, used_to: u32, pattern: Pattern) -> Result<(u64, Bytes), FsError> {
+    /// The bytes of `part`, out of a chunk that the file uses up to `used_end`, and their place in the file.
+    async fn fetch(&self, part: Extent, used_end: u32, pattern: Pattern) -> Result<(u64, Bytes), FsError> {
         let range = part.chunk_offset..part.chunk_offset + part.length;
         let get = |offset, length| self.cluster.get_chunk(part.chunk, offset, length);
-        let bytes = self.chunks.read(part.chunk, range, used_to, pattern, get).await?;
+        let bytes = self
+            .chunks
+            .read(part.chunk, range, used_end, pattern, get)
+            .await?;
         Ok((part.file_offset, bytes))
     }
 
@@ -292,20 +295,20 @@ impl<C: Cluster> Filesystem<C> {
                 },
             };
             let Ok(snapshot) = known else { return };
-            let fetches = snapshot.extents.into_iter().map(|(extent, used_to)| {
+            let fetches = snapshot.extents.into_iter().map(|(extent, used_end)| {
                 let filesystem = Arc::clone(&filesystem);
                 async move {
                     let Ok(_permit) = filesystem.readahead_permits.acquire().await else {
                         return;
                     };
                     let first_byte = Extent { length: 1, ..extent };
-                    if let Err(error) = filesystem.fetch(first_byte, used_to, Pattern::Sequential).await {
+                    if let Err(error) = filesystem.fetch(first_byte, used_end, Pattern::Sequential).await {
                         tracing::debug!(chunk = %extent.chunk, %error, "read ahead");
                     }
                 }
             });
             stream::iter(fetches)
-                .buffer_unordered(FETCHES_AT_ONCE_MAX)
+                .buffer_unordered(CONCURRENT_FETCHES_MAX)
                 .collect::<()>()
                 .await;
         });
@@ -313,7 +316,7 @@ impl<C: Cluster> Filesystem<C> {
 }
 
 /// A chunk is gone, so the file has changed, or is in other extents: its extents are forgotten, to be looked up again.
-async fn look_again<Put>(node: &SharedInode<Put>, attempt: u32) {
+async fn forget_extents<Put>(node: &SharedInode<Put>, attempt: u32) {
     tracing::debug!(inode = %node.inode, attempt, "a chunk is gone; extents are looked up again");
     node.state.lock().extents.clear();
     if attempt > 1 {
@@ -321,7 +324,7 @@ async fn look_again<Put>(node: &SharedInode<Put>, attempt: u32) {
     }
 }
 
-fn no_node_has_it<Put>(node: &SharedInode<Put>, offset: u64) -> FsError {
+fn missing_chunk<Put>(node: &SharedInode<Put>, offset: u64) -> FsError {
     tracing::error!(inode = %node.inode, offset, "no node has a chunk that the file names");
     FsError::Io
 }
@@ -340,7 +343,7 @@ fn snapshot_of<Put>(state: &InodeState<Put>, range: Range<u64>) -> Result<Snapsh
     } else {
         let committed = range.start..range.end.min(size).max(range.start);
         let extents = state.extents.lookup(version, committed)?;
-        let used = |extent| (extent, state.extents.reach(&extent));
+        let used = |extent| (extent, state.extents.chunk_end(&extent));
         extents.into_iter().map(used).collect()
     };
     Ok(Snapshot {
@@ -352,7 +355,7 @@ fn snapshot_of<Put>(state: &InodeState<Put>, range: Range<u64>) -> Result<Snapsh
 }
 
 /// An open file that the cluster does not know any more is stale, not missing.
-fn gone(error: FsError) -> FsError {
+fn stale_if_missing(error: FsError) -> FsError {
     match error {
         FsError::NotFound => FsError::Stale,
         other => other,

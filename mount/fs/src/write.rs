@@ -70,13 +70,13 @@ impl<C: Cluster> Filesystem<C> {
                     order,
                     arrived_at: Instant::now(),
                 });
-                self.take(&file.node, offset, data, privileges, page_write)
+                self.buffer(&file.node, offset, data, privileges, page_write)
                     .await?;
             }
         }
         if place == WritePosition::At(offset) && file.flags.append {
             // These bytes did not go through the caches above, where another handle may just have read what was there.
-            self.pages.forget(file.node.inode);
+            self.page_versions.forget(file.node.inode);
             self.drop_pages(&file.node, offset).await;
         }
         self.prepare_answer(&file, place, offset + u64::from(length), order)
@@ -124,14 +124,14 @@ impl<C: Cluster> Filesystem<C> {
             .map_or(0, |attributes| attributes.size);
         data.truncate(usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX));
         if !data.is_empty() {
-            self.take(&file.node, offset, data, Privileges::Keep, None)
+            self.buffer(&file.node, offset, data, Privileges::Keep, None)
                 .await?;
         }
         Ok(length)
     }
 
     /// Puts `data` into the file's buffer, when there is room. `page_write`: programs above see it in the file's pages.
-    async fn take(
+    async fn buffer(
         self: &Arc<Self>,
         node: &OpenInode<C>,
         offset: u64,

@@ -69,12 +69,12 @@ pub struct Connection {
 
 /// Content that no command has named yet.
 #[derive(Clone)]
-pub struct Fresh {
+pub struct MemoryChunk {
     id: ChunkId,
     payload: Bytes,
 }
 
-impl FreshContent for Fresh {
+impl FreshContent for MemoryChunk {
     fn id(&self) -> ChunkId {
         self.id
     }
@@ -88,7 +88,7 @@ impl FreshContent for Fresh {
     }
 }
 
-impl Fresh {
+impl MemoryChunk {
     fn named(&self, body: ChunkBody) -> NewChunk {
         NewChunk {
             id: self.id,
@@ -171,17 +171,17 @@ impl MemoryCluster {
     pub fn reclaim(&self) {
         let sessions: Vec<SessionId> = self.state.lock().view().living_sessions().collect();
         for session in sessions {
-            self.ask(session);
+            self.query_unlinked(session);
         }
         let mut state = self.state.lock();
         while state.view().has_reclaimable().expect("readable") {
             let work_max = RECLAIM_WORK_MAX;
             let freed = state.apply(LogBody::Reclaim { work_max });
-            self.forget(&freed);
+            self.remove_dead_chunks(&freed);
         }
     }
 
-    fn ask(&self, session: SessionId) {
+    fn query_unlinked(&self, session: SessionId) {
         let view = self.state.lock().view();
         if let Some(page) = view.unlinked_page(session, usize::MAX).expect("readable") {
             let released = self.not_open(session, &page.inodes);
@@ -201,7 +201,7 @@ impl MemoryCluster {
         let inodes = self.not_open(session, &held);
         if !inodes.is_empty() {
             let release = Command::single(Operation::ReleaseUnlinked { inodes });
-            let released = self.decide(session, release);
+            let released = self.apply_mutation(session, release);
             assert!(released.is_ok(), "{released:?}");
         }
     }
@@ -234,7 +234,7 @@ impl MemoryCluster {
     }
 
     /// Content that no file names any more is gone.
-    fn forget(&self, applied: &Applied) {
+    fn remove_dead_chunks(&self, applied: &Applied) {
         let mut chunks = self.chunks.lock();
         for dead in &applied.effects.dead {
             chunks.remove(dead);
@@ -259,12 +259,12 @@ impl MemoryCluster {
                 }
             }
         }
-        let outcome = self.decide(session, command.clone())?;
+        let outcome = self.apply_mutation(session, command.clone())?;
         self.commands.lock().push(command);
         Ok(outcome)
     }
 
-    fn decide(&self, session: SessionId, command: Command) -> Result<Outcome, FsError> {
+    fn apply_mutation(&self, session: SessionId, command: Command) -> Result<Outcome, FsError> {
         let mut state = self.state.lock();
         let sequence = state.sequences.entry(session).or_default();
         *sequence += 1;
@@ -278,7 +278,7 @@ impl MemoryCluster {
             chunk_low_water: 0,
             command,
         }));
-        self.forget(&applied);
+        self.remove_dead_chunks(&applied);
         match applied.result {
             ApplyResult::Outcome(outcome) => outcome,
             other => panic!("not decided: {other:?}"),
@@ -312,9 +312,9 @@ impl Connection {
 }
 
 impl Cluster for Connection {
-    type Chunk = Fresh;
+    type Chunk = MemoryChunk;
 
-    async fn mutate(&self, command: Command, _stored: &[Fresh]) -> Result<Outcome, FsError> {
+    async fn mutate(&self, command: Command, _stored: &[MemoryChunk]) -> Result<Outcome, FsError> {
         self.pause().await;
         let outcome = self.cluster.apply(self.session, command);
         self.pause().await;
@@ -329,16 +329,16 @@ impl Cluster for Connection {
         answer
     }
 
-    fn new_chunk(&self, payload: Bytes) -> Fresh {
+    fn new_chunk(&self, payload: Bytes) -> MemoryChunk {
         let counter = self.counter.fetch_add(1, Ordering::Relaxed) + 1;
         let id = ChunkId {
             session: self.session,
             counter,
         };
-        Fresh { id, payload }
+        MemoryChunk { id, payload }
     }
 
-    async fn put_chunk(&self, chunk: &Fresh) -> Result<(), FsError> {
+    async fn put_chunk(&self, chunk: &MemoryChunk) -> Result<(), FsError> {
         let _open = self.cluster.put_gate.read().await;
         self.pause().await;
         if let Some(fault) = *self.cluster.put_fault.lock() {

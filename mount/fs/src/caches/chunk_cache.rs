@@ -45,9 +45,9 @@ enum Span {
 }
 
 #[derive(Clone, Debug)]
-struct ByBytes;
+struct ByteWeighter;
 
-impl Weighter<(ChunkId, Span), Bytes> for ByBytes {
+impl Weighter<(ChunkId, Span), Bytes> for ByteWeighter {
     fn weight(&self, _: &(ChunkId, Span), bytes: &Bytes) -> u64 {
         bytes.len() as u64 + ENTRY_OVERHEAD_BYTES
     }
@@ -56,9 +56,9 @@ impl Weighter<(ChunkId, Span), Bytes> for ByBytes {
 /// The cache.
 #[derive(Debug)]
 pub struct ChunkCache {
-    looks: AtomicU64,
+    lookups: AtomicU64,
     fetches: AtomicU64,
-    entries: Cache<(ChunkId, Span), Bytes, ByBytes>,
+    entries: Cache<(ChunkId, Span), Bytes, ByteWeighter>,
 }
 
 impl ChunkCache {
@@ -72,11 +72,11 @@ impl ChunkCache {
             .build()
             .expect("both capacities are given");
         ChunkCache {
-            looks: AtomicU64::new(0),
+            lookups: AtomicU64::new(0),
             fetches: AtomicU64::new(0),
             entries: Cache::with_options(
                 options,
-                ByBytes,
+                ByteWeighter,
                 DefaultHashBuilder::default(),
                 DefaultLifecycle::default(),
             ),
@@ -88,19 +88,19 @@ impl ChunkCache {
     pub fn statistics(&self) -> CacheStatistics {
         let misses = self.fetches.load(Ordering::Relaxed);
         CacheStatistics {
-            hits: self.looks.load(Ordering::Relaxed).saturating_sub(misses),
+            hits: self.lookups.load(Ordering::Relaxed).saturating_sub(misses),
             misses,
             bytes: self.entries.weight(),
         }
     }
 
-    /// The bytes `range` of `chunk`, from here or by `fetch(offset, length)`. `used_to` is how far the file is known
+    /// The bytes `range` of `chunk`, from here or by `fetch(offset, length)`. `used_end` is how far the file is known
     /// to use the chunk: no byte behind it is asked for.
     pub async fn read<F, Fetching>(
         &self,
         chunk: ChunkId,
         range: Range<u32>,
-        used_to: u32,
+        used_end: u32,
         pattern: Pattern,
         fetch: F,
     ) -> Result<Bytes, FsError>
@@ -108,22 +108,24 @@ impl ChunkCache {
         F: Fn(u32, u32) -> Fetching + Sync,
         Fetching: Future<Output = Result<Bytes, FsError>> + Send,
     {
-        debug_assert!(range.end <= used_to && used_to <= CHUNK_BYTES_MAX);
+        debug_assert!(range.end <= used_end && used_end <= CHUNK_BYTES_MAX);
         if let Some(whole) = self.entries.get(&(chunk, Span::Whole))
             && whole.len() >= range.end as usize
         {
-            self.looks.fetch_add(1, Ordering::Relaxed);
+            self.lookups.fetch_add(1, Ordering::Relaxed);
             return Ok(whole.slice(range.start as usize..range.end as usize));
         }
-        if pattern == Pattern::Sequential || used_to <= BLOCK_FETCH_BYTES {
-            return self.part((chunk, Span::Whole), range, used_to, &fetch).await;
+        if pattern == Pattern::Sequential || used_end <= BLOCK_FETCH_BYTES {
+            return self
+                .read_entry((chunk, Span::Whole), range, used_end, &fetch)
+                .await;
         }
         let blocks = range.start / BLOCK_FETCH_BYTES..range.end.div_ceil(BLOCK_FETCH_BYTES);
         let mut parts = try_join_all(blocks.map(|number| {
             let start = number * BLOCK_FETCH_BYTES;
-            let end = (start + BLOCK_FETCH_BYTES).min(used_to);
+            let end = (start + BLOCK_FETCH_BYTES).min(used_end);
             let part = range.start.max(start)..range.end.min(end);
-            self.part((chunk, Span::Block(number)), part, end, &fetch)
+            self.read_entry((chunk, Span::Block(number)), part, end, &fetch)
         }))
         .await?;
         if parts.len() == 1
@@ -137,7 +139,7 @@ impl ChunkCache {
     }
 
     /// `range` (counted in the chunk) out of the entry `key`, which is to reach up to `end`.
-    async fn part<F, Fetching>(
+    async fn read_entry<F, Fetching>(
         &self,
         key: (ChunkId, Span),
         range: Range<u32>,
@@ -153,7 +155,7 @@ impl ChunkCache {
             Span::Block(number) => number * BLOCK_FETCH_BYTES,
         };
         let in_entry = (range.start - start) as usize..(range.end - start) as usize;
-        self.looks.fetch_add(1, Ordering::Relaxed);
+        self.lookups.fetch_add(1, Ordering::Relaxed);
         for _ in 0..SHORT_ENTRIES_MAX {
             let fetched = async {
                 self.fetches.fetch_add(1, Ordering::Relaxed);
@@ -201,7 +203,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn every_way_gives_the_same_bytes_and_the_second_time_no_fetch() {
+    async fn both_patterns_return_the_same_bytes_and_fetch_them_once() {
         let fetches = Mutex::new(Vec::new());
         let fetch = |offset, length| {
             fetches.lock().push((offset, length));
@@ -260,7 +262,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_stays_within_its_bytes() {
+    async fn its_size_is_bounded() {
         let cache = ChunkCache::new(16 << 20);
         for counter in 0..100 {
             let fetch = |_, length: u32| async move { Ok(Bytes::from(vec![0; length as usize])) };

@@ -47,12 +47,12 @@ impl ExtentCount {
 
 /// What one cache has added to the count.
 #[derive(Debug, Default)]
-struct Counted {
+struct CountShare {
     count: ExtentCount,
     extents: usize,
 }
 
-impl Counted {
+impl CountShare {
     fn set(&mut self, extents: usize) {
         // Wraps around to the difference.
         let added = extents.wrapping_sub(self.extents);
@@ -61,7 +61,7 @@ impl Counted {
     }
 }
 
-impl Drop for Counted {
+impl Drop for CountShare {
     fn drop(&mut self) {
         self.set(0);
     }
@@ -70,20 +70,20 @@ impl Drop for Counted {
 /// The known extents of a file.
 #[derive(Debug, Default)]
 pub struct ExtentCache {
-    counted: Counted,
+    count_share: CountShare,
     version: u64,
     extents: BTreeMap<u64, Extent>,
     /// Parts of the file that `extents` tell everything about: start to end, disjoint and not touching.
     known: BTreeMap<u64, u64>,
     /// How far each chunk was ever seen to be used.
-    reach: HashMap<ChunkId, u32>,
+    chunk_ends: HashMap<ChunkId, u32>,
 }
 
 impl ExtentCache {
     /// One that is counted in `count`.
-    pub fn counted_in(count: &ExtentCount) -> ExtentCache {
+    pub fn with_count(count: &ExtentCount) -> ExtentCache {
         ExtentCache {
-            counted: Counted {
+            count_share: CountShare {
                 count: count.clone(),
                 extents: 0,
             },
@@ -95,19 +95,22 @@ impl ExtentCache {
     pub fn clear(&mut self) {
         self.extents = BTreeMap::new();
         self.known = BTreeMap::new();
-        self.reach = HashMap::new();
-        self.count();
+        self.chunk_ends = HashMap::new();
+        self.update_count();
     }
 
     /// Counts what there is now.
-    fn count(&mut self) {
-        self.counted.set(self.extents.len().max(self.reach.len()));
+    fn update_count(&mut self) {
+        self.count_share
+            .set(self.extents.len().max(self.chunk_ends.len()));
     }
 
     /// How far the file uses the chunk of `extent`, as far as is known: a chunk of many extents is then fetched once.
-    pub fn reach(&self, extent: &Extent) -> u32 {
+    pub fn chunk_end(&self, extent: &Extent) -> u32 {
         let end = extent.chunk_offset + extent.length;
-        self.reach.get(&extent.chunk).map_or(end, |reach| end.max(*reach))
+        self.chunk_ends
+            .get(&extent.chunk)
+            .map_or(end, |known_end| end.max(*known_end))
     }
 
     /// The extents that reach into `range`, or from where on they are not known at `version`.
@@ -155,7 +158,7 @@ impl ExtentCache {
             }
         }
         self.mark_known(range);
-        self.count();
+        self.update_count();
     }
 
     /// A command of this mount put `extents` into the file (later ones over earlier ones) and the content went from
@@ -176,17 +179,17 @@ impl ExtentCache {
             self.add(*extent);
             self.mark_known(range);
         }
-        self.count();
+        self.update_count();
     }
 
     fn add(&mut self, extent: Extent) {
         self.extents.insert(extent.file_offset, extent);
-        if self.reach.len() > 2 * EXTENTS_MAX.max(self.extents.len()) {
+        if self.chunk_ends.len() > 2 * EXTENTS_MAX.max(self.extents.len()) {
             // Chunks that were written over are still in it.
-            self.reach.clear();
+            self.chunk_ends.clear();
         }
-        let reach = self.reach.entry(extent.chunk).or_default();
-        *reach = (*reach).max(extent.chunk_offset + extent.length);
+        let known_end = self.chunk_ends.entry(extent.chunk).or_default();
+        *known_end = (*known_end).max(extent.chunk_offset + extent.length);
     }
 
     /// Knows nothing of `range` any more.
@@ -289,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_not_a_hole() {
+    fn an_unknown_range_is_not_a_hole() {
         let mut cache = ExtentCache::default();
         cache.store(3, 10..20, vec![extent(12, 2, 1)]);
         assert_eq!(cache.lookup(3, 10..20), Ok(vec![extent(12, 2, 1)]));
@@ -307,8 +310,8 @@ mod tests {
     #[test]
     fn the_extents_of_all_caches_are_counted() {
         let count = ExtentCount::default();
-        let mut first = ExtentCache::counted_in(&count);
-        let mut second = ExtentCache::counted_in(&count);
+        let mut first = ExtentCache::with_count(&count);
+        let mut second = ExtentCache::with_count(&count);
         first.store(1, 0..30, vec![extent(0, 10, 1), extent(10, 10, 2)]);
         second.store(1, 0..30, vec![extent(0, 10, 3)]);
         assert_eq!(count.extents(), 3);
@@ -321,19 +324,23 @@ mod tests {
     }
 
     #[test]
-    fn a_chunk_of_many_extents_is_known_to_its_last() {
+    fn the_end_of_a_chunk_is_that_of_its_last_extent() {
         let mut cache = ExtentCache::default();
         let second = Extent {
             chunk_offset: 10,
             ..extent(100, 10, 1)
         };
         cache.store(1, 0..200, vec![extent(0, 10, 1), second]);
-        assert_eq!(cache.reach(&extent(0, 10, 1)), 20);
-        assert_eq!(cache.reach(&extent(0, 10, 2)), 10, "of others only what is asked");
+        assert_eq!(cache.chunk_end(&extent(0, 10, 1)), 20);
+        assert_eq!(
+            cache.chunk_end(&extent(0, 10, 2)),
+            10,
+            "of others only what is asked"
+        );
     }
 
     #[test]
-    fn a_change_by_others_in_between_clears() {
+    fn a_change_by_another_mount_in_between_clears_the_cache() {
         let mut cache = ExtentCache::default();
         cache.store(3, 0..20, Vec::new());
         cache.patch(4, &[extent(0, 5, 1)]);
@@ -343,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn a_read_of_very_many_extents_gets_all_of_its_answers_together() {
+    fn a_read_of_very_many_extents_finds_all_of_its_answers() {
         let mut cache = ExtentCache::default();
         for at in 0..5 * EXTENTS_MAX as u64 {
             cache.store(1, 8 * at..8 * (at + 1), vec![extent(8 * at, 8, at)]);

@@ -235,7 +235,7 @@ async fn rename_commits_what_was_written_through_an_open_handle() {
 }
 
 #[tokio::test]
-async fn a_reader_whose_chunk_is_gone_looks_again() {
+async fn a_reader_looks_extents_up_again_when_a_chunk_is_gone() {
     let cluster = MemoryCluster::new();
     let (fs, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let (inode, handle) = create(&fs, "shared").await;
