@@ -1,20 +1,20 @@
-//! Appending: to the end of the file, wherever that is by then.
+//! Appending: writing at the end of the file as of the commit.
 //!
-//! An append is one command, so nobody else's bytes come between its own. The kernel sends at most 1 MiB and at most
-//! 256 pages at once. So a write(2) of up to 1 MiB whose buffer does not begin on a page (or of several buffers) may
-//! come in two parts. It holds the file's lock meanwhile: the second part is this mount's next append to the file, right
-//! after the answer to the first.
+//! An append is one command, so its bytes are contiguous. The kernel sends at most 1 MiB and at most 256 pages per
+//! request. So a write(2) of up to 1 MiB whose buffer does not begin on a page boundary (or which has several buffers)
+//! may arrive in two parts. The kernel holds the inode's lock meanwhile, so the second part is this mount's next append
+//! to the file, directly after the answer to the first.
 //!
-//! How long a write(2) is the kernel shows while it waits for an answer; of other calls it is not known.
+//! The kernel shows the length of a write(2) while the call waits for an answer, but not that of other calls.
 //!
-//! Rule: a part that may be a first one ([`may_continue`]) is answered and held back; if the next append fits into one
-//! extent with it, both are one command. It may be a write of its own, which does no harm. A held part is a dirty byte
-//! like any other: it goes before all that was written after it, with the next commit or read of the file or with age,
-//! and its failure is told to the file's handles.
+//! Rule: an append that may be a first part ([`may_continue`]) is answered and held; if the next append fits into the
+//! same command, one command has both. If it is a write of its own, that does no harm. Held bytes are dirty bytes: they
+//! are committed before everything written after them, by the next commit or read of the file or by age, and a failure
+//! is recorded for the file's handles.
 //!
-//! Rule: a second part is put to the first as soon as it arrives, before it waits for anything, the file's turn included.
-//! So whoever commits may wait for it with the turn taken, and what the second part itself has to wait for (what was
-//! handed over before it, the first part's own file among that) commits both together.
+//! Rule: a second part is joined to the first as soon as it arrives, before it waits for anything, the commit lock
+//! included. So a commit may wait for it while holding the lock, and what the second part itself waits for (queued
+//! closes, possibly of the same file) commits both parts together.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -31,30 +31,30 @@ use crate::commit_lock::lock_commits;
 use crate::handles::{AppendStage, HeldAppend, LastByte, Scope, SharedInode};
 use crate::interrupt::interruptible;
 
-/// How often the chunk of one append is drawn anew after the cluster called it dead.
+/// Most attempts at one append whose chunk the cluster declares dead.
 const APPEND_CHUNK_ATTEMPTS_MAX: usize = 3;
 
-/// What a write of 1 MiB may lack in its first part: less than two pages of 4 KiB for each of up to eight buffers. Pages
-/// of 64 KiB make it more for several buffers, and the same for one.
+/// Most bytes that the first part of a write of 1 MiB may lack: less than two pages of 4 KiB for each of up to eight
+/// buffers. With pages of 64 KiB it is more for several buffers, and the same for one.
 const SECOND_PART_BYTES_MAX: usize = 64 << 10;
 
-/// The most that one command appends.
+/// Most bytes per command.
 const APPEND_BYTES_MAX: usize = CHUNK_BYTES_MAX as usize;
 
-/// Whether an append of so many bytes may be the first part of a write of [`APPEND_BYTES_MAX`] or less. `more_bytes`: how much
-/// of it is to come, if that is known.
+/// Whether an append of `bytes` may be the first part of a write of at most [`APPEND_BYTES_MAX`]. `more_bytes` is the
+/// length of the rest, if known.
 fn may_continue(bytes: usize, more_bytes: Option<u64>) -> bool {
     may_be_first_part(bytes)
         && more_bytes.is_none_or(|more| more > 0 && bytes as u64 + more <= APPEND_BYTES_MAX as u64)
 }
 
-/// Whether the kernel may have split a write so that its first part is so long.
+/// Whether the kernel may have split a write so that the first part has this length.
 pub fn may_be_first_part(bytes: usize) -> bool {
     (APPEND_BYTES_MAX - SECOND_PART_BYTES_MAX..APPEND_BYTES_MAX).contains(&bytes)
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// Appends `data`, in appends of at most [`APPEND_BYTES_MAX`].
+    /// Appends `data` in commands of at most [`APPEND_BYTES_MAX`].
     pub(super) async fn append(
         self: &Arc<Self>,
         node: &OpenInode<C>,
@@ -64,11 +64,11 @@ impl<C: Cluster> Filesystem<C> {
     ) -> Result<(), FsError> {
         if self.join_held_append(node, &data, privileges) {
             self.drain_close_queue().await;
-            // Not given up with this caller: the first part was acknowledged to another, perhaps.
+            // Not interruptible: the first part may be acknowledged to another caller.
             let _lock = node.commit_lock.lock().await;
             return match held_stage(node) {
                 Some(AppendStage::Closed) => self.commit_held_append(node).await,
-                // Somebody else has committed it. If that failed, the file's handles are told.
+                // Another caller has committed it. A failure is recorded for the handles.
                 Some(AppendStage::Open) | None => Ok(()),
             };
         }
@@ -78,7 +78,7 @@ impl<C: Cluster> Filesystem<C> {
             interruptible(self.dirty.wait_for_room(|| self.write_back_all()).map(Ok)).await?;
         }
         let _lock = lock_commits(node).await?;
-        // What other handles wrote before may be what moves the end; if it fails, they are told.
+        // Earlier writes may determine the end of the file. A failure is recorded for the handles.
         let _recorded = self.commit_locked(node, Scope::Everything).await;
         if may_continue {
             let mut state = node.state.lock();
@@ -101,8 +101,8 @@ impl<C: Cluster> Filesystem<C> {
         Ok(())
     }
 
-    /// Takes `data` for the second part of what `node` holds back, if it can be that: both fit into one append, and nothing
-    /// was written behind the first meanwhile. Else there is none.
+    /// Joins `data` to the held append, if both fit into one command and nothing was written behind the first part
+    /// meanwhile. Otherwise closes the held append. Returns whether `data` was joined.
     fn join_held_append(&self, node: &OpenInode<C>, data: &Bytes, privileges: Privileges) -> bool {
         let mut state = node.state.lock();
         let committed = state.view.as_ref().map_or(0, |view| view.size);
@@ -126,7 +126,7 @@ impl<C: Cluster> Filesystem<C> {
         true
     }
 
-    /// An append to `node` is about to be answered: from now on its second part is waited for.
+    /// Restarts the wait for the second part; called just before the answer to the first.
     pub(super) fn restart_second_part_wait(&self, node: &OpenInode<C>) {
         let mut state = node.state.lock();
         if let Some(held) = &mut state.held_append {
@@ -134,14 +134,14 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// Commits the append that is held back, if there is one; the caller holds the file's turn.
+    /// Commits the held append, if any; the caller holds the commit lock.
     pub(super) async fn commit_held_append(&self, node: &OpenInode<C>) -> Result<(), FsError> {
         let held = {
             let mut state = node.state.lock();
             let Some(held) = &mut state.held_append else {
                 return Ok(());
             };
-            // What would be put to it now would be lost with it.
+            // The copy below is what is committed, so nothing may be joined any more.
             held.stage = AppendStage::Closed;
             held.clone()
         };
@@ -152,7 +152,7 @@ impl<C: Cluster> Filesystem<C> {
         };
         let appended = self.append_once(node, data, held.privileges).await;
         if let Err(error) = appended {
-            tracing::warn!(inode = %node.inode, bytes, %error, "appended bytes could not be committed and are given up");
+            tracing::warn!(inode = %node.inode, bytes, %error, "cannot commit appended bytes; they are lost");
             let mut state = node.state.lock();
             state.failures.record(error);
             state.held_append = None;
@@ -161,7 +161,7 @@ impl<C: Cluster> Filesystem<C> {
         appended
     }
 
-    /// One command; the caller holds the file's turn. Afterwards nothing is held back.
+    /// Appends `data` in one command and ends the held append. The caller holds the commit lock.
     async fn append_once(
         &self,
         node: &OpenInode<C>,
@@ -208,7 +208,7 @@ impl<C: Cluster> Filesystem<C> {
                         ..extent
                     };
                     state.extents.patch(attributes.content_version, &[extent]);
-                    // With the new size known, the held bytes must not be counted once more.
+                    // In the same step as the held bytes are removed, which would otherwise count twice.
                     state.update_attributes(attributes);
                     state.last_appended = data.last().map(|byte| LastByte {
                         version: attributes.content_version,
@@ -221,7 +221,7 @@ impl<C: Cluster> Filesystem<C> {
                 }
             }
             self.update_open_files(&outcome.touched);
-            // The offset that caches above us assumed may be another.
+            // The kernel may have cached the bytes at another offset.
             self.page_versions.forget(node.inode);
             return Ok(());
         }

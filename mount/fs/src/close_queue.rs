@@ -1,11 +1,11 @@
-//! `durability=fsync`: closes that return before what was written is committed.
+//! `durability=fsync`: closes that return before their commit.
 //!
-//! Rule: their order is kept. What a close hands over waits in a queue and is committed from its front, one file after the
-//! other; every later change of this mount waits until what was handed over before it is committed. So what a crash
-//! leaves, and what other mounts see, is a prefix of what programs did.
+//! Invariant: closes are committed in order. A close appends its commit to a queue, which is drained from its front,
+//! one file after another; every later change of this mount waits until the commits queued before it are done. So a
+//! crash leaves, and other mounts see, a prefix of what programs did.
 //!
-//! Other mounts see it when it is committed, not with the close: commands that are under way together take effect in any
-//! order, so to show it at once the close would have to wait for its command, and would be no cheaper than
+//! Other mounts see the bytes after the commit, not after the close: commands in flight together take effect in any
+//! order, so to be visible at once a close would have to wait for its command, and would cost as much as with
 //! `durability=close`.
 
 use std::collections::VecDeque;
@@ -18,19 +18,19 @@ use crate::commit_lock::lock_after_append;
 use crate::handles::{Scope, SharedInode};
 use crate::interrupt::uninterruptible;
 
-/// Closes that returned early. Each has at least one dirty byte, so the bound of those is theirs too.
+/// The queued commits. Each has at least one dirty byte, so the limit of dirty bytes bounds them.
 #[derive(Debug)]
 pub(super) struct CloseQueue<Put> {
     queue: Mutex<Queue<Put>>,
-    /// Held by whoever commits from the front; taken before any file's turn.
+    /// Held while draining; taken before any commit lock.
     drain_lock: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
 struct Queue<Put> {
-    /// Each file with the last pack that its close sealed, oldest first.
+    /// Each file with the sequence of the last pack that its close sealed, oldest first.
     closes: VecDeque<(Arc<SharedInode<Put>>, u64)>,
-    /// Committed since the start.
+    /// Commits done since the start.
     committed: u64,
 }
 
@@ -53,7 +53,7 @@ impl<Put> Queue<Put> {
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// A close of `node` returns; what was written goes on its way.
+    /// Queues the commit of a close of `node` and starts draining.
     pub(super) fn queue_close(self: &Arc<Self>, node: &OpenInode<C>) {
         if node.state.lock().is_clean() {
             return;
@@ -66,7 +66,7 @@ impl<C: Cluster> Filesystem<C> {
         tokio::spawn(async move { filesystem.drain_close_queue().await });
     }
 
-    /// Waits until what was handed over before the call is committed. The caller holds no file's turn. What fails is kept
+    /// Waits until all commits queued before this call are done. The caller holds no commit lock. Failures are recorded
     /// for the files' handles.
     pub(super) async fn drain_close_queue(&self) {
         if self.options.durability == Durability::Close {
@@ -88,7 +88,7 @@ impl<C: Cluster> Filesystem<C> {
                     _ => return,
                 }
             };
-            // Whoever waits here may be gone, but others wait for the same.
+            // The caller may be interrupted, but other callers wait for the same commit.
             if let Ok(_lock) = uninterruptible(lock_after_append(&node)).await {
                 let _recorded = self.commit_up_to(&node, last).await;
             }

@@ -371,7 +371,7 @@ impl<C: Cluster> Filesystem<C> {
             return;
         }
         let bytes: usize = packs.iter().map(|pack| pack.payload.len()).sum();
-        tracing::warn!(inode = %node.inode, bytes, %error, "written bytes could not be committed and are given up");
+        tracing::warn!(inode = %node.inode, bytes, %error, "cannot commit written bytes; they are lost");
         let mut state = node.state.lock();
         state.failures.record(error);
         self.remove_packs(node, &mut state, packs);

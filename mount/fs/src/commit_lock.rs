@@ -1,7 +1,7 @@
-//! The turn of an open file: who has it commits what was written, so that commits follow one another in order.
+//! The commit lock of an open file: its holder sends the commits, so that they take effect in the order of the writes.
 //!
-//! The kernel may send one append as two writes. A commit between them would make two appends of it, so it waits for the
-//! second. Must not know what is committed.
+//! The kernel may send one append as two writes. A commit between them would split the append, so it waits for the
+//! second one. This module must not know what is committed.
 
 use std::time::Duration;
 
@@ -12,45 +12,51 @@ use tokio::sync::MutexGuard;
 use crate::handles::{AppendStage, SharedInode};
 use crate::interrupt::interruptible;
 
-/// For so long what is not this write's own waits for a second part: longer than the kernel takes to send it. A program's
-/// own `fsync` behind such a write waits as long.
+/// Time that a commit waits for a second part: longer than the kernel takes to send it. An `fsync` directly after such
+/// a write waits as long.
 const SECOND_PART_WAIT: Duration = Duration::from_millis(20);
-/// As above, for what no request asked for, which comes at any moment: longer than a busy machine lets the writer wait.
-const SECOND_PART_WAIT_UNASKED: Duration = Duration::from_millis(200);
-/// For so long both wait where it is known that there is one: its program may be killed before it is sent.
+/// The same for a background commit, which can start at any moment: longer than a busy machine delays the writer.
+const SECOND_PART_WAIT_BACKGROUND: Duration = Duration::from_millis(200);
+/// The same for both if a second part is known to exist. Bounded, because its program may be killed before it sends it.
 const SECOND_PART_WAIT_KNOWN: Duration = Duration::from_secs(1);
-/// Between two looks whether it is there.
-const SECOND_PART_TICK: Duration = Duration::from_millis(1);
+/// Interval at which the arrival of the second part is checked.
+const SECOND_PART_POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Waits for the turn of `node`.
+/// Waits for the commit lock of `node`.
+///
+/// # Errors
+/// [`FsError::TimedOut`] if the caller is interrupted.
 pub async fn lock_commits<Put>(node: &SharedInode<Put>) -> Result<MutexGuard<'_, ()>, FsError> {
     interruptible(node.commit_lock.lock().map(Ok)).await
 }
 
-/// The file's turn, for a commit: not between the two parts of an append, which would then be two.
+/// Waits for the commit lock and then until no append of `node` is incomplete.
+///
+/// # Errors
+/// [`FsError::TimedOut`] if the caller is interrupted.
 pub async fn lock_after_append<Put>(node: &SharedInode<Put>) -> Result<MutexGuard<'_, ()>, FsError> {
     let lock = lock_commits(node).await?;
-    // With the turn, so that there is no other first part then. The second one does not need it.
+    // With the lock held no other first part can arrive. The second part does not need the lock.
     while expects_second_part(node, SECOND_PART_WAIT) {
-        tokio::time::sleep(SECOND_PART_TICK).await;
+        tokio::time::sleep(SECOND_PART_POLL_INTERVAL).await;
     }
     Ok(lock)
 }
 
-/// As above, for a commit that nobody waits for. It gives way to whoever does, and to appends that follow one another:
-/// each of these commits what was written before it.
+/// Like [`lock_after_append`], for a commit without a caller. It yields the lock while it waits, to commits with a
+/// caller and to further appends, each of which commits what was written before it.
 pub async fn lock_in_background<Put>(node: &SharedInode<Put>) -> MutexGuard<'_, ()> {
     loop {
         let lock = node.commit_lock.lock().await;
-        if !expects_second_part(node, SECOND_PART_WAIT_UNASKED) {
+        if !expects_second_part(node, SECOND_PART_WAIT_BACKGROUND) {
             return lock;
         }
         drop(lock);
-        tokio::time::sleep(SECOND_PART_TICK).await;
+        tokio::time::sleep(SECOND_PART_POLL_INTERVAL).await;
     }
 }
 
-/// Whether what `node` holds back may still get its second part, if that is waited for so long.
+/// Whether the held append of `node` may still receive its second part within `wait` of its first.
 fn expects_second_part<Put>(node: &SharedInode<Put>, wait: Duration) -> bool {
     let state = node.state.lock();
     let Some(held) = state.held_append.as_ref() else {

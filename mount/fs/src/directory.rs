@@ -239,7 +239,7 @@ impl<C: Cluster> Filesystem<C> {
                 Ok(Page { after, entries, end })
             }
             Ok(_) => {
-                tracing::error!(%inode, after, "the cluster answered a listing that does not go on and does not end");
+                tracing::error!(%inode, after, "the cluster returned an empty page of a listing that has not ended");
                 Err(FsError::Io)
             }
             // Unlinked while it was open: it is empty.

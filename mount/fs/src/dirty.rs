@@ -1,7 +1,7 @@
-//! All dirty bytes of a mount: who has them, and how many there may be.
+//! The dirty bytes of a mount: which files have them, and how many there are.
 //!
-//! Invariant: a file is listed here exactly while its buffer is not clean, and counts for what its buffer stands for.
-//! The lock is the innermost: it is taken with a file's state locked, and nothing is locked under it.
+//! Invariant: a file is listed exactly while it has uncommitted bytes, with its memory footprint as charge. The lock is
+//! the innermost: it is taken with a file's state locked, and no lock is taken under it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ struct Totals<Put> {
     nodes: BTreeMap<InodeNumber, Arc<SharedInode<Put>>>,
 }
 
-/// The account of dirty bytes.
+/// The dirty files of a mount and the sum of their bytes.
 #[derive(Debug)]
 pub(super) struct DirtyBytes<Put> {
     totals: Mutex<Totals<Put>>,
@@ -39,7 +39,7 @@ impl<Put> DirtyBytes<Put> {
         }
     }
 
-    /// Totals what `node`'s buffer is now; `state` is `node`'s own, locked.
+    /// Updates the charge of `node` after a change of its buffer. `state` is the locked state of `node`.
     pub(super) fn update(&self, node: &Arc<SharedInode<Put>>, state: &mut InodeState<Put>) {
         let footprint_bytes = state.footprint_bytes();
         let mut totals = self.totals.lock();
@@ -59,7 +59,7 @@ impl<Put> DirtyBytes<Put> {
         }
     }
 
-    /// The files that have dirty bytes.
+    /// Returns the files with dirty bytes.
     pub(super) fn nodes(&self) -> Vec<Arc<SharedInode<Put>>> {
         self.totals.lock().nodes.values().cloned().collect()
     }
@@ -69,12 +69,12 @@ impl<Put> DirtyBytes<Put> {
         self.totals.lock().nodes.is_empty()
     }
 
-    /// Dirty bytes of the mount.
+    /// Returns the charged bytes of all files.
     pub(super) fn bytes(&self) -> u64 {
         self.totals.lock().bytes
     }
 
-    /// Waits until there is room for a write; calls `write_back_all` whenever there is none.
+    /// Waits until the dirty bytes are below their limit. Calls `write_back_all` each time they are not.
     pub(super) async fn wait_for_room(&self, write_back_all: impl Fn()) {
         loop {
             let freed = self.freed.notified();

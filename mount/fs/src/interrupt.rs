@@ -156,7 +156,7 @@ impl Callers {
             if waiting.should_interrupt() && !waiting.interrupted.swap(true, Ordering::AcqRel) {
                 tracing::debug!(
                     thread = waiting.caller.thread,
-                    "the caller of a request was killed"
+                    "interrupted a request: a signal terminates its caller"
                 );
                 waiting.waker.wake();
             }

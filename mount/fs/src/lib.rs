@@ -1,27 +1,29 @@
-//! The filesystem: POSIX's verbs over a cluster, in plain async Rust.
+//! The filesystem: POSIX operations on a cluster, in plain async Rust.
 //!
-//! **One write.** [`Filesystem::write`] waits for room among the mount's dirty bytes, puts the bytes into the file's
-//! [`crate::write_buffer::WriteBuffer`] and returns. A chunk that became full is put at once, in the background
-//! (`start_puts`). A commit (`commit`) comes when enough is sealed, with age, under memory pressure, with
-//! [`Filesystem::fsync`] and [`Filesystem::flush`] (close): it seals what is left, waits for the puts, and sends one
-//! `Write` command that names all of it. What is committed leaves the buffer, and the file's extents are patched.
+//! **One write.** [`Filesystem::write`] waits until the mount's dirty bytes are below their limit, copies the bytes
+//! into the file's [`crate::write_buffer::WriteBuffer`] and returns. A full chunk is put at once, in the background
+//! (`start_puts`). A commit (`commit`) is started by the number of sealed packs, by age, by memory pressure, by
+//! [`Filesystem::fsync`] and by [`Filesystem::flush`] (close): it seals the remaining bytes, waits for the puts, and
+//! sends one `Write` command that names all chunks. Committed bytes leave the buffer, and the cached extents of the
+//! file are patched.
 //!
-//! **One read.** [`Filesystem::open`] asks for the file's attributes and extents at one moment (close-to-open).
-//! [`Filesystem::read`] takes a snapshot of dirty bytes and extents, fetches what is not dirty through the
-//! [`crate::caches::chunk_cache::ChunkCache`], and lays the dirty bytes over it. A sequential reader's next chunks are
-//! fetched meanwhile (`read_ahead`). A chunk nobody has any more means that the file changed: the extents are asked
-//! for again.
+//! **One read.** [`Filesystem::open`] queries the file's attributes and extents as of one moment (close-to-open).
+//! [`Filesystem::read`] takes a snapshot of dirty bytes and extents, fetches clean bytes through the
+//! [`crate::caches::chunk_cache::ChunkCache`], and overlays the dirty bytes. Meanwhile the next chunks of a sequential
+//! reader are fetched (`read_ahead`). If no node has a chunk, the file has changed: its extents are queried again.
 //!
-//! **One whole file.** A file may be written before it has a name, and be linked into place with its last bytes, or be stored
-//! in one command (`unnamed`): what uploads over HTTP are made of.
+//! **One whole file.** A file can be written before it has a name and be linked into place together with its last
+//! bytes, or be stored in one command (`unnamed`). Uploads over HTTP do this.
 //!
-//! Rules held here: commands about the content of one file go out one after another, in the order of writing
-//! (`SharedInode::commit_lock`); mtime is that of the write, not of its flush; attributes are never set before the bytes
-//! written earlier; no verdict of the cluster is anticipated.
+//! Invariants: commands that change the content of one file are sent one after another, in the order of the writes
+//! (`SharedInode::commit_lock`); mtime is the time of the write, not of its commit; attributes are never set before
+//! bytes that were written earlier are committed; no decision of the cluster is anticipated.
 //!
-//! Verbs must be run to their end: a caller that goes away half-way spawns them. Where a verb only waits, it can be told
-//! that its caller is gone ([`crate::interrupt`]); what it commits for others, it commits. Nothing here knows FUSE or a
-//! kernel.
+//! Every operation must be polled to completion; a caller that may be dropped spawns it. An operation that only waits
+//! ends early if its caller is interrupted ([`crate::interrupt`]), but not while it commits bytes of other callers.
+//! This crate must not know FUSE or a kernel.
+//!
+//! Errors are those of the cluster. `# Errors` lists only those that an operation adds.
 
 mod append;
 mod attributes;
@@ -83,44 +85,44 @@ use crate::caches::page_versions::PageVersions;
 use crate::handles::{OpenFiles, Scope, SharedInode};
 use crate::interrupt::interruptible;
 
-/// Read-ahead fetches of one mount at once: enough to keep three nodes busy, and at most 16 MiB on their way.
+/// Concurrent read-ahead fetches of one mount: enough to keep three nodes busy, and at most 16 MiB in flight.
 const READAHEAD_FETCHES_MAX: usize = 16;
 
-/// Files that are committed at the same time when everything is.
+/// Files that [`Filesystem::flush_all`] commits concurrently.
 const CONCURRENT_COMMITS_MAX: usize = 16;
 
 /// Shortest period of the background tasks.
 const TICK_MS_MIN: u64 = 10;
 
-/// When an acknowledged call is durable.
+/// When an acknowledged operation is durable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Durability {
-    /// With its return; a written file with its close.
+    /// When it returns; writes, when their file is closed.
     #[default]
     Close,
-    /// With fsync, or within a second: close hands over and returns. Every later change waits for what was handed over
-    /// before it.
+    /// After fsync, or within [`FsOptions::dirty_age_ms`]: close queues its commit and returns. Every later change
+    /// waits for the commits queued before it.
     Fsync,
 }
 
-/// How a filesystem behaves.
+/// Options of a filesystem.
 #[derive(Clone, Debug)]
 pub struct FsOptions {
     /// When close returns.
     pub durability: Durability,
-    /// Whether everything that changes something is refused.
+    /// Whether all changes are refused.
     pub read_only: bool,
-    /// Bytes of chunks that are kept.
+    /// Most bytes of chunks in the cache.
     pub cache_bytes: u64,
-    /// Bytes that programs may have written and the cluster does not know; writers wait above it.
+    /// Most bytes that are written but not committed; beyond it, writes wait.
     pub dirty_bytes_max: u64,
-    /// How long they may stay so without a sync.
+    /// Age at which written bytes are committed without a sync.
     pub dirty_age_ms: u64,
-    /// How long at least what was looked up can be opened although another mount takes its name meanwhile; twice as long
-    /// at most. The kernel sends the open within a second of the look-up (that long it may remember a name), and a moment
-    /// more on a busy machine.
+    /// Shortest time for which a looked-up inode can be opened although another mount has unlinked it meanwhile; the
+    /// longest is twice as much. The kernel sends the open up to a second after the lookup (it may cache a name that
+    /// long), and later on a busy machine.
     pub lookup_grace_ms: u64,
-    /// The directory that is mounted; it is its own parent.
+    /// The mounted directory; it is its own parent.
     pub root: InodeNumber,
 }
 
@@ -138,10 +140,10 @@ impl Default for FsOptions {
     }
 }
 
-/// A chunk on its way to the nodes.
+/// The future of a chunk that is being put.
 type Put<C> = Shared<BoxFuture<'static, Result<<C as Cluster>::Chunk, FsError>>>;
 
-/// An open file.
+/// The state shared by all handles of a file.
 type OpenInode<C> = Arc<SharedInode<Put<C>>>;
 
 /// A mounted filesystem.
@@ -161,8 +163,8 @@ pub struct Filesystem<C: Cluster = quorumfs_client::Client> {
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// A filesystem over `cluster`, with the tasks that look after it; they end with it. Must be called within a tokio
-    /// runtime.
+    /// Makes a filesystem on `cluster` and spawns its background tasks, which end when it is dropped. Must be called
+    /// within a tokio runtime.
     pub fn new(cluster: C, options: FsOptions) -> Arc<Filesystem<C>> {
         let filesystem = Filesystem::without_tasks(cluster, options);
         tokio::spawn(Filesystem::run_write_back(Arc::downgrade(&filesystem)));
@@ -170,8 +172,8 @@ impl<C: Cluster> Filesystem<C> {
         filesystem
     }
 
-    /// As [`Filesystem::new`], for a caller that runs [`Filesystem::run_write_back`] and [`Filesystem::run_release_unlinked`]
-    /// itself.
+    /// Like [`Filesystem::new`], for a caller that runs [`Filesystem::run_write_back`] and
+    /// [`Filesystem::run_release_unlinked`] itself.
     pub fn without_tasks(cluster: C, options: FsOptions) -> Arc<Filesystem<C>> {
         let filesystem = Arc::new(Filesystem {
             cluster: Arc::new(cluster),
@@ -197,38 +199,37 @@ impl<C: Cluster> Filesystem<C> {
         filesystem
     }
 
-    /// The cluster it lies on.
+    /// Returns the cluster.
     pub fn cluster(&self) -> &C {
         &self.cluster
     }
 
-    /// The directory that is mounted.
+    /// Returns the mounted directory.
     pub fn root(&self) -> InodeNumber {
         self.options.root
     }
 
-    /// How the cache of chunks does.
+    /// Returns the counters of the chunk cache.
     pub fn cache_statistics(&self) -> CacheStatistics {
         self.chunks.statistics()
     }
 
-    /// Bytes that programs wrote and the cluster does not have yet.
+    /// Returns the number of bytes that are written but not committed.
     pub fn dirty_bytes(&self) -> u64 {
         self.dirty.bytes()
     }
 
-    /// The files that programs wrote to and whose bytes the cluster does not have yet.
+    /// Returns the files with bytes that are written but not committed.
     pub fn unwritten(&self) -> Vec<InodeNumber> {
         self.dirty.nodes().iter().map(|node| node.inode).collect()
     }
 
-    /// Space and counts of the cluster.
+    /// Queries the cluster's space and inode count.
     pub async fn space(&self) -> Result<Space, FsError> {
         self.ask(Query::space()).await
     }
 
-    /// Commits everything any program wrote and waits for it: before unmounting. The first failure is answered, all
-    /// files are tried.
+    /// Commits all written bytes and waits for that. Every file is tried; the first failure is returned.
     pub async fn flush_all(&self) -> Result<(), FsError> {
         let verdicts = stream::iter(self.dirty.nodes())
             .map(|node| async move { self.commit(&node, Scope::Everything).await })
@@ -276,17 +277,17 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// Reads metadata; given up when the caller is interrupted.
+    /// Queries the cluster; ends early if the caller is interrupted.
     async fn ask<A>(&self, query: TypedQuery<A>) -> Result<A, FsError> {
         interruptible(self.cluster.ask(query)).await
     }
 
-    /// Sends a command that brings no content and takes note of what it touched.
+    /// Sends a command without content and updates the attributes of open files.
     async fn mutate(&self, operation: Operation) -> Result<Outcome, FsError> {
         self.mutate_all(Command::single(operation), &[]).await
     }
 
-    /// Sends `command`, whose chunks `stored` were put before, and takes note of what it touched.
+    /// Sends `command`, whose chunks `stored` were put before, and updates the attributes of open files.
     async fn mutate_all(&self, command: Command, stored: &[C::Chunk]) -> Result<Outcome, FsError> {
         self.drain_close_queue().await;
         let outcome = interruptible(self.cluster.mutate(command, stored)).await?;
@@ -294,7 +295,7 @@ impl<C: Cluster> Filesystem<C> {
         Ok(outcome)
     }
 
-    /// Takes note of attributes of files that are open here.
+    /// Updates the attributes of files that are open here.
     fn update_open_files(&self, touched: &[Attributes]) {
         if self.open.is_empty() {
             return;

@@ -1,8 +1,8 @@
-//! Names: looking up, making, linking, moving, removing.
+//! Lookup, create, link, rename and unlink.
 //!
-//! Rule: what loses its last name here is asked to be kept (`Held::Open`), and released a moment later if nobody uses it
-//! (`unlinked`). The other way round it could be gone under a program that has it open, because what a name names, and
-//! who opens it meanwhile, is only known for sure when the command is done.
+//! Invariant: when this mount removes the last name of an inode, the same command asks the cluster to keep the inode
+//! (`Held::Open`); it is released soon after if it is not in use (`unlinked`). Deciding before the command would be too
+//! early: which inode the name refers to, and who opens it meanwhile, is only certain after the command.
 
 use quorumfs_proto::command::{Held, IfExists, NewInode, RenameMode, Target};
 use quorumfs_proto::{
@@ -14,17 +14,17 @@ use super::unlinked::UnlinkedBy;
 use super::{Cluster, Filesystem, ThreadId};
 use crate::handles::Scope;
 
-/// Directories that a rename moved.
+/// The directories that a rename moved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MovedDirectories {
-    /// The one that was named.
+    /// The renamed directory.
     pub renamed: Option<InodeNumber>,
-    /// The one it changed places with.
+    /// The directory that it was exchanged with.
     pub exchanged: Option<InodeNumber>,
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// What `name` names in `parent`. Knows "." and "..", of any inode that lives.
+    /// Looks up `name` in `parent`. Supports "." and ".." in every existing directory.
     pub async fn lookup(&self, parent: InodeNumber, name: &[u8]) -> Result<Attributes, FsError> {
         match name {
             b"." => self.attributes(parent, None).await,
@@ -35,7 +35,7 @@ impl<C: Cluster> Filesystem<C> {
             _ => {
                 let name = Name::new(name.to_vec())?;
                 let attributes = {
-                    // Until it is noted what this is about, it is not given up.
+                    // Must live until the inode is recorded; before that, its use here is not reported.
                     let _pending = self.unlinked.begin_call();
                     let attributes = self.ask(Query::lookup(parent, name)).await?;
                     self.recent_lookups.add(attributes.inode);
@@ -46,7 +46,7 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// What lies at `path` below the mounted directory. Symbolic links on the way are not followed.
+    /// Looks up `path` below the mounted directory. Does not follow symbolic links.
     pub async fn resolve(&self, path: &[Name]) -> Result<Attributes, FsError> {
         let attributes = {
             let _pending = self.unlinked.begin_call();
@@ -57,7 +57,7 @@ impl<C: Cluster> Filesystem<C> {
         Ok(self.present(attributes).await)
     }
 
-    /// As [`Filesystem::lookup`], for a thread whose creation may have found something just now.
+    /// Like [`Filesystem::lookup`], for a thread whose creation may just have failed because the file exists.
     pub async fn lookup_for(
         &self,
         caller: ThreadId,
@@ -70,7 +70,7 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// The directory above `inode`; above the mounted one there is none but itself.
+    /// Returns the parent directory of `inode`; the mounted directory is its own parent.
     pub(super) async fn parent_of(&self, inode: InodeNumber) -> Result<InodeNumber, FsError> {
         if inode == self.options.root {
             return Ok(inode);
@@ -78,7 +78,7 @@ impl<C: Cluster> Filesystem<C> {
         Ok(self.ask(Query::attributes(inode)).await?.parent)
     }
 
-    /// mkdir, mknod, symlink.
+    /// Creates a directory, a special file or a symbolic link.
     pub async fn make_node(
         &self,
         parent: InodeNumber,
@@ -98,13 +98,13 @@ impl<C: Cluster> Filesystem<C> {
         Ok(made)
     }
 
-    /// Where a symbolic link points.
+    /// Returns the target of a symbolic link.
     pub async fn read_link(&self, inode: InodeNumber) -> Result<SymlinkTarget, FsError> {
         let target = self.ask(Query::read_link(inode)).await?;
         Ok(target)
     }
 
-    /// link(2); what was written to the file goes with it.
+    /// Makes a hard link. Bytes written to the file are committed with it.
     pub async fn link(
         &self,
         inode: InodeNumber,
@@ -128,7 +128,7 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// unlink(2).
+    /// Removes the name of a file.
     pub async fn unlink(&self, parent: InodeNumber, name: &[u8]) -> Result<(), FsError> {
         self.writable()?;
         let name = Name::new(name.to_vec())?;
@@ -144,7 +144,7 @@ impl<C: Cluster> Filesystem<C> {
         Ok(())
     }
 
-    /// rmdir(2).
+    /// Removes an empty directory.
     pub async fn remove_directory(&self, parent: InodeNumber, name: &[u8]) -> Result<(), FsError> {
         self.writable()?;
         let name = Name::new(name.to_vec())?;
@@ -155,8 +155,8 @@ impl<C: Cluster> Filesystem<C> {
         Ok(())
     }
 
-    /// renameat2(2). What was written to the files that move is committed first: a replaced name never leads to a file
-    /// without its bytes.
+    /// Renames (renameat2(2)). Bytes written to the renamed files are committed first: a replaced name never refers to
+    /// a file without its bytes.
     pub async fn rename(
         &self,
         from_parent: InodeNumber,
@@ -207,30 +207,30 @@ impl<C: Cluster> Filesystem<C> {
         })
     }
 
-    /// Commits what was written to the file of this name. A failure is kept for its handles.
+    /// Commits bytes written to the file of this name. A failure is recorded for its handles.
     async fn commit_named(&self, parent: InodeNumber, name: &Name) {
         if self.dirty.is_empty() {
             return;
         }
         let name = name.clone();
         let Ok(attributes) = self.ask(Query::lookup(parent, name)).await else {
-            return; // The rename itself will say why.
+            return; // The rename reports the error.
         };
         if let Some(node) = self.open.find(attributes.inode) {
             let _recorded = self.commit(&node, Scope::Everything).await;
         }
     }
 
-    /// Takes note of what `outcome` of an unlink or a rmdir says is without a name now.
+    /// Records the inode whose last name was removed, if any.
     fn record_removal(&self, outcome: &Outcome) {
         if let Some(OperationResult::Removed { inode, last: true }) = outcome.results.first() {
             self.record_unlinked(*inode);
         }
     }
 
-    /// `inode` has no name any more; the cluster keeps it for this mount.
+    /// Records that `inode` has no name and is kept by the cluster for this mount.
     fn record_unlinked(&self, inode: InodeNumber) {
-        // Before the answer goes up, and with it whoever is the last to use it may let go.
+        // Before the answer is sent: it may let the last user of the inode go on and release it.
         self.unlinked.add(inode, UnlinkedBy::ThisMount);
         if let Some(node) = self.open.find(inode)
             && let Some(view) = &mut node.state.lock().view
@@ -240,7 +240,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 }
 
-/// The attributes of the inode that the last entry of `outcome` is about, and whether it was made.
+/// Returns the attributes of the inode of the last entry of `outcome`, and whether it was created.
 pub(super) fn entry_of(outcome: &Outcome) -> Result<(Attributes, bool), FsError> {
     let entry = outcome.results.iter().rev().find_map(|result| match result {
         OperationResult::Entry { inode, created } => Some((*inode, *created)),
@@ -248,7 +248,7 @@ pub(super) fn entry_of(outcome: &Outcome) -> Result<(Attributes, bool), FsError>
     });
     let found = entry.and_then(|(inode, created)| Some((outcome.attributes_of(inode)?.clone(), created)));
     found.ok_or_else(|| {
-        tracing::error!(?outcome, "outcome without the entry it is about");
+        tracing::error!(?outcome, "the outcome of a creation has no entry");
         FsError::Io
     })
 }

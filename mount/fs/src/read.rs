@@ -1,4 +1,4 @@
-//! Reading: own dirty bytes, else the chunk cache, else a chunk from any node.
+//! Reading: dirty bytes of this mount, else the chunk cache, else a chunk from any node.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -19,37 +19,43 @@ use crate::interrupt::{check_interrupted, interruptible};
 use crate::readahead::{Observation, Pattern, ReadaheadLimits};
 use crate::write_buffer::{self, DirtyPart};
 
-/// Extents asked for at once: those of 2 GiB written sequentially, some 40 KiB on the wire.
+/// Most extents per query: those of 2 GiB written sequentially, about 40 KiB on the wire.
 const EXTENTS_PER_QUERY_MAX: u32 = 2048;
 
-/// How often a read looks the extents up again because a chunk was gone, and how long it waits before the last.
+/// Most attempts of a read that finds a chunk missing, and the pause between them, multiplied by the number of the
+/// attempt.
 const READ_ATTEMPTS_MAX: u32 = 5;
 const READ_RETRY_MS: u64 = 50;
 
-/// Lookups that commits of this mount may overtake before a read asks them to wait.
+/// Lookups of one read that commits of this mount may outdate; the next lookup excludes commits.
 const OUTDATED_LOOKUPS_MAX: u32 = 3;
 
-/// How often a read that ends short is done again because the file has become longer meanwhile.
+/// Most retries of a short read because the file has grown meanwhile.
 const GROWTH_RETRIES_MAX: u32 = 100;
 
-/// Fetches of one read at once.
+/// Concurrent fetches of one read.
 const CONCURRENT_FETCHES_MAX: usize = 16;
 
-/// What a file holds in a range at one moment.
+/// The content of a range as of one moment.
 #[derive(Debug)]
 struct Snapshot {
     /// The version of the committed content.
     version: u64,
-    /// The range asked for, cut at the end of the file.
+    /// The requested range, cut at the end of the file.
     range: Range<u64>,
-    /// Oldest first.
+    /// Dirty parts, oldest first.
     dirty: Vec<DirtyPart>,
-    /// Committed extents, unless all of the range is written over, and how far the file uses the chunk of each.
+    /// Committed extents, each with the end of the used part of its chunk. Empty if the dirty parts cover the range.
     extents: Vec<(Extent, u32)>,
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// Reads up to `length` bytes at `offset` for `reader`: fewer only at the end of the file.
+    /// Reads up to `length` bytes at `offset`, fewer only at the end of the file. `order` and `reader` are those of the
+    /// kernel's request.
+    ///
+    /// # Errors
+    /// [`FsError::Stale`] if there is no such handle or the file is gone; [`FsError::NotPermitted`] if it is not open
+    /// for reading; [`FsError::Io`] if no node has a chunk that the file names.
     pub async fn read(
         self: &Arc<Self>,
         handle: Handle,
@@ -71,7 +77,7 @@ impl<C: Cluster> Filesystem<C> {
             match interruptible(self.assemble(snapshot, observation.pattern)).await {
                 Ok(bytes) if end < range.end => {
                     let mut state = file.node.state.lock();
-                    // A longer file may have been told to whoever would take what is missing for zeros.
+                    // A larger size may have been reported, and its reader would take the missing bytes for zeros.
                     if state.size() > end && growth_retries < GROWTH_RETRIES_MAX {
                         growth_retries += 1;
                         continue;
@@ -92,8 +98,12 @@ impl<C: Cluster> Filesystem<C> {
         Err(missing_chunk(&file.node, offset))
     }
 
-    /// Reads `length` bytes at `offset`, fewer only at the end of the file, of the content that has this `version`
-    /// ([`quorumfs_proto::Attributes::content_version`]). [`FsError::Stale`] when the file has another one by now: never a mix of both.
+    /// Reads up to `length` bytes at `offset`, fewer only at the end of the file, from the content with this `version`
+    /// ([`quorumfs_proto::Attributes::content_version`]).
+    ///
+    /// # Errors
+    /// [`FsError::Stale`] if the file has another version; versions are never mixed. [`FsError::Io`] if no node has a
+    /// chunk that the file names.
     pub async fn read_version(
         self: &Arc<Self>,
         handle: Handle,
@@ -118,7 +128,7 @@ impl<C: Cluster> Filesystem<C> {
         Err(missing_chunk(&file.node, offset))
     }
 
-    /// Takes note of a read, and fetches what the reader will want next.
+    /// Records a read and starts the read-ahead that it calls for.
     fn observe(
         self: &Arc<Self>,
         file: &OpenFile<Put<C>>,
@@ -133,12 +143,12 @@ impl<C: Cluster> Filesystem<C> {
         observation
     }
 
-    /// What the file holds in `range`, dirty and committed, without a commit in between.
+    /// Takes a snapshot of `range`: dirty parts and extents without a commit in between.
     async fn snapshot(&self, node: &OpenInode<C>, range: Range<u64>) -> Result<Snapshot, FsError> {
         let mut outdated = 0;
         loop {
             if node.state.lock().held_append.is_some() {
-                // Where it lies is known when it is committed. If that fails, the file's handles are told.
+                // The offset of an append is known after its commit. A failure is recorded for the handles.
                 let _recorded = self.commit(node, Scope::Sealed).await;
                 check_interrupted().await?;
                 continue;
@@ -159,7 +169,8 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// Asks for attributes and extents from `from` on. Answers whether they are of the version the mount knows.
+    /// Queries attributes and extents from the offset `from` on. Returns whether the answer is of the newest version
+    /// known, and only then caches the extents.
     pub(super) async fn look_up_extents(
         &self,
         node: &OpenInode<C>,
@@ -173,7 +184,7 @@ impl<C: Cluster> Filesystem<C> {
             known_to,
         } = self.ask(query).await.map_err(stale_if_missing)?;
         if known_to <= from && from < attributes.size {
-            tracing::error!(inode = %node.inode, from, "the cluster answered extents that do not go on");
+            tracing::error!(inode = %node.inode, from, "the cluster returned extents that end before the requested offset");
             return Err(FsError::Io);
         }
         let mut state = node.state.lock();
@@ -183,7 +194,7 @@ impl<C: Cluster> Filesystem<C> {
             .as_ref()
             .is_some_and(|view| view.content_version == attributes.content_version);
         if is_current {
-            // Behind the end of the file there is nothing: what is known to the end is known for good.
+            // Nothing follows the end of the file, so an answer up to the end is complete.
             let to = if known_to >= attributes.size {
                 FILE_BYTES_MAX
             } else {
@@ -196,7 +207,8 @@ impl<C: Cluster> Filesystem<C> {
         Ok(is_current)
     }
 
-    /// The last byte of a file whose pages no program of this mount may write to.
+    /// Returns the last byte of a file whose pages no program of this mount can write to. `None` if that cannot be
+    /// decided or read.
     pub(super) async fn last_byte(&self, node: &OpenInode<C>) -> Option<LastByte> {
         for _ in 0..READ_ATTEMPTS_MAX {
             let version_and_size = |state: &InodeState<Put<C>>| {
@@ -208,7 +220,7 @@ impl<C: Cluster> Filesystem<C> {
                 let state = node.state.lock();
                 let newest = version_and_size(&state)?;
                 if let Some(held) = &state.held_append {
-                    // It is not committed for this.
+                    // It need not be committed for that.
                     let (version, size) = newest;
                     let at = size + held.bytes() as u64 - 1;
                     let byte = *held.second.last().or(held.first.last())?;
@@ -261,7 +273,7 @@ impl<C: Cluster> Filesystem<C> {
         Ok(bytes.freeze())
     }
 
-    /// The bytes of `part`, out of a chunk that the file uses up to `used_end`, and their place in the file.
+    /// Returns the bytes of `part` and their offset in the file. The file uses its chunk up to `used_end`.
     async fn fetch(&self, part: Extent, used_end: u32, pattern: Pattern) -> Result<(u64, Bytes), FsError> {
         let range = part.chunk_offset..part.chunk_offset + part.length;
         let get = |offset, length| self.cluster.get_chunk(part.chunk, offset, length);
@@ -272,8 +284,8 @@ impl<C: Cluster> Filesystem<C> {
         Ok((part.file_offset, bytes))
     }
 
-    /// Fetches the chunks of `range` into the cache, in the background. What fails here is tried again, and reported,
-    /// by the read that needs it.
+    /// Fetches the chunks of `range` into the cache, in the background. The read that needs a chunk repeats and reports
+    /// a failed fetch.
     fn read_ahead(self: &Arc<Self>, node: &OpenInode<C>, range: Range<u64>) {
         let size = node.state.lock().view.as_ref().map_or(0, |view| view.size);
         let range = range.start..range.end.min(size);
@@ -282,7 +294,7 @@ impl<C: Cluster> Filesystem<C> {
         }
         let (filesystem, node) = (Arc::clone(self), Arc::clone(node));
         tokio::spawn(async move {
-            // One question at most: a file in very many extents is not worth more ahead of its reader.
+            // At most one query: with very many extents, read-ahead does not pay.
             let known = snapshot_of(&node.state.lock(), range.clone());
             let known = match known {
                 Ok(snapshot) => Ok(snapshot),
@@ -303,7 +315,7 @@ impl<C: Cluster> Filesystem<C> {
                     };
                     let first_byte = Extent { length: 1, ..extent };
                     if let Err(error) = filesystem.fetch(first_byte, used_end, Pattern::Sequential).await {
-                        tracing::debug!(chunk = %extent.chunk, %error, "read ahead");
+                        tracing::debug!(chunk = %extent.chunk, %error, "cannot fetch a chunk ahead of its reader");
                     }
                 }
             });
@@ -315,9 +327,10 @@ impl<C: Cluster> Filesystem<C> {
     }
 }
 
-/// A chunk is gone, so the file has changed, or is in other extents: its extents are forgotten, to be looked up again.
+/// Clears the cached extents, so that they are queried again: a chunk is missing, so the content has changed or has
+/// moved to other chunks.
 async fn forget_extents<Put>(node: &SharedInode<Put>, attempt: u32) {
-    tracing::debug!(inode = %node.inode, attempt, "a chunk is gone; extents are looked up again");
+    tracing::debug!(inode = %node.inode, attempt, "no node has a chunk; the extents are queried again");
     node.state.lock().extents.clear();
     if attempt > 1 {
         tokio::time::sleep(Duration::from_millis(READ_RETRY_MS * u64::from(attempt))).await;
@@ -329,7 +342,7 @@ fn missing_chunk<Put>(node: &SharedInode<Put>, offset: u64) -> FsError {
     FsError::Io
 }
 
-/// What the file holds in `range`, or from where on its extents are not known.
+/// Takes a snapshot of `range`; if extents are unknown, the error is the offset of the first unknown one.
 fn snapshot_of<Put>(state: &InodeState<Put>, range: Range<u64>) -> Result<Snapshot, u64> {
     let (size, version) = state
         .view
@@ -354,7 +367,7 @@ fn snapshot_of<Put>(state: &InodeState<Put>, range: Range<u64>) -> Result<Snapsh
     })
 }
 
-/// An open file that the cluster does not know any more is stale, not missing.
+/// Maps a missing inode to a stale one, because it is open here.
 fn stale_if_missing(error: FsError) -> FsError {
     match error {
         FsError::NotFound => FsError::Stale,

@@ -1,15 +1,15 @@
 //! Inodes without a name that may still be in use on this mount.
 //!
-//! Which removed files are open is known here (`OpenFiles`). A FIFO, a working directory, an O_PATH descriptor or an open
-//! that is on its way are known above only: to the kernel. So:
+//! This crate knows which unlinked files are open (`OpenFiles`). Only the kernel knows of a FIFO, a working directory,
+//! an O_PATH descriptor or an open in flight. Therefore:
 //!
-//! - What this mount removes it always asks the cluster to keep (`Held::Open`); nothing is judged by what is open when
-//!   the command is sent, for an open may arrive while it is under way.
-//! - It is released a moment later, unless it is open, or whoever is above (`InUseCheck`) still knows the inode. The kernel
-//!   forgets an inode without a name together with its last user, and cannot come to know it again, as no answer names
-//!   it any more. So it is enough to ask now and then, about these few inodes; lookups need not be counted.
-//! - What another mount removed is held for the files open here, and for as long as an open of what was looked up may be on
-//!   its way (`recent_lookups`): the kernel may remember unused names for days.
+//! - A command of this mount that may remove a last name always asks the cluster to keep the inode (`Held::Open`).
+//!   Whether it is open when the command is sent does not matter, because an open may arrive before the answer.
+//! - The inode is released soon after, unless it is open or the kernel still knows it (`InUseCheck`). The kernel
+//!   forgets an unlinked inode with its last user and cannot learn of it again, because no answer contains it. So
+//!   polling these few inodes is enough; lookups need not be counted.
+//! - An inode that another mount unlinked is held while it is open here, and while an open after a recent lookup may be
+//!   in flight (`recent_lookups`). The kernel is not asked: it may remember unused names for days.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, OnceLock};
@@ -19,24 +19,24 @@ use quorumfs_proto::{InodeNumber, Operation};
 
 use super::{Cluster, Filesystem};
 
-/// Inodes that this mount removed, and that others removed, which are remembered. Of what does not fit only those that are
-/// open as files are held, and the cluster asks about them again.
+/// Most inodes recorded of those that this mount unlinked, and of those that others unlinked. Beyond it an inode is
+/// held only while it is open as a file, and the cluster asks about it again.
 const UNLINKED_MAX: usize = 65_536;
 
-/// Inodes in one `ReleaseUnlinked`: a command of some 10 KiB.
+/// Inodes in one `ReleaseUnlinked` command, which has about 10 KiB.
 const INODES_PER_RELEASE_MAX: usize = 1000;
 
-/// Whether anybody above may still use this inode. It may block.
+/// Returns whether the kernel may still use this inode. May block.
 pub type InUseCheck = dyn Fn(InodeNumber) -> bool + Send + Sync;
 
-/// Who took an inode's last name.
+/// Who removed the last name of an inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum UnlinkedBy {
     ThisMount,
     Another,
 }
 
-/// The removed inodes that the cluster keeps for this mount, as far as they are known here.
+/// The unlinked inodes that are known to be kept by the cluster for this mount.
 #[derive(Default)]
 pub(super) struct Unlinked {
     inodes: Mutex<Inodes>,
@@ -44,24 +44,24 @@ pub(super) struct Unlinked {
     in_use: OnceLock<Arc<InUseCheck>>,
 }
 
-/// Each in one of both.
+/// Invariant: an inode is in at most one of the two sets.
 #[derive(Debug, Default)]
 struct Inodes {
     by_this_mount: HashSet<InodeNumber>,
     by_others: HashSet<InodeNumber>,
 }
 
-/// Calls under way after which this mount may have to hold an inode: commands that may take a last name, creations
-/// and look-ups. Until they are answered it is not known here which inode; the cluster may ask about it before.
+/// Calls in progress after which this mount may have to hold an inode: commands that may remove a last name, creations
+/// and lookups. Which inode it is, is unknown until the answer; the cluster may ask about it earlier.
 #[derive(Default)]
 struct PendingCalls {
     started: u64,
     unanswered: BTreeSet<u64>,
-    /// What the cluster asks about, and how many calls had started when it first did.
+    /// The inodes of the cluster's last question, each with the number of calls started when it was first asked about.
     first_queried: HashMap<InodeNumber, u64>,
 }
 
-/// One of [`PendingCalls`], until its outcome is noted.
+/// A call in [`PendingCalls`]; ends when its outcome is recorded.
 pub(super) struct PendingCall<'a> {
     unlinked: &'a Unlinked,
     number: u64,
@@ -74,8 +74,8 @@ impl Drop for PendingCall<'_> {
 }
 
 impl PendingCalls {
-    /// Those of `inodes` that none of the calls under way can be about: all that had started when the cluster first asked
-    /// are answered.
+    /// Returns those of `inodes` that no call in progress can affect: all calls started before the cluster's first
+    /// question about them are answered.
     fn unaffected(&mut self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
         let before = std::mem::take(&mut self.first_queried);
         let first_asked = |inode: &InodeNumber| (*inode, before.get(inode).copied().unwrap_or(self.started));
@@ -87,7 +87,8 @@ impl PendingCalls {
 }
 
 impl Unlinked {
-    /// A call is about to be sent that may take a last name, make a file or look one up.
+    /// Registers a call that may remove a last name, create an inode or look one up. Must be called before the call is
+    /// sent.
     pub(super) fn begin_call(&self) -> PendingCall<'_> {
         let mut pending = self.pending.lock();
         pending.started += 1;
@@ -99,7 +100,7 @@ impl Unlinked {
         }
     }
 
-    /// `inode` has no name any more, and is to be released when nobody uses it.
+    /// Records that `inode` has no name and is to be released when it is not in use.
     pub(super) fn add(&self, inode: InodeNumber, by: UnlinkedBy) {
         let mut inodes = self.inodes.lock();
         match by {
@@ -121,12 +122,12 @@ impl Unlinked {
         inodes.by_this_mount.is_empty() && inodes.by_others.is_empty()
     }
 
-    /// Whether the cluster keeps `inode` for this mount until it is told otherwise.
+    /// Whether the cluster keeps `inode` until this mount releases it.
     pub(super) fn holds(&self, inode: InodeNumber) -> bool {
         self.inodes.lock().by_this_mount.contains(&inode)
     }
 
-    /// What this mount removed, and what others removed.
+    /// Returns the inodes that this mount unlinked, and those that others unlinked.
     fn all(&self) -> (Vec<InodeNumber>, Vec<InodeNumber>) {
         let inodes = self.inodes.lock();
         let listed = |set: &HashSet<InodeNumber>| set.iter().copied().collect();
@@ -143,19 +144,19 @@ impl Unlinked {
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// Who is asked whether removed inodes are still in use. Without anybody only open files are.
+    /// Sets the check for other uses than open files. Without it only open files count.
     pub fn set_in_use_check(&self, in_use: Arc<InUseCheck>) {
-        // There is one edge for one filesystem, so nobody has said so before.
+        // A filesystem has one edge, so it was not set before.
         let _ = self.unlinked.in_use.set(in_use);
     }
 
-    /// Those of `inodes`, which have no name, that are not held here: the answer to the cluster's question.
+    /// Returns those of `inodes`, which have no name, that are not held here. Answers the cluster's question.
     pub(super) fn not_held(&self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
-        // First, so that what a call noted just now is seen.
+        // First, so that outcomes recorded just before are seen below.
         let mut unaffected = self.unlinked.pending.lock().unaffected(inodes);
         unaffected.retain(|inode| !self.unlinked.holds(*inode));
         let not_held = self.revoke_closed(&self.recent_lookups.not_recent(&unaffected));
-        // Whatever else is held is released as soon as it can be, not when the cluster asks the next time.
+        // The others are released as soon as possible, not at the cluster's next question.
         let free: HashSet<InodeNumber> = not_held.iter().copied().collect();
         for inode in unaffected.into_iter().filter(|inode| !free.contains(inode)) {
             self.unlinked.add(inode, UnlinkedBy::Another);
@@ -163,9 +164,10 @@ impl<C: Cluster> Filesystem<C> {
         not_held
     }
 
-    /// Those of `inodes`, which have no name, that are not open here, nor will be any more.
+    /// Returns those of `inodes`, which have no name, that are not open here, and revokes them: they cannot be opened
+    /// any more.
     fn revoke_closed(&self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
-        // In this order: an open holds the inode first, and then sees that it was given up.
+        // In this order: an open acquires the inode first, and then sees that it is revoked.
         self.recent_lookups.revoke(inodes);
         let not_open = self.open.not_open(inodes);
         if not_open.len() < inodes.len() {
@@ -177,34 +179,33 @@ impl<C: Cluster> Filesystem<C> {
         not_open
     }
 
-    /// Tells the cluster which removed inodes it need not keep for this mount. What cannot be told now the cluster asks
-    /// for later.
+    /// Releases the unlinked inodes that are not in use. If a command fails, the cluster asks about its inodes later.
     pub(super) async fn release_unlinked(&self) {
         for inodes in self.unused().await.chunks(INODES_PER_RELEASE_MAX) {
-            // From now on the answer to the cluster's question is the same.
+            // From now on the cluster's question has the same answer.
             self.unlinked.forget(inodes);
             let released = Operation::ReleaseUnlinked {
                 inodes: inodes.to_vec(),
             };
             if let Err(error) = self.mutate(released).await {
-                tracing::debug!(%error, "release unlinked inodes");
+                tracing::debug!(%error, "cannot release unlinked inodes; the cluster asks for them later");
                 return;
             }
         }
     }
 
-    /// The removed inodes that nobody uses.
+    /// Returns the unlinked inodes that are not in use, revoked.
     async fn unused(&self) -> Vec<InodeNumber> {
         let (by_this_mount, by_others) = self.unlinked.all();
-        // Before the others are asked about: what is opened in between is known above. Whoever looked up what this mount
-        // removed is known above, except for one who is about to look it up again.
+        // Before the kernel is asked: it knows of what is opened in between. It also knows of every lookup of what this
+        // mount unlinked, except for one that a failed creation is about to repeat.
         let by_this_mount = self
             .recent_lookups
             .without_existing(&self.open.not_open(&by_this_mount));
         let mut unused = self.recent_lookups.not_recent(&self.open.not_open(&by_others));
         match self.unlinked.in_use.get().cloned() {
             None => unused.extend(by_this_mount),
-            // Whoever was the last to use an inode waits there until it is gone. A panic releases nothing.
+            // The check waits for a last user that is just releasing the inode. After a panic nothing is released.
             Some(in_use) => {
                 let is_unused = move |inode: &InodeNumber| !in_use(*inode);
                 let asked = tokio::task::spawn_blocking(move || {
@@ -226,12 +227,12 @@ mod tests {
         let (early, late) = (InodeNumber(5), InodeNumber(6));
         let unlinked = Unlinked::default();
         let unaffected = |inodes: &[InodeNumber]| unlinked.pending.lock().unaffected(inodes);
-        assert_eq!(unaffected(&[early]), [early], "nothing is under way");
+        assert_eq!(unaffected(&[early]), [early], "no call is pending");
         let first = unlinked.begin_call();
         assert_eq!(
             unaffected(&[early, late]),
             [early],
-            "the first removal may be that of the late one"
+            "the first call may unlink the late one"
         );
         let _second = unlinked.begin_call();
         assert!(unaffected(&[late]).is_empty());

@@ -170,7 +170,7 @@ impl ChunkCache {
         }
         let bytes = fetch(start, end - start).await?;
         if bytes.len() < in_entry.end {
-            tracing::error!(chunk = %key.0, asked_bytes = end - start, got_bytes = bytes.len(), "chunk answer is short");
+            tracing::error!(chunk = %key.0, requested_bytes = end - start, returned_bytes = bytes.len(), "a node returned fewer bytes of a chunk than requested");
             return Err(FsError::Io);
         }
         Ok(bytes.slice(in_entry))
