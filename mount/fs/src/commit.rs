@@ -1,11 +1,11 @@
-//! How dirty bytes become committed ones.
+//! Committing dirty bytes.
 //!
-//! Invariants: all commands about the content of a file are sent by whoever holds the file's `turn`, one after
-//! another, so that they take effect in the order of writing; packs stay readable in the buffer until the command
-//! that names them is answered; a chunk is named only after its put was acknowledged (P2).
+//! Invariants: commands that change the content of a file are sent under its commit lock, one after another, so that
+//! they take effect in the order of the writes; packs stay readable in the buffer until the command that names them is
+//! answered; a chunk is named only after its put was acknowledged (P2).
 //!
-//! A flush that failed is not tried again by itself: its bytes are given up (as after a failed write-back of any
-//! kernel), the failure is kept, and each handle tells it once (`Failures`).
+//! A failed commit is not retried: its bytes are lost (as after a failed write-back in a kernel), the failure is
+//! recorded, and each handle reports it once (`Failures`).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,14 +21,15 @@ use crate::handles::{InodeState, Scope};
 use crate::interrupt::{check_interrupted, interruptible};
 use crate::write_buffer::Pack;
 
-/// How often the chunks of one command are drawn and put anew after the cluster called them dead although their session
-/// lives. Chunks of a session that is over do not count: that takes a minute without contact, and is waited out (P6).
+/// Most times that the chunks of one command are replaced after the cluster declared them dead although their session
+/// is alive. Chunks of an ended session do not count: a session ends after a minute without contact, and a commit
+/// outlasts that (P6).
 const CHUNK_RETRIES_MAX: usize = 3;
 
-/// Adds operations to those of a command, whose results they may refer to by their index.
+/// Appends operations to a command; they can refer to the results of earlier ones by index.
 pub(super) type AddOperations<'a> = &'a (dyn Fn(&mut Vec<Operation>) + Send + Sync);
 
-/// How often the chunks of one command were drawn anew.
+/// Counts how often the chunks of one command were replaced.
 #[derive(Default)]
 pub(super) struct ChunkRetries {
     session: Option<SessionId>,
@@ -36,7 +37,10 @@ pub(super) struct ChunkRetries {
 }
 
 impl ChunkRetries {
-    /// Chunks of `session` are dead. [`FsError::Io`] where new ones would be as well.
+    /// Records that chunks of `session` are dead.
+    ///
+    /// # Errors
+    /// [`FsError::Io`] if too many of this session were.
     pub(super) fn record(&mut self, session: SessionId) -> Result<(), FsError> {
         if self.session.replace(session) != Some(session) {
             self.in_session = 0;
@@ -50,11 +54,11 @@ impl ChunkRetries {
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// Commits what was written before the call.
+    /// Commits the bytes written before the call.
     pub(super) async fn commit(&self, node: &OpenInode<C>, scope: Scope) -> Result<(), FsError> {
         self.drain_close_queue().await;
         let verdict = {
-            // Given up here, what was written waits for the next commit.
+            // If the caller is interrupted here, the bytes wait for the next commit.
             let _lock = lock_after_append(node).await?;
             self.commit_locked(node, scope).await
         };
@@ -62,7 +66,7 @@ impl<C: Cluster> Filesystem<C> {
         verdict
     }
 
-    /// Commits in a task of its own, at most one per file at a time.
+    /// Commits in a background task, at most one per file at a time.
     pub(super) fn commit_in_background(self: &Arc<Self>, node: &OpenInode<C>, scope: Scope) {
         {
             let mut state = node.state.lock();
@@ -78,20 +82,20 @@ impl<C: Cluster> Filesystem<C> {
             {
                 let _lock = lock_in_background(&node).await;
                 let scope = node.state.lock().queued_commit.take().unwrap_or(scope);
-                // What fails is kept for the file's handles.
+                // A failure is recorded for the handles.
                 let _recorded = filesystem.commit_locked(&node, scope).await;
             }
             filesystem.open.remove_if_idle(&node);
         });
     }
 
-    /// As `commit`; the caller holds the file's turn.
+    /// Like `commit`; the caller holds the commit lock.
     pub(super) async fn commit_locked(&self, node: &OpenInode<C>, scope: Scope) -> Result<(), FsError> {
         let last = self.seal(node, scope);
         self.commit_up_to(node, last).await
     }
 
-    /// Commits the packs up to `last`; the caller holds the file's turn.
+    /// Commits the packs up to the sequence `last`; the caller holds the commit lock.
     pub(super) async fn commit_up_to(&self, node: &OpenInode<C>, last: u64) -> Result<(), FsError> {
         let mut verdict = self.commit_held_append(node).await;
         loop {
@@ -105,8 +109,8 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// Does `operation`, which is about `node`, together with the commit of what was written before the call: in the
-    /// same command, where the cluster accepts that.
+    /// Sends `operation`, which concerns `node`, together with the commit of the bytes written before the call: in the
+    /// same command, unless the cluster refuses that.
     pub(super) async fn commit_with(
         &self,
         node: &OpenInode<C>,
@@ -128,13 +132,13 @@ impl<C: Cluster> Filesystem<C> {
     ) -> Result<Outcome, FsError> {
         let add = |operations: &mut Vec<Operation>| operations.push(operation.clone());
         let last = self.seal(node, Scope::Everything);
-        // As below, a failure is kept for the handles.
+        // A failure is recorded for the handles.
         let _recorded = self.commit_held_append(node).await;
         loop {
             let packs = node.state.lock().buffer.next_batch(last);
             let is_last = packs.last().is_none_or(|youngest| youngest.sequence == last);
             if !is_last {
-                // A failure is kept for the handles; the operation is not about those bytes.
+                // A failure is recorded for the handles; it does not concern the operation.
                 let _recorded = self.send_or_discard(node, &packs).await;
                 continue;
             }
@@ -143,14 +147,14 @@ impl<C: Cluster> Filesystem<C> {
                 return Err(gone);
             }
             let sending = self.send(node, &packs, &add);
-            // What was written is not given up with the operation.
+            // Written bytes are not dropped when the caller of the operation is interrupted.
             let sent = match packs.is_empty() {
                 true => interruptible(sending).await,
                 false => sending.await,
             };
             match sent {
                 Err(error) if !packs.is_empty() && is_refusal(error) => {
-                    // Which of the two was refused? Each alone shows it.
+                    // Sent separately, to find out which of the two was refused.
                     let _recorded = self.send_or_discard(node, &packs).await;
                     return self.send(node, &[], &add).await;
                 }
@@ -163,7 +167,7 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// Seals what `scope` says and answers with the last pack to commit.
+    /// Seals the bytes of `scope`; returns the sequence of the last pack to commit.
     pub(super) fn seal(&self, node: &OpenInode<C>, scope: Scope) -> u64 {
         let mut state = node.state.lock();
         if scope == Scope::Everything {
@@ -175,7 +179,7 @@ impl<C: Cluster> Filesystem<C> {
         state.buffer.last_sequence()
     }
 
-    /// Sends the chunks of these packs on their way; small ones ride inside the command.
+    /// Starts the puts of these packs. Small packs are sent inside the command instead.
     pub(super) fn start_puts(&self, state: &mut InodeState<Put<C>>, packs: &[Arc<Pack>]) {
         for pack in packs.iter().filter(|pack| !pack.is_inline()) {
             let (cluster, payload) = (Arc::clone(&self.cluster), pack.payload.clone());
@@ -205,7 +209,7 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// One command: the packs, then what `add` adds.
+    /// Sends one command: the packs, then the operations of `add`.
     pub(super) async fn send(
         &self,
         node: &OpenInode<C>,
@@ -213,7 +217,7 @@ impl<C: Cluster> Filesystem<C> {
         add: AddOperations<'_>,
     ) -> Result<Outcome, FsError> {
         let chunks = self.put_chunks(node, packs).await?;
-        // What is taken here is this command's; writes from now on bring their own.
+        // Moved into this command, so that later writes set them for the next one.
         let (mtime, privileges) = {
             let mut state = node.state.lock();
             let privileges = match packs {
@@ -279,7 +283,7 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// The chunks of these packs, put.
+    /// Returns the chunks of these packs, after their puts.
     async fn put_chunks(&self, node: &OpenInode<C>, packs: &[Arc<Pack>]) -> Result<Vec<C::Chunk>, FsError> {
         let mut chunks = Vec::with_capacity(packs.len());
         for pack in packs {
@@ -289,7 +293,7 @@ impl<C: Cluster> Filesystem<C> {
                 None => Ok(self.cluster.new_chunk(pack.payload.clone())),
             };
             match chunk {
-                // The session it was drawn in is over; the bytes are still here.
+                // The session of the chunk has ended; the bytes are still here.
                 Err(FsError::ChunkDead) => {
                     chunks.push(self.put_new_chunk(pack, &mut ChunkRetries::default()).await?)
                 }
@@ -299,7 +303,7 @@ impl<C: Cluster> Filesystem<C> {
         Ok(chunks)
     }
 
-    /// The same bytes as new chunks in place of `dead` ones.
+    /// Puts the packs as new chunks in place of `dead` ones.
     async fn replace_chunks(
         &self,
         packs: &[Arc<Pack>],
@@ -316,7 +320,7 @@ impl<C: Cluster> Filesystem<C> {
         Ok(chunks)
     }
 
-    /// The bytes of `pack` as a new chunk, put. Sessions may end meanwhile.
+    /// Puts the bytes of `pack` as a new chunk. Sessions may end meanwhile.
     pub(super) async fn put_new_chunk(
         &self,
         pack: &Pack,
@@ -334,7 +338,7 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// The cluster knows these bytes now.
+    /// Records the committed packs: removes them from the buffer and updates what is cached of the file.
     fn record_committed(
         &self,
         node: &OpenInode<C>,
@@ -355,7 +359,7 @@ impl<C: Cluster> Filesystem<C> {
                 } else if !packs.is_empty() {
                     state.extents.patch(after, extents);
                 }
-                // Where extents were named it is this command that made the version, even if another call has told of it.
+                // A command with extents made this version itself, even if another answer has reported it before.
                 if !packs.is_empty() || known.is_some_and(|known| known + 1 == after) {
                     self.page_versions.changed_here(node.inode, after - 1, after);
                 }
@@ -365,7 +369,7 @@ impl<C: Cluster> Filesystem<C> {
         self.update_open_files(&outcome.touched);
     }
 
-    /// These bytes could not be committed: they are gone, and every handle of the file will say so.
+    /// Drops packs whose commit failed and records the failure for every handle of the file.
     fn discard_failed(&self, node: &OpenInode<C>, packs: &[Arc<Pack>], error: FsError) {
         if packs.is_empty() {
             return;
@@ -385,7 +389,7 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// Forgets the packs up to `last`; the caller holds the file's turn.
+    /// Removes the packs up to `last` from the buffer; the caller holds the commit lock.
     pub(super) fn remove_packs_to(&self, node: &OpenInode<C>, state: &mut InodeState<Put<C>>, last: u64) {
         state.buffer.remove_through(last);
         let later: BTreeMap<u64, Put<C>> = state.puts.split_off(&(last + 1));
@@ -394,7 +398,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 }
 
-/// How a command names `chunks`, and those of them that it does not carry.
+/// Returns the descriptions of `chunks` for a command, and the chunks whose content is not inside it.
 pub(super) fn name_chunks<C: Cluster>(
     packs: &[Arc<Pack>],
     chunks: &[C::Chunk],
@@ -415,7 +419,7 @@ pub(super) fn name_chunks<C: Cluster>(
     (named, stored)
 }
 
-/// Whether `error` says that the command was not done because of what it asks.
+/// Whether the cluster refused the command because of what it requests.
 fn is_refusal(error: FsError) -> bool {
     !matches!(error, FsError::Io | FsError::TimedOut | FsError::ChunkDead)
 }

@@ -1,20 +1,20 @@
-//! Programs that are killed while they wait for an answer.
+//! Interruption of requests whose caller receives a signal.
 //!
-//! Once a request was read, the kernel can not take it back: its caller waits, in state D and whatever signals it gets,
-//! until the request is answered. (FUSE_INTERRUPT would tell of a signal, once for each request and without saying
-//! which; fuser does not pass it on.) So the callers of requests that have waited for [`INTERRUPT_AFTER`] are looked at: one
-//! that a signal is about to end is answered EINTR.
+//! The kernel cannot withdraw a request that has been read: its caller waits in state D, whatever signals it receives,
+//! until the request is answered. (FUSE_INTERRUPT would report a signal, once per request and without its number; fuser
+//! does not deliver it.) So the callers of requests that have waited for [`INTERRUPT_AFTER`] are checked periodically,
+//! and a request whose caller is about to be terminated by a signal is answered with EINTR.
 //!
-//! As with NFS only signals that end the program count. Programs do not expect EINTR from files, so one that handles
-//! timers, children or a profiler's signals is not disturbed. One exception: a program that handles SIGINT, SIGQUIT or
-//! SIGTERM (`ls` does, to reset the terminal's colours) gets EINTR where its call only asks and changes nothing.
+//! As with NFS, only terminating signals count. Programs do not expect EINTR from files, so one that handles timers,
+//! children or a profiler's signals is not disturbed. With one exception: a program that handles SIGINT, SIGQUIT or
+//! SIGTERM (as `ls` does, to reset the terminal's colours) receives EINTR from a call that only queries.
 //!
-//! The work of an interrupted request is run to its end ([`run_interrupted`]), so that nothing is left half-done: what is
-//! known of files stays true, and what was written is committed. Where it only waits ([`interruptible`]), it ends as
-//! [`FsError::TimedOut`]: a change that was sent is voided by the client, or its verdict awaited, before any later
-//! change is sent.
+//! The work of an interrupted request runs to completion ([`run_interrupted`]), so that nothing is left half-done:
+//! cached state stays true, and written bytes are committed. Where it only waits ([`interruptible`]), it ends with
+//! [`FsError::TimedOut`]: the client voids a command that was sent, or waits for its result, before it sends a later
+//! one.
 //!
-//! Knows nothing of FUSE and of what requests do.
+//! This module must not know FUSE or the meaning of requests.
 
 mod caller;
 
@@ -33,33 +33,33 @@ use quorumfs_proto::FsError;
 
 use caller::SignalState;
 
-/// A request that is younger is not looked at: with a working quorum hardly any gets so old.
+/// Age from which a request is checked. With a working quorum few requests reach it.
 const INTERRUPT_AFTER: Duration = Duration::from_millis(300);
 
-/// A caller that handles a request to end is not told before this.
+/// Age from which a handled termination request interrupts.
 const INTERRUPT_HANDLED_AFTER: Duration = Duration::from_secs(1);
 
-/// Between two looks.
+/// Interval between two checks.
 const CHECK_PERIOD: Duration = Duration::from_millis(200);
 
-/// Callers that are looked at in one tick, at some 20 µs each. The others have their turn in the next.
+/// Most callers per check, at about 20 µs each. The next check continues with the others.
 const CHECKS_PER_PERIOD_MAX: usize = 512;
 
-/// What becomes of the thread that waits for a request.
+/// The signals that interrupt a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InterruptedBy {
-    /// The request only asks: handled requests to end interrupt it too.
+    /// Also handled requests to terminate: the request only queries.
     TerminationRequests,
-    /// It changes something, or moves content: only what ends the program interrupts it.
+    /// Only signals that terminate the program: the request changes something or transfers content.
     FatalSignals,
 }
 
-/// Who waits for a request.
+/// The caller of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Caller {
-    /// The thread; 0 where nobody waits, or it cannot be seen from here.
+    /// The id of the thread; 0 if none waits, or it is not visible from here.
     pub thread: u32,
-    /// What may interrupt it.
+    /// The signals that interrupt it.
     pub interrupted_by: InterruptedBy,
 }
 
@@ -74,27 +74,28 @@ struct WaitingRequest {
 #[derive(Debug, Default)]
 struct Table {
     last_number: u64,
-    /// Oldest first.
+    /// By number, so the oldest first.
     waiting: BTreeMap<u64, Arc<WaitingRequest>>,
 }
 
-/// All requests that are not answered yet, but for those that never had to wait. As many as programs wait for: the
-/// kernel bounds them.
+/// All unanswered requests, except those that never had to wait. The kernel bounds their number by the threads that
+/// wait.
 #[derive(Debug, Default)]
 pub struct Callers {
     table: Mutex<Table>,
 }
 
 impl Callers {
-    /// The table, and the task that looks after it; it ends with the table. Must be called within a tokio runtime.
+    /// Makes a table and spawns the task that checks it, which ends when the table is dropped. Must be called within a
+    /// tokio runtime.
     pub fn start() -> Arc<Callers> {
         let callers = Arc::new(Callers::default());
         tokio::spawn(watch(Arc::downgrade(&callers)));
         callers
     }
 
-    /// Runs `work` for `caller`, who has waited since `since`. `None`: the caller is interrupted and must be answered
-    /// now; `work` goes on with [`run_interrupted`].
+    /// Runs `work` for `caller`, which has waited since `since`. Returns `None` if the caller is interrupted: it must
+    /// be answered now, and `work` be continued with [`run_interrupted`].
     pub async fn serve<Work: Future>(
         &self,
         caller: Caller,
@@ -106,7 +107,7 @@ impl Callers {
             if let Poll::Ready(done) = work.as_mut().poll(context) {
                 return Poll::Ready(Some(done));
             }
-            // Polled so, it is polled again at once by whoever waits for it.
+            // A future polled with the no-op waker is polled again at once.
             if caller.thread == 0 || context.waker().will_wake(Waker::noop()) {
                 return Poll::Pending;
             }
@@ -138,8 +139,8 @@ impl Callers {
         }
     }
 
-    /// Looks at the callers that come after `number` and at those before them, as many as one tick allows. Answers the
-    /// last that was looked at.
+    /// Checks callers after `number`, then those up to it, as many as one check allows. Returns the number of the last
+    /// one checked.
     fn check(&self, number: u64) -> u64 {
         let due: Vec<(u64, Arc<WaitingRequest>)> = {
             let table = self.table.lock();
@@ -178,7 +179,7 @@ impl WaitingRequest {
     }
 }
 
-/// A request's place in the table.
+/// The table entry of a request; removes it when dropped.
 struct Entry<'a> {
     callers: &'a Callers,
     number: u64,
@@ -200,18 +201,18 @@ async fn watch(callers: Weak<Callers>) {
         let Some(callers) = callers.upgrade() else {
             return;
         };
-        // Not on a thread that serves requests: what is looked at may wait for one of them.
+        // Not on a thread that serves requests: reading `/proc` may wait for one of them.
         let checked = tokio::task::spawn_blocking(move || callers.check(last)).await;
         last = checked.unwrap_or(last);
     }
 }
 
 thread_local! {
-    /// Whether what is being polled on this thread is work in vain.
+    /// Whether the work that this thread polls belongs to an interrupted request.
     static INTERRUPTED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Polls `work` with [`INTERRUPTED`] set to `run_interrupted`.
+/// Polls `work` with [`INTERRUPTED`] set to `interrupted`.
 fn poll_with<Work: Future>(
     interrupted: bool,
     work: Pin<&mut Work>,
@@ -227,15 +228,16 @@ fn poll_with<Work: Future>(
     work.poll(context)
 }
 
-/// Runs `work`, whose caller was interrupted, to its end: what is [`interruptible`] in it ends soon, the rest is done.
+/// Runs `work`, whose caller was interrupted, to completion. Its [`interruptible`] parts end soon.
 pub async fn run_interrupted<Work: Future>(mut work: Pin<&mut Work>) -> Work::Output {
     poll_fn(|context| poll_with(true, work.as_mut(), context)).await
 }
 
-/// `work`, which may be given up at any point. It ends as [`FsError::TimedOut`] when the caller is interrupted, and is
-/// not begun if it was interrupted before.
+/// Makes `work` interruptible: it may be dropped at any point. It ends with [`FsError::TimedOut`] when the caller is
+/// interrupted, and does not start if that has happened before.
 ///
-/// It must be awaited by the request's own task: it is not woken where another future polls it only when it is woken.
+/// The result must be awaited by the task of the request itself. Inside a future that polls it only when woken, an
+/// interruption does not wake it.
 pub async fn interruptible<T>(work: impl Future<Output = Result<T, FsError>>) -> Result<T, FsError> {
     check_interrupted().await?;
     let mut work = pin!(work);
@@ -246,7 +248,10 @@ pub async fn interruptible<T>(work: impl Future<Output = Result<T, FsError>>) ->
     .await
 }
 
-/// Ready at once: [`FsError::TimedOut`] if the caller was interrupted.
+/// Returns at once.
+///
+/// # Errors
+/// [`FsError::TimedOut`] if the caller was interrupted.
 pub async fn check_interrupted() -> Result<(), FsError> {
     match INTERRUPTED.get() {
         true => Err(FsError::TimedOut),
@@ -254,7 +259,7 @@ pub async fn check_interrupted() -> Result<(), FsError> {
     }
 }
 
-/// `work`, in which nothing is interruptible: what it does concerns others than the caller.
+/// Runs `work` without interruption, because other callers need its result.
 pub async fn uninterruptible<Work: Future>(work: Work) -> Work::Output {
     let mut work = pin!(work);
     poll_fn(|context| poll_with(false, work.as_mut(), context)).await
@@ -273,7 +278,7 @@ mod tests {
         }
     }
 
-    /// A program that was killed and that nobody has waited for: `/proc` shows it as it shows one that closes its files.
+    /// A killed program that is not reaped: `/proc` shows it like one that is closing its files.
     struct Killed(Child);
 
     impl Killed {
@@ -301,7 +306,7 @@ mod tests {
         let (sender, receiver) = tokio::sync::oneshot::channel::<()>();
         let mut ready = pin!(async { 7 });
         assert_eq!(callers.serve(own, Instant::now(), ready.as_mut()).await, Some(7));
-        assert_eq!(callers.table.lock().last_number, 0, "it never waited");
+        assert_eq!(callers.table.lock().last_number, 0, "it did not wait");
         let mut work = pin!(receiver);
         let mut serving = pin!(callers.serve(own, Instant::now(), work.as_mut()));
         assert!(futures::poll!(serving.as_mut()).is_pending());
@@ -322,7 +327,7 @@ mod tests {
         while caller::signal_state(thread) != SignalState::Fatal {
             assert!(
                 begin.elapsed() < Duration::from_secs(10),
-                "it is not seen to be killed"
+                "the signal is not seen in /proc"
             );
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -347,7 +352,7 @@ mod tests {
             assert_eq!(serving.await, None);
         }
         assert_eq!(run_interrupted(work).await, Err(FsError::TimedOut));
-        assert!(committed.get(), "what concerns others was given up");
+        assert!(committed.get(), "an uninterruptible part was interrupted");
         assert!(!INTERRUPTED.get());
     }
 

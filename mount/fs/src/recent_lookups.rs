@@ -1,15 +1,15 @@
-//! What programs of this mount have just looked up, and so may be about to open.
+//! Inodes that programs of this mount have recently looked up and may be about to open.
 //!
-//! A call by name is two requests: a look-up, then an open (or a stat, a chmod, …) of the inode that was found. When
-//! another session takes the last name of that inode in between, the call must not fail: the name led there when the call
-//! began. So the cluster is asked to keep what was looked up within the last seconds, and such an inode can be opened
-//! although it has no name. Each open gives one whole version of a file that is replaced again and again.
+//! A call by name is two requests: a lookup, then an open (or a stat, a chmod, …) of that inode. If another session
+//! removes the inode's last name in between, the call must not fail, because the name referred to it when the call
+//! began. So the cluster is asked to keep recently looked-up inodes, and they can be opened without a name. Every open
+//! of a file that is replaced again and again then sees one whole version.
 //!
-//! A creation that finds a file is the other way round: the kernel must look the name up again, and then finds that file,
-//! for the thread that tried to create it, even if it has lost its name meanwhile. Only that look-up does: the open may
-//! end without a request of its own (EACCES, EISDIR), and what the thread looks up later must be as new as any.
+//! If a creation fails because the file exists, the kernel repeats the lookup. For the thread that tried to create it,
+//! that lookup returns the existing file even if it has been unlinked meanwhile. Only that one lookup does: the open
+//! may end without a request (EACCES, EISDIR), and later lookups of the thread must be current.
 //!
-//! Invariant: an inode of which the cluster was told that it need not keep it for this mount is not opened any more.
+//! Invariant: an inode that was reported to the cluster as not in use is not opened afterwards.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -17,26 +17,25 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use quorumfs_proto::{Attributes, InodeNumber};
 
-/// Inodes looked up in the time that they are kept, and inodes given up: beyond it the older ones are kept for less.
+/// Most inodes in each half of a set. Beyond it the older half is dropped earlier.
 const INODES_MAX: usize = 64 << 10;
 
-/// How long the kernel may take to look a name up again that a creation found: it waits for other changes of the
-/// directory first.
+/// Longest time from a failed creation to the repeated lookup, which may wait for other changes of the directory.
 const EXISTING_MS_MAX: u64 = 5_000;
 
-/// Threads that are to look a name up again.
+/// Most threads with a failed creation.
 const EXISTING_MAX: usize = 1024;
 
-/// The thread that makes a call, as the kernel names it. 0: a thread that cannot be named.
+/// The kernel's id of the thread that makes a call; 0 if unknown.
 pub type ThreadId = u32;
 
-/// Inodes of the last seconds.
+/// A set of inodes that forgets each after some time.
 #[derive(Debug)]
 struct RecentSet {
     newer: HashSet<InodeNumber>,
     older: HashSet<InodeNumber>,
     since: Instant,
-    /// How long at least an inode stays; twice as long at most.
+    /// Shortest time for which an inode is kept; the longest is twice as much.
     kept: Duration,
 }
 
@@ -77,17 +76,17 @@ impl RecentSet {
     }
 }
 
-/// What a creation found.
+/// The existing file that a failed creation found.
 #[derive(Debug)]
 struct ExistingFile {
     attributes: Attributes,
-    /// Under which name, until that is looked up again. From then on the inode may be opened, and nothing else.
+    /// Parent and name, until the repeated lookup. After it the inode can be opened and nothing else.
     name: Option<(InodeNumber, Vec<u8>)>,
-    /// When it was found, or looked up again.
+    /// Time of the creation, or of the repeated lookup.
     at: Instant,
 }
 
-/// See the module. The lock is held for a look-up.
+/// The recent lookups and failed creations of a mount. The lock is held for one access.
 #[derive(Debug)]
 pub(super) struct RecentLookups {
     state: Mutex<State>,
@@ -117,7 +116,7 @@ impl State {
         self.existing.values().any(is_it)
     }
 
-    /// Whether it was looked up lately and not given up since.
+    /// Whether `inode` was looked up recently and not revoked since.
     fn is_recent(&mut self, inode: InodeNumber, now: Instant) -> bool {
         let is_looked_up = self.looked_up.contains(inode, now) || self.is_existing(inode, now);
         is_looked_up && !self.revoked.contains(inode, now)
@@ -125,7 +124,7 @@ impl State {
 }
 
 impl RecentLookups {
-    /// Nothing is looked up yet. What is stays for `kept_ms`.
+    /// Makes an empty table that keeps inodes for at least `kept_ms`.
     pub(super) fn new(kept_ms: u64) -> RecentLookups {
         RecentLookups {
             state: Mutex::new(State {
@@ -136,17 +135,17 @@ impl RecentLookups {
         }
     }
 
-    /// Programs are told of `inode`.
+    /// Records a lookup of `inode`.
     pub(super) fn add(&self, inode: InodeNumber) {
         self.state.lock().looked_up.insert(inode, Instant::now());
     }
 
-    /// Whether `inode` may be opened although it has no name, and nobody here has it open.
+    /// Whether `inode` can be opened although it has no name and is not open here.
     pub(super) fn may_open(&self, inode: InodeNumber) -> bool {
         self.state.lock().is_recent(inode, Instant::now())
     }
 
-    /// Those of `inodes` that no thread is about to look up again, because its creation found it.
+    /// Returns those of `inodes` for which no lookup after a failed creation is pending.
     pub(super) fn without_existing(&self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
         let (state, now) = (self.state.lock(), Instant::now());
         inodes
@@ -156,7 +155,7 @@ impl RecentLookups {
             .collect()
     }
 
-    /// Those of `inodes` that were not looked up lately, or were given up since.
+    /// Returns those of `inodes` that were not looked up recently or were revoked since.
     pub(super) fn not_recent(&self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
         let (mut state, now) = (self.state.lock(), Instant::now());
         inodes
@@ -166,7 +165,7 @@ impl RecentLookups {
             .collect()
     }
 
-    /// From now on `inodes` are not opened any more.
+    /// Forbids further opens of `inodes`.
     pub(super) fn revoke(&self, inodes: &[InodeNumber]) {
         let (mut state, now) = (self.state.lock(), Instant::now());
         for inode in inodes {
@@ -174,7 +173,7 @@ impl RecentLookups {
         }
     }
 
-    /// They are after all.
+    /// Undoes [`RecentLookups::revoke`].
     pub(super) fn restore(&self, inodes: &[InodeNumber]) {
         let mut state = self.state.lock();
         for inode in inodes {
@@ -182,7 +181,7 @@ impl RecentLookups {
         }
     }
 
-    /// `caller` could not create `name`, because it leads to the inode of `attributes`.
+    /// Records that `caller` could not create `name` because it refers to the inode of `attributes`.
     pub(super) fn record_existing(
         &self,
         caller: ThreadId,
@@ -191,7 +190,7 @@ impl RecentLookups {
         attributes: Attributes,
     ) {
         let (mut state, at) = (self.state.lock(), Instant::now());
-        // Few, and most threads never come back for theirs.
+        // Removes expired entries; most threads never come back for theirs.
         state.existing.retain(|_, found| found.is_young(at));
         if caller != 0 && state.existing.len() < EXISTING_MAX {
             let found = ExistingFile {
@@ -203,7 +202,7 @@ impl RecentLookups {
         }
     }
 
-    /// What `caller`'s creation of `name` found a moment ago; told once.
+    /// Returns the existing file that the creation of `name` by `caller` found, once.
     pub(super) fn take_existing(
         &self,
         caller: ThreadId,
@@ -215,13 +214,13 @@ impl RecentLookups {
         if !found.is_named(parent, name) || !found.is_young(now) {
             return None;
         }
-        // It is kept for the open, which comes now or never.
+        // Kept for the open, which follows at once or never.
         found.name = None;
         found.at = now;
         Some(found.attributes.clone())
     }
 
-    /// `caller` goes on: what its creation found is of no use any more.
+    /// Removes the existing file of `caller`, which has sent another request.
     pub(super) fn forget_existing(&self, caller: ThreadId) {
         let mut state = self.state.lock();
         if !state.existing.is_empty() {
@@ -246,10 +245,7 @@ mod tests {
         assert!(recent.contains(inode, after(2 * KEPT_MS - 1)));
         assert!(!recent.contains(inode, after(2 * KEPT_MS)));
         recent.insert(inode, after(3 * KEPT_MS));
-        assert!(
-            !recent.contains(inode, after(9 * KEPT_MS)),
-            "nothing came for long"
-        );
+        assert!(!recent.contains(inode, after(9 * KEPT_MS)), "it has expired");
 
         let looked_up = RecentLookups::new(KEPT_MS);
         assert!(!looked_up.may_open(inode));

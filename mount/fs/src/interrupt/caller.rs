@@ -1,15 +1,15 @@
-//! What the signals of a waiting thread mean, read from `/proc`.
+//! The effect of a waiting thread's signals, read from `/proc`.
 //!
-//! `/proc/TID/status` does not take the lock of the thread's address space, which a thread that faults on a page of this
-//! mount, or a fork beside it, holds while it waits for this process. `/proc/TID/stat` does, so it is read only of threads
-//! that have no address space any more, as those that exit.
+//! Reading `/proc/TID/status` does not take the lock of the thread's address space, which a thread that faults on a
+//! page of this mount, or a fork of its process, holds while it waits for this process. Reading `/proc/TID/stat` does,
+//! so it is read only for threads that have no address space any more, as when they exit.
 
 use std::fs;
 
-/// A set of signals as `/proc` shows it: signal N is bit N - 1.
+/// A set of signals as in `/proc`: signal N is bit N - 1.
 type SignalSet = u64;
 
-/// Signals whose default action does not end the program: they are ignored, stop it or continue it.
+/// Signals whose default action does not terminate the program: they are ignored, stop it or continue it.
 const NON_TERMINATING: SignalSet = set(&[
     libc::SIGCHLD,
     libc::SIGCONT,
@@ -21,8 +21,8 @@ const NON_TERMINATING: SignalSet = set(&[
     libc::SIGTTOU,
 ]);
 
-/// Signals by which a person or a service manager asks a program to end. A handler for one of them wants to run soon.
-/// All others are used for other things too (timers, children, profilers, reloads).
+/// Signals with which a person or a service manager requests termination. A handler for one of them should run soon.
+/// Other signals have other uses (timers, children, profilers, reloads).
 const TERMINATION_REQUESTS: SignalSet = set(&[libc::SIGINT, libc::SIGQUIT, libc::SIGTERM]);
 
 /// PF_EXITING of linux/sched.h.
@@ -38,18 +38,18 @@ const fn set(signals: &[i32]) -> SignalSet {
     set
 }
 
-/// What a waiting thread is to do.
+/// The effect of a thread's pending signals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SignalState {
-    /// Go on waiting.
+    /// It continues to wait.
     None,
-    /// It is asked to end, and handles that itself as soon as its call returns.
+    /// A termination request is pending, and the program handles it when the call returns.
     TerminationRequested,
-    /// A pending signal ends it, or it is being killed already.
+    /// A pending signal terminates it, or it is being killed.
     Fatal,
 }
 
-/// What the thread `thread` is to do. One that is gone or cannot be looked at waits.
+/// Returns the effect of the pending signals of `thread`; `None` if it does not exist or cannot be read.
 pub(super) fn signal_state(thread: u32) -> SignalState {
     let read = |file: &str| fs::read_to_string(format!("/proc/{thread}/{file}")).ok();
     let Some(status) = read("status") else {
@@ -68,12 +68,12 @@ pub(super) fn signal_state(thread: u32) -> SignalState {
     }
 }
 
-/// Whether `/proc/TID/status` is that of a thread with an address space. An exiting one gives it up before its files.
+/// Whether `/proc/TID/status` shows an address space. An exiting thread drops it before its files.
 fn has_address_space(status: &str) -> bool {
     status.lines().any(|line| line.starts_with("VmSize:"))
 }
 
-/// What `/proc/TID/status` says about signals.
+/// Returns what `/proc/TID/status` says about signals; `None` if fields are missing.
 fn parse_status(status: &str) -> Option<SignalState> {
     let value = |name: &str| {
         let mut lines = status.lines();
@@ -84,7 +84,7 @@ fn parse_status(status: &str) -> Option<SignalState> {
     if pending & set(&[libc::SIGKILL]) != 0 {
         return Some(SignalState::Fatal);
     }
-    // What a debugger makes of a signal is not known.
+    // The debugger decides what a signal does.
     if value("TracerPid")? != "0" {
         return Some(SignalState::None);
     }
@@ -99,15 +99,15 @@ fn parse_status(status: &str) -> Option<SignalState> {
     })
 }
 
-/// Whether `/proc/TID/stat` shows a thread that exits because of a signal: it closes its files on its way. (A program
-/// that exits by itself waits for its files to be written, as close(2) does.)
+/// Whether `/proc/TID/stat` shows a thread that exits because of a signal and is closing its files. (A program that
+/// exits by itself waits until its files are written, as close(2) does.)
 fn is_being_killed(stat: &str) -> bool {
-    // The name, in parentheses, may hold anything. What follows it begins with field 3.
+    // The name, in parentheses, may contain anything. Field 3 follows it.
     let Some((_, fields)) = stat.rsplit_once(") ") else {
         return false;
     };
     let field = |number: usize| fields.split_whitespace().nth(number - 3)?.parse::<u64>().ok();
-    // As of waitpid(2): the low seven bits are the signal.
+    // As in waitpid(2): the low seven bits are the signal.
     let is_signalled = |exit_code: u64| exit_code & 0x7f != 0;
     field(9).is_some_and(|flags| flags & EXITING != 0) && field(52).is_some_and(is_signalled)
 }
