@@ -1,14 +1,14 @@
-//! A cluster that is not asked what this mount knows for certain.
+//! A cluster behind a cache of what this session's lease keeps true.
 //!
-//! As long as this session holds the lease nobody else changes anything, so attributes that were answered under it, and
-//! the absence of names in directories that this mount made under it, are answered from memory. Nothing else is: not
-//! content, which is versioned, nor anything once the lease has lapsed.
+//! While this session holds the lease no other session changes anything. So attributes that were answered under it, and
+//! the absence of names in directories that this mount created under it, are answered from memory. Nothing else is: not
+//! content, which is versioned, and nothing after the lease has ended.
 //!
-//! Rules: an answer counts as learned under a lease only if the same lease was held when the question was sent and when
-//! its answer came, and no change of this mount was under way in between. The outcome of a change that cannot be learned
-//! so makes what was known of its inodes forgotten. A name is noted as possible before the command that makes it is
-//! sent, whatever becomes of it. A change that ends without a verdict (a time-out) may take effect whenever it likes until
-//! it is settled: everything is forgotten, and nothing counts as learned that was asked for before it is settled.
+//! Rules: an answer is cached only if the same lease was held when the query was sent and when the answer arrived, and
+//! no change of this mount was in flight in between. If the outcome of a change cannot be cached for that reason, the
+//! cached attributes of its inodes are removed. A name is recorded as possibly present before the command that creates
+//! it is sent, whatever its outcome. A change without a known outcome (a timeout) may take effect at any time until it
+//! is settled: the cache is cleared, and answers to queries sent before it is settled are not cached.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -24,31 +24,31 @@ use quorumfs_proto::{
 use crate::caches::lease_view::{LeaseNumber, LeaseView};
 use quorumfs_client::{Cluster, UnlinkedHandler};
 
-/// See the module.
+/// A cluster with a cache in front; see the module documentation.
 pub struct Leased<C> {
     cluster: C,
-    // Held for a look-up, never across an await.
+    // Held for one access, never across an await.
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
     view: LeaseView,
-    /// Changes sent since the start, and those of them that are answered.
+    /// Changes sent since the start, and how many of them are answered.
     sent: u64,
     answered: u64,
-    /// Changes that ended without a verdict. Each made everything forgotten.
+    /// Changes without a known outcome since the start. Each cleared the cache.
     undecided: u64,
 }
 
-/// What was known of the lease and of this mount's changes when something was sent.
+/// The lease and the undecided changes at the time of a send.
 struct LeaseContext {
     lease: Option<LeaseNumber>,
     undecided: u64,
 }
 
 impl<C: Cluster> Leased<C> {
-    /// `cluster`, with what is known of it in front.
+    /// Puts a cache in front of `cluster`.
     pub fn new(cluster: C) -> Leased<C> {
         Leased {
             cluster,
@@ -60,9 +60,9 @@ impl<C: Cluster> Leased<C> {
         self.cluster.lease().map(|(_, number)| number)
     }
 
-    /// To be asked for before something is sent whose answer is to be learned from.
+    /// Returns the context of a send. Must be called before a send whose answer may be cached.
     fn context(&self) -> LeaseContext {
-        // In this order: a change that ends without a verdict in between is counted by one of the two.
+        // In this order: a change that ends without an outcome in between is counted by one of the two.
         let undecided = self.state.lock().undecided;
         let may_change = self.cluster.has_unsettled_changes();
         LeaseContext {
@@ -71,7 +71,8 @@ impl<C: Cluster> Leased<C> {
         }
     }
 
-    /// The lease under which the answer to what was `sent` may be learned; `state` is this one's own, locked.
+    /// Returns the lease under which an answer may be cached that was sent for with `context`. `state` is the locked
+    /// state.
     fn current_lease(&self, context: &LeaseContext, state: &State) -> Option<LeaseNumber> {
         let now = self.lease_number().filter(|now| Some(*now) == context.lease);
         now.filter(|_| state.undecided == context.undecided)
@@ -130,8 +131,8 @@ impl<C: Cluster> Cluster for Leased<C> {
                         }
                     }
                 }
-                // Not known for certain, and what was known of these before is no longer true: a lease that began while
-                // this was under way may have other answers to it.
+                // The outcome cannot be cached, and what is cached of its inodes may be outdated: a lease that began
+                // meanwhile may have cached other answers.
                 None => {
                     for attributes in &outcome.touched {
                         state.view.forget(attributes.inode);
@@ -200,7 +201,7 @@ impl<C: Cluster> Cluster for Leased<C> {
     }
 }
 
-/// A change under way; it is answered when this is dropped, even if nobody waits for it any more.
+/// A change in flight. Dropping it counts it as answered, even if its caller is gone.
 struct PendingChange<'a, C> {
     leased: &'a Leased<C>,
     decided: bool,
@@ -217,7 +218,7 @@ impl<C> Drop for PendingChange<'_, C> {
     }
 }
 
-/// The names that `command` may make.
+/// Returns the names that `command` may create.
 fn created_names(command: &Command) -> BTreeSet<(InodeNumber, Name)> {
     let mut names = BTreeSet::new();
     let mut add = |parent: &Target, name: &Name| {
@@ -249,8 +250,8 @@ fn created_names(command: &Command) -> BTreeSet<(InodeNumber, Name)> {
     names
 }
 
-/// Whether `command` makes names in directories that it creates or, where they exist, opens: which these are is not known
-/// before its outcome.
+/// Whether `command` creates names in directories that it creates or, if they exist, opens. Which inodes these are is
+/// unknown before the outcome.
 fn creates_in_created_directory(command: &Command) -> bool {
     command.operations.iter().any(|operation| {
         matches!(
@@ -266,7 +267,7 @@ fn creates_in_created_directory(command: &Command) -> bool {
     })
 }
 
-/// Which operations of `command` make directories that are empty after it.
+/// Returns the indices of the operations of `command` that create directories which are empty after it.
 fn created_directories(command: &Command) -> Vec<usize> {
     let makes = |operation: &Operation| matches!(operation, Operation::Create { inode, .. } if inode.kind == NewKind::Directory);
     let is_named_in = |at: usize| {

@@ -1,11 +1,11 @@
-//! Bytes of chunks, bounded in bytes.
+//! Bytes of chunks, with a limit in bytes.
 //!
-//! A sequential reader's chunk is fetched and kept whole (from its start to the farthest byte that the file uses); a
-//! random reader's in blocks of [`BLOCK_FETCH_BYTES`]. Each entry is an allocation of its own, so that what counts is
-//! what is used. Readers that want the same bytes at once share one fetch.
+//! For a sequential reader a chunk is fetched and cached whole (from its start to the last byte that the file uses);
+//! for a random reader in blocks of [`BLOCK_FETCH_BYTES`]. Each entry is an allocation of its own, so its weight is the
+//! memory it takes. Concurrent readers of the same bytes share one fetch.
 //!
-//! Chunks are immutable: nothing here is ever stale. It knows neither files nor the network: who misses brings the
-//! fetch.
+//! Chunks are immutable, so entries are never stale. This module must not know files or the network: its caller passes
+//! the fetch.
 
 use std::future::Future;
 use std::ops::Range;
@@ -21,26 +21,26 @@ use quorumfs_proto::{ChunkId, FsError};
 
 use crate::readahead::Pattern;
 
-/// What a random read fetches at least: neighbours are likely next, and it costs about what 4 KiB cost.
+/// Smallest fetch of a random read: the neighbours are likely next, and it costs about as much as 4 KiB.
 pub const BLOCK_FETCH_BYTES: u32 = 64 << 10;
 
-/// Share of the cache for what was used more than once. The rest must hold several readers' read-ahead.
+/// Share of the cache for entries that were used more than once. The rest must hold the read-ahead of several readers.
 const HOT_SHARE: f64 = 0.5;
 
-/// Bytes of one shard: large enough that the largest entries are a small part of it.
+/// Bytes of one shard: large enough that the largest entry is a small part of it.
 const SHARD_BYTES: u64 = 32 << 20;
 
-/// What an entry costs beside its bytes.
+/// Memory of an entry in addition to its bytes.
 const ENTRY_OVERHEAD_BYTES: u64 = 128;
 
-/// How often an entry may turn out too short before a reader fetches for itself.
+/// Most attempts with a shared entry that is too short; then a reader fetches for itself.
 const SHORT_ENTRIES_MAX: usize = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Span {
-    /// From the chunk's start.
+    /// The chunk from its start.
     Whole,
-    /// From this multiple of [`BLOCK_FETCH_BYTES`].
+    /// The block at this multiple of [`BLOCK_FETCH_BYTES`].
     Block(u32),
 }
 
@@ -53,7 +53,7 @@ impl Weighter<(ChunkId, Span), Bytes> for ByteWeighter {
     }
 }
 
-/// The cache.
+/// The chunk cache of a mount.
 #[derive(Debug)]
 pub struct ChunkCache {
     lookups: AtomicU64,
@@ -62,7 +62,7 @@ pub struct ChunkCache {
 }
 
 impl ChunkCache {
-    /// A cache of at most `bytes_max` bytes.
+    /// Makes a cache of at most `bytes_max` bytes.
     pub fn new(bytes_max: u64) -> ChunkCache {
         let options = OptionsBuilder::new()
             .estimated_items_capacity((bytes_max / u64::from(BLOCK_FETCH_BYTES)).max(64) as usize)
@@ -83,8 +83,7 @@ impl ChunkCache {
         }
     }
 
-    /// How often what was wanted was here, how often it was fetched, and how much is here. Who shares another's fetch
-    /// found it here.
+    /// Returns hits, misses and cached bytes. A read that shares a fetch counts as a hit.
     pub fn statistics(&self) -> CacheStatistics {
         let misses = self.fetches.load(Ordering::Relaxed);
         CacheStatistics {
@@ -94,8 +93,11 @@ impl ChunkCache {
         }
     }
 
-    /// The bytes `range` of `chunk`, from here or by `fetch(offset, length)`. `used_end` is how far the file is known
-    /// to use the chunk: no byte behind it is asked for.
+    /// Returns the bytes `range` of `chunk`, from the cache or from `fetch(offset, length)`. The file is known to use
+    /// the chunk up to `used_end`; no byte after it is fetched.
+    ///
+    /// # Errors
+    /// Those of `fetch`; [`FsError::Io`] if it returns too few bytes.
     pub async fn read<F, Fetching>(
         &self,
         chunk: ChunkId,
@@ -138,7 +140,7 @@ impl ChunkCache {
         Ok(joined.freeze())
     }
 
-    /// `range` (counted in the chunk) out of the entry `key`, which is to reach up to `end`.
+    /// Returns `range` (an offset in the chunk) of the entry `key`, which is fetched up to `end`.
     async fn read_entry<F, Fetching>(
         &self,
         key: (ChunkId, Span),
@@ -165,7 +167,7 @@ impl ChunkCache {
             if bytes.len() >= in_entry.end {
                 return Ok(bytes.slice(in_entry));
             }
-            // It was fetched for a extent that ends earlier in the same chunk. The next fetch is shared again.
+            // It was fetched for an extent that ends earlier in the same chunk. The next fetch is shared again.
             self.entries.remove_if(&key, |held| held.len() < in_entry.end);
         }
         let bytes = fetch(start, end - start).await?;
@@ -176,7 +178,7 @@ impl ChunkCache {
         Ok(bytes.slice(in_entry))
     }
 
-    /// Bytes held.
+    /// Returns the cached bytes.
     pub fn bytes(&self) -> u64 {
         self.entries.weight()
     }

@@ -1,8 +1,8 @@
-//! Where the bytes of one file are, as of one version of its content.
+//! The extents of one file at one version of its content.
 //!
-//! Invariants: extents are disjoint; all are of the same version; what is not known is never taken for a hole.
-//! Bounded by [`EXTENTS_MAX`]: above it only what lies around the newest answer stays. The caches of all files of a mount
-//! are counted together ([`ExtentCount`]), and whoever has added to one makes room in others. Pure.
+//! Invariants: extents are disjoint; all are of the same version; an unknown range is never taken for a hole. The size
+//! is bounded by [`EXTENTS_MAX`]: beyond it only the ranges around the newest answer are kept. The caches of all files
+//! of a mount share one count ([`ExtentCount`]), and the caller clears other caches if it is exceeded. Pure.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -11,31 +11,31 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use quorumfs_proto::{ChunkId, Extent};
 
-/// Most extents remembered of one file: a 16 GiB file of whole chunks, about 1 MiB of memory. (More only where a single
+/// Most extents cached of one file: those of 16 GiB in whole chunks, about 1 MiB of memory. (Exceeded only if a single
 /// read needs more.)
 pub const EXTENTS_MAX: usize = 16_384;
 
-/// What stays before the newest answer when there are too many extents: the largest read, so that a read that needs
-/// several answers gets them together.
+/// Bytes kept before the newest answer if there are too many extents: the largest read, so that a read which needs
+/// several answers finds them all.
 const KEPT_BEFORE_BYTES: u64 = 1 << 20;
 
-/// What a extent costs: itself, and its part of what is known and of how far chunks reach.
+/// Memory of an extent, with its share of the other maps.
 const EXTENT_COST_BYTES: usize = 128;
 
-/// Most bytes of the extents of all files of a mount: those of 256 GiB in whole chunks.
+/// Most memory for the extents of all files of a mount: those of 256 GiB in whole chunks.
 const MOUNT_BYTES_MAX: usize = 32 << 20;
 
-/// The extents in all caches of a mount. Cloning shares it.
+/// The number of extents in all caches of a mount. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct ExtentCount(Arc<AtomicUsize>);
 
 impl ExtentCount {
-    /// Whether there are too many.
+    /// Whether the caches of the mount hold too many extents.
     pub fn is_exceeded(&self) -> bool {
         self.extents() > MOUNT_BYTES_MAX / EXTENT_COST_BYTES
     }
 
-    /// Whether so many were forgotten that there is room for a while.
+    /// Whether at most half of the limit is used.
     pub fn has_room(&self) -> bool {
         self.extents() <= MOUNT_BYTES_MAX / EXTENT_COST_BYTES / 2
     }
@@ -45,7 +45,7 @@ impl ExtentCount {
     }
 }
 
-/// What one cache has added to the count.
+/// The share of one cache in the count.
 #[derive(Debug, Default)]
 struct CountShare {
     count: ExtentCount,
@@ -54,7 +54,7 @@ struct CountShare {
 
 impl CountShare {
     fn set(&mut self, extents: usize) {
-        // Wraps around to the difference.
+        // The difference wraps around, and so does the addition.
         let added = extents.wrapping_sub(self.extents);
         self.count.0.fetch_add(added, Ordering::Relaxed);
         self.extents = extents;
@@ -67,20 +67,20 @@ impl Drop for CountShare {
     }
 }
 
-/// The known extents of a file.
+/// The cached extents of a file.
 #[derive(Debug, Default)]
 pub struct ExtentCache {
     count_share: CountShare,
     version: u64,
     extents: BTreeMap<u64, Extent>,
-    /// Parts of the file that `extents` tell everything about: start to end, disjoint and not touching.
+    /// Ranges in which all extents are known, start to end; disjoint and not adjacent.
     known: BTreeMap<u64, u64>,
-    /// How far each chunk was ever seen to be used.
+    /// The end of the used part of each chunk, as far as seen.
     chunk_ends: HashMap<ChunkId, u32>,
 }
 
 impl ExtentCache {
-    /// One that is counted in `count`.
+    /// Makes an empty cache that adds to `count`.
     pub fn with_count(count: &ExtentCount) -> ExtentCache {
         ExtentCache {
             count_share: CountShare {
@@ -91,7 +91,7 @@ impl ExtentCache {
         }
     }
 
-    /// Forgets everything, and gives its memory back.
+    /// Removes everything and frees the memory.
     pub fn clear(&mut self) {
         self.extents = BTreeMap::new();
         self.known = BTreeMap::new();
@@ -99,13 +99,14 @@ impl ExtentCache {
         self.update_count();
     }
 
-    /// Counts what there is now.
+    /// Sets this cache's share of the count.
     fn update_count(&mut self) {
         self.count_share
             .set(self.extents.len().max(self.chunk_ends.len()));
     }
 
-    /// How far the file uses the chunk of `extent`, as far as is known: a chunk of many extents is then fetched once.
+    /// Returns the end of the known use of the extent's chunk by the file, so that a chunk of many extents is fetched
+    /// once.
     pub fn chunk_end(&self, extent: &Extent) -> u32 {
         let end = extent.chunk_offset + extent.length;
         self.chunk_ends
@@ -113,7 +114,10 @@ impl ExtentCache {
             .map_or(end, |known_end| end.max(*known_end))
     }
 
-    /// The extents that reach into `range`, or from where on they are not known at `version`.
+    /// Returns the extents that overlap `range` at `version`.
+    ///
+    /// # Errors
+    /// The offset of the first byte whose extents are unknown.
     pub fn lookup(&self, version: u64, range: Range<u64>) -> Result<Vec<Extent>, u64> {
         if range.is_empty() {
             return Ok(Vec::new());
@@ -138,7 +142,7 @@ impl ExtentCache {
         Ok(extents.filter(|extent| extent.file_end() > range.start).collect())
     }
 
-    /// Takes what the cluster told of `range` at `version`; extents may reach out of the range.
+    /// Stores the cluster's answer for `range` at `version`; `extents` may extend beyond the range.
     pub fn store(&mut self, version: u64, range: Range<u64>, extents: Vec<Extent>) {
         if version != self.version {
             self.clear();
@@ -161,8 +165,8 @@ impl ExtentCache {
         self.update_count();
     }
 
-    /// A command of this mount put `extents` into the file (later ones over earlier ones) and the content went from
-    /// version `after - 1` to `after` by it alone. Where the cache is of another version it begins anew.
+    /// Applies a command of this mount that wrote `extents` (later ones over earlier ones) and alone changed the
+    /// content from version `after - 1` to `after`. A cache of another version is cleared.
     pub fn patch(&mut self, after: u64, extents: &[Extent]) {
         if self.version >= after {
             return; // An answer that already has the change came first.
@@ -185,14 +189,14 @@ impl ExtentCache {
     fn add(&mut self, extent: Extent) {
         self.extents.insert(extent.file_offset, extent);
         if self.chunk_ends.len() > 2 * EXTENTS_MAX.max(self.extents.len()) {
-            // Chunks that were written over are still in it.
+            // It still has chunks that were overwritten.
             self.chunk_ends.clear();
         }
         let known_end = self.chunk_ends.entry(extent.chunk).or_default();
         *known_end = (*known_end).max(extent.chunk_offset + extent.length);
     }
 
-    /// Knows nothing of `range` any more.
+    /// Makes `range` unknown.
     fn forget(&mut self, range: Range<u64>) {
         self.cut(range.clone());
         let first = self
@@ -216,7 +220,7 @@ impl ExtentCache {
         }
     }
 
-    /// Removes what lies in `range`, splitting extents that reach out of it.
+    /// Removes all extents in `range` and cuts those that extend beyond it.
     fn cut(&mut self, range: Range<u64>) {
         let first = self
             .extents
@@ -261,7 +265,7 @@ impl ExtentCache {
     }
 }
 
-/// The part of `extent` that lies in `range`.
+/// Returns the part of `extent` in `range`.
 pub fn clip(extent: Extent, range: Range<u64>) -> Option<Extent> {
     let from = extent.file_offset.max(range.start);
     let to = extent.file_end().min(range.end);

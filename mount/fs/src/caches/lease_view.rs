@@ -1,29 +1,29 @@
-//! What this mount knows for certain as long as it holds the lease: attributes, and of some directories all names.
+//! What is certain while this mount holds the lease: attributes, and the complete names of some directories.
 //!
-//! Pure: told what was answered under which lease, it answers what still holds. What was learned under one lease is
-//! worth nothing under the next, for others may have changed everything in between.
+//! Pure. What was cached under one lease is removed under the next, because other sessions may have changed everything
+//! in between.
 //!
-//! Invariant: of a directory that is known whole, every name that exists is known. Names that were removed may stay
-//! known: that only costs a question.
+//! Invariant: every existing name of a complete directory is recorded. Removed names may stay recorded, which only
+//! costs a query.
 
 use std::collections::{HashMap, HashSet};
 
 use quick_cache::unsync::Cache;
 use quorumfs_proto::{Attributes, InodeNumber, Name};
 
-/// Most inodes whose attributes are kept: some 16 MiB.
+/// Most inodes with cached attributes, about 16 MiB.
 const ATTRIBUTES_MAX: usize = 64 << 10;
-/// Most bytes of names kept of all directories known whole; beyond it all directories are forgotten.
+/// Most bytes of names of all complete directories; beyond it all directories are removed.
 const NAMES_BYTES_MAX: usize = 24 << 20;
-/// What a name costs beside its bytes.
+/// Memory of a name in addition to its bytes.
 const NAME_OVERHEAD_BYTES: usize = 64;
-/// Most directories known whole.
+/// Most complete directories; beyond it all are removed.
 const DIRECTORIES_MAX: usize = 16 << 10;
 
-/// The number of a lease.
+/// The number of a lease of this session.
 pub type LeaseNumber = u64;
 
-/// See the module.
+/// The cache of one lease.
 pub struct LeaseView {
     lease: LeaseNumber,
     attributes: Cache<InodeNumber, Attributes>,
@@ -43,7 +43,7 @@ impl Default for LeaseView {
 }
 
 impl LeaseView {
-    /// From now on `lease` is held.
+    /// Clears the cache unless it is of `lease`.
     fn switch_to(&mut self, lease: LeaseNumber) {
         if self.lease != lease {
             self.lease = lease;
@@ -57,8 +57,8 @@ impl LeaseView {
         self.names_bytes = 0;
     }
 
-    /// These attributes were answered to a question that was asked and answered under `lease`. Of two that cross on
-    /// their way the newer counts: ctime moves forward with every change.
+    /// Caches attributes that were queried and answered under `lease`. If answers cross, the newer attributes stay:
+    /// every change increases ctime.
     pub fn insert(&mut self, lease: LeaseNumber, answered: &[Attributes]) {
         self.switch_to(lease);
         for attributes in answered {
@@ -69,12 +69,12 @@ impl LeaseView {
         }
     }
 
-    /// A change of these inodes is on its way, or what came of it is not known.
+    /// Removes the attributes of an inode that has changed or may have.
     pub fn forget(&mut self, inode: InodeNumber) {
         self.attributes.remove(&inode);
     }
 
-    /// This mount has just made `directory`, under `lease`: it is empty.
+    /// Records that this mount has just created `directory`, under `lease`; it is complete with no names.
     pub fn add_empty_directory(&mut self, lease: LeaseNumber, directory: InodeNumber) {
         self.switch_to(lease);
         if self.directories.len() >= DIRECTORIES_MAX {
@@ -83,7 +83,7 @@ impl LeaseView {
         self.directories.insert(directory, HashSet::new());
     }
 
-    /// This mount is about to give something this name; it may exist from now on.
+    /// Records a name that may exist from now on, because this mount is about to create it.
     pub fn add_name(&mut self, directory: InodeNumber, name: &Name) {
         if let Some(names) = self.directories.get_mut(&directory)
             && names.insert(name.clone())
@@ -95,13 +95,13 @@ impl LeaseView {
         }
     }
 
-    /// The attributes of `inode`, if they are known under `lease`.
+    /// Returns the attributes of `inode`, if cached under `lease`.
     pub fn attributes(&mut self, lease: LeaseNumber, inode: InodeNumber) -> Option<Attributes> {
         self.switch_to(lease);
         self.attributes.get(&inode).cloned()
     }
 
-    /// Whether it is certain under `lease` that nothing has this name.
+    /// Whether it is certain under `lease` that the name does not exist.
     pub fn is_absent(&mut self, lease: LeaseNumber, directory: InodeNumber, name: &Name) -> bool {
         self.switch_to(lease);
         self.directories

@@ -1,89 +1,91 @@
-//! What the kernel (or whoever caches above us) has in its pages behind the end of one open file.
+//! The kernel's pages beyond the end of one open file.
 //!
-//! The page that holds the end of a file is zero behind it. When the kernel is reported_size a larger size, a reader may see these
-//! zeros before the kernel drops the page: bytes that nobody wrote. So before a larger size is reported_size, the pages from the
-//! old end on are dropped.
+//! The page with the end of a file is zero beyond it. When the kernel is told a larger size, a reader may see these
+//! zeros before the kernel drops the page: bytes that no program wrote. So before a larger size is reported, the pages
+//! from the old end on are dropped.
 //!
-//! Owes: which answers with a size must wait for that, and from where on pages are dropped. Invariants, all under the lock
-//! of the file's state:
-//! - A read that ends short is noted here ([`PageTail::record_short_read`]) in the same step that finds the end of the file to be
-//!   the newest one known. A read that is answered later covers every size that was reported_size before.
-//! - A size is reported_size ([`PageTail::try_report`]) only if no page above is zero below it; with attributes
-//!   ([`PageTail::try_report_attributes`]) only if it is no larger than what was reported_size before, or after a dropping.
+//! This module decides which answers with a size must wait for that, and from which offset pages are dropped.
+//! Invariants, all under the lock of the file's state:
+//! - A short read is recorded ([`PageTail::record_short_read`]) in the same step that finds its end to be the newest
+//!   known size. A read that is answered later covers every size reported before.
+//! - A size is reported ([`PageTail::try_report`]) only if no page is zero below it; with attributes
+//!   ([`PageTail::try_report_attributes`]) only if it is no larger than the size reported before, or after a drop.
 //!
-//! A program's write puts its bytes into the page first and is sent then. If the page is dropped, a read that is sent later
-//! fills a new one, with zeros where the write goes. So a write replaces the zeros of a short read only if that was sent
-//! before it ([`Order`]: requests are not answered in the order in which they are sent). Of a write of several pages the
-//! first may be dropped and read before the write is sent; so it counts too whether any was dropped shortly before.
+//! The kernel copies a program's bytes into the page before it sends the WRITE. If the page is dropped, a read that is
+//! sent later fills a new one, with zeros in place of the write. So a write replaces the zeros of a short read only if
+//! that read was sent before it ([`Order`]: answers are not in the order of the requests). The first page of a longer
+//! write may be dropped and read again before the WRITE is sent, so such a write also replaces no zeros shortly after a
+//! drop.
 //!
-//! A read that is under way above while pages are dropped delays the dropping: the kernel holds the lock of its pages until
-//! the answer is there. It looks at the size only after that, when the reader has a processor again, and takes what it gives
-//! from a page that may be dropped meanwhile. So between the dropping and the telling these readers are waited for
-//! ([`PageTail::take_readers`]): filemap_read in mm/filemap.c has no other order. Pure.
+//! A read in progress delays a drop, because the kernel holds the lock of its pages until the answer. After it, when
+//! the reader gets a processor, it first looks at the size and then copies from the page, which may be dropped
+//! meanwhile (filemap_read in mm/filemap.c). So between a drop and the report these readers are waited for
+//! ([`PageTail::take_readers`]). Pure.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// How long the kernel may take from when it puts the first bytes of a write into pages until the write arrives here: 1 MiB,
-/// from memory that may have to be read from a disk first.
+/// Longest time from the kernel's copy of the first bytes of a write until the WRITE arrives: for 1 MiB, from memory
+/// that may have to be read from a disk first.
 const WRITE_COPY_TIME_MAX: Duration = Duration::from_secs(1);
 
-/// The smallest page.
+/// The smallest page size.
 const PAGE_BYTES: u64 = 4096;
 
-/// When the kernel sent a request: one sent later has a larger number. (FUSE's `unique`: one counter for each connection.)
+/// The order in which the kernel sent requests: later ones have larger numbers. (FUSE's `unique`, one counter per
+/// connection.)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Order(pub u64);
 
-/// The thread that a read is for, as the kernel numbers it; 0 where it cannot be seen from here.
+/// The kernel's id of the thread of a read; 0 if it is not visible from here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reader(pub u32);
 
-/// A write through pages.
+/// A write through the kernel's pages.
 #[derive(Clone, Copy, Debug)]
 pub struct PageWrite {
-    /// When the kernel sent it.
+    /// The order of the request.
     pub order: Order,
-    /// When it arrived.
+    /// The time of its arrival.
     pub arrived_at: Instant,
 }
 
-/// Readers that are remembered. Of more than so many the first have had their turn.
+/// Most readers recorded; beyond it the oldest is dropped.
 const READERS_MAX: usize = 64;
 
-/// A reader has surely gone on so long after its answer.
+/// Time after which a reader has certainly copied its bytes.
 const READER_TIME_MAX: Duration = Duration::from_secs(10);
 
-/// See the module.
+/// The state of one file's pages; see the module documentation.
 #[derive(Debug, Default)]
 pub struct PageTail {
-    /// From where on pages above may be zero because the file ended there. `None`: there are no such pages.
+    /// The offset from which pages may be zero because the file ended there. `None` if there are no such pages.
     zeros_from: Option<u64>,
-    /// Pages are being dropped: whatever is reported_size before that is done may come too early.
+    /// Whether a drop is in progress; no size may be reported then.
     dropping: bool,
-    /// When the newest of the reads was sent that ended short.
+    /// The order of the newest short read.
     newest_short: Order,
-    /// Who was answered with less than was asked for since pages were dropped, and when; the newest last.
+    /// The readers of short reads since the last drop, with the time of the answer; the newest last.
     readers: VecDeque<(Reader, Instant)>,
-    /// When pages were dropped last.
+    /// The time of the last drop.
     dropped_at: Option<Instant>,
-    /// The size that was reported_size last.
+    /// The last reported size.
     reported_size: Option<u64>,
 }
 
 impl PageTail {
-    /// The file was opened and pages of earlier opens are kept; the file ends at `size`.
+    /// Records an open that keeps the pages of earlier opens of a file of `size`.
     pub fn record_kept(&mut self, size: u64) {
         self.zeros_from = Some(self.zeros_from.map_or(size, |from| from.min(size)));
     }
 
-    /// A read sent at `order` is answered that ends at the end of the file, `end`.
+    /// Records a read, sent at `order`, that ends at the end of the file, `end`.
     pub fn record_short_read(&mut self, end: u64, order: Order) {
         self.record_kept(end);
         self.newest_short = self.newest_short.max(order);
     }
 
-    /// `reader` is answered, at `now`, with a read that ends short.
+    /// Records that `reader` receives a short read at `now`.
     pub fn record_reader(&mut self, reader: Reader, now: Instant) {
         self.readers.retain(|(known, _)| *known != reader);
         if self.readers.len() == READERS_MAX {
@@ -92,7 +94,7 @@ impl PageTail {
         self.readers.push_back((reader, now));
     }
 
-    /// Those who may still go by a page that was dropped when [`PageTail::begin_drop`] was called at `now`.
+    /// Returns the readers that may still copy from a page dropped by the drop that began at `now`; clears the list.
     pub fn take_readers(&mut self, now: Instant) -> Vec<Reader> {
         let recent = |at: Instant| now.saturating_duration_since(at) < READER_TIME_MAX;
         self.readers
@@ -102,8 +104,9 @@ impl PageTail {
             .collect()
     }
 
-    /// A program of this mount wrote `offset..end` through the pages above, into a file of `size_before`: the pages have
-    /// these bytes, and zeros only where the file has a hole. To be called in the step that shows the bytes to reads.
+    /// Records a write of this mount to `offset..end` through the kernel's pages, into a file of `size_before`: the
+    /// pages have its bytes, and zeros only where the file has a hole. Must be called in the step that makes the bytes
+    /// visible to reads.
     pub fn record_write(&mut self, size_before: u64, offset: u64, end: u64, sent: PageWrite) {
         let is_one_page = offset / PAGE_BYTES == end.saturating_sub(1) / PAGE_BYTES;
         let is_early = |dropped_at: Instant| dropped_at + WRITE_COPY_TIME_MAX < sent.arrived_at;
@@ -117,30 +120,30 @@ impl PageTail {
         }
     }
 
-    /// Whether pages above are zero below `size`.
+    /// Whether pages may be zero below `size`.
     pub fn has_zeros_below(&self, size: u64) -> bool {
         self.zeros_from.is_some_and(|from| from < size)
     }
 
-    /// The kernel drops pages of its own accord, at an open.
+    /// Records a drop by the kernel itself, at an open.
     pub fn record_drop(&mut self, now: Instant) {
         self.dropped_at = Some(now);
     }
 
-    /// The file was opened and `size` bytes long then.
+    /// Records an open of a file of `size`.
     pub fn record_open(&mut self, size: u64) {
         self.reported_size.get_or_insert(size);
     }
 
-    /// An answer with attributes is about to tell `size`. `false`: it must wait until pages are dropped. A larger size than was
-    /// reported_size before waits also where no page is known to be zero: the kernel makes zero what lies behind it, maybe only after
-    /// a read that is under way has filled the page further, unless its request is older than a dropping.
+    /// Reports `size` with attributes. Returns `false` if the answer must wait for a drop. A larger size than the
+    /// reported one must wait even if no page is known to be zero: the kernel zeroes the page beyond the size, possibly
+    /// only after a read in progress has filled more of it, unless the request is older than a drop.
     #[must_use]
     pub fn try_report_attributes(&mut self, size: u64) -> bool {
         self.reported_size.is_none_or(|reported| size <= reported) && self.try_report(size)
     }
 
-    /// An answer is about to tell `size`. `false`: it must wait until pages are dropped ([`PageTail::begin_drop`]).
+    /// Reports `size`. Returns `false` if the answer must wait for a drop ([`PageTail::begin_drop`]).
     #[must_use]
     pub fn try_report(&mut self, size: u64) -> bool {
         if self.dropping || self.has_zeros_below(size) {
@@ -150,33 +153,33 @@ impl PageTail {
         true
     }
 
-    /// As [`PageTail::try_report`], for what cannot wait.
+    /// Reports `size` in an answer that cannot wait.
     pub fn report(&mut self, size: u64) {
         if self.reported_size.is_some_and(|reported| size < reported) {
-            // What was cut off the kernel makes zero before it drops the pages.
+            // The kernel zeroes truncated bytes before it drops their pages.
             self.record_kept(size);
         }
         self.reported_size = Some(size);
     }
 
-    /// As [`PageTail::report`], of a write up to `end`.
+    /// Reports the answer to a write up to `end`, which cannot wait.
     pub fn report_write(&mut self, end: u64) {
         self.report(self.reported_size.map_or(end, |reported| end.max(reported)));
     }
 
-    /// The size that was reported_size last; before that, the one at which pages end.
+    /// Returns the last reported size; if there is none, the offset from which pages may be zero.
     pub fn reported_size(&self) -> Option<u64> {
         self.reported_size.or(self.zeros_from)
     }
 
-    /// Pages are going to be dropped so that `size`, the newest known, can be reported_size: answers from where on.
+    /// Begins a drop after which `size`, the newest known, can be reported; returns the offset from which to drop.
     pub fn begin_drop(&mut self, size: u64) -> u64 {
         self.dropping = true;
-        // A read that is answered from now on ends there at the earliest.
+        // A read that is answered from now on ends at `size` or later.
         self.zeros_from.replace(size).unwrap_or(size)
     }
 
-    /// They are dropped.
+    /// Ends a drop.
     pub fn end_drop(&mut self, now: Instant) {
         self.dropping = false;
         self.record_drop(now);

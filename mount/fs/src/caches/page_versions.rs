@@ -1,29 +1,29 @@
-//! Which version of each file's content the kernel (or whoever caches above us) has seen.
+//! The content version of the kernel's pages of each file.
 //!
-//! Owes: at open, whether what is cached above may be kept. Invariant: a version is settled only if every byte cached
-//! above is of that version. That an open was told to drop what is cached is not enough: until its answer has arrived
-//! the old bytes are still there, and a second open must not be told to keep them. The first request on the handle shows
-//! that it has. Bounded by count; what falls out only costs a cache above us its pages.
+//! It decides at open whether the kernel may keep its pages. Invariant: a version is confirmed only if every cached
+//! byte is of that version. An open that drops the pages does not confirm it: until its answer has arrived, the old
+//! bytes are still cached, and a second open must not keep them. The first request of the handle confirms it. The
+//! number of files is bounded; a file that falls out only costs the kernel its pages.
 
 use parking_lot::Mutex;
 use quick_cache::unsync::Cache;
 use quorumfs_proto::InodeNumber;
 
-/// Files remembered: some 2 MiB at most.
+/// Most files recorded, about 2 MiB.
 const FILES_MAX: usize = 32_768;
 
-/// Numbers the opens that drop what is cached above.
+/// The number of an open that drops pages.
 pub type DropId = u64;
 
-/// What is cached above of one file.
+/// The kernel's pages of one file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Pages {
     version: u64,
-    /// The open that first drops what is of another version, as long as nothing shows that it has.
+    /// The open that drops pages of another version, until that is confirmed.
     drop_id: Option<DropId>,
 }
 
-/// Versions by file. The lock is held for a look-up.
+/// The versions by file. The lock is held for one access.
 #[derive(Debug)]
 pub struct PageVersions {
     state: Mutex<State>,
@@ -47,8 +47,8 @@ impl Default for PageVersions {
 }
 
 impl PageVersions {
-    /// A file was opened at `version`. `None`: pages cached earlier are of that version. Else they must be dropped, and
-    /// [`PageVersions::dropped`] is to be told the number once a request shows that they were.
+    /// Records an open at `version`. Returns `None` if cached pages are of that version; otherwise they must be
+    /// dropped, and [`PageVersions::dropped`] be called with the number once a request confirms it.
     pub fn opened(&self, inode: InodeNumber, version: u64) -> Option<DropId> {
         let mut state = self.state.lock();
         if let Some(known) = state.files.get(&inode)
@@ -62,14 +62,14 @@ impl PageVersions {
         drop_id
     }
 
-    /// A file was made at `version`: nothing of it is cached yet.
+    /// Records the creation of a file at `version`, of which no page is cached.
     pub fn created(&self, inode: InodeNumber, version: u64) {
         let drop_id = None;
         let pages = Pages { version, drop_id };
         self.state.lock().files.insert(inode, pages);
     }
 
-    /// The open that was given this number, or another one with it, has taken place above.
+    /// Records that the answer to the open with this number, or to another one with it, has arrived.
     pub fn dropped(&self, inode: InodeNumber, drop_id: DropId) {
         if let Some(mut pages) = self.state.lock().files.get_mut(&inode)
             && pages.drop_id == Some(drop_id)
@@ -78,7 +78,8 @@ impl PageVersions {
         }
     }
 
-    /// This mount itself moved the content from `before` to `after`, and pages above have the change.
+    /// Records that this mount changed the content from version `before` to `after`, and that the kernel's pages
+    /// contain the change.
     pub fn changed_here(&self, inode: InodeNumber, before: u64, after: u64) {
         if let Some(mut pages) = self.state.lock().files.get_mut(&inode)
             && pages.version == before
@@ -87,7 +88,7 @@ impl PageVersions {
         }
     }
 
-    /// Pages above may lack a change.
+    /// Records that the kernel's pages may lack a change.
     pub fn forget(&self, inode: InodeNumber) {
         self.state.lock().files.remove(&inode);
     }

@@ -1,4 +1,4 @@
-//! Both parts of an append are one command, whatever else has to be committed between them.
+//! Both parts of an append are one command, whatever else must be committed between them.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use super::support::{MIB, ageless, contents, create, mount, mount_with, write, w
 use crate::{Durability, Filesystem, FsOptions, Handle, OpenFlags};
 use quorumfs_memory::{Connection, MemoryCluster};
 
-/// The kernel sends the second part sooner; a test that was held up for longer shows nothing.
+/// The kernel sends the second part sooner; a test that was delayed for longer is inconclusive.
 const SECOND_PART_DELAY_MAX: Duration = Duration::from_millis(10);
 
 async fn append_to(fs: &Arc<Filesystem<Connection>>, inode: InodeNumber) -> Handle {
@@ -17,7 +17,7 @@ async fn append_to(fs: &Arc<Filesystem<Connection>>, inode: InodeNumber) -> Hand
     fs.open(inode, flags).await.unwrap().handle
 }
 
-/// The lengths of what was appended, by command.
+/// Returns the length of each append command.
 fn appended(cluster: &MemoryCluster) -> Vec<u32> {
     let operations = written_operations(cluster);
     let appends = operations.iter().filter_map(|operation| match operation {
@@ -27,8 +27,8 @@ fn appended(cluster: &MemoryCluster) -> Vec<u32> {
     appends.collect()
 }
 
-/// Does `between` once the first part of an append of 1 MiB to `log` is answered, has another mount append, and then
-/// sends the second. The record must be whole.
+/// Sends the first part of an append of 1 MiB to `log`, runs `between`, appends from another mount, and sends the
+/// second part. The record must be contiguous.
 async fn in_two_parts(options: FsOptions, between: impl AsyncFn(&Arc<Filesystem<Connection>>, InodeNumber)) {
     for _ in 0..100 {
         let cluster = MemoryCluster::new();
@@ -37,7 +37,7 @@ async fn in_two_parts(options: FsOptions, between: impl AsyncFn(&Arc<Filesystem<
         let (own, theirs) = (append_to(&fs, log).await, append_to(&other, log).await);
         let record = vec![b'a'; MIB as usize];
         let (first, second) = record.split_at(record.len() - 100);
-        // What fills the room of dirty bytes is there already.
+        // Nearly exhausts the limit of dirty bytes.
         let (_, data) = create(&fs, "data").await;
         for at in 0..3 {
             write(&fs, data, at * MIB, first).await;
@@ -70,7 +70,7 @@ async fn a_commit_that_makes_room_does_not_tear_an_append() {
     };
     in_two_parts(options, async |fs, _| {
         let (_, another) = create(fs, "another").await;
-        // Waits for room, and all that is dirty is to be committed.
+        // Waits for room, so a commit of all dirty files is started.
         write(fs, another, 0, b"more").await;
     })
     .await;
@@ -112,7 +112,7 @@ async fn a_second_part_waits_for_the_closes_before_it_and_is_not_torn_by_them() 
         let (fs, second) = (Arc::clone(&fs), second.to_vec());
         async move { write(&fs, own, 0, &second).await }
     });
-    // Much longer than a second part is waited for: it is there.
+    // Much longer than the wait for a second part, which has already arrived.
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert!(!appending.is_finished());
     write(&other, theirs, 0, b"other").await;

@@ -1,4 +1,4 @@
-//! What a creation found is there for the look-up that follows it, and for no other.
+//! The existing file of a failed creation is returned to the lookup that follows it, and to no other.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ const NEW: NewFile = NewFile {
     gid: 0,
 };
 
-/// Two mounts. A creation of "file" by `THREAD` on the first has just found what the second made.
+/// Makes two mounts, and a creation of "file" by `THREAD` on the first that fails because the second has created it.
 async fn failed_creation() -> (
     Arc<MemoryCluster>,
     Arc<Filesystem<Connection>>,
@@ -52,7 +52,7 @@ async fn it_can_be_opened_after_it_was_unlinked() {
 
 #[tokio::test]
 async fn an_open_that_ended_after_the_look_up_leaves_nothing_behind() {
-    // EACCES, EISDIR or ELOOP: no open is asked for.
+    // As with EACCES, EISDIR or ELOOP: no open is sent.
     let (_, fs, _, inode) = failed_creation().await;
     assert_eq!(looked_up(&fs).await, Ok(inode));
     fs.unlink(ROOT, b"file").await.unwrap();
@@ -69,7 +69,7 @@ async fn an_open_that_ended_after_the_look_up_leaves_nothing_behind() {
     assert_eq!(looked_up(&fs).await, Ok(another), "replaced elsewhere");
 }
 
-/// A program of this mount that removes the name is no other case than one of another mount.
+/// An unlink by this mount is no exception.
 #[tokio::test]
 async fn it_is_found_after_another_thread_unlinked_it() {
     let (_, fs, _, inode) = failed_creation().await;

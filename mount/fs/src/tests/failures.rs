@@ -1,4 +1,4 @@
-//! A flush that failed is told to somebody.
+//! A failed commit is reported to some handle.
 
 use quorumfs_proto::FsError;
 
@@ -11,7 +11,7 @@ async fn a_failure_after_the_last_close_is_reported_to_the_next_handle() {
     let fs = mount_with(&cluster, 1, ageless());
     let (inode, handle) = create(&fs, "mapped").await;
     fs.flush(handle).await.unwrap();
-    // As a shared mapping's pages come after the close.
+    // Like the pages of a shared mapping, which arrive after the close.
     *cluster.put_fault.lock() = Some(FsError::NoSpace);
     write(&fs, handle, 0, &pattern(100_000, 1)).await;
     fs.release(handle).await.unwrap();

@@ -1,4 +1,4 @@
-//! What the kernel above takes for granted: that an answer is as new as it claims, and that what it left to us is done.
+//! What the kernel relies on: answers are as new as their requests, and tasks it leaves to the filesystem are done.
 
 use bytes::Bytes;
 use quorumfs_proto::command::{AttributeChanges, Privileges};
@@ -30,7 +30,7 @@ async fn attributes_of_a_listing_are_as_new_as_the_request() {
             continue;
         }
         if at % 2 == 0 {
-            // By whom makes no difference.
+            // Either mount may remove it.
             let by = [&fs, &other][at / 2 % 2];
             by.unlink(ROOT, name.as_bytes()).await.unwrap();
             removed += 1;
@@ -93,7 +93,7 @@ async fn pages_are_kept_only_once_older_ones_are_surely_dropped() {
     close(&other, writer).await;
     let first = fs.open(inode, read_write()).await.unwrap();
     assert!(!first.keep_cache);
-    // The kernel may not have the first answer yet, and still have the pages from before.
+    // The kernel may not have received the first answer, and still have the old pages.
     let second = fs.open(inode, read_write()).await.unwrap();
     assert!(!second.keep_cache);
     fs.read(older.handle, 0, 10, Order::default(), Reader::default())
@@ -238,7 +238,7 @@ async fn the_pages_of_all_open_directories_are_bounded() {
     assert_eq!(fs.directories.pages(), 0);
 }
 
-/// What is asked of the pages above, in order.
+/// Records the calls of the page cache, in order.
 #[derive(Default)]
 struct Asked(parking_lot::Mutex<Vec<String>>);
 

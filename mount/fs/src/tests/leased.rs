@@ -1,4 +1,4 @@
-//! What a mount knows for certain, and when it does not.
+//! What is answered from memory under a lease, and when it is not.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +15,7 @@ use quorumfs_memory::{Connection, MemoryChunk, MemoryCluster};
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
 
-/// A connection that alone uses the cluster, whose next change times out.
+/// A connection of the only session of a cluster. Its next change times out on demand.
 #[derive(Clone)]
 struct TimingOut {
     connection: Connection,
@@ -73,7 +73,7 @@ fn chmod(mode: u16) -> Command {
     })
 }
 
-/// The root's mode, and how many questions it took to learn it.
+/// Returns the root's mode and the number of queries that took.
 async fn mode(leased: &Leased<TimingOut>, cluster: &MemoryCluster) -> (u16, u64) {
     let before = cluster.queries.load(Ordering::SeqCst);
     let answer = leased.query(Query::Attributes { inode: ROOT }).await;

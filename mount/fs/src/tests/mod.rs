@@ -1,4 +1,4 @@
-//! The verbs against a cluster in memory.
+//! The filesystem on a cluster in memory.
 
 mod appends;
 mod create_race;

@@ -1,4 +1,4 @@
-//! `durability=fsync` keeps the order of closes and of all that follows them.
+//! `durability=fsync` preserves the order of closes and of later changes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,7 +27,7 @@ async fn what_is_handed_over_is_committed_in_order_and_before_what_follows() {
     close(&fs, data_handle).await;
     write(&fs, done_handle, 0, b"done").await;
     close(&fs, done_handle).await;
-    // Written again while it waits: the second close has its own place.
+    // Written again while the first commit waits: the second close has its own place.
     let again = fs.open(data, read_write()).await.unwrap().handle;
     write(&fs, again, 0, b"again").await;
     close(&fs, again).await;

@@ -1,7 +1,7 @@
 //! Random operations of two mounts on one cluster, against a model that is a map of byte vectors.
 //!
-//! As long as a file is open on one mount the other leaves its content alone; when it was closed, either may open it
-//! and must see every byte (close-to-open). Names change from both sides at any time.
+//! While a file is open on one mount, the other does not touch its content; after its close either may open it and must
+//! see every byte (close-to-open). Names are changed by both mounts at any time.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -163,7 +163,7 @@ impl World {
         }
     }
 
-    /// The mount that may touch the content of `file` now.
+    /// Returns the mount that may access the content of `file` now.
     fn mount_for(&self, file: usize, wanted: usize) -> usize {
         self.open
             .iter()
@@ -309,7 +309,7 @@ impl World {
             assert!(known.is_some() && open_flags.exclusive);
             return;
         } else {
-            // Without O_CREAT, or what the kernel does when it finds that there is something to open.
+            // Without O_CREAT, or after a failed creation, the kernel opens the existing file.
             assert_eq!(created, Err(FsError::Stale));
             match fs.lookup(ROOT, &spelled(name)).await {
                 Ok(found) => fs.open(found.inode, open_flags).await.unwrap().handle,
@@ -365,7 +365,7 @@ impl World {
         assert_eq!(fs.release(open.handle).await, Ok(()));
     }
 
-    /// Everything is closed, everything is seen from everywhere, nothing is left over.
+    /// Closes everything and checks that both mounts see everything and no inode is left over.
     async fn finish(mut self) {
         for open in std::mem::take(&mut self.open) {
             self.close(open).await;

@@ -1,4 +1,4 @@
-//! What tests of the verbs do all the time.
+//! Helpers of the tests.
 
 use std::sync::Arc;
 
@@ -46,7 +46,7 @@ pub(super) fn written_operations(cluster: &MemoryCluster) -> Vec<Operation> {
         .collect()
 }
 
-/// Where the kernel says that a write goes, as long as nobody changed the flags that the file was opened with.
+/// Returns the position of a write as the kernel states it if the flags have not changed since the open.
 pub fn place(fs: &Filesystem<Connection>, handle: Handle, offset: u64) -> WritePosition {
     match fs.open.get(handle) {
         Ok(file) if file.flags.append => WritePosition::End {
@@ -69,7 +69,7 @@ pub(super) fn mount_with(
     Filesystem::new(cluster.connect(session), options)
 }
 
-/// Nothing is committed by age.
+/// Options without commits by age.
 pub(super) fn ageless() -> FsOptions {
     FsOptions {
         dirty_age_ms: 3_600_000,

@@ -1,4 +1,4 @@
-//! What has lost its name lives as long as it is in use here, and no longer.
+//! An inode without a name lives as long as it is in use here, and no longer.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ fn soon() -> FsOptions {
     }
 }
 
-/// What the kernel knows.
+/// Returns the inodes that the simulated kernel knows.
 fn kernel_inodes(fs: &Arc<Filesystem<Connection>>) -> Arc<Mutex<BTreeSet<InodeNumber>>> {
     let known: Arc<Mutex<BTreeSet<InodeNumber>>> = Arc::default();
     let asked = Arc::clone(&known);

@@ -1,4 +1,4 @@
-//! Files that get their name last.
+//! Files that are named last.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -122,7 +122,7 @@ async fn a_file_that_lost_bytes_gets_no_name() {
     assert_eq!(fs.flush_all().await, Err(FsError::NoSpace));
     *cluster.put_fault.lock() = None;
     assert_eq!(fs.failure(handle), Err(FsError::NoSpace));
-    // More directories than one command can make, so some would be made before the file is linked.
+    // More directories than one command can create, so some would be created before the file is linked.
     for missing in [vec![], vec!["d"; 500]] {
         let linked = fs
             .link_into(handle, NEW, at(ROOT, &missing, "part", IfExists::Refuse))

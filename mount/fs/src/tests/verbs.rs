@@ -1,4 +1,4 @@
-//! One rule a test.
+//! The operations of the filesystem, one rule per test.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -307,7 +307,8 @@ async fn a_chunk_of_many_extents_is_not_fetched_for_each() {
     }
     close(&fs, handle).await;
     assert!(contents(&reader, "database").await == data);
-    // Once as far as the first answer about extents tells, once whole; and its reader and read-ahead may meet.
+    // Once up to the end known from the first extents answer, once whole; and the reader and its read-ahead may both
+    // fetch.
     let gets = cluster.gets.load(Ordering::Relaxed);
     assert!(gets <= 4, "{gets} fetches for 250 extents of one chunk");
 }
@@ -322,7 +323,7 @@ async fn appends_of_two_mounts_never_overwrite_each_other() {
     let here = fs.open(inode, append).await.unwrap();
     assert!(here.direct_io);
     let there = other.open(inode, append).await.unwrap();
-    // What was written here before goes first although nobody synced it.
+    // Earlier writes of this mount are committed first, although none was synced.
     write(&fs, here.handle, 0, b"here 0\n").await;
     let lines = |fs: &Arc<Filesystem<Connection>>, handle, who: &'static str| {
         let fs = Arc::clone(fs);
@@ -514,8 +515,8 @@ async fn holes_read_as_zeros_and_truncation_cuts() {
     assert_eq!(fs.attributes(inode, None).await.unwrap().size, 0);
 }
 
-/// Readers beside a writer and its commits: what a write put there before the read began is never missing, whatever
-/// stage its bytes are in.
+/// Readers concurrent with a writer and its commits see every byte that was written before the read began, whatever
+/// stage it is in.
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
 async fn a_reader_never_sees_less_than_was_written_before() {
     const BLOCKS: u64 = 48;
@@ -566,7 +567,7 @@ async fn a_reader_never_sees_less_than_was_written_before() {
                         "older bytes than were written"
                     );
                 }
-                // A read that is answered from memory never yields, and what it woke may wait for this thread.
+                // A read answered from memory does not yield, and a task it woke may wait for this thread.
                 tokio::task::yield_now().await;
             }
         })

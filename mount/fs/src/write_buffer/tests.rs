@@ -1,9 +1,9 @@
-//! The write buffer against a file of single bytes.
+//! The write buffer against a model with one entry per byte.
 
 use super::*;
 use proptest::prelude::*;
 
-/// What a file is, byte by byte: `None` where nothing was written.
+/// The content of a file by byte; `None` if never written.
 #[derive(Default)]
 struct Model(Vec<Option<u8>>);
 
@@ -37,7 +37,7 @@ enum Step {
     Commit,
 }
 
-/// Offsets gather around cell borders, where the code has its corners.
+/// Offsets cluster at cell borders, where the edge cases are.
 fn step() -> impl Strategy<Value = Step> {
     let offset = (0u64..3, 0u64..4000, prop::bool::ANY).prop_map(|(cell, by, before)| {
         let border = cell * CELL_BYTES;
@@ -111,7 +111,7 @@ proptest! {
             prop_assert_eq!(active, buffer.active_bytes);
             prop_assert_eq!(buffer.cells.values().sum::<u64>(), active);
         }
-        // Dirty bytes over committed ones are what the model says, in the window and at the end.
+        // Dirty bytes over committed ones equal the model, in the window and at the end.
         let (from, length) = window;
         let mut seen = vec![None; length as usize];
         for (at, byte) in seen.iter_mut().enumerate() {
