@@ -222,7 +222,7 @@ impl<C: Cluster> Service<C> {
             .await
             .is_err()
         {
-            tracing::info!("the kernel is still writing back; it must give up now");
+            tracing::info!("the kernel is still writing back; unmounting without waiting for it");
         }
     }
 }
@@ -302,12 +302,12 @@ async fn resolve_root(client: &Client, path: &[Name]) -> Result<InodeNumber, Ser
     if path.is_empty() {
         return Ok(InodeNumber::ROOT);
     }
-    let verdict = match client.ask(Query::resolve(InodeNumber::ROOT, path.to_vec())).await {
+    let resolved = match client.ask(Query::resolve(InodeNumber::ROOT, path.to_vec())).await {
         Ok(attributes) if attributes.kind == FileKind::Directory => Ok(attributes.inode),
         Ok(_) => Err(FsError::NotDirectory),
         Err(error) => Err(error),
     };
-    verdict.map_err(|error| ServeError::Subdirectory {
+    resolved.map_err(|error| ServeError::Subdirectory {
         path: path.iter().map(Name::to_string).collect::<Vec<_>>().join("/"),
         error,
     })
@@ -383,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn asked_to_stop_it_unmounts() {
+    fn a_stop_request_unmounts() {
         if !can_mount() {
             return;
         }
@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn it_ends_when_somebody_else_unmounts() {
+    fn it_ends_when_another_process_unmounts() {
         if !can_mount() {
             return;
         }
@@ -404,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn busy_it_goes_on_until_time_is_up_or_it_is_asked_again() {
+    fn a_busy_mount_continues_until_the_timeout_or_a_second_signal() {
         if !can_mount() {
             return;
         }
@@ -424,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn what_could_not_be_flushed_is_reported() {
+    fn a_failed_flush_is_reported() {
         if !can_mount() {
             return;
         }

@@ -130,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_attribute_is_json_of_what_was_counted() {
+    fn the_attribute_is_json_of_the_counters() {
         let statistics = Statistics::default();
         for (index, verb) in Verb::ALL.into_iter().enumerate() {
             assert_eq!(verb as usize, index);

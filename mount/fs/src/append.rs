@@ -105,7 +105,7 @@ impl<C: Cluster> Filesystem<C> {
     /// meanwhile. Otherwise closes the held append. Returns whether `data` was joined.
     fn join_held_append(&self, node: &OpenInode<C>, data: &Bytes, privileges: Privileges) -> bool {
         let mut state = node.state.lock();
-        let committed = state.view.as_ref().map_or(0, |view| view.size);
+        let committed = state.committed.as_ref().map_or(0, |committed| committed.size);
         let buffer_end = state.buffer.end();
         let Some(held) = &mut state.held_append else {
             return false;

@@ -57,13 +57,13 @@ impl<C: Cluster> Filesystem<C> {
     /// Commits the bytes written before the call.
     pub(super) async fn commit(&self, node: &OpenInode<C>, scope: Scope) -> Result<(), FsError> {
         self.drain_close_queue().await;
-        let verdict = {
+        let result = {
             // If the caller is interrupted here, the bytes wait for the next commit.
             let _lock = lock_after_append(node).await?;
             self.commit_locked(node, scope).await
         };
         self.open.remove_if_idle(node);
-        verdict
+        result
     }
 
     /// Commits in a background task, at most one per file at a time.
@@ -97,14 +97,14 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Commits the packs up to the sequence `last`; the caller holds the commit lock.
     pub(super) async fn commit_up_to(&self, node: &OpenInode<C>, last: u64) -> Result<(), FsError> {
-        let mut verdict = self.commit_held_append(node).await;
+        let mut result = self.commit_held_append(node).await;
         loop {
             let packs = node.state.lock().buffer.next_batch(last);
             if packs.is_empty() {
-                return verdict;
+                return result;
             }
             if let Err(error) = self.send_or_discard(node, &packs).await {
-                verdict = verdict.and(Err(error));
+                result = result.and(Err(error));
             }
         }
     }
@@ -350,7 +350,10 @@ impl<C: Cluster> Filesystem<C> {
         {
             let mut state = node.state.lock();
             self.remove_packs(node, &mut state, packs);
-            let known = state.view.as_ref().map(|view| view.content_version);
+            let known = state
+                .committed
+                .as_ref()
+                .map(|committed| committed.content_version);
             if let Some(attributes) = outcome.attributes_of(node.inode) {
                 state.update_attributes(attributes);
                 let after = attributes.content_version;

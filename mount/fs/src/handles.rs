@@ -92,7 +92,7 @@ pub struct SharedInode<Put> {
 #[derive(Debug)]
 pub struct InodeState<Put> {
     /// The newest attributes of the cluster; `None` until the first open is answered.
-    pub view: Option<Attributes>,
+    pub committed: Option<Attributes>,
     /// Uncommitted bytes.
     pub buffer: WriteBuffer,
     /// The last append, held because more of it may follow. It precedes the bytes in `buffer`.
@@ -230,22 +230,23 @@ impl<Put> InodeState<Put> {
 
     /// Replaces the attributes unless the known ones are newer. (Every change increases ctime.)
     pub fn update_attributes(&mut self, newer: &Attributes) {
-        let is_older =
-            |view: &Attributes| newer.ctime < view.ctime || newer.content_version < view.content_version;
-        if !self.view.as_ref().is_some_and(is_older) {
-            self.view = Some(newer.clone());
+        let is_older = |committed: &Attributes| {
+            newer.ctime < committed.ctime || newer.content_version < committed.content_version
+        };
+        if !self.committed.as_ref().is_some_and(is_older) {
+            self.committed = Some(newer.clone());
         }
     }
 
     /// Size of the file as this mount knows it, with uncommitted writes.
     pub fn size(&self) -> u64 {
-        let committed = self.view.as_ref().map_or(0, |view| view.size);
+        let committed = self.committed.as_ref().map_or(0, |committed| committed.size);
         committed.max(self.buffer.end())
     }
 
     /// Attributes with the effect of uncommitted writes of this mount.
     pub fn attributes(&self) -> Option<Attributes> {
-        let mut attributes = self.view.clone()?;
+        let mut attributes = self.committed.clone()?;
         if !self.is_clean() {
             let held_bytes = self.held_bytes();
             attributes.size = (attributes.size + held_bytes).max(self.buffer.end());
@@ -378,7 +379,7 @@ impl<Put> OpenFiles<Put> {
                 commit_lock: tokio::sync::Mutex::new(()),
                 page_drop_lock: Arc::default(),
                 state: Mutex::new(InodeState {
-                    view: None,
+                    committed: None,
                     buffer: WriteBuffer::default(),
                     held_append: None,
                     puts: BTreeMap::new(),

@@ -312,7 +312,10 @@ mod tests {
         assert!(futures::poll!(serving.as_mut()).is_pending());
         assert_eq!(callers.table.lock().waiting.len(), 1);
         callers.check(0);
-        assert!(futures::poll!(serving.as_mut()).is_pending(), "nobody is killed");
+        assert!(
+            futures::poll!(serving.as_mut()).is_pending(),
+            "no caller is killed"
+        );
         sender.send(()).unwrap();
         assert_eq!(serving.await, Some(Ok(())));
         assert!(callers.table.lock().waiting.is_empty());

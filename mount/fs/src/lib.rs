@@ -231,13 +231,13 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Commits all written bytes and waits for that. Every file is tried; the first failure is returned.
     pub async fn flush_all(&self) -> Result<(), FsError> {
-        let verdicts = stream::iter(self.dirty.nodes())
+        let results = stream::iter(self.dirty.nodes())
             .map(|node| async move { self.commit(&node, Scope::Everything).await })
             .buffer_unordered(CONCURRENT_COMMITS_MAX)
             .collect::<Vec<_>>()
             .await;
         self.release_unlinked().await;
-        verdicts.into_iter().collect()
+        results.into_iter().collect()
     }
 
     /// Commits files that have been dirty for longer than [`FsOptions::dirty_age_ms`]. Returns when the filesystem is

@@ -233,9 +233,9 @@ impl<C: Cluster> Filesystem<C> {
         // Before the answer is sent: it may let the last user of the inode go on and release it.
         self.unlinked.add(inode, UnlinkedBy::ThisMount);
         if let Some(node) = self.open.find(inode)
-            && let Some(view) = &mut node.state.lock().view
+            && let Some(committed) = &mut node.state.lock().committed
         {
-            view.links = 0;
+            committed.links = 0;
         }
     }
 }

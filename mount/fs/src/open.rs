@@ -82,20 +82,20 @@ impl<C: Cluster> Filesystem<C> {
             let attributes = self.ask(Query::attributes(node.inode)).await?;
             node.state.lock().update_attributes(&attributes);
         }
-        let Some(view) = node.state.lock().view.clone() else {
+        let Some(committed) = node.state.lock().committed.clone() else {
             return Err(FsError::Io);
         };
-        match view.kind {
+        match committed.kind {
             FileKind::File => {}
             FileKind::Directory => return Err(FsError::IsDirectory),
             _ => return Err(FsError::InvalidArgument),
         }
         // An unlinked inode that is not held here may already be reported to the cluster as not in use.
         let may_open = || self.unlinked.holds(node.inode) || self.recent_lookups.may_open(node.inode);
-        if view.links == 0 && self.open.use_count(node.inode) == 1 && !may_open() {
+        if committed.links == 0 && self.open.use_count(node.inode) == 1 && !may_open() {
             return Err(FsError::Stale);
         }
-        Ok(self.page_versions.opened(node.inode, view.content_version))
+        Ok(self.page_versions.opened(node.inode, committed.content_version))
     }
 
     async fn truncate_at_open(&self, node: &OpenInode<C>, privileges: Privileges) -> Result<(), FsError> {
@@ -266,7 +266,10 @@ impl<C: Cluster> Filesystem<C> {
             let state = file.node.state.lock();
             (
                 !state.is_clean(),
-                state.view.as_ref().is_some_and(|view| view.links == 0),
+                state
+                    .committed
+                    .as_ref()
+                    .is_some_and(|committed| committed.links == 0),
             )
         };
         if is_dirty {

@@ -237,8 +237,8 @@ fn spawn_drop<C: Cluster>(
         if let DropScope::FromZeros { last: Some(last) } = &scope {
             let is_newest = {
                 let state = node.state.lock();
-                let is_newest = |view: &Attributes| view.content_version == last.version;
-                state.page_writers == 0 && state.view.as_ref().is_some_and(is_newest)
+                let is_newest = |committed: &Attributes| committed.content_version == last.version;
+                state.page_writers == 0 && state.committed.as_ref().is_some_and(is_newest)
             };
             if is_newest {
                 page_cache.store_last_byte(node.inode, last.at, last.byte);

@@ -190,9 +190,9 @@ impl<C: Cluster> Filesystem<C> {
         let mut state = node.state.lock();
         state.update_attributes(&attributes);
         let is_current = state
-            .view
+            .committed
             .as_ref()
-            .is_some_and(|view| view.content_version == attributes.content_version);
+            .is_some_and(|committed| committed.content_version == attributes.content_version);
         if is_current {
             // Nothing follows the end of the file, so an answer up to the end is complete.
             let to = if known_to >= attributes.size {
@@ -212,9 +212,9 @@ impl<C: Cluster> Filesystem<C> {
     pub(super) async fn last_byte(&self, node: &OpenInode<C>) -> Option<LastByte> {
         for _ in 0..READ_ATTEMPTS_MAX {
             let version_and_size = |state: &InodeState<Put<C>>| {
-                let view = state.view.as_ref()?;
+                let committed = state.committed.as_ref()?;
                 let is_read_only = state.page_writers == 0 && state.buffer.is_clean();
-                is_read_only.then_some((view.content_version, view.size))
+                is_read_only.then_some((committed.content_version, committed.size))
             };
             let (version, size) = {
                 let state = node.state.lock();
@@ -287,7 +287,12 @@ impl<C: Cluster> Filesystem<C> {
     /// Fetches the chunks of `range` into the cache, in the background. The read that needs a chunk repeats and reports
     /// a failed fetch.
     fn read_ahead(self: &Arc<Self>, node: &OpenInode<C>, range: Range<u64>) {
-        let size = node.state.lock().view.as_ref().map_or(0, |view| view.size);
+        let size = node
+            .state
+            .lock()
+            .committed
+            .as_ref()
+            .map_or(0, |committed| committed.size);
         let range = range.start..range.end.min(size);
         if range.is_empty() {
             return;
@@ -345,9 +350,9 @@ fn missing_chunk<Put>(node: &SharedInode<Put>, offset: u64) -> FsError {
 /// Takes a snapshot of `range`; if extents are unknown, the error is the offset of the first unknown one.
 fn snapshot_of<Put>(state: &InodeState<Put>, range: Range<u64>) -> Result<Snapshot, u64> {
     let (size, version) = state
-        .view
+        .committed
         .as_ref()
-        .map_or((0, 0), |view| (view.size, view.content_version));
+        .map_or((0, 0), |committed| (committed.size, committed.content_version));
     let end = range.end.min(size.max(state.buffer.end()));
     let range = range.start.min(end)..end;
     let dirty = state.buffer.overlay(range.clone());

@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn the_inodes_that_are_remembered_are_bounded() {
+    fn recorded_inodes_are_bounded() {
         let mut recent = RecentSet::new(KEPT_MS);
         let now = recent.since;
         for inode in 0..5 * INODES_MAX as u64 {

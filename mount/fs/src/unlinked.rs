@@ -78,8 +78,8 @@ impl PendingCalls {
     /// question about them are answered.
     fn unaffected(&mut self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
         let before = std::mem::take(&mut self.first_queried);
-        let first_asked = |inode: &InodeNumber| (*inode, before.get(inode).copied().unwrap_or(self.started));
-        self.first_queried = inodes.iter().map(first_asked).collect();
+        let queried_at = |inode: &InodeNumber| (*inode, before.get(inode).copied().unwrap_or(self.started));
+        self.first_queried = inodes.iter().map(queried_at).collect();
         let answered = self.unanswered.first().map_or(self.started, |oldest| oldest - 1);
         let is_unaffected = |inode: &&InodeNumber| self.first_queried[*inode] <= answered;
         inodes.iter().filter(is_unaffected).copied().collect()
@@ -208,10 +208,10 @@ impl<C: Cluster> Filesystem<C> {
             // The check waits for a last user that is just releasing the inode. After a panic nothing is released.
             Some(in_use) => {
                 let is_unused = move |inode: &InodeNumber| !in_use(*inode);
-                let asked = tokio::task::spawn_blocking(move || {
+                let checked = tokio::task::spawn_blocking(move || {
                     by_this_mount.into_iter().filter(is_unused).collect::<Vec<_>>()
                 });
-                unused.extend(asked.await.unwrap_or_default());
+                unused.extend(checked.await.unwrap_or_default());
             }
         }
         self.revoke_closed(&unused)
@@ -237,7 +237,11 @@ mod tests {
         let _second = unlinked.begin_call();
         assert!(unaffected(&[late]).is_empty());
         drop(first);
-        assert_eq!(unaffected(&[late]), [late], "the second began after the question");
+        assert_eq!(
+            unaffected(&[late]),
+            [late],
+            "the second call began after the question"
+        );
     }
 
     #[test]

@@ -44,7 +44,7 @@ impl<C: Cluster> Filesystem<C> {
     pub async fn write(
         self: &Arc<Self>,
         handle: Handle,
-        place: WritePosition,
+        position: WritePosition,
         data: Bytes,
         privileges: Privileges,
         order: Order,
@@ -55,7 +55,7 @@ impl<C: Cluster> Filesystem<C> {
             return Err(FsError::NotPermitted);
         }
         let length = u32::try_from(data.len()).map_err(|_| FsError::InvalidArgument)?;
-        let (WritePosition::At(offset) | WritePosition::End { offset, .. }) = place;
+        let (WritePosition::At(offset) | WritePosition::End { offset, .. }) = position;
         if offset
             .checked_add(u64::from(length))
             .is_none_or(|end| end > FILE_BYTES_MAX)
@@ -65,7 +65,7 @@ impl<C: Cluster> Filesystem<C> {
         if length == 0 {
             return Ok(0);
         }
-        match place {
+        match position {
             WritePosition::End { more_bytes, .. } => {
                 self.append(&file.node, data, privileges, more_bytes).await?;
             }
@@ -78,26 +78,26 @@ impl<C: Cluster> Filesystem<C> {
                     .await?;
             }
         }
-        if place == WritePosition::At(offset) && file.flags.append {
+        if position == WritePosition::At(offset) && file.flags.append {
             // These bytes bypassed the kernel's page cache, where another handle may just have cached the old ones.
             self.page_versions.forget(file.node.inode);
             self.drop_pages(&file.node, offset).await;
         }
-        self.prepare_answer(&file, place, offset + u64::from(length), order)
+        self.prepare_answer(&file, position, offset + u64::from(length), order)
             .await;
-        if matches!(place, WritePosition::End { .. }) {
+        if matches!(position, WritePosition::End { .. }) {
             self.restart_second_part_wait(&file.node);
         }
         Ok(length)
     }
 
     /// Called before the answer to a write up to `end`, from which the kernel concludes that the file has this length.
-    async fn prepare_answer(&self, file: &OpenFile<Put<C>>, place: WritePosition, end: u64, order: Order) {
+    async fn prepare_answer(&self, file: &OpenFile<Put<C>>, position: WritePosition, end: u64, order: Order) {
         if file.flags.append {
             // The write bypassed the page cache, so the kernel holds no page lock until the answer.
             return self.prepare_size(&file.node, end).await;
         }
-        match place {
+        match position {
             WritePosition::At(_) => self.prepare_write_answer(&file.node, end).await,
             WritePosition::End { offset, .. } => {
                 let mut state = file.node.state.lock();

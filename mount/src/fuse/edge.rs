@@ -68,7 +68,7 @@ pub struct FuseEdge<C: Cluster> {
 }
 
 /// A request being served: its verb, the waiting thread, and its reply.
-pub(super) type Asked<Reply> = (Verb, u32, Reply);
+pub(super) type Call<Reply> = (Verb, u32, Reply);
 
 impl<C: Cluster> FuseEdge<C> {
     /// Makes the edge of `filesystem`, whose root is the cluster's directory `root`. The kernel may keep names and
@@ -80,9 +80,12 @@ impl<C: Cluster> FuseEdge<C> {
         runtime: tokio::runtime::Handle,
     ) -> FuseEdge<C> {
         let _inside = runtime.enter();
-        let asked = Arc::clone(&filesystem);
+        let lease_holder = Arc::clone(&filesystem);
         let kept = move || {
-            let lease = asked.cluster().lease().map_or(Duration::ZERO, |(left, _)| left);
+            let lease = lease_holder
+                .cluster()
+                .lease()
+                .map_or(Duration::ZERO, |(left, _)| left);
             cache.max(lease.min(CACHE_MAX))
         };
         FuseEdge {
@@ -100,17 +103,17 @@ impl<C: Cluster> FuseEdge<C> {
     }
 
     /// From now on the kernel is asked which removed inodes programs still use, and notified of invalid pages.
-    pub(super) fn reach_kernel(&self, notices: Notices) {
+    pub(super) fn attach_notices(&self, notices: Notices) {
         let (inodes, notices) = (self.view.inodes, Arc::new(notices));
-        let asked = Arc::clone(&notices);
+        let kernel = Arc::clone(&notices);
         let places = Arc::clone(&self.view.places);
         let used = move |inode| {
             let plain = inodes.to_kernel(inode);
             for (parent, name) in places.take_left(plain) {
-                asked.forget_name(parent, &name);
+                kernel.forget_name(parent, &name);
             }
             let numbers = places.numbers(plain);
-            numbers.into_iter().any(|number| asked.may_know(number))
+            numbers.into_iter().any(|number| kernel.may_know(number))
         };
         self.filesystem.set_in_use_check(Arc::new(used));
         self.filesystem.set_page_cache(notices);
@@ -124,10 +127,10 @@ impl<C: Cluster> FuseEdge<C> {
     /// Answers a request for [`ATTRIBUTE`](crate::statistics::ATTRIBUTE).
     pub(super) fn answer_statistics(&self, room_bytes: u32, reply: ReplyXattr) {
         let filesystem = &self.filesystem;
-        let told = self
+        let report = self
             .statistics
             .report(filesystem.cache_statistics(), filesystem.dirty_bytes());
-        answer_xattr(room_bytes)(reply, attribute_value(&told).into());
+        answer_xattr(room_bytes)(reply, attribute_value(&report).into());
     }
 
     /// Returns the cluster's number of the kernel's `inode`.
@@ -138,7 +141,7 @@ impl<C: Cluster> FuseEdge<C> {
     /// Runs `work` and gives its result to `answer`, or its error to the kernel.
     pub(super) fn serve<Reply, Work, Running, Value>(
         &self,
-        asked: Asked<Reply>,
+        call: Call<Reply>,
         work: Work,
         answer: impl FnOnce(Reply, Value) + Send + 'static,
     ) where
@@ -147,13 +150,13 @@ impl<C: Cluster> FuseEdge<C> {
         Running: Future<Output = Result<Value, FsError>> + Send + 'static,
         Value: Send + 'static,
     {
-        self.run(asked, |_| 0, work, answer, |_, _| ());
+        self.run(call, |_| 0, work, answer, |_, _| ());
     }
 
     /// Like [`FuseEdge::serve`], for requests that move content: `moved` returns the number of bytes.
     pub(super) fn serve_moving<Reply, Work, Running, Value>(
         &self,
-        asked: Asked<Reply>,
+        call: Call<Reply>,
         moved: fn(&Value) -> u64,
         work: Work,
         answer: impl FnOnce(Reply, Value) + Send + 'static,
@@ -163,14 +166,14 @@ impl<C: Cluster> FuseEdge<C> {
         Running: Future<Output = Result<Value, FsError>> + Send + 'static,
         Value: Send + 'static,
     {
-        self.run(asked, moved, work, answer, |_, _| ());
+        self.run(call, moved, work, answer, |_, _| ());
     }
 
     /// Like [`FuseEdge::serve`], for requests that open something: if the caller was interrupted, `close` closes it
     /// again, because the kernel does not know it then.
     pub(super) fn serve_opening<Reply, Work, Running, Value>(
         &self,
-        asked: Asked<Reply>,
+        call: Call<Reply>,
         work: Work,
         answer: impl FnOnce(Reply, Value) + Send + 'static,
         close: fn(Arc<Filesystem<C>>, Value),
@@ -180,12 +183,12 @@ impl<C: Cluster> FuseEdge<C> {
         Running: Future<Output = Result<Value, FsError>> + Send + 'static,
         Value: Send + 'static,
     {
-        self.run(asked, |_| 0, work, answer, close);
+        self.run(call, |_| 0, work, answer, close);
     }
 
     fn run<Reply, Work, Running, Value>(
         &self,
-        (verb, thread, reply): Asked<Reply>,
+        (verb, thread, reply): Call<Reply>,
         moved: fn(&Value) -> u64,
         work: Work,
         answer: impl FnOnce(Reply, Value) + Send + 'static,
@@ -238,7 +241,7 @@ impl<C: Cluster> FuseEdge<C> {
         self.serve_moving(
             (Verb::Write, thread, reply),
             |written: &u32| u64::from(*written),
-            move |fs| payload.give(move |data| work(fs, data)),
+            move |fs| payload.pass_to(move |data| work(fs, data)),
             |reply, written: u32| reply.written(written),
         );
     }
@@ -363,7 +366,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn what_is_ready_is_done_at_once_and_what_waits_is_done_later() {
+    fn ready_work_runs_at_once_and_waiting_work_later() {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()

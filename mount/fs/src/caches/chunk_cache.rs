@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_failed_fetch_is_not_remembered() {
+    async fn a_failed_fetch_is_not_cached() {
         let cache = ChunkCache::new(64 << 20);
         let fails = |_, _| async { Err(FsError::Stale) };
         assert_eq!(

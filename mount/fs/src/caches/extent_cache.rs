@@ -339,7 +339,7 @@ mod tests {
         assert_eq!(
             cache.chunk_end(&extent(0, 10, 2)),
             10,
-            "of others only what is asked"
+            "of an unknown chunk only the extent itself"
         );
     }
 

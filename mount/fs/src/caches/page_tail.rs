@@ -221,7 +221,7 @@ mod tests {
         let mut tail = PageTail::default();
         tail.record_open(10);
         assert!(tail.try_report_attributes(10), "as long as it was");
-        assert!(!tail.try_report_attributes(20), "a read may be under way");
+        assert!(!tail.try_report_attributes(20), "a read may be in progress");
         assert!(tail.try_report(20), "the answer to a write makes nothing zero");
         assert!(tail.try_report_attributes(20));
         tail.record_open(15);
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn own_writes_replace_the_zeros() {
+    fn writes_of_this_mount_replace_the_zeros() {
         let (mut tail, now) = (PageTail::default(), Instant::now());
         tail.record_short_read(10, EARLY);
         tail.record_write(10, 10, 30, sent(now, LATE));
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn before_any_size_is_told_pages_end_where_they_were_read_to() {
+    fn before_the_first_report_pages_end_at_the_short_read() {
         let mut tail = PageTail::default();
         assert_eq!(tail.reported_size(), None);
         tail.record_short_read(10, EARLY);
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_off_is_zero_for_a_moment() {
+    fn truncated_bytes_are_zero_until_a_drop() {
         let mut tail = PageTail::default();
         assert!(tail.try_report(100));
         assert!(tail.try_report(40));
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn readers_are_waited_for_once_and_not_for_ever() {
+    fn readers_are_waited_for_once_and_for_a_bounded_time() {
         let (mut tail, now) = (PageTail::default(), Instant::now());
         tail.record_reader(Reader(1), now);
         tail.record_reader(Reader(2), now);

@@ -110,7 +110,7 @@ mod tests {
         versions.changed_here(file, 3, 4);
         let fourth = versions
             .opened(file, 4)
-            .expect("version 3 was made by somebody else");
+            .expect("version 3 was made by another mount");
         versions.dropped(file, fourth);
         versions.forget(file);
         assert!(versions.opened(file, 4).is_some());

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use quorumfs_proto::{InodeNumber, Operation};
 
-use super::support::{MIB, ageless, contents, create, mount, mount_with, write, written_operations};
+use super::support::{
+    MIB, contents, create, mount, mount_with, without_commits_by_age, write, written_operations,
+};
 use crate::{Durability, Filesystem, FsOptions, Handle, OpenFlags};
 use quorumfs_memory::{Connection, MemoryCluster};
 
@@ -63,10 +65,10 @@ async fn in_two_parts(options: FsOptions, between: impl AsyncFn(&Arc<Filesystem<
 }
 
 #[tokio::test]
-async fn a_commit_that_makes_room_does_not_tear_an_append() {
+async fn a_commit_that_makes_room_does_not_split_an_append() {
     let options = FsOptions {
         dirty_bytes_max: 4 * MIB - 1000,
-        ..ageless()
+        ..without_commits_by_age()
     };
     in_two_parts(options, async |fs, _| {
         let (_, another) = create(fs, "another").await;
@@ -77,10 +79,10 @@ async fn a_commit_that_makes_room_does_not_tear_an_append() {
 }
 
 #[tokio::test]
-async fn a_close_that_is_handed_over_does_not_tear_an_append() {
+async fn a_queued_close_does_not_split_an_append() {
     let options = FsOptions {
         durability: Durability::Fsync,
-        ..ageless()
+        ..without_commits_by_age()
     };
     in_two_parts(options, async |fs, log| {
         // Another program closes the same file.
@@ -91,10 +93,10 @@ async fn a_close_that_is_handed_over_does_not_tear_an_append() {
 }
 
 #[tokio::test]
-async fn a_second_part_waits_for_the_closes_before_it_and_is_not_torn_by_them() {
+async fn a_second_part_waits_for_queued_closes_and_is_not_split_by_them() {
     let options = FsOptions {
         durability: Durability::Fsync,
-        ..ageless()
+        ..without_commits_by_age()
     };
     let cluster = MemoryCluster::new();
     let (fs, other) = (mount_with(&cluster, 1, options), mount(&cluster, 2));
@@ -127,9 +129,9 @@ async fn a_second_part_waits_for_the_closes_before_it_and_is_not_torn_by_them() 
 }
 
 #[tokio::test]
-async fn whole_appends_that_look_like_first_parts_do_not_hold_each_other_up() {
+async fn whole_appends_that_look_like_first_parts_do_not_delay_each_other() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (log, _) = create(&fs, "log").await;
     let own = append_to(&fs, log).await;
     let record = vec![b'a'; MIB as usize - 100];

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use quorumfs_proto::command::RenameMode;
 use quorumfs_proto::{FsError, InodeNumber};
 
-use super::support::{ROOT, ageless, close, create, mount, mount_with, read_write};
+use super::support::{ROOT, close, create, mount, mount_with, read_write, without_commits_by_age};
 use crate::{Filesystem, NewFile, ThreadId};
 use quorumfs_memory::{Connection, MemoryCluster};
 
@@ -24,7 +24,10 @@ async fn failed_creation() -> (
     InodeNumber,
 ) {
     let cluster = MemoryCluster::new();
-    let (fs, other) = (mount_with(&cluster, 1, ageless()), mount(&cluster, 2));
+    let (fs, other) = (
+        mount_with(&cluster, 1, without_commits_by_age()),
+        mount(&cluster, 2),
+    );
     let (inode, handle) = create(&other, "file").await;
     close(&other, handle).await;
     let refused = fs.create_for(THREAD, ROOT, b"file", NEW, read_write()).await;
@@ -51,7 +54,7 @@ async fn it_can_be_opened_after_it_was_unlinked() {
 }
 
 #[tokio::test]
-async fn an_open_that_ended_after_the_look_up_leaves_nothing_behind() {
+async fn a_lookup_without_an_open_leaves_no_state() {
     // As with EACCES, EISDIR or ELOOP: no open is sent.
     let (_, fs, _, inode) = failed_creation().await;
     assert_eq!(looked_up(&fs).await, Ok(inode));

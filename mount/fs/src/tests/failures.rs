@@ -2,13 +2,13 @@
 
 use quorumfs_proto::FsError;
 
-use super::support::{ageless, close, create, mount_with, pattern, read_write, write};
+use super::support::{close, create, mount_with, pattern, read_write, without_commits_by_age, write};
 use quorumfs_memory::MemoryCluster;
 
 #[tokio::test]
 async fn a_failure_after_the_last_close_is_reported_to_the_next_handle() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (inode, handle) = create(&fs, "mapped").await;
     fs.flush(handle).await.unwrap();
     // Like the pages of a shared mapping, which arrive after the close.
@@ -27,7 +27,7 @@ async fn a_failure_after_the_last_close_is_reported_to_the_next_handle() {
 #[tokio::test]
 async fn a_background_failure_is_reported_to_a_handle_opened_after_it() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (inode, first) = create(&fs, "file").await;
     *cluster.put_fault.lock() = Some(FsError::NoSpace);
     write(&fs, first, 0, &pattern(100_000, 1)).await;

@@ -5,7 +5,7 @@ use quorumfs_proto::command::{AttributeChanges, Privileges};
 use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{FsError, InodeNumber};
 
-use super::support::{ageless, close, create, mount, mount_with, read_write, write};
+use super::support::{close, create, mount, mount_with, read_write, without_commits_by_age, write};
 use crate::{OpenFlags, Order, PageCache, Reader, WritePosition};
 use quorumfs_memory::MemoryCluster;
 
@@ -59,7 +59,7 @@ async fn attributes_of_a_listing_are_as_new_as_the_request() {
 }
 
 #[tokio::test]
-async fn what_exists_already_is_not_opened_by_a_create() {
+async fn an_existing_file_is_not_opened_by_a_create() {
     let cluster = MemoryCluster::new();
     let (fs, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let (_, handle) = create(&other, "file").await;
@@ -80,7 +80,7 @@ async fn what_exists_already_is_not_opened_by_a_create() {
 }
 
 #[tokio::test]
-async fn pages_are_kept_only_once_older_ones_are_surely_dropped() {
+async fn pages_are_kept_only_after_older_ones_are_known_to_be_dropped() {
     let cluster = MemoryCluster::new();
     let (fs, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let (inode, handle) = create(&fs, "file").await;
@@ -124,7 +124,7 @@ async fn each_write_says_whether_it_appends() {
     assert!(append.direct_io && !plain.direct_io);
     let elsewhere = other.open(inode, appending).await.unwrap().handle;
     write(&other, elsewhere, 0, b"45").await;
-    for (handle, place, bytes) in [
+    for (handle, position, bytes) in [
         (append.handle, WritePosition::At(1), &b"x"[..]),
         (
             plain.handle,
@@ -146,7 +146,7 @@ async fn each_write_says_whether_it_appends() {
         let bytes = Bytes::from_static(bytes);
         let length = bytes.len() as u32;
         let written = fs
-            .write(handle, place, bytes, Privileges::Keep, Order::default())
+            .write(handle, position, bytes, Privileges::Keep, Order::default())
             .await;
         assert_eq!(written, Ok(length));
     }
@@ -160,9 +160,9 @@ async fn each_write_says_whether_it_appends() {
 }
 
 #[tokio::test]
-async fn privileges_that_a_write_takes_are_not_seen_again() {
+async fn privileges_dropped_by_a_write_are_not_seen_again() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (inode, handle) = create(&fs, "program").await;
     let set = AttributeChanges {
         mode: Some(0o6755),
@@ -180,7 +180,7 @@ async fn privileges_that_a_write_takes_are_not_seen_again() {
     .await
     .unwrap();
     assert_eq!(mode().await, 0o6755);
-    let other = Bytes::from_static(b"by somebody");
+    let other = Bytes::from_static(b"by a user");
     fs.write(
         handle,
         WritePosition::At(0),
@@ -240,9 +240,9 @@ async fn the_pages_of_all_open_directories_are_bounded() {
 
 /// Records the calls of the page cache, in order.
 #[derive(Default)]
-struct Asked(parking_lot::Mutex<Vec<String>>);
+struct RecordedCalls(parking_lot::Mutex<Vec<String>>);
 
-impl PageCache for Asked {
+impl PageCache for RecordedCalls {
     fn drop_from(&self, _inode: InodeNumber, from: u64) {
         self.0.lock().push(format!("drop from {from}"));
     }
@@ -266,11 +266,11 @@ impl PageCache for Asked {
 async fn p3_a_larger_size_is_told_after_readers_of_the_dropped_pages_have_gone_on() {
     let cluster = MemoryCluster::new();
     let (fs, other) = (
-        mount_with(&cluster, 1, ageless()),
-        mount_with(&cluster, 2, ageless()),
+        mount_with(&cluster, 1, without_commits_by_age()),
+        mount_with(&cluster, 2, without_commits_by_age()),
     );
-    let asked = std::sync::Arc::new(Asked::default());
-    fs.set_page_cache(asked.clone());
+    let calls = std::sync::Arc::new(RecordedCalls::default());
+    fs.set_page_cache(calls.clone());
     let (inode, handle) = create(&other, "log").await;
     write(&other, handle, 0, b"one").await;
     other.fsync(handle).await.unwrap();
@@ -281,7 +281,7 @@ async fn p3_a_larger_size_is_told_after_readers_of_the_dropped_pages_have_gone_o
     other.fsync(handle).await.unwrap();
     assert_eq!(fs.attributes(inode, None).await.unwrap().size, 6);
     let expected = ["drop from 3", "wait for [Reader(7)]"];
-    assert_eq!(*asked.0.lock(), expected);
+    assert_eq!(*calls.0.lock(), expected);
     close(&fs, reader).await;
     close(&other, handle).await;
 }

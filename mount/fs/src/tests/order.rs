@@ -7,17 +7,17 @@ use quorumfs_proto::Operation;
 use quorumfs_proto::command::{NewInode, NewKind, Target};
 
 use super::support::{
-    MIB, ROOT, ageless, close, contents, create, mount, mount_with, pattern, read_write, write,
+    MIB, ROOT, close, contents, create, mount, mount_with, pattern, read_write, without_commits_by_age, write,
 };
 use crate::{Durability, FsOptions};
 use quorumfs_memory::MemoryCluster;
 
 #[tokio::test]
-async fn what_is_handed_over_is_committed_in_order_and_before_what_follows() {
+async fn queued_closes_are_committed_in_order_and_before_later_changes() {
     let cluster = MemoryCluster::new();
     let options = FsOptions {
         durability: Durability::Fsync,
-        ..ageless()
+        ..without_commits_by_age()
     };
     let fs = mount_with(&cluster, 1, options);
     let (data, data_handle) = create(&fs, "data").await;

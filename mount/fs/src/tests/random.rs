@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use quorumfs_proto::command::{AttributeChanges, Privileges, RenameMode};
 use quorumfs_proto::{FsError, InodeNumber};
 
-use super::support::place;
+use super::support::write_position;
 use crate::handles::Scope;
 use crate::{Filesystem, FsOptions, Handle, OpenFlags, Order, Reader};
 use quorumfs_memory::{Connection, MemoryCluster};
@@ -132,7 +132,7 @@ struct World {
     steps: usize,
 }
 
-fn spelled(name: u8) -> Vec<u8> {
+fn name_bytes(name: u8) -> Vec<u8> {
     format!("name {name}").into_bytes()
 }
 
@@ -192,7 +192,7 @@ impl World {
                 let written = fs
                     .write(
                         open.handle,
-                        place(fs, open.handle, offset),
+                        write_position(fs, open.handle, offset),
                         Bytes::from(data.clone()),
                         Privileges::Keep,
                         Order::default(),
@@ -245,7 +245,7 @@ impl World {
                     return;
                 };
                 let fs = &self.mounts[self.mount_for(file, mount)];
-                let inode = fs.lookup(ROOT, &spelled(name)).await.unwrap().inode;
+                let inode = fs.lookup(ROOT, &name_bytes(name)).await.unwrap().inode;
                 let changes = AttributeChanges {
                     size: Some(size),
                     ..AttributeChanges::default()
@@ -264,8 +264,8 @@ impl World {
                     return;
                 };
                 let fs = &self.mounts[mount];
-                let inode = fs.lookup(ROOT, &spelled(from)).await.unwrap().inode;
-                let linked = fs.link(inode, ROOT, &spelled(to)).await;
+                let inode = fs.lookup(ROOT, &name_bytes(from)).await.unwrap().inode;
+                let linked = fs.link(inode, ROOT, &name_bytes(to)).await;
                 match self.names.entry(to) {
                     Entry::Occupied(_) => assert_eq!(linked, Err(FsError::Exists)),
                     Entry::Vacant(free) => {
@@ -275,18 +275,18 @@ impl World {
                 }
             }
             Step::Unlink { mount, name } => {
-                let unlinked = self.mounts[mount].unlink(ROOT, &spelled(name)).await;
+                let unlinked = self.mounts[mount].unlink(ROOT, &name_bytes(name)).await;
                 let expected = self.names.remove(&name).map(|_| ()).ok_or(FsError::NotFound);
                 assert_eq!(unlinked, expected);
             }
             Step::Stat { mount, name } => {
                 let Some(file) = self.names.get(&name).copied() else {
-                    let missing = self.mounts[mount].lookup(ROOT, &spelled(name)).await;
+                    let missing = self.mounts[mount].lookup(ROOT, &name_bytes(name)).await;
                     assert_eq!(missing, Err(FsError::NotFound));
                     return;
                 };
                 let fs = &self.mounts[self.mount_for(file, mount)];
-                let attributes = fs.lookup(ROOT, &spelled(name)).await.unwrap();
+                let attributes = fs.lookup(ROOT, &name_bytes(name)).await.unwrap();
                 assert_eq!(attributes.size, self.files[file].len() as u64);
             }
             Step::Reclaim => self.cluster.reclaim(),
@@ -301,7 +301,7 @@ impl World {
         let open_flags = OpenFlags::from(flags | libc::O_RDWR);
         let created = match flags & libc::O_CREAT {
             0 => Err(FsError::Stale),
-            _ => fs.create(ROOT, &spelled(name), 0o644, 0, 0, open_flags).await,
+            _ => fs.create(ROOT, &name_bytes(name), 0o644, 0, 0, open_flags).await,
         };
         let handle = if let Ok((_, opened)) = created {
             opened.handle
@@ -311,7 +311,7 @@ impl World {
         } else {
             // Without O_CREAT, or after a failed creation, the kernel opens the existing file.
             assert_eq!(created, Err(FsError::Stale));
-            match fs.lookup(ROOT, &spelled(name)).await {
+            match fs.lookup(ROOT, &name_bytes(name)).await {
                 Ok(found) => fs.open(found.inode, open_flags).await.unwrap().handle,
                 Err(error) => {
                     assert_eq!((error, known), (FsError::NotFound, None));
@@ -338,7 +338,7 @@ impl World {
 
     async fn rename(&mut self, mount: usize, from: u8, to: u8, mode: RenameMode) {
         let renamed = self.mounts[mount]
-            .rename(ROOT, &spelled(from), ROOT, &spelled(to), mode)
+            .rename(ROOT, &name_bytes(from), ROOT, &name_bytes(to), mode)
             .await
             .map(|_| ());
         let (source, target) = (self.names.get(&from).copied(), self.names.get(&to).copied());
@@ -372,7 +372,7 @@ impl World {
         }
         for fs in &self.mounts {
             for (name, file) in &self.names {
-                let found = fs.lookup(ROOT, &spelled(*name)).await.unwrap();
+                let found = fs.lookup(ROOT, &name_bytes(*name)).await.unwrap();
                 let opened = fs
                     .open(found.inode, OpenFlags::from(libc::O_RDONLY))
                     .await
@@ -407,7 +407,7 @@ impl World {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
     #[test]
-    fn random_operations_of_two_mounts_do_what_the_model_does(steps in prop::collection::vec(step(), 1..60)) {
+    fn random_operations_of_two_mounts_match_the_model(steps in prop::collection::vec(step(), 1..60)) {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let run = async {
             let mut world = World::new();

@@ -47,7 +47,7 @@ pub(super) fn written_operations(cluster: &MemoryCluster) -> Vec<Operation> {
 }
 
 /// Returns the position of a write as the kernel states it if the flags have not changed since the open.
-pub fn place(fs: &Filesystem<Connection>, handle: Handle, offset: u64) -> WritePosition {
+pub fn write_position(fs: &Filesystem<Connection>, handle: Handle, offset: u64) -> WritePosition {
     match fs.open.get(handle) {
         Ok(file) if file.flags.append => WritePosition::End {
             offset,
@@ -70,7 +70,7 @@ pub(super) fn mount_with(
 }
 
 /// Options without commits by age.
-pub(super) fn ageless() -> FsOptions {
+pub(super) fn without_commits_by_age() -> FsOptions {
     FsOptions {
         dirty_age_ms: 3_600_000,
         ..FsOptions::default()
@@ -94,7 +94,7 @@ pub(super) async fn write(fs: &Arc<Filesystem<Connection>>, handle: Handle, offs
     let written = fs
         .write(
             handle,
-            place(fs, handle, offset),
+            write_position(fs, handle, offset),
             Bytes::copy_from_slice(data),
             Privileges::Keep,
             Order::default(),

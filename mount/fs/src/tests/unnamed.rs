@@ -8,7 +8,7 @@ use quorumfs_proto::command::IfExists;
 use quorumfs_proto::{FsError, InodeNumber, Name};
 
 use super::support::{
-    MIB, ROOT, ageless, close, contents, create, mount, mount_with, pattern, read_write, write,
+    MIB, ROOT, close, contents, create, mount, mount_with, pattern, read_write, without_commits_by_age, write,
 };
 use crate::readahead::ReadaheadLimits;
 use crate::{Destination, Filesystem, NewFile};
@@ -40,7 +40,7 @@ async fn path(fs: &Arc<Filesystem<Connection>>, path: &[&str]) -> Result<InodeNu
 }
 
 #[tokio::test]
-async fn what_is_at_hand_is_one_command_with_its_directories() {
+async fn a_stored_file_is_one_command_with_its_directories() {
     let cluster = MemoryCluster::new();
     let fs = mount(&cluster, 1);
     for (name, length) in [("empty", 0), ("inline", 1000), ("chunk", MIB as usize)] {
@@ -85,9 +85,12 @@ async fn more_directories_than_a_command_can_make_are_made() {
 }
 
 #[tokio::test]
-async fn a_name_leads_to_all_of_a_file_or_to_nothing() {
+async fn a_name_refers_to_a_whole_file_or_to_nothing() {
     let cluster = MemoryCluster::new();
-    let (fs, other) = (mount_with(&cluster, 1, ageless()), mount(&cluster, 2));
+    let (fs, other) = (
+        mount_with(&cluster, 1, without_commits_by_age()),
+        mount(&cluster, 2),
+    );
     let data = pattern(20 * MIB as usize + 5, 1);
     let handle = fs.create_unnamed(NEW).await.unwrap();
     for (n, part) in data.chunks(MIB as usize).enumerate() {
@@ -113,9 +116,9 @@ async fn a_name_leads_to_all_of_a_file_or_to_nothing() {
 }
 
 #[tokio::test]
-async fn a_file_that_lost_bytes_gets_no_name() {
+async fn a_file_with_lost_bytes_is_not_linked() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let handle = fs.create_unnamed(NEW).await.unwrap();
     *cluster.put_fault.lock() = Some(FsError::NoSpace);
     write(&fs, handle, 0, &pattern(3 * MIB as usize, 1)).await;
@@ -136,9 +139,9 @@ async fn a_file_that_lost_bytes_gets_no_name() {
 }
 
 #[tokio::test]
-async fn the_last_bytes_that_are_refused_give_no_name_either() {
+async fn a_file_whose_last_bytes_fail_is_not_linked() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let handle = fs.create_unnamed(NEW).await.unwrap();
     write(&fs, handle, 0, &pattern(2 * MIB as usize, 1)).await;
     fs.fsync(handle).await.unwrap();
@@ -152,9 +155,9 @@ async fn the_last_bytes_that_are_refused_give_no_name_either() {
 }
 
 #[tokio::test]
-async fn what_is_discarded_is_not_committed_and_is_gone() {
+async fn a_discarded_file_is_not_committed_and_is_removed() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let inodes = cluster.inode_count();
     let handle = fs.create_unnamed(NEW).await.unwrap();
     write(&fs, handle, 0, &pattern(3 * MIB as usize, 1)).await;

@@ -10,7 +10,8 @@ use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{FileKind, FsError, Operation, SymlinkTarget, Timestamp};
 
 use super::support::{
-    MIB, ROOT, ageless, close, contents, create, mount, mount_with, pattern, read, read_write, write,
+    MIB, ROOT, close, contents, create, mount, mount_with, pattern, read, read_write, without_commits_by_age,
+    write,
 };
 use crate::{Durability, Filesystem, FsOptions, OpenFlags};
 use quorumfs_memory::{Connection, MemoryCluster};
@@ -18,7 +19,7 @@ use quorumfs_memory::{Connection, MemoryCluster};
 #[tokio::test]
 async fn a_small_file_costs_two_commands_and_no_put() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (_, handle) = create(&fs, "small").await;
     write(&fs, handle, 0, b"hello ").await;
     write(&fs, handle, 6, b"world").await;
@@ -32,7 +33,7 @@ async fn a_small_file_costs_two_commands_and_no_put() {
 #[tokio::test]
 async fn a_large_file_is_put_in_whole_chunks_while_it_is_written() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (inode, handle) = create(&fs, "large").await;
     let data = pattern(20 * MIB as usize + 100, 1);
     for (at, part) in data.chunks(128 << 10).enumerate() {
@@ -54,7 +55,7 @@ async fn a_large_file_is_put_in_whole_chunks_while_it_is_written() {
 #[tokio::test]
 async fn random_small_writes_of_one_flush_become_one_chunk_and_one_command() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (_, handle) = create(&fs, "database").await;
     for at in 0..200u64 {
         write(&fs, handle, (at * 7919 % 1000) * 8192, &pattern(4096, at)).await;
@@ -66,9 +67,9 @@ async fn random_small_writes_of_one_flush_become_one_chunk_and_one_command() {
 }
 
 #[tokio::test]
-async fn attributes_are_set_in_one_command_with_what_was_written_before() {
+async fn attributes_are_set_in_one_command_with_earlier_writes() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (inode, handle) = create(&fs, "copied").await;
     write(&fs, handle, 0, b"content").await;
     let wanted = Timestamp {
@@ -97,7 +98,7 @@ async fn attributes_are_set_in_one_command_with_what_was_written_before() {
 #[tokio::test]
 async fn mtime_is_that_of_the_write_and_is_seen_before_the_flush() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (inode, handle) = create(&fs, "file").await;
     write(&fs, handle, 100, b"x").await;
     let dirty = fs.attributes(inode, None).await.unwrap();
@@ -111,7 +112,7 @@ async fn mtime_is_that_of_the_write_and_is_seen_before_the_flush() {
 #[tokio::test]
 async fn a_failed_flush_is_reported_once_to_each_handle() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (inode, first) = create(&fs, "full").await;
     let second = fs.open(inode, read_write()).await.unwrap().handle;
     *cluster.put_fault.lock() = Some(FsError::NoSpace);
@@ -132,7 +133,7 @@ async fn a_failed_flush_is_reported_once_to_each_handle() {
 #[tokio::test]
 async fn dead_chunks_are_replaced() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (_, handle) = create(&fs, "again").await;
     let data = pattern(300_000, 3);
     write(&fs, handle, 0, &data).await;
@@ -143,11 +144,11 @@ async fn dead_chunks_are_replaced() {
 }
 
 #[tokio::test]
-async fn writers_wait_when_too_much_is_dirty_and_go_on_when_it_is_not() {
+async fn writers_wait_while_too_many_bytes_are_dirty() {
     let cluster = MemoryCluster::new();
     let options = FsOptions {
         dirty_bytes_max: 4 * MIB,
-        ..ageless()
+        ..without_commits_by_age()
     };
     let fs = mount_with(&cluster, 1, options);
     let (_, handle) = create(&fs, "stream").await;
@@ -191,11 +192,11 @@ async fn old_dirty_bytes_are_committed_in_the_background() {
 }
 
 #[tokio::test]
-async fn by_durability_fsync_close_does_not_wait_but_rename_does() {
+async fn with_durability_fsync_close_does_not_wait_but_rename_does() {
     let cluster = MemoryCluster::new();
     let options = FsOptions {
         durability: Durability::Fsync,
-        ..ageless()
+        ..without_commits_by_age()
     };
     let fs = mount_with(&cluster, 1, options);
     let (_, handle) = create(&fs, "new").await;
@@ -223,9 +224,9 @@ async fn by_durability_fsync_close_does_not_wait_but_rename_does() {
 }
 
 #[tokio::test]
-async fn rename_commits_what_was_written_through_an_open_handle() {
+async fn rename_commits_writes_of_an_open_handle() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (_, handle) = create(&fs, "temporary").await;
     write(&fs, handle, 0, b"bytes").await;
     fs.rename(ROOT, b"temporary", ROOT, b"final", RenameMode::Replace)
@@ -297,7 +298,10 @@ async fn a_sequential_reader_fetches_each_chunk_once_and_ahead() {
 #[tokio::test]
 async fn a_chunk_of_many_extents_is_not_fetched_for_each() {
     let cluster = MemoryCluster::new();
-    let (fs, reader) = (mount_with(&cluster, 1, ageless()), mount(&cluster, 2));
+    let (fs, reader) = (
+        mount_with(&cluster, 1, without_commits_by_age()),
+        mount(&cluster, 2),
+    );
     let (_, handle) = create(&fs, "database").await;
     let mut data = vec![0; 249 * 8192 + 4096];
     for at in 0..250usize {
@@ -491,7 +495,7 @@ async fn a_read_only_mount_changes_nothing() {
 }
 
 #[tokio::test]
-async fn holes_read_as_zeros_and_truncation_cuts() {
+async fn holes_and_truncated_ranges_read_as_zeros() {
     let cluster = MemoryCluster::new();
     let fs = mount(&cluster, 1);
     let (inode, handle) = create(&fs, "sparse").await;

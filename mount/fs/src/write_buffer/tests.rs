@@ -58,7 +58,7 @@ fn step() -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     #[test]
-    fn reading_gives_the_newest_bytes_before_and_after_packing(
+    fn reads_return_the_newest_bytes_before_and_after_sealing(
         steps in prop::collection::vec(step(), 1..40),
         window in (0u64..2 * CELL_BYTES, 1u64..200_000),
     ) {
@@ -128,7 +128,7 @@ proptest! {
 }
 
 #[test]
-fn small_sequential_writes_become_one_range_and_a_full_cell_is_cut() {
+fn small_sequential_writes_become_one_range_and_a_full_cell_is_sealed() {
     let mut buffer = WriteBuffer::default();
     for at in 0..255u64 {
         assert!(
@@ -157,7 +157,7 @@ fn random_small_writes_share_a_chunk() {
 }
 
 #[test]
-fn a_batch_stays_within_what_a_command_may_hold() {
+fn a_batch_stays_within_the_limits_of_a_command() {
     let mut buffer = WriteBuffer::default();
     for round in 0..10u64 {
         for at in 0..1000u64 {
@@ -181,7 +181,7 @@ fn a_batch_stays_within_what_a_command_may_hold() {
 }
 
 #[test]
-fn coverage_sees_gaps_at_each_end_and_between() {
+fn covers_detects_gaps_at_each_end_and_between() {
     let part = |offset, length: usize| DirtyPart {
         offset,
         bytes: Bytes::from(vec![0; length]),
