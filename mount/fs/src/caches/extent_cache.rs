@@ -304,11 +304,7 @@ mod tests {
         assert_eq!(cache.lookup(3, 5..15), Err(5));
         assert_eq!(cache.lookup(4, 10..20), Err(10));
         cache.store(3, 20..30, Vec::new());
-        assert_eq!(
-            cache.lookup(3, 15..25),
-            Ok(Vec::new()),
-            "two answers side by side"
-        );
+        assert_eq!(cache.lookup(3, 15..25), Ok(Vec::new()), "two adjacent answers");
     }
 
     #[test]

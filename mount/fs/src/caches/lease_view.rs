@@ -176,7 +176,7 @@ mod tests {
             assert!(view.names_bytes <= NAMES_BYTES_MAX);
         }
         let other = Name::new(&b"a"[..]).unwrap();
-        assert!(!view.is_absent(1, directory, &other), "it is forgotten");
+        assert!(!view.is_absent(1, directory, &other), "it is removed");
     }
 
     #[test]
@@ -189,7 +189,7 @@ mod tests {
         assert!(view.is_absent(1, InodeNumber(9), &b));
         assert!(
             !view.is_absent(1, InodeNumber(8), &b),
-            "a directory that is not known whole"
+            "a directory that is not complete"
         );
     }
 }

@@ -107,13 +107,13 @@ impl PageTail {
     /// Records a write of this mount to `offset..end` through the kernel's pages, into a file of `size_before`: the
     /// pages have its bytes, and zeros only where the file has a hole. Must be called in the step that makes the bytes
     /// visible to reads.
-    pub fn record_write(&mut self, size_before: u64, offset: u64, end: u64, sent: PageWrite) {
+    pub fn record_write(&mut self, size_before: u64, offset: u64, end: u64, write: PageWrite) {
         let is_one_page = offset / PAGE_BYTES == end.saturating_sub(1) / PAGE_BYTES;
-        let is_early = |dropped_at: Instant| dropped_at + WRITE_COPY_TIME_MAX < sent.arrived_at;
+        let is_early = |dropped_at: Instant| dropped_at + WRITE_COPY_TIME_MAX < write.arrived_at;
         let pages_were_kept = is_one_page || !self.dropping && self.dropped_at.is_none_or(is_early);
         if let Some(from) = &mut self.zeros_from
             && (offset <= *from || size_before <= *from)
-            && self.newest_short <= sent.order
+            && self.newest_short <= write.order
             && pages_were_kept
         {
             *from = end.max(*from);
@@ -222,7 +222,7 @@ mod tests {
         tail.record_open(10);
         assert!(tail.try_report_attributes(10), "as long as it was");
         assert!(!tail.try_report_attributes(20), "a read may be in progress");
-        assert!(tail.try_report(20), "the answer to a write makes nothing zero");
+        assert!(tail.try_report(20), "the answer to a write zeroes nothing");
         assert!(tail.try_report_attributes(20));
         tail.record_open(15);
         assert_eq!(tail.reported_size(), Some(20), "opened again");

@@ -121,19 +121,23 @@ mod tests {
         let versions = PageVersions::default();
         let file = InodeNumber(7);
         let first = versions.opened(file, 1);
-        assert_eq!(versions.opened(file, 1), first, "the first may not have arrived");
+        assert_eq!(
+            versions.opened(file, 1),
+            first,
+            "the answer to the first may not have arrived"
+        );
         versions.changed_here(file, 1, 2);
         assert_eq!(
             versions.opened(file, 2),
             first,
-            "what was there before is not gone by that"
+            "a local change does not drop older pages"
         );
         let second = versions.opened(file, 3);
         versions.dropped(file, first.unwrap());
         assert_eq!(
             versions.opened(file, 3),
             second,
-            "that one dropped what was there before version 3"
+            "that open dropped only pages older than version 3"
         );
         versions.dropped(file, second.unwrap());
         assert_eq!(versions.opened(file, 3), None);

@@ -56,12 +56,12 @@ async fn in_two_parts(options: FsOptions, between: impl AsyncFn(&Arc<Filesystem<
             assert_eq!(
                 contents(&other, "log").await,
                 [b"other", &record[..]].concat(),
-                "the record was torn"
+                "the record was split"
             );
             return;
         }
     }
-    panic!("the machine is too slow: the test shows nothing");
+    panic!("the machine is too slow: the test is inconclusive");
 }
 
 #[tokio::test]
@@ -124,7 +124,7 @@ async fn a_second_part_waits_for_queued_closes_and_is_not_split_by_them() {
     assert_eq!(
         contents(&other, "log").await,
         [b"other", &record[..]].concat(),
-        "the record was torn"
+        "the record was split"
     );
 }
 

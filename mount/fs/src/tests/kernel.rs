@@ -75,7 +75,7 @@ async fn an_existing_file_is_not_opened_by_a_create() {
             .await;
         assert_eq!(created.map(|_| ()), Err(expected));
     }
-    assert_eq!(cluster.commands.lock().len(), before, "nothing was cut off");
+    assert_eq!(cluster.commands.lock().len(), before, "nothing was truncated");
     assert_eq!(fs.lookup(ROOT, b"file").await.unwrap().size, 8);
 }
 
@@ -100,12 +100,15 @@ async fn pages_are_kept_only_after_older_ones_are_known_to_be_dropped() {
         .await
         .unwrap();
     let third = fs.open(inode, read_write()).await.unwrap();
-    assert!(!third.keep_cache, "a request of an older handle says nothing");
+    assert!(!third.keep_cache, "a request of an older handle confirms nothing");
     fs.read(second.handle, 0, 10, Order::default(), Reader::default())
         .await
         .unwrap();
     let fourth = fs.open(inode, read_write()).await.unwrap();
-    assert!(fourth.keep_cache, "it has opened the second, and dropped them");
+    assert!(
+        fourth.keep_cache,
+        "the kernel has received the second open and dropped its pages"
+    );
     for opened in [older, first, second, third, fourth] {
         close(&fs, opened.handle).await;
     }
@@ -196,7 +199,7 @@ async fn privileges_dropped_by_a_write_are_not_seen_again() {
         async move { fs.flush(handle).await }
     });
     while !flush.is_finished() {
-        assert_eq!(mode().await, 0o755, "on its way");
+        assert_eq!(mode().await, 0o755, "in flight");
         tokio::task::yield_now().await;
     }
     flush.await.unwrap().unwrap();

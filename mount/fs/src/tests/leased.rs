@@ -101,7 +101,7 @@ async fn nothing_is_cached_from_a_timed_out_change_until_it_is_settled() {
         assert_eq!(
             mode(&leased, &cluster).await,
             (0o755, 1),
-            "it may take effect at any moment"
+            "it may take effect at any time"
         );
     }
     timing_out.connection.mutate(chmod(0o700), &[]).await.unwrap();
@@ -109,6 +109,6 @@ async fn nothing_is_cached_from_a_timed_out_change_until_it_is_settled() {
     timing_out.unsettled.store(false, Ordering::SeqCst);
     assert_eq!(mode(&leased, &cluster).await, (0o700, 1));
     for _ in 0..3 {
-        assert_eq!(mode(&leased, &cluster).await, (0o700, 0), "certain again");
+        assert_eq!(mode(&leased, &cluster).await, (0o700, 0), "cached again");
     }
 }

@@ -44,7 +44,7 @@ async fn queued_closes_are_committed_in_order_and_before_later_changes() {
         }
     });
     tokio::time::sleep(Duration::from_millis(50)).await;
-    assert!(!directory.is_finished(), "it overtakes what was closed before");
+    assert!(!directory.is_finished(), "it overtakes earlier closes");
     let other = mount(&cluster, 2);
     assert_eq!(other.lookup(ROOT, b"done").await.unwrap().size, 0);
     drop(slow);

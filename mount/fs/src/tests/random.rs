@@ -399,7 +399,7 @@ impl World {
         assert_eq!(
             self.cluster.inode_count(),
             files.len() + 1,
-            "unlinked files are gone"
+            "unlinked files are removed"
         );
     }
 }
@@ -417,6 +417,6 @@ proptest! {
             world.finish().await;
         };
         let done = runtime.block_on(async { tokio::time::timeout(std::time::Duration::from_secs(60), run).await });
-        prop_assert!(done.is_ok(), "something waits for ever");
+        prop_assert!(done.is_ok(), "a task never ends");
     }
 }

@@ -42,7 +42,7 @@ async fn a_large_file_is_put_in_whole_chunks_while_it_is_written() {
     }
     assert!(
         cluster.puts.load(Ordering::Relaxed) > 10,
-        "puts go on in the background"
+        "puts continue in the background"
     );
     close(&fs, handle).await;
     let extents = cluster.extents_of(inode);
@@ -210,12 +210,12 @@ async fn with_durability_fsync_close_does_not_wait_but_rename_does() {
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(
         !rename.is_finished(),
-        "the name must not lead to a file without its bytes"
+        "the name must not refer to a file without its bytes"
     );
     assert_eq!(
         fs.lookup(ROOT, b"new").await.unwrap().size,
         100_000,
-        "seen here at once"
+        "visible on this mount at once"
     );
     drop(closed_gate);
     rename.await.unwrap().unwrap();
@@ -289,7 +289,7 @@ async fn a_sequential_reader_fetches_each_chunk_once_and_ahead() {
     tokio::time::sleep(Duration::from_millis(20)).await;
     assert!(
         cluster.gets.load(Ordering::Relaxed) >= 2,
-        "the next chunk is on its way"
+        "the next chunk is in flight"
     );
     assert!(contents(&reader, "film").await == data);
     assert_eq!(cluster.gets.load(Ordering::Relaxed), 24);
@@ -359,7 +359,7 @@ async fn appends_of_two_mounts_never_overwrite_each_other() {
     assert_eq!(
         cluster.puts.load(Ordering::Relaxed),
         0,
-        "small appends ride inside their command"
+        "small appends are sent inside their command"
     );
 }
 
@@ -415,7 +415,7 @@ async fn a_listing_returns_every_entry_once_from_any_offset() {
         }
         assert!(
             names.iter().any(|name| name.as_ref() == b"new"),
-            "rewinding shows what came"
+            "a rewound listing has the new entries"
         );
         fs.unlink(ROOT, b"new").await.unwrap();
         fs.release_directory(handle).unwrap();
@@ -568,7 +568,7 @@ async fn a_reader_never_sees_less_than_was_written_before() {
                 for word in words {
                     assert!(
                         u64::from_le_bytes(*word) >= least,
-                        "older bytes than were written"
+                        "older bytes than the last write"
                     );
                 }
                 // A read answered from memory does not yield, and a task it woke may wait for this thread.

@@ -78,7 +78,7 @@ proptest! {
                 Step::Seal => {
                     let bytes = buffer.active_bytes;
                     let packs = buffer.seal_all();
-                    prop_assert_eq!(packs.len() as u64, bytes.div_ceil(CELL_BYTES), "as few as can be");
+                    prop_assert_eq!(packs.len() as u64, bytes.div_ceil(CELL_BYTES), "as few as possible");
                 }
                 Step::Commit => {
                     buffer.seal_all();
@@ -104,7 +104,7 @@ proptest! {
                     }
                     prop_assert!(buffer.is_clean());
                     prop_assert_eq!(buffer.footprint_bytes(), 0);
-                    prop_assert!(committed == model.0, "what was flushed is what was written");
+                    prop_assert!(committed == model.0, "the committed bytes are the written ones");
                 }
             }
             let active: u64 = buffer.active.values().map(|bytes| bytes.len() as u64).sum();
