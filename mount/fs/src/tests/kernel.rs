@@ -266,7 +266,7 @@ impl PageCache for RecordedCalls {
 }
 
 #[tokio::test]
-async fn p3_a_larger_size_is_told_after_readers_of_the_dropped_pages_have_gone_on() {
+async fn p3_a_larger_size_is_reported_after_readers_have_copied_the_dropped_pages() {
     let cluster = MemoryCluster::new();
     let (fs, other) = (
         mount_with(&cluster, 1, without_commits_by_age()),
