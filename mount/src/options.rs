@@ -100,10 +100,10 @@ pub enum Effect {
 /// Why nothing is mounted: the user requested help, or the arguments are invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum Usage {
-    /// Help or version, for standard output.
+    /// Help or version; the text is for standard output.
     #[error("{0}")]
     Information(String),
-    /// Wrong usage, for standard error.
+    /// Invalid arguments; the text is for standard error.
     #[error("{0}")]
     Invalid(String),
 }

@@ -1,4 +1,4 @@
-//! The parts of a mount's edge, and how the work of a request is run and answered: once, whatever happens.
+//! The state of a mount's edge, and how the work of a request is run and answered: exactly once.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -102,7 +102,7 @@ impl<C: Cluster> FuseEdge<C> {
         }
     }
 
-    /// From now on the kernel is asked which removed inodes programs still use, and notified of invalid pages.
+    /// Connects the filesystem to the kernel: which unlinked inodes programs still use, and which pages are invalid.
     pub(super) fn attach_notices(&self, notices: Notices) {
         let (inodes, notices) = (self.view.inodes, Arc::new(notices));
         let kernel = Arc::clone(&notices);
