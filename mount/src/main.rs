@@ -144,7 +144,7 @@ fn start_logging(verbosity: Verbosity, file: Option<File>) {
             .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
             .with_writer(std::io::stderr)
             .init(),
-    }
+    }    quorumfs_tasks::log_panics();
 }
 
 fn open_log(path: &Path) -> anyhow::Result<File> {

@@ -16,6 +16,7 @@ use std::time::Duration;
 use nix::mount::MsFlags;
 use quorumfs_client::{Client, ClientOptions, ConnectError};
 use quorumfs_proto::{FileKind, FsError, InodeNumber, Name, Query};
+use quorumfs_tasks::Tasks;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -232,21 +233,24 @@ async fn start(
     mount_point: &MountPoint,
     tls: Option<ClientTlsConfig>,
 ) -> Result<(Client, Service<Leased<Client>>), ServeError> {
+    let tasks = Arc::new(Tasks::default());
     let client = Client::connect(ClientOptions {
         addresses: request.spec.addresses.clone(),
         description: description(mount_point),
         call_timeout: request.call_timeout,
         tls,
+        tasks: tasks.clone(),
         ..ClientOptions::default()
     })
     .await
     .map_err(ServeError::Connect)?;
     let root = resolve_root(&client, &request.spec.subdirectory).await?;
-    let filesystem = Filesystem::new(Leased::new(client.clone()), filesystem_options(request, root));
+    let filesystem = Filesystem::new(Leased::new(client.clone()), filesystem_options(request, root), &tasks);
     let edge = FuseEdge::new(
         Arc::clone(&filesystem),
         root,
         request.kernel_cache,
+        tasks,
         tokio::runtime::Handle::current(),
     );
     let (counted, statistics) = (Arc::downgrade(&filesystem), Arc::clone(edge.statistics()));

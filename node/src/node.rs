@@ -24,7 +24,7 @@ use crate::observe::metrics::Metrics;
 use crate::replication::placement::Placement;
 use crate::replication::recovery::Recovery;
 use crate::replication::space::SpaceMonitor;
-use crate::tasks::Tasks;
+use quorumfs_tasks::Tasks;
 use quorumfs_content::ContentStore;
 use quorumfs_metadata::MetadataStore;
 

@@ -56,7 +56,7 @@ use crate::replication::PeerChunks;
 use crate::replication::placement::Placement;
 use crate::replication::recovery::Recovery;
 use crate::replication::space::SpaceMonitor;
-use crate::tasks::Tasks;
+use quorumfs_tasks::Tasks;
 use crate::transport::{TlsFiles, Transport};
 use quorumfs_content::Stopped;
 use quorumfs_metadata::Position;

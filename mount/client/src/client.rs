@@ -10,6 +10,7 @@ use quorumfs_proto::{
     Answer, ChunkId, ClientRequest, ClientResponse, ClusterId, Command, FsError, InodeNumber, Outcome, Query,
     Refusal, SessionId, SessionSecret, Timestamp,
 };
+use quorumfs_tasks::Tasks;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -48,6 +49,8 @@ pub struct ClientOptions {
     pub tls: Option<ClientTlsConfig>,
     /// Most bytes of chunks under way in either direction; at least one chunk's worth helps.
     pub bytes_in_flight_max: usize,
+    /// The client's background tasks run under it.
+    pub tasks: Arc<Tasks>,
 }
 
 impl Default for ClientOptions {
@@ -58,6 +61,7 @@ impl Default for ClientOptions {
             call_timeout: None,
             tls: None,
             bytes_in_flight_max: BYTES_IN_FLIGHT_MAX,
+            tasks: Arc::default(),
         }
     }
 }
@@ -141,12 +145,13 @@ impl Client {
         let cluster = Cluster::new(options.addresses, connector);
         let calls = LeaderLink::new(cluster.clone());
         let putter = ChunkWriter::new(cluster.clone(), options.bytes_in_flight_max);
-        tokio::spawn({
-            let (closing, cluster) = (closing.clone(), cluster.clone());
-            async move { closing.run_until_cancelled(cluster.follow_leader()).await }
+        let tasks = &options.tasks;
+        let following = (closing.clone(), cluster.clone());
+        tasks.supervise_until_done("client-leader", following, |(closing, cluster)| async move {
+            closing.run_until_cancelled(cluster.follow_leader()).await;
         });
-        run_link(&calls, &closing);
-        run_link(putter.link(), &closing);
+        run_link("client-calls", tasks, &calls, &closing);
+        run_link("client-puts", tasks, putter.link(), &closing);
 
         let limit = options
             .call_timeout
@@ -171,9 +176,9 @@ impl Client {
             answering: tokio::sync::Mutex::default(),
         });
         let keeper = Arc::new(KeepAlive::new(mutator.clone()));
-        tokio::spawn({
-            let (closing, keeper) = (closing.clone(), keeper.clone());
-            async move { closing.run_until_cancelled(keeper.run()).await }
+        let keeping = (closing.clone(), keeper.clone());
+        tasks.supervise_until_done("client-keep-alive", keeping, |(closing, keeper)| async move {
+            closing.run_until_cancelled(keeper.run()).await;
         });
         Ok(Client {
             inner: Arc::new(Inner {
@@ -354,9 +359,14 @@ impl Client {
 }
 
 /// Keeps a link alive until the client is closed, and then lets nobody wait for it.
-fn run_link<P: Protocol>(link: &LeaderLink<P>, closing: &CancellationToken) {
-    let (link, closing) = (link.clone(), closing.clone());
-    tokio::spawn(async move {
+fn run_link<P: Protocol>(
+    name: &'static str,
+    tasks: &Arc<Tasks>,
+    link: &LeaderLink<P>,
+    closing: &CancellationToken,
+) {
+    let part = (link.clone(), closing.clone());
+    tasks.supervise_until_done(name, part, |(link, closing)| async move {
         closing.run_until_cancelled(link.clone().run()).await;
         link.close();
     });

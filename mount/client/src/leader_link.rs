@@ -193,6 +193,8 @@ impl<P: Protocol> LeaderLink<P> {
         let mut backoff = Backoff::new();
         // Streams in a row that brought no answer, or ended soon.
         let mut fruitless = 0u32;
+        // An earlier run that panicked left its stream attached.
+        self.calls.detach(&Lost::Ended);
         loop {
             self.calls.wanted().await;
             let found = findings.wait_for(|finding| finding.address.is_some()).await;

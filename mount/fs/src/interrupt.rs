@@ -30,6 +30,7 @@ use std::time::{Duration, Instant};
 use futures::task::AtomicWaker;
 use parking_lot::Mutex;
 use quorumfs_proto::FsError;
+use quorumfs_tasks::Tasks;
 
 use caller::SignalState;
 
@@ -86,11 +87,11 @@ pub struct Callers {
 }
 
 impl Callers {
-    /// Makes a table and spawns the task that checks it, which ends when the table is dropped. Must be called within a
-    /// tokio runtime.
-    pub fn start() -> Arc<Callers> {
+    /// Makes a table and starts the task that checks it under `tasks`; it ends when the table is dropped. Must be called
+    /// within a tokio runtime.
+    pub fn start(tasks: &Arc<Tasks>) -> Arc<Callers> {
         let callers = Arc::new(Callers::default());
-        tokio::spawn(watch(Arc::downgrade(&callers)));
+        tasks.supervise_until_done("interrupts", Arc::downgrade(&callers), watch);
         callers
     }
 

@@ -56,6 +56,7 @@ use std::time::Duration;
 use futures::future::{BoxFuture, Shared};
 use futures::stream::{self, StreamExt as _};
 use quorumfs_proto::query::{Space, TypedQuery};
+use quorumfs_tasks::Tasks;
 use quorumfs_proto::statistics::CacheStatistics;
 use quorumfs_proto::{Attributes, Command, FsError, InodeNumber, Operation, Outcome, Query};
 use tokio::sync::Semaphore;
@@ -163,18 +164,9 @@ pub struct Filesystem<C: Cluster = quorumfs_client::Client> {
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// Makes a filesystem on `cluster` and spawns its background tasks, which end when it is dropped. Must be called
-    /// within a tokio runtime.
-    pub fn new(cluster: C, options: FsOptions) -> Arc<Filesystem<C>> {
-        let filesystem = Filesystem::without_tasks(cluster, options);
-        tokio::spawn(Filesystem::run_write_back(Arc::downgrade(&filesystem)));
-        tokio::spawn(Filesystem::run_release_unlinked(Arc::downgrade(&filesystem)));
-        filesystem
-    }
-
-    /// Like [`Filesystem::new`], for a caller that runs [`Filesystem::run_write_back`] and
-    /// [`Filesystem::run_release_unlinked`] itself.
-    pub fn without_tasks(cluster: C, options: FsOptions) -> Arc<Filesystem<C>> {
+    /// Makes a filesystem on `cluster` and starts its background tasks under `tasks`; they end when it is dropped. Must
+    /// be called within a tokio runtime.
+    pub fn new(cluster: C, options: FsOptions, tasks: &Arc<Tasks>) -> Arc<Filesystem<C>> {
         let filesystem = Arc::new(Filesystem {
             cluster: Arc::new(cluster),
             open: OpenFiles::default(),
@@ -196,6 +188,9 @@ impl<C: Cluster> Filesystem<C> {
                 Some(filesystem) => filesystem.not_held(inodes),
                 None => inodes.to_vec(),
             }));
+        let weak = Arc::downgrade(&filesystem);
+        tasks.supervise_until_done("write-back", weak.clone(), Filesystem::run_write_back);
+        tasks.supervise_until_done("release-unlinked", weak, Filesystem::run_release_unlinked);
         filesystem
     }
 
@@ -242,7 +237,7 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Commits files that have been dirty for longer than [`FsOptions::dirty_age_ms`]. Returns when the filesystem is
     /// dropped.
-    pub async fn run_write_back(filesystem: Weak<Filesystem<C>>) {
+    async fn run_write_back(filesystem: Weak<Filesystem<C>>) {
         let Some(mut ticks) = Ticks::new(filesystem) else {
             return;
         };
@@ -258,7 +253,7 @@ impl<C: Cluster> Filesystem<C> {
     }
 
     /// Releases unlinked inodes that are no longer in use. Returns when the filesystem is dropped.
-    pub async fn run_release_unlinked(filesystem: Weak<Filesystem<C>>) {
+    async fn run_release_unlinked(filesystem: Weak<Filesystem<C>>) {
         let Some(mut ticks) = Ticks::new(filesystem) else {
             return;
         };

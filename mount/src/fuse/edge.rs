@@ -11,6 +11,7 @@ use bytes::Bytes;
 use fuser::{Errno, INodeNo, ReplyEntry, ReplyWrite, ReplyXattr, Request};
 use quorumfs_measure::Ending;
 use quorumfs_proto::command::{NewInode, NewKind};
+use quorumfs_tasks::Tasks;
 use quorumfs_proto::{FsError, InodeNumber};
 
 use super::answer::{View, answer_entry, answer_xattr};
@@ -72,11 +73,12 @@ pub(super) type Call<Reply> = (Verb, u32, Reply);
 
 impl<C: Cluster> FuseEdge<C> {
     /// Makes the edge of `filesystem`, whose root is the cluster's directory `root`. The kernel may keep names and
-    /// attributes as long as the lease holds, and for at least `cache`.
+    /// attributes as long as the lease holds, and for at least `cache`. Background tasks run under `tasks`.
     pub fn new(
         filesystem: Arc<Filesystem<C>>,
         root: InodeNumber,
         cache: Duration,
+        tasks: Arc<Tasks>,
         runtime: tokio::runtime::Handle,
     ) -> FuseEdge<C> {
         let _inside = runtime.enter();
@@ -95,9 +97,9 @@ impl<C: Cluster> FuseEdge<C> {
                 places: Arc::default(),
                 cache: Arc::new(kept),
             },
-            callers: Callers::start(),
+            callers: Callers::start(&tasks),
             runtime: runtime.clone(),
-            statistics: Arc::default(),
+            statistics: Arc::new(Statistics::new(tasks)),
             payloads: WaitingPayloads::new(),
         }
     }

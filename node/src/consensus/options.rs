@@ -7,7 +7,7 @@ use openraft::{Config, SnapshotPolicy};
 use quorumfs_proto::{ClusterId, NodeId};
 
 use super::wal::WalOptions;
-use crate::tasks::Tasks;
+use quorumfs_tasks::Tasks;
 use quorumfs_metadata::Position;
 
 /// Entries in one message to a follower; its bytes are bounded by the log reader.

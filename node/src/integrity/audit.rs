@@ -32,7 +32,7 @@ use tracing::{debug, error, warn};
 use self::schedule::{Schedule, Standing, Step};
 use crate::consensus::{Consensus, ProposeError};
 use crate::observe::clock::StampClock;
-use crate::tasks::Tasks;
+use quorumfs_tasks::Tasks;
 use crate::transport::{Purpose, Transport};
 use crate::wall_clock::unix_ms;
 use quorumfs_metadata::{LogBody, LogCommand, MetadataStore, StorageFault, View};

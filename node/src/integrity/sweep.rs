@@ -29,7 +29,7 @@ use tracing::{debug, info, warn};
 use self::marks::{ENDED, Marks, Progress, Stretch};
 use super::repair::Repair;
 use crate::consensus::Consensus;
-use crate::tasks::Tasks;
+use quorumfs_tasks::Tasks;
 use quorumfs_content::{ContentError, ContentStore, Rewritten};
 use quorumfs_metadata::{Failure, MetadataStore, SessionRecord, View};
 

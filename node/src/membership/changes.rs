@@ -29,7 +29,7 @@ use tracing::{debug, info, warn};
 use self::removal::Aim;
 use crate::consensus::{Consensus, MembershipError};
 use crate::replication::placement::{Layout, Placement};
-use crate::tasks::Tasks;
+use quorumfs_tasks::Tasks;
 use crate::transport::{Peer, Purpose, Transport};
 use quorumfs_metadata::MetadataStore;
 

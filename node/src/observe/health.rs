@@ -30,7 +30,7 @@ use self::judgement::{Change, PeerHealth};
 use self::merged::{AgedView, Belief, Merged, View};
 use crate::consensus::Consensus;
 use crate::observe::clock::{ClockMonitor, StampClock};
-use crate::tasks::Tasks;
+use quorumfs_tasks::Tasks;
 use crate::transport::{Purpose, Transport};
 
 pub use self::report::HealthReport;

@@ -152,7 +152,7 @@ impl World {
             lookup_grace_ms: 0,
             ..FsOptions::default()
         };
-        let mounts = [1, 2].map(|session| Filesystem::new(cluster.connect(session), options.clone()));
+        let mounts = [1, 2].map(|session| Filesystem::new(cluster.connect(session), options.clone(), &Arc::default()));
         World {
             cluster,
             mounts,

@@ -66,7 +66,7 @@ pub(super) fn mount_with(
     session: u64,
     options: FsOptions,
 ) -> Arc<Filesystem<Connection>> {
-    Filesystem::new(cluster.connect(session), options)
+    Filesystem::new(cluster.connect(session), options, &Arc::default())
 }
 
 /// Options without commits by age.

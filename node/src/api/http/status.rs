@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 use crate::consensus::Role;
 use crate::node::{Node, Parts};
 use crate::observe::clock::ClockReport;
-use crate::tasks::TaskReport;
+use quorumfs_tasks::TaskReport;
 use quorumfs_metadata::Failure;
 
 /// A node: who it is and where.

@@ -36,7 +36,7 @@ use crate::replication::names::NameFinder;
 use crate::replication::placement::Placement;
 use crate::replication::recovery::Recovery;
 use crate::replication::recovery::ledger::WalkReason;
-use crate::tasks::Tasks;
+use quorumfs_tasks::Tasks;
 use crate::transport::Transport;
 use crate::wall_clock::unix_ms;
 use quorumfs_content::{ContentError, ContentStore, Quarantined};

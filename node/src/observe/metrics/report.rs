@@ -13,7 +13,7 @@ use super::{Metrics, STATUS_CLASSES};
 use crate::consensus::{Consensus, Role};
 use crate::replication::placement::Placement;
 use crate::replication::space::SpaceMonitor;
-use crate::tasks::Tasks;
+use quorumfs_tasks::Tasks;
 use quorumfs_content::ContentStore;
 
 /// The counters of a node since it started. Durations are in microseconds.

@@ -36,7 +36,7 @@ use crate::consensus::{AppliedEffects, Consensus};
 use crate::pace::{Pacer, RateMeter};
 use crate::replication::PeerChunks;
 use crate::replication::placement::{Placement, PlacementSnapshot};
-use crate::tasks::Tasks;
+use quorumfs_tasks::Tasks;
 use crate::wall_clock::unix_ms;
 use quorumfs_content::ContentStore;
 use quorumfs_metadata::{Failure, MetadataStore};

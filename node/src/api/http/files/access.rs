@@ -19,7 +19,7 @@ use tokio::runtime;
 
 use super::StatusSource;
 use super::error::{ApiError, CallError};
-use crate::tasks::ToEnd;
+use crate::to_end::ToEnd;
 
 /// The filesystem, as one request sees it.
 #[derive(Clone)]

@@ -162,7 +162,7 @@ impl Rest {
 
 /// What a node serves REST from.
 fn ready(client: &Client) -> ClientHandle {
-    ClientHandle::Ready(Filesystem::new(client.clone(), filesystem_options()))
+    ClientHandle::Ready(Filesystem::new(client.clone(), filesystem_options(), &Arc::default()))
 }
 
 async fn read(response: Response<Body>) -> Reply {
