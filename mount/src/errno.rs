@@ -1,6 +1,6 @@
-//! The one place where a verdict of the filesystem becomes an error number of the kernel.
+//! The mapping of the filesystem's errors to the kernel's error numbers.
 //!
-//! The match is exhaustive on purpose: a new [`FsError`] does not compile until it has an errno.
+//! The match is exhaustive, so that a new [`FsError`] does not compile until it has an errno.
 
 use fuser::Errno;
 use quorumfs_proto::FsError;

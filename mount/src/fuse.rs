@@ -331,10 +331,10 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
             });
         }
         let (order, thread) = (Order(request.unique().0), request.pid());
-        let (place, privileges) = convert::write_terms(offset, flags.0, write_flags);
+        let (position, privileges) = convert::write_terms(offset, flags.0, write_flags);
         self.serve_write((thread, reply), data, move |fs, data| async move {
-            let place = write_call::with_rest(place, thread, data.len()).await;
-            fs.write(handle.0, place, data, privileges, order).await
+            let position = write_call::with_rest(position, thread, data.len()).await;
+            fs.write(handle.0, position, data, privileges, order).await
         });
     }
 
@@ -496,7 +496,7 @@ impl<C: Cluster> fuser::Filesystem for FuseEdge<C> {
 
     fn getxattr(&self, request: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         if inode == INodeNo::ROOT && name == ATTRIBUTE {
-            return self.tell_statistics(size, reply);
+            return self.answer_statistics(size, reply);
         }
         let (inode, name) = (self.cluster_inode(inode), convert::xattr_name(name.as_bytes()));
         self.serve(

@@ -7,7 +7,7 @@
 //! of them with [`quorumfs_client::Client::mutate`]; when that returns, the bytes are on the disks of f + 1 nodes (P1,
 //! P2).
 //!
-//! **One read.** OPEN asks the leader for the file's attributes and extents ([`quorumfs_fs::Filesystem::open`]) and
+//! **One read.** OPEN queries the file's attributes and extents from the leader ([`quorumfs_fs::Filesystem::open`]) and
 //! tells the kernel whether its cached pages are still valid. READ goes to [`quorumfs_fs::Filesystem::read`]: the bytes
 //! come from the file's own dirty data, else from the [`quorumfs_fs::caches`], else by
 //! [`quorumfs_client::Client::get_chunk`] from any node that has the chunk, verified (P3); [`quorumfs_fs::readahead`]

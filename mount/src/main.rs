@@ -37,11 +37,11 @@ fn main() -> ExitCode {
     bound_arenas();
     let request = match MountRequest::from_arguments(std::env::args_os()) {
         Ok(request) => request,
-        Err(Usage::Asked(text)) => {
+        Err(Usage::Information(text)) => {
             print!("{text}");
             return ExitCode::SUCCESS;
         }
-        Err(Usage::Wrong(text)) => return fail(EXIT_USAGE, &text),
+        Err(Usage::Invalid(text)) => return fail(EXIT_USAGE, &text),
     };
     match run(&request) {
         Ok(exit) => exit,
@@ -92,7 +92,7 @@ fn run(request: &MountRequest) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let (mount_point, cleared) = mount_point.clear(request.stacking)?;
-    let mut readiness = match request.place {
+    let mut readiness = match request.process_mode {
         ProcessMode::Foreground => {
             start_logging(request.verbosity, log);
             Readiness::unobserved()
@@ -145,6 +145,7 @@ fn start_logging(verbosity: Verbosity, file: Option<File>) {
             .with_writer(std::io::stderr)
             .init(),
     }
+    quorumfs_tasks::log_panics();
 }
 
 fn open_log(path: &Path) -> anyhow::Result<File> {

@@ -485,7 +485,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_directory_is_refused() {
+    fn a_mount_point_that_is_no_directory_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("file");
         std::fs::write(&file, b"").unwrap();
@@ -512,7 +512,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_process_left_is_found_dead_and_cleared() {
+    fn the_mount_of_a_killed_process_is_detected_and_cleared() {
         if !can_mount() {
             return;
         }

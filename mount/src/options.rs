@@ -41,7 +41,7 @@ pub struct MountRequest {
     /// What to do if a QuorumFS mount exists there.
     pub stacking: Stacking,
     /// Whether the process stays in the foreground.
-    pub place: ProcessMode,
+    pub process_mode: ProcessMode,
     /// The log file.
     pub log_file: Option<PathBuf>,
     /// The amount of logging.
@@ -97,15 +97,15 @@ pub enum Effect {
     Rehearse,
 }
 
-/// Why there is nothing to do: a request for help, or wrong usage.
+/// Why nothing is mounted: the user requested help, or the arguments are invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum Usage {
-    /// Help or version, for standard output.
+    /// Help or version; the text is for standard output.
     #[error("{0}")]
-    Asked(String),
-    /// Wrong usage, for standard error.
+    Information(String),
+    /// Invalid arguments; the text is for standard error.
     #[error("{0}")]
-    Wrong(String),
+    Invalid(String),
 }
 
 /// Mounts a QuorumFS cluster as a local directory.
@@ -219,7 +219,7 @@ impl PlainArguments {
         words.log_file = self.log_file.or(words.log_file);
         let mut request = request_of(&self.spec, self.directory, words)?;
         if self.foreground {
-            request.place = ProcessMode::Foreground;
+            request.process_mode = ProcessMode::Foreground;
         }
         if self.verbose {
             request.verbosity = Verbosity::Verbose;
@@ -254,7 +254,7 @@ impl HelperArguments {
 fn request_of(spec: &str, directory: PathBuf, words: MountWords) -> Result<MountRequest, Usage> {
     let parsed: Spec = spec
         .parse()
-        .map_err(|error: SpecError| Usage::Wrong(error.to_string()))?;
+        .map_err(|error: SpecError| Usage::Invalid(error.to_string()))?;
     let tls = tls_files(words.tls_ca, words.tls_cert, words.tls_key)?;
     Ok(MountRequest {
         source: words.source.unwrap_or_else(|| spec.to_owned()),
@@ -267,7 +267,7 @@ fn request_of(spec: &str, directory: PathBuf, words: MountWords) -> Result<Mount
         tls,
         kernel_cache: words.kernel_cache,
         stacking: words.stacking,
-        place: ProcessMode::Background,
+        process_mode: ProcessMode::Background,
         log_file: words.log_file,
         verbosity: Verbosity::Normal,
         effect: Effect::Mount,
@@ -283,13 +283,13 @@ fn tls_files(
     let identity = match (certificate, key) {
         (Some(certificate), Some(key)) => Some(TlsIdentityFiles { certificate, key }),
         (None, None) => None,
-        (Some(_), None) => return Err(Usage::Wrong("tls-cert needs tls-key".to_owned())),
-        (None, Some(_)) => return Err(Usage::Wrong("tls-key needs tls-cert".to_owned())),
+        (Some(_), None) => return Err(Usage::Invalid("tls-cert needs tls-key".to_owned())),
+        (None, Some(_)) => return Err(Usage::Invalid("tls-key needs tls-cert".to_owned())),
     };
     match (authority, identity) {
         (Some(authority), identity) => Ok(Some(TlsFiles { authority, identity })),
         (None, None) => Ok(None),
-        (None, Some(_)) => Err(Usage::Wrong(
+        (None, Some(_)) => Err(Usage::Invalid(
             "tls-cert needs tls-ca, the authority that signed the nodes' certificates".to_owned(),
         )),
     }
@@ -297,7 +297,7 @@ fn tls_files(
 
 impl From<OptionError> for Usage {
     fn from(error: OptionError) -> Usage {
-        Usage::Wrong(error.to_string())
+        Usage::Invalid(error.to_string())
     }
 }
 
@@ -306,14 +306,14 @@ impl From<clap::Error> for Usage {
         let text = error.render().to_string();
         if error.use_stderr() {
             // clap's own first words; the program's name is added where the message is printed.
-            Usage::Wrong(
+            Usage::Invalid(
                 text.strip_prefix("error: ")
                     .unwrap_or(&text)
                     .trim_end()
                     .to_owned(),
             )
         } else {
-            Usage::Asked(text)
+            Usage::Information(text)
         }
     }
 }
@@ -328,7 +328,7 @@ mod tests {
 
     fn mistake(line: &str) -> String {
         match parse(line) {
-            Err(Usage::Wrong(text)) => text,
+            Err(Usage::Invalid(text)) => text,
             other => panic!("{line}: {other:?}"),
         }
     }
@@ -345,16 +345,16 @@ mod tests {
         assert_eq!(request.source, "a:1,b:2:/x");
         assert_eq!(request.flags, MsFlags::MS_RDONLY | MsFlags::MS_NODEV);
         assert_eq!(request.call_timeout, Some(Duration::from_secs(5)));
-        assert_eq!(request.place, ProcessMode::Foreground);
+        assert_eq!(request.process_mode, ProcessMode::Foreground);
         assert_eq!(request.log_file.as_deref(), Some(Path::new("/var/log/q")));
         assert_eq!(request.verbosity, Verbosity::Verbose);
         assert_eq!(request.effect, Effect::Mount);
     }
 
     #[test]
-    fn what_is_not_said_has_a_default() {
+    fn missing_options_have_defaults() {
         let request = parse("quorumfs-mount a:1 /mnt").unwrap();
-        assert_eq!(request.place, ProcessMode::Background);
+        assert_eq!(request.process_mode, ProcessMode::Background);
         assert_eq!(request.call_timeout, None, "calls wait (P6)");
         assert_eq!(request.durability, DurabilityOption::Close);
         assert_eq!(request.kernel_cache, Duration::ZERO);
@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_and_words_say_the_same() {
+    fn flags_and_options_are_equivalent() {
         let flags =
             parse("quorumfs-mount a:1 /m --read-only --timeout 7 --durability fsync --tls-ca /ca").unwrap();
         let words = parse("quorumfs-mount a:1 /m -o ro,timeout=7,durability=fsync,tls-ca=/ca").unwrap();
@@ -375,7 +375,7 @@ mod tests {
         let request =
             parse("/sbin/mount.quorumfs a:1 /mnt -n -v -o rw,_netdev,nofail,nosuid -t quorumfs").unwrap();
         assert_eq!(request.flags, MsFlags::MS_NOSUID);
-        assert_eq!(request.place, ProcessMode::Background);
+        assert_eq!(request.process_mode, ProcessMode::Background);
         assert_eq!(request.verbosity, Verbosity::Verbose);
         assert_eq!(
             parse("mount.quorumfs a:1 /mnt -f").unwrap().effect,
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_named() {
+    fn errors_name_the_wrong_option() {
         for (line, told) in [
             ("quorumfs-mount", "SPEC"),
             ("quorumfs-mount a:1", "DIRECTORY"),
@@ -404,7 +404,13 @@ mod tests {
             let text = mistake(line);
             assert!(text.contains(told), "{line}: {text}");
         }
-        assert!(matches!(parse("quorumfs-mount --help"), Err(Usage::Asked(_))));
-        assert!(matches!(parse("quorumfs-mount --version"), Err(Usage::Asked(_))));
+        assert!(matches!(
+            parse("quorumfs-mount --help"),
+            Err(Usage::Information(_))
+        ));
+        assert!(matches!(
+            parse("quorumfs-mount --version"),
+            Err(Usage::Information(_))
+        ));
     }
 }

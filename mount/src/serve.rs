@@ -16,6 +16,7 @@ use std::time::Duration;
 use nix::mount::MsFlags;
 use quorumfs_client::{Client, ClientOptions, ConnectError};
 use quorumfs_proto::{FileKind, FsError, InodeNumber, Name, Query};
+use quorumfs_tasks::Tasks;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -222,7 +223,7 @@ impl<C: Cluster> Service<C> {
             .await
             .is_err()
         {
-            tracing::info!("the kernel is still writing back; it must give up now");
+            tracing::info!("the kernel is still writing back; unmounting without waiting for it");
         }
     }
 }
@@ -232,21 +233,28 @@ async fn start(
     mount_point: &MountPoint,
     tls: Option<ClientTlsConfig>,
 ) -> Result<(Client, Service<Leased<Client>>), ServeError> {
+    let tasks = Arc::new(Tasks::default());
     let client = Client::connect(ClientOptions {
         addresses: request.spec.addresses.clone(),
         description: description(mount_point),
         call_timeout: request.call_timeout,
         tls,
+        tasks: tasks.clone(),
         ..ClientOptions::default()
     })
     .await
     .map_err(ServeError::Connect)?;
     let root = resolve_root(&client, &request.spec.subdirectory).await?;
-    let filesystem = Filesystem::new(Leased::new(client.clone()), filesystem_options(request, root));
+    let filesystem = Filesystem::new(
+        Leased::new(client.clone()),
+        filesystem_options(request, root),
+        &tasks,
+    );
     let edge = FuseEdge::new(
         Arc::clone(&filesystem),
         root,
         request.kernel_cache,
+        tasks,
         tokio::runtime::Handle::current(),
     );
     let (counted, statistics) = (Arc::downgrade(&filesystem), Arc::clone(edge.statistics()));
@@ -302,12 +310,12 @@ async fn resolve_root(client: &Client, path: &[Name]) -> Result<InodeNumber, Ser
     if path.is_empty() {
         return Ok(InodeNumber::ROOT);
     }
-    let verdict = match client.ask(Query::resolve(InodeNumber::ROOT, path.to_vec())).await {
+    let resolved = match client.ask(Query::resolve(InodeNumber::ROOT, path.to_vec())).await {
         Ok(attributes) if attributes.kind == FileKind::Directory => Ok(attributes.inode),
         Ok(_) => Err(FsError::NotDirectory),
         Err(error) => Err(error),
     };
-    verdict.map_err(|error| ServeError::Subdirectory {
+    resolved.map_err(|error| ServeError::Subdirectory {
         path: path.iter().map(Name::to_string).collect::<Vec<_>>().join("/"),
         error,
     })
@@ -383,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn asked_to_stop_it_unmounts() {
+    fn a_stop_request_unmounts() {
         if !can_mount() {
             return;
         }
@@ -394,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn it_ends_when_somebody_else_unmounts() {
+    fn it_ends_when_another_process_unmounts() {
         if !can_mount() {
             return;
         }
@@ -404,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn busy_it_goes_on_until_time_is_up_or_it_is_asked_again() {
+    fn a_busy_mount_continues_until_the_timeout_or_a_second_signal() {
         if !can_mount() {
             return;
         }
@@ -424,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn what_could_not_be_flushed_is_reported() {
+    fn a_failed_flush_is_reported() {
         if !can_mount() {
             return;
         }

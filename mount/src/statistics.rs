@@ -4,10 +4,12 @@
 //! mount's root) and to the cluster (with the keep-alives). Recording is a few atomic additions, see
 //! [`quorumfs_measure`].
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quorumfs_measure::{CallCounter, Ending};
-use quorumfs_proto::statistics::{CacheStatistics, ClientStatistics, VerbStatistics};
+use quorumfs_proto::statistics::{CacheStatistics, ClientStatistics, FailedTask, VerbStatistics};
+use quorumfs_tasks::Tasks;
 
 /// The extended attribute of a mount's root that contains its statistics as JSON. It is not listed, so that copies of
 /// the tree do not include it.
@@ -74,21 +76,39 @@ verbs! {
 pub struct Statistics {
     began: Instant,
     verbs: Vec<CallCounter>,
+    tasks: Arc<Tasks>,
 }
 
 impl Default for Statistics {
     fn default() -> Statistics {
-        Statistics {
-            began: Instant::now(),
-            verbs: Verb::ALL.iter().map(|_| CallCounter::default()).collect(),
-        }
+        Statistics::new(Arc::default())
     }
 }
 
 impl Statistics {
+    /// Makes counters at zero; the report includes what of `tasks` failed.
+    pub fn new(tasks: Arc<Tasks>) -> Statistics {
+        Statistics {
+            began: Instant::now(),
+            verbs: Verb::ALL.iter().map(|_| CallCounter::default()).collect(),
+            tasks,
+        }
+    }
+
     /// Records that a request was answered, and moved `bytes` of content.
     pub fn record(&self, verb: Verb, ending: Ending, bytes: u64, duration: Duration) {
         self.verbs[verb as usize].record(ending, bytes, duration);
+    }
+
+    fn failed_tasks(&self) -> Vec<FailedTask> {
+        let failed = self.tasks.report().into_iter().filter(|task| task.failures > 0);
+        failed
+            .map(|task| FailedTask {
+                name: task.name.to_string(),
+                failures: task.failures,
+                last_error: task.last_error.unwrap_or_default(),
+            })
+            .collect()
     }
 
     /// Returns the present statistics; verbs without a request are left out.
@@ -111,6 +131,7 @@ impl Statistics {
             verbs: Verb::ALL.iter().filter_map(row).collect(),
             cache,
             dirty_bytes,
+            failed_tasks: self.failed_tasks(),
         }
     }
 }
@@ -130,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_attribute_is_json_of_what_was_counted() {
+    fn the_attribute_is_json_of_the_counters() {
         let statistics = Statistics::default();
         for (index, verb) in Verb::ALL.into_iter().enumerate() {
             assert_eq!(verb as usize, index);

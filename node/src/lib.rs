@@ -35,7 +35,7 @@
 //!
 //! Modules import only downwards: [`server`], [`api`], [`node`], [`leader`], [`integrity`], [`membership`], [`observe`],
 //! [`replication`], [`consensus`], [`config`], [`transport`], [`logging`], [`call_stream`], [`incoming`], [`private_files`],
-//! [`tasks`], [`pace`], [`wall_clock`].
+//! [`pace`], [`wall_clock`].
 
 pub mod api;
 pub mod call_stream;
@@ -52,7 +52,7 @@ pub mod pace;
 pub mod private_files;
 pub mod replication;
 pub mod server;
-pub mod tasks;
+mod to_end;
 pub mod transport;
 pub mod wall_clock;
 

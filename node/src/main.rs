@@ -49,7 +49,7 @@ fn main() -> ExitCode {
         .with(Limited::default())
         .with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr))
         .init();
-    quorumfs_node::tasks::log_panics();
+    quorumfs_tasks::log_panics();
     raise_open_files_limit();
     match run(config) {
         Ok(()) => ExitCode::SUCCESS,

@@ -24,9 +24,9 @@ use crate::observe::metrics::Metrics;
 use crate::replication::placement::Placement;
 use crate::replication::recovery::Recovery;
 use crate::replication::space::SpaceMonitor;
-use crate::tasks::Tasks;
 use quorumfs_content::ContentStore;
 use quorumfs_metadata::MetadataStore;
+use quorumfs_tasks::Tasks;
 
 /// A node as its edges see it.
 pub struct Node {

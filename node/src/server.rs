@@ -56,10 +56,10 @@ use crate::replication::PeerChunks;
 use crate::replication::placement::Placement;
 use crate::replication::recovery::Recovery;
 use crate::replication::space::SpaceMonitor;
-use crate::tasks::Tasks;
 use crate::transport::{TlsFiles, Transport};
 use quorumfs_content::Stopped;
 use quorumfs_metadata::Position;
+use quorumfs_tasks::Tasks;
 
 /// Flow-control windows of the service: with the defaults, 1 MiB messages reach half the throughput (measured). A
 /// client's stream of chunks may fill its window independently of other load, so it is no larger than necessary.

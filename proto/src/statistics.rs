@@ -15,6 +15,20 @@ pub struct ClientStatistics {
     pub cache: CacheStatistics,
     /// Bytes that programs wrote and the cluster does not have yet.
     pub dirty_bytes: u64,
+    /// The background tasks that failed at least once.
+    #[serde(default)]
+    pub failed_tasks: Vec<FailedTask>,
+}
+
+/// A background task of a client that failed; it is started again after each failure.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct FailedTask {
+    /// Name of the task.
+    pub name: String,
+    /// Number of failures.
+    pub failures: u64,
+    /// The reason of the last failure.
+    pub last_error: String,
 }
 
 /// One kind of request.

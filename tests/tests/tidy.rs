@@ -23,7 +23,7 @@ const NODE_LAYERS: &[&str] = &[
     "call_stream",
     "incoming",
     "private_files",
-    "tasks",
+    "to_end",
     "pace",
     "wall_clock",
 ];

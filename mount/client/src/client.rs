@@ -10,6 +10,7 @@ use quorumfs_proto::{
     Answer, ChunkId, ClientRequest, ClientResponse, ClusterId, Command, FsError, InodeNumber, Outcome, Query,
     Refusal, SessionId, SessionSecret, Timestamp,
 };
+use quorumfs_tasks::Tasks;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -49,6 +50,8 @@ pub struct ClientOptions {
     /// Most bytes of chunks in flight in each direction, clamped to 32 KiB to 256 MiB; less than one chunk (1 MiB) is
     /// slow.
     pub bytes_in_flight_max: usize,
+    /// The client's background tasks run under it.
+    pub tasks: Arc<Tasks>,
 }
 
 impl Default for ClientOptions {
@@ -59,6 +62,7 @@ impl Default for ClientOptions {
             call_timeout: None,
             tls: None,
             bytes_in_flight_max: BYTES_IN_FLIGHT_MAX,
+            tasks: Arc::default(),
         }
     }
 }
@@ -145,12 +149,13 @@ impl Client {
         let cluster = Cluster::new(options.addresses, connector);
         let calls = LeaderLink::new(cluster.clone());
         let chunk_writer = ChunkWriter::new(cluster.clone(), options.bytes_in_flight_max);
-        tokio::spawn({
-            let (closing, cluster) = (closing.clone(), cluster.clone());
-            async move { closing.run_until_cancelled(cluster.follow_leader()).await }
+        let tasks = &options.tasks;
+        let following = (closing.clone(), cluster.clone());
+        tasks.supervise_until_done("client-leader", following, |(closing, cluster)| async move {
+            closing.run_until_cancelled(cluster.follow_leader()).await;
         });
-        run_link(&calls, &closing);
-        run_link(chunk_writer.link(), &closing);
+        run_link("client-calls", tasks, &calls, &closing);
+        run_link("client-puts", tasks, chunk_writer.link(), &closing);
 
         let limit = options
             .call_timeout
@@ -175,9 +180,9 @@ impl Client {
             unlinked_answer: tokio::sync::Mutex::default(),
         });
         let keep_alive = Arc::new(KeepAlive::new(mutator.clone()));
-        tokio::spawn({
-            let (closing, keep_alive) = (closing.clone(), keep_alive.clone());
-            async move { closing.run_until_cancelled(keep_alive.run()).await }
+        let keeping = (closing.clone(), keep_alive.clone());
+        tasks.supervise_until_done("client-keep-alive", keeping, |(closing, keep_alive)| async move {
+            closing.run_until_cancelled(keep_alive.run()).await;
         });
         Ok(Client {
             inner: Arc::new(Inner {
@@ -383,10 +388,15 @@ impl Client {
     }
 }
 
-/// Runs `link` until the client is closed; then ends its pending calls.
-fn run_link<P: Protocol>(link: &LeaderLink<P>, closing: &CancellationToken) {
-    let (link, closing) = (link.clone(), closing.clone());
-    tokio::spawn(async move {
+/// Runs `link` as the task `name` until the client is closed; then ends its pending calls.
+fn run_link<P: Protocol>(
+    name: &'static str,
+    tasks: &Arc<Tasks>,
+    link: &LeaderLink<P>,
+    closing: &CancellationToken,
+) {
+    let part = (link.clone(), closing.clone());
+    tasks.supervise_until_done(name, part, |(link, closing)| async move {
         closing.run_until_cancelled(link.clone().run()).await;
         link.close();
     });

@@ -197,6 +197,8 @@ impl<P: Protocol> LeaderLink<P> {
         let mut backoff = Backoff::new();
         // Consecutive streams that ended early or without an answer.
         let mut failed_streams = 0u32;
+        // An earlier run that panicked left its stream attached.
+        self.calls.detach(&CallError::Ended);
         loop {
             self.calls.calls_outstanding().await;
             let found = leader_views.wait_for(|view| view.address.is_some()).await;

@@ -1,4 +1,4 @@
-//! The pace of the write buffer and of the extent cache: `cargo bench --workspace --bench buffers`.
+//! Throughput of the write buffer and of the extent cache: `cargo bench --workspace --bench buffers`.
 
 use std::hint::black_box;
 
@@ -8,13 +8,13 @@ use quorumfs_fs::caches::extent_cache::ExtentCache;
 use quorumfs_fs::write_buffer::{PACK_RANGES_MAX, WriteBuffer};
 use quorumfs_proto::{ChunkId, Extent, SessionId};
 
-/// Bytes that sequential writers bring in one sample.
+/// Bytes written sequentially per sample.
 const SEQUENTIAL_BYTES: u64 = 16 << 20;
-/// The size of a write of most programs.
+/// The write size of most programs.
 const PAGE_BYTES: u64 = 4096;
-/// Extents of a file that was written over at random for long.
+/// Extents of a file after many random writes.
 const EXTENTS: u64 = 4096;
-/// A step that has no factor in common with the counts above: visits all places, never two neighbours in turn.
+/// Coprime to the counts above, so that all positions are visited and no two neighbours in succession.
 const STRIDE: u64 = 1031;
 
 fn extent(file_offset: u64, counter: u64) -> Extent {
@@ -40,7 +40,7 @@ fn write_buffer(criterion: &mut Criterion) {
                 |buffer| {
                     for offset in (0..SEQUENTIAL_BYTES).step_by(write_bytes as usize) {
                         for pack in buffer.write(offset, data.clone()) {
-                            buffer.settle(pack.sequence);
+                            buffer.remove_through(pack.sequence);
                         }
                     }
                 },
@@ -52,7 +52,7 @@ fn write_buffer(criterion: &mut Criterion) {
     let scattered = |buffer: &mut WriteBuffer| {
         let places = PACK_RANGES_MAX as u64;
         for number in 0..places {
-            // Every second page, so that no range joins another.
+            // Every second page, so that no two ranges join.
             let offset = number * STRIDE % places * 2 * PAGE_BYTES;
             buffer.write(offset, page.clone());
         }
@@ -93,7 +93,7 @@ fn extent_cache(criterion: &mut Criterion) {
             filled,
             |cache| {
                 for number in 0..EXTENTS {
-                    // Half a page off, so that each patch cuts two extents.
+                    // Offset by half a page, so that each patch cuts two extents.
                     let offset = number * STRIDE % EXTENTS * PAGE_BYTES + PAGE_BYTES / 2;
                     cache.patch(number + 2, &[extent(offset, EXTENTS + number)]);
                 }

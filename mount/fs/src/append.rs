@@ -1,20 +1,20 @@
-//! Appending: to the end of the file, wherever that is by then.
+//! Appending: writing at the end of the file as of the commit.
 //!
-//! An append is one command, so nobody else's bytes come between its own. The kernel sends at most 1 MiB and at most
-//! 256 pages at once. So a write(2) of up to 1 MiB whose buffer does not begin on a page (or of several buffers) may
-//! come in two parts. It holds the file's lock meanwhile: the second part is this mount's next append to the file, right
-//! after the answer to the first.
+//! An append is one command, so its bytes are contiguous. The kernel sends at most 1 MiB and at most 256 pages per
+//! request. So a write(2) of up to 1 MiB whose buffer does not begin on a page boundary (or which has several buffers)
+//! may arrive in two parts. The kernel holds the inode's lock meanwhile, so the second part is this mount's next append
+//! to the file, directly after the answer to the first.
 //!
-//! How long a write(2) is the kernel shows while it waits for an answer; of other calls it is not known.
+//! The kernel shows the length of a write(2) while the call waits for an answer, but not that of other calls.
 //!
-//! Rule: a part that may be a first one ([`may_continue`]) is answered and held back; if the next append fits into one
-//! piece with it, both are one command. It may be a write of its own, which does no harm. A held part is a dirty byte
-//! like any other: it goes before all that was written after it, with the next commit or read of the file or with age,
-//! and its failure is told to the file's handles.
+//! Rule: an append that may be a first part ([`may_continue`]) is answered and held; if the next append fits into the
+//! same command, one command has both. If it is a write of its own, that does no harm. Held bytes are dirty bytes: they
+//! are committed before everything written after them, by the next commit or read of the file or by age, and a failure
+//! is recorded for the file's handles.
 //!
-//! Rule: a second part is put to the first as soon as it arrives, before it waits for anything, the file's turn included.
-//! So whoever commits may wait for it with the turn taken, and what the second part itself has to wait for (what was
-//! handed over before it, the first part's own file among that) commits both together.
+//! Rule: a second part is joined to the first as soon as it arrives, before it waits for anything, the commit lock
+//! included. So a commit may wait for it while holding the lock, and what the second part itself waits for (queued
+//! closes, possibly of the same file) commits both parts together.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -27,34 +27,34 @@ use quorumfs_proto::limits::{CHUNK_BYTES_MAX, INLINE_BYTES_MAX};
 use quorumfs_proto::{Command, FsError, Operation, OperationResult};
 
 use super::{Cluster, Filesystem, FreshContent, OpenInode};
+use crate::commit_lock::lock_commits;
 use crate::handles::{AppendStage, HeldAppend, LastByte, Scope, SharedInode};
 use crate::interrupt::interruptible;
-use crate::turn::take_turn;
 
-/// How often the chunk of one append is drawn anew after the cluster called it dead.
-const APPEND_RENEWALS_MAX: usize = 3;
+/// Most attempts at one append whose chunk the cluster declares dead.
+const APPEND_CHUNK_ATTEMPTS_MAX: usize = 3;
 
-/// What a write of 1 MiB may lack in its first part: less than two pages of 4 KiB for each of up to eight buffers. Pages
-/// of 64 KiB make it more for several buffers, and the same for one.
+/// Most bytes that the first part of a write of 1 MiB may lack: less than two pages of 4 KiB for each of up to eight
+/// buffers. With pages of 64 KiB it is more for several buffers, and the same for one.
 const SECOND_PART_BYTES_MAX: usize = 64 << 10;
 
-/// The most that one command appends.
-const PIECE_BYTES_MAX: usize = CHUNK_BYTES_MAX as usize;
+/// Most bytes per command.
+const APPEND_BYTES_MAX: usize = CHUNK_BYTES_MAX as usize;
 
-/// Whether an append of so many bytes may be the first part of a write of [`PIECE_BYTES_MAX`] or less. `more_bytes`: how much
-/// of it is to come, if that is known.
+/// Whether an append of `bytes` may be the first part of a write of at most [`APPEND_BYTES_MAX`]. `more_bytes` is the
+/// length of the rest, if known.
 fn may_continue(bytes: usize, more_bytes: Option<u64>) -> bool {
-    may_be_a_part(bytes)
-        && more_bytes.is_none_or(|more| more > 0 && bytes as u64 + more <= PIECE_BYTES_MAX as u64)
+    may_be_first_part(bytes)
+        && more_bytes.is_none_or(|more| more > 0 && bytes as u64 + more <= APPEND_BYTES_MAX as u64)
 }
 
-/// Whether the kernel may have split a write so that its first part is so long.
-pub fn may_be_a_part(bytes: usize) -> bool {
-    (PIECE_BYTES_MAX - SECOND_PART_BYTES_MAX..PIECE_BYTES_MAX).contains(&bytes)
+/// Whether the kernel may have split a write so that the first part has this length.
+pub fn may_be_first_part(bytes: usize) -> bool {
+    (APPEND_BYTES_MAX - SECOND_PART_BYTES_MAX..APPEND_BYTES_MAX).contains(&bytes)
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// Appends `data`, each [`PIECE_BYTES_MAX`] in one piece.
+    /// Appends `data` in commands of at most [`APPEND_BYTES_MAX`].
     pub(super) async fn append(
         self: &Arc<Self>,
         node: &OpenInode<C>,
@@ -62,24 +62,24 @@ impl<C: Cluster> Filesystem<C> {
         privileges: Privileges,
         more_bytes: Option<u64>,
     ) -> Result<(), FsError> {
-        if self.continue_held(node, &data, privileges) {
-            self.settle_handed_over().await;
-            // Not given up with this caller: the first part was acknowledged to another, perhaps.
-            let _turn = node.turn.lock().await;
+        if self.join_held_append(node, &data, privileges) {
+            self.drain_close_queue().await;
+            // Not interruptible: the first part may be acknowledged to another caller.
+            let _lock = node.commit_lock.lock().await;
             return match held_stage(node) {
                 Some(AppendStage::Closed) => self.commit_held_append(node).await,
-                // Somebody else has committed it. If that failed, the file's handles are told.
+                // Another caller has committed it. A failure is recorded for the handles.
                 Some(AppendStage::Open) | None => Ok(()),
             };
         }
-        self.settle_handed_over().await;
+        self.drain_close_queue().await;
         let may_continue = may_continue(data.len(), more_bytes);
         if may_continue {
-            interruptible(self.dirty.room(|| self.write_back_all()).map(Ok)).await?;
+            interruptible(self.dirty.wait_for_room(|| self.write_back_all()).map(Ok)).await?;
         }
-        let _turn = take_turn(node).await?;
-        // What other handles wrote before may be what moves the end; if it fails, they are told.
-        let _kept = self.commit_in_turn(node, Scope::Everything).await;
+        let _lock = lock_commits(node).await?;
+        // Earlier writes may determine the end of the file. A failure is recorded for the handles.
+        let _recorded = self.commit_locked(node, Scope::Everything).await;
         if may_continue {
             let mut state = node.state.lock();
             state.held_append = Some(HeldAppend {
@@ -88,24 +88,24 @@ impl<C: Cluster> Filesystem<C> {
                 privileges,
                 since: Instant::now(),
                 stage: AppendStage::Open,
-                more_is_known: more_bytes.is_some(),
+                expects_more: more_bytes.is_some(),
             });
             state.dirty_since.get_or_insert_with(Instant::now);
-            self.dirty.account(node, &mut state);
+            self.dirty.update(node, &mut state);
             return Ok(());
         }
         while !data.is_empty() {
-            let part = data.split_to(data.len().min(PIECE_BYTES_MAX));
-            interruptible(self.append_piece(node, part, privileges)).await?;
+            let part = data.split_to(data.len().min(APPEND_BYTES_MAX));
+            interruptible(self.append_once(node, part, privileges)).await?;
         }
         Ok(())
     }
 
-    /// Takes `data` for the second part of what `node` holds back, if it can be that: both fit into one piece, and nothing
-    /// was written behind the first meanwhile. Else there is none.
-    fn continue_held(&self, node: &OpenInode<C>, data: &Bytes, privileges: Privileges) -> bool {
+    /// Joins `data` to the held append, if both fit into one command and nothing was written behind the first part
+    /// meanwhile. Otherwise closes the held append. Returns whether `data` was joined.
+    fn join_held_append(&self, node: &OpenInode<C>, data: &Bytes, privileges: Privileges) -> bool {
         let mut state = node.state.lock();
-        let committed = state.view.as_ref().map_or(0, |view| view.size);
+        let committed = state.committed.as_ref().map_or(0, |committed| committed.size);
         let buffer_end = state.buffer.end();
         let Some(held) = &mut state.held_append else {
             return false;
@@ -114,7 +114,7 @@ impl<C: Cluster> Filesystem<C> {
             return false;
         }
         held.stage = AppendStage::Closed;
-        let fits = held.bytes() + data.len() <= PIECE_BYTES_MAX;
+        let fits = held.bytes() + data.len() <= APPEND_BYTES_MAX;
         if !fits || buffer_end > committed + held.bytes() as u64 {
             return false;
         }
@@ -122,26 +122,26 @@ impl<C: Cluster> Filesystem<C> {
         if privileges == Privileges::Drop {
             held.privileges = privileges;
         }
-        self.dirty.account(node, &mut state);
+        self.dirty.update(node, &mut state);
         true
     }
 
-    /// An append to `node` is about to be answered: from now on its second part is waited for.
-    pub(super) fn answering_append(&self, node: &OpenInode<C>) {
+    /// Restarts the wait for the second part; called just before the answer to the first.
+    pub(super) fn restart_second_part_wait(&self, node: &OpenInode<C>) {
         let mut state = node.state.lock();
         if let Some(held) = &mut state.held_append {
             held.since = Instant::now();
         }
     }
 
-    /// Commits the append that is held back, if there is one; the caller holds the file's turn.
+    /// Commits the held append, if any; the caller holds the commit lock.
     pub(super) async fn commit_held_append(&self, node: &OpenInode<C>) -> Result<(), FsError> {
         let held = {
             let mut state = node.state.lock();
             let Some(held) = &mut state.held_append else {
                 return Ok(());
             };
-            // What would be put to it now would be lost with it.
+            // The copy below is what is committed, so nothing may be joined any more.
             held.stage = AppendStage::Closed;
             held.clone()
         };
@@ -150,26 +150,26 @@ impl<C: Cluster> Filesystem<C> {
             true => held.first,
             false => joined(&held.first, &held.second),
         };
-        let appended = self.append_piece(node, data, held.privileges).await;
+        let appended = self.append_once(node, data, held.privileges).await;
         if let Err(error) = appended {
-            tracing::warn!(inode = %node.inode, bytes, %error, "appended bytes could not be committed and are given up");
+            tracing::warn!(inode = %node.inode, bytes, %error, "cannot commit appended bytes; they are lost");
             let mut state = node.state.lock();
             state.failures.record(error);
             state.held_append = None;
-            self.dirty.account(node, &mut state);
+            self.dirty.update(node, &mut state);
         }
         appended
     }
 
-    /// One command; the caller holds the file's turn. Afterwards nothing is held back.
-    async fn append_piece(
+    /// Appends `data` in one command and ends the held append. The caller holds the commit lock.
+    async fn append_once(
         &self,
         node: &OpenInode<C>,
         data: Bytes,
         privileges: Privileges,
     ) -> Result<(), FsError> {
         let length = data.len() as u32;
-        for _ in 0..APPEND_RENEWALS_MAX {
+        for _ in 0..APPEND_CHUNK_ATTEMPTS_MAX {
             let chunk = self.cluster.new_chunk(data.clone());
             let (named, stored) = if length <= INLINE_BYTES_MAX {
                 (chunk.inline(), Vec::new())
@@ -180,7 +180,7 @@ impl<C: Cluster> Filesystem<C> {
                 }
                 (chunk.stored(), vec![chunk.clone()])
             };
-            let piece = Extent {
+            let extent = Extent {
                 file_offset: 0,
                 length,
                 chunk: chunk.id(),
@@ -190,7 +190,7 @@ impl<C: Cluster> Filesystem<C> {
                 chunks: vec![named],
                 operations: vec![Operation::Append {
                     inode: Target::Inode(node.inode),
-                    extents: vec![piece],
+                    extents: vec![extent],
                     privileges,
                 }],
             };
@@ -203,26 +203,26 @@ impl<C: Cluster> Filesystem<C> {
                 if let Some(OperationResult::Appended { offset }) = outcome.results.first()
                     && let Some(attributes) = outcome.attributes_of(node.inode)
                 {
-                    let piece = Extent {
+                    let extent = Extent {
                         file_offset: *offset,
-                        ..piece
+                        ..extent
                     };
-                    state.extents.patch(attributes.content_version, &[piece]);
-                    // With the new size known, the held bytes must not be counted once more.
-                    state.learn(attributes);
-                    state.appended_last = data.last().map(|byte| LastByte {
+                    state.extents.patch(attributes.content_version, &[extent]);
+                    // In the same step as the held bytes are removed, which would otherwise count twice.
+                    state.update_attributes(attributes);
+                    state.last_appended = data.last().map(|byte| LastByte {
                         version: attributes.content_version,
                         at: *offset + u64::from(length) - 1,
                         byte: *byte,
                     });
                 }
                 if state.held_append.take().is_some() {
-                    self.dirty.account(node, &mut state);
+                    self.dirty.update(node, &mut state);
                 }
             }
-            self.learn(&outcome.touched);
-            // The offset that caches above us assumed may be another.
-            self.pages.forget(node.inode);
+            self.update_open_files(&outcome.touched);
+            // The kernel may have cached the bytes at another offset.
+            self.page_versions.forget(node.inode);
             return Ok(());
         }
         Err(FsError::Io)

@@ -8,17 +8,17 @@ use super::namespace::entry_of;
 use super::{Cluster, Filesystem, Handle};
 
 impl<C: Cluster> Filesystem<C> {
-    /// What stat(2) tells; of a file that programs of this mount wrote to, with what they wrote.
+    /// Returns the attributes of `inode` (stat(2)), including the effect of uncommitted writes of this mount.
     pub async fn attributes(
         &self,
         inode: InodeNumber,
         _handle: Option<Handle>,
     ) -> Result<Attributes, FsError> {
-        let told = self.ask(Query::attributes(inode)).await?;
-        Ok(self.present(told).await)
+        let attributes = self.ask(Query::attributes(inode)).await?;
+        Ok(self.present(attributes).await)
     }
 
-    /// chmod, chown, truncate, utimens; after everything that was written before, in the same command.
+    /// Changes mode, owner, size or times, in one command with the commit of earlier writes.
     pub async fn set_attributes(
         &self,
         inode: InodeNumber,
@@ -39,7 +39,7 @@ impl<C: Cluster> Filesystem<C> {
         .await
     }
 
-    /// Does what changes one inode, after what was written to it, and answers its attributes.
+    /// Sends an operation on one inode together with the commit of earlier writes; returns the inode's new attributes.
     async fn change(&self, inode: InodeNumber, operation: Operation) -> Result<Attributes, FsError> {
         let resizes =
             matches!(&operation, Operation::SetAttributes { changes, .. } if changes.size.is_some());
@@ -57,13 +57,13 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// getxattr(2).
+    /// Returns the value of an extended attribute.
     pub async fn get_xattr(&self, inode: InodeNumber, name: &[u8]) -> Result<Bytes, FsError> {
         let name = XattrName::new(name.to_vec())?;
         self.ask(Query::xattr(inode, name)).await
     }
 
-    /// setxattr(2).
+    /// Sets an extended attribute.
     pub async fn set_xattr(
         &self,
         inode: InodeNumber,
@@ -79,16 +79,17 @@ impl<C: Cluster> Filesystem<C> {
             value,
             mode,
         };
-        // After what was written: a write drops `security.capability`, and must not drop the one set after it.
+        // With the commit of earlier writes: a write removes `security.capability`, and must not remove the one set
+        // after it.
         self.change(inode, set).await.map(|_| ())
     }
 
-    /// listxattr(2).
+    /// Returns the names of all extended attributes.
     pub async fn list_xattrs(&self, inode: InodeNumber) -> Result<Vec<XattrName>, FsError> {
         self.ask(Query::xattr_names(inode)).await
     }
 
-    /// removexattr(2).
+    /// Removes an extended attribute.
     pub async fn remove_xattr(&self, inode: InodeNumber, name: &[u8]) -> Result<(), FsError> {
         self.writable()?;
         let name = XattrName::new(name.to_vec())?;

@@ -1,11 +1,11 @@
-//! How dirty bytes become committed ones.
+//! Committing dirty bytes.
 //!
-//! Invariants: all commands about the content of a file are sent by whoever holds the file's `turn`, one after
-//! another, so that they take effect in the order of writing; packs stay readable in the buffer until the command
-//! that names them is answered; a chunk is named only after its put was acknowledged (P2).
+//! Invariants: commands that change the content of a file are sent under its commit lock, one after another, so that
+//! they take effect in the order of the writes; packs stay readable in the buffer until the command that names them is
+//! answered; a chunk is named only after its put was acknowledged (P2).
 //!
-//! A flush that failed is not tried again by itself: its bytes are given up (as after a failed write-back of any
-//! kernel), the failure is kept, and each handle tells it once (`Failures`).
+//! A failed commit is not retried: its bytes are lost (as after a failed write-back in a kernel), the failure is
+//! recorded, and each handle reports it once (`Failures`).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,146 +16,150 @@ use quorumfs_proto::command::{Privileges, Target};
 use quorumfs_proto::{Command, FsError, NewChunk, Operation, Outcome, SessionId, Timestamp};
 
 use super::{Cluster, Filesystem, FreshContent, OpenInode, Put};
+use crate::commit_lock::{lock_after_append, lock_in_background};
 use crate::handles::{InodeState, Scope};
-use crate::interrupt::{interruptible, still_wanted};
-use crate::turn::{take_turn_after_append, take_turn_in_background};
+use crate::interrupt::{check_interrupted, interruptible};
 use crate::write_buffer::Pack;
 
-/// How often the chunks of one command are drawn and put anew after the cluster called them dead although their session
-/// lives. Chunks of a session that is over do not count: that takes a minute without contact, and is waited out (P6).
-const RENEWALS_MAX: usize = 3;
+/// Most times that the chunks of one command are replaced after the cluster declared them dead although their session
+/// is alive. Chunks of an ended session do not count: a session ends after a minute without contact, and a commit
+/// outlasts that (P6).
+const CHUNK_RETRIES_MAX: usize = 3;
 
-/// Adds operations to those of a command, whose results they may refer to by their index.
+/// Appends operations to a command; they can refer to the results of earlier ones by index.
 pub(super) type AddOperations<'a> = &'a (dyn Fn(&mut Vec<Operation>) + Send + Sync);
 
-/// How often the chunks of one command were drawn anew.
+/// Counts how often the chunks of one command were replaced.
 #[derive(Default)]
-pub(super) struct Renewals {
+pub(super) struct ChunkRetries {
     session: Option<SessionId>,
     in_session: usize,
 }
 
-impl Renewals {
-    /// Chunks of `session` are dead. [`FsError::Io`] where new ones would be as well.
-    pub(super) fn another(&mut self, session: SessionId) -> Result<(), FsError> {
+impl ChunkRetries {
+    /// Records that chunks of `session` are dead.
+    ///
+    /// # Errors
+    /// [`FsError::Io`] if too many of this session were.
+    pub(super) fn record(&mut self, session: SessionId) -> Result<(), FsError> {
         if self.session.replace(session) != Some(session) {
             self.in_session = 0;
         }
         self.in_session += 1;
         match self.in_session {
-            0..=RENEWALS_MAX => Ok(()),
+            0..=CHUNK_RETRIES_MAX => Ok(()),
             _ => Err(FsError::Io),
         }
     }
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// Commits what was written before the call.
+    /// Commits the bytes written before the call.
     pub(super) async fn commit(&self, node: &OpenInode<C>, scope: Scope) -> Result<(), FsError> {
-        self.settle_handed_over().await;
-        let verdict = {
-            // Given up here, what was written waits for the next commit.
-            let _turn = take_turn_after_append(node).await?;
-            self.commit_in_turn(node, scope).await
+        self.drain_close_queue().await;
+        let result = {
+            // If the caller is interrupted here, the bytes wait for the next commit.
+            let _lock = lock_after_append(node).await?;
+            self.commit_locked(node, scope).await
         };
-        self.open.retire(node);
-        verdict
+        self.open.remove_if_idle(node);
+        result
     }
 
-    /// Commits in a task of its own, at most one per file at a time.
+    /// Commits in a background task, at most one per file at a time.
     pub(super) fn commit_in_background(self: &Arc<Self>, node: &OpenInode<C>, scope: Scope) {
         {
             let mut state = node.state.lock();
-            let queued = state.queued;
-            state.queued = queued.max(Some(scope));
+            let queued = state.queued_commit;
+            state.queued_commit = queued.max(Some(scope));
             if queued.is_some() {
                 return;
             }
         }
         let (filesystem, node) = (Arc::clone(self), Arc::clone(node));
         tokio::spawn(async move {
-            filesystem.settle_handed_over().await;
+            filesystem.drain_close_queue().await;
             {
-                let _turn = take_turn_in_background(&node).await;
-                let scope = node.state.lock().queued.take().unwrap_or(scope);
-                // What fails is kept for the file's handles.
-                let _kept = filesystem.commit_in_turn(&node, scope).await;
+                let _lock = lock_in_background(&node).await;
+                let scope = node.state.lock().queued_commit.take().unwrap_or(scope);
+                // A failure is recorded for the handles.
+                let _recorded = filesystem.commit_locked(&node, scope).await;
             }
-            filesystem.open.retire(&node);
+            filesystem.open.remove_if_idle(&node);
         });
     }
 
-    /// As `commit`; the caller holds the file's turn.
-    pub(super) async fn commit_in_turn(&self, node: &OpenInode<C>, scope: Scope) -> Result<(), FsError> {
+    /// Like `commit`; the caller holds the commit lock.
+    pub(super) async fn commit_locked(&self, node: &OpenInode<C>, scope: Scope) -> Result<(), FsError> {
         let last = self.seal(node, scope);
         self.commit_up_to(node, last).await
     }
 
-    /// Commits the packs up to `last`; the caller holds the file's turn.
+    /// Commits the packs up to the sequence `last`; the caller holds the commit lock.
     pub(super) async fn commit_up_to(&self, node: &OpenInode<C>, last: u64) -> Result<(), FsError> {
-        let mut verdict = self.commit_held_append(node).await;
+        let mut result = self.commit_held_append(node).await;
         loop {
-            let packs = node.state.lock().buffer.front(last);
+            let packs = node.state.lock().buffer.next_batch(last);
             if packs.is_empty() {
-                return verdict;
+                return result;
             }
-            if let Err(error) = self.send_or_lose(node, &packs).await {
-                verdict = verdict.and(Err(error));
+            if let Err(error) = self.send_or_discard(node, &packs).await {
+                result = result.and(Err(error));
             }
         }
     }
 
-    /// Does `operation`, which is about `node`, together with the commit of what was written before the call: in the
-    /// same command, where the cluster accepts that.
+    /// Sends `operation`, which concerns `node`, together with the commit of the bytes written before the call: in the
+    /// same command, unless the cluster refuses that.
     pub(super) async fn commit_with(
         &self,
         node: &OpenInode<C>,
         operation: Operation,
     ) -> Result<Outcome, FsError> {
-        self.settle_handed_over().await;
+        self.drain_close_queue().await;
         let outcome = {
-            let _turn = take_turn_after_append(node).await?;
-            self.commit_with_in_turn(node, operation).await
+            let _lock = lock_after_append(node).await?;
+            self.commit_with_locked(node, operation).await
         };
-        self.open.retire(node);
+        self.open.remove_if_idle(node);
         outcome
     }
 
-    async fn commit_with_in_turn(
+    async fn commit_with_locked(
         &self,
         node: &OpenInode<C>,
         operation: Operation,
     ) -> Result<Outcome, FsError> {
         let add = |operations: &mut Vec<Operation>| operations.push(operation.clone());
         let last = self.seal(node, Scope::Everything);
-        // As below, a failure is kept for the handles.
-        let _kept = self.commit_held_append(node).await;
+        // A failure is recorded for the handles.
+        let _recorded = self.commit_held_append(node).await;
         loop {
-            let packs = node.state.lock().buffer.front(last);
+            let packs = node.state.lock().buffer.next_batch(last);
             let is_last = packs.last().is_none_or(|youngest| youngest.sequence == last);
             if !is_last {
-                // A failure is kept for the handles; the operation is not about those bytes.
-                let _kept = self.send_or_lose(node, &packs).await;
+                // A failure is recorded for the handles; it does not concern the operation.
+                let _recorded = self.send_or_discard(node, &packs).await;
                 continue;
             }
-            if let Err(gone) = still_wanted().await {
-                let _kept = self.send_or_lose(node, &packs).await;
+            if let Err(gone) = check_interrupted().await {
+                let _recorded = self.send_or_discard(node, &packs).await;
                 return Err(gone);
             }
             let sending = self.send(node, &packs, &add);
-            // What was written is not given up with the operation.
+            // Written bytes are not dropped when the caller of the operation is interrupted.
             let sent = match packs.is_empty() {
                 true => interruptible(sending).await,
                 false => sending.await,
             };
             match sent {
-                Err(error) if !packs.is_empty() && is_verdict(error) => {
-                    // Which of the two was refused? Each alone shows it.
-                    let _kept = self.send_or_lose(node, &packs).await;
+                Err(error) if !packs.is_empty() && is_refusal(error) => {
+                    // Sent separately, to find out which of the two was refused.
+                    let _recorded = self.send_or_discard(node, &packs).await;
                     return self.send(node, &[], &add).await;
                 }
                 Err(error) => {
-                    self.lose(node, &packs, error);
+                    self.discard_failed(node, &packs, error);
                     return Err(error);
                 }
                 Ok(outcome) => return Ok(outcome),
@@ -163,19 +167,19 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// Seals what `scope` says and answers with the last pack to commit.
+    /// Seals the bytes of `scope`; returns the sequence of the last pack to commit.
     pub(super) fn seal(&self, node: &OpenInode<C>, scope: Scope) -> u64 {
         let mut state = node.state.lock();
         if scope == Scope::Everything {
             let packs = state.buffer.seal_all();
             state.dirty_since = None;
             self.start_puts(&mut state, &packs);
-            self.dirty.account(node, &mut state);
+            self.dirty.update(node, &mut state);
         }
         state.buffer.last_sequence()
     }
 
-    /// Sends the chunks of these packs on their way; small ones ride inside the command.
+    /// Starts the puts of these packs. Small packs are sent inside the command instead.
     pub(super) fn start_puts(&self, state: &mut InodeState<Put<C>>, packs: &[Arc<Pack>]) {
         for pack in packs.iter().filter(|pack| !pack.is_inline()) {
             let (cluster, payload) = (Arc::clone(&self.cluster), pack.payload.clone());
@@ -191,17 +195,21 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    pub(super) async fn send_or_lose(&self, node: &OpenInode<C>, packs: &[Arc<Pack>]) -> Result<(), FsError> {
+    pub(super) async fn send_or_discard(
+        &self,
+        node: &OpenInode<C>,
+        packs: &[Arc<Pack>],
+    ) -> Result<(), FsError> {
         match self.send(node, packs, &|_| {}).await {
             Ok(_) => Ok(()),
             Err(error) => {
-                self.lose(node, packs, error);
+                self.discard_failed(node, packs, error);
                 Err(error)
             }
         }
     }
 
-    /// One command: the packs, then what `add` adds.
+    /// Sends one command: the packs, then the operations of `add`.
     pub(super) async fn send(
         &self,
         node: &OpenInode<C>,
@@ -209,7 +217,7 @@ impl<C: Cluster> Filesystem<C> {
         add: AddOperations<'_>,
     ) -> Result<Outcome, FsError> {
         let chunks = self.put_chunks(node, packs).await?;
-        // What is taken here is this command's; writes from now on bring their own.
+        // Moved into this command, so that later writes set them for the next one.
         let (mtime, privileges) = {
             let mut state = node.state.lock();
             let privileges = match packs {
@@ -239,16 +247,16 @@ impl<C: Cluster> Filesystem<C> {
         (mtime, privileges): (Option<Timestamp>, Privileges),
         add: AddOperations<'_>,
     ) -> Result<Outcome, FsError> {
-        let mut renewals = Renewals::default();
+        let mut retries = ChunkRetries::default();
         loop {
-            let pieces: Vec<Extent> = packs
+            let extents: Vec<Extent> = packs
                 .iter()
                 .zip(&chunks)
-                .flat_map(|(pack, chunk)| pack.pieces(chunk.id()))
+                .flat_map(|(pack, chunk)| pack.extents(chunk.id()))
                 .collect();
             let write = (!packs.is_empty()).then(|| Operation::Write {
                 inode: Target::Inode(node.inode),
-                extents: pieces.clone(),
+                extents: extents.clone(),
                 mtime,
                 privileges,
             });
@@ -264,18 +272,18 @@ impl<C: Cluster> Filesystem<C> {
             };
             match self.cluster.mutate(command, &stored).await {
                 Ok(outcome) => {
-                    self.settle(node, packs, &pieces, &outcome, resizes);
+                    self.record_committed(node, packs, &extents, &outcome, resizes);
                     return Ok(outcome);
                 }
                 Err(FsError::ChunkDead) if !chunks.is_empty() => {
-                    chunks = self.renew(packs, &chunks, &mut renewals).await?;
+                    chunks = self.replace_chunks(packs, &chunks, &mut retries).await?;
                 }
                 Err(error) => return Err(error),
             }
         }
     }
 
-    /// The chunks of these packs, put.
+    /// Returns the chunks of these packs, after their puts.
     async fn put_chunks(&self, node: &OpenInode<C>, packs: &[Arc<Pack>]) -> Result<Vec<C::Chunk>, FsError> {
         let mut chunks = Vec::with_capacity(packs.len());
         for pack in packs {
@@ -285,106 +293,115 @@ impl<C: Cluster> Filesystem<C> {
                 None => Ok(self.cluster.new_chunk(pack.payload.clone())),
             };
             match chunk {
-                // The session it was drawn in is over; the bytes are still here.
-                Err(FsError::ChunkDead) => chunks.push(self.put_anew(pack, &mut Renewals::default()).await?),
+                // The session of the chunk has ended; the bytes are still here.
+                Err(FsError::ChunkDead) => {
+                    chunks.push(self.put_new_chunk(pack, &mut ChunkRetries::default()).await?)
+                }
                 chunk => chunks.push(chunk?),
             }
         }
         Ok(chunks)
     }
 
-    /// The same bytes as new chunks in place of `dead` ones.
-    async fn renew(
+    /// Puts the packs as new chunks in place of `dead` ones.
+    async fn replace_chunks(
         &self,
         packs: &[Arc<Pack>],
         dead: &[C::Chunk],
-        renewals: &mut Renewals,
+        retries: &mut ChunkRetries,
     ) -> Result<Vec<C::Chunk>, FsError> {
         if let Some(dead) = dead.first() {
-            renewals.another(dead.id().session)?;
+            retries.record(dead.id().session)?;
         }
         let mut chunks = Vec::with_capacity(packs.len());
         for pack in packs {
-            chunks.push(self.put_anew(pack, renewals).await?);
+            chunks.push(self.put_new_chunk(pack, retries).await?);
         }
         Ok(chunks)
     }
 
-    /// The bytes of `pack` as a new chunk, put. Sessions may end meanwhile.
-    pub(super) async fn put_anew(&self, pack: &Pack, renewals: &mut Renewals) -> Result<C::Chunk, FsError> {
+    /// Puts the bytes of `pack` as a new chunk. Sessions may end meanwhile.
+    pub(super) async fn put_new_chunk(
+        &self,
+        pack: &Pack,
+        retries: &mut ChunkRetries,
+    ) -> Result<C::Chunk, FsError> {
         loop {
             let chunk = self.cluster.new_chunk(pack.payload.clone());
             if pack.is_inline() {
                 return Ok(chunk);
             }
             match self.cluster.put_chunk(&chunk).await {
-                Err(FsError::ChunkDead) => renewals.another(chunk.id().session)?,
+                Err(FsError::ChunkDead) => retries.record(chunk.id().session)?,
                 put => return put.map(|()| chunk),
             }
         }
     }
 
-    /// The cluster knows these bytes now.
-    fn settle(
+    /// Records the committed packs: removes them from the buffer and updates what is cached of the file.
+    fn record_committed(
         &self,
         node: &OpenInode<C>,
         packs: &[Arc<Pack>],
-        pieces: &[Extent],
+        extents: &[Extent],
         outcome: &Outcome,
         resizes: bool,
     ) {
         {
             let mut state = node.state.lock();
-            self.forget_packs(node, &mut state, packs);
-            let known = state.view.as_ref().map(|view| view.content_version);
+            self.remove_packs(node, &mut state, packs);
+            let known = state
+                .committed
+                .as_ref()
+                .map(|committed| committed.content_version);
             if let Some(attributes) = outcome.attributes_of(node.inode) {
-                state.learn(attributes);
+                state.update_attributes(attributes);
                 let after = attributes.content_version;
                 if resizes {
                     state.extents.clear();
                 } else if !packs.is_empty() {
-                    state.extents.patch(after, pieces);
+                    state.extents.patch(after, extents);
                 }
-                // Where pieces were named it is this command that made the version, even if another call has told of it.
+                // A command with extents made this version itself, even if another answer has reported it before.
                 if !packs.is_empty() || known.is_some_and(|known| known + 1 == after) {
-                    self.pages.changed_here(node.inode, after - 1, after);
+                    self.page_versions.changed_here(node.inode, after - 1, after);
                 }
             }
         }
         self.open.bound_extents(node);
-        self.learn(&outcome.touched);
+        self.update_open_files(&outcome.touched);
     }
 
-    /// These bytes could not be committed: they are gone, and every handle of the file will say so.
-    fn lose(&self, node: &OpenInode<C>, packs: &[Arc<Pack>], error: FsError) {
+    /// Drops packs whose commit failed and records the failure for every handle of the file.
+    fn discard_failed(&self, node: &OpenInode<C>, packs: &[Arc<Pack>], error: FsError) {
         if packs.is_empty() {
             return;
         }
         let bytes: usize = packs.iter().map(|pack| pack.payload.len()).sum();
-        tracing::warn!(inode = %node.inode, bytes, %error, "written bytes could not be committed and are given up");
+        tracing::warn!(inode = %node.inode, bytes, %error, "cannot commit written bytes; they are lost");
         let mut state = node.state.lock();
         state.failures.record(error);
-        self.forget_packs(node, &mut state, packs);
+        self.remove_packs(node, &mut state, packs);
         drop(state);
-        self.pages.forget(node.inode);
+        self.page_versions.forget(node.inode);
     }
 
-    fn forget_packs(&self, node: &OpenInode<C>, state: &mut InodeState<Put<C>>, packs: &[Arc<Pack>]) {
+    fn remove_packs(&self, node: &OpenInode<C>, state: &mut InodeState<Put<C>>, packs: &[Arc<Pack>]) {
         if let Some(youngest) = packs.last() {
-            self.forget_packs_to(node, state, youngest.sequence);
+            self.remove_packs_to(node, state, youngest.sequence);
         }
     }
 
-    /// Forgets the packs up to `last`; the caller holds the file's turn.
-    pub(super) fn forget_packs_to(&self, node: &OpenInode<C>, state: &mut InodeState<Put<C>>, last: u64) {
-        state.buffer.settle(last);
+    /// Removes the packs up to `last` from the buffer; the caller holds the commit lock.
+    pub(super) fn remove_packs_to(&self, node: &OpenInode<C>, state: &mut InodeState<Put<C>>, last: u64) {
+        state.buffer.remove_through(last);
         let later: BTreeMap<u64, Put<C>> = state.puts.split_off(&(last + 1));
         state.puts = later;
-        self.dirty.account(node, state);
+        self.dirty.update(node, state);
     }
 }
 
-/// How a command names `chunks`, and those of them that it does not carry.
+/// Returns the descriptions of `chunks` for a command, and the chunks whose content is not inside it.
 pub(super) fn name_chunks<C: Cluster>(
     packs: &[Arc<Pack>],
     chunks: &[C::Chunk],
@@ -405,8 +422,8 @@ pub(super) fn name_chunks<C: Cluster>(
     (named, stored)
 }
 
-/// Whether `error` says that the command was not done because of what it asks.
-fn is_verdict(error: FsError) -> bool {
+/// Whether the cluster refused the command because of what it requests.
+fn is_refusal(error: FsError) -> bool {
     !matches!(error, FsError::Io | FsError::TimedOut | FsError::ChunkDead)
 }
 
@@ -415,15 +432,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn chunks_are_drawn_anew_for_every_session_that_ends_and_some_times_in_one() {
-        let mut renewals = Renewals::default();
+    fn chunks_are_replaced_for_every_ended_session_and_a_few_times_in_one() {
+        let mut retries = ChunkRetries::default();
         for session in 1..20 {
-            assert_eq!(renewals.another(SessionId(session)), Ok(()));
+            assert_eq!(retries.record(SessionId(session)), Ok(()));
         }
-        let told: Vec<_> = (0..RENEWALS_MAX)
-            .map(|_| renewals.another(SessionId(19)))
+        let results: Vec<_> = (0..CHUNK_RETRIES_MAX)
+            .map(|_| retries.record(SessionId(19)))
             .collect();
-        let (last, before) = told.split_last().unwrap();
+        let (last, before) = results.split_last().unwrap();
         assert!(before.iter().all(Result::is_ok));
         assert_eq!(*last, Err(FsError::Io));
     }

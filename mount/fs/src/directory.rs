@@ -1,11 +1,11 @@
-//! Listing directories, with offsets that can be sought.
+//! Directory listings with seekable offsets.
 //!
-//! Invariants: an offset is the cookie of the entry before; "." has 1, ".." has 2, the cluster's entries have 3 and
-//! more, and keep theirs as long as they exist. So an entry that exists throughout a listing is told exactly once,
-//! whatever comes and goes meanwhile. A directory handle holds one page of names at a time.
+//! Invariants: an offset is the cookie of the preceding entry; "." has cookie 1, ".." has 2, the cluster's entries have
+//! 3 and more and keep theirs for their lifetime. So an entry that exists throughout a listing is returned exactly
+//! once, whatever is created and removed meanwhile. A directory handle caches at most one page of names.
 //!
-//! Rule: attributes are told as they are after the request came, never from a page of an earlier one. Whoever is told
-//! takes them for new: the kernel would keep an old size or a removed name for as long as a lease lasts.
+//! Rule: attributes are queried after the request has arrived, never taken from a page of an earlier one. The kernel
+//! takes them as current, and would keep an old size or a removed name as long as a lease lasts.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -23,53 +23,52 @@ const DOT_COOKIE: u64 = 1;
 /// The cookie of "..".
 const DOT_DOT_COOKIE: u64 = 2;
 
-/// Bytes of names asked for at once: some thousands.
+/// Bytes of names per query: some thousands of names.
 const PAGE_BYTES: u32 = 256 << 10;
 
-/// Pages that are kept of all open directories together: some 32 MiB. Who goes on reading where one was dropped asks
-/// for it again.
+/// Most pages cached for all open directories, about 32 MiB. A reader whose page was dropped queries it again.
 const PAGES_MAX: usize = 64;
 
-/// What an entry takes in a caller's buffer beside its name, without and with attributes (the larger of what
-/// getdents(2) and its relatives use), and what names are padded to.
+/// Bytes that an entry takes in a caller's buffer in addition to its name, without and with attributes (the larger of
+/// the values of getdents(2) and readdirplus), and the alignment of names.
 const ITEM_OVERHEAD_BYTES: usize = 24;
 const DETAILED_ITEM_OVERHEAD_BYTES: usize = 152;
 const NAME_PADDING_BYTES: usize = 8;
 
-/// An entry with attributes takes a little less of the cluster's answer than of a caller's buffer. So much less is asked
-/// for, as what does not fit was fetched in vain.
-const ASKED_EIGHTHS: usize = 7;
+/// Share of the caller's buffer that is queried, in eighths. An entry with attributes takes less in the cluster's
+/// answer than in the buffer, and entries that do not fit would be queried in vain.
+const QUERIED_EIGHTHS: usize = 7;
 
-/// One entry of a listing.
+/// An entry of a listing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirectoryItem {
-    /// Its name, "." and ".." among them.
+    /// The name; may be "." or "..".
     pub name: Bytes,
-    /// What it names.
+    /// The inode.
     pub inode: InodeNumber,
-    /// What kind of thing that is.
+    /// The kind of the inode.
     pub kind: FileKind,
-    /// Where the listing goes on after it.
+    /// The offset at which the listing continues after this entry.
     pub cookie: u64,
-    /// If asked for; never of "." and "..".
+    /// The attributes, if requested; never for "." and "..".
     pub attributes: Option<Attributes>,
 }
 
-/// An answer of the cluster: all entries after `after` up to the last one here.
+/// A page of the cluster's listing: all entries after the cookie `after` up to the last one here.
 #[derive(Debug, Default)]
 struct Page {
     after: u64,
     entries: Vec<DirectoryEntry>,
-    /// Whether there are none behind it.
+    /// Whether the directory has no further entries.
     end: bool,
 }
 
 impl Page {
-    /// Where in the page the entries after `cookie` begin, if the page tells what comes next.
+    /// Returns the index of the first entry after `cookie`, if the page covers that position.
     fn position(&self, cookie: u64) -> Option<usize> {
         let at = self.entries.partition_point(|entry| entry.cookie <= cookie);
-        let tells = self.after <= cookie && (at < self.entries.len() || self.end);
-        tells.then_some(at)
+        let covers = self.after <= cookie && (at < self.entries.len() || self.end);
+        covers.then_some(at)
     }
 }
 
@@ -77,39 +76,41 @@ impl Page {
 struct OpenDirectory {
     inode: InodeNumber,
     parent: InodeNumber,
-    /// Names. Held while they are fetched: readers of one handle take turns.
+    /// The cached page. Locked while it is queried, so readers of one handle are served one after another.
     page: tokio::sync::Mutex<Option<Page>>,
 }
 
-/// The open directories of a mount. As many as programs hold open: the kernel bounds them.
+/// The open directories of a mount. The kernel bounds their number by the descriptors of programs.
 #[derive(Debug, Default)]
 pub(super) struct OpenDirectories {
     table: Mutex<(Handle, HashMap<Handle, Arc<OpenDirectory>>)>,
-    /// Handles with a page, the one that got its page last at the end.
-    paged: Mutex<VecDeque<Handle>>,
+    /// Handles with a cached page; the newest page last.
+    with_page: Mutex<VecDeque<Handle>>,
 }
 
 impl OpenDirectories {
-    /// `handle` has a new page; of too many the oldest that nobody reads right now are dropped. The caller holds the
-    /// handle's own.
-    fn has_page(&self, handle: Handle) {
-        let mut paged = self.paged.lock();
-        paged.retain(|other| *other != handle);
-        for _ in PAGES_MAX..=paged.len() {
-            let Some(oldest) = paged.pop_front() else { break };
+    /// Records that `handle` has a new page, and drops the oldest pages beyond the limit, except those in use. The
+    /// caller holds the lock of the handle's page.
+    fn record_page(&self, handle: Handle) {
+        let mut with_page = self.with_page.lock();
+        with_page.retain(|other| *other != handle);
+        for _ in PAGES_MAX..=with_page.len() {
+            let Some(oldest) = with_page.pop_front() else {
+                break;
+            };
             let directory = self.table.lock().1.get(&oldest).cloned();
             match directory.as_ref().map(|directory| directory.page.try_lock()) {
                 Some(Ok(mut page)) => *page = None,
-                Some(Err(_)) => paged.push_back(oldest),
+                Some(Err(_)) => with_page.push_back(oldest),
                 None => {}
             }
         }
-        paged.push_back(handle);
+        with_page.push_back(handle);
     }
 
-    /// `handle` is closed.
+    /// Removes a handle.
     fn close(&self, handle: Handle) -> Option<Arc<OpenDirectory>> {
-        self.paged.lock().retain(|other| *other != handle);
+        self.with_page.lock().retain(|other| *other != handle);
         self.table.lock().1.remove(&handle)
     }
 
@@ -124,9 +125,12 @@ impl OpenDirectories {
 
 impl<C: Cluster> Filesystem<C> {
     /// Opens a directory for listing.
+    ///
+    /// # Errors
+    /// [`FsError::NotDirectory`].
     pub async fn open_directory(&self, inode: InodeNumber) -> Result<Handle, FsError> {
-        let told = self.ask(Query::attributes(inode)).await?;
-        if told.kind != FileKind::Directory {
+        let attributes = self.ask(Query::attributes(inode)).await?;
+        if attributes.kind != FileKind::Directory {
             return Err(FsError::NotDirectory);
         }
         let directory = OpenDirectory {
@@ -134,7 +138,7 @@ impl<C: Cluster> Filesystem<C> {
             parent: if inode == self.options.root {
                 inode
             } else {
-                told.parent
+                attributes.parent
             },
             page: tokio::sync::Mutex::new(None),
         };
@@ -145,8 +149,11 @@ impl<C: Cluster> Filesystem<C> {
         Ok(handle)
     }
 
-    /// The entries after `offset` (0: from the start, and anew), as many as fit `bytes_max` of a caller's buffer; none
-    /// at the end.
+    /// Returns the entries after `offset` (0 restarts the listing), as many as fit into `bytes_max` of the caller's
+    /// buffer; none at the end.
+    ///
+    /// # Errors
+    /// [`FsError::Stale`] if there is no such handle; [`FsError::InvalidArgument`] if the first entry does not fit.
     pub async fn read_directory(
         &self,
         handle: Handle,
@@ -186,35 +193,35 @@ impl<C: Cluster> Filesystem<C> {
         let mut after = if offset <= DOT_DOT_COOKIE { 0 } else { offset };
         if detail == EntryDetail::Attributes {
             drop(names);
-            let asked_bytes = u32::try_from(listing.bytes_left / 8 * ASKED_EIGHTHS).unwrap_or(u32::MAX);
+            let query_bytes = u32::try_from(listing.bytes_left / 8 * QUERIED_EIGHTHS).unwrap_or(u32::MAX);
             let page = self
-                .directory_page(directory.inode, after, detail, asked_bytes)
+                .directory_page(directory.inode, after, detail, query_bytes)
                 .await?;
-            self.list(&mut listing, &page.entries);
+            self.add_entries(&mut listing, &page.entries);
             return listing.finish();
         }
         loop {
             let at = names.as_ref().and_then(|page| page.position(after));
             let (Some(page), Some(at)) = (names.as_ref(), at) else {
                 if listing.has_entries() {
-                    return listing.finish(); // What is there is enough for one answer.
+                    return listing.finish();
                 }
                 let fetched = self.directory_page(directory.inode, after, detail, PAGE_BYTES);
                 *names = Some(fetched.await?);
-                self.directories.has_page(handle);
+                self.directories.record_page(handle);
                 continue;
             };
-            let listed = self.list(&mut listing, &page.entries[at..]);
+            let last_cookie = self.add_entries(&mut listing, &page.entries[at..]);
             if listing.is_full || page.end {
                 return listing.finish();
             }
-            after = listed.unwrap_or(after);
+            after = last_cookie.unwrap_or(after);
         }
     }
 
-    /// Adds as many of `entries` as fit and answers the cookie of the last. Those of one cookie stay together: the caller
-    /// can only go on behind all of them.
-    fn list(&self, listing: &mut Listing, entries: &[DirectoryEntry]) -> Option<u64> {
+    /// Adds as many of `entries` as fit; returns the cookie of the last. Entries of one cookie are added together,
+    /// because the caller can only continue after all of them.
+    fn add_entries(&self, listing: &mut Listing, entries: &[DirectoryEntry]) -> Option<u64> {
         let groups = entries.chunk_by(|a, b| a.cookie == b.cookie);
         groups
             .take_while(|group| listing.add(group.iter().map(|entry| self.item(entry)).collect()))
@@ -237,10 +244,10 @@ impl<C: Cluster> Filesystem<C> {
                 Ok(Page { after, entries, end })
             }
             Ok(_) => {
-                tracing::error!(%inode, after, "the cluster answered a listing that does not go on and does not end");
+                tracing::error!(%inode, after, "the cluster returned an empty page of a listing that has not ended");
                 Err(FsError::Io)
             }
-            // Removed while it was open: it is empty.
+            // Removed while open: such a directory is empty.
             Err(FsError::NotFound | FsError::Stale) => Ok(Page {
                 after,
                 end: true,
@@ -250,8 +257,8 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// A page of a directory without a handle: entries with their attributes, after the one with the cookie `after` (0: from
-    /// the start). What is at hand of their files is not looked at.
+    /// Returns a page of a directory without a handle: entries with attributes, after the cookie `after` (0: from the
+    /// start). Uncommitted writes of this mount are not included.
     pub async fn list_directory(&self, inode: InodeNumber, after: u64) -> Result<DirectoryPage, FsError> {
         let detail = EntryDetail::Attributes;
         self.ask(Query::read_directory(
@@ -266,8 +273,8 @@ impl<C: Cluster> Filesystem<C> {
     fn item(&self, entry: &DirectoryEntry) -> DirectoryItem {
         let attributes = entry.attributes.clone();
         if attributes.is_some() && self.cluster.lease().is_some() {
-            // Names are kept above as long as the lease holds: it may be opened without a look-up.
-            self.looked_up.add(entry.inode);
+            // Under a lease the kernel may open the inode by its cached name, without a lookup.
+            self.recent_lookups.add(entry.inode);
         }
         DirectoryItem {
             name: Bytes::from(entry.name.clone()),
@@ -278,13 +285,16 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// The last descriptor of a directory handle is gone.
+    /// Ends a directory handle.
+    ///
+    /// # Errors
+    /// [`FsError::Stale`] if there is no such handle.
     pub fn release_directory(&self, handle: Handle) -> Result<(), FsError> {
         self.directories.close(handle).map(|_| ()).ok_or(FsError::Stale)
     }
 }
 
-/// Items for a buffer of bounded size.
+/// Entries for a buffer of bounded size.
 struct Listing {
     items: Vec<DirectoryItem>,
     bytes_left: usize,
@@ -305,7 +315,7 @@ impl Listing {
         }
     }
 
-    /// Adds all of `group`, or says that they do not fit.
+    /// Adds all of `group`; returns false if they do not fit.
     fn add(&mut self, group: Vec<DirectoryItem>) -> bool {
         let of =
             |item: &DirectoryItem| self.overhead_bytes + item.name.len().next_multiple_of(NAME_PADDING_BYTES);
@@ -319,12 +329,15 @@ impl Listing {
         true
     }
 
-    /// Whether there is anything but dots.
+    /// Whether there is any entry but "." and "..".
     fn has_entries(&self) -> bool {
         self.items.last().is_some_and(|item| item.cookie > DOT_DOT_COOKIE)
     }
 
-    /// [`FsError::InvalidArgument`] where not even the first entry fits, as getdents(2) has it.
+    /// Returns the entries.
+    ///
+    /// # Errors
+    /// [`FsError::InvalidArgument`] if not even the first entry fits, like getdents(2).
     fn finish(self) -> Result<Vec<DirectoryItem>, FsError> {
         if self.items.is_empty() && self.is_full {
             return Err(FsError::InvalidArgument);

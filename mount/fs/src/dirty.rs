@@ -1,7 +1,7 @@
-//! All dirty bytes of a mount: who has them, and how many there may be.
+//! The dirty bytes of a mount: which files have them, and how many there are.
 //!
-//! Invariant: a file is listed here exactly while its buffer is not clean, and counts for what its buffer stands for.
-//! The lock is the innermost: it is taken with a file's state locked, and nothing is locked under it.
+//! Invariant: a file is listed exactly while it has uncommitted bytes, with its memory footprint as charge. The lock is
+//! the innermost: it is taken with a file's state locked, and no lock is taken under it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,15 +14,15 @@ use tokio::sync::Notify;
 use crate::handles::{InodeState, SharedInode};
 
 #[derive(Debug)]
-struct Books<Put> {
+struct Totals<Put> {
     bytes: u64,
     nodes: BTreeMap<InodeNumber, Arc<SharedInode<Put>>>,
 }
 
-/// The account of dirty bytes.
+/// The dirty files of a mount and the sum of their bytes.
 #[derive(Debug)]
 pub(super) struct DirtyBytes<Put> {
-    books: Mutex<Books<Put>>,
+    totals: Mutex<Totals<Put>>,
     bytes_max: u64,
     freed: Notify,
 }
@@ -30,7 +30,7 @@ pub(super) struct DirtyBytes<Put> {
 impl<Put> DirtyBytes<Put> {
     pub(super) fn new(bytes_max: u64) -> DirtyBytes<Put> {
         DirtyBytes {
-            books: Mutex::new(Books {
+            totals: Mutex::new(Totals {
                 bytes: 0,
                 nodes: BTreeMap::new(),
             }),
@@ -39,18 +39,18 @@ impl<Put> DirtyBytes<Put> {
         }
     }
 
-    /// Books what `node`'s buffer is now; `state` is `node`'s own, locked.
-    pub(super) fn account(&self, node: &Arc<SharedInode<Put>>, state: &mut InodeState<Put>) {
+    /// Updates the charge of `node` after a change of its buffer. `state` is the locked state of `node`.
+    pub(super) fn update(&self, node: &Arc<SharedInode<Put>>, state: &mut InodeState<Put>) {
         let footprint_bytes = state.footprint_bytes();
-        let mut books = self.books.lock();
-        books.bytes = books.bytes - state.charged_bytes + footprint_bytes;
+        let mut totals = self.totals.lock();
+        totals.bytes = totals.bytes - state.charged_bytes + footprint_bytes;
         if state.is_clean() {
-            books.nodes.remove(&node.inode);
+            totals.nodes.remove(&node.inode);
             state.mtime = None;
             state.privileges = Privileges::Keep;
             state.dirty_since = None;
         } else if state.charged_bytes == 0 {
-            books.nodes.insert(node.inode, Arc::clone(node));
+            totals.nodes.insert(node.inode, Arc::clone(node));
         }
         let freed = footprint_bytes < state.charged_bytes;
         state.charged_bytes = footprint_bytes;
@@ -59,23 +59,23 @@ impl<Put> DirtyBytes<Put> {
         }
     }
 
-    /// The files that have dirty bytes.
+    /// Returns the files with dirty bytes.
     pub(super) fn nodes(&self) -> Vec<Arc<SharedInode<Put>>> {
-        self.books.lock().nodes.values().cloned().collect()
+        self.totals.lock().nodes.values().cloned().collect()
     }
 
     /// Whether no file has dirty bytes.
     pub(super) fn is_empty(&self) -> bool {
-        self.books.lock().nodes.is_empty()
+        self.totals.lock().nodes.is_empty()
     }
 
-    /// Dirty bytes of the mount.
+    /// Returns the charged bytes of all files.
     pub(super) fn bytes(&self) -> u64 {
-        self.books.lock().bytes
+        self.totals.lock().bytes
     }
 
-    /// Waits until there is room for a write; calls `write_back_all` whenever there is none.
-    pub(super) async fn room(&self, write_back_all: impl Fn()) {
+    /// Waits until the dirty bytes are below their limit. Calls `write_back_all` each time they are not.
+    pub(super) async fn wait_for_room(&self, write_back_all: impl Fn()) {
         loop {
             let freed = self.freed.notified();
             tokio::pin!(freed);

@@ -1,11 +1,11 @@
-//! What programs have open: handles, and one [`SharedInode`] for all handles of a file.
+//! Open files: handles, and one [`SharedInode`] for all handles of a file.
 //!
-//! Invariants: an inode is in the table from before its open is told to the cluster until its last handle is gone and
-//! its last dirty byte is settled; so "not open here" is never said of a file that is. A failed flush outlives it until
-//! somebody was told. Locks are short and taken in
-//! the order table, state; neither is held across an await.
+//! Invariants: an inode is in the table from before its open is sent to the cluster until its last handle is gone and
+//! its last dirty byte is committed or lost; so an inode in use is never reported as not open. A failed commit is
+//! remembered until it is reported. Locks are held briefly and taken in the order table, state; neither is held across
+//! an await.
 //!
-//! It knows nothing of commands or the cluster; what a put in flight is, its user says.
+//! This module must not know commands or the cluster; the type of a put in flight is a parameter.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -18,40 +18,40 @@ use quorumfs_proto::{Attributes, FsError, InodeNumber, Timestamp};
 
 use crate::caches::extent_cache::{ExtentCache, ExtentCount};
 use crate::caches::page_tail::PageTail;
-use crate::caches::page_versions::Dropping;
+use crate::caches::page_versions::DropId;
 use crate::readahead::Readahead;
 use crate::write_buffer::WriteBuffer;
 
-/// Names an open file or directory of this mount.
+/// The number of an open file or directory of this mount.
 pub type Handle = u64;
 
-/// How a file is opened.
+/// The flags of an open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpenFlags {
-    /// For reading.
+    /// Open for reading.
     pub read: bool,
-    /// For writing.
+    /// Open for writing.
     pub write: bool,
-    /// O_APPEND: each write goes to the end, wherever that is by then.
+    /// O_APPEND: each write goes to the end of the file.
     pub append: bool,
     /// O_TRUNC.
     pub truncate: bool,
-    /// Whether that drops privileges: it does unless the caller is privileged.
+    /// Whether the truncation drops privileges: yes, unless the caller is privileged.
     pub privileges: Privileges,
-    /// O_EXCL, of a create.
+    /// O_EXCL of a create.
     pub exclusive: bool,
 }
 
 impl OpenFlags {
-    /// Whether programs can change pages above through such a handle. One of O_APPEND writes beside them; for reading too it
-    /// can be mapped.
+    /// Whether programs can modify the kernel's pages through the handle. With O_APPEND writes bypass the pages; if it
+    /// is also open for reading, it can be mapped.
     pub fn writes_pages(self) -> bool {
         self.write && (self.read || !self.append)
     }
 }
 
 impl From<i32> for OpenFlags {
-    /// The flags of open(2), of an unprivileged caller.
+    /// Converts the flags of open(2) of an unprivileged caller.
     fn from(flags: i32) -> OpenFlags {
         let access = flags & libc::O_ACCMODE;
         OpenFlags {
@@ -65,117 +65,118 @@ impl From<i32> for OpenFlags {
     }
 }
 
-/// Which dirty bytes a commit is about.
+/// The dirty bytes to commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Scope {
-    /// Those in sealed packs.
+    /// Bytes in sealed packs.
     Sealed,
-    /// All.
+    /// All dirty bytes.
     Everything,
 }
 
-/// One file that is open or dirty.
+/// A file that is open or dirty.
 #[derive(Debug)]
 pub struct SharedInode<Put> {
-    /// Its number.
+    /// The inode number.
     pub inode: InodeNumber,
-    /// Whoever holds it may send commands about the content of this file: they take effect in the order of writing.
-    pub turn: tokio::sync::Mutex<()>,
-    /// Whoever holds it drops pages of this file above.
-    pub page_turn: Arc<tokio::sync::Mutex<()>>,
-    /// Everything else.
+    /// Held while commands that change the content of this file are sent, so that they take effect in the order of the
+    /// writes.
+    pub commit_lock: tokio::sync::Mutex<()>,
+    /// Held while the kernel's pages of this file are dropped.
+    pub page_drop_lock: Arc<tokio::sync::Mutex<()>>,
+    /// All other state.
     pub state: Mutex<InodeState<Put>>,
 }
 
-/// What is known of an open file.
+/// The state of an open file.
 #[derive(Debug)]
 pub struct InodeState<Put> {
-    /// The newest attributes the cluster told; `None` until the first open is answered.
-    pub view: Option<Attributes>,
-    /// What the cluster does not know yet.
+    /// The newest attributes of the cluster; `None` until the first open is answered.
+    pub committed: Option<Attributes>,
+    /// Uncommitted bytes.
     pub buffer: WriteBuffer,
-    /// What was appended last, if it is held back because more of it may follow. It lies before what is in the buffer.
+    /// The last append, held because more of it may follow. It precedes the bytes in `buffer`.
     pub held_append: Option<HeldAppend>,
     /// Puts in flight or done, by the sequence of their pack.
     pub puts: BTreeMap<u64, Put>,
-    /// Where the committed bytes are.
+    /// The extents of the committed content.
     pub extents: ExtentCache,
-    /// What pages above hold behind the end of the file.
+    /// The state of the kernel's pages beyond the end of the file.
     pub tail: PageTail,
-    /// Handles through which programs may write to the pages above.
+    /// Number of handles through which programs can modify the kernel's pages.
     pub page_writers: u32,
-    /// What this mount appended last.
-    pub appended_last: Option<LastByte>,
-    /// When a program wrote last, while dirty.
+    /// The last byte that this mount appended.
+    pub last_appended: Option<LastByte>,
+    /// Time of the last write, while dirty.
     pub mtime: Option<Timestamp>,
-    /// Whether the next flush drops privileges.
+    /// Whether the next commit drops privileges.
     pub privileges: Privileges,
-    /// Whether the command under way does.
+    /// Whether the command in flight drops privileges.
     pub privileges_sent: Privileges,
-    /// When the oldest unsealed byte was written.
+    /// Time at which the oldest unsealed byte was written.
     pub dirty_since: Option<Instant>,
-    /// The background commit that is queued.
-    pub queued: Option<Scope>,
-    /// What the buffer counts for in the mount's dirty bytes.
+    /// The scope of the queued background commit.
+    pub queued_commit: Option<Scope>,
+    /// The bytes charged to the mount's dirty bytes.
     pub charged_bytes: u64,
-    /// Flushes that failed.
+    /// Failed commits.
     pub failures: Failures,
 }
 
-/// The last byte of a file, as of a version of its content.
+/// The last byte of a file at a version of its content.
 #[derive(Clone, Copy, Debug)]
 pub struct LastByte {
-    /// The version.
+    /// The content version.
     pub version: u64,
-    /// Its offset.
+    /// The offset of the byte.
     pub at: u64,
-    /// The byte.
+    /// The value of the byte.
     pub byte: u8,
 }
 
-/// Bytes that were appended and are not committed yet.
+/// Appended bytes that are not committed.
 #[derive(Clone, Debug)]
 pub struct HeldAppend {
-    /// The bytes.
+    /// The first part.
     pub first: Bytes,
-    /// What came behind them as the second part.
+    /// The second part; may be empty.
     pub second: Bytes,
-    /// Whether they drop privileges.
+    /// Whether the append drops privileges.
     pub privileges: Privileges,
-    /// When the first of them came, and then when that was answered.
+    /// The arrival of the first part; after its answer, the time of the answer.
     pub since: Instant,
-    /// Whether more may come.
+    /// Whether a second part can be joined.
     pub stage: AppendStage,
-    /// Whether a second part is known to come.
-    pub more_is_known: bool,
+    /// Whether a second part is known to follow.
+    pub expects_more: bool,
 }
 
-/// What may become of a [`HeldAppend`].
+/// The stage of a [`HeldAppend`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AppendStage {
-    /// It may get a second part, whoever has the file's turn.
+    /// A second part can be joined, with or without the commit lock.
     Open,
-    /// It is whole, or on its way.
+    /// It is complete or being committed.
     Closed,
 }
 
 impl HeldAppend {
-    /// How many they are.
+    /// Length of both parts.
     pub fn bytes(&self) -> usize {
         self.first.len() + self.second.len()
     }
 }
 
-/// Files that are not open any more whose failures nobody was told. Beyond it the oldest is given up: it was logged.
-const UNTOLD_FILES_MAX: usize = 1024;
+/// Most closed files with unreported failures. Beyond it the oldest is dropped; it was logged.
+const UNREPORTED_FILES_MAX: usize = 1024;
 
-/// Flushes of one file that failed, told as Linux tells of failed write-back (`errseq_t`): once to each handle that was
-/// open then, and, as long as nobody was told, to the next handle too.
+/// Failed commits of one file, reported like failed write-back in Linux (`errseq_t`): once to each handle that was
+/// open, and, until reported to any handle, to the next handle too.
 #[derive(Clone, Copy, Debug)]
 pub struct Failures {
     count: u64,
     last: FsError,
-    told: bool,
+    reported: bool,
 }
 
 impl Default for Failures {
@@ -183,42 +184,42 @@ impl Default for Failures {
         Failures {
             count: 0,
             last: FsError::Io,
-            told: true,
+            reported: true,
         }
     }
 }
 
 impl Failures {
-    /// A flush failed.
+    /// Records a failed commit.
     pub fn record(&mut self, error: FsError) {
         self.count += 1;
         self.last = error;
-        self.told = false;
+        self.reported = false;
     }
 
-    /// What a handle that is opened now has seen.
+    /// Returns the number of failures that a new handle counts as seen.
     fn seen_by_new_handle(&self) -> u64 {
-        if self.told { self.count } else { self.count - 1 }
+        if self.reported { self.count } else { self.count - 1 }
     }
 
-    /// Tells a handle that has `seen` so many of what came after.
-    fn tell(&mut self, seen: &mut u64) -> Result<(), FsError> {
+    /// Reports the last failure to a handle that has `seen` this many, if there are more; updates `seen`.
+    fn report(&mut self, seen: &mut u64) -> Result<(), FsError> {
         if *seen == self.count {
             return Ok(());
         }
         *seen = self.count;
-        self.told = true;
+        self.reported = true;
         Err(self.last)
     }
 }
 
 impl<Put> InodeState<Put> {
-    /// Whether the cluster knows all that was written.
+    /// Whether all written bytes are committed.
     pub fn is_clean(&self) -> bool {
         self.buffer.is_clean() && self.held_append.is_none()
     }
 
-    /// What the cluster does not know, with what it costs to keep it.
+    /// Memory of the uncommitted bytes, with overhead.
     pub fn footprint_bytes(&self) -> u64 {
         self.buffer.footprint_bytes() + self.held_bytes()
     }
@@ -227,24 +228,25 @@ impl<Put> InodeState<Put> {
         self.held_append.as_ref().map_or(0, |held| held.bytes() as u64)
     }
 
-    /// Takes what the cluster told, unless it is older than what is known. (Each change moves ctime forward.)
-    pub fn learn(&mut self, told: &Attributes) {
-        let is_older =
-            |view: &Attributes| told.ctime < view.ctime || told.content_version < view.content_version;
-        if !self.view.as_ref().is_some_and(is_older) {
-            self.view = Some(told.clone());
+    /// Replaces the attributes unless the known ones are newer. (Every change increases ctime.)
+    pub fn update_attributes(&mut self, newer: &Attributes) {
+        let is_older = |committed: &Attributes| {
+            newer.ctime < committed.ctime || newer.content_version < committed.content_version
+        };
+        if !self.committed.as_ref().is_some_and(is_older) {
+            self.committed = Some(newer.clone());
         }
     }
 
-    /// How long the file is for programs of this mount, as far as is known.
+    /// Size of the file as this mount knows it, with uncommitted writes.
     pub fn size(&self) -> u64 {
-        let committed = self.view.as_ref().map_or(0, |view| view.size);
+        let committed = self.committed.as_ref().map_or(0, |committed| committed.size);
         committed.max(self.buffer.end())
     }
 
-    /// The attributes as programs of this mount see them: with what they wrote.
+    /// Attributes with the effect of uncommitted writes of this mount.
     pub fn attributes(&self) -> Option<Attributes> {
-        let mut attributes = self.view.clone()?;
+        let mut attributes = self.committed.clone()?;
         if !self.is_clean() {
             let held_bytes = self.held_bytes();
             attributes.size = (attributes.size + held_bytes).max(self.buffer.end());
@@ -266,7 +268,7 @@ impl<Put> InodeState<Put> {
     }
 }
 
-/// What a write leaves of a file's mode, as the cluster has it: set-group-id stays where the group may not execute.
+/// Returns the mode after a write, by the rule of the cluster: set-group-id stays if the group cannot execute.
 fn without_privileges(mode: u16) -> u16 {
     const SET_USER_ID: u16 = 0o4000;
     const SET_GROUP_ID: u16 = 0o2000;
@@ -277,29 +279,35 @@ fn without_privileges(mode: u16) -> u16 {
     }
 }
 
-/// One open file of one program.
+/// An open handle of a file.
 #[derive(Debug)]
 pub struct OpenFile<Put> {
     /// The file.
     pub node: Arc<SharedInode<Put>>,
-    /// How it was opened.
+    /// The flags of the open.
     pub flags: OpenFlags,
-    /// How it is read.
+    /// The read-ahead state of this handle.
     pub readahead: Mutex<Readahead>,
-    /// What its first request shows to have taken place.
-    pub dropping: Mutex<Option<Dropping>>,
+    /// The page drop that the first request of this handle proves to have happened.
+    pub drop_id: Mutex<Option<DropId>>,
     failures_seen: Mutex<u64>,
 }
 
 impl<Put> OpenFile<Put> {
-    /// The failure of a flush since the open or the last call, told once; after the open also one before it that nobody
-    /// was told.
+    /// Consumes the unreported failure of this handle.
+    ///
+    /// # Errors
+    /// The last failed commit since the open or the last call; after the open also an earlier one that was never
+    /// reported.
     pub fn take_failure(&self) -> Result<(), FsError> {
         let mut state = self.node.state.lock();
-        state.failures.tell(&mut self.failures_seen.lock())
+        state.failures.report(&mut self.failures_seen.lock())
     }
 
-    /// The failure that [`OpenFile::take_failure`] would tell, which stays to be told.
+    /// Like [`OpenFile::take_failure`], but leaves the failure unreported.
+    ///
+    /// # Errors
+    /// The failure that [`OpenFile::take_failure`] would return.
     pub fn failure(&self) -> Result<(), FsError> {
         let state = self.node.state.lock();
         match *self.failures_seen.lock() == state.failures.count {
@@ -312,8 +320,8 @@ impl<Put> OpenFile<Put> {
 #[derive(Debug)]
 struct Entry<Put> {
     node: Arc<SharedInode<Put>>,
-    /// Handles, and opens under way.
-    holds: u32,
+    /// Handles, and opens in progress.
+    use_count: u32,
 }
 
 #[derive(Debug)]
@@ -321,19 +329,22 @@ struct Tables<Put> {
     inodes: HashMap<InodeNumber, Entry<Put>>,
     files: HashMap<Handle, Arc<OpenFile<Put>>>,
     last_handle: Handle,
-    /// Of files that are in `inodes` no more, oldest first.
-    untold: VecDeque<(InodeNumber, Failures)>,
+    /// Unreported failures of files that are no longer in `inodes`, oldest first.
+    unreported: VecDeque<(InodeNumber, Failures)>,
 }
 
 impl<Put> Tables<Put> {
-    fn take_untold(&mut self, inode: InodeNumber) -> Failures {
-        let at = self.untold.iter().position(|(untold, _)| *untold == inode);
-        let taken = at.and_then(|at| self.untold.remove(at));
+    fn take_unreported(&mut self, inode: InodeNumber) -> Failures {
+        let at = self
+            .unreported
+            .iter()
+            .position(|(unreported, _)| *unreported == inode);
+        let taken = at.and_then(|at| self.unreported.remove(at));
         taken.map_or_else(Failures::default, |(_, failures)| failures)
     }
 }
 
-/// All open files of a mount. As many as programs hold open: the kernel bounds them.
+/// All open files of a mount. The kernel bounds their number by the descriptors of programs.
 #[derive(Debug)]
 pub struct OpenFiles<Put> {
     tables: Mutex<Tables<Put>>,
@@ -347,7 +358,7 @@ impl<Put> Default for OpenFiles<Put> {
                 inodes: HashMap::new(),
                 files: HashMap::new(),
                 last_handle: 0,
-                untold: VecDeque::new(),
+                unreported: VecDeque::new(),
             }),
             extents: ExtentCount::default(),
         }
@@ -355,67 +366,67 @@ impl<Put> Default for OpenFiles<Put> {
 }
 
 impl<Put> OpenFiles<Put> {
-    /// Says that `inode` is open here, before it is.
-    pub fn hold(&self, inode: InodeNumber) -> Arc<SharedInode<Put>> {
+    /// Counts a use of `inode`, before it is opened.
+    pub fn acquire(&self, inode: InodeNumber) -> Arc<SharedInode<Put>> {
         let mut tables = self.tables.lock();
         let failures = match tables.inodes.contains_key(&inode) {
             true => Failures::default(),
-            false => tables.take_untold(inode),
+            false => tables.take_unreported(inode),
         };
         let entry = tables.inodes.entry(inode).or_insert_with(|| Entry {
             node: Arc::new(SharedInode {
                 inode,
-                turn: tokio::sync::Mutex::new(()),
-                page_turn: Arc::default(),
+                commit_lock: tokio::sync::Mutex::new(()),
+                page_drop_lock: Arc::default(),
                 state: Mutex::new(InodeState {
-                    view: None,
+                    committed: None,
                     buffer: WriteBuffer::default(),
                     held_append: None,
                     puts: BTreeMap::new(),
-                    extents: ExtentCache::counted_in(&self.extents),
+                    extents: ExtentCache::with_count(&self.extents),
                     tail: PageTail::default(),
                     page_writers: 0,
-                    appended_last: None,
+                    last_appended: None,
                     mtime: None,
                     privileges: Privileges::Keep,
                     privileges_sent: Privileges::Keep,
                     dirty_since: None,
-                    queued: None,
+                    queued_commit: None,
                     charged_bytes: 0,
                     failures,
                 }),
             }),
-            holds: 0,
+            use_count: 0,
         });
-        entry.holds += 1;
+        entry.use_count += 1;
         Arc::clone(&entry.node)
     }
 
-    /// How many handles and opens under way `inode` has.
-    pub fn holds(&self, inode: InodeNumber) -> u32 {
+    /// Returns the number of handles and opens in progress of `inode`.
+    pub fn use_count(&self, inode: InodeNumber) -> u32 {
         self.tables
             .lock()
             .inodes
             .get(&inode)
-            .map_or(0, |entry| entry.holds)
+            .map_or(0, |entry| entry.use_count)
     }
 
-    /// Takes a hold back.
-    pub fn let_go(&self, node: &SharedInode<Put>) {
+    /// Ends a use.
+    pub fn release(&self, node: &SharedInode<Put>) {
         let mut tables = self.tables.lock();
         if let Some(entry) = tables.inodes.get_mut(&node.inode) {
-            entry.holds -= 1;
+            entry.use_count -= 1;
         }
-        drop_if_idle(&mut tables, node.inode);
+        remove_entry_if_idle(&mut tables, node.inode);
     }
 
-    /// Forgets `node` if nobody has it open and it is clean.
-    pub fn retire(&self, node: &SharedInode<Put>) {
-        drop_if_idle(&mut self.tables.lock(), node.inode);
+    /// Removes `node` if it is not in use and clean.
+    pub fn remove_if_idle(&self, node: &SharedInode<Put>) {
+        remove_entry_if_idle(&mut self.tables.lock(), node.inode);
     }
 
-    /// Makes a hold into a handle.
-    pub fn add(&self, node: Arc<SharedInode<Put>>, flags: OpenFlags, dropping: Option<Dropping>) -> Handle {
+    /// Turns a use into a handle.
+    pub fn add(&self, node: Arc<SharedInode<Put>>, flags: OpenFlags, drop_id: Option<DropId>) -> Handle {
         let seen = {
             let mut state = node.state.lock();
             state.page_writers += u32::from(flags.writes_pages());
@@ -428,14 +439,17 @@ impl<Put> OpenFiles<Put> {
             node,
             flags,
             readahead: Mutex::default(),
-            dropping: Mutex::new(dropping),
+            drop_id: Mutex::new(drop_id),
             failures_seen: Mutex::new(seen),
         };
         tables.files.insert(handle, Arc::new(file));
         handle
     }
 
-    /// The file of a handle. [`FsError::Stale`] where there is none.
+    /// Returns the file of a handle.
+    ///
+    /// # Errors
+    /// [`FsError::Stale`] if there is no such handle.
     pub fn get(&self, handle: Handle) -> Result<Arc<OpenFile<Put>>, FsError> {
         self.tables
             .lock()
@@ -445,14 +459,17 @@ impl<Put> OpenFiles<Put> {
             .ok_or(FsError::Stale)
     }
 
-    /// Ends a handle; its hold stays until [`OpenFiles::let_go`].
+    /// Ends a handle; its use lasts until [`OpenFiles::release`].
+    ///
+    /// # Errors
+    /// [`FsError::Stale`] if there is no such handle.
     pub fn remove(&self, handle: Handle) -> Result<Arc<OpenFile<Put>>, FsError> {
         let file = self.tables.lock().files.remove(&handle).ok_or(FsError::Stale)?;
         file.node.state.lock().page_writers -= u32::from(file.flags.writes_pages());
         Ok(file)
     }
 
-    /// The open (or dirty) file of this number.
+    /// Returns the open or dirty file of this number.
     pub fn find(&self, inode: InodeNumber) -> Option<Arc<SharedInode<Put>>> {
         self.tables
             .lock()
@@ -461,7 +478,8 @@ impl<Put> OpenFiles<Put> {
             .map(|entry| Arc::clone(&entry.node))
     }
 
-    /// Has files other than `used` forget their extents, if there are too many in memory. The caller holds no file's state.
+    /// Clears the cached extents of files other than `used` if there are too many in memory. The caller holds no file's
+    /// state lock.
     pub fn bound_extents(&self, used: &SharedInode<Put>) {
         if !self.extents.is_exceeded() {
             return;
@@ -482,12 +500,12 @@ impl<Put> OpenFiles<Put> {
         }
     }
 
-    /// Whether nothing is open.
+    /// Whether no file is open or dirty.
     pub fn is_empty(&self) -> bool {
         self.tables.lock().inodes.is_empty()
     }
 
-    /// Those of `inodes` that are not open here.
+    /// Returns those of `inodes` that are neither open nor dirty here.
     pub fn not_open(&self, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
         let tables = self.tables.lock();
         inodes
@@ -498,8 +516,8 @@ impl<Put> OpenFiles<Put> {
     }
 }
 
-fn drop_if_idle<Put>(tables: &mut Tables<Put>, inode: InodeNumber) {
-    let is_idle = |entry: &Entry<Put>| entry.holds == 0 && entry.node.state.lock().is_clean();
+fn remove_entry_if_idle<Put>(tables: &mut Tables<Put>, inode: InodeNumber) {
+    let is_idle = |entry: &Entry<Put>| entry.use_count == 0 && entry.node.state.lock().is_clean();
     if !tables.inodes.get(&inode).is_some_and(is_idle) {
         return;
     }
@@ -507,11 +525,11 @@ fn drop_if_idle<Put>(tables: &mut Tables<Put>, inode: InodeNumber) {
         .inodes
         .remove(&inode)
         .map(|entry| entry.node.state.lock().failures);
-    if let Some(failures) = failures.filter(|failures| !failures.told) {
-        if tables.untold.len() == UNTOLD_FILES_MAX {
-            tables.untold.pop_front();
+    if let Some(failures) = failures.filter(|failures| !failures.reported) {
+        if tables.unreported.len() == UNREPORTED_FILES_MAX {
+            tables.unreported.pop_front();
         }
-        tables.untold.push_back((inode, failures));
+        tables.unreported.push_back((inode, failures));
     }
 }
 
@@ -521,20 +539,20 @@ mod tests {
 
     fn files_with_a_failure(inode: InodeNumber) -> OpenFiles<()> {
         let files = OpenFiles::default();
-        let node = files.hold(inode);
+        let node = files.acquire(inode);
         node.state.lock().failures.record(FsError::NoSpace);
-        files.let_go(&node);
+        files.release(&node);
         assert!(files.is_empty());
         files
     }
 
     fn open(files: &OpenFiles<()>, inode: InodeNumber) -> Arc<OpenFile<()>> {
-        let handle = files.add(files.hold(inode), OpenFlags::from(libc::O_RDWR), None);
+        let handle = files.add(files.acquire(inode), OpenFlags::from(libc::O_RDWR), None);
         files.get(handle).unwrap()
     }
 
     #[test]
-    fn a_failure_that_nobody_was_told_is_for_the_next_handles() {
+    fn an_unreported_failure_is_reported_to_the_next_handles() {
         let files = files_with_a_failure(InodeNumber(7));
         let (first, second) = (open(&files, InodeNumber(7)), open(&files, InodeNumber(7)));
         assert_eq!(first.take_failure(), Err(FsError::NoSpace));
@@ -542,7 +560,7 @@ mod tests {
         assert_eq!(
             second.take_failure(),
             Err(FsError::NoSpace),
-            "it was open before anybody was told"
+            "it was open before the failure was reported"
         );
         assert_eq!(open(&files, InodeNumber(7)).take_failure(), Ok(()));
         assert_eq!(
@@ -553,18 +571,18 @@ mod tests {
     }
 
     #[test]
-    fn failures_that_nobody_asks_for_do_not_pile_up() {
+    fn unreported_failures_are_bounded() {
         let files = files_with_a_failure(InodeNumber(1));
-        for inode in 2..=UNTOLD_FILES_MAX as u64 + 1 {
-            let node = files.hold(InodeNumber(inode));
+        for inode in 2..=UNREPORTED_FILES_MAX as u64 + 1 {
+            let node = files.acquire(InodeNumber(inode));
             node.state.lock().failures.record(FsError::Io);
-            files.let_go(&node);
+            files.release(&node);
         }
-        assert_eq!(files.tables.lock().untold.len(), UNTOLD_FILES_MAX);
+        assert_eq!(files.tables.lock().unreported.len(), UNREPORTED_FILES_MAX);
         assert_eq!(
             open(&files, InodeNumber(1)).take_failure(),
             Ok(()),
-            "the oldest is given up"
+            "the oldest is dropped"
         );
         assert_eq!(open(&files, InodeNumber(2)).take_failure(), Err(FsError::Io));
     }

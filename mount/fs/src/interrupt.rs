@@ -1,20 +1,20 @@
-//! Programs that are killed while they wait for an answer.
+//! Interruption of requests whose caller receives a signal.
 //!
-//! Once a request was read, the kernel can not take it back: its caller waits, in state D and whatever signals it gets,
-//! until the request is answered. (FUSE_INTERRUPT would tell of a signal, once for each request and without saying
-//! which; fuser does not pass it on.) So the callers of requests that have waited for [`PATIENCE`] are looked at: one
-//! that a signal is about to end is answered EINTR.
+//! The kernel cannot withdraw a request that has been read: its caller waits in state D, whatever signals it receives,
+//! until the request is answered. (FUSE_INTERRUPT would report a signal, once per request and without its number; fuser
+//! does not deliver it.) So the callers of requests that have waited for [`INTERRUPT_AFTER`] are checked periodically,
+//! and a request whose caller is about to be terminated by a signal is answered with EINTR.
 //!
-//! As with NFS only signals that end the program count. Programs do not expect EINTR from files, so one that handles
-//! timers, children or a profiler's signals is not disturbed. One exception: a program that handles SIGINT, SIGQUIT or
-//! SIGTERM (`ls` does, to reset the terminal's colours) gets EINTR where its call only asks and changes nothing.
+//! As with NFS, only terminating signals count. Programs do not expect EINTR from files, so one that handles timers,
+//! children or a profiler's signals is not disturbed. With one exception: a program that handles SIGINT, SIGQUIT or
+//! SIGTERM (as `ls` does, to reset the terminal's colours) receives EINTR from a call that only queries.
 //!
-//! The work of an interrupted request is run to its end ([`in_vain`]), so that nothing is left half-done: what is
-//! known of files stays true, and what was written is committed. Where it only waits ([`interruptible`]), it ends as
-//! [`FsError::TimedOut`]: a change that was sent is voided by the client, or its verdict awaited, before any later
-//! change is sent.
+//! The work of an interrupted request runs to completion ([`run_interrupted`]), so that nothing is left half-done:
+//! cached state stays true, and written bytes are committed. Where it only waits ([`interruptible`]), it ends with
+//! [`FsError::TimedOut`]: the client voids a command that was sent, or waits for its result, before it sends a later
+//! one.
 //!
-//! Knows nothing of FUSE and of what requests do.
+//! This module must not know FUSE or the meaning of requests.
 
 mod caller;
 
@@ -30,41 +30,42 @@ use std::time::{Duration, Instant};
 use futures::task::AtomicWaker;
 use parking_lot::Mutex;
 use quorumfs_proto::FsError;
+use quorumfs_tasks::Tasks;
 
-use caller::Wish;
+use caller::SignalState;
 
-/// A request that is younger is not looked at: with a working quorum hardly any gets so old.
-const PATIENCE: Duration = Duration::from_millis(300);
+/// Age from which a request is checked. With a working quorum few requests reach it.
+const INTERRUPT_AFTER: Duration = Duration::from_millis(300);
 
-/// A caller that handles a request to end is not told before this.
-const PATIENCE_HANDLED: Duration = Duration::from_secs(1);
+/// Age from which a handled termination request interrupts.
+const INTERRUPT_HANDLED_AFTER: Duration = Duration::from_secs(1);
 
-/// Between two looks.
-const TICK: Duration = Duration::from_millis(200);
+/// Interval between two checks.
+const CHECK_PERIOD: Duration = Duration::from_millis(200);
 
-/// Callers that are looked at in one tick, at some 20 µs each. The others have their turn in the next.
-const LOOKS_PER_TICK_MAX: usize = 512;
+/// Most callers per check, at about 20 µs each. The next check continues with the others.
+const CHECKS_PER_PERIOD_MAX: usize = 512;
 
-/// What becomes of the thread that waits for a request.
+/// The signals that interrupt a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tolerance {
-    /// The request only asks: handled requests to end interrupt it too.
-    Asking,
-    /// It changes something, or moves content: only what ends the program interrupts it.
-    Acting,
+pub enum InterruptedBy {
+    /// Also handled requests to terminate: the request only queries.
+    TerminationRequests,
+    /// Only signals that terminate the program: the request changes something or transfers content.
+    FatalSignals,
 }
 
-/// Who waits for a request.
+/// The caller of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Caller {
-    /// The thread; 0 where nobody waits, or it cannot be seen from here.
+    /// The id of the thread; 0 if none waits, or it is not visible from here.
     pub thread: u32,
-    /// What may interrupt it.
-    pub tolerance: Tolerance,
+    /// The signals that interrupt it.
+    pub interrupted_by: InterruptedBy,
 }
 
 #[derive(Debug)]
-struct Waiting {
+struct WaitingRequest {
     caller: Caller,
     since: Instant,
     interrupted: AtomicBool,
@@ -74,27 +75,28 @@ struct Waiting {
 #[derive(Debug, Default)]
 struct Table {
     last_number: u64,
-    /// Oldest first.
-    waiting: BTreeMap<u64, Arc<Waiting>>,
+    /// By number, so the oldest first.
+    waiting: BTreeMap<u64, Arc<WaitingRequest>>,
 }
 
-/// All requests that are not answered yet, but for those that never had to wait. As many as programs wait for: the
-/// kernel bounds them.
+/// All unanswered requests, except those that never had to wait. The kernel bounds their number by the threads that
+/// wait.
 #[derive(Debug, Default)]
 pub struct Callers {
     table: Mutex<Table>,
 }
 
 impl Callers {
-    /// The table, and the task that looks after it; it ends with the table. Must be called within a tokio runtime.
-    pub fn watched() -> Arc<Callers> {
+    /// Makes a table and starts the task that checks it under `tasks`; it ends when the table is dropped. Must be called
+    /// within a tokio runtime.
+    pub fn start(tasks: &Arc<Tasks>) -> Arc<Callers> {
         let callers = Arc::new(Callers::default());
-        tokio::spawn(watch(Arc::downgrade(&callers)));
+        tasks.supervise_until_done("interrupts", Arc::downgrade(&callers), watch);
         callers
     }
 
-    /// Runs `work` for `caller`, who has waited since `since`. `None`: the caller is interrupted and must be answered
-    /// now; `work` goes on with [`in_vain`].
+    /// Runs `work` for `caller`, which has waited since `since`. Returns `None` if the caller is interrupted: it must
+    /// be answered now, and `work` be continued with [`run_interrupted`].
     pub async fn serve<Work: Future>(
         &self,
         caller: Caller,
@@ -106,11 +108,11 @@ impl Callers {
             if let Poll::Ready(done) = work.as_mut().poll(context) {
                 return Poll::Ready(Some(done));
             }
-            // Polled so, it is polled again at once by whoever waits for it.
+            // A future polled with the no-op waker is polled again at once.
             if caller.thread == 0 || context.waker().will_wake(Waker::noop()) {
                 return Poll::Pending;
             }
-            let entry = entry.get_or_insert_with(|| self.enter(caller, since));
+            let entry = entry.get_or_insert_with(|| self.insert(caller, since));
             entry.waiting.waker.register(context.waker());
             match entry.waiting.interrupted.load(Ordering::Acquire) {
                 true => Poll::Ready(None),
@@ -120,8 +122,8 @@ impl Callers {
         .await
     }
 
-    fn enter(&self, caller: Caller, since: Instant) -> Entry<'_> {
-        let waiting = Arc::new(Waiting {
+    fn insert(&self, caller: Caller, since: Instant) -> Entry<'_> {
+        let waiting = Arc::new(WaitingRequest {
             caller,
             since,
             interrupted: AtomicBool::new(false),
@@ -138,25 +140,25 @@ impl Callers {
         }
     }
 
-    /// Looks at the callers that come after `number` and at those before them, as many as one tick allows. Answers the
-    /// last that was looked at.
-    fn look(&self, number: u64) -> u64 {
-        let due: Vec<(u64, Arc<Waiting>)> = {
+    /// Checks callers after `number`, then those up to it, as many as one check allows. Returns the number of the last
+    /// one checked.
+    fn check(&self, number: u64) -> u64 {
+        let due: Vec<(u64, Arc<WaitingRequest>)> = {
             let table = self.table.lock();
             let later = table.waiting.range(number + 1..);
             let earlier = table.waiting.range(..=number);
             later
                 .chain(earlier)
-                .filter(|(_, waiting)| waiting.since.elapsed() >= PATIENCE)
-                .take(LOOKS_PER_TICK_MAX)
+                .filter(|(_, waiting)| waiting.since.elapsed() >= INTERRUPT_AFTER)
+                .take(CHECKS_PER_PERIOD_MAX)
                 .map(|(number, waiting)| (*number, Arc::clone(waiting)))
                 .collect()
         };
         for (_, waiting) in &due {
-            if waiting.is_to_end() && !waiting.interrupted.swap(true, Ordering::AcqRel) {
+            if waiting.should_interrupt() && !waiting.interrupted.swap(true, Ordering::AcqRel) {
                 tracing::debug!(
                     thread = waiting.caller.thread,
-                    "the caller of a request was killed"
+                    "interrupted a request: a signal terminates its caller"
                 );
                 waiting.waker.wake();
             }
@@ -165,23 +167,24 @@ impl Callers {
     }
 }
 
-impl Waiting {
-    fn is_to_end(&self) -> bool {
-        match caller::wish(self.caller.thread) {
-            Wish::Wait => false,
-            Wish::HandleRequest => {
-                self.caller.tolerance == Tolerance::Asking && self.since.elapsed() >= PATIENCE_HANDLED
+impl WaitingRequest {
+    fn should_interrupt(&self) -> bool {
+        match caller::signal_state(self.caller.thread) {
+            SignalState::None => false,
+            SignalState::TerminationRequested => {
+                self.caller.interrupted_by == InterruptedBy::TerminationRequests
+                    && self.since.elapsed() >= INTERRUPT_HANDLED_AFTER
             }
-            Wish::Die => true,
+            SignalState::Fatal => true,
         }
     }
 }
 
-/// A request's place in the table.
+/// The table entry of a request; removes it when dropped.
 struct Entry<'a> {
     callers: &'a Callers,
     number: u64,
-    waiting: Arc<Waiting>,
+    waiting: Arc<WaitingRequest>,
 }
 
 impl Drop for Entry<'_> {
@@ -191,7 +194,7 @@ impl Drop for Entry<'_> {
 }
 
 async fn watch(callers: Weak<Callers>) {
-    let mut ticks = tokio::time::interval(TICK);
+    let mut ticks = tokio::time::interval(CHECK_PERIOD);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut last = 0;
     loop {
@@ -199,64 +202,68 @@ async fn watch(callers: Weak<Callers>) {
         let Some(callers) = callers.upgrade() else {
             return;
         };
-        // Not on a thread that serves requests: what is looked at may wait for one of them.
-        let looked = tokio::task::spawn_blocking(move || callers.look(last)).await;
-        last = looked.unwrap_or(last);
+        // Not on a thread that serves requests: reading `/proc` may wait for one of them.
+        let checked = tokio::task::spawn_blocking(move || callers.check(last)).await;
+        last = checked.unwrap_or(last);
     }
 }
 
 thread_local! {
-    /// Whether what is being polled on this thread is work in vain.
-    static IN_VAIN: Cell<bool> = const { Cell::new(false) };
+    /// Whether the work that this thread polls belongs to an interrupted request.
+    static INTERRUPTED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Polls `work` with [`IN_VAIN`] set to `in_vain`.
-fn poll_as<Work: Future>(
-    in_vain: bool,
+/// Polls `work` with [`INTERRUPTED`] set to `interrupted`.
+fn poll_with<Work: Future>(
+    interrupted: bool,
     work: Pin<&mut Work>,
     context: &mut Context<'_>,
 ) -> Poll<Work::Output> {
     struct Restore(bool);
     impl Drop for Restore {
         fn drop(&mut self) {
-            IN_VAIN.set(self.0);
+            INTERRUPTED.set(self.0);
         }
     }
-    let _restore = Restore(IN_VAIN.replace(in_vain));
+    let _restore = Restore(INTERRUPTED.replace(interrupted));
     work.poll(context)
 }
 
-/// Runs `work`, whose caller was interrupted, to its end: what is [`interruptible`] in it ends soon, the rest is done.
-pub async fn in_vain<Work: Future>(mut work: Pin<&mut Work>) -> Work::Output {
-    poll_fn(|context| poll_as(true, work.as_mut(), context)).await
+/// Runs `work`, whose caller was interrupted, to completion. Its [`interruptible`] parts end soon.
+pub async fn run_interrupted<Work: Future>(mut work: Pin<&mut Work>) -> Work::Output {
+    poll_fn(|context| poll_with(true, work.as_mut(), context)).await
 }
 
-/// `work`, which may be given up at any point. It ends as [`FsError::TimedOut`] when the caller is interrupted, and is
-/// not begun if it was interrupted before.
+/// Makes `work` interruptible: it may be dropped at any point. It ends with [`FsError::TimedOut`] when the caller is
+/// interrupted, and does not start if that has happened before.
 ///
-/// It must be awaited by the request's own task: it is not woken where another future polls it only when it is woken.
+/// The result must be awaited by the task of the request itself. Inside a future that polls it only when woken, an
+/// interruption does not wake it.
 pub async fn interruptible<T>(work: impl Future<Output = Result<T, FsError>>) -> Result<T, FsError> {
-    still_wanted().await?;
+    check_interrupted().await?;
     let mut work = pin!(work);
     poll_fn(|context| match work.as_mut().poll(context) {
-        Poll::Pending if IN_VAIN.get() => Poll::Ready(Err(FsError::TimedOut)),
+        Poll::Pending if INTERRUPTED.get() => Poll::Ready(Err(FsError::TimedOut)),
         polled => polled,
     })
     .await
 }
 
-/// Ready at once: [`FsError::TimedOut`] if the caller was interrupted.
-pub async fn still_wanted() -> Result<(), FsError> {
-    match IN_VAIN.get() {
+/// Returns at once.
+///
+/// # Errors
+/// [`FsError::TimedOut`] if the caller was interrupted.
+pub async fn check_interrupted() -> Result<(), FsError> {
+    match INTERRUPTED.get() {
         true => Err(FsError::TimedOut),
         false => Ok(()),
     }
 }
 
-/// `work`, in which nothing is interruptible: what it does concerns others than the caller.
-pub async fn uninterrupted<Work: Future>(work: Work) -> Work::Output {
+/// Runs `work` without interruption, because other callers need its result.
+pub async fn uninterruptible<Work: Future>(work: Work) -> Work::Output {
     let mut work = pin!(work);
-    poll_fn(|context| poll_as(false, work.as_mut(), context)).await
+    poll_fn(|context| poll_with(false, work.as_mut(), context)).await
 }
 
 #[cfg(test)]
@@ -265,11 +272,14 @@ mod tests {
 
     use super::*;
 
-    fn caller(thread: u32, tolerance: Tolerance) -> Caller {
-        Caller { thread, tolerance }
+    fn caller(thread: u32, interrupted_by: InterruptedBy) -> Caller {
+        Caller {
+            thread,
+            interrupted_by,
+        }
     }
 
-    /// A program that was killed and that nobody has waited for: `/proc` shows it as it shows one that closes its files.
+    /// A killed program that is not reaped: `/proc` shows it like one that is closing its files.
     struct Killed(Child);
 
     impl Killed {
@@ -291,41 +301,44 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_waits_is_listed_until_it_is_answered() {
+    async fn a_waiting_request_is_in_the_table_until_it_is_answered() {
         let callers = Callers::default();
-        let own = caller(std::process::id(), Tolerance::Asking);
+        let own = caller(std::process::id(), InterruptedBy::TerminationRequests);
         let (sender, receiver) = tokio::sync::oneshot::channel::<()>();
         let mut ready = pin!(async { 7 });
         assert_eq!(callers.serve(own, Instant::now(), ready.as_mut()).await, Some(7));
-        assert_eq!(callers.table.lock().last_number, 0, "it never waited");
+        assert_eq!(callers.table.lock().last_number, 0, "it did not wait");
         let mut work = pin!(receiver);
         let mut serving = pin!(callers.serve(own, Instant::now(), work.as_mut()));
         assert!(futures::poll!(serving.as_mut()).is_pending());
         assert_eq!(callers.table.lock().waiting.len(), 1);
-        callers.look(0);
-        assert!(futures::poll!(serving.as_mut()).is_pending(), "nobody is killed");
+        callers.check(0);
+        assert!(
+            futures::poll!(serving.as_mut()).is_pending(),
+            "no caller is killed"
+        );
         sender.send(()).unwrap();
         assert_eq!(serving.await, Some(Ok(())));
         assert!(callers.table.lock().waiting.is_empty());
     }
 
     #[tokio::test]
-    async fn an_interrupted_request_is_told_at_once_and_its_work_ends() {
+    async fn an_interrupted_request_is_answered_at_once_and_its_work_ends() {
         let callers = Callers::default();
         let killed = Killed::new();
         let thread = killed.0.id();
         let begin = Instant::now();
-        while caller::wish(thread) != Wish::Die {
+        while caller::signal_state(thread) != SignalState::Fatal {
             assert!(
                 begin.elapsed() < Duration::from_secs(10),
-                "it is not seen to be killed"
+                "the signal is not seen in /proc"
             );
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        let begin = Instant::now().checked_sub(PATIENCE).unwrap();
+        let begin = Instant::now().checked_sub(INTERRUPT_AFTER).unwrap();
         let committed = Cell::new(false);
         let mut work = pin!(async {
-            uninterrupted(async {
+            uninterruptible(async {
                 let slept = interruptible(async {
                     tokio::time::sleep(Duration::from_millis(20)).await;
                     Ok(())
@@ -336,29 +349,30 @@ mod tests {
             interruptible(std::future::pending::<Result<(), FsError>>()).await
         });
         {
-            let mut serving = pin!(callers.serve(caller(thread, Tolerance::Acting), begin, work.as_mut()));
+            let mut serving =
+                pin!(callers.serve(caller(thread, InterruptedBy::FatalSignals), begin, work.as_mut()));
             assert!(futures::poll!(serving.as_mut()).is_pending());
-            callers.look(0);
+            callers.check(0);
             assert_eq!(serving.await, None);
         }
-        assert_eq!(in_vain(work).await, Err(FsError::TimedOut));
-        assert!(committed.get(), "what concerns others was given up");
-        assert!(!IN_VAIN.get());
+        assert_eq!(run_interrupted(work).await, Err(FsError::TimedOut));
+        assert!(committed.get(), "an uninterruptible part was interrupted");
+        assert!(!INTERRUPTED.get());
     }
 
     #[tokio::test]
-    async fn every_caller_has_its_turn() {
+    async fn every_caller_is_checked_in_turn() {
         let callers = Callers::default();
-        let long_ago = Instant::now().checked_sub(PATIENCE).unwrap();
-        let own = caller(std::process::id(), Tolerance::Asking);
-        let entries: Vec<Entry<'_>> = (0..LOOKS_PER_TICK_MAX + 5)
-            .map(|_| callers.enter(own, long_ago))
+        let long_ago = Instant::now().checked_sub(INTERRUPT_AFTER).unwrap();
+        let own = caller(std::process::id(), InterruptedBy::TerminationRequests);
+        let entries: Vec<Entry<'_>> = (0..CHECKS_PER_PERIOD_MAX + 5)
+            .map(|_| callers.insert(own, long_ago))
             .collect();
-        let first = callers.look(0);
-        assert_eq!(first, LOOKS_PER_TICK_MAX as u64);
-        let second = callers.look(first);
+        let first = callers.check(0);
+        assert_eq!(first, CHECKS_PER_PERIOD_MAX as u64);
+        let second = callers.check(first);
         assert_eq!(second, first - 5, "the last five, and from the front again");
         drop(entries);
-        assert_eq!(callers.look(second), 0);
+        assert_eq!(callers.check(second), 0);
     }
 }

@@ -1,14 +1,14 @@
-//! A cluster that is not asked what this mount knows for certain.
+//! A cluster behind a cache of what this session's lease keeps true.
 //!
-//! As long as this session holds the lease nobody else changes anything, so attributes that were answered under it, and
-//! the absence of names in directories that this mount made under it, are answered from memory. Nothing else is: not
-//! content, which is versioned, nor anything once the lease has lapsed.
+//! While this session holds the lease no other session changes anything. So attributes that were answered under it, and
+//! the absence of names in directories that this mount created under it, are answered from memory. Nothing else is: not
+//! content, which is versioned, and nothing after the lease has ended.
 //!
-//! Rules: an answer counts as learned under a lease only if the same lease was held when the question was sent and when
-//! its answer came, and no change of this mount was under way in between. The outcome of a change that cannot be learned
-//! so makes what was known of its inodes forgotten. A name is noted as possible before the command that makes it is
-//! sent, whatever becomes of it. A change that ends without a verdict (a time-out) may take effect whenever it likes until
-//! it is settled: everything is forgotten, and nothing counts as learned that was asked for before it is settled.
+//! Rules: an answer is cached only if the same lease was held when the query was sent and when the answer arrived, and
+//! no change of this mount was in flight in between. If the outcome of a change cannot be cached for that reason, the
+//! cached attributes of its inodes are removed. A name is recorded as possibly present before the command that creates
+//! it is sent, whatever its outcome. A change without a known outcome (a timeout) may take effect at any time until it
+//! is settled: the cache is cleared, and answers to queries sent before it is settled are not cached.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -24,31 +24,31 @@ use quorumfs_proto::{
 use crate::caches::lease_view::{LeaseNumber, LeaseView};
 use quorumfs_client::{Cluster, UnlinkedHandler};
 
-/// See the module.
+/// A cluster with a cache in front; see the module documentation.
 pub struct Leased<C> {
     cluster: C,
-    // Held for a look-up, never across an await.
+    // Held for one access, never across an await.
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
     view: LeaseView,
-    /// Changes sent since the start, and those of them that are answered.
+    /// Changes sent since the start, and how many of them are answered.
     sent: u64,
     answered: u64,
-    /// Changes that ended without a verdict. Each made everything forgotten.
+    /// Changes without a known outcome since the start. Each cleared the cache.
     undecided: u64,
 }
 
-/// What was known of the lease and of this mount's changes when something was sent.
-struct Sent {
+/// The lease and the undecided changes at the time of a send.
+struct LeaseContext {
     lease: Option<LeaseNumber>,
     undecided: u64,
 }
 
 impl<C: Cluster> Leased<C> {
-    /// `cluster`, with what is known of it in front.
+    /// Puts a cache in front of `cluster`.
     pub fn new(cluster: C) -> Leased<C> {
         Leased {
             cluster,
@@ -56,29 +56,30 @@ impl<C: Cluster> Leased<C> {
         }
     }
 
-    fn number(&self) -> Option<LeaseNumber> {
+    fn lease_number(&self) -> Option<LeaseNumber> {
         self.cluster.lease().map(|(_, number)| number)
     }
 
-    /// To be asked for before something is sent whose answer is to be learned from.
-    fn sending(&self) -> Sent {
-        // In this order: a change that ends without a verdict in between is counted by one of the two.
+    /// Returns the context of a send. Must be called before a send whose answer may be cached.
+    fn context(&self) -> LeaseContext {
+        // In this order: a change that ends without an outcome in between is counted by one of the two.
         let undecided = self.state.lock().undecided;
         let may_change = self.cluster.has_unsettled_changes();
-        Sent {
-            lease: self.number().filter(|_| !may_change),
+        LeaseContext {
+            lease: self.lease_number().filter(|_| !may_change),
             undecided,
         }
     }
 
-    /// The lease under which the answer to what was `sent` may be learned; `state` is this one's own, locked.
-    fn learned_under(&self, sent: &Sent, state: &State) -> Option<LeaseNumber> {
-        let now = self.number().filter(|now| Some(*now) == sent.lease);
-        now.filter(|_| state.undecided == sent.undecided)
+    /// Returns the lease under which an answer may be cached that was sent for with `context`. `state` is the locked
+    /// state.
+    fn current_lease(&self, context: &LeaseContext, state: &State) -> Option<LeaseNumber> {
+        let now = self.lease_number().filter(|now| Some(*now) == context.lease);
+        now.filter(|_| state.undecided == context.undecided)
     }
 
-    fn known(&self, query: &Query) -> Option<Result<Answer, FsError>> {
-        let number = self.number()?;
+    fn cached_answer(&self, query: &Query) -> Option<Result<Answer, FsError>> {
+        let number = self.lease_number()?;
         let mut state = self.state.lock();
         match query {
             Query::Attributes { inode } => {
@@ -86,8 +87,8 @@ impl<C: Cluster> Leased<C> {
                 Some(Ok(Answer::Attributes(attributes)))
             }
             Query::Lookup { parent, name } => {
-                let lacks = state.view.lacks(number, *parent, name);
-                lacks.then_some(Err(FsError::NotFound))
+                let is_absent = state.view.is_absent(number, *parent, name);
+                is_absent.then_some(Err(FsError::NotFound))
             }
             _ => None,
         }
@@ -98,46 +99,46 @@ impl<C: Cluster> Cluster for Leased<C> {
     type Chunk = C::Chunk;
 
     async fn mutate(&self, command: Command, stored: &[C::Chunk]) -> Result<Outcome, FsError> {
-        let sent = self.sending();
-        let named = names_made(&command);
-        let directories = directories_made(&command);
+        let context = self.context();
+        let names = created_names(&command);
+        let directories = created_directories(&command);
         {
             let mut state = self.state.lock();
             state.sent += 1;
-            for (parent, name) in &named {
-                state.view.may_name(*parent, name);
+            for (parent, name) in &names {
+                state.view.add_name(*parent, name);
             }
-            if names_in_what_it_opens(&command) {
+            if creates_in_created_directory(&command) {
                 state.view = LeaseView::default();
             }
         }
-        let mut under_way = UnderWay {
+        let mut pending = PendingChange {
             leased: self,
             decided: false,
         };
         let result = self.cluster.mutate(command, stored).await;
-        under_way.decided = !matches!(result, Err(FsError::TimedOut | FsError::Io));
-        drop(under_way);
+        pending.decided = !matches!(result, Err(FsError::TimedOut | FsError::Io));
+        drop(pending);
         if let Ok(outcome) = &result {
             let mut state = self.state.lock();
-            match self.learned_under(&sent, &state) {
+            match self.current_lease(&context, &state) {
                 Some(number) => {
-                    state.view.learn(number, &outcome.touched);
+                    state.view.insert(number, &outcome.touched);
                     for at in directories {
                         if let Some(OperationResult::Entry { inode, created: true }) = outcome.results.get(at)
                         {
-                            state.view.made(number, *inode);
+                            state.view.add_empty_directory(number, *inode);
                         }
                     }
                 }
-                // Not known for certain, and what was known of these before is no longer true: a lease that began while
-                // this was under way may have other answers to it.
+                // The outcome cannot be cached, and what is cached of its inodes may be outdated: a lease that began
+                // meanwhile may have cached other answers.
                 None => {
                     for attributes in &outcome.touched {
                         state.view.forget(attributes.inode);
                     }
-                    for (parent, name) in &named {
-                        state.view.may_name(*parent, name);
+                    for (parent, name) in &names {
+                        state.view.add_name(*parent, name);
                     }
                 }
             }
@@ -151,21 +152,21 @@ impl<C: Cluster> Cluster for Leased<C> {
     }
 
     async fn query(&self, query: Query) -> Result<Answer, FsError> {
-        if let Some(known) = self.known(&query) {
+        if let Some(known) = self.cached_answer(&query) {
             return known;
         }
         let changes = {
             let state = self.state.lock();
             (state.sent == state.answered).then_some(state.sent)
         };
-        let sent = self.sending();
+        let context = self.context();
         let answer = self.cluster.query(query).await?;
         let mut state = self.state.lock();
         if changes == Some(state.sent)
-            && let Some(number) = self.learned_under(&sent, &state)
+            && let Some(number) = self.current_lease(&context, &state)
             && let Answer::Attributes(attributes) | Answer::Extents(ExtentsPage { attributes, .. }) = &answer
         {
-            state.view.learn(number, std::slice::from_ref(attributes));
+            state.view.insert(number, std::slice::from_ref(attributes));
         }
         drop(state);
         Ok(answer)
@@ -200,13 +201,13 @@ impl<C: Cluster> Cluster for Leased<C> {
     }
 }
 
-/// A change under way; it is answered when this is dropped, even if nobody waits for it any more.
-struct UnderWay<'a, C> {
+/// A change in flight. Dropping it counts it as answered, even if its caller is gone.
+struct PendingChange<'a, C> {
     leased: &'a Leased<C>,
     decided: bool,
 }
 
-impl<C> Drop for UnderWay<'_, C> {
+impl<C> Drop for PendingChange<'_, C> {
     fn drop(&mut self) {
         let mut state = self.leased.state.lock();
         state.answered += 1;
@@ -217,8 +218,8 @@ impl<C> Drop for UnderWay<'_, C> {
     }
 }
 
-/// The names that `command` may make.
-fn names_made(command: &Command) -> BTreeSet<(InodeNumber, Name)> {
+/// Returns the names that `command` may create.
+fn created_names(command: &Command) -> BTreeSet<(InodeNumber, Name)> {
     let mut names = BTreeSet::new();
     let mut add = |parent: &Target, name: &Name| {
         if let Target::Inode(parent) = parent {
@@ -249,9 +250,9 @@ fn names_made(command: &Command) -> BTreeSet<(InodeNumber, Name)> {
     names
 }
 
-/// Whether `command` makes names in directories that it creates or, where they exist, opens: which these are is not known
-/// before its outcome.
-fn names_in_what_it_opens(command: &Command) -> bool {
+/// Whether `command` creates names in directories that it creates or, if they exist, opens. Which inodes these are is
+/// unknown before the outcome.
+fn creates_in_created_directory(command: &Command) -> bool {
     command.operations.iter().any(|operation| {
         matches!(
             operation,
@@ -266,8 +267,8 @@ fn names_in_what_it_opens(command: &Command) -> bool {
     })
 }
 
-/// Which operations of `command` make directories that are empty after it.
-fn directories_made(command: &Command) -> Vec<usize> {
+/// Returns the indices of the operations of `command` that create directories which are empty after it.
+fn created_directories(command: &Command) -> Vec<usize> {
     let makes = |operation: &Operation| matches!(operation, Operation::Create { inode, .. } if inode.kind == NewKind::Directory);
     let is_named_in = |at: usize| {
         let parents = command.operations.iter().filter_map(|operation| match operation {

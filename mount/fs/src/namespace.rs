@@ -1,8 +1,8 @@
-//! Names: looking up, making, linking, moving, removing.
+//! Lookup, create, link, rename and unlink.
 //!
-//! Rule: what loses its last name here is asked to be kept (`Held::Open`), and released a moment later if nobody uses it
-//! (`removed`). The other way round it could be gone under a program that has it open, because what a name names, and
-//! who opens it meanwhile, is only known for sure when the command is done.
+//! Invariant: when this mount removes the last name of an inode, the same command asks the cluster to keep the inode
+//! (`Held::Open`); it is released soon after if it is not in use (`unlinked`). Deciding before the command would be too
+//! early: which inode the name refers to, and who opens it meanwhile, is only certain after the command.
 
 use quorumfs_proto::command::{Held, IfExists, NewInode, RenameMode, Target};
 use quorumfs_proto::{
@@ -10,21 +10,21 @@ use quorumfs_proto::{
     SymlinkTarget,
 };
 
-use super::removed::RemovedBy;
-use super::{Caller, Cluster, Filesystem};
+use super::unlinked::UnlinkedBy;
+use super::{Cluster, Filesystem, ThreadId};
 use crate::handles::Scope;
 
-/// Directories that a rename moved.
+/// The directories that a rename moved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Moved {
-    /// The one that was named.
-    pub there: Option<InodeNumber>,
-    /// The one it changed places with.
-    pub back: Option<InodeNumber>,
+pub struct MovedDirectories {
+    /// The renamed directory.
+    pub renamed: Option<InodeNumber>,
+    /// The directory that it was exchanged with.
+    pub exchanged: Option<InodeNumber>,
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// What `name` names in `parent`. Knows "." and "..", of any inode that lives.
+    /// Looks up `name` in `parent`. Supports "." and ".." in every existing directory.
     pub async fn lookup(&self, parent: InodeNumber, name: &[u8]) -> Result<Attributes, FsError> {
         match name {
             b"." => self.attributes(parent, None).await,
@@ -34,43 +34,43 @@ impl<C: Cluster> Filesystem<C> {
             }
             _ => {
                 let name = Name::new(name.to_vec())?;
-                let told = {
-                    // Until it is noted what this is about, it is not given up.
-                    let _under_way = self.removed.may_hold();
-                    let told = self.ask(Query::lookup(parent, name)).await?;
-                    self.looked_up.add(told.inode);
-                    told
+                let attributes = {
+                    // Must live until the inode is recorded; before that, its use here is not reported.
+                    let _pending = self.unlinked.begin_call();
+                    let attributes = self.ask(Query::lookup(parent, name)).await?;
+                    self.recent_lookups.add(attributes.inode);
+                    attributes
                 };
-                Ok(self.present(told).await)
+                Ok(self.present(attributes).await)
             }
         }
     }
 
-    /// What lies at `path` below the mounted directory. Symbolic links on the way are not followed.
+    /// Looks up `path` below the mounted directory. Does not follow symbolic links.
     pub async fn resolve(&self, path: &[Name]) -> Result<Attributes, FsError> {
-        let told = {
-            let _under_way = self.removed.may_hold();
-            let told = self.ask(Query::resolve(self.options.root, path.to_vec())).await?;
-            self.looked_up.add(told.inode);
-            told
+        let attributes = {
+            let _pending = self.unlinked.begin_call();
+            let attributes = self.ask(Query::resolve(self.options.root, path.to_vec())).await?;
+            self.recent_lookups.add(attributes.inode);
+            attributes
         };
-        Ok(self.present(told).await)
+        Ok(self.present(attributes).await)
     }
 
-    /// As [`Filesystem::lookup`], for a thread whose creation may have found something just now.
+    /// Like [`Filesystem::lookup`], for a thread whose creation may just have failed because the file exists.
     pub async fn lookup_for(
         &self,
-        caller: Caller,
+        caller: ThreadId,
         parent: InodeNumber,
         name: &[u8],
     ) -> Result<Attributes, FsError> {
-        match self.looked_up.found_by(caller, parent, name) {
+        match self.recent_lookups.take_existing(caller, parent, name) {
             Some(found) => Ok(self.present(found).await),
             None => self.lookup(parent, name).await,
         }
     }
 
-    /// The directory above `inode`; above the mounted one there is none but itself.
+    /// Returns the parent directory of `inode`; the mounted directory is its own parent.
     pub(super) async fn parent_of(&self, inode: InodeNumber) -> Result<InodeNumber, FsError> {
         if inode == self.options.root {
             return Ok(inode);
@@ -78,7 +78,7 @@ impl<C: Cluster> Filesystem<C> {
         Ok(self.ask(Query::attributes(inode)).await?.parent)
     }
 
-    /// mkdir, mknod, symlink.
+    /// Creates a directory, a special file or a symbolic link.
     pub async fn make_node(
         &self,
         parent: InodeNumber,
@@ -94,17 +94,17 @@ impl<C: Cluster> Filesystem<C> {
         };
         let outcome = self.mutate(make).await?;
         let (made, _) = entry_of(&outcome)?;
-        self.looked_up.add(made.inode);
+        self.recent_lookups.add(made.inode);
         Ok(made)
     }
 
-    /// Where a symbolic link points.
+    /// Returns the target of a symbolic link.
     pub async fn read_link(&self, inode: InodeNumber) -> Result<SymlinkTarget, FsError> {
         let target = self.ask(Query::read_link(inode)).await?;
         Ok(target)
     }
 
-    /// link(2); what was written to the file goes with it.
+    /// Makes a hard link. Bytes written to the file are committed with it.
     pub async fn link(
         &self,
         inode: InodeNumber,
@@ -128,11 +128,11 @@ impl<C: Cluster> Filesystem<C> {
         }
     }
 
-    /// unlink(2).
+    /// Removes the name of a file.
     pub async fn unlink(&self, parent: InodeNumber, name: &[u8]) -> Result<(), FsError> {
         self.writable()?;
         let name = Name::new(name.to_vec())?;
-        let _under_way = self.removed.may_hold();
+        let _pending = self.unlinked.begin_call();
         let outcome = self
             .mutate(Operation::Unlink {
                 parent: Target::Inode(parent),
@@ -140,23 +140,23 @@ impl<C: Cluster> Filesystem<C> {
                 held: Held::Open,
             })
             .await?;
-        self.removed_by(&outcome);
+        self.record_removal(&outcome);
         Ok(())
     }
 
-    /// rmdir(2).
+    /// Removes an empty directory.
     pub async fn remove_directory(&self, parent: InodeNumber, name: &[u8]) -> Result<(), FsError> {
         self.writable()?;
         let name = Name::new(name.to_vec())?;
         let parent = Target::Inode(parent);
-        let _under_way = self.removed.may_hold();
+        let _pending = self.unlinked.begin_call();
         let outcome = self.mutate(Operation::RemoveDirectory { parent, name }).await?;
-        self.removed_by(&outcome);
+        self.record_removal(&outcome);
         Ok(())
     }
 
-    /// renameat2(2). What was written to the files that move is committed first: a replaced name never leads to a file
-    /// without its bytes.
+    /// Renames (renameat2(2)). Bytes written to the renamed files are committed first: a replaced name never refers to
+    /// a file without its bytes.
     pub async fn rename(
         &self,
         from_parent: InodeNumber,
@@ -164,7 +164,7 @@ impl<C: Cluster> Filesystem<C> {
         to_parent: InodeNumber,
         to_name: &[u8],
         mode: RenameMode,
-    ) -> Result<Moved, FsError> {
+    ) -> Result<MovedDirectories, FsError> {
         self.writable()?;
         let from_name = Name::new(from_name.to_vec())?;
         let to_name = Name::new(to_name.to_vec())?;
@@ -172,7 +172,7 @@ impl<C: Cluster> Filesystem<C> {
         if mode == RenameMode::Exchange {
             self.commit_named(to_parent, &to_name).await;
         }
-        let _under_way = self.removed.may_hold();
+        let _pending = self.unlinked.begin_call();
         let outcome = self
             .mutate(Operation::Rename {
                 from_parent: Target::Inode(from_parent),
@@ -184,7 +184,7 @@ impl<C: Cluster> Filesystem<C> {
             })
             .await?;
         let Some(OperationResult::Renamed { inode, other }) = outcome.results.first() else {
-            return Ok(Moved::default());
+            return Ok(MovedDirectories::default());
         };
         if let Some(other) = other
             && mode == RenameMode::Replace
@@ -192,55 +192,55 @@ impl<C: Cluster> Filesystem<C> {
                 .attributes_of(*other)
                 .is_none_or(|attributes| attributes.links == 0)
         {
-            self.lost_its_name(*other);
+            self.record_unlinked(*other);
         }
         let directory = |inode: &InodeNumber| {
             let attributes = outcome.attributes_of(*inode)?;
             (attributes.kind == FileKind::Directory).then_some(*inode)
         };
-        Ok(Moved {
-            there: directory(inode),
-            back: other
+        Ok(MovedDirectories {
+            renamed: directory(inode),
+            exchanged: other
                 .as_ref()
                 .filter(|_| mode == RenameMode::Exchange)
                 .and_then(directory),
         })
     }
 
-    /// Commits what was written to the file of this name. A failure is kept for its handles.
+    /// Commits bytes written to the file of this name. A failure is recorded for its handles.
     async fn commit_named(&self, parent: InodeNumber, name: &Name) {
         if self.dirty.is_empty() {
             return;
         }
         let name = name.clone();
-        let Ok(told) = self.ask(Query::lookup(parent, name)).await else {
-            return; // The rename itself will say why.
+        let Ok(attributes) = self.ask(Query::lookup(parent, name)).await else {
+            return; // The rename reports the error.
         };
-        if let Some(node) = self.open.find(told.inode) {
-            let _kept = self.commit(&node, Scope::Everything).await;
+        if let Some(node) = self.open.find(attributes.inode) {
+            let _recorded = self.commit(&node, Scope::Everything).await;
         }
     }
 
-    /// Takes note of what `outcome` of an unlink or a rmdir says is without a name now.
-    fn removed_by(&self, outcome: &Outcome) {
+    /// Records the inode whose last name was removed, if any.
+    fn record_removal(&self, outcome: &Outcome) {
         if let Some(OperationResult::Removed { inode, last: true }) = outcome.results.first() {
-            self.lost_its_name(*inode);
+            self.record_unlinked(*inode);
         }
     }
 
-    /// `inode` has no name any more; the cluster keeps it for this mount.
-    fn lost_its_name(&self, inode: InodeNumber) {
-        // Before the answer goes up, and with it whoever is the last to use it may let go.
-        self.removed.add(inode, RemovedBy::ThisMount);
+    /// Records that `inode` has no name and is kept by the cluster for this mount.
+    fn record_unlinked(&self, inode: InodeNumber) {
+        // Before the answer is sent: it may let the last user of the inode go on and release it.
+        self.unlinked.add(inode, UnlinkedBy::ThisMount);
         if let Some(node) = self.open.find(inode)
-            && let Some(view) = &mut node.state.lock().view
+            && let Some(committed) = &mut node.state.lock().committed
         {
-            view.links = 0;
+            committed.links = 0;
         }
     }
 }
 
-/// The attributes of the inode that the last entry of `outcome` is about, and whether it was made.
+/// Returns the attributes of the inode of the last entry of `outcome`, and whether it was created.
 pub(super) fn entry_of(outcome: &Outcome) -> Result<(Attributes, bool), FsError> {
     let entry = outcome.results.iter().rev().find_map(|result| match result {
         OperationResult::Entry { inode, created } => Some((*inode, *created)),
@@ -248,7 +248,7 @@ pub(super) fn entry_of(outcome: &Outcome) -> Result<(Attributes, bool), FsError>
     });
     let found = entry.and_then(|(inode, created)| Some((outcome.attributes_of(inode)?.clone(), created)));
     found.ok_or_else(|| {
-        tracing::error!(?outcome, "outcome without the entry it is about");
+        tracing::error!(?outcome, "the outcome of a creation has no entry");
         FsError::Io
     })
 }

@@ -1,4 +1,4 @@
-//! Opening, creating, closing, syncing.
+//! Open, create, flush (close), fsync and release.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -8,90 +8,94 @@ use quorumfs_proto::limits::FILE_BYTES_MAX;
 use quorumfs_proto::{Attributes, FileKind, FsError, InodeNumber, Name, Operation, Query};
 
 use super::namespace::entry_of;
-use super::removed::RemovedBy;
-use super::{Caller, Cluster, Durability, Filesystem, Handle, OpenFlags, OpenInode, Put};
-use crate::caches::page_versions::Dropping;
+use super::unlinked::UnlinkedBy;
+use super::{Cluster, Durability, Filesystem, Handle, OpenFlags, OpenInode, Put, ThreadId};
+use crate::caches::page_versions::DropId;
 use crate::handles::{OpenFile, Scope};
 
-/// Extents that come with an open: all of most files, and no burden for those that are opened for a look at their end.
-const PIECES_AT_OPEN_MAX: u32 = 64;
+/// Most extents queried at open: all of most files, and little work for a file that is opened to read its end.
+const EXTENTS_AT_OPEN_MAX: u32 = 64;
 
-/// A file that was opened.
+/// The result of an open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Opened {
-    /// Names it from now on.
+    /// The handle for later operations.
     pub handle: Handle,
-    /// Whether caches above must be passed by (O_APPEND).
+    /// Whether reads and writes must bypass the kernel's page cache (O_APPEND).
     pub direct_io: bool,
-    /// Whether caches above have the content as it is now, and may keep it.
+    /// Whether the kernel's cached pages are of the current version and may be kept.
     pub keep_cache: bool,
 }
 
-/// How often a creation is tried again because what had the name is gone when it is looked up.
+/// Most attempts at a creation whose name exists at the create but not at the lookup after it.
 const CREATE_ATTEMPTS_MAX: u32 = 16;
 
-/// What a program says of a file that it creates.
+/// Owner and permissions of a new file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewFile {
-    /// Permissions, without the bits of the umask.
+    /// Permission bits after the umask.
     pub mode: u16,
-    /// Its owner.
+    /// The owner.
     pub uid: u32,
-    /// Its group.
+    /// The group.
     pub gid: u32,
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// As [`Filesystem::open`], for a thread whose creation may have found something just now.
+    /// Like [`Filesystem::open`], for a thread whose creation may just have failed because the file exists.
     pub async fn open_for(
         &self,
-        caller: Caller,
+        caller: ThreadId,
         inode: InodeNumber,
         flags: OpenFlags,
     ) -> Result<Opened, FsError> {
-        self.looked_up.goes_on(caller);
+        self.recent_lookups.forget_existing(caller);
         self.open(inode, flags).await
     }
 
-    /// Opens a file, as it is now (close-to-open).
+    /// Opens a file at its current version (close-to-open).
+    ///
+    /// # Errors
+    /// [`FsError::ReadOnly`]; [`FsError::IsDirectory`]; [`FsError::InvalidArgument`] for other inodes that are not
+    /// files; [`FsError::Stale`] if the inode is unlinked and not kept for this mount.
     pub async fn open(&self, inode: InodeNumber, flags: OpenFlags) -> Result<Opened, FsError> {
         if flags.write || flags.truncate {
             self.writable()?;
         }
-        let node = self.open.hold(inode);
-        match self.open_held(&node, flags).await {
-            Ok(dropping) => Ok(self.opened(node, flags, dropping)),
+        let node = self.open.acquire(inode);
+        match self.open_acquired(&node, flags).await {
+            Ok(drop_id) => Ok(self.opened(node, flags, drop_id)),
             Err(error) => {
-                self.open.let_go(&node);
+                self.open.release(&node);
                 Err(error)
             }
         }
     }
 
-    /// Answers whether caches above must be dropped.
-    async fn open_held(&self, node: &OpenInode<C>, flags: OpenFlags) -> Result<Option<Dropping>, FsError> {
+    /// Returns the id of the page drop that must happen first, if any.
+    async fn open_acquired(&self, node: &OpenInode<C>, flags: OpenFlags) -> Result<Option<DropId>, FsError> {
         if flags.truncate {
             self.truncate_at_open(node, flags.privileges).await?;
         } else if flags.read {
-            self.look_up_extents(node, 0, PIECES_AT_OPEN_MAX).await?;
+            self.look_up_extents(node, 0, EXTENTS_AT_OPEN_MAX).await?;
         } else {
-            let told = self.ask(Query::attributes(node.inode)).await?;
-            node.state.lock().learn(&told);
+            let attributes = self.ask(Query::attributes(node.inode)).await?;
+            node.state.lock().update_attributes(&attributes);
         }
-        let Some(view) = node.state.lock().view.clone() else {
+        let Some(committed) = node.state.lock().committed.clone() else {
             return Err(FsError::Io);
         };
-        match view.kind {
+        match committed.kind {
             FileKind::File => {}
             FileKind::Directory => return Err(FsError::IsDirectory),
             _ => return Err(FsError::InvalidArgument),
         }
-        // Nobody's name leads there any more; unless it is held here the cluster may already have been told so.
-        let may_open = || self.removed.holds(node.inode) || self.looked_up.may_open(node.inode);
-        if view.links == 0 && self.open.holds(node.inode) == 1 && !may_open() {
+        // An unlinked inode that is not held here may already be reported to the cluster as not in use.
+        let may_open = || self.unlinked.holds(node.inode) || self.recent_lookups.may_open(node.inode);
+        if committed.links == 0 && self.open.use_count(node.inode) == 1 && !may_open() {
             return Err(FsError::Stale);
         }
-        Ok(self.pages.opened(node.inode, view.content_version))
+        Ok(self.page_versions.opened(node.inode, committed.content_version))
     }
 
     async fn truncate_at_open(&self, node: &OpenInode<C>, privileges: Privileges) -> Result<(), FsError> {
@@ -106,42 +110,46 @@ impl<C: Cluster> Filesystem<C> {
         self.commit_with(node, cut).await.map(|_| ())
     }
 
-    fn opened(&self, node: OpenInode<C>, flags: OpenFlags, dropping: Option<Dropping>) -> Opened {
+    fn opened(&self, node: OpenInode<C>, flags: OpenFlags, drop_id: Option<DropId>) -> Opened {
         {
             let mut state = node.state.lock();
             let size = state.size();
-            state.tail.opened(size);
-            match dropping {
+            state.tail.record_open(size);
+            match drop_id {
                 None if flags.append => {}
-                None => state.tail.kept(size),
-                Some(_) => state.tail.dropped(Instant::now()),
+                None => state.tail.record_kept(size),
+                Some(_) => state.tail.record_drop(Instant::now()),
             }
         }
         Opened {
-            handle: self.open.add(node, flags, dropping),
+            handle: self.open.add(node, flags, drop_id),
             direct_io: flags.append,
-            keep_cache: dropping.is_none(),
+            keep_cache: drop_id.is_none(),
         }
     }
 
-    /// The attributes of an open file that were told last: those of the open, if nothing was told since.
-    pub fn attributes_at_hand(&self, handle: Handle) -> Result<Attributes, FsError> {
+    /// Returns the newest attributes known of an open file, without a query.
+    ///
+    /// # Errors
+    /// [`FsError::Stale`] if there is no such handle.
+    pub fn known_attributes(&self, handle: Handle) -> Result<Attributes, FsError> {
         let file = self.open.get(handle)?;
         let attributes = file.node.state.lock().attributes();
         attributes.ok_or(FsError::Stale)
     }
 
-    /// The file of a handle that a request came on: so its open has taken place above, whatever it was to drop there.
-    pub(super) fn used(&self, handle: Handle) -> Result<Arc<OpenFile<Put<C>>>, FsError> {
+    /// Returns the file of a handle that a request uses. Such a request proves that the kernel has received the answer
+    /// to the open and dropped the pages that it had to drop.
+    pub(super) fn file_of_request(&self, handle: Handle) -> Result<Arc<OpenFile<Put<C>>>, FsError> {
         let file = self.open.get(handle)?;
-        if let Some(dropping) = file.dropping.lock().take() {
-            self.pages.dropped(file.node.inode, dropping);
-            file.node.state.lock().tail.dropped(Instant::now());
+        if let Some(drop_id) = file.drop_id.lock().take() {
+            self.page_versions.dropped(file.node.inode, drop_id);
+            file.node.state.lock().tail.record_drop(Instant::now());
         }
         Ok(file)
     }
 
-    /// As [`Filesystem::create_for`], for a thread that cannot be named.
+    /// Like [`Filesystem::create_for`], for an unknown thread.
     pub async fn create(
         &self,
         parent: InodeNumber,
@@ -157,20 +165,21 @@ impl<C: Cluster> Filesystem<C> {
 
     /// Creates a regular file and opens it.
     ///
-    /// Where there is one by now (of another mount, since the name was looked up) it answers [`FsError::Exists`] if
-    /// `flags` say exclusive and else [`FsError::Stale`]: the kernel allowed a creation, so nobody has checked whether
-    /// the program may open or truncate what is there. It looks the name up again then, as `caller`, finds what was found
-    /// here ([`Filesystem::lookup_for`]), and asks for an open.
+    /// # Errors
+    /// If the name exists by now (made by another mount after the lookup): [`FsError::Exists`] if `flags` are
+    /// exclusive, otherwise [`FsError::Stale`], because the kernel has only permitted a creation and nothing has
+    /// checked whether the program may open or truncate the existing file. The kernel then repeats the lookup as
+    /// `caller`, receives the file found here ([`Filesystem::lookup_for`]), and sends an open.
     pub async fn create_for(
         &self,
-        caller: Caller,
+        caller: ThreadId,
         parent: InodeNumber,
         name: &[u8],
         new: NewFile,
         flags: OpenFlags,
     ) -> Result<(Attributes, Opened), FsError> {
         self.writable()?;
-        self.looked_up.goes_on(caller);
+        self.recent_lookups.forget_existing(caller);
         let create = Operation::Create {
             parent: Target::Inode(parent),
             name: Name::new(name.to_vec())?,
@@ -183,8 +192,8 @@ impl<C: Cluster> Filesystem<C> {
             existing: IfExists::Refuse,
         };
         let mut attempt = 1;
-        // Another mount may take the name away before the file is held here.
-        let _under_way = self.removed.may_hold();
+        // Another mount may unlink the file before it is acquired here.
+        let _pending = self.unlinked.begin_call();
         let made = loop {
             match self.mutate(create.clone()).await {
                 Err(FsError::Exists) if !flags.exclusive => {}
@@ -192,7 +201,7 @@ impl<C: Cluster> Filesystem<C> {
             }
             match self.lookup(parent, name).await {
                 Ok(found) => {
-                    self.looked_up.found(caller, parent, name, found);
+                    self.recent_lookups.record_existing(caller, parent, name, found);
                     return Err(FsError::Stale);
                 }
                 Err(FsError::NotFound) if attempt < CREATE_ATTEMPTS_MAX => attempt += 1,
@@ -201,74 +210,83 @@ impl<C: Cluster> Filesystem<C> {
             }
         };
         let (attributes, _) = entry_of(&made?)?;
-        let opened = self.opened_new(&attributes, flags);
+        let opened = self.open_created(&attributes, flags);
         Ok((attributes, opened))
     }
 
-    /// The handle of a file that a command of this mount has just made.
-    pub(super) fn opened_new(&self, attributes: &Attributes, flags: OpenFlags) -> Opened {
-        let node = self.open.hold(attributes.inode);
+    /// Opens a file that a command of this mount has just created.
+    pub(super) fn open_created(&self, attributes: &Attributes, flags: OpenFlags) -> Opened {
+        let node = self.open.acquire(attributes.inode);
         {
             let mut state = node.state.lock();
-            state.learn(attributes);
+            state.update_attributes(attributes);
             state
                 .extents
                 .store(attributes.content_version, 0..FILE_BYTES_MAX, Vec::new());
         }
-        self.pages.created(attributes.inode, attributes.content_version);
+        self.page_versions
+            .created(attributes.inode, attributes.content_version);
         self.opened(node, flags, None)
     }
 
-    /// A program closes one of its descriptors: what was written is committed (or, by `durability=fsync`, handed
-    /// over), and a failure that no fsync reported is.
+    /// Handles the close of a descriptor: commits the written bytes (or, with `durability=fsync`, queues the commit).
+    ///
+    /// # Errors
+    /// The failure of an earlier commit, if it has not been reported to this handle.
     pub async fn flush(self: &Arc<Self>, handle: Handle) -> Result<(), FsError> {
-        let file = self.used(handle)?;
+        let file = self.file_of_request(handle)?;
         if !file.flags.write {
             return Ok(());
         }
         match self.options.durability {
             Durability::Close => {
-                // What fails is kept for the file's handles, so for this one too.
-                let _kept = self.commit(&file.node, Scope::Everything).await;
+                // A failure is recorded for all handles, and so for this one.
+                let _recorded = self.commit(&file.node, Scope::Everything).await;
             }
-            Durability::Fsync => self.hand_over(&file.node),
+            Durability::Fsync => self.queue_close(&file.node),
         }
         file.take_failure()
     }
 
-    /// What was written to the file, by anybody on this mount, is on f + 1 disks when this returns. There is no cheaper
-    /// form for data only.
+    /// Commits all bytes that this mount has written to the file. When this returns, they are on f + 1 disks. There is
+    /// no cheaper form for data only.
+    ///
+    /// # Errors
+    /// The failure of this commit or of an earlier one that has not been reported to this handle.
     pub async fn fsync(&self, handle: Handle) -> Result<(), FsError> {
-        let file = self.used(handle)?;
+        let file = self.file_of_request(handle)?;
         let committed = self.commit(&file.node, Scope::Everything).await;
         file.take_failure().and(committed)
     }
 
-    /// The last descriptor of a handle is gone.
+    /// Ends a handle, after its last descriptor is closed.
     pub async fn release(self: &Arc<Self>, handle: Handle) -> Result<(), FsError> {
         let file = self.open.remove(handle)?;
         let (is_dirty, is_unlinked) = {
             let state = file.node.state.lock();
             (
                 !state.is_clean(),
-                state.view.as_ref().is_some_and(|view| view.links == 0),
+                state
+                    .committed
+                    .as_ref()
+                    .is_some_and(|committed| committed.links == 0),
             )
         };
         if is_dirty {
-            // Written through a mapping after the close.
+            // Bytes written through a mapping may arrive after the close.
             self.commit_in_background(&file.node, Scope::Everything);
         }
-        self.open.let_go(&file.node);
-        if is_unlinked && self.open.holds(file.node.inode) == 0 {
-            self.removed.add(file.node.inode, RemovedBy::Another);
+        self.open.release(&file.node);
+        if is_unlinked && self.open.use_count(file.node.inode) == 0 {
+            self.unlinked.add(file.node.inode, UnlinkedBy::Another);
         }
         Ok(())
     }
 
-    /// Names in this directory are durable when this returns: they were when the calls that made them did, but for
-    /// what `durability=fsync` handed over.
+    /// Returns when the names in this directory are durable. They already are, except for what `durability=fsync` has
+    /// queued.
     pub async fn fsync_directory(&self, _inode: InodeNumber) -> Result<(), FsError> {
-        self.settle_handed_over().await;
+        self.drain_close_queue().await;
         Ok(())
     }
 }

@@ -1,44 +1,45 @@
-//! Tells sequential readers from random ones and says what a sequential one will want next.
+//! Distinguishes sequential from random readers, and decides what to fetch ahead.
 //!
-//! Invariants: what is said to be fetched next is never said twice while the reader goes on; the window begins with
-//! one chunk and doubles as the reader proves itself, or is full at once if it is known where the reader ends. Pure: it must not know extents, caches or the cluster.
+//! Invariants: no range is requested twice while a reader continues; the window begins with one chunk and doubles up to
+//! its limit, or is full at once if the end of the reader is known. Pure: this module must not know extents, caches or
+//! the cluster.
 
 use std::ops::Range;
 
 use quorumfs_proto::limits::CHUNK_BYTES_MAX;
 
-/// Farthest that is fetched ahead of a reader, in chunks: three nodes with a few requests each in flight.
+/// Most chunks fetched ahead of a reader: a few concurrent requests to each of three nodes.
 pub const READAHEAD_CHUNKS_MAX: u64 = 8;
 
 const CHUNK: u64 = CHUNK_BYTES_MAX as u64;
 
-/// Reads of a sequential reader arrive out of order by up to this much: the kernel sends several at once.
-const DISORDER_BYTES_MAX: u64 = CHUNK;
+/// Largest distance by which reads of a sequential reader arrive out of order: the kernel sends several at once.
+const REORDER_BYTES_MAX: u64 = CHUNK;
 
-/// How a file is being read.
+/// The access pattern of a reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pattern {
-    /// From front to back: whole chunks are worth fetching.
+    /// From front to back: whole chunks are fetched.
     Sequential,
-    /// Anywhere: only what is asked for is worth fetching.
+    /// Anywhere: only the requested bytes are fetched.
     Random,
 }
 
-/// What one read tells.
+/// The result of observing one read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Observation {
-    /// How the file is being read.
+    /// The access pattern.
     pub pattern: Pattern,
-    /// What should be fetched in the background now; may be empty or reach past the end of the file.
+    /// The range to fetch now in the background; may be empty or extend beyond the end of the file.
     pub ahead: Range<u64>,
 }
 
-/// What is worth fetching ahead of a reader.
+/// Limits of the read-ahead of one reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReadaheadLimits {
-    /// Most chunks ahead, at least 1 and at most [`READAHEAD_CHUNKS_MAX`].
+    /// Most chunks ahead, from 1 to [`READAHEAD_CHUNKS_MAX`].
     pub chunks: u64,
-    /// Offset at which the reader will end, if that is known: it then reads all before it, from front to back.
+    /// The offset at which the reader ends, if known: it then reads everything before it, in order.
     pub end: Option<u64>,
 }
 
@@ -51,23 +52,23 @@ impl Default for ReadaheadLimits {
     }
 }
 
-/// One reader of one file.
+/// The state of one reader of one file.
 #[derive(Debug, Default)]
 pub struct Readahead {
     /// The end of the farthest read of the current run.
     read_to: u64,
-    /// Up to where was already said to be fetched.
+    /// The end of the range already requested.
     fetched_to: u64,
-    /// Chunks ahead; 0 as long as the reader seems random.
+    /// Chunks ahead; 0 while the reader is random.
     window_chunks: u64,
 }
 
 impl Readahead {
-    /// Takes note of a read.
+    /// Observes a read of `length` bytes at `offset`.
     pub fn observe(&mut self, offset: u64, length: u64, limits: ReadaheadLimits) -> Observation {
         let end = offset.saturating_add(length);
-        let near = offset <= self.read_to.saturating_add(DISORDER_BYTES_MAX)
-            && end.saturating_add(DISORDER_BYTES_MAX) >= self.read_to;
+        let near = offset <= self.read_to.saturating_add(REORDER_BYTES_MAX)
+            && end.saturating_add(REORDER_BYTES_MAX) >= self.read_to;
         let follows = offset == self.read_to || (self.window_chunks > 0 && near) || limits.end.is_some();
         if !follows {
             *self = Readahead {
@@ -81,9 +82,9 @@ impl Readahead {
             };
         }
         self.read_to = self.read_to.max(end);
-        let at_first = if limits.end.is_some() { limits.chunks } else { 1 };
-        self.window_chunks = self.window_chunks.clamp(at_first, limits.chunks);
-        // Ask again only when half of the window is used up, so that fetches come in groups.
+        let first_chunks = if limits.end.is_some() { limits.chunks } else { 1 };
+        self.window_chunks = self.window_chunks.clamp(first_chunks, limits.chunks);
+        // Only when half of the window is used up, so that fetches come in groups.
         let wanted_to = (self.read_to / CHUNK + 1 + self.window_chunks) * CHUNK;
         let from = self.fetched_to.max(self.read_to);
         if from + self.window_chunks * CHUNK / 2 > wanted_to {
@@ -106,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_sequential_reader_gets_all_fetched_once_and_never_too_far() {
+    fn all_is_fetched_once_and_within_the_window_of_a_sequential_reader() {
         let mut readahead = Readahead::default();
         let mut fetched_to = 0;
         for at in 0..512u64 {
@@ -137,11 +138,14 @@ mod tests {
         let first = readahead.observe(6 * CHUNK, CHUNK, limits);
         assert_eq!(first.pattern, Pattern::Sequential);
         assert_eq!(first.ahead, 7 * CHUNK..12 * CHUNK);
-        assert!(readahead.observe(7 * CHUNK, CHUNK, limits).ahead.is_empty(), "nothing twice");
+        assert!(
+            readahead.observe(7 * CHUNK, CHUNK, limits).ahead.is_empty(),
+            "nothing twice"
+        );
     }
 
     #[test]
-    fn reads_that_arrive_in_disorder_stay_sequential() {
+    fn reordered_reads_stay_sequential() {
         let mut readahead = Readahead::default();
         let read = 128 << 10;
         for at in [0u64, 2, 1, 4, 3, 6, 7, 5, 9, 8] {

@@ -1,11 +1,12 @@
-//! Files that get their name last, and so appear at once and whole, or not at all.
+//! Files that are named last, so that a name refers to a whole file or to nothing.
 //!
-//! A file is made without a name ([`Filesystem::create_unnamed`], as by open(2) with O_TMPFILE), written to, and linked
-//! into place ([`Filesystem::link_into`]). A file whose bytes are all at hand takes one command ([`Filesystem::store`]).
-//! Both make the directories that are missing, and replace a file of the same name if they are told to.
+//! A file is created without a name ([`Filesystem::create_unnamed`], like open(2) with O_TMPFILE), written to, and
+//! linked into place ([`Filesystem::link_into`]). A file whose bytes are all available takes one command
+//! ([`Filesystem::store`]). Both create missing directories, and replace a file of the same name if
+//! [`Destination::existing`] permits it.
 //!
-//! Invariant: the command that gives the name also brings the last bytes, and is sent only if all others are committed.
-//! So a name never leads to a part of a file.
+//! Invariant: the command that makes the name also contains the last bytes, and is sent only after all other bytes are
+//! committed. So a name never refers to a part of a file.
 
 use std::sync::Arc;
 
@@ -13,43 +14,43 @@ use bytes::Bytes;
 use quorumfs_proto::command::{AttributeChanges, IfExists, NewInode, NewKind, Privileges, Target};
 use quorumfs_proto::{Attributes, Command, FsError, InodeNumber, Name, Operation, OperationResult, Sha256};
 
-use super::commit::{Renewals, name_chunks};
+use super::commit::{ChunkRetries, name_chunks};
 use super::namespace::entry_of;
 use super::{Cluster, Filesystem, FreshContent, Handle, NewFile, OpenFlags};
+use crate::commit_lock::lock_after_append;
 use crate::handles::Scope;
-use crate::interrupt::still_wanted;
-use crate::turn::take_turn_after_append;
+use crate::interrupt::check_interrupted;
 use crate::write_buffer::{Pack, PackRange};
 
-/// Directories made by one command, which has room for 256 operations. Longer paths take several commands.
+/// Directories created by one command, which holds at most 256 operations. Longer paths take several commands.
 const DIRECTORIES_PER_COMMAND_MAX: usize = 200;
 
-/// Where a file gets its name.
+/// The path at which a file is linked.
 #[derive(Clone, Debug)]
 pub struct Destination {
-    /// A directory that exists.
+    /// An existing directory.
     pub directory: InodeNumber,
-    /// Names of directories below it, each in the one before. Those that do not exist are made.
+    /// Names of directories below it, each the parent of the next. Missing ones are created.
     pub missing: Vec<Name>,
-    /// Owner and permissions of the directories that are made.
+    /// Owner and permissions of created directories.
     pub new_directory: NewFile,
-    /// The name in the last of these directories.
+    /// The name of the file in the last directory.
     pub name: Name,
-    /// What if the name exists: [`IfExists::Open`] replaces a file, as rename(2) does.
+    /// What happens if the name exists: [`IfExists::Open`] replaces a file, as rename(2) does.
     pub existing: IfExists,
 }
 
 /// A file that was stored.
 #[derive(Clone, Debug)]
 pub struct Stored {
-    /// Its attributes.
+    /// Attributes of the file.
     pub attributes: Attributes,
-    /// The hash of its content.
+    /// SHA-256 of the content.
     pub sha256: Sha256,
 }
 
 impl Destination {
-    /// Adds the operations that make the missing directories. Answers the last of them.
+    /// Adds the operations that create the missing directories; returns the last of them.
     fn add_directories(&self, operations: &mut Vec<Operation>, names: &[Name]) -> Target {
         let mut parent = Target::Inode(self.directory);
         for name in names {
@@ -65,7 +66,7 @@ impl Destination {
         parent
     }
 
-    /// Adds the operations that give `inode` its name.
+    /// Adds the operations that link `inode` at the destination.
     fn add_link(&self, operations: &mut Vec<Operation>, inode: Target) {
         let parent = self.add_directories(operations, &self.missing);
         operations.push(Operation::Link {
@@ -78,25 +79,29 @@ impl Destination {
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// Makes a file without a name and opens it. It is gone with its last handle unless it is linked before.
+    /// Creates a file without a name and opens it for reading and writing. It is removed with its last handle unless it
+    /// is linked before.
+    ///
+    /// # Errors
+    /// [`FsError::ReadOnly`].
     pub async fn create_unnamed(&self, new: NewFile) -> Result<Handle, FsError> {
         self.writable()?;
-        // Until it is held here, the cluster is not told that it is not.
-        let _under_way = self.removed.may_hold();
+        // Must live until the inode is acquired; before that, the cluster could be answered that it is not in use.
+        let _pending = self.unlinked.begin_call();
         let create = Operation::CreateUnlinked {
             inode: new_inode(NewKind::File, new),
         };
         let (attributes, _) = entry_of(&self.mutate(create).await?)?;
-        let opened = self.opened_new(&attributes, OpenFlags::from(libc::O_RDWR));
+        let opened = self.open_created(&attributes, OpenFlags::from(libc::O_RDWR));
         Ok(opened.handle)
     }
 
-    /// Commits what was written to an open file, and gives it a name and the owner and permissions of `new`, in one step.
+    /// Commits the bytes written to an open file, and in the same step links it and sets the owner and permissions of
+    /// `new`.
     ///
     /// # Errors
-    ///
-    /// Of a name or a directory that cannot be: what was written is kept, and the file can be linked elsewhere. Where
-    /// bytes that were written before are lost, their failure, now and at each further attempt.
+    /// Those of an impossible name or directory: the bytes are kept, and the file can be linked elsewhere. If bytes
+    /// written before are lost, the failure of their commit, in this and every later call.
     pub async fn link_into(
         &self,
         handle: Handle,
@@ -104,18 +109,20 @@ impl<C: Cluster> Filesystem<C> {
         destination: Destination,
     ) -> Result<Attributes, FsError> {
         self.writable()?;
-        let file = self.used(handle)?;
+        let file = self.file_of_request(handle)?;
+        // Checked before directories are created, because these would remain.
+        file.failure()?;
         let node = &file.node;
-        let destination = self.with_room_in_a_command(destination).await?;
-        self.settle_handed_over().await;
+        let destination = self.make_excess_directories(destination).await?;
+        self.drain_close_queue().await;
         let outcome = {
-            let _turn = take_turn_after_append(node).await?;
+            let _lock = lock_after_append(node).await?;
             let last = self.seal(node, Scope::Everything);
             loop {
                 file.failure()?;
-                let packs = node.state.lock().buffer.front(last);
+                let packs = node.state.lock().buffer.next_batch(last);
                 if packs.last().is_some_and(|youngest| youngest.sequence < last) {
-                    self.send_or_lose(node, &packs).await?;
+                    self.send_or_discard(node, &packs).await?;
                     continue;
                 }
                 let add = |operations: &mut Vec<Operation>| {
@@ -129,14 +136,17 @@ impl<C: Cluster> Filesystem<C> {
                     operations.push(Operation::SetAttributes { inode, changes });
                     destination.add_link(operations, inode);
                 };
-                still_wanted().await?;
+                check_interrupted().await?;
                 break self.send(node, &packs, &add).await?;
             }
         };
         entry_of(&outcome).map(|(attributes, _)| attributes)
     }
 
-    /// Makes a file of at most a chunk's length that holds `content`, in one command.
+    /// Creates a file with `content`, of at most one chunk, in one command.
+    ///
+    /// # Errors
+    /// [`FsError::ReadOnly`]; [`FsError::FileTooLarge`]; those of the destination.
     pub async fn store(
         &self,
         new: NewFile,
@@ -144,7 +154,7 @@ impl<C: Cluster> Filesystem<C> {
         destination: Destination,
     ) -> Result<Stored, FsError> {
         self.writable()?;
-        let destination = self.with_room_in_a_command(destination).await?;
+        let destination = self.make_excess_directories(destination).await?;
         let length = u32::try_from(content.len()).map_err(|_| FsError::FileTooLarge)?;
         let pack = Pack {
             sequence: 0,
@@ -159,11 +169,11 @@ impl<C: Cluster> Filesystem<C> {
             0 => Vec::new(),
             _ => vec![Arc::new(pack)],
         };
-        let mut renewals = Renewals::default();
+        let mut retries = ChunkRetries::default();
         loop {
             let mut chunks = Vec::with_capacity(packs.len());
             for pack in &packs {
-                chunks.push(self.put_anew(pack, &mut renewals).await?);
+                chunks.push(self.put_new_chunk(pack, &mut retries).await?);
             }
             let (named, stored) = name_chunks::<C>(&packs, &chunks);
             let sha256 = named
@@ -175,7 +185,7 @@ impl<C: Cluster> Filesystem<C> {
             for (pack, chunk) in packs.iter().zip(&chunks) {
                 operations.push(Operation::Write {
                     inode: Target::Created(0),
-                    extents: pack.pieces(chunk.id()).collect(),
+                    extents: pack.extents(chunk.id()).collect(),
                     mtime: None,
                     privileges: Privileges::Keep,
                 });
@@ -191,34 +201,41 @@ impl<C: Cluster> Filesystem<C> {
                     return Ok(Stored { attributes, sha256 });
                 }
                 Err(FsError::ChunkDead) if !chunks.is_empty() => {
-                    renewals.another(chunks[0].id().session)?;
+                    retries.record(chunks[0].id().session)?;
                 }
                 Err(error) => return Err(error),
             }
         }
     }
 
-    /// The failure of a commit of what was written through this handle, which the next sync would answer too.
+    /// Returns the failure that the next fsync of this handle would return, without consuming it.
+    ///
+    /// # Errors
+    /// That failure; [`FsError::Stale`] if there is no such handle.
     pub fn failure(&self, handle: Handle) -> Result<(), FsError> {
         self.open.get(handle)?.failure()
     }
 
-    /// Closes a file whose bytes are not wanted: those that are not committed are dropped.
+    /// Closes a file and drops its uncommitted bytes.
+    ///
+    /// # Errors
+    /// [`FsError::Stale`] if there is no such handle.
     pub async fn discard(self: &Arc<Self>, handle: Handle) -> Result<(), FsError> {
         let file = self.open.get(handle)?;
         {
-            // A commit under way has what it needs until it is answered.
-            let _turn = file.node.turn.lock().await;
+            // A commit in progress needs its packs until it is answered.
+            let _lock = file.node.commit_lock.lock().await;
             let mut state = file.node.state.lock();
             state.buffer.seal_all();
             let last = state.buffer.last_sequence();
-            self.forget_packs_to(&file.node, &mut state, last);
+            self.remove_packs_to(&file.node, &mut state, last);
         }
         self.release(handle).await
     }
 
-    /// `destination`, with the first of its missing directories made where there are too many of them for one command.
-    async fn with_room_in_a_command(&self, mut destination: Destination) -> Result<Destination, FsError> {
+    /// Creates the first missing directories of `destination` if they are too many for one command; returns the
+    /// remaining destination.
+    async fn make_excess_directories(&self, mut destination: Destination) -> Result<Destination, FsError> {
         while destination.missing.len() > DIRECTORIES_PER_COMMAND_MAX {
             let rest = destination.missing.split_off(DIRECTORIES_PER_COMMAND_MAX);
             let mut operations = Vec::new();
@@ -229,7 +246,7 @@ impl<C: Cluster> Filesystem<C> {
             };
             let outcome = self.mutate_all(command, &[]).await?;
             let Some(OperationResult::Entry { inode, .. }) = outcome.results.last() else {
-                tracing::error!(?outcome, "outcome without the directory that was asked for");
+                tracing::error!(?outcome, "the outcome of a creation has no directory");
                 return Err(FsError::Io);
             };
             destination.directory = *inode;

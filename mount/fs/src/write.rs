@@ -1,9 +1,9 @@
-//! Writing: into the buffer, or, for O_APPEND, to the end of the file (`append`).
+//! Writing: into the buffer, or, with O_APPEND, to the end of the file (`append`).
 //!
-//! Which of the two is the word of each write: fcntl(2) sets and clears O_APPEND of a file that is open. What is fixed
-//! at open is whether the kernel passes its pages by. Where a handle that was not opened so appends, the kernel has put
-//! the bytes where it thinks the end is. If that was somewhere else, its size is wrong too, and it drops the pages when
-//! it is told the right one.
+//! Each write states which, because fcntl(2) sets and clears O_APPEND of an open file. Fixed at open is only whether
+//! writes bypass the kernel's page cache. If a handle that was opened without O_APPEND appends, the kernel has put the
+//! bytes into its pages where it believes the end to be. If that is wrong, its size is wrong too, and it drops the
+//! pages when it learns the right one.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,43 +15,47 @@ use quorumfs_proto::command::Privileges;
 use quorumfs_proto::limits::FILE_BYTES_MAX;
 
 use super::{Cluster, Filesystem, Handle, OpenInode, Order, Put};
-use crate::caches::page_tail::Sent;
+use crate::caches::page_tail::PageWrite;
 use crate::handles::{OpenFile, Scope};
 use crate::interrupt::interruptible;
 use crate::write_buffer::Due;
 
-/// Where a write goes.
+/// The position of a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WritePosition {
-    /// There.
+    /// At this offset.
     At(u64),
-    /// To the end of the file, wherever that is by then.
+    /// At the end of the file as of the commit.
     End {
-        /// Where the kernel thinks that it is.
+        /// The end of the file as the kernel believes it to be.
         offset: u64,
-        /// How many bytes of the same write(2) are still to come, if that is known.
+        /// Bytes of the same write(2) that are still to come, if known.
         more_bytes: Option<u64>,
     },
 }
 
 impl<C: Cluster> Filesystem<C> {
-    /// Writes `data` and answers its length. What goes to the end of the file goes there in one piece (each MiB of it),
-    /// and is committed when this returns unless more of the same piece may follow.
+    /// Writes `data` and returns its length. An append is committed when this returns, each MiB in one command, unless
+    /// it may be the first part of a longer one.
+    ///
+    /// # Errors
+    /// [`FsError::ReadOnly`]; [`FsError::Stale`] if there is no such handle; [`FsError::NotPermitted`] if it is not
+    /// open for writing; [`FsError::FileTooLarge`].
     pub async fn write(
         self: &Arc<Self>,
         handle: Handle,
-        place: WritePosition,
+        position: WritePosition,
         data: Bytes,
         privileges: Privileges,
         order: Order,
     ) -> Result<u32, FsError> {
         self.writable()?;
-        let file = self.used(handle)?;
+        let file = self.file_of_request(handle)?;
         if !file.flags.write {
             return Err(FsError::NotPermitted);
         }
         let length = u32::try_from(data.len()).map_err(|_| FsError::InvalidArgument)?;
-        let (WritePosition::At(offset) | WritePosition::End { offset, .. }) = place;
+        let (WritePosition::At(offset) | WritePosition::End { offset, .. }) = position;
         if offset
             .checked_add(u64::from(length))
             .is_none_or(|end| end > FILE_BYTES_MAX)
@@ -61,50 +65,55 @@ impl<C: Cluster> Filesystem<C> {
         if length == 0 {
             return Ok(0);
         }
-        match place {
+        match position {
             WritePosition::End { more_bytes, .. } => {
                 self.append(&file.node, data, privileges, more_bytes).await?;
             }
             WritePosition::At(_) => {
-                let at = Instant::now();
-                let through_pages = (!file.flags.append).then_some(Sent { order, at });
-                self.take(&file.node, offset, data, privileges, through_pages)
+                let page_write = (!file.flags.append).then_some(PageWrite {
+                    order,
+                    arrived_at: Instant::now(),
+                });
+                self.buffer(&file.node, offset, data, privileges, page_write)
                     .await?;
             }
         }
-        if place == WritePosition::At(offset) && file.flags.append {
-            // These bytes did not go through the caches above, where another handle may just have read what was there.
-            self.pages.forget(file.node.inode);
+        if position == WritePosition::At(offset) && file.flags.append {
+            // These bytes bypassed the kernel's page cache, where another handle may just have cached the old ones.
+            self.page_versions.forget(file.node.inode);
             self.drop_pages(&file.node, offset).await;
         }
-        self.before_longer(&file, place, offset + u64::from(length), order)
+        self.prepare_answer(&file, position, offset + u64::from(length), order)
             .await;
-        if matches!(place, WritePosition::End { .. }) {
-            self.answering_append(&file.node);
+        if matches!(position, WritePosition::End { .. }) {
+            self.restart_second_part_wait(&file.node);
         }
         Ok(length)
     }
 
-    /// A write up to `end` is about to be answered: the kernel takes the file for so long then.
-    async fn before_longer(&self, file: &OpenFile<Put<C>>, place: WritePosition, end: u64, order: Order) {
+    /// Called before the answer to a write up to `end`, from which the kernel concludes that the file has this length.
+    async fn prepare_answer(&self, file: &OpenFile<Put<C>>, position: WritePosition, end: u64, order: Order) {
         if file.flags.append {
-            // It went by the pages, so nothing above waits for its answer with a page locked.
-            return self.before_telling(&file.node, end).await;
+            // The write bypassed the page cache, so the kernel holds no page lock until the answer.
+            return self.prepare_size(&file.node, end).await;
         }
-        match place {
-            WritePosition::At(_) => self.before_telling_written(&file.node, end).await,
+        match position {
+            WritePosition::At(_) => self.prepare_write_answer(&file.node, end).await,
             WritePosition::End { offset, .. } => {
                 let mut state = file.node.state.lock();
-                // The pages have it where the kernel thinks the end is.
-                state.tail.read_short(offset, order);
-                state.tail.tell_written(end);
+                // The kernel's pages have the bytes at `offset`.
+                state.tail.record_short_read(offset, order);
+                state.tail.report_write(end);
             }
         }
     }
 
-    /// Takes what programs changed through a shared mapping, as the kernel writes it back: of whichever handle it
-    /// finds, even one of O_APPEND, and later than any close. It never makes the file longer: what lies behind the end
-    /// was cut off meanwhile.
+    /// Takes pages that programs modified through a shared mapping. The kernel writes them back with any handle of the
+    /// file, even one with O_APPEND, and after any close. Never extends the file: bytes beyond its end were truncated
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// [`FsError::ReadOnly`]; [`FsError::Stale`] if there is no such handle.
     pub async fn write_back(
         self: &Arc<Self>,
         handle: Handle,
@@ -112,7 +121,7 @@ impl<C: Cluster> Filesystem<C> {
         mut data: Bytes,
     ) -> Result<u32, FsError> {
         self.writable()?;
-        let file = self.used(handle)?;
+        let file = self.file_of_request(handle)?;
         let length = u32::try_from(data.len()).map_err(|_| FsError::InvalidArgument)?;
         let size = file
             .node
@@ -122,28 +131,29 @@ impl<C: Cluster> Filesystem<C> {
             .map_or(0, |attributes| attributes.size);
         data.truncate(usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX));
         if !data.is_empty() {
-            self.take(&file.node, offset, data, Privileges::Keep, None)
+            self.buffer(&file.node, offset, data, Privileges::Keep, None)
                 .await?;
         }
         Ok(length)
     }
 
-    /// Puts `data` into the file's buffer, when there is room. `through_pages`: programs above see it in the file's pages.
-    async fn take(
+    /// Adds `data` to the file's buffer, once the mount has room for it. `page_write` describes a write that went
+    /// through the kernel's pages.
+    async fn buffer(
         self: &Arc<Self>,
         node: &OpenInode<C>,
         offset: u64,
         data: Bytes,
         privileges: Privileges,
-        through_pages: Option<Sent>,
+        page_write: Option<PageWrite>,
     ) -> Result<(), FsError> {
-        interruptible(self.dirty.room(|| self.write_back_all()).map(Ok)).await?;
+        interruptible(self.dirty.wait_for_room(|| self.write_back_all()).map(Ok)).await?;
         let due = {
             let mut state = node.state.lock();
-            if let Some(sent) = through_pages {
+            if let Some(sent) = page_write {
                 let size = state.size();
                 let end = offset + data.len() as u64;
-                state.tail.written(size, offset, end, sent);
+                state.tail.record_write(size, offset, end, sent);
             }
             let full = state.buffer.write(offset, data);
             state.mtime = Some(self.cluster.now());
@@ -152,7 +162,7 @@ impl<C: Cluster> Filesystem<C> {
                 state.privileges = Privileges::Drop;
             }
             self.start_puts(&mut state, &full);
-            self.dirty.account(node, &mut state);
+            self.dirty.update(node, &mut state);
             state.buffer.due()
         };
         match due {
@@ -163,7 +173,7 @@ impl<C: Cluster> Filesystem<C> {
         Ok(())
     }
 
-    /// There are too many dirty bytes: everything goes.
+    /// Starts commits of all dirty files, to make room.
     pub(super) fn write_back_all(self: &Arc<Self>) {
         for node in self.dirty.nodes() {
             self.commit_in_background(&node, Scope::Everything);

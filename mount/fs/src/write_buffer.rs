@@ -1,16 +1,16 @@
-//! The bytes a program has written to one file and the cluster does not know yet.
+//! The uncommitted bytes of one file.
 //!
-//! Owes: that reading through it always gives the newest bytes; that what is flushed together fills as few chunks as
-//! it can; that whole chunks of a sequential writer are cut off as soon as they are full.
+//! Guarantees: reads through the buffer see the newest bytes; bytes that are committed together fill as few chunks as
+//! possible; a full chunk of a sequential writer is sealed at once.
 //!
-//! Two stages. *Active* segments are still written to; they are disjoint, and none crosses a multiple of
-//! [`CELL_BYTES`] (a *cell*), so that a cell that is wholly written becomes one chunk of its own. A [`Pack`] is
-//! *sealed*: immutable, the content of one future chunk, with the places of the file that its bytes belong to.
+//! It has two stages. *Active* segments are mutable; they are disjoint, and none crosses a multiple of [`CELL_BYTES`]
+//! (the border of a *cell*), so that a fully written cell becomes one chunk. A [`Pack`] is *sealed*: the immutable
+//! content of one future chunk, with the file ranges of its bytes.
 //!
-//! Invariants: packs leave in the order in which they were sealed; a later pack lies over an earlier one, the active
-//! segments lie over all packs.
+//! Invariants: packs are committed in the order in which they were sealed; a later pack overrides an earlier one,
+//! active segments override all packs.
 //!
-//! Pure: no I/O, no clock, no randomness. It must not know chunk ids, commands or the cluster.
+//! Pure: no I/O, no clock, no randomness. This module must not know chunk ids, commands or the cluster.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
@@ -20,35 +20,35 @@ use bytes::{Bytes, BytesMut};
 use quorumfs_proto::limits::{CHUNK_BYTES_MAX, COMMAND_CHUNKS_MAX, COMMAND_EXTENTS_MAX, INLINE_BYTES_MAX};
 use quorumfs_proto::{ChunkId, Extent};
 
-/// The grid of a file on which whole chunks are cut.
+/// The alignment of full chunks in a file.
 pub const CELL_BYTES: u64 = CHUNK_BYTES_MAX as u64;
 
-/// Most ranges in one pack: four such packs fill a command's pieces.
+/// Most ranges in one pack: four such packs fill a command.
 pub const PACK_RANGES_MAX: usize = COMMAND_EXTENTS_MAX / 4;
 
-/// What a range costs beside its bytes (map node, buffer header, its extent), so that many tiny writes count as the
-/// memory they take.
+/// Memory of a range in addition to its bytes (map node, buffer header, extent), so that many tiny writes are charged
+/// with what they take.
 const RANGE_OVERHEAD_BYTES: u64 = 128;
 
-/// Active ranges above which a flush is due: as many as fit one pack.
+/// Most active ranges before a commit of everything is due: as many as fit into one pack.
 const ACTIVE_RANGES_MAX: usize = PACK_RANGES_MAX;
 
-/// Active bytes (of cells not yet whole) above which a flush is due: random writers then fill chunks well, and a
-/// flush still is a small part of a mount's dirty bytes.
+/// Most active bytes before a commit of everything is due. Random writers then fill chunks well, and a commit is a
+/// small part of a mount's dirty bytes.
 const ACTIVE_BYTES_MAX: u64 = 8 << 20;
 
-/// Sealed packs above which a commit is due: one command for 8 MiB costs a sequential writer nothing, and the bytes
-/// they hold are free again soon.
+/// Sealed packs from which a commit is due: a command for 8 MiB costs a sequential writer nothing, and the bytes are
+/// free again soon.
 const SEALED_PACKS_MAX: usize = 8;
 
-/// A part of a file and where its bytes are in the pack.
+/// A range of a file, and the offset of its bytes in a pack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PackRange {
-    /// Where it begins in the file.
+    /// Offset in the file.
     pub file_offset: u64,
-    /// Its bytes, at least 1.
+    /// Length in bytes, at least 1.
     pub length: u32,
-    /// Where they begin in the pack's payload.
+    /// Offset in the pack's payload.
     pub pack_offset: u32,
 }
 
@@ -58,25 +58,25 @@ impl PackRange {
     }
 }
 
-/// The content of one future chunk.
+/// The sealed content of one future chunk.
 #[derive(Debug)]
 pub struct Pack {
-    /// Counts up with each pack of the buffer.
+    /// Increases by 1 with each pack of the buffer.
     pub sequence: u64,
-    /// 1 to [`CHUNK_BYTES_MAX`] bytes.
+    /// From 1 to [`CHUNK_BYTES_MAX`] bytes.
     pub payload: Bytes,
-    /// Disjoint and sorted by file offset; they cover the payload without gaps.
+    /// Disjoint and sorted by file offset; together they cover the payload without gaps.
     pub ranges: Vec<PackRange>,
 }
 
 impl Pack {
-    /// Whether it is small enough to ride inside a command.
+    /// Whether its bytes are sent inside the command.
     pub fn is_inline(&self) -> bool {
         self.payload.len() <= INLINE_BYTES_MAX as usize
     }
 
-    /// The extents it makes once its bytes are the chunk `chunk`.
-    pub fn pieces(&self, chunk: ChunkId) -> impl Iterator<Item = Extent> + '_ {
+    /// Returns the extents of the pack as the chunk `chunk`.
+    pub fn extents(&self, chunk: ChunkId) -> impl Iterator<Item = Extent> + '_ {
         self.ranges.iter().map(move |range| Extent {
             file_offset: range.file_offset,
             length: range.length,
@@ -90,32 +90,32 @@ impl Pack {
     }
 }
 
-/// A part of the file that is dirty.
+/// A dirty part of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirtyPart {
-    /// Where it begins in the file.
+    /// Offset in the file.
     pub offset: u64,
-    /// What is there.
+    /// Its content, not empty.
     pub bytes: Bytes,
 }
 
-/// What ought to be flushed in the background.
+/// The commit that is due in the background.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Due {
-    /// Nothing yet.
+    /// None.
     Nothing,
-    /// Enough packs are sealed.
+    /// The sealed packs.
     Sealed,
-    /// So much is active that it should go too.
+    /// The active segments too.
     Everything,
 }
 
-/// The dirty bytes of one file.
+/// The uncommitted bytes of one file.
 #[derive(Debug, Default)]
 pub struct WriteBuffer {
     active: BTreeMap<u64, BytesMut>,
     active_bytes: u64,
-    /// Dirty bytes of each cell that has any active ones.
+    /// Active bytes of each cell that has any.
     cells: BTreeMap<u64, u64>,
     sealed: VecDeque<Arc<Pack>>,
     sealed_footprint_bytes: u64,
@@ -123,17 +123,17 @@ pub struct WriteBuffer {
 }
 
 impl WriteBuffer {
-    /// Whether there is nothing to flush.
+    /// Whether there is nothing to commit.
     pub fn is_clean(&self) -> bool {
         self.active.is_empty() && self.sealed.is_empty()
     }
 
-    /// The memory it stands for.
+    /// Memory of the buffer, with overhead.
     pub fn footprint_bytes(&self) -> u64 {
         self.active_bytes + self.active.len() as u64 * RANGE_OVERHEAD_BYTES + self.sealed_footprint_bytes
     }
 
-    /// Dirty bytes; what was written over while on its way counts twice.
+    /// Uncommitted bytes; bytes written again while their pack is sealed count twice.
     pub fn bytes(&self) -> u64 {
         self.active_bytes
             + self
@@ -143,7 +143,7 @@ impl WriteBuffer {
                 .sum::<u64>()
     }
 
-    /// The end of the last dirty byte; 0 when clean.
+    /// The end of the last uncommitted byte; 0 if there is none.
     pub fn end(&self) -> u64 {
         let active = self
             .active
@@ -153,12 +153,12 @@ impl WriteBuffer {
         sealed.map(PackRange::file_end).chain(active).max().unwrap_or(0)
     }
 
-    /// The sequence of the youngest pack ever sealed.
+    /// The sequence of the newest pack; 0 if none was ever sealed.
     pub fn last_sequence(&self) -> u64 {
         self.last_sequence
     }
 
-    /// What should be flushed without waiting for age or a sync.
+    /// Returns the commit that is due regardless of age and syncs.
     pub fn due(&self) -> Due {
         if self.active.len() > ACTIVE_RANGES_MAX || self.active_bytes > ACTIVE_BYTES_MAX {
             Due::Everything
@@ -169,7 +169,7 @@ impl WriteBuffer {
         }
     }
 
-    /// Takes `data`, newest of all, and answers with the packs that became full by it.
+    /// Writes `data` over all earlier bytes; returns the packs of the cells that became full.
     pub fn write(&mut self, offset: u64, mut data: Bytes) -> Vec<Arc<Pack>> {
         let mut full = Vec::new();
         let mut at = offset;
@@ -192,13 +192,13 @@ impl WriteBuffer {
         full
     }
 
-    /// Overwrites what is there and adds what is not; `data` ends in the cell it begins in.
+    /// Overwrites existing bytes and adds missing ones; `data` must lie within one cell.
     fn write_in_cell(&mut self, offset: u64, data: &[u8]) {
         let end = offset + data.len() as u64;
         let cell = offset - offset % CELL_BYTES;
         let mut gaps = Vec::new();
         let mut at = offset;
-        // A segment of the same cell that begins before `offset` may reach into the range.
+        // A segment of the same cell that begins before `offset` may extend into the range.
         let first = self
             .active
             .range(cell..=offset)
@@ -230,7 +230,7 @@ impl WriteBuffer {
         }
     }
 
-    /// Adds bytes where none are: to the segment that ends there, or as a new one.
+    /// Adds bytes where none are: to the segment that ends at `offset`, or as a new one.
     fn add(&mut self, cell: u64, offset: u64, data: &[u8]) {
         self.active_bytes += data.len() as u64;
         *self.cells.entry(cell).or_default() += data.len() as u64;
@@ -243,7 +243,7 @@ impl WriteBuffer {
         }
     }
 
-    /// Removes the active segments of a cell and joins them.
+    /// Removes the active segments of a cell; returns their bytes joined.
     fn take_cell(&mut self, cell: u64) -> Bytes {
         let Some(bytes) = self.cells.remove(&cell) else {
             return Bytes::new();
@@ -262,7 +262,7 @@ impl WriteBuffer {
         joined.freeze()
     }
 
-    /// Seals all that is active into as few packs as it fits, and answers with them.
+    /// Seals all active segments into as few packs as possible; returns the packs.
     pub fn seal_all(&mut self) -> Vec<Arc<Pack>> {
         let active = std::mem::take(&mut self.active);
         self.cells.clear();
@@ -318,16 +318,17 @@ impl WriteBuffer {
         pack
     }
 
-    /// The oldest packs up to `last_sequence` that fit one command. They stay until [`WriteBuffer::settle`].
-    pub fn front(&self, last_sequence: u64) -> Vec<Arc<Pack>> {
-        let (mut pieces, mut inline_bytes) = (0, 0);
+    /// Returns the oldest packs up to `last_sequence` that fit into one command. They remain until
+    /// [`WriteBuffer::remove_through`].
+    pub fn next_batch(&self, last_sequence: u64) -> Vec<Arc<Pack>> {
+        let (mut extents, mut inline_bytes) = (0, 0);
         let fits = |pack: &&Arc<Pack>| {
-            pieces += pack.ranges.len();
+            extents += pack.ranges.len();
             if pack.is_inline() {
                 inline_bytes += pack.payload.len();
             }
             pack.sequence <= last_sequence
-                && pieces <= COMMAND_EXTENTS_MAX
+                && extents <= COMMAND_EXTENTS_MAX
                 && inline_bytes <= INLINE_BYTES_MAX as usize
         };
         self.sealed
@@ -338,14 +339,14 @@ impl WriteBuffer {
             .collect()
     }
 
-    /// Forgets the packs up to `last_sequence`: the cluster knows them, or they are lost and reported.
-    pub fn settle(&mut self, last_sequence: u64) {
+    /// Removes the packs up to `last_sequence`, which are committed or lost.
+    pub fn remove_through(&mut self, last_sequence: u64) {
         while let Some(pack) = self.sealed.pop_front_if(|pack| pack.sequence <= last_sequence) {
             self.sealed_footprint_bytes -= pack.footprint_bytes();
         }
     }
 
-    /// The dirty parts of `range`, oldest first: what comes later lies over what came before.
+    /// Returns the dirty parts of `range`; later ones override earlier ones.
     pub fn overlay(&self, range: Range<u64>) -> Vec<DirtyPart> {
         let mut parts = Vec::new();
         for pack in &self.sealed {
@@ -390,7 +391,7 @@ fn whole_range(file_offset: u64, length: u64) -> PackRange {
     }
 }
 
-/// Whether `parts` leave no byte of `range` uncovered.
+/// Whether `parts` cover all of `range`.
 pub fn covers(parts: &[DirtyPart], range: Range<u64>) -> bool {
     let mut spans: Vec<(u64, u64)> = parts
         .iter()

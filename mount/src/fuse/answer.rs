@@ -18,7 +18,7 @@ use super::convert::{self, XattrFit};
 use super::inode_map::InodeMap;
 use super::places::{Place, Places, is_tagged};
 use crate::errno::errno;
-use quorumfs_fs::{DirectoryItem, Moved, Opened};
+use quorumfs_fs::{DirectoryItem, MovedDirectories, Opened};
 
 /// The block size of statfs(2), in which it counts.
 const STATFS_BLOCK_BYTES: u32 = 4096;
@@ -64,8 +64,8 @@ impl View {
     }
 
     /// Records that this mount moved directories: one to `to_parent`, and the exchanged one, if any, to `from_parent`.
-    pub fn moved(&self, moved: &Moved, from_parent: INodeNo, to_parent: INodeNo) {
-        for (directory, parent) in [(moved.there, to_parent), (moved.back, from_parent)] {
+    pub fn moved(&self, moved: &MovedDirectories, from_parent: INodeNo, to_parent: INodeNo) {
+        for (directory, parent) in [(moved.renamed, to_parent), (moved.exchanged, from_parent)] {
             if let Some(directory) = directory {
                 self.places.moved(self.inodes.to_kernel(directory), parent);
             }
@@ -98,7 +98,7 @@ pub fn answer_entry(view: View, place: Place) -> impl FnOnce(ReplyEntry, Attribu
 }
 
 /// Answers rename.
-pub fn answer_moved(view: View, from: INodeNo, to: INodeNo) -> impl FnOnce(ReplyEmpty, Moved) {
+pub fn answer_moved(view: View, from: INodeNo, to: INodeNo) -> impl FnOnce(ReplyEmpty, MovedDirectories) {
     move |reply, moved| {
         view.moved(&moved, from, to);
         reply.ok();

@@ -182,7 +182,7 @@ pub fn privileges_of(caller_uid: u32) -> Privileges {
 /// Returns the position of a WRITE and what happens to the file's privileges. `open_flags` are the present flags of the
 /// file, not those with which it was opened.
 pub fn write_terms(offset: u64, open_flags: i32, write_flags: WriteFlags) -> (WritePosition, Privileges) {
-    let place = if open_flags & libc::O_APPEND == 0 {
+    let position = if open_flags & libc::O_APPEND == 0 {
         WritePosition::At(offset)
     } else {
         WritePosition::End {
@@ -195,7 +195,7 @@ pub fn write_terms(offset: u64, open_flags: i32, write_flags: WriteFlags) -> (Wr
     } else {
         Privileges::Keep
     };
-    (place, privileges)
+    (position, privileges)
 }
 
 /// Converts renameat2(2)'s flags.
@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn nodes_are_told_apart_by_the_type_bits() {
+    fn node_kinds_are_distinguished_by_the_type_bits() {
         assert_eq!(node_kind(libc::S_IFREG | 0o644, 0), Ok(NewKind::File));
         assert_eq!(node_kind(0o644, 0), Ok(NewKind::File));
         assert_eq!(node_kind(libc::S_IFBLK, 0x801), Ok(NewKind::BlockDevice(0x801)));
@@ -404,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listing_goes_on_behind_all_items_of_a_cookie() {
+    fn a_listing_continues_after_all_items_of_a_cookie() {
         let item = |cookie| DirectoryItem {
             name: Bytes::new(),
             inode: quorumfs_proto::InodeNumber(9),

@@ -1,4 +1,4 @@
-//! The parts of a mount's edge, and how the work of a request is run and answered: once, whatever happens.
+//! The state of a mount's edge, and how the work of a request is run and answered: exactly once.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -12,6 +12,7 @@ use fuser::{Errno, INodeNo, ReplyEntry, ReplyWrite, ReplyXattr, Request};
 use quorumfs_measure::Ending;
 use quorumfs_proto::command::{NewInode, NewKind};
 use quorumfs_proto::{FsError, InodeNumber};
+use quorumfs_tasks::Tasks;
 
 use super::answer::{View, answer_entry, answer_xattr};
 use super::convert;
@@ -21,7 +22,7 @@ use super::payloads::WaitingPayloads;
 use super::places::Place;
 use crate::errno::errno;
 use crate::statistics::{Statistics, Verb, attribute_value};
-use quorumfs_fs::interrupt::{Caller, Callers, Tolerance, in_vain};
+use quorumfs_fs::interrupt::{Caller, Callers, InterruptedBy, run_interrupted};
 use quorumfs_fs::{Cluster, Filesystem, Handle, NewFile, OpenFlags, Opened};
 
 /// A reply that can be an error. Dropped without an answer, it sends EIO.
@@ -68,21 +69,25 @@ pub struct FuseEdge<C: Cluster> {
 }
 
 /// A request being served: its verb, the waiting thread, and its reply.
-pub(super) type Asked<Reply> = (Verb, u32, Reply);
+pub(super) type Call<Reply> = (Verb, u32, Reply);
 
 impl<C: Cluster> FuseEdge<C> {
     /// Makes the edge of `filesystem`, whose root is the cluster's directory `root`. The kernel may keep names and
-    /// attributes as long as the lease holds, and for at least `cache`.
+    /// attributes as long as the lease holds, and for at least `cache`. Background tasks run under `tasks`.
     pub fn new(
         filesystem: Arc<Filesystem<C>>,
         root: InodeNumber,
         cache: Duration,
+        tasks: Arc<Tasks>,
         runtime: tokio::runtime::Handle,
     ) -> FuseEdge<C> {
         let _inside = runtime.enter();
-        let asked = Arc::clone(&filesystem);
+        let lease_holder = Arc::clone(&filesystem);
         let kept = move || {
-            let lease = asked.cluster().lease().map_or(Duration::ZERO, |(left, _)| left);
+            let lease = lease_holder
+                .cluster()
+                .lease()
+                .map_or(Duration::ZERO, |(left, _)| left);
             cache.max(lease.min(CACHE_MAX))
         };
         FuseEdge {
@@ -92,28 +97,28 @@ impl<C: Cluster> FuseEdge<C> {
                 places: Arc::default(),
                 cache: Arc::new(kept),
             },
-            callers: Callers::watched(),
+            callers: Callers::start(&tasks),
             runtime: runtime.clone(),
-            statistics: Arc::default(),
+            statistics: Arc::new(Statistics::new(tasks)),
             payloads: WaitingPayloads::new(),
         }
     }
 
-    /// From now on the kernel is asked which removed inodes programs still use, and notified of invalid pages.
-    pub(super) fn reach_kernel(&self, notices: Notices) {
+    /// Connects the filesystem to the kernel: which unlinked inodes programs still use, and which pages are invalid.
+    pub(super) fn attach_notices(&self, notices: Notices) {
         let (inodes, notices) = (self.view.inodes, Arc::new(notices));
-        let asked = Arc::clone(&notices);
+        let kernel = Arc::clone(&notices);
         let places = Arc::clone(&self.view.places);
         let used = move |inode| {
             let plain = inodes.to_kernel(inode);
             for (parent, name) in places.take_left(plain) {
-                asked.forget_name(parent, &name);
+                kernel.forget_name(parent, &name);
             }
             let numbers = places.numbers(plain);
-            numbers.into_iter().any(|number| asked.may_know(number))
+            numbers.into_iter().any(|number| kernel.may_know(number))
         };
-        self.filesystem.set_used_above(Arc::new(used));
-        self.filesystem.set_pages_above(notices);
+        self.filesystem.set_in_use_check(Arc::new(used));
+        self.filesystem.set_page_cache(notices);
     }
 
     /// Returns the counters of requests.
@@ -122,12 +127,12 @@ impl<C: Cluster> FuseEdge<C> {
     }
 
     /// Answers a request for [`ATTRIBUTE`](crate::statistics::ATTRIBUTE).
-    pub(super) fn tell_statistics(&self, room_bytes: u32, reply: ReplyXattr) {
+    pub(super) fn answer_statistics(&self, room_bytes: u32, reply: ReplyXattr) {
         let filesystem = &self.filesystem;
-        let told = self
+        let report = self
             .statistics
             .report(filesystem.cache_statistics(), filesystem.dirty_bytes());
-        answer_xattr(room_bytes)(reply, attribute_value(&told).into());
+        answer_xattr(room_bytes)(reply, attribute_value(&report).into());
     }
 
     /// Returns the cluster's number of the kernel's `inode`.
@@ -138,7 +143,7 @@ impl<C: Cluster> FuseEdge<C> {
     /// Runs `work` and gives its result to `answer`, or its error to the kernel.
     pub(super) fn serve<Reply, Work, Running, Value>(
         &self,
-        asked: Asked<Reply>,
+        call: Call<Reply>,
         work: Work,
         answer: impl FnOnce(Reply, Value) + Send + 'static,
     ) where
@@ -147,13 +152,13 @@ impl<C: Cluster> FuseEdge<C> {
         Running: Future<Output = Result<Value, FsError>> + Send + 'static,
         Value: Send + 'static,
     {
-        self.run(asked, |_| 0, work, answer, |_, _| ());
+        self.run(call, |_| 0, work, answer, |_, _| ());
     }
 
     /// Like [`FuseEdge::serve`], for requests that move content: `moved` returns the number of bytes.
     pub(super) fn serve_moving<Reply, Work, Running, Value>(
         &self,
-        asked: Asked<Reply>,
+        call: Call<Reply>,
         moved: fn(&Value) -> u64,
         work: Work,
         answer: impl FnOnce(Reply, Value) + Send + 'static,
@@ -163,14 +168,14 @@ impl<C: Cluster> FuseEdge<C> {
         Running: Future<Output = Result<Value, FsError>> + Send + 'static,
         Value: Send + 'static,
     {
-        self.run(asked, moved, work, answer, |_, _| ());
+        self.run(call, moved, work, answer, |_, _| ());
     }
 
     /// Like [`FuseEdge::serve`], for requests that open something: if the caller was interrupted, `close` closes it
     /// again, because the kernel does not know it then.
     pub(super) fn serve_opening<Reply, Work, Running, Value>(
         &self,
-        asked: Asked<Reply>,
+        call: Call<Reply>,
         work: Work,
         answer: impl FnOnce(Reply, Value) + Send + 'static,
         close: fn(Arc<Filesystem<C>>, Value),
@@ -180,12 +185,12 @@ impl<C: Cluster> FuseEdge<C> {
         Running: Future<Output = Result<Value, FsError>> + Send + 'static,
         Value: Send + 'static,
     {
-        self.run(asked, |_| 0, work, answer, close);
+        self.run(call, |_| 0, work, answer, close);
     }
 
     fn run<Reply, Work, Running, Value>(
         &self,
-        (verb, thread, reply): Asked<Reply>,
+        (verb, thread, reply): Call<Reply>,
         moved: fn(&Value) -> u64,
         work: Work,
         answer: impl FnOnce(Reply, Value) + Send + 'static,
@@ -202,7 +207,7 @@ impl<C: Cluster> FuseEdge<C> {
         let statistics = Arc::clone(&self.statistics);
         let caller = Caller {
             thread,
-            tolerance: tolerance(verb),
+            interrupted_by: interrupted_by(verb),
         };
         run(&self.runtime, async move {
             let mut running = std::pin::pin!(running);
@@ -216,7 +221,7 @@ impl<C: Cluster> FuseEdge<C> {
                 None => {
                     reply.refuse(Errno::EINTR);
                     // The caller is gone; a failure is reported like any other.
-                    if let Ok(value) = in_vain(running).await {
+                    if let Ok(value) = run_interrupted(running).await {
                         close(filesystem, value);
                     }
                 }
@@ -238,7 +243,7 @@ impl<C: Cluster> FuseEdge<C> {
         self.serve_moving(
             (Verb::Write, thread, reply),
             |written: &u32| u64::from(*written),
-            move |fs| payload.give(move |data| work(fs, data)),
+            move |fs| payload.pass_to(move |data| work(fs, data)),
             |reply, written: u32| reply.written(written),
         );
     }
@@ -274,7 +279,7 @@ impl<C: Cluster> FuseEdge<C> {
 }
 
 /// Returns what may interrupt the callers of `verb`.
-fn tolerance(verb: Verb) -> Tolerance {
+fn interrupted_by(verb: Verb) -> InterruptedBy {
     match verb {
         Verb::Lookup
         | Verb::GetAttributes
@@ -284,7 +289,7 @@ fn tolerance(verb: Verb) -> Tolerance {
         | Verb::ReadDirectory
         | Verb::Space
         | Verb::GetXattr
-        | Verb::ListXattrs => Tolerance::Asking,
+        | Verb::ListXattrs => InterruptedBy::TerminationRequests,
         Verb::SetAttributes
         | Verb::Mknod
         | Verb::Mkdir
@@ -302,7 +307,7 @@ fn tolerance(verb: Verb) -> Tolerance {
         | Verb::ReleaseDirectory
         | Verb::FsyncDirectory
         | Verb::SetXattr
-        | Verb::RemoveXattr => Tolerance::Acting,
+        | Verb::RemoveXattr => InterruptedBy::FatalSignals,
     }
 }
 
@@ -363,7 +368,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn what_is_ready_is_done_at_once_and_what_waits_is_done_later() {
+    fn ready_work_runs_at_once_and_waiting_work_later() {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()

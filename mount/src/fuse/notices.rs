@@ -15,7 +15,7 @@ use quorumfs_proto::InodeNumber;
 
 use super::inode_map::InodeMap;
 use super::readers;
-use quorumfs_fs::{PagesAbove, Reader};
+use quorumfs_fs::{PageCache, Reader};
 
 /// FUSE_NOTIFY_INVAL_INODE, FUSE_NOTIFY_INVAL_ENTRY and FUSE_NOTIFY_STORE of linux/fuse.h.
 const NOTIFY_INVAL_INODE: i32 = 2;
@@ -72,7 +72,7 @@ impl Notices {
         (&self.device).write(message)
     }
 
-    fn tell(&self, what: &'static str, inode: InodeNumber, message: &[u8]) {
+    fn notify(&self, what: &'static str, inode: InodeNumber, message: &[u8]) {
         match self.send(message) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(%inode, %error, "the kernel refused the notification that {what}");
@@ -82,31 +82,31 @@ impl Notices {
     }
 }
 
-impl PagesAbove for Notices {
+impl PageCache for Notices {
     fn drop_from(&self, inode: InodeNumber, from: u64) {
         let from = i64::try_from(from).unwrap_or(i64::MAX);
         let message = invalidation(self.inodes.to_kernel(inode), from, TO_THE_END);
-        self.tell("pages are invalid", inode, &message);
+        self.notify("pages are invalid", inode, &message);
     }
 
-    fn drop_page_of(&self, inode: InodeNumber, at: u64) {
+    fn drop_page_at(&self, inode: InodeNumber, at: u64) {
         let at = i64::try_from(at).unwrap_or(i64::MAX);
         let message = invalidation(self.inodes.to_kernel(inode), at, 1);
-        self.tell("a page is invalid", inode, &message);
+        self.notify("a page is invalid", inode, &message);
     }
 
-    fn until_taken(&self, readers: &[Reader]) {
-        readers::until_taken(readers);
+    fn wait_for_readers(&self, readers: &[Reader]) {
+        readers::wait_for_readers(readers);
     }
 
-    fn end_with(&self, inode: InodeNumber, at: u64, byte: u8) {
+    fn store_last_byte(&self, inode: InodeNumber, at: u64, byte: u8) {
         let mut body = Vec::with_capacity(25);
         body.extend(self.inodes.to_kernel(inode).0.to_ne_bytes());
         body.extend(at.to_ne_bytes());
         // One byte, and padding.
         body.extend([1u32, 0].map(u32::to_ne_bytes).concat());
         body.push(byte);
-        self.tell("a file has become longer", inode, &message(NOTIFY_STORE, &body));
+        self.notify("a file has become longer", inode, &message(NOTIFY_STORE, &body));
     }
 }
 

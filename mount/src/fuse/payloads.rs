@@ -49,7 +49,7 @@ pub struct WaitingPayloads {
     memory: Arc<Semaphore>,
     file: Option<Arc<Slots>>,
     /// Whether it was logged that the bound does not hold.
-    told: Arc<AtomicBool>,
+    reported: Arc<AtomicBool>,
 }
 
 impl WaitingPayloads {
@@ -65,7 +65,7 @@ impl WaitingPayloads {
         WaitingPayloads {
             memory: Arc::new(Semaphore::new(memory_bytes_max)),
             file: file.map(|file| Arc::new(Slots::new(file))),
-            told: Arc::default(),
+            reported: Arc::default(),
         }
     }
 
@@ -73,22 +73,26 @@ impl WaitingPayloads {
     pub fn take(&self, data: &[u8]) -> Payload {
         let bytes = data.len() as u32;
         let memory = Arc::clone(&self.memory);
-        let place = match Arc::clone(&self.memory).try_acquire_many_owned(bytes) {
+        let storage = match Arc::clone(&self.memory).try_acquire_many_owned(bytes) {
             Ok(permit) => Storage::Memory(Bytes::copy_from_slice(data), Some(permit)),
-            Err(_) => match self.lay_aside(data) {
+            Err(_) => match self.store_in_file(data) {
                 Ok(slot) => Storage::File(slot),
                 Err(error) => {
-                    if !self.told.swap(true, Ordering::Relaxed) {
+                    if !self.reported.swap(true, Ordering::Relaxed) {
                         tracing::warn!(%error, "writes that wait for the cluster use more memory than the bound: there is no file on disk for them");
                     }
                     Storage::Memory(Bytes::copy_from_slice(data), None)
                 }
             },
         };
-        Payload { place, bytes, memory }
+        Payload {
+            storage,
+            bytes,
+            memory,
+        }
     }
 
-    fn lay_aside(&self, data: &[u8]) -> io::Result<Slot> {
+    fn store_in_file(&self, data: &[u8]) -> io::Result<Slot> {
         let slots = self.file.as_ref().ok_or_else(|| {
             io::Error::other(format!(
                 "no folder of {} is on a disk of this machine",
@@ -104,7 +108,7 @@ impl WaitingPayloads {
 /// The bytes of one write request.
 #[derive(Debug)]
 pub struct Payload {
-    place: Storage,
+    storage: Storage,
     bytes: u32,
     memory: Arc<Semaphore>,
 }
@@ -119,7 +123,7 @@ enum Storage {
 impl Payload {
     /// Gives the bytes to `write` when there is space for them in memory, in order of arrival. They count as waiting
     /// until `write` is done.
-    pub async fn give<Writing, T>(self, write: impl FnOnce(Bytes) -> Writing) -> Result<T, FsError>
+    pub async fn pass_to<Writing, T>(self, write: impl FnOnce(Bytes) -> Writing) -> Result<T, FsError>
     where
         Writing: Future<Output = Result<T, FsError>>,
     {
@@ -132,7 +136,7 @@ impl Payload {
     /// # Errors
     /// [`FsError::Io`] if the disk cannot read them.
     async fn bytes(self) -> Result<(Bytes, Option<OwnedSemaphorePermit>), FsError> {
-        let slot = match self.place {
+        let slot = match self.storage {
             Storage::Memory(bytes, permit) => return Ok((bytes, permit)),
             Storage::File(slot) => slot,
         };
@@ -246,7 +250,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_has_no_room_in_memory_waits_on_disk_and_comes_back_in_order() {
+    async fn payloads_beyond_the_memory_limit_wait_on_disk_and_return_in_order() {
         let payloads = WaitingPayloads::bounded(2 * MIB, Some(tempfile::tempfile().unwrap()));
         let file = Arc::clone(payloads.file.as_ref().unwrap());
         let mut waiting: Vec<Payload> = (0..5).map(|number| payloads.take(&payload(number))).collect();
@@ -275,7 +279,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_given_up_frees_its_place() {
+    async fn a_dropped_payload_frees_its_slot() {
         let payloads = WaitingPayloads::bounded(MIB, Some(tempfile::tempfile().unwrap()));
         let file = Arc::clone(payloads.file.as_ref().unwrap());
         let first = payloads.take(&payload(1));

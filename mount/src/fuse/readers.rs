@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use quorumfs_fs::Reader;
 
 /// Pause between two checks.
-const TICK: Duration = Duration::from_micros(200);
+const POLL_INTERVAL: Duration = Duration::from_micros(200);
 
 /// A reader that gets no processor for this long is no longer waited for.
-const PATIENCE: Duration = Duration::from_millis(500);
+const WAIT_MAX: Duration = Duration::from_millis(500);
 
 /// Time to wait for threads that `/proc` does not show.
 const UNSEEN_PAUSE: Duration = Duration::from_millis(5);
@@ -30,8 +30,8 @@ enum Seen {
     NotRunnable,
 }
 
-/// Waits until each of `readers`, which were answered, has run since, or `PATIENCE` is over.
-pub(super) fn until_taken(readers: &[Reader]) {
+/// Waits until each of `readers`, which were answered, has run since, or `WAIT_MAX` is over.
+pub(super) fn wait_for_readers(readers: &[Reader]) {
     let begin = Instant::now();
     if readers.contains(&Reader(0)) {
         thread::sleep(UNSEEN_PAUSE);
@@ -40,8 +40,8 @@ pub(super) fn until_taken(readers: &[Reader]) {
     let mut waiting: Vec<_> = first_seen
         .filter(|(_, first)| *first != Seen::NotRunnable)
         .collect();
-    while !waiting.is_empty() && begin.elapsed() < PATIENCE {
-        thread::sleep(TICK);
+    while !waiting.is_empty() && begin.elapsed() < WAIT_MAX {
+        thread::sleep(POLL_INTERVAL);
         waiting.retain(|(reader, first)| seen(*reader) == *first);
     }
 }
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn what_runs_sleeps_or_is_gone_is_not_waited_for() {
+    fn a_thread_that_runs_sleeps_or_has_ended_is_not_waited_for() {
         let (sender, receiver) = std::sync::mpsc::channel();
         let (end, ended) = std::sync::mpsc::channel::<()>();
         let sleeping = thread::spawn(move || {
@@ -90,9 +90,9 @@ mod tests {
         let own = Reader(unsafe { libc::gettid() } as u32);
         assert!(matches!(seen(own), Seen::Runnable { ran_ns: Some(_) }));
         let begin = Instant::now();
-        until_taken(&[own, asleep, Reader(u32::MAX)]);
+        wait_for_readers(&[own, asleep, Reader(u32::MAX)]);
         assert!(
-            begin.elapsed() < PATIENCE,
+            begin.elapsed() < WAIT_MAX,
             "this thread has slept and run meanwhile"
         );
         drop(end);

@@ -33,7 +33,7 @@ pub fn serve_kernel<C: Cluster>(
     config.acl = acl;
     config.n_threads = Some(cores.clamp(2, THREADS_MAX));
     config.clone_fd = true;
-    edge.reach_kernel(Notices::new(device.as_fd(), edge.view.inodes)?);
+    edge.attach_notices(Notices::new(device.as_fd(), edge.view.inodes)?);
     let session = Session::from_fd(edge, device, acl, config)?;
     let (sender, ended) = oneshot::channel();
     std::thread::Builder::new()

@@ -21,6 +21,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::mount::{MntFlags, MsFlags};
 use quorumfs_proto::InodeNumber;
+use quorumfs_tasks::Tasks;
 
 use super::{FuseEdge, serve_kernel};
 use crate::mountpoint::{MountPoint, Mounted, Unmounting, Urgency};
@@ -68,14 +69,16 @@ fn mount_as(cluster: &Arc<MemoryCluster>, session: u64, flags: MsFlags, options:
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let root = options.root;
+    let tasks = Arc::new(Tasks::default());
     let filesystem = {
         let _inside = runtime.enter();
-        Filesystem::new(cluster.connect(session), options)
+        Filesystem::new(cluster.connect(session), options, &tasks)
     };
     let edge = FuseEdge::new(
         Arc::clone(&filesystem),
         root,
         Duration::ZERO,
+        tasks,
         runtime.handle().clone(),
     );
     let point = MountPoint::find(directory.path(), Stacking::Refuse).unwrap();

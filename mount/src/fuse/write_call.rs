@@ -5,13 +5,13 @@
 
 use std::fs;
 
-use quorumfs_fs::{WritePosition, may_be_a_part};
+use quorumfs_fs::{WritePosition, may_be_first_part};
 
-/// Adds to `place`, the position of a request of `bytes`, how many bytes are still to come, if that matters and can be
+/// Adds to `position`, the position of a request of `bytes`, how many bytes are still to come, if that matters and can be
 /// seen.
-pub(super) async fn with_rest(mut place: WritePosition, thread: u32, bytes: usize) -> WritePosition {
-    if let WritePosition::End { more_bytes, .. } = &mut place
-        && may_be_a_part(bytes)
+pub(super) async fn with_rest(mut position: WritePosition, thread: u32, bytes: usize) -> WritePosition {
+    if let WritePosition::End { more_bytes, .. } = &mut position
+        && may_be_first_part(bytes)
     {
         // Not on a thread of the runtime: reading that file may block.
         let whole = tokio::task::spawn_blocking(move || bytes_of_write(thread)).await;
@@ -20,7 +20,7 @@ pub(super) async fn with_rest(mut place: WritePosition, thread: u32, bytes: usiz
             .flatten()
             .and_then(|whole| whole.checked_sub(bytes as u64));
     }
-    place
+    position
 }
 
 /// Returns the number of bytes that `thread`, which waits for an answer, writes with one call. `None` if that cannot be

@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn later_words_win() {
+    fn later_options_win() {
         assert_eq!(read("ro,rw,ro").unwrap().flags, MsFlags::MS_RDONLY);
         assert_eq!(read("ro,rw").unwrap().flags, MsFlags::empty());
         assert_eq!(read("user,exec,dev").unwrap().flags, MsFlags::MS_NOSUID);
@@ -305,14 +305,14 @@ mod tests {
     }
 
     #[test]
-    fn words_for_others_mean_nothing() {
+    fn options_of_other_programs_are_ignored() {
         let words =
             "rw,_netdev,nofail,noauto,x-systemd.automount,x-systemd.idle-timeout=60,comment=us,defaults,,";
         assert_eq!(read(words).unwrap(), MountWords::default());
     }
 
     #[test]
-    fn our_own_words_are_understood() {
+    fn own_options_are_parsed() {
         let words = read(
             "timeout=5,durability=fsync,allow_other,fsname=x,tls-ca=/a,tls-cert=/b,tls_key=/c,cache_ms=250,stack,log-file=/l",
         )
@@ -330,8 +330,8 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_understood_is_refused_by_name() {
-        for (list, told) in [
+    fn an_unknown_option_is_named_in_the_error() {
+        for (list, expected) in [
             ("ro,speed=11", "unknown mount option `speed`"),
             ("ro=1", "`ro` takes no value"),
             ("allow_other=1", "`allow_other` takes no value"),
@@ -346,7 +346,7 @@ mod tests {
             ("subtype=other", "unknown mount option `subtype`"),
         ] {
             let error = read(list).unwrap_err().to_string();
-            assert!(error.contains(told), "{list}: {error}");
+            assert!(error.contains(expected), "{list}: {error}");
         }
     }
 

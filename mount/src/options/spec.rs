@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_and_sub_directory_are_told_apart() {
+    fn addresses_and_the_subdirectory_are_separated() {
         assert_eq!(parsed("a:1"), (strings(&["a:1"]), vec![]));
         assert_eq!(parsed("a:1,b:2,c:3"), (strings(&["a:1", "b:2", "c:3"]), vec![]));
         assert_eq!(parsed("a:1,b:2:/"), (strings(&["a:1", "b:2"]), vec![]));
@@ -132,8 +132,8 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_named() {
-        for (text, told) in [
+    fn an_invalid_part_is_named_in_the_error() {
+        for (text, expected) in [
             ("", "names no node"),
             (",", "names no node"),
             ("quorumfs://", "names no node"),
@@ -150,7 +150,7 @@ mod tests {
             ("a:1:/../x", "`/../x` is not a path below the root"),
         ] {
             let error = text.parse::<Spec>().unwrap_err().to_string();
-            assert!(error.contains(told), "{text}: {error}");
+            assert!(error.contains(expected), "{text}: {error}");
         }
     }
 }

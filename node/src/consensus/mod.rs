@@ -78,7 +78,7 @@ use self::rescue::RoomRefusals;
 use self::snapshot::SnapshotTraffic;
 use self::state_machine::{Outlets, StateMachine};
 use self::types::{TypeConfig, VoterId, member};
-use crate::tasks::ToEnd;
+use crate::to_end::ToEnd;
 use crate::transport::Transport;
 use quorumfs_content::ContentStore;
 use quorumfs_metadata::{ApplyResult, LogBody, LogCommand, MetadataStore, StorageFault, View};

@@ -7,8 +7,8 @@ use openraft::{Config, SnapshotPolicy};
 use quorumfs_proto::{ClusterId, NodeId};
 
 use super::wal::WalOptions;
-use crate::tasks::Tasks;
 use quorumfs_metadata::Position;
+use quorumfs_tasks::Tasks;
 
 /// Entries in one message to a follower; its bytes are bounded by the log reader.
 const REPLICATION_ENTRIES_MAX: u64 = 1024;

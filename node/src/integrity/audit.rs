@@ -32,10 +32,10 @@ use tracing::{debug, error, warn};
 use self::schedule::{Schedule, Standing, Step};
 use crate::consensus::{Consensus, ProposeError};
 use crate::observe::clock::StampClock;
-use crate::tasks::Tasks;
 use crate::transport::{Purpose, Transport};
 use crate::wall_clock::unix_ms;
 use quorumfs_metadata::{LogBody, LogCommand, MetadataStore, StorageFault, View};
+use quorumfs_tasks::Tasks;
 
 /// Interval at which the auditor looks for a view to digest.
 const LOOK_INTERVAL_MS: u64 = 200;

@@ -29,9 +29,9 @@ use tracing::{debug, info, warn};
 use self::marks::{ENDED, Marks, Progress, Stretch};
 use super::repair::Repair;
 use crate::consensus::Consensus;
-use crate::tasks::Tasks;
 use quorumfs_content::{ContentError, ContentStore, Rewritten};
 use quorumfs_metadata::{Failure, MetadataStore, SessionRecord, View};
+use quorumfs_tasks::Tasks;
 
 /// Time for which dead chunks are collected, so that they are punched together.
 const GATHER_MS: u64 = 1_000;

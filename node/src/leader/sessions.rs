@@ -23,8 +23,8 @@ use crate::call_stream::CallStream;
 use crate::consensus::{Consensus, ProposeError};
 use crate::incoming::Connection;
 use crate::observe::clock::StampClock;
-use crate::tasks::Tasks;
 use quorumfs_metadata::{Failure, LogBody, LogCommand, MetadataStore, UnlinkedAnswer, View};
+use quorumfs_tasks::Tasks;
 
 /// From this feature level on sessions answer for unlinked inodes in the order of their unlinking.
 pub const UNLINKED_QUEUE_LEVEL: u32 = 3;

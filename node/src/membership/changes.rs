@@ -29,9 +29,9 @@ use tracing::{debug, info, warn};
 use self::removal::Aim;
 use crate::consensus::{Consensus, MembershipError};
 use crate::replication::placement::{Layout, Placement};
-use crate::tasks::Tasks;
 use crate::transport::{Peer, Purpose, Transport};
 use quorumfs_metadata::MetadataStore;
+use quorumfs_tasks::Tasks;
 
 pub use self::removal::{Gone, Removal};
 

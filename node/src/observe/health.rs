@@ -30,8 +30,8 @@ use self::judgement::{Change, PeerHealth};
 use self::merged::{AgedView, Belief, Merged, View};
 use crate::consensus::Consensus;
 use crate::observe::clock::{ClockMonitor, StampClock};
-use crate::tasks::Tasks;
 use crate::transport::{Purpose, Transport};
+use quorumfs_tasks::Tasks;
 
 pub use self::report::HealthReport;
 

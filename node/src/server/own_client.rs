@@ -14,7 +14,7 @@ use crate::api::http::files::{ClientHandle, filesystem_options};
 use crate::config::Config;
 use crate::membership::credential;
 use crate::observe::metrics::kinds::REST_DESCRIPTION;
-use crate::tasks::Tasks;
+use quorumfs_tasks::Tasks;
 
 /// Pause after a failed attempt to open the session.
 const CLIENT_RETRY_INTERVAL_MS: u64 = 500;
@@ -55,14 +55,12 @@ async fn open_client(
             description: format!("{REST_DESCRIPTION} {} at {}", config.slot, config.http),
             call_timeout: Some(Duration::from_millis(config.request_timeout_ms)),
             tls: tls.clone(),
+            tasks: tasks.clone(),
             ..ClientOptions::default()
         };
         match Client::connect(options).await {
             Ok(connected) => {
-                let filesystem = Filesystem::without_tasks(connected.clone(), filesystem_options());
-                let weak = Arc::downgrade(&filesystem);
-                tasks.supervise_until_done("write-back", weak.clone(), Filesystem::write_back_old);
-                tasks.supervise_until_done("release-unlinked", weak, Filesystem::release_removed);
+                let filesystem = Filesystem::new(connected.clone(), filesystem_options(), &tasks);
                 client.send_replace(ClientHandle::Ready(filesystem));
                 let keeping = (config.data.clone(), connected);
                 tasks.supervise("session-credential", keeping, |(folder, client)| async move {

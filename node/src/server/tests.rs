@@ -7,10 +7,11 @@ use clap::Parser as _;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 
 use super::serve_with;
 use crate::config::{Config, Settings};
-use crate::tasks::{TaskState, Tasks};
+use quorumfs_tasks::{TaskState, Tasks, Work};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -67,6 +68,22 @@ async fn wait_for(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     }
 }
 
+/// Runs `work` of the task `name`, and panics once when `chosen` holds that name.
+async fn run_until_chosen(chosen: Arc<watch::Sender<Option<&'static str>>>, name: &'static str, work: Work) {
+    let mut names = chosen.subscribe();
+    let panic = async {
+        let is_chosen = names.wait_for(|chosen| *chosen == Some(name)).await.is_ok();
+        assert!(
+            !is_chosen || !chosen.send_if_modified(|chosen| chosen.take().is_some()),
+            "as the test asks"
+        );
+    };
+    tokio::select! {
+        () = panic => {}
+        () = work => {}
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn p7_every_loop_that_panics_is_named_and_at_work_again() {
     let folder = tempfile::tempdir().unwrap();
@@ -74,7 +91,11 @@ async fn p7_every_loop_that_panics_is_named_and_at_work_again() {
     let http = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = http.local_addr().unwrap().to_string();
     let config = config(folder.path(), &grpc.local_addr().unwrap().to_string(), &address);
-    let tasks = Arc::new(Tasks::default());
+    let panics = Arc::new(watch::Sender::new(None));
+    let chosen = panics.clone();
+    let tasks = Arc::new(Tasks::wrapped(move |name, work| {
+        Box::pin(run_until_chosen(chosen.clone(), name, work))
+    }));
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let shutdown = async {
         let _ = stopped.await;
@@ -92,7 +113,7 @@ async fn p7_every_loop_that_panics_is_named_and_at_work_again() {
     let names: Vec<&str> = running.map(|task| task.name).collect();
     assert!(names.len() >= 20, "{names:?}");
     for name in names {
-        tasks.make_panic(name);
+        panics.send_replace(Some(name));
         wait_for(&format!("{name} is at work again"), async || {
             let Some(task) = task(&address, name).await else {
                 return false;

@@ -1,7 +1,7 @@
 //! Conversions of the statistics of a client to and from messages.
 
 use quorumfs_measure::Latency;
-use quorumfs_proto::statistics::{CacheStatistics, ClientStatistics, VerbStatistics};
+use quorumfs_proto::statistics::{CacheStatistics, ClientStatistics, FailedTask, VerbStatistics};
 
 use crate::messages;
 
@@ -9,6 +9,10 @@ use crate::messages;
 const VERBS_MAX: usize = 64;
 /// Most bytes of the name of a verb.
 const VERB_BYTES_MAX: usize = 32;
+/// Most failed tasks that are taken from a client.
+const TASKS_MAX: usize = 16;
+/// Most bytes of a task's name, and of the reason of its failure.
+const TASK_BYTES_MAX: usize = 1 << 10;
 
 impl From<&ClientStatistics> for messages::ClientStatistics {
     fn from(statistics: &ClientStatistics) -> messages::ClientStatistics {
@@ -33,6 +37,15 @@ impl From<&ClientStatistics> for messages::ClientStatistics {
             cache_misses: statistics.cache.misses,
             cache_bytes: statistics.cache.bytes,
             dirty_bytes: statistics.dirty_bytes,
+            failed_tasks: statistics
+                .failed_tasks
+                .iter()
+                .map(|task| messages::FailedTask {
+                    name: task.name.clone(),
+                    failures: task.failures,
+                    last_error: task.last_error.clone(),
+                })
+                .collect(),
         }
     }
 }
@@ -41,6 +54,8 @@ impl From<messages::ClientStatistics> for ClientStatistics {
     /// Drops rows that are out of bounds, because statistics are only displayed.
     fn from(statistics: messages::ClientStatistics) -> ClientStatistics {
         let fits = |row: &messages::VerbStatistics| row.verb.len() <= VERB_BYTES_MAX;
+        let task_fits =
+            |task: &messages::FailedTask| task.name.len() + task.last_error.len() <= TASK_BYTES_MAX;
         ClientStatistics {
             uptime_s: statistics.uptime_s,
             verbs: statistics
@@ -68,6 +83,17 @@ impl From<messages::ClientStatistics> for ClientStatistics {
                 bytes: statistics.cache_bytes,
             },
             dirty_bytes: statistics.dirty_bytes,
+            failed_tasks: statistics
+                .failed_tasks
+                .into_iter()
+                .filter(task_fits)
+                .take(TASKS_MAX)
+                .map(|task| FailedTask {
+                    name: task.name,
+                    failures: task.failures,
+                    last_error: task.last_error,
+                })
+                .collect(),
         }
     }
 }
@@ -100,14 +126,28 @@ mod tests {
                 bytes: 1 << 20,
             },
             dirty_bytes: 77,
+            failed_tasks: vec![FailedTask {
+                name: "write-back".to_string(),
+                failures: 2,
+                last_error: "it ended".to_string(),
+            }],
         };
         let wire = messages::ClientStatistics::from(&statistics);
         assert_eq!(ClientStatistics::from(wire.clone()), statistics);
         let mut hostile = wire;
         hostile.verbs = vec![hostile.verbs[0].clone(); 10_000];
         hostile.verbs[0].verb = "x".repeat(100_000);
+        hostile.failed_tasks = vec![hostile.failed_tasks[0].clone(); 10_000];
+        hostile.failed_tasks[0].last_error = "x".repeat(100_000);
         let taken = ClientStatistics::from(hostile);
         assert_eq!(taken.verbs.len(), VERBS_MAX);
         assert!(taken.verbs.iter().all(|row| row.verb == "read"));
+        assert_eq!(taken.failed_tasks.len(), TASKS_MAX);
+        assert!(
+            taken
+                .failed_tasks
+                .iter()
+                .all(|task| task.last_error == "it ended")
+        );
     }
 }

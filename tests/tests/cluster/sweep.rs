@@ -118,10 +118,14 @@ fn what_a_slow_writer_has_put_stays_until_its_session_has_ended() {
         || others_hold(2),
     );
     // A chunk is forgotten before its hole is punched.
-    wait_for("the space of three chunks comes back", Duration::from_secs(20), || {
-        let freed = disk_before.saturating_sub(disk_bytes(&content_folder(&cluster, 2)));
-        freed >= 3 * CHUNK_BYTES as u64
-    });
+    wait_for(
+        "the space of three chunks comes back",
+        Duration::from_secs(20),
+        || {
+            let freed = disk_before.saturating_sub(disk_bytes(&content_folder(&cluster, 2)));
+            freed >= 3 * CHUNK_BYTES as u64
+        },
+    );
     assert_eq!(held(LAZY), 5);
     for chunk in [&chunks[1], &chunks[2], &chunks[4]] {
         let reply = delete(LAZY, chunk).expect(&[200]);

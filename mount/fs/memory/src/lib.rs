@@ -1,8 +1,7 @@
-//! A cluster in the memory of one process, for tests: the state machine that the nodes run (`quorumfs_metadata`), a map
-//! of chunks for their content stores, and faults on demand.
+//! A cluster in the memory of one process, for tests: the state machine of the nodes (`quorumfs_metadata`), a map of
+//! chunks in place of their content stores, and injected faults.
 //!
-//! It answers as a cluster does, because the same code decides. What it leaves out is what lies between: the log, the
-//! network, and leases.
+//! Its answers are those of a real cluster, because the same code makes them. It has no log, no network, and no leases.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -24,14 +23,14 @@ use quorumfs_proto::{
     SessionId, Sha256, Timestamp,
 };
 
-/// Rows that one step of reclaiming frees at most.
+/// Most rows freed by one reclaim step.
 const RECLAIM_WORK_MAX: u32 = 1_000;
 
-/// The state machine and the log that led to its state.
+/// The state machine and the index of its last command.
 struct State {
     store: MetadataStore,
     index: u64,
-    /// The last mutation of each session.
+    /// The sequence of the last mutation of each session.
     sequences: BTreeMap<SessionId, u64>,
     _folder: tempfile::TempDir,
 }
@@ -41,40 +40,40 @@ pub struct MemoryCluster {
     state: Mutex<State>,
     chunks: Mutex<HashMap<ChunkId, Bytes>>,
     handlers: Mutex<BTreeMap<SessionId, UnlinkedHandler>>,
-    /// The commands that took effect, in their order.
+    /// The commands that took effect, in order.
     pub commands: Mutex<Vec<Command>>,
-    /// Chunks that were put.
+    /// The number of puts.
     pub puts: AtomicU64,
-    /// Ranges of chunks that were asked for.
+    /// The number of chunk reads.
     pub gets: AtomicU64,
-    /// Queries that were answered.
+    /// The number of queries.
     pub queries: AtomicU64,
-    /// What puts answer instead.
+    /// The error that all puts return, if set.
     pub put_fault: Mutex<Option<FsError>>,
-    /// Whether the next mutation that names chunks says that they are dead.
+    /// Whether the next mutation with chunks fails with [`FsError::ChunkDead`].
     pub kill_chunks: AtomicBool,
-    /// Puts wait for as long as somebody holds it for writing.
+    /// Held for writing, it blocks all puts.
     pub put_gate: tokio::sync::RwLock<()>,
 }
 
-/// One client's connection.
+/// The connection of one session.
 #[derive(Clone)]
 pub struct Connection {
-    /// What it is connected to.
+    /// The cluster.
     pub cluster: Arc<MemoryCluster>,
     session: SessionId,
     counter: Arc<AtomicU64>,
     pauses: Arc<AtomicU64>,
 }
 
-/// Content that no command has named yet.
+/// A chunk that no command has named.
 #[derive(Clone)]
-pub struct Fresh {
+pub struct MemoryChunk {
     id: ChunkId,
     payload: Bytes,
 }
 
-impl FreshContent for Fresh {
+impl FreshContent for MemoryChunk {
     fn id(&self) -> ChunkId {
         self.id
     }
@@ -88,7 +87,7 @@ impl FreshContent for Fresh {
     }
 }
 
-impl Fresh {
+impl MemoryChunk {
     fn named(&self, body: ChunkBody) -> NewChunk {
         NewChunk {
             id: self.id,
@@ -118,7 +117,7 @@ impl State {
 }
 
 impl MemoryCluster {
-    /// An empty one.
+    /// Makes an empty cluster.
     pub fn new() -> Arc<MemoryCluster> {
         let folder = tempfile::tempdir().expect("a folder for the state");
         let options = MetadataOptions {
@@ -147,7 +146,7 @@ impl MemoryCluster {
         })
     }
 
-    /// Opens the session, if it is not open yet.
+    /// Opens the session, unless it is open, and returns a connection.
     pub fn connect(self: &Arc<Self>, session: u64) -> Connection {
         let session = SessionId(session);
         let opened = self.state.lock().apply(LogBody::OpenSessionWithKey {
@@ -167,21 +166,22 @@ impl MemoryCluster {
         }
     }
 
-    /// Asks every session about unlinked inodes, as the leader does again and again, and frees those that nobody has open.
+    /// Asks every session about unlinked inodes, as the leader does periodically, and frees those that no session has
+    /// open.
     pub fn reclaim(&self) {
         let sessions: Vec<SessionId> = self.state.lock().view().living_sessions().collect();
         for session in sessions {
-            self.ask(session);
+            self.query_unlinked(session);
         }
         let mut state = self.state.lock();
         while state.view().has_reclaimable().expect("readable") {
             let work_max = RECLAIM_WORK_MAX;
             let freed = state.apply(LogBody::Reclaim { work_max });
-            self.forget(&freed);
+            self.remove_dead_chunks(&freed);
         }
     }
 
-    fn ask(&self, session: SessionId) {
+    fn query_unlinked(&self, session: SessionId) {
         let view = self.state.lock().view();
         if let Some(page) = view.unlinked_page(session, usize::MAX).expect("readable") {
             let released = self.not_open(session, &page.inodes);
@@ -201,12 +201,12 @@ impl MemoryCluster {
         let inodes = self.not_open(session, &held);
         if !inodes.is_empty() {
             let release = Command::single(Operation::ReleaseUnlinked { inodes });
-            let released = self.decide(session, release);
+            let released = self.apply_mutation(session, release);
             assert!(released.is_ok(), "{released:?}");
         }
     }
 
-    /// Which of these `session` has not open.
+    /// Returns those of `inodes` that `session` does not have open.
     fn not_open(&self, session: SessionId, inodes: &[InodeNumber]) -> Vec<InodeNumber> {
         match self.handlers.lock().get(&session) {
             Some(handler) => handler(inodes),
@@ -214,13 +214,13 @@ impl MemoryCluster {
         }
     }
 
-    /// How many inodes there are, the root included.
+    /// Returns the number of inodes, including the root.
     pub fn inode_count(&self) -> usize {
         self.state.lock().view().inode_count() as usize
     }
 
-    /// The extents of a file.
-    pub fn pieces_of(&self, inode: InodeNumber) -> Vec<Extent> {
+    /// Returns the extents of a file.
+    pub fn extents_of(&self, inode: InodeNumber) -> Vec<Extent> {
         let query = Query::Extents {
             inode,
             from: 0,
@@ -233,8 +233,8 @@ impl MemoryCluster {
         }
     }
 
-    /// Content that no file names any more is gone.
-    fn forget(&self, applied: &Applied) {
+    /// Removes chunks that the applied command left dead.
+    fn remove_dead_chunks(&self, applied: &Applied) {
         let mut chunks = self.chunks.lock();
         for dead in &applied.effects.dead {
             chunks.remove(dead);
@@ -259,12 +259,12 @@ impl MemoryCluster {
                 }
             }
         }
-        let outcome = self.decide(session, command.clone())?;
+        let outcome = self.apply_mutation(session, command.clone())?;
         self.commands.lock().push(command);
         Ok(outcome)
     }
 
-    fn decide(&self, session: SessionId, command: Command) -> Result<Outcome, FsError> {
+    fn apply_mutation(&self, session: SessionId, command: Command) -> Result<Outcome, FsError> {
         let mut state = self.state.lock();
         let sequence = state.sequences.entry(session).or_default();
         *sequence += 1;
@@ -278,7 +278,7 @@ impl MemoryCluster {
             chunk_low_water: 0,
             command,
         }));
-        self.forget(&applied);
+        self.remove_dead_chunks(&applied);
         match applied.result {
             ApplyResult::Outcome(outcome) => outcome,
             other => panic!("not decided: {other:?}"),
@@ -303,7 +303,7 @@ impl MemoryCluster {
 }
 
 impl Connection {
-    /// Lets others run, now and then.
+    /// Yields a varying number of times, so that other tasks interleave.
     async fn pause(&self) {
         for _ in 0..self.pauses.fetch_add(1, Ordering::Relaxed) * 7 % 5 {
             tokio::task::yield_now().await;
@@ -312,9 +312,9 @@ impl Connection {
 }
 
 impl Cluster for Connection {
-    type Chunk = Fresh;
+    type Chunk = MemoryChunk;
 
-    async fn mutate(&self, command: Command, _stored: &[Fresh]) -> Result<Outcome, FsError> {
+    async fn mutate(&self, command: Command, _stored: &[MemoryChunk]) -> Result<Outcome, FsError> {
         self.pause().await;
         let outcome = self.cluster.apply(self.session, command);
         self.pause().await;
@@ -329,16 +329,16 @@ impl Cluster for Connection {
         answer
     }
 
-    fn new_chunk(&self, payload: Bytes) -> Fresh {
+    fn new_chunk(&self, payload: Bytes) -> MemoryChunk {
         let counter = self.counter.fetch_add(1, Ordering::Relaxed) + 1;
         let id = ChunkId {
             session: self.session,
             counter,
         };
-        Fresh { id, payload }
+        MemoryChunk { id, payload }
     }
 
-    async fn put_chunk(&self, chunk: &Fresh) -> Result<(), FsError> {
+    async fn put_chunk(&self, chunk: &MemoryChunk) -> Result<(), FsError> {
         let _open = self.cluster.put_gate.read().await;
         self.pause().await;
         if let Some(fault) = *self.cluster.put_fault.lock() {

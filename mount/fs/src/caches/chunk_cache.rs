@@ -1,11 +1,11 @@
-//! Bytes of chunks, bounded in bytes.
+//! Bytes of chunks, with a limit in bytes.
 //!
-//! A sequential reader's chunk is fetched and kept whole (from its start to the farthest byte that the file uses); a
-//! random reader's in blocks of [`BLOCK_FETCH_BYTES`]. Each entry is an allocation of its own, so that what counts is
-//! what is used. Readers that want the same bytes at once share one fetch.
+//! For a sequential reader a chunk is fetched and cached whole (from its start to the last byte that the file uses);
+//! for a random reader in blocks of [`BLOCK_FETCH_BYTES`]. Each entry is an allocation of its own, so its weight is the
+//! memory it takes. Concurrent readers of the same bytes share one fetch.
 //!
-//! Chunks are immutable: nothing here is ever stale. It knows neither files nor the network: who misses brings the
-//! fetch.
+//! Chunks are immutable, so entries are never stale. This module must not know files or the network: its caller passes
+//! the fetch.
 
 use std::future::Future;
 use std::ops::Range;
@@ -21,48 +21,48 @@ use quorumfs_proto::{ChunkId, FsError};
 
 use crate::readahead::Pattern;
 
-/// What a random read fetches at least: neighbours are likely next, and it costs about what 4 KiB cost.
+/// Smallest fetch of a random read: the neighbours are likely next, and it costs about as much as 4 KiB.
 pub const BLOCK_FETCH_BYTES: u32 = 64 << 10;
 
-/// Share of the cache for what was used more than once. The rest must hold several readers' read-ahead.
+/// Share of the cache for entries that were used more than once. The rest must hold the read-ahead of several readers.
 const HOT_SHARE: f64 = 0.5;
 
-/// Bytes of one shard: large enough that the largest entries are a small part of it.
+/// Bytes of one shard: large enough that the largest entry is a small part of it.
 const SHARD_BYTES: u64 = 32 << 20;
 
-/// What an entry costs beside its bytes.
+/// Memory of an entry in addition to its bytes.
 const ENTRY_OVERHEAD_BYTES: u64 = 128;
 
-/// How often an entry may turn out too short before a reader fetches for itself.
+/// Most attempts with a shared entry that is too short; then a reader fetches for itself.
 const SHORT_ENTRIES_MAX: usize = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Span {
-    /// From the chunk's start.
+    /// The chunk from its start.
     Whole,
-    /// From this multiple of [`BLOCK_FETCH_BYTES`].
+    /// The block at this multiple of [`BLOCK_FETCH_BYTES`].
     Block(u32),
 }
 
 #[derive(Clone, Debug)]
-struct ByBytes;
+struct ByteWeighter;
 
-impl Weighter<(ChunkId, Span), Bytes> for ByBytes {
+impl Weighter<(ChunkId, Span), Bytes> for ByteWeighter {
     fn weight(&self, _: &(ChunkId, Span), bytes: &Bytes) -> u64 {
         bytes.len() as u64 + ENTRY_OVERHEAD_BYTES
     }
 }
 
-/// The cache.
+/// The chunk cache of a mount.
 #[derive(Debug)]
 pub struct ChunkCache {
-    looks: AtomicU64,
+    lookups: AtomicU64,
     fetches: AtomicU64,
-    entries: Cache<(ChunkId, Span), Bytes, ByBytes>,
+    entries: Cache<(ChunkId, Span), Bytes, ByteWeighter>,
 }
 
 impl ChunkCache {
-    /// A cache of at most `bytes_max` bytes.
+    /// Makes a cache of at most `bytes_max` bytes.
     pub fn new(bytes_max: u64) -> ChunkCache {
         let options = OptionsBuilder::new()
             .estimated_items_capacity((bytes_max / u64::from(BLOCK_FETCH_BYTES)).max(64) as usize)
@@ -72,35 +72,37 @@ impl ChunkCache {
             .build()
             .expect("both capacities are given");
         ChunkCache {
-            looks: AtomicU64::new(0),
+            lookups: AtomicU64::new(0),
             fetches: AtomicU64::new(0),
             entries: Cache::with_options(
                 options,
-                ByBytes,
+                ByteWeighter,
                 DefaultHashBuilder::default(),
                 DefaultLifecycle::default(),
             ),
         }
     }
 
-    /// How often what was wanted was here, how often it was fetched, and how much is here. Who shares another's fetch
-    /// found it here.
+    /// Returns hits, misses and cached bytes. A read that shares a fetch counts as a hit.
     pub fn statistics(&self) -> CacheStatistics {
         let misses = self.fetches.load(Ordering::Relaxed);
         CacheStatistics {
-            hits: self.looks.load(Ordering::Relaxed).saturating_sub(misses),
+            hits: self.lookups.load(Ordering::Relaxed).saturating_sub(misses),
             misses,
             bytes: self.entries.weight(),
         }
     }
 
-    /// The bytes `range` of `chunk`, from here or by `fetch(offset, length)`. `used_to` is how far the file is known
-    /// to use the chunk: no byte behind it is asked for.
+    /// Returns the bytes `range` of `chunk`, from the cache or from `fetch(offset, length)`. The file is known to use
+    /// the chunk up to `used_end`; no byte after it is fetched.
+    ///
+    /// # Errors
+    /// Those of `fetch`; [`FsError::Io`] if it returns too few bytes.
     pub async fn read<F, Fetching>(
         &self,
         chunk: ChunkId,
         range: Range<u32>,
-        used_to: u32,
+        used_end: u32,
         pattern: Pattern,
         fetch: F,
     ) -> Result<Bytes, FsError>
@@ -108,22 +110,24 @@ impl ChunkCache {
         F: Fn(u32, u32) -> Fetching + Sync,
         Fetching: Future<Output = Result<Bytes, FsError>> + Send,
     {
-        debug_assert!(range.end <= used_to && used_to <= CHUNK_BYTES_MAX);
+        debug_assert!(range.end <= used_end && used_end <= CHUNK_BYTES_MAX);
         if let Some(whole) = self.entries.get(&(chunk, Span::Whole))
             && whole.len() >= range.end as usize
         {
-            self.looks.fetch_add(1, Ordering::Relaxed);
+            self.lookups.fetch_add(1, Ordering::Relaxed);
             return Ok(whole.slice(range.start as usize..range.end as usize));
         }
-        if pattern == Pattern::Sequential || used_to <= BLOCK_FETCH_BYTES {
-            return self.part((chunk, Span::Whole), range, used_to, &fetch).await;
+        if pattern == Pattern::Sequential || used_end <= BLOCK_FETCH_BYTES {
+            return self
+                .read_entry((chunk, Span::Whole), range, used_end, &fetch)
+                .await;
         }
         let blocks = range.start / BLOCK_FETCH_BYTES..range.end.div_ceil(BLOCK_FETCH_BYTES);
         let mut parts = try_join_all(blocks.map(|number| {
             let start = number * BLOCK_FETCH_BYTES;
-            let end = (start + BLOCK_FETCH_BYTES).min(used_to);
+            let end = (start + BLOCK_FETCH_BYTES).min(used_end);
             let part = range.start.max(start)..range.end.min(end);
-            self.part((chunk, Span::Block(number)), part, end, &fetch)
+            self.read_entry((chunk, Span::Block(number)), part, end, &fetch)
         }))
         .await?;
         if parts.len() == 1
@@ -136,8 +140,8 @@ impl ChunkCache {
         Ok(joined.freeze())
     }
 
-    /// `range` (counted in the chunk) out of the entry `key`, which is to reach up to `end`.
-    async fn part<F, Fetching>(
+    /// Returns `range` (an offset in the chunk) of the entry `key`, which is fetched up to `end`.
+    async fn read_entry<F, Fetching>(
         &self,
         key: (ChunkId, Span),
         range: Range<u32>,
@@ -153,7 +157,7 @@ impl ChunkCache {
             Span::Block(number) => number * BLOCK_FETCH_BYTES,
         };
         let in_entry = (range.start - start) as usize..(range.end - start) as usize;
-        self.looks.fetch_add(1, Ordering::Relaxed);
+        self.lookups.fetch_add(1, Ordering::Relaxed);
         for _ in 0..SHORT_ENTRIES_MAX {
             let fetched = async {
                 self.fetches.fetch_add(1, Ordering::Relaxed);
@@ -163,18 +167,18 @@ impl ChunkCache {
             if bytes.len() >= in_entry.end {
                 return Ok(bytes.slice(in_entry));
             }
-            // It was fetched for a piece that ends earlier in the same chunk. The next fetch is shared again.
+            // It was fetched for an extent that ends earlier in the same chunk. The next fetch is shared again.
             self.entries.remove_if(&key, |held| held.len() < in_entry.end);
         }
         let bytes = fetch(start, end - start).await?;
         if bytes.len() < in_entry.end {
-            tracing::error!(chunk = %key.0, asked_bytes = end - start, got_bytes = bytes.len(), "chunk answer is short");
+            tracing::error!(chunk = %key.0, requested_bytes = end - start, returned_bytes = bytes.len(), "a node returned fewer bytes of a chunk than requested");
             return Err(FsError::Io);
         }
         Ok(bytes.slice(in_entry))
     }
 
-    /// Bytes held.
+    /// Returns the cached bytes.
     pub fn bytes(&self) -> u64 {
         self.entries.weight()
     }
@@ -201,7 +205,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn every_way_gives_the_same_bytes_and_the_second_time_no_fetch() {
+    async fn both_patterns_return_the_same_bytes_and_fetch_them_once() {
         let fetches = Mutex::new(Vec::new());
         let fetch = |offset, length| {
             fetches.lock().push((offset, length));
@@ -245,7 +249,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_failed_fetch_is_not_remembered() {
+    async fn a_failed_fetch_is_not_cached() {
         let cache = ChunkCache::new(64 << 20);
         let fails = |_, _| async { Err(FsError::Stale) };
         assert_eq!(
@@ -260,7 +264,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_stays_within_its_bytes() {
+    async fn its_size_is_bounded() {
         let cache = ChunkCache::new(16 << 20);
         for counter in 0..100 {
             let fetch = |_, length: u32| async move { Ok(Bytes::from(vec![0; length as usize])) };

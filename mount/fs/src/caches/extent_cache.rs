@@ -1,8 +1,8 @@
-//! Where the bytes of one file are, as of one version of its content.
+//! The extents of one file at one version of its content.
 //!
-//! Invariants: pieces are disjoint; all are of the same version; what is not known is never taken for a hole.
-//! Bounded by [`PIECES_MAX`]: above it only what lies around the newest answer stays. The caches of all files of a mount
-//! are counted together ([`ExtentCount`]), and whoever has added to one makes room in others. Pure.
+//! Invariants: extents are disjoint; all are of the same version; an unknown range is never taken for a hole. The size
+//! is bounded by [`EXTENTS_MAX`]: beyond it only the ranges around the newest answer are kept. The caches of all files
+//! of a mount share one count ([`ExtentCount`]), and the caller clears other caches if it is exceeded. Pure.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -11,106 +11,113 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use quorumfs_proto::{ChunkId, Extent};
 
-/// Most pieces remembered of one file: a 16 GiB file of whole chunks, about 1 MiB of memory. (More only where a single
+/// Most extents cached of one file: those of 16 GiB in whole chunks, about 1 MiB of memory. (Exceeded only if a single
 /// read needs more.)
-pub const PIECES_MAX: usize = 16_384;
+pub const EXTENTS_MAX: usize = 16_384;
 
-/// What stays before the newest answer when there are too many pieces: the largest read, so that a read that needs
-/// several answers gets them together.
+/// Bytes kept before the newest answer if there are too many extents: the largest read, so that a read which needs
+/// several answers finds them all.
 const KEPT_BEFORE_BYTES: u64 = 1 << 20;
 
-/// What a piece costs: itself, and its part of what is known and of how far chunks reach.
-const PIECE_COST_BYTES: usize = 128;
+/// Memory of an extent, with its share of the other maps.
+const EXTENT_COST_BYTES: usize = 128;
 
-/// Most bytes of the extents of all files of a mount: those of 256 GiB in whole chunks.
+/// Most memory for the extents of all files of a mount: those of 256 GiB in whole chunks.
 const MOUNT_BYTES_MAX: usize = 32 << 20;
 
-/// The pieces in all caches of a mount. Cloning shares it.
+/// The number of extents in all caches of a mount. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct ExtentCount(Arc<AtomicUsize>);
 
 impl ExtentCount {
-    /// Whether there are too many.
+    /// Whether the caches of the mount hold too many extents.
     pub fn is_exceeded(&self) -> bool {
-        self.pieces() > MOUNT_BYTES_MAX / PIECE_COST_BYTES
+        self.extents() > MOUNT_BYTES_MAX / EXTENT_COST_BYTES
     }
 
-    /// Whether so many were forgotten that there is room for a while.
+    /// Whether at most half of the limit is used.
     pub fn has_room(&self) -> bool {
-        self.pieces() <= MOUNT_BYTES_MAX / PIECE_COST_BYTES / 2
+        self.extents() <= MOUNT_BYTES_MAX / EXTENT_COST_BYTES / 2
     }
 
-    fn pieces(&self) -> usize {
+    fn extents(&self) -> usize {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// What one cache has added to the count.
+/// The share of one cache in the count.
 #[derive(Debug, Default)]
-struct Counted {
+struct CountShare {
     count: ExtentCount,
-    pieces: usize,
+    extents: usize,
 }
 
-impl Counted {
-    fn set(&mut self, pieces: usize) {
-        // Wraps around to the difference.
-        let added = pieces.wrapping_sub(self.pieces);
+impl CountShare {
+    fn set(&mut self, extents: usize) {
+        // The difference wraps around, and so does the addition.
+        let added = extents.wrapping_sub(self.extents);
         self.count.0.fetch_add(added, Ordering::Relaxed);
-        self.pieces = pieces;
+        self.extents = extents;
     }
 }
 
-impl Drop for Counted {
+impl Drop for CountShare {
     fn drop(&mut self) {
         self.set(0);
     }
 }
 
-/// The known extents of a file.
+/// The cached extents of a file.
 #[derive(Debug, Default)]
 pub struct ExtentCache {
-    counted: Counted,
+    count_share: CountShare,
     version: u64,
-    pieces: BTreeMap<u64, Extent>,
-    /// Parts of the file that `pieces` tell everything about: start to end, disjoint and not touching.
+    extents: BTreeMap<u64, Extent>,
+    /// Ranges in which all extents are known, start to end; disjoint and not adjacent.
     known: BTreeMap<u64, u64>,
-    /// How far each chunk was ever seen to be used.
-    reach: HashMap<ChunkId, u32>,
+    /// The end of the used part of each chunk, as far as seen.
+    chunk_ends: HashMap<ChunkId, u32>,
 }
 
 impl ExtentCache {
-    /// One that is counted in `count`.
-    pub fn counted_in(count: &ExtentCount) -> ExtentCache {
+    /// Makes an empty cache that adds to `count`.
+    pub fn with_count(count: &ExtentCount) -> ExtentCache {
         ExtentCache {
-            counted: Counted {
+            count_share: CountShare {
                 count: count.clone(),
-                pieces: 0,
+                extents: 0,
             },
             ..ExtentCache::default()
         }
     }
 
-    /// Forgets everything, and gives its memory back.
+    /// Removes everything and frees the memory.
     pub fn clear(&mut self) {
-        self.pieces = BTreeMap::new();
+        self.extents = BTreeMap::new();
         self.known = BTreeMap::new();
-        self.reach = HashMap::new();
-        self.count();
+        self.chunk_ends = HashMap::new();
+        self.update_count();
     }
 
-    /// Counts what there is now.
-    fn count(&mut self) {
-        self.counted.set(self.pieces.len().max(self.reach.len()));
+    /// Sets this cache's share of the count.
+    fn update_count(&mut self) {
+        self.count_share
+            .set(self.extents.len().max(self.chunk_ends.len()));
     }
 
-    /// How far the file uses the chunk of `piece`, as far as is known: a chunk of many pieces is then fetched once.
-    pub fn reach(&self, piece: &Extent) -> u32 {
-        let end = piece.chunk_offset + piece.length;
-        self.reach.get(&piece.chunk).map_or(end, |reach| end.max(*reach))
+    /// Returns the end of the known use of the extent's chunk by the file, so that a chunk of many extents is fetched
+    /// once.
+    pub fn chunk_end(&self, extent: &Extent) -> u32 {
+        let end = extent.chunk_offset + extent.length;
+        self.chunk_ends
+            .get(&extent.chunk)
+            .map_or(end, |known_end| end.max(*known_end))
     }
 
-    /// The pieces that reach into `range`, or from where on they are not known at `version`.
+    /// Returns the extents that overlap `range` at `version`.
+    ///
+    /// # Errors
+    /// The offset of the first byte whose extents are unknown.
     pub fn lookup(&self, version: u64, range: Range<u64>) -> Result<Vec<Extent>, u64> {
         if range.is_empty() {
             return Ok(Vec::new());
@@ -127,16 +134,16 @@ impl ExtentCache {
             return Err(known_to);
         }
         let first = self
-            .pieces
+            .extents
             .range(..=range.start)
             .next_back()
             .map_or(range.start, |(offset, _)| *offset);
-        let pieces = self.pieces.range(first..range.end).map(|(_, piece)| *piece);
-        Ok(pieces.filter(|piece| piece.file_end() > range.start).collect())
+        let extents = self.extents.range(first..range.end).map(|(_, extent)| *extent);
+        Ok(extents.filter(|extent| extent.file_end() > range.start).collect())
     }
 
-    /// Takes what the cluster told of `range` at `version`; pieces may reach out of the range.
-    pub fn store(&mut self, version: u64, range: Range<u64>, pieces: Vec<Extent>) {
+    /// Stores the cluster's answer for `range` at `version`; `extents` may extend beyond the range.
+    pub fn store(&mut self, version: u64, range: Range<u64>, extents: Vec<Extent>) {
         if version != self.version {
             self.clear();
             self.version = version;
@@ -144,52 +151,52 @@ impl ExtentCache {
         if range.is_empty() {
             return;
         }
-        if self.pieces.len() + pieces.len() > PIECES_MAX {
+        if self.extents.len() + extents.len() > EXTENTS_MAX {
             self.forget(0..range.start.saturating_sub(KEPT_BEFORE_BYTES));
             self.forget(range.end..u64::MAX);
         }
         self.cut(range.clone());
-        for piece in pieces {
-            if let Some(piece) = clip(piece, range.clone()) {
-                self.add(piece);
+        for extent in extents {
+            if let Some(extent) = clip(extent, range.clone()) {
+                self.add(extent);
             }
         }
         self.mark_known(range);
-        self.count();
+        self.update_count();
     }
 
-    /// A command of this mount put `pieces` into the file (later ones over earlier ones) and the content went from
-    /// version `after - 1` to `after` by it alone. Where the cache is of another version it begins anew.
-    pub fn patch(&mut self, after: u64, pieces: &[Extent]) {
+    /// Applies a command of this mount that wrote `extents` (later ones over earlier ones) and alone changed the
+    /// content from version `after - 1` to `after`. A cache of another version is cleared.
+    pub fn patch(&mut self, after: u64, extents: &[Extent]) {
         if self.version >= after {
             return; // An answer that already has the change came first.
         }
-        if self.version + 1 != after || self.pieces.len() + pieces.len() > PIECES_MAX {
+        if self.version + 1 != after || self.extents.len() + extents.len() > EXTENTS_MAX {
             self.clear();
             self.version = after;
             return;
         }
         self.version = after;
-        for piece in pieces {
-            let range = piece.file_offset..piece.file_end();
+        for extent in extents {
+            let range = extent.file_offset..extent.file_end();
             self.cut(range.clone());
-            self.add(*piece);
+            self.add(*extent);
             self.mark_known(range);
         }
-        self.count();
+        self.update_count();
     }
 
-    fn add(&mut self, piece: Extent) {
-        self.pieces.insert(piece.file_offset, piece);
-        if self.reach.len() > 2 * PIECES_MAX.max(self.pieces.len()) {
-            // Chunks that were written over are still in it.
-            self.reach.clear();
+    fn add(&mut self, extent: Extent) {
+        self.extents.insert(extent.file_offset, extent);
+        if self.chunk_ends.len() > 2 * EXTENTS_MAX.max(self.extents.len()) {
+            // It still has chunks that were overwritten.
+            self.chunk_ends.clear();
         }
-        let reach = self.reach.entry(piece.chunk).or_default();
-        *reach = (*reach).max(piece.chunk_offset + piece.length);
+        let known_end = self.chunk_ends.entry(extent.chunk).or_default();
+        *known_end = (*known_end).max(extent.chunk_offset + extent.length);
     }
 
-    /// Knows nothing of `range` any more.
+    /// Makes `range` unknown.
     fn forget(&mut self, range: Range<u64>) {
         self.cut(range.clone());
         let first = self
@@ -213,23 +220,26 @@ impl ExtentCache {
         }
     }
 
-    /// Removes what lies in `range`, splitting pieces that reach out of it.
+    /// Removes all extents in `range` and cuts those that extend beyond it.
     fn cut(&mut self, range: Range<u64>) {
         let first = self
-            .pieces
+            .extents
             .range(..range.start)
             .next_back()
             .map_or(range.start, |(offset, _)| *offset);
         let touched: Vec<Extent> = self
-            .pieces
+            .extents
             .range(first..range.end)
-            .map(|(_, piece)| *piece)
+            .map(|(_, extent)| *extent)
             .collect();
-        for piece in touched.into_iter().filter(|piece| piece.file_end() > range.start) {
-            self.pieces.remove(&piece.file_offset);
+        for extent in touched
+            .into_iter()
+            .filter(|extent| extent.file_end() > range.start)
+        {
+            self.extents.remove(&extent.file_offset);
             for rest in [0..range.start, range.end..u64::MAX] {
-                if let Some(rest) = clip(piece, rest) {
-                    self.pieces.insert(rest.file_offset, rest);
+                if let Some(rest) = clip(extent, rest) {
+                    self.extents.insert(rest.file_offset, rest);
                 }
             }
         }
@@ -255,15 +265,15 @@ impl ExtentCache {
     }
 }
 
-/// The part of `piece` that lies in `range`.
-pub fn clip(piece: Extent, range: Range<u64>) -> Option<Extent> {
-    let from = piece.file_offset.max(range.start);
-    let to = piece.file_end().min(range.end);
+/// Returns the part of `extent` in `range`.
+pub fn clip(extent: Extent, range: Range<u64>) -> Option<Extent> {
+    let from = extent.file_offset.max(range.start);
+    let to = extent.file_end().min(range.end);
     (from < to).then(|| Extent {
         file_offset: from,
         length: (to - from) as u32,
-        chunk: piece.chunk,
-        chunk_offset: piece.chunk_offset + (from - piece.file_offset) as u32,
+        chunk: extent.chunk,
+        chunk_offset: extent.chunk_offset + (from - extent.file_offset) as u32,
     })
 }
 
@@ -273,7 +283,7 @@ mod tests {
     use proptest::prelude::*;
     use quorumfs_proto::{ChunkId, SessionId};
 
-    fn piece(file_offset: u64, length: u32, counter: u64) -> Extent {
+    fn extent(file_offset: u64, length: u32, counter: u64) -> Extent {
         Extent {
             file_offset,
             length,
@@ -286,77 +296,79 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_not_a_hole() {
+    fn an_unknown_range_is_not_a_hole() {
         let mut cache = ExtentCache::default();
-        cache.store(3, 10..20, vec![piece(12, 2, 1)]);
-        assert_eq!(cache.lookup(3, 10..20), Ok(vec![piece(12, 2, 1)]));
+        cache.store(3, 10..20, vec![extent(12, 2, 1)]);
+        assert_eq!(cache.lookup(3, 10..20), Ok(vec![extent(12, 2, 1)]));
         assert_eq!(cache.lookup(3, 15..25), Err(20));
         assert_eq!(cache.lookup(3, 5..15), Err(5));
         assert_eq!(cache.lookup(4, 10..20), Err(10));
         cache.store(3, 20..30, Vec::new());
+        assert_eq!(cache.lookup(3, 15..25), Ok(Vec::new()), "two adjacent answers");
+    }
+
+    #[test]
+    fn the_extents_of_all_caches_are_counted() {
+        let count = ExtentCount::default();
+        let mut first = ExtentCache::with_count(&count);
+        let mut second = ExtentCache::with_count(&count);
+        first.store(1, 0..30, vec![extent(0, 10, 1), extent(10, 10, 2)]);
+        second.store(1, 0..30, vec![extent(0, 10, 3)]);
+        assert_eq!(count.extents(), 3);
+        second.patch(2, &[extent(20, 10, 4)]);
+        assert_eq!(count.extents(), 4);
+        first.clear();
+        assert_eq!(count.extents(), 2);
+        drop(second);
+        assert_eq!(count.extents(), 0);
+    }
+
+    #[test]
+    fn the_end_of_a_chunk_is_that_of_its_last_extent() {
+        let mut cache = ExtentCache::default();
+        let second = Extent {
+            chunk_offset: 10,
+            ..extent(100, 10, 1)
+        };
+        cache.store(1, 0..200, vec![extent(0, 10, 1), second]);
+        assert_eq!(cache.chunk_end(&extent(0, 10, 1)), 20);
         assert_eq!(
-            cache.lookup(3, 15..25),
-            Ok(Vec::new()),
-            "two answers side by side"
+            cache.chunk_end(&extent(0, 10, 2)),
+            10,
+            "of an unknown chunk only the extent itself"
         );
     }
 
     #[test]
-    fn the_pieces_of_all_caches_are_counted() {
-        let count = ExtentCount::default();
-        let mut first = ExtentCache::counted_in(&count);
-        let mut second = ExtentCache::counted_in(&count);
-        first.store(1, 0..30, vec![piece(0, 10, 1), piece(10, 10, 2)]);
-        second.store(1, 0..30, vec![piece(0, 10, 3)]);
-        assert_eq!(count.pieces(), 3);
-        second.patch(2, &[piece(20, 10, 4)]);
-        assert_eq!(count.pieces(), 4);
-        first.clear();
-        assert_eq!(count.pieces(), 2);
-        drop(second);
-        assert_eq!(count.pieces(), 0);
-    }
-
-    #[test]
-    fn a_chunk_of_many_pieces_is_known_to_its_last() {
-        let mut cache = ExtentCache::default();
-        let second = Extent {
-            chunk_offset: 10,
-            ..piece(100, 10, 1)
-        };
-        cache.store(1, 0..200, vec![piece(0, 10, 1), second]);
-        assert_eq!(cache.reach(&piece(0, 10, 1)), 20);
-        assert_eq!(cache.reach(&piece(0, 10, 2)), 10, "of others only what is asked");
-    }
-
-    #[test]
-    fn a_change_by_others_in_between_clears() {
+    fn a_change_by_another_mount_in_between_clears_the_cache() {
         let mut cache = ExtentCache::default();
         cache.store(3, 0..20, Vec::new());
-        cache.patch(4, &[piece(0, 5, 1)]);
-        assert_eq!(cache.lookup(4, 0..20), Ok(vec![piece(0, 5, 1)]));
-        cache.patch(6, &[piece(5, 5, 2)]);
+        cache.patch(4, &[extent(0, 5, 1)]);
+        assert_eq!(cache.lookup(4, 0..20), Ok(vec![extent(0, 5, 1)]));
+        cache.patch(6, &[extent(5, 5, 2)]);
         assert_eq!(cache.lookup(6, 0..20), Err(0));
     }
 
     #[test]
-    fn a_read_of_very_many_pieces_gets_all_of_its_answers_together() {
+    fn a_read_of_very_many_extents_finds_all_of_its_answers() {
         let mut cache = ExtentCache::default();
-        for at in 0..5 * PIECES_MAX as u64 {
-            cache.store(1, 8 * at..8 * (at + 1), vec![piece(8 * at, 8, at)]);
+        for at in 0..5 * EXTENTS_MAX as u64 {
+            cache.store(1, 8 * at..8 * (at + 1), vec![extent(8 * at, 8, at)]);
         }
-        let end = 40 * PIECES_MAX as u64;
+        let end = 40 * EXTENTS_MAX as u64;
         let kept = KEPT_BEFORE_BYTES.min(end) - 8;
         assert_eq!(
-            cache.lookup(1, end - kept..end).map(|pieces| pieces.len() as u64),
+            cache
+                .lookup(1, end - kept..end)
+                .map(|extents| extents.len() as u64),
             Ok(kept / 8)
         );
         let mut far = ExtentCache::default();
-        for at in 0..2 * PIECES_MAX as u64 {
+        for at in 0..2 * EXTENTS_MAX as u64 {
             let offset = at * (KEPT_BEFORE_BYTES / 4);
-            far.store(1, offset..offset + 8, vec![piece(offset, 8, at)]);
+            far.store(1, offset..offset + 8, vec![extent(offset, 8, at)]);
         }
-        assert!(far.pieces.len() <= PIECES_MAX && far.known.len() <= PIECES_MAX);
+        assert!(far.extents.len() <= EXTENTS_MAX && far.known.len() <= EXTENTS_MAX);
         assert!(far.lookup(1, 0..8).is_err());
     }
 
@@ -370,17 +382,17 @@ mod tests {
             cache.store(0, 0..300, Vec::new());
             let mut model = [None; 300];
             for (number, (offset, length)) in patches.iter().enumerate() {
-                cache.patch(number as u64 + 1, &[piece(*offset, *length, number as u64)]);
+                cache.patch(number as u64 + 1, &[extent(*offset, *length, number as u64)]);
                 for at in 0..u64::from(*length) {
                     model[(offset + at) as usize] = Some((number as u64, at as u32));
                 }
             }
             let range = window.0..window.0 + window.1;
             let mut seen = [None; 300];
-            for piece in cache.lookup(patches.len() as u64, range.clone()).unwrap() {
-                for at in 0..piece.length {
-                    seen[piece.file_offset as usize + at as usize] =
-                        Some((piece.chunk.counter, piece.chunk_offset + at));
+            for extent in cache.lookup(patches.len() as u64, range.clone()).unwrap() {
+                for at in 0..extent.length {
+                    seen[extent.file_offset as usize + at as usize] =
+                        Some((extent.chunk.counter, extent.chunk_offset + at));
                 }
             }
             let range = range.start as usize..range.end as usize;

@@ -1,29 +1,29 @@
-//! What this mount knows for certain as long as it holds the lease: attributes, and of some directories all names.
+//! What is certain while this mount holds the lease: attributes, and the complete names of some directories.
 //!
-//! Pure: told what was answered under which lease, it answers what still holds. What was learned under one lease is
-//! worth nothing under the next, for others may have changed everything in between.
+//! Pure. What was cached under one lease is removed under the next, because other sessions may have changed everything
+//! in between.
 //!
-//! Invariant: of a directory that is known whole, every name that exists is known. Names that were removed may stay
-//! known: that only costs a question.
+//! Invariant: every existing name of a complete directory is recorded. Removed names may stay recorded, which only
+//! costs a query.
 
 use std::collections::{HashMap, HashSet};
 
 use quick_cache::unsync::Cache;
 use quorumfs_proto::{Attributes, InodeNumber, Name};
 
-/// Most inodes whose attributes are kept: some 16 MiB.
+/// Most inodes with cached attributes, about 16 MiB.
 const ATTRIBUTES_MAX: usize = 64 << 10;
-/// Most bytes of names kept of all directories known whole; beyond it all directories are forgotten.
+/// Most bytes of names of all complete directories; beyond it all directories are removed.
 const NAMES_BYTES_MAX: usize = 24 << 20;
-/// What a name costs beside its bytes.
+/// Memory of a name in addition to its bytes.
 const NAME_OVERHEAD_BYTES: usize = 64;
-/// Most directories known whole.
+/// Most complete directories; beyond it all are removed.
 const DIRECTORIES_MAX: usize = 16 << 10;
 
-/// The number of a lease.
+/// The number of a lease of this session.
 pub type LeaseNumber = u64;
 
-/// See the module.
+/// The cache of one lease.
 pub struct LeaseView {
     lease: LeaseNumber,
     attributes: Cache<InodeNumber, Attributes>,
@@ -43,8 +43,8 @@ impl Default for LeaseView {
 }
 
 impl LeaseView {
-    /// From now on `lease` is held.
-    fn under(&mut self, lease: LeaseNumber) {
+    /// Clears the cache unless it is of `lease`.
+    fn switch_to(&mut self, lease: LeaseNumber) {
         if self.lease != lease {
             self.lease = lease;
             self.attributes = Cache::new(ATTRIBUTES_MAX);
@@ -57,11 +57,11 @@ impl LeaseView {
         self.names_bytes = 0;
     }
 
-    /// These attributes were answered to a question that was asked and answered under `lease`. Of two that cross on
-    /// their way the newer counts: ctime moves forward with every change.
-    pub fn learn(&mut self, lease: LeaseNumber, told: &[Attributes]) {
-        self.under(lease);
-        for attributes in told {
+    /// Caches attributes that were queried and answered under `lease`. If answers cross, the newer attributes stay:
+    /// every change increases ctime.
+    pub fn insert(&mut self, lease: LeaseNumber, answered: &[Attributes]) {
+        self.switch_to(lease);
+        for attributes in answered {
             let known = self.attributes.peek(&attributes.inode);
             if known.is_none_or(|known| known.ctime <= attributes.ctime) {
                 self.attributes.insert(attributes.inode, attributes.clone());
@@ -69,22 +69,22 @@ impl LeaseView {
         }
     }
 
-    /// A change of these inodes is on its way, or what came of it is not known.
+    /// Removes the attributes of an inode that has changed or may have.
     pub fn forget(&mut self, inode: InodeNumber) {
         self.attributes.remove(&inode);
     }
 
-    /// This mount has just made `directory`, under `lease`: it is empty.
-    pub fn made(&mut self, lease: LeaseNumber, directory: InodeNumber) {
-        self.under(lease);
+    /// Records that this mount has just created `directory`, under `lease`; it is complete with no names.
+    pub fn add_empty_directory(&mut self, lease: LeaseNumber, directory: InodeNumber) {
+        self.switch_to(lease);
         if self.directories.len() >= DIRECTORIES_MAX {
             self.forget_directories();
         }
         self.directories.insert(directory, HashSet::new());
     }
 
-    /// This mount is about to give something this name; it may exist from now on.
-    pub fn may_name(&mut self, directory: InodeNumber, name: &Name) {
+    /// Records a name that may exist from now on, because this mount is about to create it.
+    pub fn add_name(&mut self, directory: InodeNumber, name: &Name) {
         if let Some(names) = self.directories.get_mut(&directory)
             && names.insert(name.clone())
         {
@@ -95,15 +95,15 @@ impl LeaseView {
         }
     }
 
-    /// The attributes of `inode`, if they are known under `lease`.
+    /// Returns the attributes of `inode`, if cached under `lease`.
     pub fn attributes(&mut self, lease: LeaseNumber, inode: InodeNumber) -> Option<Attributes> {
-        self.under(lease);
+        self.switch_to(lease);
         self.attributes.get(&inode).cloned()
     }
 
-    /// Whether it is certain under `lease` that nothing has this name.
-    pub fn lacks(&mut self, lease: LeaseNumber, directory: InodeNumber, name: &Name) -> bool {
-        self.under(lease);
+    /// Whether it is certain under `lease` that the name does not exist.
+    pub fn is_absent(&mut self, lease: LeaseNumber, directory: InodeNumber, name: &Name) -> bool {
+        self.switch_to(lease);
         self.directories
             .get(&directory)
             .is_some_and(|names| !names.contains(name))
@@ -142,22 +142,22 @@ mod tests {
     }
 
     #[test]
-    fn what_was_learned_under_one_lease_is_gone_under_the_next() {
+    fn attributes_and_names_of_one_lease_are_gone_under_the_next() {
         let mut view = LeaseView::default();
         let name = Name::new(&b"a"[..]).unwrap();
-        view.learn(1, &[attributes(5, 1)]);
-        view.made(1, InodeNumber(9));
+        view.insert(1, &[attributes(5, 1)]);
+        view.add_empty_directory(1, InodeNumber(9));
         assert!(view.attributes(1, InodeNumber(5)).is_some());
-        assert!(view.lacks(1, InodeNumber(9), &name));
-        assert!(!view.lacks(2, InodeNumber(9), &name));
+        assert!(view.is_absent(1, InodeNumber(9), &name));
+        assert!(!view.is_absent(2, InodeNumber(9), &name));
         assert!(view.attributes(2, InodeNumber(5)).is_none());
     }
 
     #[test]
-    fn of_attributes_that_cross_the_newer_count() {
+    fn of_answers_that_cross_the_newer_attributes_count() {
         let mut view = LeaseView::default();
-        view.learn(1, &[attributes(5, 7)]);
-        view.learn(1, &[attributes(5, 6)]);
+        view.insert(1, &[attributes(5, 7)]);
+        view.insert(1, &[attributes(5, 6)]);
         assert_eq!(view.attributes(1, InodeNumber(5)).unwrap().ctime.seconds, 7);
         view.forget(InodeNumber(5));
         assert!(view.attributes(1, InodeNumber(5)).is_none());
@@ -167,29 +167,29 @@ mod tests {
     fn names_are_bounded_in_bytes() {
         let mut view = LeaseView::default();
         let directory = InodeNumber(9);
-        view.made(1, directory);
+        view.add_empty_directory(1, directory);
         let long = "x".repeat(240);
         let names_max = NAMES_BYTES_MAX / 240;
         for number in 0..names_max {
             let name = Name::new(format!("{long}{number}").into_bytes()).unwrap();
-            view.may_name(directory, &name);
+            view.add_name(directory, &name);
             assert!(view.names_bytes <= NAMES_BYTES_MAX);
         }
         let other = Name::new(&b"a"[..]).unwrap();
-        assert!(!view.lacks(1, directory, &other), "it is forgotten");
+        assert!(!view.is_absent(1, directory, &other), "it is removed");
     }
 
     #[test]
-    fn a_name_that_may_exist_is_not_lacking() {
+    fn a_name_that_may_exist_is_not_absent() {
         let mut view = LeaseView::default();
         let (a, b) = (Name::new(&b"a"[..]).unwrap(), Name::new(&b"b"[..]).unwrap());
-        view.made(1, InodeNumber(9));
-        view.may_name(InodeNumber(9), &a);
-        assert!(!view.lacks(1, InodeNumber(9), &a));
-        assert!(view.lacks(1, InodeNumber(9), &b));
+        view.add_empty_directory(1, InodeNumber(9));
+        view.add_name(InodeNumber(9), &a);
+        assert!(!view.is_absent(1, InodeNumber(9), &a));
+        assert!(view.is_absent(1, InodeNumber(9), &b));
         assert!(
-            !view.lacks(1, InodeNumber(8), &b),
-            "a directory that is not known whole"
+            !view.is_absent(1, InodeNumber(8), &b),
+            "a directory that is not complete"
         );
     }
 }

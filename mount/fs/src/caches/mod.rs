@@ -1,12 +1,12 @@
-//! What a mount remembers of what the cluster told it.
+//! What a mount caches of the cluster's answers.
 //!
-//! - [`chunk_cache`]: bytes of chunks. Chunks are immutable, so they can never be stale.
-//! - [`extent_cache`]: where the bytes of one open file are, as of one version of its content.
-//! - [`lease_view`]: attributes and names, for as long as nobody else can change them.
-//! - [`page_tail`]: what the reader's own page cache holds behind the end of a file.
-//! - [`page_versions`]: which version of a file's content the reader's own page cache holds.
+//! - [`chunk_cache`]: bytes of chunks. Chunks are immutable, so entries are never stale.
+//! - [`extent_cache`]: the extents of one open file at one version of its content.
+//! - [`lease_view`]: attributes and names, as long as no other session can change them.
+//! - [`page_tail`]: the kernel's pages beyond the end of a file.
+//! - [`page_versions`]: the content version of the kernel's pages of a file.
 //!
-//! They know neither handles nor commands, and do no I/O of their own.
+//! These modules must not know handles or commands, and do no I/O.
 
 pub mod chunk_cache;
 pub mod extent_cache;

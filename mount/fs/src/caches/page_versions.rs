@@ -1,29 +1,29 @@
-//! Which version of each file's content the kernel (or whoever caches above us) has seen.
+//! The content version of the kernel's pages of each file.
 //!
-//! Owes: at open, whether what is cached above may be kept. Invariant: a version is settled only if every byte cached
-//! above is of that version. That an open was told to drop what is cached is not enough: until its answer has arrived
-//! the old bytes are still there, and a second open must not be told to keep them. The first request on the handle shows
-//! that it has. Bounded by count; what falls out only costs a cache above us its pages.
+//! It decides at open whether the kernel may keep its pages. Invariant: a version is confirmed only if every cached
+//! byte is of that version. An open that drops the pages does not confirm it: until its answer has arrived, the old
+//! bytes are still cached, and a second open must not keep them. The first request of the handle confirms it. The
+//! number of files is bounded; a file that falls out only costs the kernel its pages.
 
 use parking_lot::Mutex;
 use quick_cache::unsync::Cache;
 use quorumfs_proto::InodeNumber;
 
-/// Files remembered: some 2 MiB at most.
+/// Most files recorded, about 2 MiB.
 const FILES_MAX: usize = 32_768;
 
-/// Numbers the opens that drop what is cached above.
-pub type Dropping = u64;
+/// The number of an open that drops pages.
+pub type DropId = u64;
 
-/// What is cached above of one file.
+/// The kernel's pages of one file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Pages {
     version: u64,
-    /// The open that first drops what is of another version, as long as nothing shows that it has.
-    dropping: Option<Dropping>,
+    /// The open that drops pages of another version, until that is confirmed.
+    drop_id: Option<DropId>,
 }
 
-/// Versions by file. The lock is held for a look-up.
+/// The versions by file. The lock is held for one access.
 #[derive(Debug)]
 pub struct PageVersions {
     state: Mutex<State>,
@@ -32,7 +32,7 @@ pub struct PageVersions {
 #[derive(Debug)]
 struct State {
     files: Cache<InodeNumber, Pages>,
-    last: Dropping,
+    last: DropId,
 }
 
 impl Default for PageVersions {
@@ -47,38 +47,39 @@ impl Default for PageVersions {
 }
 
 impl PageVersions {
-    /// A file was opened at `version`. `None`: pages cached earlier are of that version. Else they must be dropped, and
-    /// [`PageVersions::dropped`] is to be told the number once a request shows that they were.
-    pub fn opened(&self, inode: InodeNumber, version: u64) -> Option<Dropping> {
+    /// Records an open at `version`. Returns `None` if cached pages are of that version; otherwise they must be
+    /// dropped, and [`PageVersions::dropped`] be called with the number once a request confirms it.
+    pub fn opened(&self, inode: InodeNumber, version: u64) -> Option<DropId> {
         let mut state = self.state.lock();
         if let Some(known) = state.files.get(&inode)
             && known.version == version
         {
-            return known.dropping;
+            return known.drop_id;
         }
         state.last += 1;
-        let dropping = Some(state.last);
-        state.files.insert(inode, Pages { version, dropping });
-        dropping
+        let drop_id = Some(state.last);
+        state.files.insert(inode, Pages { version, drop_id });
+        drop_id
     }
 
-    /// A file was made at `version`: nothing of it is cached yet.
+    /// Records the creation of a file at `version`, of which no page is cached.
     pub fn created(&self, inode: InodeNumber, version: u64) {
-        let dropping = None;
-        let pages = Pages { version, dropping };
+        let drop_id = None;
+        let pages = Pages { version, drop_id };
         self.state.lock().files.insert(inode, pages);
     }
 
-    /// The open that was given this number, or another one with it, has taken place above.
-    pub fn dropped(&self, inode: InodeNumber, dropping: Dropping) {
+    /// Records that the answer to the open with this number, or to another one with it, has arrived.
+    pub fn dropped(&self, inode: InodeNumber, drop_id: DropId) {
         if let Some(mut pages) = self.state.lock().files.get_mut(&inode)
-            && pages.dropping == Some(dropping)
+            && pages.drop_id == Some(drop_id)
         {
-            pages.dropping = None;
+            pages.drop_id = None;
         }
     }
 
-    /// This mount itself moved the content from `before` to `after`, and pages above have the change.
+    /// Records that this mount changed the content from version `before` to `after`, and that the kernel's pages
+    /// contain the change.
     pub fn changed_here(&self, inode: InodeNumber, before: u64, after: u64) {
         if let Some(mut pages) = self.state.lock().files.get_mut(&inode)
             && pages.version == before
@@ -87,7 +88,7 @@ impl PageVersions {
         }
     }
 
-    /// Pages above may lack a change.
+    /// Records that the kernel's pages may lack a change.
     pub fn forget(&self, inode: InodeNumber) {
         self.state.lock().files.remove(&inode);
     }
@@ -109,7 +110,7 @@ mod tests {
         versions.changed_here(file, 3, 4);
         let fourth = versions
             .opened(file, 4)
-            .expect("version 3 was made by somebody else");
+            .expect("version 3 was made by another mount");
         versions.dropped(file, fourth);
         versions.forget(file);
         assert!(versions.opened(file, 4).is_some());
@@ -120,19 +121,23 @@ mod tests {
         let versions = PageVersions::default();
         let file = InodeNumber(7);
         let first = versions.opened(file, 1);
-        assert_eq!(versions.opened(file, 1), first, "the first may not have arrived");
+        assert_eq!(
+            versions.opened(file, 1),
+            first,
+            "the answer to the first may not have arrived"
+        );
         versions.changed_here(file, 1, 2);
         assert_eq!(
             versions.opened(file, 2),
             first,
-            "what was there before is not gone by that"
+            "a local change does not drop older pages"
         );
         let second = versions.opened(file, 3);
         versions.dropped(file, first.unwrap());
         assert_eq!(
             versions.opened(file, 3),
             second,
-            "that one dropped what was there before version 3"
+            "that open dropped only pages older than version 3"
         );
         versions.dropped(file, second.unwrap());
         assert_eq!(versions.opened(file, 3), None);

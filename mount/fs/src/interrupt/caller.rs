@@ -1,16 +1,16 @@
-//! What the signals of a waiting thread mean, read from `/proc`.
+//! The effect of a waiting thread's signals, read from `/proc`.
 //!
-//! `/proc/TID/status` does not take the lock of the thread's address space, which a thread that faults on a page of this
-//! mount, or a fork beside it, holds while it waits for this process. `/proc/TID/stat` does, so it is read only of threads
-//! that have no address space any more, as those that exit.
+//! Reading `/proc/TID/status` does not take the lock of the thread's address space, which a thread that faults on a
+//! page of this mount, or a fork of its process, holds while it waits for this process. Reading `/proc/TID/stat` does,
+//! so it is read only for threads that have no address space any more, as when they exit.
 
 use std::fs;
 
-/// A set of signals as `/proc` shows it: signal N is bit N - 1.
+/// A set of signals as in `/proc`: signal N is bit N - 1.
 type SignalSet = u64;
 
-/// Signals whose default action does not end the program: they are ignored, stop it or continue it.
-const SPARING: SignalSet = set(&[
+/// Signals whose default action does not terminate the program: they are ignored, stop it or continue it.
+const NON_TERMINATING: SignalSet = set(&[
     libc::SIGCHLD,
     libc::SIGCONT,
     libc::SIGURG,
@@ -21,9 +21,9 @@ const SPARING: SignalSet = set(&[
     libc::SIGTTOU,
 ]);
 
-/// Signals by which a person or a service manager asks a program to end. A handler for one of them wants to run soon.
-/// All others are used for other things too (timers, children, profilers, reloads).
-const REQUESTS_TO_END: SignalSet = set(&[libc::SIGINT, libc::SIGQUIT, libc::SIGTERM]);
+/// Signals with which a person or a service manager requests termination. A handler for one of them should run soon.
+/// Other signals have other uses (timers, children, profilers, reloads).
+const TERMINATION_REQUESTS: SignalSet = set(&[libc::SIGINT, libc::SIGQUIT, libc::SIGTERM]);
 
 /// PF_EXITING of linux/sched.h.
 const EXITING: u64 = 0x4;
@@ -38,43 +38,43 @@ const fn set(signals: &[i32]) -> SignalSet {
     set
 }
 
-/// What a waiting thread is to do.
+/// The effect of a thread's pending signals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Wish {
-    /// Go on waiting.
-    Wait,
-    /// It is asked to end, and handles that itself as soon as its call returns.
-    HandleRequest,
-    /// A pending signal ends it, or it is being killed already.
-    Die,
+pub(super) enum SignalState {
+    /// It continues to wait.
+    None,
+    /// A termination request is pending, and the program handles it when the call returns.
+    TerminationRequested,
+    /// A pending signal terminates it, or it is being killed.
+    Fatal,
 }
 
-/// What the thread `thread` is to do. One that is gone or cannot be looked at waits.
-pub(super) fn wish(thread: u32) -> Wish {
+/// Returns the effect of the pending signals of `thread`; `None` if it does not exist or cannot be read.
+pub(super) fn signal_state(thread: u32) -> SignalState {
     let read = |file: &str| fs::read_to_string(format!("/proc/{thread}/{file}")).ok();
     let Some(status) = read("status") else {
-        return Wish::Wait;
+        return SignalState::None;
     };
-    let Some(wish) = wish_of_status(&status) else {
-        return Wish::Wait;
+    let Some(state) = parse_status(&status) else {
+        return SignalState::None;
     };
-    match wish {
-        Wish::Wait
+    match state {
+        SignalState::None
             if !has_address_space(&status) && read("stat").is_some_and(|stat| is_being_killed(&stat)) =>
         {
-            Wish::Die
+            SignalState::Fatal
         }
-        wish => wish,
+        state => state,
     }
 }
 
-/// Whether `/proc/TID/status` is that of a thread with an address space. An exiting one gives it up before its files.
+/// Whether `/proc/TID/status` shows an address space. An exiting thread drops it before its files.
 fn has_address_space(status: &str) -> bool {
     status.lines().any(|line| line.starts_with("VmSize:"))
 }
 
-/// What `/proc/TID/status` says about signals.
-fn wish_of_status(status: &str) -> Option<Wish> {
+/// Returns what `/proc/TID/status` says about signals; `None` if fields are missing.
+fn parse_status(status: &str) -> Option<SignalState> {
     let value = |name: &str| {
         let mut lines = status.lines();
         lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::trim))
@@ -82,32 +82,32 @@ fn wish_of_status(status: &str) -> Option<Wish> {
     let signals = |name| SignalSet::from_str_radix(value(name)?, 16).ok();
     let pending = signals("SigPnd")? | signals("ShdPnd")?;
     if pending & set(&[libc::SIGKILL]) != 0 {
-        return Some(Wish::Die);
+        return Some(SignalState::Fatal);
     }
-    // What a debugger makes of a signal is not known.
+    // The debugger decides what a signal does.
     if value("TracerPid")? != "0" {
-        return Some(Wish::Wait);
+        return Some(SignalState::None);
     }
     let delivered = pending & !signals("SigBlk")? & !signals("SigIgn")?;
     let handled = signals("SigCgt")?;
-    Some(if delivered & !handled & !SPARING != 0 {
-        Wish::Die
-    } else if delivered & handled & REQUESTS_TO_END != 0 {
-        Wish::HandleRequest
+    Some(if delivered & !handled & !NON_TERMINATING != 0 {
+        SignalState::Fatal
+    } else if delivered & handled & TERMINATION_REQUESTS != 0 {
+        SignalState::TerminationRequested
     } else {
-        Wish::Wait
+        SignalState::None
     })
 }
 
-/// Whether `/proc/TID/stat` shows a thread that exits because of a signal: it closes its files on its way. (A program
-/// that exits by itself waits for its files to be written, as close(2) does.)
+/// Whether `/proc/TID/stat` shows a thread that exits because of a signal and is closing its files. (A program that
+/// exits by itself waits until its files are written, as close(2) does.)
 fn is_being_killed(stat: &str) -> bool {
-    // The name, in parentheses, may hold anything. What follows it begins with field 3.
+    // The name, in parentheses, may contain anything. Field 3 follows it.
     let Some((_, fields)) = stat.rsplit_once(") ") else {
         return false;
     };
     let field = |number: usize| fields.split_whitespace().nth(number - 3)?.parse::<u64>().ok();
-    // As of waitpid(2): the low seven bits are the signal.
+    // As in waitpid(2): the low seven bits are the signal.
     let is_signalled = |exit_code: u64| exit_code & 0x7f != 0;
     field(9).is_some_and(|flags| flags & EXITING != 0) && field(52).is_some_and(is_signalled)
 }
@@ -116,67 +116,73 @@ fn is_being_killed(stat: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn status(tracer: u32, sets: [SignalSet; 5]) -> Option<Wish> {
+    fn status(tracer: u32, sets: [SignalSet; 5]) -> Option<SignalState> {
         let [pending, shared, blocked, ignored, handled] = sets;
-        wish_of_status(&format!(
+        parse_status(&format!(
             "Name:\tSigPnd: 1\nState:\tD (disk sleep)\nTracerPid:\t{tracer}\nSigQ:\t1/31\nSigPnd:\t{pending:016x}\n\
              ShdPnd:\t{shared:016x}\nSigBlk:\t{blocked:016x}\nSigIgn:\t{ignored:016x}\nSigCgt:\t{handled:016x}\n"
         ))
     }
 
     #[test]
-    fn only_what_ends_the_program_ends_its_call() {
+    fn only_signals_that_terminate_the_program_interrupt_its_call() {
         const NONE: SignalSet = 0;
         let int = set(&[libc::SIGINT]);
         let kill = set(&[libc::SIGKILL]);
-        assert_eq!(status(0, [NONE; 5]), Some(Wish::Wait));
-        assert_eq!(status(0, [kill, NONE, NONE, NONE, NONE]), Some(Wish::Die));
+        assert_eq!(status(0, [NONE; 5]), Some(SignalState::None));
+        assert_eq!(
+            status(0, [kill, NONE, NONE, NONE, NONE]),
+            Some(SignalState::Fatal)
+        );
         assert_eq!(
             status(7, [NONE, kill, NONE, NONE, NONE]),
-            Some(Wish::Die),
+            Some(SignalState::Fatal),
             "traced"
         );
-        assert_eq!(status(0, [NONE, int, NONE, NONE, NONE]), Some(Wish::Die));
+        assert_eq!(status(0, [NONE, int, NONE, NONE, NONE]), Some(SignalState::Fatal));
         assert_eq!(
             status(7, [NONE, int, NONE, NONE, NONE]),
-            Some(Wish::Wait),
+            Some(SignalState::None),
             "traced"
         );
         assert_eq!(
             status(0, [NONE, int, int, NONE, NONE]),
-            Some(Wish::Wait),
+            Some(SignalState::None),
             "blocked"
         );
         assert_eq!(
             status(0, [NONE, int, NONE, int, NONE]),
-            Some(Wish::Wait),
+            Some(SignalState::None),
             "ignored"
         );
-        assert_eq!(status(0, [int, NONE, NONE, NONE, int]), Some(Wish::HandleRequest));
+        assert_eq!(
+            status(0, [int, NONE, NONE, NONE, int]),
+            Some(SignalState::TerminationRequested)
+        );
         for signal in 1..=64 {
             let signals = set(&[signal]);
             let requests = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
             let handled = status(0, [signals, NONE, NONE, NONE, signals]);
             let expected = match signal {
-                libc::SIGKILL => Wish::Die,
-                signal if requests.contains(&signal) => Wish::HandleRequest,
-                _ => Wish::Wait,
+                libc::SIGKILL => SignalState::Fatal,
+                signal if requests.contains(&signal) => SignalState::TerminationRequested,
+                _ => SignalState::None,
             };
             assert_eq!(handled, Some(expected), "handled {signal}");
         }
         for signal in [libc::SIGALRM, libc::SIGPROF, libc::SIGUSR1, 64] {
             let default = status(0, [set(&[signal]), NONE, NONE, NONE, NONE]);
-            assert_eq!(default, Some(Wish::Die), "default {signal}");
+            assert_eq!(default, Some(SignalState::Fatal), "default {signal}");
         }
         for signal in [libc::SIGCHLD, libc::SIGURG, libc::SIGTSTP, libc::SIGWINCH] {
             let default = status(0, [set(&[signal]), NONE, NONE, NONE, NONE]);
-            assert_eq!(default, Some(Wish::Wait), "default {signal}");
+            assert_eq!(default, Some(SignalState::None), "default {signal}");
         }
-        assert_eq!(wish_of_status("Name:\tkthread\n"), None);
+        assert_eq!(parse_status("Name:\tkthread\n"), None);
     }
 
     #[test]
-    fn a_killed_program_is_told_from_one_that_exits() {
+    fn a_killed_program_is_distinguished_from_one_that_exits() {
         let stat = |flags: u64, exit_code: u64| {
             let middle = ["0"; 42].join(" ");
             format!("7 (a) b) D 1 7 7 0 -1 {flags} {middle} {exit_code}\n")
@@ -189,10 +195,14 @@ mod tests {
     }
 
     #[test]
-    fn this_thread_waits_for_nothing() {
+    fn this_thread_has_no_pending_signals() {
         // SAFETY: gettid touches no memory.
         let own = unsafe { libc::gettid() };
-        assert_eq!(wish(own as u32), Wish::Wait);
-        assert_eq!(wish(u32::MAX), Wish::Wait, "there is no such thread");
+        assert_eq!(signal_state(own as u32), SignalState::None);
+        assert_eq!(
+            signal_state(u32::MAX),
+            SignalState::None,
+            "there is no such thread"
+        );
     }
 }

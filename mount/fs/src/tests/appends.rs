@@ -1,15 +1,17 @@
-//! Both parts of an append are one command, whatever else has to be committed between them.
+//! Both parts of an append are one command, whatever else must be committed between them.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quorumfs_proto::{InodeNumber, Operation};
 
-use super::support::{MIB, ageless, contents, create, mount, mount_with, write, written_operations};
+use super::support::{
+    MIB, contents, create, mount, mount_with, without_commits_by_age, write, written_operations,
+};
 use crate::{Durability, Filesystem, FsOptions, Handle, OpenFlags};
 use quorumfs_memory::{Connection, MemoryCluster};
 
-/// The kernel sends the second part sooner; a test that was held up for longer shows nothing.
+/// The kernel sends the second part sooner; a test that was delayed for longer is inconclusive.
 const SECOND_PART_DELAY_MAX: Duration = Duration::from_millis(10);
 
 async fn append_to(fs: &Arc<Filesystem<Connection>>, inode: InodeNumber) -> Handle {
@@ -17,7 +19,7 @@ async fn append_to(fs: &Arc<Filesystem<Connection>>, inode: InodeNumber) -> Hand
     fs.open(inode, flags).await.unwrap().handle
 }
 
-/// The lengths of what was appended, by command.
+/// Returns the length of each append command.
 fn appended(cluster: &MemoryCluster) -> Vec<u32> {
     let operations = written_operations(cluster);
     let appends = operations.iter().filter_map(|operation| match operation {
@@ -27,8 +29,8 @@ fn appended(cluster: &MemoryCluster) -> Vec<u32> {
     appends.collect()
 }
 
-/// Does `between` once the first part of an append of 1 MiB to `log` is answered, has another mount append, and then
-/// sends the second. The record must be whole.
+/// Sends the first part of an append of 1 MiB to `log`, runs `between`, appends from another mount, and sends the
+/// second part. The record must be contiguous.
 async fn in_two_parts(options: FsOptions, between: impl AsyncFn(&Arc<Filesystem<Connection>>, InodeNumber)) {
     for _ in 0..100 {
         let cluster = MemoryCluster::new();
@@ -37,7 +39,7 @@ async fn in_two_parts(options: FsOptions, between: impl AsyncFn(&Arc<Filesystem<
         let (own, theirs) = (append_to(&fs, log).await, append_to(&other, log).await);
         let record = vec![b'a'; MIB as usize];
         let (first, second) = record.split_at(record.len() - 100);
-        // What fills the room of dirty bytes is there already.
+        // Nearly exhausts the limit of dirty bytes.
         let (_, data) = create(&fs, "data").await;
         for at in 0..3 {
             write(&fs, data, at * MIB, first).await;
@@ -54,33 +56,33 @@ async fn in_two_parts(options: FsOptions, between: impl AsyncFn(&Arc<Filesystem<
             assert_eq!(
                 contents(&other, "log").await,
                 [b"other", &record[..]].concat(),
-                "the record was torn"
+                "the record was split"
             );
             return;
         }
     }
-    panic!("the machine is too slow: the test shows nothing");
+    panic!("the machine is too slow: the test is inconclusive");
 }
 
 #[tokio::test]
-async fn a_commit_that_makes_room_does_not_tear_an_append() {
+async fn a_commit_that_makes_room_does_not_split_an_append() {
     let options = FsOptions {
         dirty_bytes_max: 4 * MIB - 1000,
-        ..ageless()
+        ..without_commits_by_age()
     };
     in_two_parts(options, async |fs, _| {
         let (_, another) = create(fs, "another").await;
-        // Waits for room, and all that is dirty is to be committed.
+        // Waits for room, so a commit of all dirty files is started.
         write(fs, another, 0, b"more").await;
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_close_that_is_handed_over_does_not_tear_an_append() {
+async fn a_queued_close_does_not_split_an_append() {
     let options = FsOptions {
         durability: Durability::Fsync,
-        ..ageless()
+        ..without_commits_by_age()
     };
     in_two_parts(options, async |fs, log| {
         // Another program closes the same file.
@@ -91,10 +93,10 @@ async fn a_close_that_is_handed_over_does_not_tear_an_append() {
 }
 
 #[tokio::test]
-async fn a_second_part_waits_for_the_closes_before_it_and_is_not_torn_by_them() {
+async fn a_second_part_waits_for_queued_closes_and_is_not_split_by_them() {
     let options = FsOptions {
         durability: Durability::Fsync,
-        ..ageless()
+        ..without_commits_by_age()
     };
     let cluster = MemoryCluster::new();
     let (fs, other) = (mount_with(&cluster, 1, options), mount(&cluster, 2));
@@ -112,7 +114,7 @@ async fn a_second_part_waits_for_the_closes_before_it_and_is_not_torn_by_them() 
         let (fs, second) = (Arc::clone(&fs), second.to_vec());
         async move { write(&fs, own, 0, &second).await }
     });
-    // Much longer than a second part is waited for: it is there.
+    // Much longer than the wait for a second part, which has already arrived.
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert!(!appending.is_finished());
     write(&other, theirs, 0, b"other").await;
@@ -122,14 +124,14 @@ async fn a_second_part_waits_for_the_closes_before_it_and_is_not_torn_by_them() 
     assert_eq!(
         contents(&other, "log").await,
         [b"other", &record[..]].concat(),
-        "the record was torn"
+        "the record was split"
     );
 }
 
 #[tokio::test]
-async fn whole_appends_that_look_like_first_parts_do_not_hold_each_other_up() {
+async fn whole_appends_that_look_like_first_parts_do_not_delay_each_other() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (log, _) = create(&fs, "log").await;
     let own = append_to(&fs, log).await;
     let record = vec![b'a'; MIB as usize - 100];

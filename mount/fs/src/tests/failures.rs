@@ -1,17 +1,17 @@
-//! A flush that failed is told to somebody.
+//! A failed commit is reported to some handle.
 
 use quorumfs_proto::FsError;
 
-use super::support::{ageless, close, create, mount_with, pattern, read_write, write};
+use super::support::{close, create, mount_with, pattern, read_write, without_commits_by_age, write};
 use quorumfs_memory::MemoryCluster;
 
 #[tokio::test]
-async fn a_failure_after_the_last_close_is_told_to_the_next_handle() {
+async fn a_failure_after_the_last_close_is_reported_to_the_next_handle() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (inode, handle) = create(&fs, "mapped").await;
     fs.flush(handle).await.unwrap();
-    // As a shared mapping's pages come after the close.
+    // Like the pages of a shared mapping, which arrive after the close.
     *cluster.put_fault.lock() = Some(FsError::NoSpace);
     write(&fs, handle, 0, &pattern(100_000, 1)).await;
     fs.release(handle).await.unwrap();
@@ -25,9 +25,9 @@ async fn a_failure_after_the_last_close_is_told_to_the_next_handle() {
 }
 
 #[tokio::test]
-async fn a_background_failure_is_told_to_a_handle_that_was_opened_after_it() {
+async fn a_background_failure_is_reported_to_a_handle_opened_after_it() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (inode, first) = create(&fs, "file").await;
     *cluster.put_fault.lock() = Some(FsError::NoSpace);
     write(&fs, first, 0, &pattern(100_000, 1)).await;
@@ -36,5 +36,5 @@ async fn a_background_failure_is_told_to_a_handle_that_was_opened_after_it() {
     assert_eq!(fs.fsync(second).await, Err(FsError::NoSpace));
     assert_eq!(fs.fsync(first).await, Err(FsError::NoSpace));
     let third = fs.open(inode, read_write()).await.unwrap().handle;
-    assert_eq!(fs.fsync(third).await, Ok(()), "others were told");
+    assert_eq!(fs.fsync(third).await, Ok(()), "it was reported before");
 }

@@ -1,12 +1,12 @@
-//! What the kernel above takes for granted: that an answer is as new as it claims, and that what it left to us is done.
+//! What the kernel relies on: answers are as new as their requests, and tasks it leaves to the filesystem are done.
 
 use bytes::Bytes;
 use quorumfs_proto::command::{AttributeChanges, Privileges};
 use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{FsError, InodeNumber};
 
-use super::support::{ageless, close, create, mount, mount_with, read_write, write};
-use crate::{OpenFlags, Order, PagesAbove, Reader, WritePosition};
+use super::support::{close, create, mount, mount_with, read_write, without_commits_by_age, write};
+use crate::{OpenFlags, Order, PageCache, Reader, WritePosition};
 use quorumfs_memory::MemoryCluster;
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
@@ -22,15 +22,15 @@ async fn attributes_of_a_listing_are_as_new_as_the_request() {
     let directory = fs.open_directory(ROOT).await.unwrap();
     let detail = EntryDetail::Attributes;
     let first = fs.read_directory(directory, 0, detail, 8 << 10).await.unwrap();
-    let told: Vec<&[u8]> = first.iter().map(|item| item.name.as_ref()).collect();
+    let listed: Vec<&[u8]> = first.iter().map(|item| item.name.as_ref()).collect();
     let (mut removed, mut grown) = (0, 0);
     for (at, handle) in handles.iter().enumerate() {
         let name = format!("{at:03}");
-        if told.contains(&name.as_bytes()) {
+        if listed.contains(&name.as_bytes()) {
             continue;
         }
         if at % 2 == 0 {
-            // By whom makes no difference.
+            // Either mount may remove it.
             let by = [&fs, &other][at / 2 % 2];
             by.unlink(ROOT, name.as_bytes()).await.unwrap();
             removed += 1;
@@ -59,7 +59,7 @@ async fn attributes_of_a_listing_are_as_new_as_the_request() {
 }
 
 #[tokio::test]
-async fn what_exists_already_is_not_opened_by_a_create() {
+async fn an_existing_file_is_not_opened_by_a_create() {
     let cluster = MemoryCluster::new();
     let (fs, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let (_, handle) = create(&other, "file").await;
@@ -75,12 +75,12 @@ async fn what_exists_already_is_not_opened_by_a_create() {
             .await;
         assert_eq!(created.map(|_| ()), Err(expected));
     }
-    assert_eq!(cluster.commands.lock().len(), before, "nothing was cut off");
+    assert_eq!(cluster.commands.lock().len(), before, "nothing was truncated");
     assert_eq!(fs.lookup(ROOT, b"file").await.unwrap().size, 8);
 }
 
 #[tokio::test]
-async fn pages_are_kept_only_once_older_ones_are_surely_dropped() {
+async fn pages_are_kept_only_after_older_ones_are_known_to_be_dropped() {
     let cluster = MemoryCluster::new();
     let (fs, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let (inode, handle) = create(&fs, "file").await;
@@ -93,19 +93,22 @@ async fn pages_are_kept_only_once_older_ones_are_surely_dropped() {
     close(&other, writer).await;
     let first = fs.open(inode, read_write()).await.unwrap();
     assert!(!first.keep_cache);
-    // The kernel may not have the first answer yet, and still have the pages from before.
+    // The kernel may not have received the first answer, and still have the old pages.
     let second = fs.open(inode, read_write()).await.unwrap();
     assert!(!second.keep_cache);
     fs.read(older.handle, 0, 10, Order::default(), Reader::default())
         .await
         .unwrap();
     let third = fs.open(inode, read_write()).await.unwrap();
-    assert!(!third.keep_cache, "a request of an older handle says nothing");
+    assert!(!third.keep_cache, "a request of an older handle confirms nothing");
     fs.read(second.handle, 0, 10, Order::default(), Reader::default())
         .await
         .unwrap();
     let fourth = fs.open(inode, read_write()).await.unwrap();
-    assert!(fourth.keep_cache, "it has opened the second, and dropped them");
+    assert!(
+        fourth.keep_cache,
+        "the kernel has received the second open and dropped its pages"
+    );
     for opened in [older, first, second, third, fourth] {
         close(&fs, opened.handle).await;
     }
@@ -124,7 +127,7 @@ async fn each_write_says_whether_it_appends() {
     assert!(append.direct_io && !plain.direct_io);
     let elsewhere = other.open(inode, appending).await.unwrap().handle;
     write(&other, elsewhere, 0, b"45").await;
-    for (handle, place, bytes) in [
+    for (handle, position, bytes) in [
         (append.handle, WritePosition::At(1), &b"x"[..]),
         (
             plain.handle,
@@ -146,7 +149,7 @@ async fn each_write_says_whether_it_appends() {
         let bytes = Bytes::from_static(bytes);
         let length = bytes.len() as u32;
         let written = fs
-            .write(handle, place, bytes, Privileges::Keep, Order::default())
+            .write(handle, position, bytes, Privileges::Keep, Order::default())
             .await;
         assert_eq!(written, Ok(length));
     }
@@ -160,9 +163,9 @@ async fn each_write_says_whether_it_appends() {
 }
 
 #[tokio::test]
-async fn privileges_that_a_write_takes_are_not_seen_again() {
+async fn privileges_dropped_by_a_write_are_not_seen_again() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (inode, handle) = create(&fs, "program").await;
     let set = AttributeChanges {
         mode: Some(0o6755),
@@ -180,7 +183,7 @@ async fn privileges_that_a_write_takes_are_not_seen_again() {
     .await
     .unwrap();
     assert_eq!(mode().await, 0o6755);
-    let other = Bytes::from_static(b"by somebody");
+    let other = Bytes::from_static(b"by a user");
     fs.write(
         handle,
         WritePosition::At(0),
@@ -196,7 +199,7 @@ async fn privileges_that_a_write_takes_are_not_seen_again() {
         async move { fs.flush(handle).await }
     });
     while !flush.is_finished() {
-        assert_eq!(mode().await, 0o755, "on its way");
+        assert_eq!(mode().await, 0o755, "in flight");
         tokio::task::yield_now().await;
     }
     flush.await.unwrap().unwrap();
@@ -238,24 +241,24 @@ async fn the_pages_of_all_open_directories_are_bounded() {
     assert_eq!(fs.directories.pages(), 0);
 }
 
-/// What is asked of the pages above, in order.
+/// Records the calls of the page cache, in order.
 #[derive(Default)]
-struct Asked(parking_lot::Mutex<Vec<String>>);
+struct RecordedCalls(parking_lot::Mutex<Vec<String>>);
 
-impl PagesAbove for Asked {
+impl PageCache for RecordedCalls {
     fn drop_from(&self, _inode: InodeNumber, from: u64) {
         self.0.lock().push(format!("drop from {from}"));
     }
 
-    fn drop_page_of(&self, _inode: InodeNumber, at: u64) {
+    fn drop_page_at(&self, _inode: InodeNumber, at: u64) {
         self.0.lock().push(format!("drop the page of {at}"));
     }
 
-    fn until_taken(&self, readers: &[Reader]) {
+    fn wait_for_readers(&self, readers: &[Reader]) {
         self.0.lock().push(format!("wait for {readers:?}"));
     }
 
-    fn end_with(&self, _inode: InodeNumber, at: u64, byte: u8) {
+    fn store_last_byte(&self, _inode: InodeNumber, at: u64, byte: u8) {
         self.0
             .lock()
             .push(format!("end with {} at {at}", char::from(byte)));
@@ -263,14 +266,14 @@ impl PagesAbove for Asked {
 }
 
 #[tokio::test]
-async fn p3_a_larger_size_is_told_after_readers_of_the_dropped_pages_have_gone_on() {
+async fn p3_a_larger_size_is_reported_after_readers_have_copied_the_dropped_pages() {
     let cluster = MemoryCluster::new();
     let (fs, other) = (
-        mount_with(&cluster, 1, ageless()),
-        mount_with(&cluster, 2, ageless()),
+        mount_with(&cluster, 1, without_commits_by_age()),
+        mount_with(&cluster, 2, without_commits_by_age()),
     );
-    let asked = std::sync::Arc::new(Asked::default());
-    fs.set_pages_above(asked.clone());
+    let calls = std::sync::Arc::new(RecordedCalls::default());
+    fs.set_page_cache(calls.clone());
     let (inode, handle) = create(&other, "log").await;
     write(&other, handle, 0, b"one").await;
     other.fsync(handle).await.unwrap();
@@ -281,7 +284,7 @@ async fn p3_a_larger_size_is_told_after_readers_of_the_dropped_pages_have_gone_o
     other.fsync(handle).await.unwrap();
     assert_eq!(fs.attributes(inode, None).await.unwrap().size, 6);
     let expected = ["drop from 3", "wait for [Reader(7)]"];
-    assert_eq!(*asked.0.lock(), expected);
+    assert_eq!(*calls.0.lock(), expected);
     close(&fs, reader).await;
     close(&other, handle).await;
 }

@@ -1,4 +1,4 @@
-//! What a mount knows for certain, and when it does not.
+//! What is answered from memory under a lease, and when it is not.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,22 +11,22 @@ use quorumfs_proto::{ChunkId, Command, FsError, InodeNumber, Operation, Outcome,
 
 use crate::Leased;
 use quorumfs_client::{Cluster, UnlinkedHandler};
-use quorumfs_memory::{Connection, Fresh, MemoryCluster};
+use quorumfs_memory::{Connection, MemoryChunk, MemoryCluster};
 
 const ROOT: InodeNumber = InodeNumber::ROOT;
 
-/// A connection that alone uses the cluster, whose next change times out.
+/// A connection of the only session of a cluster. Its next change times out on demand.
 #[derive(Clone)]
-struct Hasty {
+struct TimingOut {
     connection: Connection,
     times_out: Arc<AtomicBool>,
     unsettled: Arc<AtomicBool>,
 }
 
-impl Cluster for Hasty {
-    type Chunk = Fresh;
+impl Cluster for TimingOut {
+    type Chunk = MemoryChunk;
 
-    async fn mutate(&self, command: Command, stored: &[Fresh]) -> Result<Outcome, FsError> {
+    async fn mutate(&self, command: Command, stored: &[MemoryChunk]) -> Result<Outcome, FsError> {
         if self.times_out.swap(false, Ordering::SeqCst) {
             self.unsettled.store(true, Ordering::SeqCst);
             return Err(FsError::TimedOut);
@@ -38,11 +38,11 @@ impl Cluster for Hasty {
         self.connection.query(query).await
     }
 
-    fn new_chunk(&self, payload: Bytes) -> Fresh {
+    fn new_chunk(&self, payload: Bytes) -> MemoryChunk {
         self.connection.new_chunk(payload)
     }
 
-    async fn put_chunk(&self, chunk: &Fresh) -> Result<(), FsError> {
+    async fn put_chunk(&self, chunk: &MemoryChunk) -> Result<(), FsError> {
         self.connection.put_chunk(chunk).await
     }
 
@@ -73,8 +73,8 @@ fn chmod(mode: u16) -> Command {
     })
 }
 
-/// The root's mode, and how many questions it took to learn it.
-async fn mode(leased: &Leased<Hasty>, cluster: &MemoryCluster) -> (u16, u64) {
+/// Returns the root's mode and the number of queries that took.
+async fn mode(leased: &Leased<TimingOut>, cluster: &MemoryCluster) -> (u16, u64) {
     let before = cluster.queries.load(Ordering::SeqCst);
     let answer = leased.query(Query::Attributes { inode: ROOT }).await;
     let Ok(Answer::Attributes(attributes)) = answer else {
@@ -84,31 +84,31 @@ async fn mode(leased: &Leased<Hasty>, cluster: &MemoryCluster) -> (u16, u64) {
 }
 
 #[tokio::test]
-async fn a_change_that_timed_out_costs_certainty_until_it_is_settled() {
+async fn nothing_is_cached_from_a_timed_out_change_until_it_is_settled() {
     let cluster = MemoryCluster::new();
-    let hasty = Hasty {
+    let timing_out = TimingOut {
         connection: cluster.connect(1),
         times_out: Arc::default(),
         unsettled: Arc::default(),
     };
-    let leased = Leased::new(hasty.clone());
+    let leased = Leased::new(timing_out.clone());
     assert_eq!(mode(&leased, &cluster).await, (0o755, 1));
     assert_eq!(mode(&leased, &cluster).await, (0o755, 0));
 
-    hasty.times_out.store(true, Ordering::SeqCst);
+    timing_out.times_out.store(true, Ordering::SeqCst);
     assert_eq!(leased.mutate(chmod(0o700), &[]).await, Err(FsError::TimedOut));
     for _ in 0..3 {
         assert_eq!(
             mode(&leased, &cluster).await,
             (0o755, 1),
-            "it may take effect at any moment"
+            "it may take effect at any time"
         );
     }
-    hasty.connection.mutate(chmod(0o700), &[]).await.unwrap();
+    timing_out.connection.mutate(chmod(0o700), &[]).await.unwrap();
     assert_eq!(mode(&leased, &cluster).await, (0o700, 1));
-    hasty.unsettled.store(false, Ordering::SeqCst);
+    timing_out.unsettled.store(false, Ordering::SeqCst);
     assert_eq!(mode(&leased, &cluster).await, (0o700, 1));
     for _ in 0..3 {
-        assert_eq!(mode(&leased, &cluster).await, (0o700, 0), "certain again");
+        assert_eq!(mode(&leased, &cluster).await, (0o700, 0), "cached again");
     }
 }

@@ -1,13 +1,13 @@
-//! The verbs against a cluster in memory.
+//! The filesystem on a cluster in memory.
 
 mod appends;
+mod create_race;
 mod failures;
-mod found;
 mod kernel;
 mod leased;
 mod order;
 mod random;
-mod removed;
 mod support;
+mod unlinked;
 mod unnamed;
 mod verbs;

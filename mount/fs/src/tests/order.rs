@@ -1,4 +1,4 @@
-//! `durability=fsync` keeps the order of closes and of all that follows them.
+//! `durability=fsync` preserves the order of closes and of later changes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,17 +7,17 @@ use quorumfs_proto::Operation;
 use quorumfs_proto::command::{NewInode, NewKind, Target};
 
 use super::support::{
-    MIB, ROOT, ageless, close, contents, create, mount, mount_with, pattern, read_write, write,
+    MIB, ROOT, close, contents, create, mount, mount_with, pattern, read_write, without_commits_by_age, write,
 };
 use crate::{Durability, FsOptions};
 use quorumfs_memory::MemoryCluster;
 
 #[tokio::test]
-async fn what_is_handed_over_is_committed_in_order_and_before_what_follows() {
+async fn queued_closes_are_committed_in_order_and_before_later_changes() {
     let cluster = MemoryCluster::new();
     let options = FsOptions {
         durability: Durability::Fsync,
-        ..ageless()
+        ..without_commits_by_age()
     };
     let fs = mount_with(&cluster, 1, options);
     let (data, data_handle) = create(&fs, "data").await;
@@ -27,7 +27,7 @@ async fn what_is_handed_over_is_committed_in_order_and_before_what_follows() {
     close(&fs, data_handle).await;
     write(&fs, done_handle, 0, b"done").await;
     close(&fs, done_handle).await;
-    // Written again while it waits: the second close has its own place.
+    // Written again while the first commit waits: the second close has its own place.
     let again = fs.open(data, read_write()).await.unwrap().handle;
     write(&fs, again, 0, b"again").await;
     close(&fs, again).await;
@@ -44,7 +44,7 @@ async fn what_is_handed_over_is_committed_in_order_and_before_what_follows() {
         }
     });
     tokio::time::sleep(Duration::from_millis(50)).await;
-    assert!(!directory.is_finished(), "it overtakes what was closed before");
+    assert!(!directory.is_finished(), "it overtakes earlier closes");
     let other = mount(&cluster, 2);
     assert_eq!(other.lookup(ROOT, b"done").await.unwrap().size, 0);
     drop(slow);

@@ -1,7 +1,7 @@
 //! Random operations of two mounts on one cluster, against a model that is a map of byte vectors.
 //!
-//! As long as a file is open on one mount the other leaves its content alone; when it was closed, either may open it
-//! and must see every byte (close-to-open). Names change from both sides at any time.
+//! While a file is open on one mount, the other does not touch its content; after its close either may open it and must
+//! see every byte (close-to-open). Names are changed by both mounts at any time.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use quorumfs_proto::command::{AttributeChanges, Privileges, RenameMode};
 use quorumfs_proto::{FsError, InodeNumber};
 
-use super::support::place;
+use super::support::write_position;
 use crate::handles::Scope;
 use crate::{Filesystem, FsOptions, Handle, OpenFlags, Order, Reader};
 use quorumfs_memory::{Connection, MemoryCluster};
@@ -132,7 +132,7 @@ struct World {
     steps: usize,
 }
 
-fn spelled(name: u8) -> Vec<u8> {
+fn name_bytes(name: u8) -> Vec<u8> {
     format!("name {name}").into_bytes()
 }
 
@@ -149,10 +149,11 @@ impl World {
             dirty_bytes_max: 6 << 20,
             cache_bytes: 8 << 20,
             dirty_age_ms: 20,
-            looked_up_ms: 0,
+            lookup_grace_ms: 0,
             ..FsOptions::default()
         };
-        let mounts = [1, 2].map(|session| Filesystem::new(cluster.connect(session), options.clone()));
+        let mounts =
+            [1, 2].map(|session| Filesystem::new(cluster.connect(session), options.clone(), &Arc::default()));
         World {
             cluster,
             mounts,
@@ -163,7 +164,7 @@ impl World {
         }
     }
 
-    /// The mount that may touch the content of `file` now.
+    /// Returns the mount that may access the content of `file` now.
     fn mount_for(&self, file: usize, wanted: usize) -> usize {
         self.open
             .iter()
@@ -192,7 +193,7 @@ impl World {
                 let written = fs
                     .write(
                         open.handle,
-                        place(fs, open.handle, offset),
+                        write_position(fs, open.handle, offset),
                         Bytes::from(data.clone()),
                         Privileges::Keep,
                         Order::default(),
@@ -245,7 +246,7 @@ impl World {
                     return;
                 };
                 let fs = &self.mounts[self.mount_for(file, mount)];
-                let inode = fs.lookup(ROOT, &spelled(name)).await.unwrap().inode;
+                let inode = fs.lookup(ROOT, &name_bytes(name)).await.unwrap().inode;
                 let changes = AttributeChanges {
                     size: Some(size),
                     ..AttributeChanges::default()
@@ -264,8 +265,8 @@ impl World {
                     return;
                 };
                 let fs = &self.mounts[mount];
-                let inode = fs.lookup(ROOT, &spelled(from)).await.unwrap().inode;
-                let linked = fs.link(inode, ROOT, &spelled(to)).await;
+                let inode = fs.lookup(ROOT, &name_bytes(from)).await.unwrap().inode;
+                let linked = fs.link(inode, ROOT, &name_bytes(to)).await;
                 match self.names.entry(to) {
                     Entry::Occupied(_) => assert_eq!(linked, Err(FsError::Exists)),
                     Entry::Vacant(free) => {
@@ -275,19 +276,19 @@ impl World {
                 }
             }
             Step::Unlink { mount, name } => {
-                let unlinked = self.mounts[mount].unlink(ROOT, &spelled(name)).await;
+                let unlinked = self.mounts[mount].unlink(ROOT, &name_bytes(name)).await;
                 let expected = self.names.remove(&name).map(|_| ()).ok_or(FsError::NotFound);
                 assert_eq!(unlinked, expected);
             }
             Step::Stat { mount, name } => {
                 let Some(file) = self.names.get(&name).copied() else {
-                    let missing = self.mounts[mount].lookup(ROOT, &spelled(name)).await;
+                    let missing = self.mounts[mount].lookup(ROOT, &name_bytes(name)).await;
                     assert_eq!(missing, Err(FsError::NotFound));
                     return;
                 };
                 let fs = &self.mounts[self.mount_for(file, mount)];
-                let told = fs.lookup(ROOT, &spelled(name)).await.unwrap();
-                assert_eq!(told.size, self.files[file].len() as u64);
+                let attributes = fs.lookup(ROOT, &name_bytes(name)).await.unwrap();
+                assert_eq!(attributes.size, self.files[file].len() as u64);
             }
             Step::Reclaim => self.cluster.reclaim(),
             Step::Pause => tokio::time::sleep(std::time::Duration::from_millis(1)).await,
@@ -301,7 +302,7 @@ impl World {
         let open_flags = OpenFlags::from(flags | libc::O_RDWR);
         let created = match flags & libc::O_CREAT {
             0 => Err(FsError::Stale),
-            _ => fs.create(ROOT, &spelled(name), 0o644, 0, 0, open_flags).await,
+            _ => fs.create(ROOT, &name_bytes(name), 0o644, 0, 0, open_flags).await,
         };
         let handle = if let Ok((_, opened)) = created {
             opened.handle
@@ -309,9 +310,9 @@ impl World {
             assert!(known.is_some() && open_flags.exclusive);
             return;
         } else {
-            // Without O_CREAT, or what the kernel does when it finds that there is something to open.
+            // Without O_CREAT, or after a failed creation, the kernel opens the existing file.
             assert_eq!(created, Err(FsError::Stale));
-            match fs.lookup(ROOT, &spelled(name)).await {
+            match fs.lookup(ROOT, &name_bytes(name)).await {
                 Ok(found) => fs.open(found.inode, open_flags).await.unwrap().handle,
                 Err(error) => {
                     assert_eq!((error, known), (FsError::NotFound, None));
@@ -338,7 +339,7 @@ impl World {
 
     async fn rename(&mut self, mount: usize, from: u8, to: u8, mode: RenameMode) {
         let renamed = self.mounts[mount]
-            .rename(ROOT, &spelled(from), ROOT, &spelled(to), mode)
+            .rename(ROOT, &name_bytes(from), ROOT, &name_bytes(to), mode)
             .await
             .map(|_| ());
         let (source, target) = (self.names.get(&from).copied(), self.names.get(&to).copied());
@@ -365,14 +366,14 @@ impl World {
         assert_eq!(fs.release(open.handle).await, Ok(()));
     }
 
-    /// Everything is closed, everything is seen from everywhere, nothing is left over.
+    /// Closes everything and checks that both mounts see everything and no inode is left over.
     async fn finish(mut self) {
         for open in std::mem::take(&mut self.open) {
             self.close(open).await;
         }
         for fs in &self.mounts {
             for (name, file) in &self.names {
-                let found = fs.lookup(ROOT, &spelled(*name)).await.unwrap();
+                let found = fs.lookup(ROOT, &name_bytes(*name)).await.unwrap();
                 let opened = fs
                     .open(found.inode, OpenFlags::from(libc::O_RDONLY))
                     .await
@@ -399,7 +400,7 @@ impl World {
         assert_eq!(
             self.cluster.inode_count(),
             files.len() + 1,
-            "unlinked files are gone"
+            "unlinked files are removed"
         );
     }
 }
@@ -407,7 +408,7 @@ impl World {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
     #[test]
-    fn random_operations_of_two_mounts_do_what_the_model_does(steps in prop::collection::vec(step(), 1..60)) {
+    fn random_operations_of_two_mounts_match_the_model(steps in prop::collection::vec(step(), 1..60)) {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let run = async {
             let mut world = World::new();
@@ -417,6 +418,6 @@ proptest! {
             world.finish().await;
         };
         let done = runtime.block_on(async { tokio::time::timeout(std::time::Duration::from_secs(60), run).await });
-        prop_assert!(done.is_ok(), "something waits for ever");
+        prop_assert!(done.is_ok(), "a task never ends");
     }
 }

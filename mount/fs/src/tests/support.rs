@@ -1,4 +1,4 @@
-//! What tests of the verbs do all the time.
+//! Helpers of the tests.
 
 use std::sync::Arc;
 
@@ -46,8 +46,8 @@ pub(super) fn written_operations(cluster: &MemoryCluster) -> Vec<Operation> {
         .collect()
 }
 
-/// Where the kernel says that a write goes, as long as nobody changed the flags that the file was opened with.
-pub fn place(fs: &Filesystem<Connection>, handle: Handle, offset: u64) -> WritePosition {
+/// Returns the position of a write as the kernel states it if the flags have not changed since the open.
+pub fn write_position(fs: &Filesystem<Connection>, handle: Handle, offset: u64) -> WritePosition {
     match fs.open.get(handle) {
         Ok(file) if file.flags.append => WritePosition::End {
             offset,
@@ -66,11 +66,11 @@ pub(super) fn mount_with(
     session: u64,
     options: FsOptions,
 ) -> Arc<Filesystem<Connection>> {
-    Filesystem::new(cluster.connect(session), options)
+    Filesystem::new(cluster.connect(session), options, &Arc::default())
 }
 
-/// Nothing is committed by age.
-pub(super) fn ageless() -> FsOptions {
+/// Options without commits by age.
+pub(super) fn without_commits_by_age() -> FsOptions {
     FsOptions {
         dirty_age_ms: 3_600_000,
         ..FsOptions::default()
@@ -94,7 +94,7 @@ pub(super) async fn write(fs: &Arc<Filesystem<Connection>>, handle: Handle, offs
     let written = fs
         .write(
             handle,
-            place(fs, handle, offset),
+            write_position(fs, handle, offset),
             Bytes::copy_from_slice(data),
             Privileges::Keep,
             Order::default(),

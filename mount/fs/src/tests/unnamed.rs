@@ -1,4 +1,4 @@
-//! Files that get their name last.
+//! Files that are named last.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -8,7 +8,7 @@ use quorumfs_proto::command::IfExists;
 use quorumfs_proto::{FsError, InodeNumber, Name};
 
 use super::support::{
-    MIB, ROOT, ageless, close, contents, create, mount, mount_with, pattern, read_write, write,
+    MIB, ROOT, close, contents, create, mount, mount_with, pattern, read_write, without_commits_by_age, write,
 };
 use crate::readahead::ReadaheadLimits;
 use crate::{Destination, Filesystem, NewFile};
@@ -40,7 +40,7 @@ async fn path(fs: &Arc<Filesystem<Connection>>, path: &[&str]) -> Result<InodeNu
 }
 
 #[tokio::test]
-async fn what_is_at_hand_is_one_command_with_its_directories() {
+async fn a_stored_file_is_one_command_with_its_directories() {
     let cluster = MemoryCluster::new();
     let fs = mount(&cluster, 1);
     for (name, length) in [("empty", 0), ("inline", 1000), ("chunk", MIB as usize)] {
@@ -85,9 +85,12 @@ async fn more_directories_than_a_command_can_make_are_made() {
 }
 
 #[tokio::test]
-async fn a_name_leads_to_all_of_a_file_or_to_nothing() {
+async fn a_name_refers_to_a_whole_file_or_to_nothing() {
     let cluster = MemoryCluster::new();
-    let (fs, other) = (mount_with(&cluster, 1, ageless()), mount(&cluster, 2));
+    let (fs, other) = (
+        mount_with(&cluster, 1, without_commits_by_age()),
+        mount(&cluster, 2),
+    );
     let data = pattern(20 * MIB as usize + 5, 1);
     let handle = fs.create_unnamed(NEW).await.unwrap();
     for (n, part) in data.chunks(MIB as usize).enumerate() {
@@ -113,29 +116,32 @@ async fn a_name_leads_to_all_of_a_file_or_to_nothing() {
 }
 
 #[tokio::test]
-async fn a_file_that_lost_bytes_gets_no_name() {
+async fn a_file_with_lost_bytes_is_not_linked() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let handle = fs.create_unnamed(NEW).await.unwrap();
     *cluster.put_fault.lock() = Some(FsError::NoSpace);
     write(&fs, handle, 0, &pattern(3 * MIB as usize, 1)).await;
     assert_eq!(fs.flush_all().await, Err(FsError::NoSpace));
     *cluster.put_fault.lock() = None;
     assert_eq!(fs.failure(handle), Err(FsError::NoSpace));
-    for _ in 0..2 {
+    // More directories than one command can create, so some would be created before the file is linked.
+    for missing in [vec![], vec!["d"; 500]] {
         let linked = fs
-            .link_into(handle, NEW, at(ROOT, &[], "part", IfExists::Refuse))
+            .link_into(handle, NEW, at(ROOT, &missing, "part", IfExists::Refuse))
             .await;
         assert_eq!(linked, Err(FsError::NoSpace));
     }
-    assert_eq!(fs.lookup(ROOT, b"part").await.unwrap_err(), FsError::NotFound);
+    for name in [&b"part"[..], b"d"] {
+        assert_eq!(fs.lookup(ROOT, name).await.unwrap_err(), FsError::NotFound);
+    }
     fs.discard(handle).await.unwrap();
 }
 
 #[tokio::test]
-async fn the_last_bytes_that_are_refused_give_no_name_either() {
+async fn a_file_whose_last_bytes_fail_is_not_linked() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let handle = fs.create_unnamed(NEW).await.unwrap();
     write(&fs, handle, 0, &pattern(2 * MIB as usize, 1)).await;
     fs.fsync(handle).await.unwrap();
@@ -149,9 +155,9 @@ async fn the_last_bytes_that_are_refused_give_no_name_either() {
 }
 
 #[tokio::test]
-async fn what_is_discarded_is_not_committed_and_is_gone() {
+async fn a_discarded_file_is_not_committed_and_is_removed() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let inodes = cluster.inode_count();
     let handle = fs.create_unnamed(NEW).await.unwrap();
     write(&fs, handle, 0, &pattern(3 * MIB as usize, 1)).await;
@@ -175,7 +181,7 @@ async fn a_version_is_read_whole_or_not_at_all() {
     write(&other, writer, 0, &old).await;
     other.fsync(writer).await.unwrap();
     let reader = fs.open(inode, read_write()).await.unwrap().handle;
-    let version = fs.attributes_at_hand(reader).unwrap().content_version;
+    let version = fs.known_attributes(reader).unwrap().content_version;
     let read = async |offset: u64| {
         fs.read_version(reader, version, offset, 1000, ReadaheadLimits::default())
             .await

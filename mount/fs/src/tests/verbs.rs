@@ -1,4 +1,4 @@
-//! One rule a test.
+//! The operations of the filesystem, one rule per test.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,7 +10,8 @@ use quorumfs_proto::query::EntryDetail;
 use quorumfs_proto::{FileKind, FsError, Operation, SymlinkTarget, Timestamp};
 
 use super::support::{
-    MIB, ROOT, ageless, close, contents, create, mount, mount_with, pattern, read, read_write, write,
+    MIB, ROOT, close, contents, create, mount, mount_with, pattern, read, read_write, without_commits_by_age,
+    write,
 };
 use crate::{Durability, Filesystem, FsOptions, OpenFlags};
 use quorumfs_memory::{Connection, MemoryCluster};
@@ -18,7 +19,7 @@ use quorumfs_memory::{Connection, MemoryCluster};
 #[tokio::test]
 async fn a_small_file_costs_two_commands_and_no_put() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (_, handle) = create(&fs, "small").await;
     write(&fs, handle, 0, b"hello ").await;
     write(&fs, handle, 6, b"world").await;
@@ -32,7 +33,7 @@ async fn a_small_file_costs_two_commands_and_no_put() {
 #[tokio::test]
 async fn a_large_file_is_put_in_whole_chunks_while_it_is_written() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (inode, handle) = create(&fs, "large").await;
     let data = pattern(20 * MIB as usize + 100, 1);
     for (at, part) in data.chunks(128 << 10).enumerate() {
@@ -41,12 +42,12 @@ async fn a_large_file_is_put_in_whole_chunks_while_it_is_written() {
     }
     assert!(
         cluster.puts.load(Ordering::Relaxed) > 10,
-        "puts go on in the background"
+        "puts continue in the background"
     );
     close(&fs, handle).await;
-    let pieces = cluster.pieces_of(inode);
-    assert_eq!(pieces.len(), 21);
-    assert!(pieces[..20].iter().all(|piece| u64::from(piece.length) == MIB));
+    let extents = cluster.extents_of(inode);
+    assert_eq!(extents.len(), 21);
+    assert!(extents[..20].iter().all(|extent| u64::from(extent.length) == MIB));
     assert!(cluster.commands.lock().len() <= 6, "many chunks share a command");
     assert!(contents(&mount(&cluster, 2), "large").await == data);
 }
@@ -54,7 +55,7 @@ async fn a_large_file_is_put_in_whole_chunks_while_it_is_written() {
 #[tokio::test]
 async fn random_small_writes_of_one_flush_become_one_chunk_and_one_command() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (_, handle) = create(&fs, "database").await;
     for at in 0..200u64 {
         write(&fs, handle, (at * 7919 % 1000) * 8192, &pattern(4096, at)).await;
@@ -66,9 +67,9 @@ async fn random_small_writes_of_one_flush_become_one_chunk_and_one_command() {
 }
 
 #[tokio::test]
-async fn attributes_are_set_in_one_command_with_what_was_written_before() {
+async fn attributes_are_set_in_one_command_with_earlier_writes() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (inode, handle) = create(&fs, "copied").await;
     write(&fs, handle, 0, b"content").await;
     let wanted = Timestamp {
@@ -79,8 +80,8 @@ async fn attributes_are_set_in_one_command_with_what_was_written_before() {
         mtime: Some(SetTime::At(wanted)),
         ..AttributeChanges::default()
     };
-    let told = fs.set_attributes(inode, Some(handle), changes).await.unwrap();
-    assert_eq!((told.mtime, told.size), (wanted, 7));
+    let attributes = fs.set_attributes(inode, Some(handle), changes).await.unwrap();
+    assert_eq!((attributes.mtime, attributes.size), (wanted, 7));
     let last = cluster.commands.lock().last().cloned().unwrap();
     assert!(
         matches!(
@@ -97,7 +98,7 @@ async fn attributes_are_set_in_one_command_with_what_was_written_before() {
 #[tokio::test]
 async fn mtime_is_that_of_the_write_and_is_seen_before_the_flush() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (inode, handle) = create(&fs, "file").await;
     write(&fs, handle, 100, b"x").await;
     let dirty = fs.attributes(inode, None).await.unwrap();
@@ -109,9 +110,9 @@ async fn mtime_is_that_of_the_write_and_is_seen_before_the_flush() {
 }
 
 #[tokio::test]
-async fn a_failed_flush_is_told_once_to_each_handle() {
+async fn a_failed_flush_is_reported_once_to_each_handle() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (inode, first) = create(&fs, "full").await;
     let second = fs.open(inode, read_write()).await.unwrap().handle;
     *cluster.put_fault.lock() = Some(FsError::NoSpace);
@@ -130,9 +131,9 @@ async fn a_failed_flush_is_told_once_to_each_handle() {
 }
 
 #[tokio::test]
-async fn chunks_that_the_cluster_gave_up_are_made_anew() {
+async fn dead_chunks_are_replaced() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (_, handle) = create(&fs, "again").await;
     let data = pattern(300_000, 3);
     write(&fs, handle, 0, &data).await;
@@ -143,11 +144,11 @@ async fn chunks_that_the_cluster_gave_up_are_made_anew() {
 }
 
 #[tokio::test]
-async fn writers_wait_when_too_much_is_dirty_and_go_on_when_it_is_not() {
+async fn writers_wait_while_too_many_bytes_are_dirty() {
     let cluster = MemoryCluster::new();
     let options = FsOptions {
         dirty_bytes_max: 4 * MIB,
-        ..ageless()
+        ..without_commits_by_age()
     };
     let fs = mount_with(&cluster, 1, options);
     let (_, handle) = create(&fs, "stream").await;
@@ -172,7 +173,7 @@ async fn writers_wait_when_too_much_is_dirty_and_go_on_when_it_is_not() {
 }
 
 #[tokio::test]
-async fn old_dirty_bytes_are_committed_without_being_asked() {
+async fn old_dirty_bytes_are_committed_in_the_background() {
     let cluster = MemoryCluster::new();
     let options = FsOptions {
         dirty_age_ms: 40,
@@ -191,11 +192,11 @@ async fn old_dirty_bytes_are_committed_without_being_asked() {
 }
 
 #[tokio::test]
-async fn by_durability_fsync_close_does_not_wait_but_rename_does() {
+async fn with_durability_fsync_close_does_not_wait_but_rename_does() {
     let cluster = MemoryCluster::new();
     let options = FsOptions {
         durability: Durability::Fsync,
-        ..ageless()
+        ..without_commits_by_age()
     };
     let fs = mount_with(&cluster, 1, options);
     let (_, handle) = create(&fs, "new").await;
@@ -209,12 +210,12 @@ async fn by_durability_fsync_close_does_not_wait_but_rename_does() {
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(
         !rename.is_finished(),
-        "the name must not lead to a file without its bytes"
+        "the name must not refer to a file without its bytes"
     );
     assert_eq!(
         fs.lookup(ROOT, b"new").await.unwrap().size,
         100_000,
-        "seen here at once"
+        "visible on this mount at once"
     );
     drop(closed_gate);
     rename.await.unwrap().unwrap();
@@ -223,9 +224,9 @@ async fn by_durability_fsync_close_does_not_wait_but_rename_does() {
 }
 
 #[tokio::test]
-async fn rename_commits_what_was_written_through_an_open_handle() {
+async fn rename_commits_writes_of_an_open_handle() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, ageless());
+    let fs = mount_with(&cluster, 1, without_commits_by_age());
     let (_, handle) = create(&fs, "temporary").await;
     write(&fs, handle, 0, b"bytes").await;
     fs.rename(ROOT, b"temporary", ROOT, b"final", RenameMode::Replace)
@@ -235,7 +236,7 @@ async fn rename_commits_what_was_written_through_an_open_handle() {
 }
 
 #[tokio::test]
-async fn a_reader_whose_chunk_is_gone_looks_again() {
+async fn a_reader_looks_extents_up_again_when_a_chunk_is_gone() {
     let cluster = MemoryCluster::new();
     let (fs, other) = (mount(&cluster, 1), mount(&cluster, 2));
     let (inode, handle) = create(&fs, "shared").await;
@@ -288,16 +289,19 @@ async fn a_sequential_reader_fetches_each_chunk_once_and_ahead() {
     tokio::time::sleep(Duration::from_millis(20)).await;
     assert!(
         cluster.gets.load(Ordering::Relaxed) >= 2,
-        "the next chunk is on its way"
+        "the next chunk is in flight"
     );
     assert!(contents(&reader, "film").await == data);
     assert_eq!(cluster.gets.load(Ordering::Relaxed), 24);
 }
 
 #[tokio::test]
-async fn a_chunk_of_many_pieces_is_not_fetched_for_each() {
+async fn a_chunk_of_many_extents_is_not_fetched_for_each() {
     let cluster = MemoryCluster::new();
-    let (fs, reader) = (mount_with(&cluster, 1, ageless()), mount(&cluster, 2));
+    let (fs, reader) = (
+        mount_with(&cluster, 1, without_commits_by_age()),
+        mount(&cluster, 2),
+    );
     let (_, handle) = create(&fs, "database").await;
     let mut data = vec![0; 249 * 8192 + 4096];
     for at in 0..250usize {
@@ -307,9 +311,10 @@ async fn a_chunk_of_many_pieces_is_not_fetched_for_each() {
     }
     close(&fs, handle).await;
     assert!(contents(&reader, "database").await == data);
-    // Once as far as the first answer about extents tells, once whole; and its reader and read-ahead may meet.
+    // Once up to the end known from the first extents answer, once whole; and the reader and its read-ahead may both
+    // fetch.
     let gets = cluster.gets.load(Ordering::Relaxed);
-    assert!(gets <= 4, "{gets} fetches for 250 pieces of one chunk");
+    assert!(gets <= 4, "{gets} fetches for 250 extents of one chunk");
 }
 
 #[tokio::test]
@@ -322,7 +327,7 @@ async fn appends_of_two_mounts_never_overwrite_each_other() {
     let here = fs.open(inode, append).await.unwrap();
     assert!(here.direct_io);
     let there = other.open(inode, append).await.unwrap();
-    // What was written here before goes first although nobody synced it.
+    // Earlier writes of this mount are committed first, although none was synced.
     write(&fs, here.handle, 0, b"here 0\n").await;
     let lines = |fs: &Arc<Filesystem<Connection>>, handle, who: &'static str| {
         let fs = Arc::clone(fs);
@@ -354,12 +359,12 @@ async fn appends_of_two_mounts_never_overwrite_each_other() {
     assert_eq!(
         cluster.puts.load(Ordering::Relaxed),
         0,
-        "small appends ride inside their command"
+        "small appends are sent inside their command"
     );
 }
 
 #[tokio::test]
-async fn a_listing_tells_every_entry_once_from_any_offset() {
+async fn a_listing_returns_every_entry_once_from_any_offset() {
     let cluster = MemoryCluster::new();
     let fs = mount(&cluster, 1);
     for at in 0..2500 {
@@ -410,7 +415,7 @@ async fn a_listing_tells_every_entry_once_from_any_offset() {
         }
         assert!(
             names.iter().any(|name| name.as_ref() == b"new"),
-            "rewinding shows what came"
+            "a rewound listing has the new entries"
         );
         fs.unlink(ROOT, b"new").await.unwrap();
         fs.release_directory(handle).unwrap();
@@ -490,7 +495,7 @@ async fn a_read_only_mount_changes_nothing() {
 }
 
 #[tokio::test]
-async fn holes_read_as_zeros_and_truncation_cuts() {
+async fn holes_and_truncated_ranges_read_as_zeros() {
     let cluster = MemoryCluster::new();
     let fs = mount(&cluster, 1);
     let (inode, handle) = create(&fs, "sparse").await;
@@ -514,8 +519,8 @@ async fn holes_read_as_zeros_and_truncation_cuts() {
     assert_eq!(fs.attributes(inode, None).await.unwrap().size, 0);
 }
 
-/// Readers beside a writer and its commits: what a write put there before the read began is never missing, whatever
-/// stage its bytes are in.
+/// Readers concurrent with a writer and its commits see every byte that was written before the read began, whatever
+/// stage it is in.
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
 async fn a_reader_never_sees_less_than_was_written_before() {
     const BLOCKS: u64 = 48;
@@ -563,10 +568,10 @@ async fn a_reader_never_sees_less_than_was_written_before() {
                 for word in words {
                     assert!(
                         u64::from_le_bytes(*word) >= least,
-                        "older bytes than were written"
+                        "older bytes than the last write"
                     );
                 }
-                // A read that is answered from memory never yields, and what it woke may wait for this thread.
+                // A read answered from memory does not yield, and a task it woke may wait for this thread.
                 tokio::task::yield_now().await;
             }
         })

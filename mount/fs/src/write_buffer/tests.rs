@@ -1,9 +1,9 @@
-//! The write buffer against a file of single bytes.
+//! The write buffer against a model with one entry per byte.
 
 use super::*;
 use proptest::prelude::*;
 
-/// What a file is, byte by byte: `None` where nothing was written.
+/// The content of a file by byte; `None` if never written.
 #[derive(Default)]
 struct Model(Vec<Option<u8>>);
 
@@ -37,7 +37,7 @@ enum Step {
     Commit,
 }
 
-/// Offsets gather around cell borders, where the code has its corners.
+/// Offsets cluster at cell borders, where the edge cases are.
 fn step() -> impl Strategy<Value = Step> {
     let offset = (0u64..3, 0u64..4000, prop::bool::ANY).prop_map(|(cell, by, before)| {
         let border = cell * CELL_BYTES;
@@ -58,7 +58,7 @@ fn step() -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     #[test]
-    fn reading_gives_the_newest_bytes_before_and_after_packing(
+    fn reads_return_the_newest_bytes_before_and_after_sealing(
         steps in prop::collection::vec(step(), 1..40),
         window in (0u64..2 * CELL_BYTES, 1u64..200_000),
     ) {
@@ -78,13 +78,13 @@ proptest! {
                 Step::Seal => {
                     let bytes = buffer.active_bytes;
                     let packs = buffer.seal_all();
-                    prop_assert_eq!(packs.len() as u64, bytes.div_ceil(CELL_BYTES), "as few as can be");
+                    prop_assert_eq!(packs.len() as u64, bytes.div_ceil(CELL_BYTES), "as few as possible");
                 }
                 Step::Commit => {
                     buffer.seal_all();
                     let last = buffer.last_sequence();
                     loop {
-                        let batch = buffer.front(last);
+                        let batch = buffer.next_batch(last);
                         let Some(youngest) = batch.last() else { break };
                         for pack in &batch {
                             let mut covered = 0;
@@ -100,18 +100,18 @@ proptest! {
                             }
                             prop_assert_eq!(covered as usize, pack.payload.len());
                         }
-                        buffer.settle(youngest.sequence);
+                        buffer.remove_through(youngest.sequence);
                     }
                     prop_assert!(buffer.is_clean());
                     prop_assert_eq!(buffer.footprint_bytes(), 0);
-                    prop_assert!(committed == model.0, "what was flushed is what was written");
+                    prop_assert!(committed == model.0, "the committed bytes are the written ones");
                 }
             }
             let active: u64 = buffer.active.values().map(|bytes| bytes.len() as u64).sum();
             prop_assert_eq!(active, buffer.active_bytes);
             prop_assert_eq!(buffer.cells.values().sum::<u64>(), active);
         }
-        // Dirty bytes over committed ones are what the model says, in the window and at the end.
+        // Dirty bytes over committed ones equal the model, in the window and at the end.
         let (from, length) = window;
         let mut seen = vec![None; length as usize];
         for (at, byte) in seen.iter_mut().enumerate() {
@@ -128,7 +128,7 @@ proptest! {
 }
 
 #[test]
-fn small_sequential_writes_become_one_range_and_a_full_cell_is_cut() {
+fn small_sequential_writes_become_one_range_and_a_full_cell_is_sealed() {
     let mut buffer = WriteBuffer::default();
     for at in 0..255u64 {
         assert!(
@@ -157,7 +157,7 @@ fn random_small_writes_share_a_chunk() {
 }
 
 #[test]
-fn a_batch_stays_within_what_a_command_may_hold() {
+fn a_batch_stays_within_the_limits_of_a_command() {
     let mut buffer = WriteBuffer::default();
     for round in 0..10u64 {
         for at in 0..1000u64 {
@@ -167,13 +167,13 @@ fn a_batch_stays_within_what_a_command_may_hold() {
     }
     let mut batches = 0;
     while let Some(last) = buffer
-        .front(buffer.last_sequence())
+        .next_batch(buffer.last_sequence())
         .last()
         .map(|pack| pack.sequence)
     {
-        let batch = buffer.front(buffer.last_sequence());
+        let batch = buffer.next_batch(buffer.last_sequence());
         assert!(batch.iter().map(|pack| pack.ranges.len()).sum::<usize>() <= COMMAND_EXTENTS_MAX);
-        buffer.settle(last);
+        buffer.remove_through(last);
         batches += 1;
     }
     assert_eq!(batches, 3);
@@ -181,7 +181,7 @@ fn a_batch_stays_within_what_a_command_may_hold() {
 }
 
 #[test]
-fn coverage_sees_gaps_at_each_end_and_between() {
+fn covers_detects_gaps_at_each_end_and_between() {
     let part = |offset, length: usize| DirtyPart {
         offset,
         bytes: Bytes::from(vec![0; length]),

@@ -199,7 +199,7 @@ fn an_append_is_seen_and_kept_although_more_of_it_may_follow() {
 }
 
 #[test]
-fn an_append_that_fails_after_its_answer_is_told() {
+fn an_append_that_fails_after_its_answer_is_reported() {
     if !can_mount() {
         return;
     }
@@ -211,13 +211,13 @@ fn an_append_that_fails_after_its_answer_is_told() {
         .open(mount.path("log"))
         .unwrap();
     *cluster.put_fault.lock() = Some(quorumfs_proto::FsError::NoSpace);
-    let told = || {
+    let is_reported = || {
         write_in_one(&log, &pattern(MIB - 1));
-        let told = log.sync_all();
-        told.is_err_and(|error| error.raw_os_error() == Some(libc::ENOSPC))
+        let synced = log.sync_all();
+        synced.is_err_and(|error| error.raw_os_error() == Some(libc::ENOSPC))
     };
     // A process that another test starts meanwhile closes its copy of the file, and gets the error instead.
-    assert!((0..5).any(|_| told()));
+    assert!((0..5).any(|_| is_reported()));
     log.sync_all().unwrap();
     assert_eq!(fs::metadata(mount.path("log")).unwrap().len(), 0);
     drop(log);

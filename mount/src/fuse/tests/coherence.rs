@@ -12,8 +12,8 @@ fn requests(mount: &TestMount, verb: Verb) -> (u64, u64) {
     let name = c"user.quorumfs.statistics";
     let length = unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), room) };
     value.truncate(usize::try_from(length).unwrap());
-    let told: ClientStatistics = serde_json::from_slice(&value).unwrap();
-    let of_verb = told.verbs.iter().find(|row| row.verb == verb.name());
+    let statistics: ClientStatistics = serde_json::from_slice(&value).unwrap();
+    let of_verb = statistics.verbs.iter().find(|row| row.verb == verb.name());
     of_verb.map_or((0, 0), |row| (row.count, row.failures))
 }
 

@@ -46,7 +46,7 @@ fn kill_in_fsync(mount: &TestMount, signal: i32) {
 }
 
 #[test]
-fn a_killed_program_ends_and_what_it_wrote_is_kept() {
+fn a_killed_program_ends_and_its_writes_are_kept() {
     if !can_mount() {
         return;
     }
@@ -56,7 +56,7 @@ fn a_killed_program_ends_and_what_it_wrote_is_kept() {
         File::create(mount.path("file")).unwrap();
         let gate = mount.runtime.block_on(cluster.put_gate.write());
         kill_in_fsync(&mount, signal);
-        assert!(mount.filesystem.dirty_bytes() > 0, "what was written is given up");
+        assert!(mount.filesystem.dirty_bytes() > 0, "the write was dropped");
         drop(gate);
         assert_eq!(fs::read(mount.path("file")).unwrap(), vec![0; 256 << 10]);
         mount.runtime.block_on(mount.filesystem.flush_all()).unwrap();

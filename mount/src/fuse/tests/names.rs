@@ -42,12 +42,18 @@ async fn put(fs: &Arc<Filesystem<Connection>>, name: &[u8], bytes: &[u8]) {
     let Ok((_, opened)) = fs.create(ROOT, name, 0o644, 0, 0, flags).await else {
         return; // It exists.
     };
-    let place = quorumfs_fs::WritePosition::At(0);
+    let position = quorumfs_fs::WritePosition::At(0);
     let keep = quorumfs_proto::command::Privileges::Keep;
     let bytes = bytes::Bytes::copy_from_slice(bytes);
-    fs.write(opened.handle, place, bytes, keep, quorumfs_fs::Order::default())
-        .await
-        .unwrap();
+    fs.write(
+        opened.handle,
+        position,
+        bytes,
+        keep,
+        quorumfs_fs::Order::default(),
+    )
+    .await
+    .unwrap();
     fs.flush(opened.handle).await.unwrap();
     fs.release(opened.handle).await.unwrap();
 }
@@ -288,7 +294,7 @@ fn a_removed_working_directory_answers_stat_although_another_mount_moved_it_befo
     let cluster = MemoryCluster::new();
     // The other mount does not cache its look-ups.
     let forgetful = FsOptions {
-        looked_up_ms: 0,
+        lookup_grace_ms: 0,
         ..FsOptions::default()
     };
     let (one, other) = (
@@ -320,9 +326,9 @@ fn a_removed_working_directory_answers_stat_although_another_mount_moved_it_befo
             // It would be released within that time if it were seen to be unused.
             std::thread::sleep(Duration::from_millis(700));
             cluster.reclaim();
-            let told = newest.metadata().unwrap();
+            let metadata = newest.metadata().unwrap();
             assert_eq!(
-                (told.ino(), told.nlink()),
+                (metadata.ino(), metadata.nlink()),
                 (number, 0),
                 "round {round}, of {}",
                 working.len() + 1

@@ -66,7 +66,7 @@ fn follow_each_way(reader: &TestMount, writer: &TestMount) -> (u32, u32) {
             let file = options.create(true).write(true).append(append);
             let file = file.open(writer.path(&name)).unwrap();
             let (reads, with_zeros) = follow(reader, file, &name, how);
-            eprintln!("{name}: {reads} reads, {with_zeros} with bytes that nobody wrote");
+            eprintln!("{name}: {reads} reads, {with_zeros} with bytes that no program wrote");
             assert!(reads > 0);
             reads_total += reads;
             with_zeros_total += with_zeros;
@@ -100,7 +100,7 @@ fn a_file_that_its_own_mount_makes_longer_shows_no_zeros() {
 }
 
 #[test]
-fn the_kernel_knows_the_new_end_when_it_was_told() {
+fn the_kernel_knows_the_new_end_once_it_was_reported() {
     if !can_mount() {
         return;
     }

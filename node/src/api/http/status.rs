@@ -7,8 +7,8 @@ use utoipa::ToSchema;
 use crate::consensus::Role;
 use crate::node::{Node, Parts};
 use crate::observe::clock::ClockReport;
-use crate::tasks::TaskReport;
 use quorumfs_metadata::Failure;
+use quorumfs_tasks::TaskReport;
 
 /// The identity and the addresses of a node.
 #[derive(Clone, Debug, Serialize, ToSchema)]

@@ -36,11 +36,11 @@ use crate::replication::names::FileNameCache;
 use crate::replication::placement::Placement;
 use crate::replication::recovery::Recovery;
 use crate::replication::recovery::ledger::WalkReason;
-use crate::tasks::Tasks;
 use crate::transport::Transport;
 use crate::wall_clock::unix_ms;
 use quorumfs_content::{ContentError, ContentStore, Quarantined};
 use quorumfs_metadata::{ChunkRecord, MetadataStore};
+use quorumfs_tasks::Tasks;
 
 pub use self::metadata::MetadataCheck;
 pub use self::status::{LastError, RepairStatus};

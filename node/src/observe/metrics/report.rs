@@ -13,8 +13,8 @@ use super::{Metrics, STATUS_CLASSES};
 use crate::consensus::{Consensus, Role};
 use crate::replication::placement::Placement;
 use crate::replication::space::SpaceMonitor;
-use crate::tasks::Tasks;
 use quorumfs_content::ContentStore;
+use quorumfs_tasks::Tasks;
 
 /// The counters of a node since it started. Durations are in microseconds.
 #[derive(Clone, Debug, Serialize, ToSchema)]

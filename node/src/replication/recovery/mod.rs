@@ -37,10 +37,10 @@ use crate::consensus::{AppliedEffects, Consensus};
 use crate::pace::{Pacer, RateMeter};
 use crate::replication::PeerChunks;
 use crate::replication::placement::{Placement, PlacementSnapshot};
-use crate::tasks::Tasks;
 use crate::wall_clock::unix_ms;
 use quorumfs_content::ContentStore;
 use quorumfs_metadata::{Failure, MetadataStore};
+use quorumfs_tasks::Tasks;
 
 pub use self::offer::{OfferError, OfferOutcome};
 pub use self::status::{PassKind, PassReport, RecoveryStatus, SyncReport};

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quorumfs_client::Client;
-use quorumfs_fs::interrupt::in_vain;
+use quorumfs_fs::interrupt::run_interrupted;
 use quorumfs_fs::{Filesystem, Handle};
 use quorumfs_proto::query::DirectoryPage;
 use quorumfs_proto::{Attributes, FsError, InodeNumber, Name};
@@ -19,7 +19,7 @@ use tokio::runtime;
 
 use super::StatusSource;
 use super::error::{ApiError, CallError};
-use crate::tasks::ToEnd;
+use crate::to_end::ToEnd;
 
 /// The filesystem as used by one request.
 #[derive(Clone)]
@@ -41,7 +41,7 @@ impl Access {
     {
         let call = call(Arc::clone(&self.filesystem));
         let call = ToEnd::with(call, |mut call| {
-            Box::pin(async move { in_vain(Pin::new(&mut call)).await })
+            Box::pin(async move { run_interrupted(Pin::new(&mut call)).await })
         });
         match tokio::time::timeout(self.timeout, call).await {
             Ok(Err(FsError::TimedOut)) | Err(_) => Err(CallError::Unavailable(self.unavailable_reason())),
@@ -130,7 +130,7 @@ impl OpenFile {
 
     /// Returns the last known attributes.
     pub(super) fn attributes(&self) -> Result<Attributes, FsError> {
-        self.filesystem.attributes_at_hand(self.handle)
+        self.filesystem.known_attributes(self.handle)
     }
 }
 

@@ -162,7 +162,11 @@ impl Rest {
 
 /// Creates the filesystem of a node.
 fn ready(client: &Client) -> ClientHandle {
-    ClientHandle::Ready(Filesystem::new(client.clone(), filesystem_options()))
+    ClientHandle::Ready(Filesystem::new(
+        client.clone(),
+        filesystem_options(),
+        &Arc::default(),
+    ))
 }
 
 async fn read(response: Response<Body>) -> Reply {

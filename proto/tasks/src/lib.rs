@@ -1,27 +1,23 @@
-//! The supervisor: every task that runs as long as the node is started here, under a name.
+//! The supervisor: every task that runs as long as its process is started here, under a name.
 //!
 //! A task that panics or returns is recorded with its reason and started again after a pause, which grows while it
-//! keeps failing. `/status` and the metrics show the state of each task, so that a healing task that has stopped is
-//! visible. A task keeps no state of its own that must survive: such state is behind the `Arc` from which the task is
-//! made.
+//! keeps failing. A node shows the state of each task in `/status` and in its metrics, a mount sends what failed to the
+//! cluster with its statistics, so that a task that has stopped is visible. A task keeps no state of its own that must
+//! survive: such state is behind the `Arc` from which the task is made.
 //!
-//! This module does not know what the tasks do. If continuing would break a promise, a task reports that itself
-//! ([`crate::consensus::Consensus::fatal`]), and the node ends.
+//! This crate does not know what the tasks do. If continuing would break a promise, a task ends its process itself.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::task::JoinHandle;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::error;
-
-use crate::wall_clock::unix_ms;
 
 /// Pause between the first failure and the restart; doubled with each further failure.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -71,41 +67,62 @@ enum Returns {
     WhenDone,
 }
 
-/// All supervised tasks of a node.
-#[derive(Debug, Default)]
+/// The work of a task from one start to its end.
+pub type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// What a start of the task with this name does instead of its work.
+type Wrap = dyn Fn(&'static str, Work) -> Work + Send + Sync;
+
+/// All supervised tasks of a process.
+#[derive(Default)]
 pub struct Tasks {
     reports: Mutex<BTreeMap<&'static str, TaskReport>>,
-    /// Tests make tasks panic with it.
-    #[cfg(test)]
-    panics: tokio::sync::watch::Sender<Option<&'static str>>,
+    wrap: Option<Box<Wrap>>,
+}
+
+impl fmt::Debug for Tasks {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Tasks")
+            .field("reports", &self.reports)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Tasks {
+    /// Each start of a task does what `wrap` makes of its name and its work. A test makes tasks fail with it.
+    pub fn wrapped(wrap: impl Fn(&'static str, Work) -> Work + Send + Sync + 'static) -> Tasks {
+        Tasks {
+            wrap: Some(Box::new(wrap)),
+            ..Tasks::default()
+        }
+    }
+
     /// Runs `run` of `part`; restarts it whenever it ends.
-    pub fn supervise<Part, Work>(
+    pub fn supervise<Part, Run>(
         self: &Arc<Self>,
         name: &'static str,
         part: Part,
-        run: impl Fn(Part) -> Work + Send + 'static,
+        run: impl Fn(Part) -> Run + Send + 'static,
     ) -> JoinHandle<()>
     where
         Part: Clone + Send + 'static,
-        Work: Future<Output = ()> + Send + 'static,
+        Run: Future<Output = ()> + Send + 'static,
     {
         let make = move || run(part.clone());
         tokio::spawn(self.clone().run(name, Returns::Never, make))
     }
 
     /// Runs `run` of `part` until it returns; restarts it after a panic.
-    pub fn supervise_until_done<Part, Work>(
+    pub fn supervise_until_done<Part, Run>(
         self: &Arc<Self>,
         name: &'static str,
         part: Part,
-        run: impl Fn(Part) -> Work + Send + 'static,
+        run: impl Fn(Part) -> Run + Send + 'static,
     ) -> JoinHandle<()>
     where
         Part: Clone + Send + 'static,
-        Work: Future<Output = ()> + Send + 'static,
+        Run: Future<Output = ()> + Send + 'static,
     {
         let make = move || run(part.clone());
         tokio::spawn(self.clone().run(name, Returns::WhenDone, make))
@@ -116,20 +133,20 @@ impl Tasks {
         self.reports.lock().values().cloned().collect()
     }
 
-    async fn run<Work: Future<Output = ()> + Send + 'static>(
+    async fn run<Run: Future<Output = ()> + Send + 'static>(
         self: Arc<Self>,
         name: &'static str,
         returns: Returns,
-        make: impl Fn() -> Work + Send + 'static,
+        make: impl Fn() -> Run + Send + 'static,
     ) {
         let mut pause = PAUSE_MIN;
         loop {
             let began = Instant::now();
             self.begins(name);
-            #[cfg(test)]
-            let work = self.clone().until_panic(name, make());
-            #[cfg(not(test))]
-            let work = make();
+            let work: Work = match &self.wrap {
+                Some(wrap) => wrap(name, Box::pin(make())),
+                None => Box::pin(make()),
+            };
             // The inner task ends with this one, which the caller may abort.
             let ended = AbortOnDropHandle::new(tokio::spawn(NAME.scope(name, work))).await;
             let reason = match ended {
@@ -181,74 +198,9 @@ impl Tasks {
     }
 }
 
-#[cfg(test)]
-impl Tasks {
-    /// Makes the task with this name panic at its next wait.
-    pub fn make_panic(&self, name: &'static str) {
-        self.panics.send_replace(Some(name));
-    }
-
-    async fn until_panic(self: Arc<Self>, name: &'static str, work: impl Future<Output = ()>) {
-        let mut panics = self.panics.subscribe();
-        let chosen = async {
-            let chosen = panics.wait_for(|chosen| *chosen == Some(name)).await.is_ok();
-            assert!(
-                !chosen || !self.panics.send_if_modified(|chosen| chosen.take().is_some()),
-                "as the test asks"
-            );
-        };
-        tokio::select! {
-            () = chosen => {}
-            () = work => {}
-        }
-    }
-}
-
-/// Work that is run to its end: by whoever waits for it, and in a task of its own from when this is dropped.
-pub struct ToEnd<T: 'static> {
-    work: Option<BoxFuture<'static, T>>,
-    when_dropped: fn(BoxFuture<'static, T>) -> BoxFuture<'static, T>,
-}
-
-impl<T> ToEnd<T> {
-    /// `work`, which goes on unchanged when this is dropped.
-    pub fn new(work: impl Future<Output = T> + Send + 'static) -> ToEnd<T> {
-        ToEnd::with(work, |work| work)
-    }
-
-    /// `work`, which goes on as `when_dropped` makes of it.
-    pub fn with(
-        work: impl Future<Output = T> + Send + 'static,
-        when_dropped: fn(BoxFuture<'static, T>) -> BoxFuture<'static, T>,
-    ) -> ToEnd<T> {
-        ToEnd {
-            work: Some(Box::pin(work)),
-            when_dropped,
-        }
-    }
-}
-
-impl<T> Future for ToEnd<T> {
-    type Output = T;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
-        let work = self.work.as_mut().expect("it is not polled after its end");
-        let polled = work.as_mut().poll(context);
-        if polled.is_ready() {
-            self.work = None;
-        }
-        polled
-    }
-}
-
-impl<T> Drop for ToEnd<T> {
-    fn drop(&mut self) {
-        // Without a runtime the process is about to end.
-        if let (Some(work), Ok(runtime)) = (self.work.take(), tokio::runtime::Handle::try_current()) {
-            let rest = (self.when_dropped)(work);
-            runtime.spawn(async move { drop(rest.await) });
-        }
-    }
+fn unix_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// From now on a panic is one line of the log, with the name of the task or else of the thread. Called once, when there is
@@ -336,23 +288,5 @@ mod tests {
             .unwrap();
         let report = &tasks.report()[0];
         assert_eq!((report.state, report.failures), (TaskState::Done, 0));
-    }
-
-    #[tokio::test]
-    async fn work_that_is_dropped_half_way_comes_to_its_end() {
-        let (step, mut steps) = tokio::sync::mpsc::unbounded_channel();
-        let go = Arc::new(tokio::sync::Notify::new());
-        let waits = go.clone();
-        let mut work = ToEnd::new(async move {
-            step.send("begun").unwrap();
-            waits.notified().await;
-            step.send("ended").unwrap();
-        });
-        assert!(futures::poll!(&mut work).is_pending());
-        assert_eq!(steps.recv().await, Some("begun"));
-        drop(work);
-        go.notify_one();
-        assert_eq!(steps.recv().await, Some("ended"));
-        assert_eq!(ToEnd::new(async { 7 }).await, 7);
     }
 }

@@ -1,4 +1,4 @@
-//! What has lost its name lives as long as it is in use here, and no longer.
+//! An inode without a name lives as long as it is in use here, and no longer.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -12,18 +12,18 @@ use super::support::{ROOT, close, create, mount, mount_with, read_write, write, 
 use crate::{Filesystem, FsOptions, Order, Reader};
 use quorumfs_memory::{Connection, MemoryCluster};
 
-fn soon() -> FsOptions {
+fn fast_release() -> FsOptions {
     FsOptions {
         dirty_age_ms: 40,
         ..FsOptions::default()
     }
 }
 
-/// What the kernel knows.
-fn known_above(fs: &Arc<Filesystem<Connection>>) -> Arc<Mutex<BTreeSet<InodeNumber>>> {
+/// Returns the inodes that the simulated kernel knows.
+fn kernel_inodes(fs: &Arc<Filesystem<Connection>>) -> Arc<Mutex<BTreeSet<InodeNumber>>> {
     let known: Arc<Mutex<BTreeSet<InodeNumber>>> = Arc::default();
-    let asked = Arc::clone(&known);
-    fs.set_used_above(Arc::new(move |inode| asked.lock().contains(&inode)));
+    let checked = Arc::clone(&known);
+    fs.set_in_use_check(Arc::new(move |inode| checked.lock().contains(&inode)));
     known
 }
 
@@ -57,7 +57,7 @@ async fn an_unlinked_file_lives_as_long_as_it_is_open_anywhere() {
     assert_eq!(
         other.open(inode, read_write()).await,
         Err(FsError::Stale),
-        "nobody else gets at it"
+        "no other mount can open it"
     );
     close(&fs, handle).await;
     cluster.reclaim();
@@ -65,7 +65,7 @@ async fn an_unlinked_file_lives_as_long_as_it_is_open_anywhere() {
 }
 
 #[tokio::test]
-async fn what_was_kept_to_be_safe_is_released_soon() {
+async fn an_unused_inode_is_released_soon_after_its_unlink() {
     let cluster = MemoryCluster::new();
     let options = FsOptions {
         dirty_age_ms: 40,
@@ -100,10 +100,10 @@ async fn what_was_kept_to_be_safe_is_released_soon() {
 }
 
 #[tokio::test]
-async fn what_is_used_above_is_kept_and_may_be_opened_again() {
+async fn an_inode_in_use_by_the_kernel_is_kept_and_can_be_opened_again() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, soon());
-    let known = known_above(&fs);
+    let fs = mount_with(&cluster, 1, fast_release());
+    let known = kernel_inodes(&fs);
     let (inode, handle) = create(&fs, "path").await;
     write(&fs, handle, 0, b"content").await;
     close(&fs, handle).await;
@@ -129,9 +129,9 @@ async fn what_is_used_above_is_kept_and_may_be_opened_again() {
 }
 
 #[tokio::test]
-async fn an_open_that_arrives_during_an_unlink_is_good_or_fails() {
+async fn an_open_during_an_unlink_succeeds_or_fails_cleanly() {
     let cluster = MemoryCluster::new();
-    let fs = mount_with(&cluster, 1, soon());
+    let fs = mount_with(&cluster, 1, fast_release());
     let mut good = 0;
     for round in 0..200 {
         let (inode, handle) = create(&fs, "file").await;
@@ -157,6 +157,6 @@ async fn an_open_that_arrives_during_an_unlink_is_good_or_fails() {
         );
         close(&fs, opened.handle).await;
     }
-    assert!(good > 0, "no open came in time: the test shows nothing");
+    assert!(good > 0, "no open came in time: the test is inconclusive");
     wait_for_inodes(&cluster, 1).await;
 }
