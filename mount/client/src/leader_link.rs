@@ -234,7 +234,7 @@ impl<P: Protocol> LeaderLink<P> {
                     if failed_streams == 0 && waiting_since.is_some() {
                         tracing::info!(link = P::NAME, node = %address, reason, "lost the connection to the leader");
                     } else {
-                        tracing::debug!(link = P::NAME, node = %address, reason, "cannot open a stream to the leader");
+                        tracing::debug!(link = P::NAME, node = %address, reason, "no stream to the leader");
                     }
                     self.cluster.report_lost(version, None, since);
                 }

@@ -305,8 +305,8 @@ impl Rewriter {
             session: session.id,
             counter: session.next_counter.fetch_add(1, Ordering::Relaxed),
         };
-        let made = tokio::task::spawn_blocking(move || Chunk::new(id, payload));
-        let stored = made.await.map_err(|panic| panic.to_string())?;
+        let created = tokio::task::spawn_blocking(move || Chunk::new(id, payload));
+        let stored = created.await.map_err(|panic| panic.to_string())?;
         let stored = stored.map_err(|bad| bad.to_string())?;
         let chunk = NewChunk {
             id,

@@ -94,7 +94,7 @@ pub struct SessionTracker {
     metadata: Arc<MetadataStore>,
     stamps: Arc<StampClock>,
     /// The living sessions; all are examined in each check.
-    heard: Mutex<HashMap<SessionId, Contact>>,
+    contacts: Mutex<HashMap<SessionId, Contact>>,
     answers: mpsc::Sender<PendingAnswer>,
     answers_due: tokio::sync::Mutex<mpsc::Receiver<PendingAnswer>>,
     /// Notified when there may be something to free.
@@ -113,7 +113,7 @@ impl SessionTracker {
             consensus,
             metadata,
             stamps,
-            heard: Mutex::new(HashMap::new()),
+            contacts: Mutex::new(HashMap::new()),
             answers,
             answers_due: tokio::sync::Mutex::new(answers_due),
             freeable: Notify::new(),
@@ -128,29 +128,29 @@ impl SessionTracker {
     /// Records that a session of this node, which has no stream, is in use.
     pub fn in_use(&self, session: SessionId) {
         let (nobody, _) = mpsc::channel(1);
-        let mut heard = self.heard.lock();
-        let heard = heard
+        let mut contacts = self.contacts.lock();
+        let contact = contacts
             .entry(session)
             .or_insert_with(|| Contact::now(nobody.downgrade()));
-        heard.at = Instant::now();
+        contact.at = Instant::now();
     }
 
     fn note(&self, session: SessionId, stream: &CallStream, update: impl FnOnce(&mut Contact)) {
-        let mut heard = self.heard.lock();
-        let heard = heard
+        let mut contacts = self.contacts.lock();
+        let contact = contacts
             .entry(session)
             .or_insert_with(|| Contact::now(stream.nudges()));
-        heard.at = Instant::now();
-        heard.ended_at = None;
-        let is_same = match (&heard.connection, stream.connection()) {
+        contact.at = Instant::now();
+        contact.ended_at = None;
+        let is_same = match (&contact.connection, stream.connection()) {
             (Some(one), Some(other)) => one.is(other),
             _ => false,
         };
         if !is_same {
-            heard.connection = stream.connection().cloned();
+            contact.connection = stream.connection().cloned();
         }
-        heard.is_direct = stream.is_direct();
-        update(heard);
+        contact.is_direct = stream.is_direct();
+        update(contact);
     }
 
     /// Records a keep-alive of `session`. After the answer the next leader does not regard the session as silent.
@@ -160,10 +160,10 @@ impl SessionTracker {
         stream: &CallStream,
         request: &wire::CallRequest,
     ) -> Result<(), Refusal> {
-        self.note(session, stream, |heard| {
-            heard.nudges = stream.nudges();
+        self.note(session, stream, |contact| {
+            contact.nudges = stream.nudges();
             stream.comes_from(&request.local_addresses);
-            heard.is_direct = stream.is_direct();
+            contact.is_direct = stream.is_direct();
         });
         let view = self.metadata.view().map_err(Refusal::unavailable)?;
         self.give_key(&view, session, stream)
@@ -217,18 +217,18 @@ impl SessionTracker {
     /// Returns inodes that the state keeps for `session`, about which it is asked now; each call returns the next ones.
     pub fn held_to_ask(&self, view: &View, session: SessionId) -> Result<Vec<InodeNumber>, Failure> {
         let after = self
-            .heard
+            .contacts
             .lock()
             .get(&session)
-            .map_or(InodeNumber(0), |heard| heard.asked);
+            .map_or(InodeNumber(0), |contact| contact.asked);
         let mut inodes = view.unlinked_held_by(session, after, HELD_ASKED_MAX)?;
         if inodes.len() < HELD_ASKED_MAX && after != InodeNumber(0) {
             // Start again from the first.
             let others = view.unlinked_held_by(session, InodeNumber(0), HELD_ASKED_MAX - inodes.len())?;
             inodes.extend(others.into_iter().take_while(|inode| *inode <= after));
         }
-        if let Some(heard) = self.heard.lock().get_mut(&session) {
-            heard.asked = match inodes.len() < HELD_ASKED_MAX {
+        if let Some(contact) = self.contacts.lock().get_mut(&session) {
+            contact.asked = match inodes.len() < HELD_ASKED_MAX {
                 true => InodeNumber(0),
                 false => inodes[inodes.len() - 1],
             };
@@ -261,7 +261,7 @@ impl SessionTracker {
             tokio::time::sleep(Duration::from_millis(CHECK_INTERVAL_MS)).await;
             if !self.consensus.is_leader() {
                 term = None;
-                self.heard.lock().clear();
+                self.contacts.lock().clear();
                 continue;
             }
             let done = async {
@@ -289,16 +289,16 @@ impl SessionTracker {
         let mut silences = Vec::new();
         let mut over = Vec::new();
         {
-            let mut heard = self.heard.lock();
+            let mut contacts = self.contacts.lock();
             // An ended session is not kept; one that was just opened may be missing in this view.
             let limit = Duration::from_millis(SESSION_TIMEOUT_MS);
-            heard.retain(|_, heard| heard.at.elapsed() <= 2 * limit);
+            contacts.retain(|_, contact| contact.at.elapsed() <= 2 * limit);
             for session in view.living_sessions() {
                 let silence = RecordedSilence {
                     now_ms: view.silence_ms(session),
                     carried_ms: term.silences.get(&session).copied().unwrap_or(0),
                 };
-                let action = silence_action(heard.get_mut(&session), silence, term.since.elapsed());
+                let action = silence_action(contacts.get_mut(&session), silence, term.since.elapsed());
                 match action {
                     SilenceAction::End(reason) => over.push((session, reason)),
                     SilenceAction::Record(silent_ms) => silences.push((session, silent_ms)),
@@ -311,7 +311,7 @@ impl SessionTracker {
             let description = record.map(|record| record.description).unwrap_or_default();
             if self.propose_some(LogBody::EndSession { session }).await {
                 info!(%session, description, reason, "session ended");
-                self.heard.lock().remove(&session);
+                self.contacts.lock().remove(&session);
                 self.freeable.notify_one();
             }
         }
@@ -343,9 +343,12 @@ impl SessionTracker {
         }
         *asked_at = Instant::now();
         let behind = view.sessions_to_ask()?;
-        let heard = self.heard.lock();
+        let contacts = self.contacts.lock();
         for session in behind {
-            if let Some(nudges) = heard.get(&session).and_then(|heard| heard.nudges.upgrade()) {
+            if let Some(nudges) = contacts
+                .get(&session)
+                .and_then(|contact| contact.nudges.upgrade())
+            {
                 // If the channel is full, a request is already on its way.
                 let _ = nudges.try_send(());
             }
@@ -477,23 +480,23 @@ enum SilenceAction {
     End(&'static str),
 }
 
-/// Returns the action for a live session; `heard` is `None` if it has not called this leader.
-fn silence_action(heard: Option<&mut Contact>, noted: RecordedSilence, leading: Duration) -> SilenceAction {
+/// Returns the action for a live session; `contact` is `None` if it has not called this leader.
+fn silence_action(contact: Option<&mut Contact>, noted: RecordedSilence, leading: Duration) -> SilenceAction {
     let leading_ms = leading.as_millis() as u64;
-    let silent_ms = match heard {
-        Some(heard) => {
-            let has_ended = heard.is_direct
-                && heard
+    let silent_ms = match contact {
+        Some(contact) => {
+            let has_ended = contact.is_direct
+                && contact
                     .connection
                     .as_ref()
                     .is_some_and(Connection::was_ended_by_peer);
             if has_ended {
-                let since = heard.ended_at.get_or_insert_with(Instant::now);
+                let since = contact.ended_at.get_or_insert_with(Instant::now);
                 if since.elapsed() > Duration::from_millis(RECONNECT_MS_MAX) {
                     return SilenceAction::End("its process has ended");
                 }
             }
-            heard.at.elapsed().as_millis() as u64
+            contact.at.elapsed().as_millis() as u64
         }
         None => noted.carried_ms.saturating_add(leading_ms),
     };

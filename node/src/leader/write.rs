@@ -426,8 +426,8 @@ impl WritePath {
             .into_iter()
             .filter(|member| member.id != own)
             .collect();
-        let asked = others.iter().map(|member| self.peers.held(member, &unknown));
-        for (member, answer) in others.iter().zip(futures::future::join_all(asked).await) {
+        let queries = others.iter().map(|member| self.peers.held(member, &unknown));
+        for (member, answer) in others.iter().zip(futures::future::join_all(queries).await) {
             let Ok(held) = answer else { continue };
             for (id, _) in unknown.iter().zip(held).filter(|(_, held)| *held) {
                 holders.entry(*id).or_default().insert(member.id);

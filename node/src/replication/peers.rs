@@ -370,8 +370,8 @@ impl PeerChunks {
         let request = VerifyChunksRequest {
             chunks: ids.iter().map(|id| (*id).into()).collect(),
         };
-        let asked = peer.verify_chunks(request);
-        let answer = tokio::time::timeout(Duration::from_millis(VERIFY_TIMEOUT_MS), asked)
+        let call = peer.verify_chunks(request);
+        let answer = tokio::time::timeout(Duration::from_millis(VERIFY_TIMEOUT_MS), call)
             .await
             .map_err(|_| failed(format!("no answer in {VERIFY_TIMEOUT_MS} ms")))?
             .map_err(|status| failed(format!("{}: {}", status.code(), status.message())))?
@@ -402,9 +402,9 @@ impl PeerChunks {
             return Ok(Arc::clone(known));
         }
         let peer = self.transport.member(member, Purpose::Bulk)?;
-        let made = Arc::new(PeerStreams::new(address, &peer, self.progress_timeout));
-        streams.insert(member.id, Arc::clone(&made));
-        Ok(made)
+        let created = Arc::new(PeerStreams::new(address, &peer, self.progress_timeout));
+        streams.insert(member.id, Arc::clone(&created));
+        Ok(created)
     }
 }
 

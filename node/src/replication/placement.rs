@@ -1,5 +1,5 @@
-//! The assignment of chunks to nodes. Each chunk has `replicas` copies, but at least one on each node of a majority of
-//! the voters, and at most one on each voter.
+//! The assignment of chunks to nodes. Each chunk has `replicas` copies: at least as many as a majority of the
+//! voters, and at most one on each voter.
 //!
 //! The holders of a chunk are chosen by rendezvous hashing (Thaler and Ravishankar, "Using name-based mappings to
 //! increase hit rates", 1998): each pair of chunk and node has a weight, and the nodes with the largest weights hold
@@ -161,7 +161,7 @@ impl PlacementSnapshot {
 }
 
 /// The placement decoded from the metadata, cached.
-struct Known {
+struct State {
     membership: Option<bytes::Bytes>,
     replicas: Replicas,
     /// The placement of the applied state, without plans.
@@ -171,7 +171,7 @@ struct Known {
     snapshot: Arc<PlacementSnapshot>,
 }
 
-impl Known {
+impl State {
     /// Adds or renews a plan.
     fn prepare_for(&mut self, voters: BTreeSet<NodeId>, expires: Instant) {
         match self.planned_voters.iter_mut().find(|(known, _)| *known == voters) {
@@ -210,7 +210,7 @@ pub struct Placement {
     metadata: Arc<MetadataStore>,
     consensus: Consensus,
     // Locked only for comparisons and to decode a change.
-    known: Mutex<Known>,
+    state: Mutex<State>,
     changes: watch::Sender<Arc<PlacementSnapshot>>,
     /// Held while held chunks are reported and while copies are deleted.
     held_lock: Mutex<()>,
@@ -227,7 +227,7 @@ impl Placement {
             own,
             metadata,
             consensus,
-            known: Mutex::new(Known {
+            state: Mutex::new(State {
                 membership: position.membership,
                 replicas,
                 applied,
@@ -242,18 +242,18 @@ impl Placement {
     /// Returns the current placement.
     pub fn snapshot(&self) -> Arc<PlacementSnapshot> {
         let (position, replicas) = self.metadata.position_and_replicas();
-        let mut known = self.known.lock();
-        if known.membership != position.membership || known.replicas != replicas {
+        let mut state = self.state.lock();
+        if state.membership != position.membership || state.replicas != replicas {
             let now = applied(self.own, &position, replicas);
             // Concurrent callers may arrive here in any order.
-            if now.epoch >= known.applied.epoch {
-                known.membership = position.membership;
-                known.replicas = replicas;
-                known.applied = now;
-                known.compose();
+            if now.epoch >= state.applied.epoch {
+                state.membership = position.membership;
+                state.replicas = replicas;
+                state.applied = now;
+                state.compose();
             }
         }
-        Arc::clone(&known.snapshot)
+        Arc::clone(&state.snapshot)
     }
 
     /// Returns the configured number of copies of each chunk.
@@ -280,7 +280,7 @@ impl Placement {
     /// layout.
     pub fn prepare_for(&self, voters: BTreeSet<NodeId>) -> Layout {
         let expires = Instant::now() + Duration::from_millis(PREPARATION_MS);
-        self.known.lock().prepare_for(voters.clone(), expires);
+        self.state.lock().prepare_for(voters.clone(), expires);
         self.publish();
         Layout::new(voters, self.replicas())
     }
@@ -326,13 +326,13 @@ impl Placement {
         loop {
             tokio::time::sleep(Duration::from_millis(CHECK_INTERVAL_MS)).await;
             {
-                let mut known = self.known.lock();
-                let newest = known.applied.newest().map(|layout| layout.voters.clone());
+                let mut state = self.state.lock();
+                let newest = state.applied.newest().map(|layout| layout.voters.clone());
                 // A plan ends when its voters are the newest applied ones.
-                known
+                state
                     .planned_voters
                     .retain(|(voters, expires)| *expires > Instant::now() && Some(voters) != newest.as_ref());
-                known.compose();
+                state.compose();
             }
             self.publish();
         }
@@ -469,7 +469,7 @@ mod tests {
             active: vec![Layout::new(nodes(1..=3), 3)],
             planned: Vec::new(),
         };
-        let mut known = Known {
+        let mut state = State {
             membership: None,
             replicas: Replicas {
                 count: 3,
@@ -480,26 +480,26 @@ mod tests {
             planned_voters: Vec::new(),
         };
         let [five, four] = [nodes(1..=5), nodes(1..=4)];
-        known.prepare_for(five.clone(), at(1));
-        known.prepare_for(four.clone(), at(2));
-        let first = Arc::clone(&known.snapshot);
+        state.prepare_for(five.clone(), at(1));
+        state.prepare_for(four.clone(), at(2));
+        let first = Arc::clone(&state.snapshot);
         assert_eq!(first.planned.len(), 2);
         for second in 3..9 {
-            known.prepare_for(five.clone(), at(second));
-            known.prepare_for(four.clone(), at(second));
-            assert!(Arc::ptr_eq(&known.snapshot, &first), "nothing has changed");
+            state.prepare_for(five.clone(), at(second));
+            state.prepare_for(four.clone(), at(second));
+            assert!(Arc::ptr_eq(&state.snapshot, &first), "nothing has changed");
         }
-        assert!(known.planned_voters.iter().all(|(_, until)| *until == at(8)));
+        assert!(state.planned_voters.iter().all(|(_, until)| *until == at(8)));
         // Voters that are already active add nothing.
-        known.prepare_for(nodes(1..=3), at(9));
-        assert!(Arc::ptr_eq(&known.snapshot, &first), "nothing has changed");
+        state.prepare_for(nodes(1..=3), at(9));
+        assert!(Arc::ptr_eq(&state.snapshot, &first), "nothing has changed");
         // With too many plans, the one that expires first is dropped.
-        known.prepare_for(five.clone(), at(10));
+        state.prepare_for(five.clone(), at(10));
         (1..)
             .take(PLANS_MAX)
-            .for_each(|slot| known.prepare_for(nodes([slot, slot + 1]), at(11)));
-        assert_eq!(known.planned_voters.len(), PLANS_MAX);
-        assert!(!known.planned_voters.iter().any(|(voters, _)| *voters == four));
+            .for_each(|slot| state.prepare_for(nodes([slot, slot + 1]), at(11)));
+        assert_eq!(state.planned_voters.len(), PLANS_MAX);
+        assert!(!state.planned_voters.iter().any(|(voters, _)| *voters == four));
     }
 
     #[test]

@@ -307,8 +307,8 @@ impl Peer for PeerService {
         };
         let ledger =
             |layout: &_, through_index| parts.recovery.lacking(layout, through_index, LACKING_CHUNKS_MAX);
-        let looked = completeness(parts.metadata.clone(), parts.content.clone(), ledger, asked).await;
-        let found = looked.map_err(|fault| Status::unavailable(fault.to_string()))?;
+        let result = completeness(parts.metadata.clone(), parts.content.clone(), ledger, asked).await;
+        let found = result.map_err(|fault| Status::unavailable(fault.to_string()))?;
         Ok(Response::new(wire::ContentCompleteResponse {
             complete: found.missing == 0,
             through_index: found.through_index,

@@ -8,7 +8,7 @@ fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
-fn heard(silent_ms: u64, connection: Option<Connection>) -> Contact {
+fn contact(silent_ms: u64, connection: Option<Connection>) -> Contact {
     let (nudges, _) = mpsc::channel(1);
     Contact {
         at: Instant::now() - ms(silent_ms),
@@ -67,14 +67,14 @@ fn no_session_is_ended_right_after_a_change_of_leader() {
 fn a_session_that_calls_again_is_no_longer_silent() {
     let leading = ms(600_000);
     assert_eq!(
-        silence_action(Some(&mut heard(100, None)), noted(0), leading),
+        silence_action(Some(&mut contact(100, None)), noted(0), leading),
         SilenceAction::Ignore
     );
     assert_eq!(
-        silence_action(Some(&mut heard(100, None)), noted(40_000), leading),
+        silence_action(Some(&mut contact(100, None)), noted(40_000), leading),
         SilenceAction::Record(0)
     );
-    let silent = silence_action(Some(&mut heard(12_000, None)), noted(0), leading);
+    let silent = silence_action(Some(&mut contact(12_000, None)), noted(0), leading);
     assert!(
         matches!(silent, SilenceAction::Record(12_000..13_000)),
         "{silent:?}"
@@ -85,7 +85,7 @@ fn a_session_that_calls_again_is_no_longer_silent() {
 fn a_session_of_an_ended_process_is_ended_early() {
     let leading = ms(600_000);
     let ended = Arc::new(AtomicBool::new(false));
-    let mut session = heard(1_000, Some(Connection::for_tests(ended.clone())));
+    let mut session = contact(1_000, Some(Connection::for_tests(ended.clone())));
     assert_eq!(
         silence_action(Some(&mut session), noted(0), leading),
         SilenceAction::Ignore

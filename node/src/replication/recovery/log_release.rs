@@ -53,7 +53,7 @@ impl Recovery {
         // Read before the query: a voter that is added meanwhile is asked the next time.
         let voter_sets = self.consensus.voter_sets();
         let members = self.consensus.members().into_iter();
-        let asking = members
+        let answers = members
             .filter(|member| member.id != own)
             .map(|member| async move {
                 match self.peers.held(&member, ids).await {
@@ -65,7 +65,7 @@ impl Recovery {
                 }
             });
         let mut holders: HashMap<ChunkId, BTreeSet<NodeId>> = HashMap::new();
-        for (node, held) in join_all(asking).await.into_iter().flatten() {
+        for (node, held) in join_all(answers).await.into_iter().flatten() {
             for (id, _) in ids.iter().zip(held).filter(|(_, held)| *held) {
                 holders.entry(*id).or_default().insert(node);
             }

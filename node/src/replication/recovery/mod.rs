@@ -181,8 +181,8 @@ impl Recovery {
             return;
         }
         let recovery = Arc::clone(self);
-        let looked = tokio::task::spawn_blocking(move || recovery.length_if_named(id));
-        match looked.await {
+        let length = tokio::task::spawn_blocking(move || recovery.length_if_named(id));
+        match length.await {
             Ok(Ok(Some(_))) => self.surplus.add(id),
             // The entry that refers to it is not applied yet and will find it here.
             Ok(Ok(None)) => {}
@@ -293,13 +293,13 @@ impl Recovery {
             self.ledger.lock().request_walk(reason);
         }
         self.walking.store(false, Ordering::Release);
-        let looked_at = result?;
+        let examined = result?;
         let missing = self.ledger.lock().missing();
         if let (Some(reason), true) = (reason, missing.chunks > 0) {
             let Totals { chunks, bytes } = missing;
             info!(
                 %reason,
-                named = looked_at,
+                named = examined,
                 chunks,
                 bytes,
                 "content is missing on this node; fetching it"
@@ -313,7 +313,7 @@ impl Recovery {
             reason,
             began_unix_ms,
             duration_ms: began.elapsed().as_millis() as u64,
-            chunks_looked_at: looked_at,
+            chunks_looked_at: examined,
             chunks_missing: missing.chunks,
         };
         if report.kind == PassKind::Complete {

@@ -170,14 +170,14 @@ impl Recovery {
 
     /// Returns those of `ids` that all their holders confirm under `epoch`.
     async fn confirmed(&self, ids: Vec<ChunkId>, layout: &Layout, epoch: u64) -> Vec<ChunkId> {
-        let mut asked: BTreeMap<NodeId, Vec<ChunkId>> = BTreeMap::new();
+        let mut queries: BTreeMap<NodeId, Vec<ChunkId>> = BTreeMap::new();
         for id in &ids {
             for holder in layout.holders(*id) {
-                asked.entry(holder).or_default().push(*id);
+                queries.entry(holder).or_default().push(*id);
             }
         }
         let members = self.consensus.members();
-        let asking = asked.iter().map(|(holder, ids)| async {
+        let answers = queries.iter().map(|(holder, ids)| async {
             let member = members.iter().find(|member| member.id == *holder);
             let answer = match member {
                 Some(member) => self.peers.held_under_epoch(member, ids).await,
@@ -204,7 +204,7 @@ impl Recovery {
             }
         });
         let mut copies: BTreeMap<ChunkId, usize> = BTreeMap::new();
-        for id in join_all(asking).await.into_iter().flatten() {
+        for id in join_all(answers).await.into_iter().flatten() {
             *copies.entry(id).or_default() += 1;
         }
         copies.retain(|_, count| *count == layout.copies());

@@ -320,7 +320,7 @@ where
     while Instant::now() < deadline {
         let leader: Option<Member> = parts.consensus.leader();
         let peer = leader.map(|leader| parts.membership_changes.peer_of(&leader, Purpose::Control));
-        let asked = Instant::now();
+        let sent_at = Instant::now();
         match peer {
             None => {}
             Some(Err(error)) => reason = error,
@@ -330,7 +330,7 @@ where
                     Ok(Ok(None)) => {
                         reason = "leadership is changing".to_string();
                         // The time in which a node processed the request does not count as time without a leader.
-                        deadline = deadline_max.min(deadline + asked.elapsed());
+                        deadline = deadline_max.min(deadline + sent_at.elapsed());
                     }
                     Ok(Err(status)) if status.code() == Code::FailedPrecondition => {
                         return Err(ApiError::conflict("membership_refused", status.message()));

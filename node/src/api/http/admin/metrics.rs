@@ -43,8 +43,8 @@ enum Format {
 
 impl Format {
     /// Returns the requested format, JSON by default.
-    fn select(asked: &FormatQuery, headers: &HeaderMap) -> Result<Format, ApiError> {
-        match asked.format.as_deref() {
+    fn select(query: &FormatQuery, headers: &HeaderMap) -> Result<Format, ApiError> {
+        match query.format.as_deref() {
             Some("json") => return Ok(Format::Json),
             Some("prometheus") => return Ok(Format::Prometheus),
             Some(other) => {
@@ -91,12 +91,12 @@ impl Format {
 )]
 pub(super) async fn metrics(
     State(node): State<Arc<Node>>,
-    asked: Result<Query<FormatQuery>, axum::extract::rejection::QueryRejection>,
+    query: Result<Query<FormatQuery>, axum::extract::rejection::QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let Query(asked) =
-        asked.map_err(|error| ApiError::bad_request("invalid_parameter", error.body_text()))?;
-    let format = Format::select(&asked, &headers)?;
+    let Query(query) =
+        query.map_err(|error| ApiError::bad_request("invalid_parameter", error.body_text()))?;
+    let format = Format::select(&query, &headers)?;
     let sources = sources(&node, parts(&node)?);
     let mut response = match format {
         Format::Json => Json(MetricsReport::gather(node.metrics(), sources)).into_response(),
@@ -187,10 +187,10 @@ mod tests {
         for value in accept {
             headers.append(ACCEPT, HeaderValue::from_static(value));
         }
-        let asked = FormatQuery {
+        let query = FormatQuery {
             format: format.map(str::to_string),
         };
-        Format::select(&asked, &headers).ok()
+        Format::select(&query, &headers).ok()
     }
 
     #[test]

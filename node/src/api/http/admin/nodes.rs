@@ -84,15 +84,16 @@ pub(super) async fn nodes(State(node): State<Arc<Node>>) -> Result<Json<Vec<Node
     let voters = parts.consensus.voters();
     let mut members = parts.consensus.members();
     members.sort_by_key(|member| member.id);
-    let asked = members.into_iter().map(|member| {
+    let views = members.into_iter().map(|member| {
         let (voter, leader) = (voters.contains(&member.id), leader == Some(member.id));
         async move {
-            let asked = tokio::time::timeout(ANSWER_TIMEOUT, ask(parts, &member)).await;
-            let (says, problem) =
-                match asked.unwrap_or_else(|_| Err(format!("no answer in {} s", ANSWER_TIMEOUT.as_secs()))) {
-                    Ok(says) => (Some(says), None),
-                    Err(problem) => (None, Some(problem)),
-                };
+            let report = tokio::time::timeout(ANSWER_TIMEOUT, ask(parts, &member)).await;
+            let (says, problem) = match report
+                .unwrap_or_else(|_| Err(format!("no answer in {} s", ANSWER_TIMEOUT.as_secs())))
+            {
+                Ok(says) => (Some(says), None),
+                Err(problem) => (None, Some(problem)),
+            };
             NodeView {
                 slot: member.id.slot,
                 http_address: member.addresses.http,
@@ -103,7 +104,7 @@ pub(super) async fn nodes(State(node): State<Arc<Node>>) -> Result<Json<Vec<Node
             }
         }
     });
-    Ok(Json(futures::future::join_all(asked).await))
+    Ok(Json(futures::future::join_all(views).await))
 }
 
 async fn ask(parts: &Parts, member: &Member) -> Result<NodeReport, String> {

@@ -114,21 +114,21 @@ pub(super) async fn verify(
     State(node): State<Arc<Node>>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<FileVerdict>, ApiError> {
-    let asked: VerifyRequest = json_body(body, r#"{"file_path": "docs/letter.txt"}"#)?;
-    let path = names(&asked.file_path)?;
+    let request: VerifyRequest = json_body(body, r#"{"file_path": "docs/letter.txt"}"#)?;
+    let path = names(&request.file_path)?;
     let verified = parts(&node)?
         .repair
-        .verify_file(path, &asked.file_path, asked.from)
+        .verify_file(path, &request.file_path, request.from)
         .await;
     verified.map(Json).map_err(|error| match error {
         VerifyError::Verdict(FsError::NotFound | FsError::Stale) => ApiError::new(
             StatusCode::NOT_FOUND,
             "not_found",
-            format!("'{}' does not exist", asked.file_path),
+            format!("'{}' does not exist", request.file_path),
         ),
         VerifyError::Verdict(FsError::InvalidArgument) => ApiError::conflict(
             "not_a_file",
-            format!("'{}' is not a regular file", asked.file_path),
+            format!("'{}' is not a regular file", request.file_path),
         ),
         VerifyError::Verdict(verdict) => verdict.into(),
         VerifyError::Fault(fault) => ApiError::unavailable(fault.to_string()),
