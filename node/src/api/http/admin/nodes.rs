@@ -30,14 +30,14 @@ pub(super) struct NodeView {
     /// Whether the asked node considers it the leader.
     leader: bool,
     /// Its own report; null if it did not answer.
-    says: Option<NodeReport>,
+    says: Option<NodeSummary>,
     /// Why there is no report.
     problem: Option<String>,
 }
 
 /// The report of a node about itself.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
-pub(super) struct NodeReport {
+pub(super) struct NodeSummary {
     /// Capacity of its disk, in bytes.
     capacity_bytes: u64,
     /// Bytes available for content.
@@ -107,13 +107,13 @@ pub(super) async fn nodes(State(node): State<Arc<Node>>) -> Result<Json<Vec<Node
     Ok(Json(futures::future::join_all(views).await))
 }
 
-async fn ask(parts: &Parts, member: &Member) -> Result<NodeReport, String> {
+async fn ask(parts: &Parts, member: &Member) -> Result<NodeSummary, String> {
     let mut peer = parts.membership_changes.peer_of(member, Purpose::Control)?;
     let answer = peer.node_status(wire::NodeStatusRequest {}).await;
     let status = answer
         .map_err(|status| status.message().to_string())?
         .into_inner();
-    Ok(NodeReport {
+    Ok(NodeSummary {
         capacity_bytes: status.capacity_bytes,
         available_bytes: status.available_bytes,
         has_room: status.has_room,
