@@ -234,7 +234,7 @@ fn p7_a_removal_that_takes_long_goes_on_by_itself() {
         view["removal"]
     );
     let says = |view: &Value, what: &str| view["removal"].as_str().is_some_and(|text| text.contains(what));
-    assert!(says(&view, "must") && says(&view, "ask again"), "{view}");
+    assert!(says(&view, "must") && says(&view, "repeat the request"), "{view}");
     assert!(says(&ask(&cluster, leader, "/membership"), "must"));
     // What cannot be does not take its place.
     let refused = cluster
