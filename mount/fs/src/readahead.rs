@@ -69,7 +69,9 @@ impl Readahead {
         let end = offset.saturating_add(length);
         let near = offset <= self.read_to.saturating_add(REORDER_BYTES_MAX)
             && end.saturating_add(REORDER_BYTES_MAX) >= self.read_to;
-        let follows = offset == self.read_to || (self.window_chunks > 0 && near) || limits.end.is_some();
+        // A part of at most one chunk is fetched in blocks: a whole chunk would be more than the reader wants.
+        let is_long = limits.end.is_some_and(|end| end.saturating_sub(offset) > CHUNK);
+        let follows = offset == self.read_to || (self.window_chunks > 0 && near) || is_long;
         if !follows {
             *self = Readahead {
                 read_to: end,
@@ -142,6 +144,9 @@ mod tests {
             readahead.observe(7 * CHUNK, CHUNK, limits).ahead.is_empty(),
             "nothing twice"
         );
+        let end = Some(6 * CHUNK + 4096);
+        let short = Readahead::default().observe(6 * CHUNK, 4096, ReadaheadLimits { chunks: 4, end });
+        assert_eq!(short.pattern, Pattern::Random, "a short part");
     }
 
     #[test]

@@ -113,7 +113,7 @@ impl ReadPath {
         }
         let found = self.fetch_from_peers(id, offset, length).await;
         match &found {
-            // Only a chunk that exists unimplemented is worth recovering; a chunk that no node has may be dead.
+            // Only a chunk that exists elsewhere is worth recovering; a chunk that no node has may be dead.
             Some(_) => {
                 let recovery = self.recovery.clone();
                 tokio::task::spawn_blocking(move || recovery.request_fetch(id));

@@ -9,9 +9,9 @@ use crate::messages;
 const VERBS_MAX: usize = 64;
 /// Most bytes of the name of a verb.
 const VERB_BYTES_MAX: usize = 32;
-/// Most failed tasks that are taken from a client.
+/// Most failed tasks accepted from a client.
 const TASKS_MAX: usize = 16;
-/// Most bytes of a task's name, and of the reason of its failure.
+/// Most bytes of the name of a task, and of the reason of its failure, which is cut.
 const TASK_BYTES_MAX: usize = 1 << 10;
 
 impl From<&ClientStatistics> for messages::ClientStatistics {
@@ -43,19 +43,23 @@ impl From<&ClientStatistics> for messages::ClientStatistics {
                 .map(|task| messages::FailedTask {
                     name: task.name.clone(),
                     failures: task.failures,
-                    last_error: task.last_error.clone(),
+                    last_error: cut(&task.last_error),
                 })
                 .collect(),
         }
     }
 }
 
+/// Returns the first [`TASK_BYTES_MAX`] bytes of `text`, or less so that no character is cut in two.
+fn cut(text: &str) -> String {
+    text[..text.floor_char_boundary(TASK_BYTES_MAX)].to_string()
+}
+
 impl From<messages::ClientStatistics> for ClientStatistics {
     /// Drops rows that are out of bounds, because statistics are only displayed.
     fn from(statistics: messages::ClientStatistics) -> ClientStatistics {
         let fits = |row: &messages::VerbStatistics| row.verb.len() <= VERB_BYTES_MAX;
-        let task_fits =
-            |task: &messages::FailedTask| task.name.len() + task.last_error.len() <= TASK_BYTES_MAX;
+        let task_fits = |task: &messages::FailedTask| task.name.len() <= TASK_BYTES_MAX;
         ClientStatistics {
             uptime_s: statistics.uptime_s,
             verbs: statistics
@@ -91,7 +95,7 @@ impl From<messages::ClientStatistics> for ClientStatistics {
                 .map(|task| FailedTask {
                     name: task.name,
                     failures: task.failures,
-                    last_error: task.last_error,
+                    last_error: cut(&task.last_error),
                 })
                 .collect(),
         }
@@ -138,16 +142,13 @@ mod tests {
         hostile.verbs = vec![hostile.verbs[0].clone(); 10_000];
         hostile.verbs[0].verb = "x".repeat(100_000);
         hostile.failed_tasks = vec![hostile.failed_tasks[0].clone(); 10_000];
-        hostile.failed_tasks[0].last_error = "x".repeat(100_000);
+        hostile.failed_tasks[0].name = "x".repeat(100_000);
+        hostile.failed_tasks[1].last_error = "é".repeat(100_000);
         let taken = ClientStatistics::from(hostile);
         assert_eq!(taken.verbs.len(), VERBS_MAX);
         assert!(taken.verbs.iter().all(|row| row.verb == "read"));
         assert_eq!(taken.failed_tasks.len(), TASKS_MAX);
-        assert!(
-            taken
-                .failed_tasks
-                .iter()
-                .all(|task| task.last_error == "it ended")
-        );
+        assert_eq!(taken.failed_tasks[0].last_error, "é".repeat(TASK_BYTES_MAX / 2));
+        assert_eq!(taken.failed_tasks[1].last_error, "it ended");
     }
 }

@@ -9,10 +9,13 @@
 //!   is dropped.
 //!
 //! A stream costs one task, a call one entry in the queue of answers: a task for each call would add a hand-over to
-//! every call. A panic in a call ends the stream, and the client sends its calls again.
+//! every call. A panic in a call ends that call, without an answer.
 
-use std::pin::{Pin, pin};
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
 
+use futures::FutureExt as _;
+use futures::future::OptionFuture;
 use futures::stream::{self, FuturesUnordered};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -56,27 +59,32 @@ where
 {
     let (sender, answers) = mpsc::channel(at_once_max);
     tokio::spawn(async move {
-        let mut admitted = pin!(admitted(requests, admission));
+        // None after the end of the requests.
+        let mut admitted = Some(Box::pin(admitted(requests, admission)));
         let mut in_work = FuturesUnordered::new();
-        let mut more = true;
-        while more || !in_work.is_empty() {
+        while admitted.is_some() || !in_work.is_empty() {
+            let more = admitted.is_some();
+            let next = OptionFuture::from(admitted.as_mut().map(|admitted| admitted.next()));
             tokio::select! {
                 biased;
                 Some(()) = in_work.next() => {}
                 // The client has disconnected, so a request that waits for admission need not be processed.
-                () = sender.closed(), if more => more = false,
-                next = admitted.next(), if more && in_work.len() < at_once_max => match next {
+                () = sender.closed(), if more => admitted = None,
+                Some(next) = next, if in_work.len() < at_once_max => match next {
                     Some((request, held)) => {
                         let (call_id, sender) = (request.call_id(), sender.clone());
-                        let answer = answer(request);
+                        // After a panic the future is dropped without another poll. The panic hook has logged it.
+                        let answer = AssertUnwindSafe(answer(request)).catch_unwind();
                         in_work.push(async move {
-                            let mut answer = answer.await;
+                            let Ok(mut answer) = answer.await else {
+                                return;
+                            };
                             answer.set_call_id(call_id);
                             // Fails if the client disconnected; it sends the call to another node.
                             let _ = sender.send((answer, held)).await;
                         });
                     }
-                    None => more = false,
+                    None => admitted = None,
                 },
             }
         }

@@ -75,7 +75,8 @@ impl Content {
         // The readahead of all downloads together fits into the cache.
         let share = CACHE_BYTES / CHUNK / self.permit.in_use().clamp(1, DOWNLOADS_MAX) as u64;
         let ahead = ReadaheadLimits {
-            chunks: (share / 2).clamp(1, READAHEAD_CHUNKS_MAX),
+            // The window reaches up to one chunk further.
+            chunks: (share / 2).saturating_sub(1).clamp(1, READAHEAD_CHUNKS_MAX),
             end: Some(self.range.end),
         };
         let read = self.access.call(|filesystem| async move {

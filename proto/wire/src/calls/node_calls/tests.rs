@@ -157,3 +157,36 @@ async fn concurrent_requests_are_bounded() {
     });
     assert_eq!(answers.collect::<Vec<_>>().await.len(), 50);
 }
+
+#[tokio::test]
+async fn a_call_that_panics_ends_alone() {
+    let requests = tokio_stream::iter((0..3).map(|offset| Ok(request(offset))));
+    let answers = answer_calls(requests, 4, (), |request: GetChunkRequest| async move {
+        tokio::task::yield_now().await;
+        assert_ne!(request.offset, 1, "on purpose");
+        response(request.offset)
+    });
+    let mut answered: Vec<u32> = answers.map(|answer| answer.unwrap().offset).collect().await;
+    answered.sort_unstable();
+    assert_eq!(answered, [0, 2]);
+}
+
+#[tokio::test]
+async fn a_request_that_waits_for_admission_is_dropped_with_the_client() {
+    let permits = Arc::new(Semaphore::new(1));
+    let requests = tokio_stream::iter([Ok(request(1)), Ok(request(2))]);
+    let answers = answer_calls(requests, 8, Permits(permits.clone()), |_: GetChunkRequest| {
+        std::future::pending::<GetChunkResponse>()
+    });
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let queued = tokio::spawn({
+        let permits = permits.clone();
+        async move { permits.acquire_owned().await }
+    });
+    drop(answers);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    // Without the second request the next in the queue gets the permit.
+    permits.add_permits(1);
+    let freed = tokio::time::timeout(Duration::from_secs(10), queued);
+    assert!(freed.await.is_ok());
+}
